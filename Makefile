@@ -1,0 +1,39 @@
+# Every target sets up .venv by itself; `make demo` is the main job.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test lint type bench clean
+
+demo: .venv/train.stamp
+	$(BIN)/python train/digits.py --out runs/digits --resume
+
+test: .venv/dev.stamp
+	$(BIN)/python -m pytest
+
+lint: .venv/dev.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# mypy does not see the kernels/ mapping in an editable install, so it reads an installed copy.
+type: .venv/dev.stamp
+	rm -rf build/typed
+	$(BIN)/python -m pip install --quiet --no-deps --target build/typed .
+	cd build/typed && ../../$(BIN)/mypy --config-file ../../pyproject.toml -p coded_resnext
+
+bench: .venv/dev.stamp
+	$(BIN)/python -m pytest benchmarks --benchmark-only
+
+clean:
+	rm -rf .venv build dist *.egg-info
+
+.venv/pip.stamp:
+	$(PYTHON) -m venv .venv
+	touch $@
+
+.venv/train.stamp: .venv/pip.stamp setup.py pyproject.toml
+	$(BIN)/python -m pip install --quiet -e '.[train,report]'
+	touch $@
+
+.venv/dev.stamp: .venv/pip.stamp setup.py pyproject.toml
+	$(BIN)/python -m pip install --quiet -e '.[dev]'
+	touch $@

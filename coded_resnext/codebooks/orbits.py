@@ -1,0 +1,157 @@
+"""Orbits to build codebooks from: sampling representatives whose orbits keep their distance.
+
+Shapes: N branches, A active; n candidates, each the representative of an orbit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import comb
+from typing import NamedTuple
+
+import numpy as np
+
+from coded_resnext.codebooks.groups import Group, subgroup
+from coded_resnext.codebooks.words import Ints, Words, all_words
+
+# All words are tried when there are no more than this, else a sample in blocks of `SAMPLE`.
+ENUMERATED = 200_000
+SAMPLE = 1 << 15
+
+
+class Candidates(NamedTuple):
+    """Representatives of orbits whose words have no more than `limit` branches in common.
+
+    Attributes:
+        words: `[n, N]`, one word of each orbit.
+        sizes: `[n]` numbers of words of the orbits.
+        inner: `[n]` numbers of pairs of words inside the orbit with exactly `limit` in common.
+        limit: largest overlap allowed between two codewords, `A - d/2`.
+    """
+
+    words: Words
+    sizes: Ints
+    inner: Ints
+    limit: int
+
+
+def full_orbits(
+    group: Group, active: int, limit: int, most: int, samples: int, rng: np.random.Generator
+) -> Candidates:
+    """At most `most` orbits; among all words when they are few, else among `samples` blocks."""
+    branches = group.shape[1]
+    found: list[Words] = []
+    total = 0
+    if comb(branches, active) <= ENUMERATED:
+        found.append(_distant_orbits(all_words(branches, active), group, limit))
+    else:
+        for _ in range(samples):
+            found.append(_distant_orbits(_random_words(branches, active, SAMPLE, rng), group, limit))
+            total += len(found[-1])
+            if total >= most:
+                break
+    return _candidates(_one_per_orbit(np.concatenate(found), group), group, limit, most, rng)
+
+
+def short_orbits(
+    group: Group, active: int, limit: int, size: int, most: int, rng: np.random.Generator
+) -> Candidates:
+    """At most `most` orbits of `size` words, for a group that acts freely.
+
+    A word has an orbit of `order / h` words when a subgroup of order `h` leaves it in place: it is
+    then a union of `A / h` of the blocks into which the subgroup divides the columns.
+    """
+    order, branches = group.shape
+    fixing = order // size
+    found = [np.zeros((0, branches), dtype=np.uint8)]
+    if fixing * size == order and active % fixing == 0:
+        subgroups = {(0,)} if fixing == 1 else set()
+        for _ in range(40):
+            generators = rng.integers(1, order, size=int(rng.integers(1, 4))).tolist()
+            members = tuple(subgroup(group, generators))
+            if len(members) == fixing:
+                subgroups.add(members)
+        for members in sorted(subgroups):
+            blocks = sorted({tuple(sorted(group[list(members), j].tolist())) for j in range(branches)})
+            chosen = active // fixing
+            if comb(len(blocks), chosen) <= 3000:
+                picks = all_words(len(blocks), chosen)
+            else:
+                picks = _random_words(len(blocks), chosen, 3000, rng)
+            words = np.zeros((len(picks), branches), dtype=np.uint8)
+            for position, block in enumerate(blocks):
+                words[:, list(block)] = picks[:, position : position + 1]
+            found.append(_distant_orbits(words, group, limit))
+    words = _one_per_orbit(np.concatenate(found), group)
+    candidates = _candidates(words, group, limit, len(words), rng)
+    fitting = np.flatnonzero(candidates.sizes == size)[:most]
+    return Candidates(
+        candidates.words[fitting], candidates.sizes[fitting], candidates.inner[fitting], limit
+    )
+
+
+def join(parts: Sequence[Candidates]) -> Candidates:
+    """The candidates of several lists with one limit."""
+    return Candidates(
+        np.concatenate([part.words for part in parts]),
+        np.concatenate([part.sizes for part in parts]),
+        np.concatenate([part.inner for part in parts]),
+        parts[0].limit,
+    )
+
+
+def _random_words(branches: int, active: int, count: int, rng: np.random.Generator) -> Words:
+    order = np.argpartition(rng.random((count, branches), dtype=np.float32), active - 1, axis=1)
+    words = np.zeros((count, branches), dtype=np.uint8)
+    np.put_along_axis(words, order[:, :active], 1, axis=1)
+    return words
+
+
+def _distant_orbits(words: Words, group: Group, limit: int) -> Words:
+    """The words that share at most `limit` branches with each of their other images."""
+    active = int(words[0].sum())
+    # One column of the memory per word: moving columns is then copying contiguous rows.
+    columns = np.ascontiguousarray(words.T)
+    for permutation in _up_to_inverse(group):
+        common = (columns & columns[permutation]).sum(axis=0, dtype=np.uint8)
+        keep = (common <= limit) | (common == active)
+        if not keep.all():
+            columns = columns[:, keep]
+    return np.ascontiguousarray(columns.T)
+
+
+def _up_to_inverse(group: Group) -> Group:
+    """The elements but the identity, one of each pair of inverses: x meets gx as g^-1 x meets x."""
+    seen: set[bytes] = set()
+    kept = []
+    for permutation in group[1:]:
+        if np.argsort(permutation).tobytes() not in seen:
+            seen.add(permutation.tobytes())
+            kept.append(permutation)
+    return np.array(kept, dtype=np.intp).reshape(len(kept), group.shape[1])
+
+
+def _one_per_orbit(words: Words, group: Group) -> Words:
+    """One word of each orbit that occurs: images are told apart by sums of fixed random numbers."""
+    labels = np.random.default_rng(0).integers(1 << 45, size=group.shape[1]).astype(np.float64)
+    keys = np.empty(len(words))
+    step = max(1, (1 << 22) // len(group))
+    for start in range(0, len(words), step):
+        keys[start : start + step] = (words[start : start + step] @ labels[group].T).min(axis=1)
+    return words[np.sort(np.unique(keys, return_index=True)[1])]
+
+
+def _candidates(
+    words: Words, group: Group, limit: int, most: int, rng: np.random.Generator
+) -> Candidates:
+    words = words[rng.permutation(len(words))[:most]]
+    active = int(words[0].sum()) if len(words) else 0
+    fixing = np.ones(len(words), dtype=np.int64)
+    touching = np.zeros(len(words), dtype=np.int64)
+    columns = np.ascontiguousarray(words.T)
+    for permutation in group[1:]:
+        common = (columns & columns[permutation]).sum(axis=0, dtype=np.uint8)
+        fixing += common == active
+        touching += (common == limit) & (common < active)
+    sizes = len(group) // fixing
+    return Candidates(words, sizes, sizes * (touching // fixing) // 2, limit)

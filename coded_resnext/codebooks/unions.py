@@ -1,0 +1,203 @@
+"""Which orbits to unite: conflict-free, of the right total size, with few pairs at distance d.
+
+What a union of orbits has to do with an orbit is the orbit's size times what it has to do with one
+of its words. So all accounts are kept per representative, and taking an orbit in or out costs
+`n * orbit size` overlaps instead of their square. Shapes: n candidates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from coded_resnext.codebooks.groups import Group, images
+from coded_resnext.codebooks.orbits import Candidates
+from coded_resnext.codebooks.words import Words
+
+# Memory for the accounts of orbits that were met, in bytes.
+CACHE_BYTES = 1 << 28
+
+Counts = npt.NDArray[np.uint16]
+
+
+class Union(NamedTuple):
+    """A choice of orbits without conflicts, and its number of pairs at the minimum distance."""
+
+    chosen: tuple[int, ...]
+    pairs: int
+
+
+class Accounts:
+    """For an orbit, how each candidate stands to it; computed when first asked for."""
+
+    def __init__(self, candidates: Candidates, group: Group) -> None:
+        self.candidates = candidates
+        self.group = group
+        self.rows = candidates.words.astype(np.float32)
+        self._columns: dict[int, tuple[Counts, Counts]] = {}
+        self._compatible: dict[int, int] = {}
+        self._most = max(64, CACHE_BYTES // (4 * max(1, len(self.rows))))
+
+    def orbit(self, index: int) -> Words:
+        """`[size, N]`, the words of the orbit of a candidate."""
+        word = self.candidates.words[index]
+        if self.candidates.sizes[index] == len(self.group):
+            return word[self.group]
+        return images(word, self.group)
+
+    def column(self, index: int) -> tuple[Counts, Counts]:
+        """Per candidate, the words of this orbit that are too near to it, and just near enough."""
+        if index not in self._columns:
+            common = self.rows @ self.orbit(index).T.astype(np.float32)
+            limit = self.candidates.limit
+            if len(self._columns) >= self._most:
+                del self._columns[next(iter(self._columns))]
+            self._columns[index] = (
+                np.count_nonzero(common > limit, axis=1).astype(np.uint16),
+                np.count_nonzero(common == limit, axis=1).astype(np.uint16),
+            )
+        return self._columns[index]
+
+    def compatible(self, index: int) -> int:
+        """The candidates without a conflict with this one, as the bits of a number."""
+        if index not in self._compatible:
+            free = np.packbits(self.column(index)[0] == 0, bitorder="little")
+            self._compatible[index] = int.from_bytes(free.tobytes(), "little")
+        return self._compatible[index]
+
+    def words(self, union: Union) -> Words:
+        """`[K, N]`, the codewords of a union."""
+        return np.concatenate([self.orbit(index) for index in union.chosen])
+
+
+def exchange(
+    accounts: Accounts,
+    slots: Sequence[int],
+    steps: int,
+    patience: int,
+    enough: int,
+    rng: np.random.Generator,
+    report: Callable[[Union], None],
+) -> Union | None:
+    """Orbits of the sizes `slots`, found by exchanging one at a time.
+
+    Greedy filling, then min-conflicts with a tabu list: take out a costly orbit, put in the one
+    that fits best. The price of a conflict falls while there is none and rises otherwise.
+
+    Args:
+        accounts: the candidates.
+        slots: size of each orbit to choose.
+        steps: exchanges to make.
+        patience: gives up after so many exchanges in a row with conflicts.
+        enough: stops when no more pairs than this are at the minimum distance.
+        rng: source of randomness.
+        report: called with every improvement.
+
+    Returns:
+        The best choice met, or None when every one had a conflict.
+    """
+    sizes, inner = accounts.candidates.sizes, accounts.candidates.inner.astype(np.float64)
+    count = len(sizes)
+    if any(np.count_nonzero(sizes == size) < slots.count(size) for size in set(slots)):
+        return None
+    barred = {size: np.where(sizes == size, 0.0, np.inf) for size in set(slots)}
+    weights = sizes.astype(np.float64)
+    conflicts, near = np.zeros(count), np.zeros(count)
+    tabu = np.zeros(count, dtype=np.int64)
+    chosen: list[int] = []
+    best: Union | None = None
+
+    def insert(size: int, price: float, step: int) -> None:
+        score = (price * conflicts + near) * weights + inner + barred[size]
+        score += rng.random(count) * 0.5
+        score[tabu > step] = np.inf
+        score[chosen] = np.inf
+        index = int(np.argmin(score))
+        clashing, touching = accounts.column(index)
+        np.add(conflicts, clashing, out=conflicts)
+        np.add(near, touching, out=near)
+        chosen.append(index)
+
+    def remove(position: int) -> int:
+        index = chosen.pop(position)
+        clashing, touching = accounts.column(index)
+        np.subtract(conflicts, clashing, out=conflicts)
+        np.subtract(near, touching, out=near)
+        return index
+
+    for size in slots:
+        insert(size, 1e6, 0)
+    price, last_clean = 1.5 * len(accounts.group), 0
+    for step in range(1, steps + 1):
+        members = np.array(chosen)
+        own = np.array([[column[i] for column in accounts.column(i)] for i in chosen], dtype=float)
+        clashing = (conflicts[members] - own[:, 0]) * weights[members]
+        touching = (near[members] - own[:, 1]) * weights[members]
+        if not clashing.any():
+            last_clean = step
+            price = max(price * 0.95, 2.0)
+            pairs = int(touching.sum() / 2 + inner[members].sum())
+            if best is None or pairs < best.pairs:
+                best = Union(tuple(chosen), pairs)
+                report(best)
+        else:
+            price = min(price * 1.02, 1e4)
+        if step - last_clean > patience or (best is not None and best.pairs <= enough):
+            break
+        loads = price * clashing + touching + inner[members]
+        loads += rng.random(len(chosen)) * loads.std() * 1.5
+        removed = remove(int(np.argmax(loads)))
+        tabu[removed] = step + 5 + int(rng.integers(5 + len(slots) // 4))
+        insert(int(sizes[removed]), price, step)
+    return best
+
+
+def enumerate_unions(
+    accounts: Accounts, total: int, nodes: int, enough: int, report: Callable[[Union], None]
+) -> Union | None:
+    """The best union of exactly `total` words, by exhaustive search up to `nodes` branchings.
+
+    Orbits are the vertices of a graph, compatible ones its edges; a union is a clique. Candidates
+    are taken in ascending order; a branch is left when its orbits cannot reach the total or its
+    pairs reach the best ones known.
+    """
+    sizes = accounts.candidates.sizes.tolist()
+    inner = accounts.candidates.inner.tolist()
+    of_size = {
+        size: sum(1 << index for index, other in enumerate(sizes) if other == size)
+        for size in sorted(set(sizes))
+    }
+    best: Union | None = None
+    left = nodes
+
+    def descend(missing: int, pool: int, chosen: list[int], pairs: int) -> None:
+        nonlocal best, left
+        if best is not None and (pairs >= best.pairs or best.pairs <= enough):
+            return
+        if missing == 0:
+            best = Union(tuple(chosen), pairs)
+            report(best)
+            return
+        reach = sum((pool & members).bit_count() * size for size, members in of_size.items())
+        while pool and left > 0 and reach >= missing:
+            lowest = pool & -pool
+            index = lowest.bit_length() - 1
+            pool ^= lowest
+            reach -= sizes[index]
+            if sizes[index] > missing:
+                continue
+            left -= 1
+            near = accounts.column(index)[1]
+            added = inner[index] + sum(int(near[other]) * sizes[other] for other in chosen)
+            descend(
+                missing - sizes[index],
+                pool & accounts.compatible(index),
+                [*chosen, index],
+                pairs + added,
+            )
+
+    descend(total, (1 << len(sizes)) - 1, [], 0)
+    return best

@@ -1,0 +1,222 @@
+"""Images on their way into a network: preprocessing, and the digits that ship with scikit-learn."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+SPLIT_SEED = 0
+TEST_SHARE = 0.2
+
+
+def derive_seed(*parts: int) -> int:
+    """One seed from several non-negative numbers, such as (seed, epoch)."""
+    return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How an image becomes a network's input: size, channels and normalisation."""
+
+    size: int
+    """Height and width in pixels; the shorter side is resized to it, then the centre is cut out."""
+    channels: int
+    """1 for grey, 3 for RGB."""
+    mean: tuple[float, ...]
+    """Mean of every channel of intensities in 0..1, subtracted."""
+    std: tuple[float, ...]
+    """Standard deviation of every channel, divided by."""
+
+    def __post_init__(self) -> None:
+        if self.size < 1:
+            raise ValueError(f"size: expected a positive number of pixels, got {self.size}")
+        if self.channels not in (1, 3):
+            raise ValueError(f"channels: expected 1 (grey) or 3 (RGB), got {self.channels}")
+        for name, values in (("mean", self.mean), ("std", self.std)):
+            if len(values) != self.channels:
+                raise ValueError(f"{name}: expected {self.channels} numbers, got {len(values)}")
+        if min(self.std) <= 0:
+            raise ValueError(f"std: expected positive numbers, got {self.std}")
+
+    def normalize(self, images: Tensor) -> Tensor:
+        """Intensities in 0..1, `[.., C, H, W]`, to the network's input."""
+        mean = images.new_tensor(self.mean)[:, None, None]
+        std = images.new_tensor(self.std)[:, None, None]
+        return (images - mean) / std
+
+    def __call__(self, image: Image) -> Tensor:
+        """A PIL image of any mode and size to `[C, size, size]`, float32."""
+        image = image.convert("L" if self.channels == 1 else "RGB")
+        width, height = image.size
+        scale = self.size / min(width, height)
+        image = image.resize(
+            (max(self.size, round(width * scale)), max(self.size, round(height * scale)))
+        )
+        left, top = (image.width - self.size) // 2, (image.height - self.size) // 2
+        image = image.crop((left, top, left + self.size, top + self.size))
+        pixels = torch.from_numpy(np.array(image, dtype=np.float32)) / 255
+        pixels = pixels[None] if self.channels == 1 else pixels.permute(2, 0, 1)
+        return self.normalize(pixels)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready; `from_dict` reads it back."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Preprocessing:
+        """Read what `to_dict` wrote."""
+        return cls(data["size"], data["channels"], tuple(data["mean"]), tuple(data["std"]))
+
+
+class RandomShift:
+    """Moves every image by up to `pixels` in each direction; what enters repeats the border.
+
+    Args:
+        pixels: largest shift, at least 0.
+    """
+
+    def __init__(self, pixels: int) -> None:
+        if pixels < 0:
+            raise ValueError(f"pixels: expected at least 0, got {pixels}")
+        self.pixels = pixels
+
+    def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        """`[B, C, H, W]` to the same shape, every image shifted by a draw of its own."""
+        batch, _, height, width = images.shape
+        padded = F.pad(images, (self.pixels,) * 4, mode="replicate")
+        shifts = torch.randint(2 * self.pixels + 1, (2, batch), generator=generator)
+        rows = shifts[0][:, None] + torch.arange(height)
+        columns = shifts[1][:, None] + torch.arange(width)
+        samples = torch.arange(batch)[:, None, None]
+        return padded[samples, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
+
+class Batches:
+    """A loader over tensors in memory: batches `(images, targets)`, as often as one likes.
+
+    Order and augmentation follow from (seed, epoch) alone, so that a resumed run draws what an
+    uninterrupted one would have drawn.
+
+    Args:
+        images: `[n, C, H, W]`.
+        targets: class indices `[n]`.
+        batch_size: samples in a batch; the last may be smaller.
+        seed: shuffles, and augments, anew in every epoch; None keeps order and images.
+        drop_last: leave out a last batch that is not full.
+        augment: applied to the images of every batch, with a generator.
+
+    Raises:
+        ValueError: no samples, lengths that differ, or a batch size below 1.
+    """
+
+    def __init__(
+        self,
+        images: Tensor,
+        targets: Tensor,
+        batch_size: int,
+        *,
+        seed: int | None = None,
+        drop_last: bool = False,
+        augment: Callable[[Tensor, torch.Generator], Tensor] | None = None,
+    ) -> None:
+        if len(images) != len(targets) or len(images) == 0:
+            raise ValueError(
+                f"images: expected as many as targets and at least one, got {len(images)} images "
+                f"and {len(targets)} targets"
+            )
+        if batch_size < 1 or (drop_last and batch_size > len(images)):
+            raise ValueError(
+                f"batch_size: expected 1 to {len(images)} (the samples there are), got {batch_size}"
+            )
+        self.images, self.targets, self.batch_size = images, targets, batch_size
+        self.seed, self.drop_last, self.augment = seed, drop_last, augment
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order and the draws of the next pass."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        samples = len(self.images)
+        return samples // self.batch_size if self.drop_last else -(-samples // self.batch_size)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        samples = len(self.images)
+        order, generator = torch.arange(samples), None
+        if self.seed is not None:
+            generator = torch.Generator().manual_seed(derive_seed(self.seed, self.epoch))
+            order = torch.randperm(samples, generator=generator)
+        for index in range(len(self)):
+            chosen = order[index * self.batch_size : (index + 1) * self.batch_size]
+            images = self.images[chosen]
+            if self.augment is not None and generator is not None:
+                images = self.augment(images, generator)
+            yield images, self.targets[chosen]
+
+
+def batches(images: Tensor, targets: Tensor, batch_size: int = 256) -> Batches:
+    """All samples in their order, for evaluation."""
+    return Batches(images, targets, batch_size)
+
+
+@dataclass(frozen=True)
+class DigitsSplit:
+    """scikit-learn's 1,797 handwritten digits, normalised and split; 8x8 pixels, 10 classes."""
+
+    train_images: Tensor
+    """`[1437, 1, 8, 8]`, float32."""
+    train_targets: Tensor
+    test_images: Tensor
+    """`[360, 1, 8, 8]`, float32."""
+    test_targets: Tensor
+    train_indices: Tensor
+    """Positions of the training images in the data set as scikit-learn returns it."""
+    test_indices: Tensor
+    preprocessing: Preprocessing
+
+
+def load_digits_split(seed: int = SPLIT_SEED) -> DigitsSplit:
+    """The digits in a stratified 80/20 split; mean and deviation are those of the training images.
+
+    The set is ordered by writer, so that a sequential split would be another task: new writers.
+
+    Raises:
+        ImportError: scikit-learn is missing; the message names the extra that has it.
+    """
+    try:
+        from sklearn.datasets import load_digits
+        from sklearn.model_selection import train_test_split
+    except ImportError as error:
+        raise ImportError(
+            "the digits come with scikit-learn: pip install 'coded-resnext[train]'"
+        ) from error
+    digits = load_digits()
+    train, test = train_test_split(
+        np.arange(len(digits.target)),
+        test_size=TEST_SHARE,
+        random_state=seed,
+        stratify=digits.target,
+    )
+    # Sixteen grey levels, 0..16.
+    intensities = torch.from_numpy(digits.images).float()[:, None] / 16
+    targets = torch.from_numpy(digits.target).long()
+    train, test = torch.from_numpy(train), torch.from_numpy(test)
+    preprocessing = Preprocessing(
+        size=8,
+        channels=1,
+        mean=(float(intensities[train].mean()),),
+        std=(float(intensities[train].std()),),
+    )
+    images = preprocessing.normalize(intensities)
+    return DigitsSplit(
+        images[train], targets[train], images[test], targets[test], train, test, preprocessing
+    )

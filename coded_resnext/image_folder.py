@@ -1,0 +1,160 @@
+"""Images in folders named after their classes, as a loader."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from .data import Preprocessing
+
+TEST_FOLDERS = ("test", "val")
+TRAIN_FOLDER = "train"
+
+
+class ImageFolder(Dataset[tuple[Tensor, int]]):
+    """The images `ROOT/CLASS/*` in the order of classes and file names; hidden files are no images.
+
+    Args:
+        root: folder with exactly one folder for each class; other files in it do not matter.
+        class_names: the classes, in the order of the model's logits.
+        preprocessing: from a PIL image to `[C, H, W]`.
+
+    Raises:
+        NotADirectoryError: `root` is no folder.
+        ValueError: a class has no folder or an empty one, a folder is no class, or a class folder
+            holds another folder; the message names them.
+        ImportError: Pillow is not installed.
+    """
+
+    def __init__(
+        self, root: str | Path, class_names: Sequence[str], preprocessing: Preprocessing
+    ) -> None:
+        _pillow()
+        self.root, self.preprocessing = Path(root), preprocessing
+        found = _folders(self.root)
+        missing = [name for name in class_names if name not in found]
+        extra = [name for name in found if name not in class_names]
+        if missing or extra:
+            raise ValueError(
+                f"{self.root}: expected one folder for each of the {len(class_names)} classes of "
+                f"the model; {_listed('missing', missing)}, {_listed('no such class', extra)}"
+            )
+        self.files: list[tuple[Path, int]] = []
+        for index, name in enumerate(class_names):
+            files = sorted(path for path in found[name].iterdir() if not path.name.startswith("."))
+            if not files:
+                raise ValueError(
+                    f"{found[name]}: expected images of the class, got an empty folder"
+                )
+            for path in files:
+                if path.is_dir():
+                    raise ValueError(f"{path}: expected an image, got a folder")
+            self.files += [(path, index) for path in files]
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        """The image `[C, H, W]` and its class; a ValueError names a file that is not readable."""
+        path, target = self.files[index]
+        image_module = _pillow()
+        try:
+            with image_module.open(path) as image:
+                return self.preprocessing(image), target
+        # What Pillow raises depends on the format and the damage.
+        except (
+            OSError,
+            SyntaxError,
+            ValueError,
+            EOFError,
+            image_module.DecompressionBombError,
+        ) as error:
+            raise ValueError(f"{path}: not a readable image: {error}") from error
+
+
+def image_folder(
+    root: str | Path,
+    class_names: Sequence[str],
+    preprocessing: Preprocessing,
+    *,
+    batch_size: int = 64,
+    workers: int = 0,
+) -> DataLoader[tuple[Tensor, int]]:
+    """A loader of the images `ROOT/CLASS/*`: batches `(images [B, C, H, W], targets [B])`.
+
+    It can be iterated again and again, always in the same order.
+
+    Args:
+        root: folder with exactly one folder for each class.
+        class_names: the classes, in the order of the model's logits.
+        preprocessing: from a PIL image to `[C, H, W]`.
+        batch_size: images in a batch, at least 1.
+        workers: processes that read images; 0 reads in this one.
+
+    Raises:
+        NotADirectoryError, ValueError, ImportError: as `ImageFolder`; while iterating, a
+            ValueError names a file that is not a readable image.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
+    dataset = ImageFolder(root, class_names, preprocessing)
+    # A generator of its own: otherwise every pass draws from PyTorch's default one.
+    return DataLoader(
+        dataset, batch_size, num_workers=workers, generator=torch.Generator().manual_seed(0)
+    )
+
+
+def find_splits(root: str | Path, class_names: Sequence[str]) -> tuple[Path | None, Path]:
+    """The folders of training and test images in a data set.
+
+    Args:
+        root: `ROOT/CLASS/*`, or `ROOT/{train,test}/CLASS/*` (`val` may stand for `test`).
+        class_names: the classes; folders named exactly so make `root` itself the test folder.
+
+    Returns:
+        The training folder, None where there is none, and the test folder.
+
+    Raises:
+        NotADirectoryError: `root` is no folder.
+        ValueError: there are training images and no test images.
+    """
+    root = Path(root)
+    found = _folders(root)
+    if set(found) == set(class_names):
+        return None, root
+    train = found.get(TRAIN_FOLDER)
+    for name in TEST_FOLDERS:
+        if name in found and name not in class_names:
+            return train, found[name]
+    if train is not None and TRAIN_FOLDER not in class_names:
+        raise ValueError(f"{root}: expected a folder test or val beside train, found none")
+    return None, root
+
+
+def _folders(root: Path) -> dict[str, Path]:
+    if not root.is_dir():
+        raise NotADirectoryError(f"{root}: expected a folder of images, found none")
+    return {
+        path.name: path
+        for path in sorted(root.iterdir())
+        if path.is_dir() and not path.name.startswith(".")
+    }
+
+
+def _listed(what: str, names: Sequence[str]) -> str:
+    if not names:
+        return f"{what}: none"
+    return f"{what}: {', '.join(names[:10])}{', ..' if len(names) > 10 else ''}"
+
+
+def _pillow() -> ModuleType:
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise ImportError("image folders need Pillow; install coded-resnext[report]") from error
+    return Image

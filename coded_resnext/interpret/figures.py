@@ -1,0 +1,274 @@
+"""The figures of an evaluation, as PNG and SVG: readable in print and by colour-blind people."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..codebook import Codebook
+from .early_decoding import EarlyDecoding
+from .evaluate import Evaluation
+from .figure_style import (
+    BLUE,
+    INK,
+    PALE,
+    PANEL_NAME,
+    SHOWN_CLASSES,
+    SKY,
+    VERMILLION,
+    figure_style,
+    heading,
+    label,
+    new_figure,
+    save_figure,
+    shown_note,
+    small_multiples,
+)
+from .one_class import OneClass
+from .path_figure import path_figure
+from .removal import Removal, RemovalCurve
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+def save_figures(
+    evaluation: Evaluation, codebooks: Sequence[Codebook], folder: str | Path
+) -> list[Path]:
+    """Draw an evaluation: paths, early decoding, removal, one-class scores, precision-recall.
+
+    Nothing of matplotlib's global state changes, and equal results give equal SVG files.
+
+    Args:
+        evaluation: of a coded network; a plain one has nothing to draw and gives no file.
+        codebooks: the codebook of every coded block, `model.codebooks`.
+        folder: where the files go; made if missing.
+
+    Returns:
+        The paths of the files, a PNG and an SVG of every figure.
+
+    Raises:
+        ValueError: the codebooks are not those of the evaluation's blocks.
+        ImportError: matplotlib is not installed.
+    """
+    early, paths = evaluation.early_decoding, evaluation.paths
+    removal, one_class = evaluation.removal, evaluation.one_class
+    if early is None or paths is None or removal is None or one_class is None:
+        return []
+    if len(codebooks) != len(paths.energies) or any(
+        codebook.class_names != evaluation.class_names for codebook in codebooks
+    ):
+        raise ValueError(
+            f"codebooks: expected one for each of {len(paths.energies)} coded blocks, with the "
+            f"classes of the evaluation, got {len(codebooks)}"
+        )
+    thresholds_from = evaluation.thresholds_from
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    saved = []
+    with figure_style():
+        for name, figure in (
+            ("paths", path_figure(paths, early, codebooks)),
+            ("early_decoding", early_decoding_figure(early)),
+            ("removal", removal_figure(removal)),
+            ("one_class_scores", score_figure(one_class, thresholds_from)),
+            ("precision_recall", precision_recall_figure(one_class, thresholds_from)),
+        ):
+            saved += save_figure(figure, folder, name)
+    return saved
+
+
+def early_decoding_figure(result: EarlyDecoding) -> Figure:
+    """Accuracy of decoding each coded block, and its agreement with the output, by depth."""
+    figure = new_figure(5.6, 3.2)
+    panel = figure.add_subplot()
+    depth = range(1, len(result.block_accuracy) + 1)
+    whole = 100 * result.accuracy
+    accuracy = [100 * share for share in result.block_accuracy]
+    agreement = [100 * share for share in result.block_agreement]
+    panel.axhline(whole, color=INK, linewidth=1, linestyle=":")
+    panel.plot(depth, agreement, color=BLUE, linestyle="--", marker="s", markerfacecolor="white")
+    panel.plot(depth, accuracy, color=VERMILLION, marker="o")
+    for x, y in zip(depth, accuracy, strict=True):
+        panel.annotate(
+            f"{y:.1f}", (x, y), xytext=(0, -13), textcoords="offset points", ha="center", fontsize=8
+        )
+    low = min(*accuracy, *agreement, whole)
+    # Room below for the numbers.
+    panel.set_ylim(low - 0.12 * (100 - low) - 0.5, 100 + 0.02 * (100 - low) + 0.1)
+    panel.set_xlim(0.6, len(depth) + 0.4)
+    panel.set_xticks(depth)
+    panel.set_xlabel("coded block, by depth")
+    panel.set_ylabel("share of test images, %")
+    panel.grid(axis="y")
+    panel.set_axisbelow(True)
+    lines = panel.get_lines()
+    heading(
+        figure,
+        "Early decoding",
+        "Each coded block alone names a class: the one whose codeword is nearest to the energies "
+        f"of its branches. {result.samples} test images.",
+        (
+            [lines[2], lines[1], lines[0]],
+            ["accuracy", "agreement with the network", f"network's accuracy, {whole:.1f} %"],
+        ),
+    )
+    return figure
+
+
+def removal_figure(result: Removal) -> Figure:
+    """Accuracy against the number of removed branches, a panel for each coded block."""
+    figure, panels = small_multiples(
+        len(result.blocks), 4, (2.0, 2.3), ("branches removed", "accuracy, %")
+    )
+    for index, (panel, block) in enumerate(zip(panels, result.blocks, strict=True)):
+        panel.axhline(100 * result.accuracy, color=INK, linewidth=1, linestyle=":")
+        _removal_curve(panel, block.active, result.accuracy, VERMILLION, "-", "o")
+        _removal_curve(panel, block.inactive, result.accuracy, BLUE, "--", "s")
+        panel.set_title(f"coded block {index + 1}")
+        panel.grid(axis="y")
+    most = max(curve.removed[-1] for b in result.blocks for curve in (b.active, b.inactive))
+    panels[0].set_xticks(range(0, most + 1, max(1, -(-most // 8))))
+    panels[0].margins(x=0.05)
+    draws = "once" if result.repeats == 1 else f"{result.repeats} times; band: ± 1 deviation"
+    lines = panels[0].get_lines()
+    heading(
+        figure,
+        "Removing branches from one block",
+        "Accuracy when every image loses branches that work for its class (active), or others "
+        f"(inactive). Branches drawn at random {draws}. {result.samples} test images.",
+        (
+            [lines[1], lines[2], lines[0]],
+            ["active branches removed", "inactive branches removed", "nothing removed"],
+        ),
+    )
+    return figure
+
+
+def _removal_curve(
+    panel: Axes, curve: RemovalCurve, whole: float, colour: str, line: str, marker: str
+) -> None:
+    removed = [0, *curve.removed]
+    accuracy = [100 * share for share in (whole, *curve.accuracy)]
+    deviation = [100 * share for share in (0.0, *curve.deviation)]
+    low = [mean - spread for mean, spread in zip(accuracy, deviation, strict=True)]
+    high = [mean + spread for mean, spread in zip(accuracy, deviation, strict=True)]
+    panel.fill_between(removed, low, high, color=colour, alpha=0.22, linewidth=0)
+    panel.plot(removed, accuracy, color=colour, linestyle=line, marker=marker, markersize=3.5)
+
+
+def score_figure(result: OneClass, thresholds_from: str) -> Figure:
+    """Score histograms of the one-class classifiers, a panel for each class."""
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+
+    shown = result.classifiers[:SHOWN_CLASSES]
+    figure, panels = small_multiples(
+        len(shown),
+        5,
+        (1.75, 1.6),
+        ("score: the logit of the class from its own branches alone", "share of images"),
+        share_x=False,
+    )
+    for panel, one in zip(panels, shown, strict=True):
+        edges = one.histogram.edges
+        for counts, total, filled in (
+            (one.histogram.negatives, one.negatives, True),
+            (one.histogram.positives, one.positives, False),
+        ):
+            shares = [100 * count / max(total, 1) for count in counts]
+            if filled:
+                panel.stairs(shares, edges, fill=True, color=SKY)
+            else:
+                panel.stairs(shares, edges, color=VERMILLION, linewidth=1.3)
+                panel.stairs(
+                    shares,
+                    edges,
+                    fill=True,
+                    facecolor="none",
+                    hatch="////",
+                    edgecolor=VERMILLION,
+                    linewidth=0,
+                )
+        if one.threshold is not None:
+            panel.axvline(one.threshold, color=INK, linestyle="--", linewidth=1)
+        found = "n/a" if one.f1 is None else f"{one.f1:.3f}"
+        panel.set_title(f"{label(one.class_name, PANEL_NAME)}: F1 {found}")
+        panel.locator_params(axis="x", nbins=4)
+        panel.set_yticks([])
+        panel.spines["left"].set_visible(False)
+    heading(
+        figure,
+        "One-class classifiers: scores",
+        "Without the branches of the other classes the network tells one class from the rest. "
+        f"Threshold: best F1 on the {thresholds_from}.{shown_note(len(result.classifiers))}",
+        (
+            [
+                Patch(facecolor="none", edgecolor=VERMILLION, hatch="////"),
+                Patch(color=SKY),
+                Line2D([], [], color=INK, linestyle="--", linewidth=1),
+            ],
+            ["test images of the class", "test images of all others", "threshold"],
+        ),
+    )
+    return figure
+
+
+def precision_recall_figure(result: OneClass, thresholds_from: str) -> Figure:
+    """Precision-recall curves, a panel for each class, the others' pale behind it."""
+    from matplotlib.lines import Line2D
+
+    shown = result.classifiers[:SHOWN_CLASSES]
+    figure, panels = small_multiples(len(shown), 5, (1.75, 1.7), ("recall", "precision"))
+    for panel, one in zip(panels, shown, strict=True):
+        for other in shown:
+            if other.curve is not None:
+                panel.plot(
+                    other.curve.recall,
+                    other.curve.precision,
+                    color=PALE,
+                    linewidth=0.8,
+                    drawstyle="steps-post",
+                )
+        if one.curve is not None:
+            panel.plot(
+                one.curve.recall,
+                one.curve.precision,
+                color=BLUE,
+                linewidth=1.6,
+                drawstyle="steps-post",
+            )
+        if one.recall is not None and one.precision is not None:
+            panel.plot(
+                one.recall,
+                one.precision,
+                color=VERMILLION,
+                marker="D",
+                markersize=4.5,
+                linestyle="none",
+            )
+        found = "n/a" if one.average_precision is None else f"{one.average_precision:.3f}"
+        panel.set_title(f"{label(one.class_name, PANEL_NAME)}: AP {found}")
+    panels[0].set_xlim(-0.03, 1.03)
+    panels[0].set_ylim(-0.03, 1.05)
+    panels[0].set_xticks([0, 0.5, 1], ["0", "0.5", "1"])
+    panels[0].set_yticks([0, 0.5, 1], ["0", "0.5", "1"])
+    mean = result.mean_average_precision
+    average = "n/a" if mean is None else f"{mean:.3f}"
+    heading(
+        figure,
+        "One-class classifiers: precision and recall",
+        f"On the test images. AP: average precision; its mean is {average}."
+        + shown_note(len(result.classifiers)),
+        (
+            [
+                Line2D([], [], color=BLUE, linewidth=1.6),
+                Line2D([], [], color=PALE, linewidth=1.2),
+                Line2D([], [], color=VERMILLION, marker="D", markersize=4.5, linestyle="none"),
+            ],
+            ["the class", "the other classes", f"at the best threshold of the {thresholds_from}"],
+        ),
+    )
+    return figure

@@ -1,0 +1,328 @@
+"""The Coded ResNeXt network. Its named configurations are in registry.py."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, get_args, overload
+
+import torch
+from torch import Tensor, nn
+
+from .codebook import Codebook
+from .codebooks.shipped import Size, shipped_sizes
+from .kernels import Aggregation, Backend
+from .layers import CodedBottleneck
+
+Stem = Literal["conv3x3", "conv7x7"]
+Keep = int | Tensor | Sequence[Tensor | None]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A run of bottleneck blocks of one size."""
+
+    depth: int
+    """Number of blocks."""
+    channels: int
+    """Output channels `C` of every block."""
+    width: int
+    """Channels `D` of one branch."""
+    branches: int
+    """Number of branches `N`."""
+    active: int
+    """Branches `A` that work for each class; all of them (`A = N`) is a plain stage."""
+    stride: int = 1
+    """Stride of the first block."""
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"Stage.{name}: expected a positive integer, got {value!r}")
+        if self.active > self.branches:
+            raise ValueError(
+                f"Stage.active: expected at most {self.branches} branches, got {self.active}"
+            )
+
+    @property
+    def is_coded(self) -> bool:
+        """Whether a codebook assigns the branches of this stage to classes."""
+        return self.active < self.branches
+
+
+class CodedResNeXt(nn.Module):
+    """ResNeXt whose later stages assign their branches to classes.
+
+    With `A = N` in every stage this is plain ResNeXt. The forward pass needs no labels.
+
+    Args:
+        stages: the stages, first to last.
+        num_classes: number of classes `K`.
+        codebooks: one for each coded stage, in order. Left out, each stage takes the codebook
+            shipped for its (K, N, A), or the one that a seeded search finds.
+        class_names: names of the classes in the order of the logits. Left out, those of the
+            codebooks.
+        stem: `"conv3x3"` (stride 1, for small images), or `"conv7x7"` (stride 2, then 3x3
+            max-pooling of stride 2).
+        stem_channels: channels behind the stem.
+        in_channels: channels of the images.
+        drop_branches: DropSubNNs probability of the coded blocks, `0 <= p < 1`.
+        head_bias: whether the classifier has a bias; the published one has none.
+        aggregation: `"sum"`, or `"concat"`, the ablation of the paper's talk.
+        backend: implementation of the coded operation, see `coded_resnext.kernels`.
+
+    Raises:
+        ValueError: an argument is outside its range, or a codebook does not fit its stage, the
+            classes, or the other codebooks.
+
+    Attributes:
+        codebooks: the codebook of every coded *block*, in the order of the returned energies.
+        config: JSON-ready arguments that, with the codebooks, rebuild the network.
+    """
+
+    def __init__(
+        self,
+        stages: Sequence[Stage],
+        num_classes: int,
+        *,
+        codebooks: Sequence[Codebook] | None = None,
+        class_names: Sequence[str] | None = None,
+        stem: Stem = "conv3x3",
+        stem_channels: int = 64,
+        in_channels: int = 3,
+        drop_branches: float = 0.1,
+        head_bias: bool = False,
+        aggregation: Aggregation = "sum",
+        backend: Backend = "auto",
+    ) -> None:
+        super().__init__()
+        stages = tuple(stages)
+        if not stages:
+            raise ValueError("stages: expected at least one stage, got none")
+        if num_classes < 2:
+            raise ValueError(f"num_classes: expected at least 2, got {num_classes}")
+        if stem not in get_args(Stem):
+            raise ValueError(f"stem: expected 'conv3x3' or 'conv7x7', got {stem!r}")
+        for name, value in (("stem_channels", stem_channels), ("in_channels", in_channels)):
+            if value < 1:
+                raise ValueError(f"{name}: expected a positive integer, got {value}")
+        stage_codebooks = _stage_codebooks(stages, num_classes, codebooks, class_names)
+        self.class_names = _class_names(stage_codebooks, num_classes, class_names)
+        self.stage_codebooks = tuple(book for book in stage_codebooks if book is not None)
+        self.in_channels = in_channels
+        self.num_classes = num_classes
+        self.config: dict[str, Any] = {
+            "stages": [asdict(stage) for stage in stages],
+            "num_classes": num_classes,
+            "stem": stem,
+            "stem_channels": stem_channels,
+            "in_channels": in_channels,
+            "drop_branches": drop_branches,
+            "head_bias": head_bias,
+            "aggregation": aggregation,
+        }
+
+        self.stem = _make_stem(stem, in_channels, stem_channels)
+        self.stages = nn.ModuleList()
+        channels = stem_channels
+        for stage, codebook in zip(stages, stage_codebooks, strict=True):
+            blocks = nn.ModuleList()
+            for index in range(stage.depth):
+                blocks.append(
+                    CodedBottleneck(
+                        channels,
+                        stage.channels,
+                        stage.width,
+                        stage.branches,
+                        codebook,
+                        stride=stage.stride if index == 0 else 1,
+                        drop_branches=drop_branches,
+                        aggregation=aggregation,
+                        backend=backend,
+                    )
+                )
+                channels = stage.channels
+            self.stages.append(blocks)
+        self.head = nn.Linear(channels, num_classes, bias=head_bias)
+
+    @classmethod
+    def from_config(
+        cls, config: dict[str, Any], codebooks: Sequence[Codebook], **overrides: Any
+    ) -> CodedResNeXt:
+        """The network that `model.config` and `model.stage_codebooks` describe."""
+        arguments = {**config, **overrides}
+        stages = [Stage(**stage) for stage in arguments.pop("stages")]
+        return cls(stages, codebooks=codebooks, **arguments)
+
+    @property
+    def blocks(self) -> list[CodedBottleneck]:
+        """All blocks, first to last."""
+        return [block for stage in self.stages for block in stage]  # type: ignore[attr-defined]
+
+    @property
+    def coded_blocks(self) -> list[CodedBottleneck]:
+        """The blocks that follow a codebook, first to last."""
+        return [block for block in self.blocks if block.is_coded]
+
+    @property
+    def codebooks(self) -> tuple[Codebook, ...]:
+        """The codebook of every coded block, in the order of the returned energies."""
+        return tuple(block.codebook for block in self.coded_blocks if block.codebook is not None)
+
+    @overload
+    def forward(
+        self, x: Tensor, *, return_energies: Literal[False] = False, keep: Keep | None = None
+    ) -> Tensor: ...
+
+    @overload
+    def forward(
+        self, x: Tensor, *, return_energies: Literal[True], keep: Keep | None = None
+    ) -> tuple[Tensor, list[Tensor]]: ...
+
+    def forward(
+        self, x: Tensor, *, return_energies: bool = False, keep: Keep | None = None
+    ) -> Tensor | tuple[Tensor, list[Tensor]]:
+        """Classify images.
+
+        Args:
+            x: `[B, in_channels, H, W]`, `B >= 1`.
+            return_energies: also return the branch energies.
+            keep: branches to keep in the coded blocks, (10): a class index (the branches of one
+                class for all samples), a tensor `[B]` of class indices (one class per sample), or
+                a sequence with a mask `[B, N]`, or None, for every coded block.
+
+        Returns:
+            Logits `[B, K]`, and with `return_energies` also a list with the normalised energies
+            `[B, N]` of every coded block.
+
+        Raises:
+            ValueError: an argument has the wrong shape, or a class is out of range.
+        """
+        if x.ndim != 4 or x.shape[1] != self.in_channels or x.shape[0] == 0:
+            raise ValueError(
+                f"x: expected [B, {self.in_channels}, H, W] with B >= 1, got {list(x.shape)}"
+            )
+        keep_masks = iter(self._keep_masks(keep, x))
+        x = self.stem(x)
+        all_energies: list[Tensor] = []
+        drop_mask: Tensor | None = None
+        previous: Codebook | None = None
+        for block in self.blocks:
+            if not block.is_coded:
+                x, _ = block(x)
+                previous = None
+                continue
+            # Consecutive blocks of one codebook silence the same branches.
+            if block.codebook is not previous:
+                drop_mask = block.draw_drop_mask(x)
+                previous = block.codebook
+            x, energies = block(x, drop_mask=drop_mask, keep_mask=next(keep_masks))
+            all_energies.append(energies)
+        logits = self.head(x.mean((2, 3)))
+        return (logits, all_energies) if return_energies else logits
+
+    def _keep_masks(self, keep: Keep | None, x: Tensor) -> list[Tensor | None]:
+        """One mask `[B, N]`, or None, for every coded block."""
+        blocks = self.coded_blocks
+        if keep is None:
+            return [None] * len(blocks)
+        if not blocks:
+            raise ValueError("keep: expected None, since this network has no coded block")
+        if isinstance(keep, int):
+            self._check_class(keep, keep)
+            return [block.codewords[keep].expand(x.shape[0], -1) for block in blocks]
+        if isinstance(keep, Tensor):
+            if keep.shape != (x.shape[0],) or keep.is_floating_point() or keep.dtype == torch.bool:
+                raise ValueError(
+                    f"keep: expected a class, {x.shape[0]} class indices, or a sequence of masks; "
+                    f"got a tensor {list(keep.shape)} of {keep.dtype}"
+                )
+            if keep.device.type == "cpu" and not torch.compiler.is_compiling():
+                self._check_class(int(keep.min()), int(keep.max()))
+            keep = keep.to(x.device).long()
+            return [block.codewords[keep] for block in blocks]
+        masks = list(keep)
+        if len(masks) != len(blocks):
+            raise ValueError(
+                f"keep: expected a mask for each of {len(blocks)} coded blocks, got {len(masks)}"
+            )
+        return masks
+
+    def _check_class(self, low: int, high: int) -> None:
+        if low < 0 or high >= self.num_classes:
+            wrong = low if low < 0 else high
+            raise ValueError(f"keep: expected classes 0 to {self.num_classes - 1}, got {wrong}")
+
+
+def _make_stem(stem: Stem, in_channels: int, channels: int) -> nn.Sequential:
+    small = stem == "conv3x3"
+    conv = nn.Conv2d(
+        in_channels,
+        channels,
+        3 if small else 7,
+        1 if small else 2,
+        1 if small else 3,
+        bias=False,
+    )
+    nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+    layers: list[nn.Module] = [conv, nn.BatchNorm2d(channels), nn.ReLU(inplace=True)]
+    if not small:
+        layers.append(nn.MaxPool2d(3, 2, 1))
+    return nn.Sequential(*layers)
+
+
+def default_codebook(
+    classes: int, branches: int, active: int, class_names: Sequence[str] | None = None
+) -> Codebook:
+    """The shipped codebook of a size, or the one that a seeded search finds."""
+    size = Size(classes, branches, active)
+    shipped = size in shipped_sizes()
+    codebook = Codebook.shipped(*size) if shipped else Codebook.search(*size)
+    return codebook if class_names is None else codebook.with_class_names(class_names)
+
+
+def _stage_codebooks(
+    stages: Sequence[Stage],
+    num_classes: int,
+    codebooks: Sequence[Codebook] | None,
+    class_names: Sequence[str] | None,
+) -> list[Codebook | None]:
+    """The codebook of every stage, None for plain ones; equal ones are one object."""
+    coded = [stage for stage in stages if stage.is_coded]
+    if codebooks is None:
+        codebooks = [
+            default_codebook(num_classes, stage.branches, stage.active, class_names)
+            for stage in coded
+        ]
+    if len(codebooks) != len(coded):
+        raise ValueError(
+            f"codebooks: expected one for each of {len(coded)} coded stages, got {len(codebooks)}"
+        )
+    for stage, codebook in zip(coded, codebooks, strict=True):
+        expected = (num_classes, stage.branches, stage.active)
+        found = (codebook.classes, codebook.branches, codebook.active)
+        if found != expected:
+            raise ValueError(
+                "codebooks: expected (classes, branches, active) = "
+                f"{expected} as in the stage, got {found}"
+            )
+        if codebook.class_names != codebooks[0].class_names:
+            raise ValueError("codebooks: expected the same classes in the same order in all")
+    unique = {codebook: codebook for codebook in reversed(codebooks)}
+    remaining = iter(codebooks)
+    return [unique[next(remaining)] if stage.is_coded else None for stage in stages]
+
+
+def _class_names(
+    codebooks: Sequence[Codebook | None], num_classes: int, class_names: Sequence[str] | None
+) -> tuple[str, ...]:
+    """The names of the classes; the codebooks' when there are any, and they must agree."""
+    known = next((book.class_names for book in codebooks if book is not None), None)
+    if class_names is None:
+        return known or tuple(map(str, range(num_classes)))
+    names = tuple(class_names)
+    if len(names) != num_classes or len(set(names)) != num_classes:
+        raise ValueError(f"class_names: expected {num_classes} distinct names, got {len(names)}")
+    if known is not None and names != known:
+        raise ValueError("class_names: expected the classes of the codebooks, in their order")
+    return names

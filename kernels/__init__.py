@@ -1,0 +1,17 @@
+"""Coded operations: their definition, the exact Gram form, and the public operators."""
+
+if not __name__.startswith("coded_resnext."):
+    raise ImportError(
+        f"this folder is installed as coded_resnext.kernels; import that instead of {__name__!r}"
+    )
+
+from .ops import Aggregation, Backend, backends, coded_aggregate, coding_loss, select_backend
+
+__all__ = [
+    "Aggregation",
+    "Backend",
+    "backends",
+    "coded_aggregate",
+    "coding_loss",
+    "select_backend",
+]

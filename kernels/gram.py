@@ -1,0 +1,162 @@
+"""The exact Gram form of the coded aggregation in plain PyTorch: the CPU path and the fallback.
+
+A branch's output is linear in its D channels, so its energy follows from a D x D Gram matrix,
+(11) of docs/math.md, and the branch sum is one dense 1x1 convolution, (12). The branch tensor
+`[B, N, C, H, W]` is never formed.
+
+Shapes: B samples, N branches of width D, C output channels of a branch, P = H*W pixels.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .reference import accumulation_dtype, is_dead
+
+
+def _is_channels_last(x: Tensor) -> bool:
+    return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+
+
+def branch_grams(h: Tensor, branches: int) -> Tensor:
+    """`G[b, n] = h_n h_n^T` over the pixels: `[B, N*D, H, W]` to `[B, N, D, D]`."""
+    batch, channels, height, width = h.shape
+    depth, pixels = channels // branches, height * width
+    if _is_channels_last(h):
+        # bmm reads the strided slice of one branch in place; all branches at once would copy.
+        rows = h.permute(0, 2, 3, 1).view(batch, pixels, branches, depth)
+        slices = rows.unbind(2)
+        return torch.stack([torch.bmm(part.transpose(1, 2), part) for part in slices], 1)
+    columns = h.reshape(batch * branches, depth, pixels)
+    grams = torch.bmm(columns, columns.transpose(1, 2))
+    return grams.view(batch, branches, depth, depth)
+
+
+def apply_per_branch(matrices: Tensor, h: Tensor) -> Tensor:
+    """`A[b, n] h_n` for symmetric `A [B, N, D, D]`: a tensor like `h [B, N*D, H, W]`."""
+    batch, branches, depth, _ = matrices.shape
+    height, width = h.shape[2:]
+    if _is_channels_last(h):
+        rows = h.permute(0, 2, 3, 1).view(batch, height * width, branches, depth)
+        products = [torch.bmm(rows[:, :, n], matrices[:, n]) for n in range(branches)]
+        return torch.cat(products, 2).view(batch, height, width, -1).permute(0, 3, 1, 2)
+    columns = h.reshape(batch * branches, depth, height * width)
+    return torch.bmm(matrices.flatten(0, 1), columns).view_as(h)
+
+
+class _NormalizeBranches(torch.autograd.Function):
+    """`(h, W) -> (s h, Ebar)` with the gradients (14)-(17) written out.
+
+    Kept for the backward pass: `h`, `s h` (which the convolution behind keeps anyway), the Grams
+    and other tensors of size `B*N`. The gradient of `W` through the convolution is not ours.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        h: Tensor,
+        branch_weight: Tensor,
+        drop_mask: Tensor | None,
+        keep_mask: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        accumulate = accumulation_dtype(h.dtype)
+        branches, out_channels, depth = branch_weight.shape
+        weight = branch_weight.to(accumulate)
+        form = torch.bmm(weight.transpose(1, 2), weight)
+        wide = h.to(accumulate)
+        grams = branch_grams(wide, branches)
+        # The form and the Gram are positive semidefinite; rounding must not make it negative.
+        energy = torch.einsum("bnij,nij->bn", grams, form).clamp_min(0)
+        energy = energy / (out_channels * h.shape[2] * h.shape[3])
+        if keep_mask is not None:
+            energy = energy * keep_mask
+        mean = energy.mean(1, keepdim=True)
+        dead = is_dead(mean)
+        inverse = torch.where(dead, 0.0, 1.0 / torch.where(dead, 1.0, mean))
+        scale = inverse.sqrt()
+        for mask in (drop_mask, keep_mask):
+            if mask is not None:
+                scale = scale * mask
+        scaled = (wide * _per_channel(scale, depth)).to(h.dtype)
+        energies = energy * inverse
+        ctx.save_for_backward(
+            h, scaled, branch_weight, grams, energies, inverse, scale, keep_mask
+        )
+        return scaled, energies
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(
+        ctx: Any, grad_scaled: Tensor, grad_energies: Tensor
+    ) -> tuple[Tensor, Tensor, None, None]:
+        h, scaled, branch_weight, grams, energies, inverse, scale, keep_mask = ctx.saved_tensors
+        branches, out_channels, depth = branch_weight.shape
+        accumulate = energies.dtype
+        weight = branch_weight.to(accumulate)
+        grad = grad_scaled.to(accumulate)
+        # (13), (14): sum_n m ds / sqrt(M) is the inner product of s h with its gradient.
+        through_scale = (scaled * grad).sum((1, 2, 3))[:, None]
+        through_energies = (grad_energies * energies).sum(1, keepdim=True)
+        grad_mean = -inverse * (0.5 * through_scale + through_energies)
+        grad_energy = grad_energies * inverse + grad_mean / branches
+        if keep_mask is not None:
+            grad_energy = grad_energy * keep_mask
+        coefficient = grad_energy * (2.0 / (out_channels * h.shape[2] * h.shape[3]))
+        # (16), (17) without the part of dW that the convolution computes.
+        form = torch.bmm(weight.transpose(1, 2), weight)
+        grad_h = apply_per_branch(coefficient[:, :, None, None] * form, h.to(accumulate))
+        grad_h = grad_h.addcmul(grad, _per_channel(scale, depth))
+        grad_weight = torch.bmm(weight, torch.einsum("bn,bnij->nij", coefficient, grams))
+        return grad_h.to(h.dtype), grad_weight.to(branch_weight.dtype), None, None
+
+
+def _per_channel(scale: Tensor, depth: int) -> Tensor:
+    """`[B, N]`, or `[B, 1]` where all branches share one, broadcast over `[B, N*D, H, W]`."""
+    if scale.shape[1] > 1:
+        scale = scale.repeat_interleave(depth, 1)
+    return scale[:, :, None, None]
+
+
+def coded_aggregate(
+    h: Tensor,
+    weight: Tensor,
+    branches: int,
+    drop_mask: Tensor | None = None,
+    keep_mask: Tensor | None = None,
+    *,
+    concatenate: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Energies, normalisation, DropSubNNs and branch sum by (11)-(12).
+
+    Args:
+        h: `[B, N*D, H, W]`, contiguous or channels-last; other layouts are copied.
+        weight: the 1x1 convolution, `[C, N*D, 1, 1]`, or `[C, D, 1, 1]` when concatenated.
+        branches: `N`.
+        drop_mask, keep_mask: as for the reference, in the accumulation dtype.
+        concatenate: as for the reference.
+
+    Returns:
+        `y [B, C, H, W]` and the normalised energies `[B, N]`, as the reference.
+    """
+    if not (h.is_contiguous() or _is_channels_last(h)):
+        h = h.contiguous()
+    per_branch = split_weight(weight, branches, concatenate=concatenate)
+    # Autocast would take the small matrix products, and with them the energies, to half precision.
+    if torch.is_autocast_enabled(h.device.type):
+        with torch.autocast(h.device.type, enabled=False):
+            scaled, energies = _NormalizeBranches.apply(h, per_branch, drop_mask, keep_mask)
+    else:
+        scaled, energies = _NormalizeBranches.apply(h, per_branch, drop_mask, keep_mask)
+    return F.conv2d(scaled, weight, groups=branches if concatenate else 1), energies
+
+
+def split_weight(weight: Tensor, branches: int, *, concatenate: bool) -> Tensor:
+    """One matrix per branch, `[N, C, D]` (`[N, C/N, D]` when concatenated), a view."""
+    if concatenate:
+        return weight.flatten(1).unflatten(0, (branches, -1))
+    return weight.flatten(1).unflatten(1, (branches, -1)).transpose(0, 1)
