@@ -7,17 +7,33 @@ class `k`. Letters as in docs/math.md: `K` classes, `N` branches, `A` active bra
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from coded_resnext.codebooks.shipped import Size, load_shipped
-
-FORMAT_VERSION = 1
+from coded_resnext.codebooks.assignment import Assignment, assign
+from coded_resnext.codebooks.bounds import Bounds, codebook_bounds
+from coded_resnext.codebooks.files import read_document
+from coded_resnext.codebooks.growing import grow
+from coded_resnext.codebooks.quality import Quality, quality
+from coded_resnext.codebooks.search import Progress, search
+from coded_resnext.codebooks.shipped import FORMAT_VERSION, Size, load_shipped
+from coded_resnext.codebooks.words import (
+    Words,
+    distance_histogram,
+    first_duplicate,
+    from_strings,
+    is_balanced,
+    to_strings,
+)
 
 
 class Codebook:
@@ -41,26 +57,28 @@ class Codebook:
         codewords: Tensor | Sequence[Sequence[int]],
         class_names: Sequence[str] | None = None,
     ) -> None:
-        matrix = torch.as_tensor(codewords).detach().cpu()
-        _check_matrix(matrix)
-        self._codewords = matrix.to(torch.bool, copy=True)
-        self._class_names = _checked_names(class_names, len(matrix))
+        self._words = _checked_words(codewords)
+        self._words.setflags(write=False)
+        self._class_names = _checked_names(class_names, len(self._words))
 
     @classmethod
     def from_words(cls, words: Iterable[str], class_names: Sequence[str] | None = None) -> Codebook:
         """A codebook from strings of 0 and 1, one per class, such as `"1001001000"`."""
         words = list(words)
+        if len(words) < 2:
+            raise ValueError(f"codewords: expected at least two classes, got {len(words)}")
         for index, word in enumerate(words):
             if not isinstance(word, str) or not word or set(word) - {"0", "1"}:
                 raise ValueError(
-                    f"codewords: expected strings of 0 and 1, got {str(word)[:80]!r} for class {index}"
+                    "codewords: expected strings of 0 and 1, "
+                    f"got {str(word)[:80]!r} for class {index}"
                 )
             if len(word) != len(words[0]):
                 raise ValueError(
                     f"codewords: expected {len(words[0])} digits in every word as in the first, "
                     f"got {len(word)} for class {index}"
                 )
-        return cls([[int(digit) for digit in word] for word in words], class_names)
+        return cls(torch.from_numpy(from_strings(words)), class_names)
 
     @classmethod
     def shipped(cls, classes: int, branches: int, active: int, variant: str = "best") -> Codebook:
@@ -77,10 +95,44 @@ class Codebook:
         """
         return cls.from_dict(load_shipped(Size(classes, branches, active), variant))
 
+    @classmethod
+    def search(
+        cls,
+        classes: int,
+        branches: int,
+        active: int,
+        *,
+        effort: str = "default",
+        seed: int = 0,
+        class_names: Sequence[str] | None = None,
+        report: Callable[[Progress], None] | None = None,
+    ) -> Codebook:
+        """The best balanced codebook that a search finds: large distance, then few pairs at it.
+
+        The same arguments give the same codebook on every machine. Ctrl-C ends the search with the
+        best so far and a warning.
+
+        Args:
+            classes: `K`, from 2 to the number of different codewords, `C(N, A)`.
+            branches: `N`.
+            active: `A`, from 1 to `N`.
+            effort: `"fast"` (a second), `"default"` (seconds) or `"thorough"` (minutes).
+            seed: another seed gives another codebook.
+            class_names: names of the classes.
+            report: called with the progress of the search.
+
+        Raises:
+            ValueError: there is no such codebook, or an argument is not as described.
+        """
+        found = search(classes, branches, active, effort, seed, report)
+        if found.interrupted:
+            warnings.warn("search interrupted; the best codebook so far is kept", stacklevel=2)
+        return cls(torch.from_numpy(found.words), class_names)
+
     @property
     def codewords(self) -> Tensor:
         """Boolean `[K, N]` on the CPU; a copy, so that the codebook stays what it is."""
-        return self._codewords.clone()
+        return torch.from_numpy(self._words.astype(np.bool_))
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -90,17 +142,17 @@ class Codebook:
     @property
     def classes(self) -> int:
         """Number of classes `K`."""
-        return self._codewords.shape[0]
+        return len(self._words)
 
     @property
     def branches(self) -> int:
         """Number of branches `N`."""
-        return self._codewords.shape[1]
+        return int(self._words.shape[1])
 
     @property
     def active(self) -> int:
         """Number of branches `A` that work for each class."""
-        return int(self._codewords[0].sum())
+        return int(self._words[0].sum())
 
     @property
     def ratio(self) -> float:
@@ -110,32 +162,100 @@ class Codebook:
     @cached_property
     def words(self) -> tuple[str, ...]:
         """The codewords as strings of 0 and 1."""
-        return tuple("".join("01"[bit] for bit in row) for row in self._codewords.int().tolist())
+        return tuple(to_strings(self._words))
 
     @property
     def column_loads(self) -> tuple[int, ...]:
         """For each branch, the number of classes that it works for."""
-        return tuple(self._codewords.sum(0).tolist())
+        return tuple(self._words.sum(axis=0, dtype=np.int64).tolist())
 
     @cached_property
+    def _distances(self) -> dict[int, int]:
+        return distance_histogram(self._words)
+
+    @property
     def distances(self) -> dict[int, int]:
         """Histogram of the Hamming distances: distance to number of class pairs, ascending."""
-        rows = self._codewords.to(torch.int32)
-        overlap = (rows.float() @ rows.float().T).round().int()
-        upper = torch.triu_indices(self.classes, self.classes, offset=1)
-        distances, counts = (2 * (self.active - overlap[upper[0], upper[1]])).unique(
-            return_counts=True
-        )
-        return dict(zip(distances.tolist(), counts.tolist(), strict=True))
+        return dict(self._distances)
 
     @property
     def min_distance(self) -> int:
         """Smallest Hamming distance between the codewords of two classes."""
-        return min(self.distances)
+        return min(self._distances)
+
+    @cached_property
+    def bounds(self) -> Bounds:
+        """What is possible in this size, beside what this codebook reaches; prints as a sentence.
+
+        The bounds are proved, in whole numbers: Johnson's on the minimum distance, a linear program
+        on the number of pairs at it (docs/codebooks.md).
+        """
+        balanced = is_balanced(self._words)
+        return codebook_bounds(self.classes, self.branches, self.active, self._distances, balanced)
+
+    def quality(
+        self, flip_probability: float = 0.1, *, trials: int = 10_000, seed: int = 0
+    ) -> Quality:
+        """Distances, loads, and how often a class is mistaken when branches decide wrongly.
+
+        Args:
+            flip_probability: probability that a branch decides wrongly, from 0 to 0.5.
+            trials: random patterns of wrong branches.
+            seed: of these patterns.
+
+        Raises:
+            ValueError: an argument is out of range.
+        """
+        return quality(self._words, flip_probability, trials, seed)
+
+    def extend(self, new_classes: Sequence[str] | int, *, seed: int = 0) -> Codebook:
+        """A codebook for more classes: these rows first, then new codewords of the same weight.
+
+        The new codewords load the emptiest branches and keep the minimum distance, or come as near
+        to it as annealing with this seed finds.
+
+        Args:
+            new_classes: names of the new classes, or their number.
+            seed: of the annealing.
+
+        Raises:
+            ValueError: no class is added, there are not enough codewords, or a name is taken.
+        """
+        if isinstance(new_classes, str):
+            raise ValueError(f"new_classes: expected names or a number, got {new_classes!r:.80}")
+        if isinstance(new_classes, int):
+            start = self.classes
+            names = tuple(str(index) for index in range(start, start + new_classes))
+        else:
+            names = tuple(new_classes)
+        # Checked before the work is done.
+        all_names = _checked_names(self._class_names + names, self.classes + len(names))
+        return Codebook(torch.from_numpy(grow(self._words, len(names), seed)), all_names)
+
+    def assign(
+        self, similarity: npt.ArrayLike, similar_classes: str = "far", *, seed: int = 0
+    ) -> tuple[Codebook, Assignment]:
+        """The same codewords dealt to the classes so that similar classes are far apart, or near.
+
+        Args:
+            similarity: `[K, K]` numbers >= 0 in the order of the classes, such as made by
+                `coded_resnext.codebooks.similarity_from_confusions`.
+            similar_classes: `"far"` or `"near"`.
+            seed: of the local search.
+
+        Returns:
+            The new codebook, and the mean distance of similar classes before and after.
+
+        Raises:
+            ValueError: an argument is not as described.
+        """
+        assignment = assign(self._words, similarity, similar_classes, seed)
+        words = self._words[assignment.order]
+        return Codebook(torch.from_numpy(words), self._class_names), assignment
 
     def with_class_names(self, class_names: Sequence[str]) -> Codebook:
         """The same codewords for classes of other names."""
-        return Codebook(self._codewords, class_names)
+        return Codebook(self.codewords, class_names)
 
     def index(self, class_name: str) -> int:
         """Row of a class; a ValueError names the classes when there is no such class."""
@@ -176,9 +296,14 @@ class Codebook:
 
     @classmethod
     def load(cls, path: str | Path) -> Codebook:
-        """Read a codebook written by `save`; a ValueError names the file and what is wrong."""
+        """Read a codebook written by `save`, or words in JSON, text or CSV of any origin.
+
+        Raises:
+            ValueError: the file holds no codebook; the message names the file and what is wrong.
+            OSError: the file cannot be read.
+        """
         try:
-            return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
+            return cls.from_dict(read_document(path))
         except ValueError as error:
             raise ValueError(f"{path}: not a codebook: {error}") from error
 
@@ -212,28 +337,32 @@ class Codebook:
         )
 
 
-def _check_matrix(matrix: Tensor) -> None:
+def _checked_words(codewords: Tensor | Sequence[Sequence[int]]) -> Words:
+    try:
+        matrix = torch.as_tensor(codewords).detach().cpu().numpy()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"codewords: expected a matrix [classes, branches]: {error}") from error
     if matrix.ndim != 2 or matrix.shape[0] < 2 or matrix.shape[1] < 1:
         raise ValueError(
             "codewords: expected a matrix [classes, branches] with at least two classes, "
             f"got shape {list(matrix.shape)}"
         )
-    if not bool(((matrix == 0) | (matrix == 1)).all()):
+    if not ((matrix == 0) | (matrix == 1)).all():
         raise ValueError("codewords: expected only 0 and 1, got other values")
-    weights = (matrix != 0).sum(1)
-    if int(weights.min()) < 1:
+    words: Words = matrix.astype(np.uint8)
+    weights = words.sum(axis=1, dtype=np.int64)
+    if weights.min() < 1:
         raise ValueError(f"codewords: class {int(weights.argmin())} has no active branch")
-    if not bool((weights == weights[0]).all()):
-        odd = int((weights != weights[0]).nonzero()[0])
+    if (weights != weights[0]).any():
+        odd = int(np.flatnonzero(weights != weights[0])[0])
         raise ValueError(
-            f"codewords: expected the same number of ones in every row, got {int(weights[0])} "
-            f"for class 0 and {int(weights[odd])} for class {odd}"
+            f"codewords: expected the same number of ones in every row, got {weights[0]} "
+            f"for class 0 and {weights[odd]} for class {odd}"
         )
-    seen: dict[tuple[Any, ...], int] = {}
-    for index, row in enumerate((matrix != 0).tolist()):
-        first = seen.setdefault(tuple(row), index)
-        if first != index:
-            raise ValueError(f"codewords: classes {first} and {index} have the same codeword")
+    double = first_duplicate(words)
+    if double is not None:
+        raise ValueError(f"codewords: classes {double[0]} and {double[1]} have the same codeword")
+    return words
 
 
 def _checked_names(class_names: Sequence[str] | None, classes: int) -> tuple[str, ...]:
@@ -245,6 +374,6 @@ def _checked_names(class_names: Sequence[str] | None, classes: int) -> tuple[str
     if len(names) != classes:
         raise ValueError(f"class_names: expected {classes} names, got {len(names)}")
     if len(set(names)) != classes:
-        double = next(name for name in names if names.count(name) > 1)
+        double = Counter(names).most_common(1)[0][0]
         raise ValueError(f"class_names: expected distinct names, got {double!r} more than once")
     return names

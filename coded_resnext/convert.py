@@ -131,7 +131,9 @@ def published_model(
     stem, blocks, head = _parse(architecture)
     parts = {index: _below(state, f"net_list.{index}.") for index in blocks}
     books = {
-        index: None if bool(_take(part, _CODEWORDS).all()) else Codebook(part[_CODEWORDS], class_names)
+        index: None
+        if bool(_take(part, _CODEWORDS).all())
+        else Codebook(part[_CODEWORDS], class_names)
         for index, part in parts.items()
     }
     groups = _group_blocks(blocks, architecture, books)
@@ -186,7 +188,8 @@ def _below(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 def _to_grouped(dense: Tensor, branches: int) -> Tensor:
     """`[C, N*D, 1, 1]` to `[N*C, D, 1, 1]`, branch-major."""
-    return dense.unflatten(1, (branches, -1)).transpose(0, 1).flatten(0, 1)
+    channels = dense.shape[0]
+    return dense.reshape(channels, branches, -1, 1, 1).transpose(0, 1).flatten(0, 1)
 
 
 def _to_dense(grouped: Tensor, branches: int) -> Tensor:
@@ -195,7 +198,8 @@ def _to_dense(grouped: Tensor, branches: int) -> Tensor:
         raise ValueError(
             f"conv_expand.weight: expected [{branches} * C, D, 1, 1], got {list(grouped.shape)}"
         )
-    return grouped.unflatten(0, (branches, -1)).transpose(0, 1).flatten(1, 2)
+    width = grouped.shape[1]
+    return grouped.reshape(branches, -1, width, 1, 1).transpose(0, 1).flatten(1, 2)
 
 
 def _block_state(state: Mapping[str, Tensor], block: CodedBottleneck) -> dict[str, Tensor]:

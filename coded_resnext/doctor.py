@@ -17,7 +17,15 @@ from .kernels import backends, coded_aggregate, coding_loss
 # carries 2**-24 per rounding and sums hundreds of terms; bfloat16 carries 2**-9 and is rounded
 # once on the way in, once on the way out.
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2}
-PACKAGES = ("coded-resnext", "torch", "triton", "numpy", "safetensors", "scikit-learn", "matplotlib")
+PACKAGES = (
+    "coded-resnext",
+    "torch",
+    "triton",
+    "numpy",
+    "safetensors",
+    "scikit-learn",
+    "matplotlib",
+)
 
 
 def add_parser(commands: Any) -> None:

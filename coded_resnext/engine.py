@@ -42,9 +42,7 @@ class Accuracy:
 
 
 @torch.inference_mode()
-def measure_accuracy(
-    model: CodedResNeXt, loader: Iterable[tuple[Tensor, Tensor]]
-) -> Accuracy:
+def measure_accuracy(model: CodedResNeXt, loader: Iterable[tuple[Tensor, Tensor]]) -> Accuracy:
     """Accuracy of the classifier and of every early decoder, in evaluation mode.
 
     Raises:
@@ -148,7 +146,10 @@ def fit(
     try:
         for epoch in range(len(history) + 1, config.epochs + 1):
             start = time.perf_counter()
-            row = {"epoch": epoch, **_train_epoch(model, loss, optimizer, train_loader, config, epoch, bar)}
+            row = {
+                "epoch": epoch,
+                **_train_epoch(model, loss, optimizer, train_loader, config, epoch, bar),
+            }
             accuracy = measure_accuracy(model, test_loader)
             row["test_accuracy"] = accuracy.final
             row |= {f"early_decoding_{i}": a for i, a in enumerate(accuracy.early, 1)}

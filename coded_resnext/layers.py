@@ -212,14 +212,12 @@ class CodedBottleneck(nn.Module):
         """Refuse weights that were trained for other codewords."""
         key = f"{prefix}codewords"
         theirs = state_dict.get(key)
-        if self.is_coded and theirs is not None and not self.codewords.is_meta:
-            if theirs.shape != self.codewords.shape or not bool(
-                (theirs.to(self.codewords.device) == self.codewords).all()
-            ):
-                raise ValueError(
-                    f"{key}: the weights were trained for other codewords than this model has; "
-                    "build the model with the codebook of its checkpoint"
-                )
+        known = self.is_coded and theirs is not None and not self.codewords.is_meta
+        if known and not torch.equal(theirs.cpu().bool(), self.codewords.cpu()):
+            raise ValueError(
+                f"{key}: the weights were trained for other codewords than this model has; "
+                "build the model with the codebook of its checkpoint"
+            )
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def extra_repr(self) -> str:

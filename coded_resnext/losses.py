@@ -75,9 +75,7 @@ class CodedLoss(nn.Module):
         for index, codebook in enumerate(codebooks):
             self.register_buffer(f"codewords_{index}", codebook.codewords, persistent=False)
 
-    def forward(
-        self, logits: Tensor, energies: Sequence[Tensor], targets: Tensor
-    ) -> LossTerms:
+    def forward(self, logits: Tensor, energies: Sequence[Tensor], targets: Tensor) -> LossTerms:
         """The loss of a batch.
 
         Args:

@@ -113,19 +113,19 @@ class TensorBoardLog:
             print("TensorBoard is not installed: its logs are left out", file=sys.stderr)
             self._writer = None
             return
-        self._writer = SummaryWriter(str(folder), purge_step=first_epoch)  # type: ignore[no-untyped-call]
+        self._writer = SummaryWriter(str(folder), purge_step=first_epoch)
 
     def write(self, epoch: int, row: dict[str, float]) -> None:
         """Add the values of an epoch."""
         if self._writer is not None:
             for name, value in row.items():
                 if name != "epoch":
-                    self._writer.add_scalar(name, value, epoch)  # type: ignore[no-untyped-call]
+                    self._writer.add_scalar(name, value, epoch)
 
     def close(self) -> None:
         """Write what is buffered."""
         if self._writer is not None:
-            self._writer.close()  # type: ignore[no-untyped-call]
+            self._writer.close()
 
 
 def versions() -> dict[str, str]:

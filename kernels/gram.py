@@ -84,13 +84,11 @@ class _NormalizeBranches(torch.autograd.Function):
                 scale = scale * mask
         scaled = (wide * _per_channel(scale, depth)).to(h.dtype)
         energies = energy * inverse
-        ctx.save_for_backward(
-            h, scaled, branch_weight, grams, energies, inverse, scale, keep_mask
-        )
+        ctx.save_for_backward(h, scaled, branch_weight, grams, energies, inverse, scale, keep_mask)
         return scaled, energies
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(
         ctx: Any, grad_scaled: Tensor, grad_energies: Tensor
     ) -> tuple[Tensor, Tensor, None, None]:
@@ -158,5 +156,5 @@ def coded_aggregate(
 def split_weight(weight: Tensor, branches: int, *, concatenate: bool) -> Tensor:
     """One matrix per branch, `[N, C, D]` (`[N, C/N, D]` when concatenated), a view."""
     if concatenate:
-        return weight.flatten(1).unflatten(0, (branches, -1))
-    return weight.flatten(1).unflatten(1, (branches, -1)).transpose(0, 1)
+        return weight.reshape(branches, -1, weight.shape[1])
+    return weight.reshape(weight.shape[0], branches, -1).transpose(0, 1)

@@ -99,9 +99,7 @@ def coded_aggregate(
         return reference.coded_aggregate(
             h, per_branch, drop_mask, keep_mask, concatenate=concatenate
         )
-    return gram.coded_aggregate(
-        h, weight, branches, drop_mask, keep_mask, concatenate=concatenate
-    )
+    return gram.coded_aggregate(h, weight, branches, drop_mask, keep_mask, concatenate=concatenate)
 
 
 def coding_loss(

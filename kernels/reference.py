@@ -26,7 +26,7 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 def branch_outputs(h: Tensor, branch_weight: Tensor) -> Tensor:
     """(1) `T_n = W_n h_n`: `[B, N*D, H, W]` and `[N, C, D]` to `[B, N, C, H, W]`."""
     branches, _, width = branch_weight.shape
-    per_branch = h.unflatten(1, (branches, width))
+    per_branch = h.reshape(h.shape[0], branches, width, *h.shape[2:])
     return torch.einsum("ncd,bndhw->bnchw", branch_weight.to(h.dtype), per_branch)
 
 

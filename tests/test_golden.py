@@ -102,9 +102,7 @@ def test_network_in_training(name: str, backend: str) -> None:
     model = published_model(below(golden, "state."), meta["architecture"]).train()
     for block in model.blocks:
         block.backend = backend
-    loss = CodedLoss(
-        model.codebooks, weight=meta["coding_loss_weight"], exponent=meta["exponent"]
-    )
+    loss = CodedLoss(model.codebooks, weight=meta["coding_loss_weight"], exponent=meta["exponent"])
     logits, energies = model(golden["x"], return_energies=True)
     terms = loss(logits, energies, golden["targets"])
     terms.total.backward()

@@ -178,7 +178,11 @@ def test_constructor_refuses(changes: dict[str, Any], message: str) -> None:
 @pytest.mark.parametrize(
     ("x", "masks", "message"),
     [
-        (torch.zeros(0, 6, 4, 4), {}, r"x: expected \[B, 6, H, W\] with B >= 1, got \[0, 6, 4, 4\]"),
+        (
+            torch.zeros(0, 6, 4, 4),
+            {},
+            r"x: expected \[B, 6, H, W\] with B >= 1, got \[0, 6, 4, 4\]",
+        ),
         (torch.zeros(2, 5, 4, 4), {}, r"x: expected \[B, 6, H, W\] .* got \[2, 5, 4, 4\]"),
         (torch.zeros(2, 6, 4), {}, r"x: .* got \[2, 6, 4\]"),
         (torch.zeros(2, 6, 4, 4), {"keep_mask": torch.ones(2, 3)}, r"keep_mask: expected \[2, 4\]"),

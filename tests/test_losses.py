@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from coded_resnext.kernels import coding_loss
 
 from coded_resnext import Codebook, CodedLoss
-from coded_resnext.kernels import coding_loss
 
 BOOKS = [
     Codebook.from_words(["1100", "0110", "0011"]),

@@ -47,7 +47,10 @@ def metacyclic(normal: int, top: int, power: int) -> Group:
     elements = [(a, b) for b in range(top) for a in range(normal)]
     return np.array(
         [
-            [(a + pow(power, b, normal) * c) % normal + normal * ((b + d) % top) for c, d in elements]
+            [
+                (a + pow(power, b, normal) * c) % normal + normal * ((b + d) % top)
+                for c, d in elements
+            ]
             for a, b in elements
         ],
         dtype=np.intp,

@@ -14,9 +14,9 @@ import numpy as np
 from coded_resnext.codebooks.groups import Group, subgroup
 from coded_resnext.codebooks.words import Ints, Words, all_words
 
-# All words are tried when there are no more than this, else a sample in blocks of `SAMPLE`.
+# All words are tried when there are no more than this, else a sample in blocks of so many digits.
 ENUMERATED = 200_000
-SAMPLE = 1 << 15
+BLOCK_DIGITS = 1 << 20
 
 
 class Candidates(NamedTuple):
@@ -34,6 +34,10 @@ class Candidates(NamedTuple):
     inner: Ints
     limit: int
 
+    def select(self, indices: Ints) -> Candidates:
+        """Those of some indices, in their order."""
+        return Candidates(self.words[indices], self.sizes[indices], self.inner[indices], self.limit)
+
 
 def full_orbits(
     group: Group, active: int, limit: int, most: int, samples: int, rng: np.random.Generator
@@ -46,11 +50,13 @@ def full_orbits(
         found.append(_distant_orbits(all_words(branches, active), group, limit))
     else:
         for _ in range(samples):
-            found.append(_distant_orbits(_random_words(branches, active, SAMPLE, rng), group, limit))
+            block = _random_words(branches, active, BLOCK_DIGITS // branches, rng)
+            found.append(_distant_orbits(block, group, limit))
             total += len(found[-1])
             if total >= most:
                 break
-    return _candidates(_one_per_orbit(np.concatenate(found), group), group, limit, most, rng)
+    candidates = orbits_of(np.concatenate(found), group, limit)
+    return candidates.select(rng.permutation(len(candidates.words))[:most])
 
 
 def short_orbits(
@@ -65,14 +71,16 @@ def short_orbits(
     fixing = order // size
     found = [np.zeros((0, branches), dtype=np.uint8)]
     if fixing * size == order and active % fixing == 0:
-        subgroups = {(0,)} if fixing == 1 else set()
+        subgroups: set[tuple[int, ...]] = {(0,)} if fixing == 1 else set()
         for _ in range(40):
             generators = rng.integers(1, order, size=int(rng.integers(1, 4))).tolist()
             members = tuple(subgroup(group, generators))
             if len(members) == fixing:
                 subgroups.add(members)
         for members in sorted(subgroups):
-            blocks = sorted({tuple(sorted(group[list(members), j].tolist())) for j in range(branches)})
+            blocks = sorted(
+                {tuple(sorted(group[list(members), j].tolist())) for j in range(branches)}
+            )
             chosen = active // fixing
             if comb(len(blocks), chosen) <= 3000:
                 picks = all_words(len(blocks), chosen)
@@ -82,12 +90,23 @@ def short_orbits(
             for position, block in enumerate(blocks):
                 words[:, list(block)] = picks[:, position : position + 1]
             found.append(_distant_orbits(words, group, limit))
-    words = _one_per_orbit(np.concatenate(found), group)
-    candidates = _candidates(words, group, limit, len(words), rng)
-    fitting = np.flatnonzero(candidates.sizes == size)[:most]
-    return Candidates(
-        candidates.words[fitting], candidates.sizes[fitting], candidates.inner[fitting], limit
-    )
+    candidates = orbits_of(np.concatenate(found), group, limit)
+    return candidates.select(rng.permutation(np.flatnonzero(candidates.sizes == size))[:most])
+
+
+def orbits_of(words: Words, group: Group, limit: int) -> Candidates:
+    """The orbits of these words, each counted once, without those with a conflict inside."""
+    words = _one_per_orbit(_distant_orbits(words, group, limit), group)
+    active = int(words[0].sum()) if len(words) else 0
+    fixing = np.ones(len(words), dtype=np.int64)
+    touching = np.zeros(len(words), dtype=np.int64)
+    columns = np.ascontiguousarray(words.T)
+    for permutation in group[1:]:
+        common = (columns & columns[permutation]).sum(axis=0, dtype=np.uint8)
+        fixing += common == active
+        touching += (common == limit) & (common < active)
+    sizes = len(group) // fixing
+    return Candidates(words, sizes, sizes * (touching // fixing) // 2, limit)
 
 
 def join(parts: Sequence[Candidates]) -> Candidates:
@@ -109,6 +128,8 @@ def _random_words(branches: int, active: int, count: int, rng: np.random.Generat
 
 def _distant_orbits(words: Words, group: Group, limit: int) -> Words:
     """The words that share at most `limit` branches with each of their other images."""
+    if len(words) == 0:
+        return words
     active = int(words[0].sum())
     # One column of the memory per word: moving columns is then copying contiguous rows.
     columns = np.ascontiguousarray(words.T)
@@ -133,25 +154,11 @@ def _up_to_inverse(group: Group) -> Group:
 
 def _one_per_orbit(words: Words, group: Group) -> Words:
     """One word of each orbit that occurs: images are told apart by sums of fixed random numbers."""
-    labels = np.random.default_rng(0).integers(1 << 45, size=group.shape[1]).astype(np.float64)
+    labels = np.random.default_rng(0).integers(1 << 45, size=group.shape[1], dtype=np.int64)
+    # Sums of at most 128 such numbers are exact in float64.
+    keys_of_columns = labels[group].T.astype(np.float64)
     keys = np.empty(len(words))
     step = max(1, (1 << 22) // len(group))
     for start in range(0, len(words), step):
-        keys[start : start + step] = (words[start : start + step] @ labels[group].T).min(axis=1)
+        keys[start : start + step] = (words[start : start + step] @ keys_of_columns).min(axis=1)
     return words[np.sort(np.unique(keys, return_index=True)[1])]
-
-
-def _candidates(
-    words: Words, group: Group, limit: int, most: int, rng: np.random.Generator
-) -> Candidates:
-    words = words[rng.permutation(len(words))[:most]]
-    active = int(words[0].sum()) if len(words) else 0
-    fixing = np.ones(len(words), dtype=np.int64)
-    touching = np.zeros(len(words), dtype=np.int64)
-    columns = np.ascontiguousarray(words.T)
-    for permutation in group[1:]:
-        common = (columns & columns[permutation]).sum(axis=0, dtype=np.uint8)
-        fixing += common == active
-        touching += (common == limit) & (common < active)
-    sizes = len(group) // fixing
-    return Candidates(words, sizes, sizes * (touching // fixing) // 2, limit)

@@ -26,12 +26,19 @@ from coded_resnext.codebooks.orbits import full_orbits, join, short_orbits
 from coded_resnext.codebooks.switches import Annealed, anneal, even_out, even_words
 from coded_resnext.codebooks.trim import trim
 from coded_resnext.codebooks.unions import Accounts, Union, enumerate_unions, exchange
-from coded_resnext.codebooks.words import Words, all_words, distance_histogram, first_duplicate, from_sets
+from coded_resnext.codebooks.words import (
+    Words,
+    all_words,
+    distance_histogram,
+    first_duplicate,
+    from_sets,
+)
 
 # A distance is hopeless when a random word would be too near to more than so many others.
 HOPELESS = 12.0
 # With more classes the first group that serves is enough: the others gain little and take long.
 LARGE = 5000
+FEW = 40
 
 Kept = TypeVar("Kept", Union, Annealed)
 
@@ -170,33 +177,33 @@ class _Search:
         """Distances above 2 that are worth trying, largest first."""
         K, N, A = self.classes, self.branches, self.active
         for distance in range(distance_bound(K, N, A), 2, -2):
-            # Words of half the branches share them with few others in a dense family.
-            dense = 20 * K > comb(N, A)
-            if K <= 3 * N or dense or _expected_conflicts(K, N, A, distance) <= HOPELESS:
+            # Few or nearly all words may be placed far better than random ones.
+            special = K <= FEW or comb(N, A) < 20 * K
+            if special or _expected_conflicts(K, N, A, distance) <= HOPELESS:
                 yield distance
 
     def attempt(self, distance: int) -> None:
         enough = pair_bound(self.classes, self.branches, self.active, distance)
         if enough is None:
             return
+        groups = self.effort.groups if self.classes <= LARGE else min(2, self.effort.groups)
         if self.classes >= self.branches:
-            for index, group in enumerate(
-                islice(regular_groups(self.branches), self.effort.groups)
-            ):
+            for index, group in enumerate(islice(regular_groups(self.branches), groups)):
                 self.tell(f"distance {distance}, orbits of group {index + 1}")
-                self.unite(distance, group, enough, np.random.default_rng([self.seed, distance, index]))
+                self.unite(
+                    distance, group, enough, np.random.default_rng([self.seed, distance, index])
+                )
                 if self.interrupted or (self.best is not None and self.best.pairs <= enough):
                     return
                 if self.best is not None and self.classes > LARGE:
                     break
         if self.classes <= 3 * self.branches:
             self.tell(f"distance {distance}, switches")
+            steps = self.effort.switches * 64 // (64 + self.classes)
             random = Random(f"{self.seed} {distance}")  # noqa: S311
             loads = np.zeros(self.branches, dtype=np.int64)
             start = even_words(loads, self.classes, self.active, random)
-            annealed = self.keep_latest(
-                anneal, start, 0, distance, self.effort.switches, enough, random
-            )
+            annealed = self.keep_latest(anneal, start, 0, distance, steps, enough, random)
             if annealed is not None:
                 self.offer(annealed.words)
 
@@ -206,7 +213,8 @@ class _Search:
         effort = self.effort
         full, rest = divmod(self.classes, self.branches)
         # Filling the slots compares every candidate with every codeword.
-        most = max(4 * full + 8, min(effort.candidates, effort.comparisons // self.classes))
+        wanted = effort.candidates + 60 * full
+        most = max(4 * full + 8, min(wanted, effort.comparisons // self.classes))
         candidates = full_orbits(group, self.active, limit, most, effort.blocks, rng)
         slots = [self.branches] * full
         short = self.short_size(rest)
@@ -228,7 +236,9 @@ class _Search:
         union = self.keep_latest(exchange, accounts, slots, steps, patience, enough, rng)
         self.offer_union(accounts, union, distance, rng)
         if len(slots) <= 10 and not self.interrupted:
-            union = self.keep_latest(enumerate_unions, accounts, self.classes, effort.nodes, enough)
+            accounted = effort.comparisons // (len(candidates.words) * self.branches)
+            nodes = effort.nodes if accounted >= len(candidates.words) else accounted
+            union = self.keep_latest(enumerate_unions, accounts, self.classes, nodes, enough)
             self.offer_union(accounts, union, distance, rng)
 
     def short_size(self, rest: int) -> int:

@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from importlib.resources import files
 from typing import Any, NamedTuple
 
+FORMAT_VERSION = 1
 VARIANTS = ("best", "paper")
 
 

@@ -14,6 +14,7 @@ from random import Random
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from coded_resnext.codebooks.words import Ints, Words, overlaps
 
@@ -65,84 +66,81 @@ def anneal(
     Returns:
         The best words met, or None when they always had a conflict.
     """
-    words = words.astype(np.int8)
-    count, branches = words.shape
+    moving = len(words) - first
+    if moving < 1:
+        return None
+    branches = words.shape[1]
     active = int(words[0].sum())
     limit = active - distance // 2
-    above = np.maximum(np.arange(active + 1) - limit, 0)
-    price = np.where(np.arange(active + 1) == limit, 1, CONFLICT_PRICE * above**2)
-    common = overlaps(words.astype(np.uint8), words.astype(np.uint8)).astype(np.int16)
-    # A word meets itself nowhere: an overlap that costs nothing, whatever is added.
-    price = np.concatenate([price, np.zeros(3, dtype=price.dtype)])
+    overlap = np.arange(active + 3)
+    # A word meets itself "nowhere": at an index that costs nothing.
     nowhere = active + 2
-    np.fill_diagonal(common, nowhere)
-    if first == count:
-        return None
-    pairs_of = np.triu_indices(count, 1)
-    moving = pairs_of[1] >= first
-    energy = int(price[common[pairs_of][moving]].sum())
-    ones = [np.flatnonzero(word).tolist() for word in words]
+    clash = (overlap > limit) & (overlap <= active)
+    price = np.where(overlap == limit, 1, CONFLICT_PRICE * clash * (overlap - limit) ** 2)
+    # Row r holds the overlaps of word first + r with all words.
+    common = overlaps(words[first:], words).astype(np.int16)
+    common[np.arange(moving), np.arange(first, len(words))] = nowhere
+    words = words.astype(np.int8)
+    ones = [np.flatnonzero(word).tolist() for word in words[first:]]
     loads = words.sum(axis=0, dtype=np.int64)
     fullest, emptiest = int(loads.max()), int(loads.min())
     best: Annealed | None = None
 
-    def clean() -> bool:
-        moved = common[first:]
-        return bool((moved[moved != nowhere] <= limit).all())
+    def total(table: Ints) -> int:
+        """Sum over the pairs with a word that moves, each once."""
+        values = table[common]
+        return int(values[:, :first].sum() + values[:, first:].sum() // 2)
 
-    def settle(row: int, give: int, take: int) -> None:
-        words[row, give], words[row, take] = 0, 1
+    def replace(row: int, give: int, take: int, meets: npt.NDArray[np.int16]) -> int:
+        """Move a one of a word; returns the change of the number of conflicts."""
+        changed = int(clash[meets].sum()) - int(clash[common[row]].sum())
+        common[row] = meets
+        common[:, first + row] = meets[first:]
+        words[first + row, give], words[first + row, take] = 0, 1
         ones[row][ones[row].index(give)] = take
+        return changed
 
-    def keep_if_better() -> None:
-        nonlocal best
-        if (best is None or energy < best.pairs) and clean():
+    energy, conflicts = total(price), total(clash.astype(np.int64))
+    for step in range(steps + 1):
+        if conflicts == 0 and (best is None or energy < best.pairs):
             best = Annealed(words.astype(np.uint8), energy)
             report(best)
-
-    keep_if_better()
-    for step in range(steps):
-        if best is not None and best.pairs <= enough:
-            break
-        temperature = WARM * (COLD / WARM) ** (step / steps)
-        a = first + int(random.random() * (count - first))
-        b = int(random.random() * (count - first)) + first
-        give = ones[a][int(random.random() * active)]
+            if energy <= enough:
+                break
+        a, b = int(random.random() * moving), int(random.random() * moving)
+        give, take = ones[a][int(random.random() * active)], int(random.random() * branches)
         if a != b:
             take = ones[b][int(random.random() * active)]
-            if words[b, give] or words[a, take]:
+            if words[first + b, give] or words[first + a, take]:
                 continue
-        else:
-            take = int(random.random() * branches)
-            if words[a, take] or loads[give] != fullest or loads[take] != emptiest:
-                continue
-            if fullest == emptiest:
-                continue
-        shift = words[:, take].astype(np.int16) - words[:, give]
-        old_a, old_b = common[a], common[b]
-        new_a = old_a + shift
-        new_a[a] = nowhere
-        change = int(price[new_a].sum() - price[old_a].sum())
+        elif (
+            words[first + a, take]
+            or fullest == emptiest
+            or loads[give] < fullest
+            or loads[take] > emptiest
+        ):
+            continue
+        shift = words[:, take] - words[:, give]
+        meets_a = common[a] + shift
+        meets_a[first + a] = nowhere
+        change = -int(price[common[a]].sum())
         if a != b:
-            # The pair a, b exchanges two digits between its words: its overlap stays.
-            new_a[b] = old_a[b]
-            change = int(price[new_a].sum() - price[old_a].sum())
-            new_b = old_b - shift
-            new_b[b], new_b[a] = nowhere, old_b[a]
-            change += int(price[new_b].sum() - price[old_b].sum())
+            # a and b differ in both columns before and after: what they share stays.
+            meets_a[first + b] = common[a, first + b]
+            meets_b = common[b] - shift
+            meets_b[[first + a, first + b]] = common[a, first + b], nowhere
+            change += int(price[meets_b].sum()) - int(price[common[b]].sum())
+        change += int(price[meets_a].sum())
+        temperature = WARM * (COLD / WARM) ** (step / steps)
         if change > 0 and random.random() >= math.exp(-change / temperature):
             continue
-        common[a], common[:, a] = new_a, new_a
-        settle(a, give, take)
-        if a != b:
-            common[b], common[:, b] = new_b, new_b
-            settle(b, take, give)
-        else:
-            loads[give] -= 1
-            loads[take] += 1
-            fullest, emptiest = int(loads.max()), int(loads.min())
         energy += change
-        keep_if_better()
+        conflicts += replace(a, give, take, meets_a)
+        if a != b:
+            conflicts += replace(b, take, give, meets_b)
+        else:
+            loads[[give, take]] += -1, 1
+            fullest, emptiest = int(loads.max()), int(loads.min())
     return best
 
 
@@ -173,7 +171,7 @@ def even_out(words: Words, distance: int, first: int = 0) -> Words | None:
 
 
 def _levelling_move(
-    rows: np.ndarray[tuple[int, int], np.dtype[np.float32]], loads: Ints, limit: int, first: int
+    rows: npt.NDArray[np.float32], loads: Ints, limit: int, first: int
 ) -> tuple[int, int, int] | None:
     for give in np.flatnonzero(loads == loads.max()):
         for take in np.flatnonzero(loads == loads.min()):

@@ -9,6 +9,7 @@ minimum distance before others. The few words that are left over are chosen one 
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 
 from coded_resnext.codebooks.groups import Group, subgroup
 from coded_resnext.codebooks.switches import even_out
@@ -51,12 +52,12 @@ def _degrees(words: Words, limit: int) -> Ints:
     """`[K]` numbers of words at the minimum distance; zeros where counting would take long."""
     if len(words) > 6000:
         return np.zeros(len(words), dtype=np.int64)
-    return np.count_nonzero(overlaps(words, words) == limit, axis=1)
+    return (overlaps(words, words) == limit).sum(axis=1, dtype=np.int64)
 
 
 def _even_units(
     words: Words,
-    keep: np.ndarray[tuple[int], np.dtype[np.bool_]],
+    keep: npt.NDArray[np.bool_],
     degrees: Ints,
     group: Group,
     order: int,

@@ -36,28 +36,29 @@ class Accounts:
     def __init__(self, candidates: Candidates, group: Group) -> None:
         self.candidates = candidates
         self.group = group
-        self.rows = candidates.words.astype(np.float32)
+        self._rows = candidates.words.T.astype(np.float32)
         self._columns: dict[int, tuple[Counts, Counts]] = {}
         self._compatible: dict[int, int] = {}
-        self._most = max(64, CACHE_BYTES // (4 * max(1, len(self.rows))))
+        self._most = max(64, CACHE_BYTES // (4 * max(1, len(candidates.words))))
 
     def orbit(self, index: int) -> Words:
         """`[size, N]`, the words of the orbit of a candidate."""
-        word = self.candidates.words[index]
+        word: Words = self.candidates.words[index]
         if self.candidates.sizes[index] == len(self.group):
-            return word[self.group]
+            orbit: Words = word[self.group]
+            return orbit
         return images(word, self.group)
 
     def column(self, index: int) -> tuple[Counts, Counts]:
         """Per candidate, the words of this orbit that are too near to it, and just near enough."""
         if index not in self._columns:
-            common = self.rows @ self.orbit(index).T.astype(np.float32)
+            common = self.orbit(index).astype(np.float32) @ self._rows
             limit = self.candidates.limit
             if len(self._columns) >= self._most:
                 del self._columns[next(iter(self._columns))]
             self._columns[index] = (
-                np.count_nonzero(common > limit, axis=1).astype(np.uint16),
-                np.count_nonzero(common == limit, axis=1).astype(np.uint16),
+                (common > limit).sum(axis=0, dtype=np.uint16),
+                (common == limit).sum(axis=0, dtype=np.uint16),
             )
         return self._columns[index]
 

@@ -16,6 +16,9 @@ from .running import Loader
 
 DIGITS = "digits"
 EVALUATION_FILE = "evaluation.json"
+# As in the evaluation at the end of a training, so that rounding is the same and all digits agree.
+DIGITS_BATCH = 256
+FOLDER_BATCH = 64
 
 
 def add_parser(commands: Any) -> None:
@@ -43,7 +46,11 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--repeats", type=int, default=5, help="of removing branches at random (default 5)"
     )
-    parser.add_argument("--batch-size", type=int, default=64, help="images at a time (default 64)")
+    parser.add_argument(
+        "--batch-size",
+        type=int,
+        help=f"images at a time (default {DIGITS_BATCH} for digits, {FOLDER_BATCH} for folders)",
+    )
     parser.set_defaults(run=run)
 
 
@@ -56,7 +63,10 @@ def run(arguments: argparse.Namespace) -> int:
         ImportError: an optional package is missing; the message names the extra that has it.
     """
     loaded = load_model(arguments.checkpoint)
-    train_loader, test_loader = open_data(loaded, arguments.data, arguments.batch_size)
+    batch_size = arguments.batch_size
+    if batch_size is None:
+        batch_size = DIGITS_BATCH if arguments.data == DIGITS else FOLDER_BATCH
+    train_loader, test_loader = open_data(loaded, arguments.data, batch_size)
     evaluation = evaluate(
         loaded.model, train_loader, test_loader, seed=arguments.seed, repeats=arguments.repeats
     )

@@ -83,6 +83,8 @@ def save_figure(figure: Figure, folder: Path, name: str) -> list[Path]:
     """Write a figure as PNG and SVG, whose bytes follow from the figure alone."""
     paths = [folder / f"{name}.png", folder / f"{name}.svg"]
     figure.savefig(paths[0], dpi=200)
+    # The arrangement is found while the first one is drawn; finding it again would take as long.
+    figure.set_layout_engine("none")
     figure.savefig(paths[1], metadata={"Date": None})
     return paths
 

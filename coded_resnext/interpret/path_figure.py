@@ -30,7 +30,7 @@ def path_figure(
 
     Args:
         paths: the energies.
-        early_decoding: the accuracy of every block, said under its panel.
+        early_decoding: the accuracy of every block, said above its panel.
         codebooks: the codebook of every coded block.
     """
     stages = [

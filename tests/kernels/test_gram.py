@@ -7,11 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 from cases import CASES, Case
-from helpers import relative_error
-
 from coded_resnext.kernels import coded_aggregate
 from coded_resnext.kernels.gram import branch_grams
 from coded_resnext.kernels.reference import branch_outputs
+from helpers import relative_error
 
 cases = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 # Rounding of inputs and outputs to the dtype; sums are in float32 (float64 for float64).

@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 from cases import Case
-
 from coded_resnext.kernels import backends, coded_aggregate, coding_loss, select_backend
 from coded_resnext.kernels.ops import BACKEND_VARIABLE
 

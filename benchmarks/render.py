@@ -1,0 +1,46 @@
+"""Print the results of a benchmark run as a Markdown table.
+
+`python benchmarks/render.py benchmarks/results/cpu_block_step.json`
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def render(content: dict[str, Any]) -> str:
+    """The table, the geometric means of its ratios, and where it comes from."""
+    machine, rows = content["machine"], content["rows"]
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    lines = [
+        "| " + " | ".join(column.replace("_", " ") for column in columns) + " |",
+        "|" + "---|" * len(columns),
+    ]
+    lines += [
+        "| " + " | ".join(str(row.get(column, "")) for column in columns) + " |" for row in rows
+    ]
+    lines.append("")
+    for column in columns:
+        if "_over_" in column:
+            for layout in dict.fromkeys(row.get("layout", "") for row in rows):
+                ratios = [r[column] for r in rows if column in r and r.get("layout", "") == layout]
+                if ratios:
+                    lines.append(
+                        f"{column.replace('_', ' ')} {layout}: geometric mean "
+                        f"{statistics.geometric_mean(ratios):.3f}, "
+                        f"{min(ratios):.3f} to {max(ratios):.3f}  "
+                    )
+    versions = ", ".join(f"{name} {number}" for name, number in machine["versions"].items())
+    lines.append(
+        f"{machine['cpu']}, {machine['threads']} threads; {versions}; "
+        f"commit {machine['commit']}, {machine['date']}"
+    )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(render(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))))

@@ -1,0 +1,194 @@
+"""`coded-resnext codebook`: search, show, verify, compare and export codebooks."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from coded_resnext.codebook import Codebook
+from coded_resnext.codebooks.figure import draw
+from coded_resnext.codebooks.files import read_document
+from coded_resnext.codebooks.search import EFFORTS, Progress, search
+from coded_resnext.codebooks.shipped import VARIANTS, Size, shipped_sizes
+from coded_resnext.codebooks.verification import verify
+
+WHICH = "a file, or a shipped codebook such as 100x8/20 or 10x5/10:paper"
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add `codebook` and its subcommands to the parsers of the command line."""
+    parser = subparsers.add_parser(
+        "codebook",
+        help="search, show, verify, compare and export codebooks",
+        description="Codebooks: which branches work for which class.",
+        epilog="shipped: " + ", ".join(_shipped_names()),
+    )
+    commands = parser.add_subparsers(metavar="command", required=True)
+
+    one = commands.add_parser("search", help="find a codebook for any number of classes")
+    one.add_argument("classes", type=int, help="number of classes K")
+    one.add_argument("branches", type=int, help="number of branches N")
+    one.add_argument("active", type=int, help="active branches per class A")
+    one.add_argument("--effort", choices=list(EFFORTS), default="default")
+    one.add_argument("--seed", type=int, default=0)
+    one.add_argument("-o", "--output", type=Path, help="file to write (JSON); else the table")
+    one.set_defaults(run=_search)
+
+    one = commands.add_parser("show", help="table, distances, loads and bounds")
+    one.add_argument("codebook", help=WHICH)
+    one.add_argument("--png", type=Path, help="also draw it into this file")
+    one.set_defaults(run=_show)
+
+    one = commands.add_parser("verify", help="say rule by rule what holds (status 1: no codebook)")
+    one.add_argument("file", type=Path, help="JSON, text or CSV of codewords")
+    one.set_defaults(run=_verify)
+
+    one = commands.add_parser("compare", help="two codebooks side by side")
+    one.add_argument("first", help=WHICH)
+    one.add_argument("second", help=WHICH)
+    one.set_defaults(run=_compare)
+
+    one = commands.add_parser("export", help="write a codebook as JSON, CSV or text")
+    one.add_argument("codebook", help=WHICH)
+    one.add_argument("output", type=Path, help="file to write; its ending, .json, .csv or .txt")
+    one.set_defaults(run=_export)
+
+
+def _search(args: argparse.Namespace) -> int:
+    report = _progress_printer() if sys.stderr.isatty() else None
+    found = search(args.classes, args.branches, args.active, args.effort, args.seed, report)
+    if found.interrupted:
+        print("interrupted: this is the best so far", file=sys.stderr)
+    codebook = Codebook(torch.from_numpy(found.words))
+    if args.output is None:
+        print(codebook)
+    else:
+        codebook.save(args.output)
+        print(f"{args.output}: {_summary(codebook)}")
+    print(codebook.bounds)
+    return 0
+
+
+def _progress_printer() -> Callable[[Progress], None]:
+    def show(progress: Progress) -> None:
+        best = f"best: distance {progress.distance}, {progress.pairs} pairs"
+        print(
+            f"{progress.trying:40} {best if progress.distance else ''}", file=sys.stderr, flush=True
+        )
+
+    return show
+
+
+def _show(args: argparse.Namespace) -> int:
+    codebook = _read(args.codebook)
+    print(codebook)
+    print(codebook.bounds)
+    print("\ndistance  pairs of classes")
+    most = max(codebook.distances.values())
+    for distance, pairs in codebook.distances.items():
+        print(f"{distance:8}  {pairs:<9} {_bar(pairs, most)}")
+    print("\n  branch  classes")
+    for branch, load in enumerate(codebook.column_loads):
+        print(f"{branch:8}  {load:<9} {_bar(load, max(codebook.column_loads))}")
+    quality = codebook.quality()
+    print(
+        f"\nwith one branch in {1 / quality.flip_probability:.0f} wrong, "
+        f"{quality.error:.2%} of the images get a wrong codeword "
+        f"(+-{2 * quality.standard_error:.2%}; at most {quality.error_bound:.2%})"
+    )
+    if args.png is not None:
+        draw(codebook, args.png)
+        print(f"drawn: {args.png}")
+    return 0
+
+
+def _bar(value: int, most: int) -> str:
+    return "#" * max(1 if value else 0, round(40 * value / max(most, 1)))
+
+
+def _verify(args: argparse.Namespace) -> int:
+    try:
+        rules = verify(read_document(args.file))
+    except ValueError as error:
+        raise ValueError(f"{args.file}: {error}") from error
+    for rule in rules:
+        mark = "yes" if rule.holds else ("NO" if rule.required else "no")
+        print(f"{mark:4} {rule.name}: {rule.found}")
+    return 0 if all(rule.holds for rule in rules if rule.required) else 1
+
+
+def _compare(args: argparse.Namespace) -> int:
+    first, second = _read(args.first), _read(args.second)
+    rows = [("", args.first, args.second)]
+    rows += [
+        (name, str(measure(first)), str(measure(second)))
+        for name, measure in {
+            "classes": lambda c: c.classes,
+            "active/branches": lambda c: f"{c.active}/{c.branches}",
+            "minimum distance": lambda c: c.min_distance,
+            "pairs at it": lambda c: c.distances[c.min_distance],
+            "at least necessary": lambda c: c.bounds.pairs,
+            "largest distance possible": lambda c: c.bounds.distance,
+            "classes per branch": lambda c: f"{min(c.column_loads)}..{max(c.column_loads)}",
+            "wrong at 10 % flips": lambda c: f"{c.quality().error:.2%}",
+        }.items()
+    ]
+    for name, left, right in rows:
+        print(f"{name:26} {left:>24} {right:>24}")
+    if first.words == second.words:
+        print("the codewords are the same, in the same order")
+    elif sorted(first.words) == sorted(second.words):
+        print("the codewords are the same, in another order")
+    else:
+        common = len(set(first.words) & set(second.words))
+        print(f"{common} codewords occur in both")
+    return 0
+
+
+def _export(args: argparse.Namespace) -> int:
+    codebook = _read(args.codebook)
+    named = list(zip(codebook.class_names, codebook.words, strict=True))
+    ending = args.output.suffix
+    if ending == ".json":
+        codebook.save(args.output)
+    elif ending == ".csv":
+        lines = io.StringIO()
+        csv.writer(lines, lineterminator="\n").writerows([name, *word] for name, word in named)
+        args.output.write_text(lines.getvalue(), encoding="utf-8")
+    elif ending == ".txt":
+        lines_of_text = [f"{name} {word}\n" for name, word in named]
+        args.output.write_text("".join(lines_of_text), encoding="utf-8")
+    else:
+        raise ValueError(
+            f"output: expected a name that ends in .json, .csv or .txt, got {ending!r}"
+        )
+    print(f"{args.output}: {_summary(codebook)}")
+    return 0
+
+
+def _summary(codebook: Codebook) -> str:
+    return str(codebook).splitlines()[0] + ", " + str(codebook).splitlines()[-1]
+
+
+def _read(which: str) -> Codebook:
+    """The shipped codebook of a name, or that in a file."""
+    match = re.fullmatch(r"(\d+)x(\d+)/(\d+)(?::(\w+))?", which)
+    if match is None:
+        return Codebook.load(which)
+    classes, active, branches = (int(number) for number in match.groups()[:3])
+    return Codebook.shipped(classes, branches, active, match[4] or "best")
+
+
+def _shipped_names() -> list[str]:
+    def name(size: Size, variant: str) -> str:
+        ending = "" if variant == "best" else f":{variant}"
+        return f"{size.classes}x{size.active}/{size.branches}{ending}"
+
+    return [name(size, variant) for variant in VARIANTS for size in shipped_sizes(variant)]

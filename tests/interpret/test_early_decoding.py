@@ -1,0 +1,53 @@
+"""Early decoding against the definition, and where the answer is known."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from small_networks import ToldNetwork, make_network, tell
+
+from coded_resnext import create_model
+from coded_resnext.data import batches
+from coded_resnext.interpret import decode_early
+
+FIRST, SECOND, LAST = [2.0, 2, 0, 0], [0.0, 2, 2, 0], [2.0, 0, 0, 2]
+
+
+def test_known_answer():
+    # Class 0 twice, classes 1 and 3; the second image is read wrongly by the network.
+    images = torch.stack(
+        [tell(0, FIRST, FIRST), tell(1, FIRST, SECOND), tell(1, SECOND, FIRST), tell(3, LAST, LAST)]
+    )
+    targets = torch.tensor([0, 0, 1, 3])
+    found = decode_early(ToldNetwork(), batches(images, targets, 3))
+    assert found.to_dict() == {
+        "samples": 4,
+        "accuracy": 0.75,
+        "block_accuracy": [1.0, 0.5],
+        "block_agreement": [0.75, 0.75],
+    }
+    assert json.loads(json.dumps(found.to_dict())) == found.to_dict()
+
+
+def test_nearest_codeword_by_definition(data):
+    model = make_network(backend="reference")
+    found = decode_early(make_network(), data)
+    with torch.no_grad():
+        logits, all_energies = model(data.images, return_energies=True)
+    prediction = logits.argmax(1)
+    assert found.samples == 50
+    assert found.accuracy == pytest.approx(float((prediction == data.targets).float().mean()))
+    for index, (energies, codebook) in enumerate(zip(all_energies, model.codebooks, strict=True)):
+        distance = torch.cdist(codebook.ratio * energies, codebook.codewords.float())
+        decoded = distance.argmin(1)
+        correct, agreeing = (decoded == data.targets), (decoded == prediction)
+        assert found.block_accuracy[index] == pytest.approx(float(correct.float().mean()))
+        assert found.block_agreement[index] == pytest.approx(float(agreeing.float().mean()))
+
+
+def test_plain_network_is_refused():
+    images = torch.zeros(2, 1, 8, 8)
+    with pytest.raises(ValueError, match="model: expected at least one coded block, got a plain"):
+        decode_early(create_model("resnext_digits"), batches(images, torch.tensor([0, 1])))

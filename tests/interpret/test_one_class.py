@@ -1,0 +1,155 @@
+"""One-class classifiers against the golden network and scikit-learn."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+from helpers import below, load_golden, relative_error
+from sklearn.metrics import (
+    average_precision_score,
+    f1_score,
+    precision_recall_curve,
+    precision_score,
+    recall_score,
+)
+from small_networks import make_data
+
+from coded_resnext.convert import published_model
+from coded_resnext.data import batches
+from coded_resnext.interpret import one_class, one_class_scores
+from coded_resnext.interpret.one_class import best_threshold
+
+
+def scores_by_keep(model, images):
+    with torch.no_grad():
+        columns = [model(images, keep=index)[:, index] for index in range(model.num_classes)]
+    return torch.stack(columns, 1)
+
+
+def test_scores_of_the_golden_network():
+    meta, golden = load_golden("net_cifar10")
+    model = published_model(below(golden, "state."), meta["architecture"])
+    scores, targets = one_class_scores(model, batches(golden["x"], golden["targets"], 2))
+    index = int(golden["single_class"])
+    assert relative_error(scores[:, index], golden["single_class_logits"][:, index]) < 1e-10
+    assert relative_error(scores, scores_by_keep(model.eval(), golden["x"])) < 1e-10
+    assert torch.equal(targets, golden["targets"])
+
+
+def test_numbers_of_scikit_learn(network, data):
+    train = make_data(network, 70, seed=2)
+    # One batch each, so that the scores below have the same bits.
+    result = one_class(network, [(train.images, train.targets)], [(data.images, data.targets)])
+    train_scores = scores_by_keep(network, train.images).numpy()
+    test_scores = scores_by_keep(network, data.images).numpy()
+    for index, found in enumerate(result.classifiers):
+        learned, wanted = (train.targets == index).numpy(), (data.targets == index).numpy()
+        # The best threshold by trying all of them, lowest first.
+        candidates = np.unique(train_scores[:, index])
+        tried = [f1_score(learned, train_scores[:, index] >= t) for t in candidates]
+        assert found.threshold == candidates[int(np.argmax(tried))]
+        said = test_scores[:, index] >= found.threshold
+        assert found.precision == precision_score(wanted, said, zero_division=0)
+        assert found.recall == recall_score(wanted, said)
+        assert found.f1 == f1_score(wanted, said)
+        assert found.average_precision == average_precision_score(wanted, test_scores[:, index])
+        # The area under the stored points is the average precision, though points are left out.
+        recall, precision = np.array(found.curve.recall), np.array(found.curve.precision)
+        full = precision_recall_curve(wanted, test_scores[:, index])
+        assert set(zip(precision, recall, strict=True)) <= set(zip(*full[:2], strict=True))
+        assert (np.diff(recall) <= 0).all()
+        assert (recall[0], recall[-1], precision[-1]) == (1, 0, 1)
+        assert found.class_name == network.class_names[index]
+        assert (found.positives, found.negatives) == (wanted.sum(), (~wanted).sum())
+    values = [one.average_precision for one in result.classifiers]
+    assert result.mean_average_precision == pytest.approx(np.mean(values))
+    assert len(set(values)) == 4
+
+
+def test_threshold_is_best_where_it_was_chosen(network, data):
+    scores = scores_by_keep(network, data.images).numpy()
+    loader = [(data.images, data.targets)]
+    for index, one in enumerate(one_class(network, loader, loader).classifiers):
+        positive = (data.targets == index).numpy()
+        assert one.f1 == max(f1_score(positive, scores[:, index] >= t) for t in scores[:, index])
+
+
+def test_histograms_count_every_image(network, data):
+    scores = scores_by_keep(network, data.images).double().numpy()
+    for index, one in enumerate(one_class(network, data, data).classifiers):
+        positive = (data.targets == index).numpy()
+        edges = np.array(one.histogram.edges)
+        assert (edges[0], edges[-1]) == (scores[:, index].min(), scores[:, index].max())
+        assert (sum(one.histogram.positives), sum(one.histogram.negatives)) == (
+            positive.sum(),
+            50 - positive.sum(),
+        )
+        middle = len(edges) // 2
+        below_middle = (scores[positive, index] < edges[middle]).sum()
+        assert sum(one.histogram.positives[:middle]) == below_middle
+
+
+@pytest.mark.parametrize(
+    ("scores", "positive", "expected"),
+    [
+        ([1.0, 2, 3, 4], [0, 0, 1, 1], 3.0),
+        ([1.0, 2, 3, 4], [1, 1, 0, 0], 1.0),
+        ([5.0, 5, 5], [1, 0, 0], 5.0),
+        # At least 1: 2/3 * 1; at least 3: 1 * 1/2; F1 0.8 against 2/3.
+        ([3.0, 1, 2], [1, 1, 0], 1.0),
+        # F1 is 2/3 at 4 (precision 1, recall 1/2) and at 1 (1/2 and 1): the lowest wins.
+        ([4.0, 3, 2, 1], [1, 0, 0, 1], 1.0),
+        ([1.0, 2], [0, 0], None),
+        ([1.0, 2], [1, 1], None),
+    ],
+)
+def test_best_threshold_by_hand(scores, positive, expected):
+    assert best_threshold(np.array(scores), np.array(positive, dtype=bool)) == expected
+
+
+def test_a_class_without_images_has_no_numbers(network, data):
+    some = data.targets != 2
+    partial = batches(data.images[some], data.targets[some])
+    untested = one_class(network, data, partial)
+    missing = untested.classifiers[2]
+    assert missing.threshold is not None
+    assert missing.positives == 0
+    for value in (missing.average_precision, missing.curve, missing.precision, missing.recall):
+        assert value is None
+    assert untested.average_precisions.count(None) == 1
+    assert untested.mean_average_precision is not None
+
+    unlearned = one_class(network, partial, data).classifiers[2]
+    assert unlearned.average_precision is not None
+    assert unlearned.threshold is unlearned.f1 is unlearned.precision is None
+    json.dumps(untested.to_dict(), allow_nan=False)
+
+
+def test_the_same_loader_is_scored_once(network, data):
+    class Counting(list):
+        passes = 0
+
+        def __iter__(self):
+            self.passes += 1
+            return super().__iter__()
+
+    loader = Counting(data)
+    assert one_class(network, loader, loader) == one_class(network, data, data)
+    assert loader.passes == 1
+
+
+def test_scores_that_are_no_numbers(network, data):
+    with torch.no_grad():
+        network.head.weight[1, 0] = torch.nan
+    with pytest.raises(ValueError, match="scores: expected finite logits"):
+        one_class(network, data, data)
+
+
+def test_without_scikit_learn(network, data, monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    with pytest.raises(ImportError, match=r"scikit-learn.*coded-resnext\[report\]"):
+        one_class(network, data, data)

@@ -1,0 +1,48 @@
+"""Mean energies by class, where they are known and against a loop over the reference."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from small_networks import NARROW, ToldNetwork, make_network, tell
+
+from coded_resnext.data import batches
+from coded_resnext.interpret import measure_paths
+
+
+def test_known_answer_and_a_class_without_images():
+    images = torch.stack(
+        [
+            tell(0, [2.0, 2, 0, 0], [4.0, 0, 0, 0]),
+            tell(0, [2.0, 2, 0, 0], [0.0, 2, 2, 0]),
+            tell(3, [2.0, 0, 0, 2], [1.0, 1, 1, 1]),
+            tell(1, [0.0, 2, 2, 0], [0.0, 2, 2, 0]),
+        ]
+    )
+    found = measure_paths(ToldNetwork(), batches(images, torch.tensor([0, 0, 3, 1]), 3))
+    assert found.samples_per_class == (2, 1, 0, 1)
+    present = [0, 1, 3]
+    assert torch.equal(found.energies[0][present], NARROW.codewords.double()[present])
+    assert found.energies[0][2].isnan().all()
+    expected = {
+        "samples_per_class": [2, 1, 0, 1],
+        "energies": [
+            [[1.0, 1.0, 0.0, 0.0], [0.0, 1.0, 1.0, 0.0], None, [1.0, 0.0, 0.0, 1.0]],
+            [[1.0, 0.5, 0.5, 0.0], [0.0, 1.0, 1.0, 0.0], None, [0.5, 0.5, 0.5, 0.5]],
+        ],
+    }
+    assert json.loads(json.dumps(found.to_dict(), allow_nan=False)) == expected
+
+
+def test_means_of_the_reference(data):
+    model = make_network(backend="reference")
+    found = measure_paths(make_network().train(), data)
+    with torch.no_grad():
+        _, all_energies = model(data.images, return_energies=True)
+    for energies, mean, codebook in zip(all_energies, found.energies, model.codebooks, strict=True):
+        for index in range(4):
+            expected = codebook.ratio * energies[data.targets == index].double().mean(0)
+            assert torch.allclose(mean[index], expected, atol=1e-6)
+        assert mean.sum(1).tolist() == pytest.approx([codebook.active] * 4, abs=1e-5)

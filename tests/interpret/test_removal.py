@@ -1,0 +1,98 @@
+"""Removal of branches against masks written by hand, one sample at a time."""
+
+from __future__ import annotations
+
+import json
+import statistics
+
+import numpy as np
+import pytest
+import torch
+from small_networks import make_network
+
+from coded_resnext.data import batches
+from coded_resnext.interpret import remove_branches
+from coded_resnext.interpret.removal import removal_masks
+
+
+def accuracy(model, data, keep):
+    with torch.no_grad():
+        return float((model(data.images, keep=keep).argmax(1) == data.targets).double().mean())
+
+
+def test_masks_take_branches_of_the_kind_in_order():
+    active = torch.tensor([[1, 1, 0, 0, 1], [0, 1, 1, 1, 0]], dtype=torch.bool)
+    priorities = np.array([[0.9, 0.1, 0.2, 0.3, 0.5], [0.4, 0.3, 0.2, 0.1, 0.0]])
+    found = [
+        (kind, removed, ["".join("01"[bit] for bit in row) for row in keep.int().tolist()])
+        for kind, removed, keep in removal_masks(active, priorities)
+    ]
+    assert found == [
+        ("active", 1, ["10111", "11101"]),
+        ("active", 2, ["10110", "11001"]),
+        ("active", 3, ["00110", "10001"]),
+        ("inactive", 1, ["11011", "11110"]),
+        ("inactive", 2, ["11001", "01110"]),
+    ]
+
+
+def test_all_removed_is_keeping_by_hand(network, data):
+    found = remove_branches(network, data, repeats=2)
+    # The reference agrees that the masks do what they say.
+    reference = make_network(backend="reference")
+    different = 0
+    for index, codebook in enumerate(network.codebooks):
+        own = codebook.codewords[data.targets]
+        for curve, mask in (
+            (found.blocks[index].inactive, own),
+            (found.blocks[index].active, ~own),
+        ):
+            keep = [mask if block == index else None for block in range(3)]
+            assert curve.accuracy[-1] == accuracy(network, data, keep)
+            assert curve.accuracy[-1] == accuracy(reference, data, keep)
+            assert curve.deviation[-1] == 0
+            different += curve.accuracy[-1] != found.accuracy
+    assert different >= 4
+    assert found.accuracy == accuracy(network, data, None) == 0.8
+    assert found.samples == 50
+
+
+def test_some_removed_is_the_mean_over_random_orders(network, data):
+    repeats, seed, index = 3, 7, 2
+    found = remove_branches(network, data, seed=seed, repeats=repeats).blocks[index]
+    codewords = network.codebooks[index].codewords
+    assert found.active.removed == found.inactive.removed == (1, 2)
+    for kind, curve in (("active", found.active), ("inactive", found.inactive)):
+        values = []
+        for repeat in range(repeats):
+            priorities = np.random.default_rng((seed, index, repeat)).random((50, 4))
+            keep = torch.ones(50, 4)
+            for sample, target in enumerate(data.targets.tolist()):
+                wanted = kind == "active"
+                candidates = [n for n in range(4) if bool(codewords[target, n]) == wanted]
+                keep[sample, min(candidates, key=lambda n, s=sample: priorities[s, n])] = 0
+            values.append(accuracy(network, data, [None, None, keep]))
+        assert curve.accuracy[0] == pytest.approx(statistics.mean(values), abs=1e-12)
+        assert curve.deviation[0] == pytest.approx(statistics.stdev(values), abs=1e-12)
+
+
+def test_seeds_reproduce_whatever_the_batch_size(network, data):
+    found = remove_branches(network, data, seed=3, repeats=3)
+    again = remove_branches(network, batches(data.images, data.targets, 7), seed=3, repeats=3)
+    assert found == again
+    other = remove_branches(network, data, seed=4, repeats=3)
+    assert other.blocks != found.blocks
+    assert json.loads(json.dumps(found.to_dict())) == found.to_dict()
+
+
+def test_one_repeat_has_no_deviation(network, data):
+    found = remove_branches(network, data, repeats=1)
+    assert found.blocks[0].active.removed == (1, 2, 3)
+    assert found.blocks[0].inactive.removed == (1, 2)
+    assert all(set(block.active.deviation) == {0.0} for block in found.blocks)
+
+
+@pytest.mark.parametrize("argument", [{"seed": -1}, {"repeats": 0}])
+def test_numbers_out_of_range(network, data, argument):
+    with pytest.raises(ValueError, match=f"{next(iter(argument))}: expected at least"):
+        remove_branches(network, data, **argument)

@@ -1,0 +1,62 @@
+"""The installed package: what importing it needs, and what a wrong import says."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import coded_resnext
+
+ROOT = Path(__file__).parent.parent
+
+
+def python(code: str, **options: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, **options
+    )
+
+
+def test_kernels_are_a_part_of_the_package() -> None:
+    from coded_resnext import kernels
+
+    assert kernels.__name__ == "coded_resnext.kernels"
+
+
+def test_stray_import_says_what_to_import() -> None:
+    result = python("import kernels", cwd=str(ROOT))
+    assert result.returncode != 0
+    assert "import that instead" in result.stderr
+    assert "coded_resnext.kernels" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "missing", ["triton", "sklearn", "matplotlib", "tqdm", "tensorboard", "PIL"]
+)
+def test_import_and_prediction_need_no_extra(missing: str) -> None:
+    code = (
+        f"import sys; sys.modules[{missing!r}] = None\n"
+        "import torch, coded_resnext, coded_resnext.interpret\n"
+        "model = coded_resnext.create_model('coded_resnext_digits').eval()\n"
+        "print(tuple(model(torch.zeros(1, 1, 8, 8)).shape))"
+    )
+    result = python(code)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == "(1, 10)"
+
+
+def test_exports_are_sorted_and_exist() -> None:
+    from coded_resnext import interpret, kernels
+
+    for module in (coded_resnext, interpret, kernels):
+        assert list(module.__all__) == sorted(module.__all__)
+        assert all(hasattr(module, name) for name in module.__all__)
+
+
+def test_shipped_data_is_installed() -> None:
+    result = python(
+        "import coded_resnext as c; print(c.Codebook.shipped(1000, 32, 8).min_distance)", cwd="/"
+    )
+    assert result.stdout.strip() == "8", result.stderr
