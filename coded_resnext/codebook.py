@@ -109,8 +109,8 @@ class Codebook:
     ) -> Codebook:
         """The best balanced codebook that a search finds: large distance, then few pairs at it.
 
-        The same arguments give the same codebook on every machine. Ctrl-C ends the search with the
-        best so far and a warning.
+        The same arguments give the same codebook. Ctrl-C ends the search with the best so far and a
+        warning.
 
         Args:
             classes: `K`, from 2 to the number of different codewords, `C(N, A)`.
@@ -224,6 +224,8 @@ class Codebook:
         if isinstance(new_classes, str):
             raise ValueError(f"new_classes: expected names or a number, got {new_classes!r:.80}")
         if isinstance(new_classes, int):
+            if new_classes < 1:
+                raise ValueError(f"new_classes: expected at least 1, got {new_classes}")
             start = self.classes
             names = tuple(str(index) for index in range(start, start + new_classes))
         else:

@@ -140,6 +140,9 @@ def _largest_error(found: list[Tensor], expected: list[Tensor]) -> float:
 
 
 def _version(package: str) -> str:
+    if package == "torch":
+        # With the suffix that tells the CUDA build, which the metadata leave out.
+        return torch.__version__
     try:
         return version(package)
     except PackageNotFoundError:

@@ -10,7 +10,6 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from .checkpoint import save_model
 from .config import TrainingConfig
@@ -19,6 +18,11 @@ from .decode import decode
 from .losses import CodedLoss
 from .models import CodedResNeXt
 from .run_folder import RunFolder, TensorBoardLog
+
+try:
+    from tqdm.auto import tqdm
+except ImportError as error:
+    raise ImportError("training shows its progress: pip install 'coded-resnext[train]'") from error
 
 # Reading a loss makes the host wait for the device; the progress bar does so this often.
 STEPS_BETWEEN_READINGS = 10
@@ -76,6 +80,7 @@ def fit(
     run: RunFolder,
     *,
     preprocessing: Preprocessing | None = None,
+    notes: dict[str, Any] | None = None,
 ) -> list[dict[str, float]]:
     """Train a network, or go on training it where the run's folder left off.
 
@@ -91,6 +96,7 @@ def fit(
         config: optimizer, schedule and loss.
         run: the run's folder.
         preprocessing: kept with the model.
+        notes: kept with the model, JSON-ready, beside the configuration.
 
     Returns:
         One row for every epoch: learning rate, loss terms and accuracies.
@@ -123,8 +129,8 @@ def fit(
     def save() -> None:
         if history:
             run.write_metrics(history)
-        notes = {"config": config.to_dict(), "epochs_done": len(history)}
-        save_model(run.model_path, model, preprocessing=preprocessing, training=notes)
+        training = {**(notes or {}), "config": config.to_dict(), "epochs_done": len(history)}
+        save_model(run.model_path, model, preprocessing=preprocessing, training=training)
         run.save_state(
             {
                 "model": model.state_dict(),

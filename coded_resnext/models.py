@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args, overload
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -221,6 +222,40 @@ class CodedResNeXt(nn.Module):
         logits = self.head(x.mean((2, 3)))
         return (logits, all_energies) if return_energies else logits
 
+    @torch.no_grad()
+    def extend_classes(self, new_classes: Sequence[str], *, seed: int = 0) -> CodedResNeXt:
+        """A network for more classes, with the weights of this one.
+
+        Each codebook keeps its codewords and gains balanced, distant ones; the classifier gains
+        rows with fresh weights. The logits and energies of the known classes stay what they are.
+
+        Args:
+            new_classes: names of the classes to add, at least one, none known already.
+            seed: of the new codewords.
+
+        Raises:
+            ValueError: the names do not fit, or a codebook has no room for so many classes.
+        """
+        names = [*self.class_names, *new_classes]
+        if len(names) == self.num_classes or len(set(names)) < len(names):
+            raise ValueError(
+                "new_classes: expected at least one name, distinct and none of the known ones, "
+                f"got {list(new_classes)}"
+            )
+        grown = CodedResNeXt.from_config(
+            {**self.config, "num_classes": len(names)},
+            [book.extend(list(new_classes), seed=seed) for book in self.stage_codebooks],
+            class_names=names,
+            backend=self.blocks[0].backend,
+        ).to(self.head.weight)
+        state = self.state_dict()
+        for name, value in grown.state_dict().items():
+            if name.startswith("head."):
+                value[: self.num_classes] = state[name]
+            elif not name.endswith(".codewords"):
+                value.copy_(state[name])
+        return grown.train(self.training)
+
     def _keep_masks(self, keep: Keep | None, x: Tensor) -> list[Tensor | None]:
         """One mask `[B, N]`, or None, for every coded block."""
         blocks = self.coded_blocks
@@ -228,9 +263,9 @@ class CodedResNeXt(nn.Module):
             return [None] * len(blocks)
         if not blocks:
             raise ValueError("keep: expected None, since this network has no coded block")
-        if isinstance(keep, int):
-            self._check_class(keep, keep)
-            return [block.codewords[keep].expand(x.shape[0], -1) for block in blocks]
+        if isinstance(keep, (int, np.integer)):
+            self._check_class(int(keep), int(keep))
+            return [block.codewords[int(keep)].expand(x.shape[0], -1) for block in blocks]
         if isinstance(keep, Tensor):
             if keep.shape != (x.shape[0],) or keep.is_floating_point() or keep.dtype == torch.bool:
                 raise ValueError(

@@ -48,9 +48,9 @@ def _resnext50(active: tuple[int, ...]) -> list[Stage]:
 def _digits(active: tuple[int, ...]) -> list[Stage]:
     """Channels are multiples of the branches, so that they can be concatenated too."""
     return [
-        Stage(1, 60, 4, 10, active[0]),
-        Stage(2, 120, 6, 10, active[1]),
-        Stage(2, 160, 8, 10, active[2], stride=2),
+        Stage(1, 60, 6, 10, active[0]),
+        Stage(2, 120, 8, 10, active[1], stride=2),
+        Stage(2, 200, 12, 10, active[2]),
     ]
 
 

@@ -303,6 +303,44 @@ def test_compiles_whole(training: bool) -> None:
     found.backward()
 
 
+@pytest.mark.parametrize("head_bias", [False, True])
+def test_extended_network_knows_what_it_knew(head_bias: bool) -> None:
+    model = make_model(head_bias=head_bias, class_names=list("012")).double().eval()
+    grown = model.extend_classes(["x"])
+    assert grown.class_names == ("0", "1", "2", "x")
+    assert not grown.training
+    for old, new in zip(model.codebooks, grown.codebooks, strict=True):
+        assert new.words[:3] == old.words
+        assert new.classes == 4
+    x = IMAGES.double()
+    logits, energies = model(x, return_energies=True)
+    grown_logits, grown_energies = grown(x, return_energies=True)
+    assert grown_logits.shape == (5, 4)
+    assert torch.equal(grown_logits[:, :3], logits)
+    assert all(torch.equal(a, b) for a, b in zip(energies, grown_energies, strict=True))
+    with pytest.raises(ValueError, match="new_classes: expected at least one name"):
+        model.extend_classes([])
+    with pytest.raises(ValueError, match=r"new_classes: .* none of the known ones"):
+        model.extend_classes(["1"])
+    with pytest.raises(ValueError, match=r"new_classes: 4 branches with 1 active"):
+        model.extend_classes(["x", "y"])
+
+
+def test_energies_stay_float32_under_autocast() -> None:
+    model = make_model()
+    loss = CodedLoss(model.codebooks)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits, energies = model(IMAGES, return_energies=True)
+        terms = loss(logits, energies, torch.tensor([0, 1, 2, 1, 0]))
+    assert logits.dtype == torch.bfloat16
+    assert {e.dtype for e in energies} == {torch.float32}
+    assert terms.total.dtype == torch.float32
+    terms.total.backward()
+    exact, _ = make_model()(IMAGES, return_energies=True)
+    assert relative_error(logits.float(), exact) < 0.05
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
 def test_state_dict_round_trip_and_other_codewords() -> None:
     model = make_model()
     other = make_model(drop_branches=0.0)

@@ -47,12 +47,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--seed", type=int, default=0, help="of weights, order, shifts and dropped branches"
     )
-    parser.add_argument("--epochs", type=int, default=40, help="passes over the training images")
+    parser.add_argument("--epochs", type=int, default=50, help="passes over the training images")
     parser.add_argument(
         "--plain", action="store_true", help="train the plain twin: no codebook, cross-entropy only"
     )
     parser.add_argument(
-        "--coding-weight", type=float, default=6.0, help="mu: weight of the coding losses, (8)"
+        "--coding-weight", type=float, default=3.0, help="mu: weight of the coding losses, (8)"
     )
     parser.add_argument(
         "--drop-branches",
@@ -87,20 +87,21 @@ def make_model(arguments: argparse.Namespace) -> CodedResNeXt:
 
 
 def training_config(arguments: argparse.Namespace) -> TrainingConfig:
-    """The recipe. The plain twin's weight decay was tuned for it, see docs/reproduce.md."""
+    """The recipe; it was chosen on parts of the training images, see docs/reproduce.md."""
     return TrainingConfig(
         epochs=arguments.epochs,
         batch_size=64,
         learning_rate=0.1,
-        weight_decay=5e-4,
+        weight_decay=1e-3,
         coding_weight=arguments.coding_weight,
         exponent=arguments.exponent,
+        label_smoothing=0.1,
         seed=arguments.seed,
     )
 
 
-def train(arguments: argparse.Namespace, digits: DigitsSplit) -> int:
-    """Train, evaluate and write the folder; the exit status."""
+def train(arguments: argparse.Namespace, digits: DigitsSplit) -> None:
+    """Train, evaluate and write the folder."""
     start = time.perf_counter()
     model = make_model(arguments)
     config = training_config(arguments)
@@ -127,17 +128,15 @@ def train(arguments: argparse.Namespace, digits: DigitsSplit) -> int:
         augment=RandomShift(1),
     )
     test_loader = batches(digits.test_images, digits.test_targets)
-    try:
-        history = fit(
-            model, train_loader, test_loader, config, run, preprocessing=digits.preprocessing
-        )
-    except KeyboardInterrupt:
-        print(
-            f"\ninterrupted: {run.path} holds the last finished epoch; "
-            "the same command with --resume finishes the run",
-            file=sys.stderr,
-        )
-        return 130
+    history = fit(
+        model,
+        train_loader,
+        test_loader,
+        config,
+        run,
+        preprocessing=digits.preprocessing,
+        notes={"data": "scikit-learn digits", "split_seed": SPLIT_SEED},
+    )
     evaluation = evaluate(model, batches(digits.train_images, digits.train_targets), test_loader)
     figures = save_figures(evaluation, model.codebooks, run.path / "figures")
     run.write_json("evaluation.json", evaluation.to_dict())
@@ -157,16 +156,24 @@ def train(arguments: argparse.Namespace, digits: DigitsSplit) -> int:
     for figure in figures:
         if figure.suffix == ".png":
             print(f"picture: {figure}")
-    return 0
 
 
 def main() -> int:
-    """Run the command; 2 when the input is at fault."""
+    """Run the command; 2 when the input is at fault, 130 when interrupted."""
+    arguments = parse_arguments()
     try:
-        return train(parse_arguments(), load_digits_split())
+        train(arguments, load_digits_split())
     except (ValueError, OSError, ImportError) as error:
         print(f"digits.py: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print(
+            f"\ninterrupted: {arguments.out} holds the last finished epoch; "
+            "the same command with --resume finishes the run",
+            file=sys.stderr,
+        )
+        return 130
+    return 0
 
 
 if __name__ == "__main__":

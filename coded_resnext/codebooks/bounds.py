@@ -129,7 +129,8 @@ def pair_bound(
         if 1 <= ones + zeros <= PATTERN_SIZE:
             rows.append([comb(i, ones) * comb(outside + i, zeros) for i in overlaps])
             fits = classes * comb(active, ones) * comb(branches - active, zeros)
-            patterns = comb(branches, ones) * comb(branches - ones, zeros)
+            # One when there are no such columns: nothing fits then either.
+            patterns = max(1, comb(branches, ones) * comb(max(branches - ones, 0), zeros))
             least.append(_evenly_shared_pairs(fits, patterns))
     if balanced:
         rows.append([-i for i in overlaps])

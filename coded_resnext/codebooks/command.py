@@ -126,22 +126,10 @@ def _verify(args: argparse.Namespace) -> int:
 
 def _compare(args: argparse.Namespace) -> int:
     first, second = _read(args.first), _read(args.second)
-    rows = [("", args.first, args.second)]
-    rows += [
-        (name, str(measure(first)), str(measure(second)))
-        for name, measure in {
-            "classes": lambda c: c.classes,
-            "active/branches": lambda c: f"{c.active}/{c.branches}",
-            "minimum distance": lambda c: c.min_distance,
-            "pairs at it": lambda c: c.distances[c.min_distance],
-            "at least necessary": lambda c: c.bounds.pairs,
-            "largest distance possible": lambda c: c.bounds.distance,
-            "classes per branch": lambda c: f"{min(c.column_loads)}..{max(c.column_loads)}",
-            "wrong at 10 % flips": lambda c: f"{c.quality().error:.2%}",
-        }.items()
-    ]
-    for name, left, right in rows:
-        print(f"{name:26} {left:>24} {right:>24}")
+    print(f"{'':26} {args.first:>24} {args.second:>24}")
+    left, right = _measures(first), _measures(second)
+    for name, value in left.items():
+        print(f"{name:26} {value:>24} {right[name]:>24}")
     if first.words == second.words:
         print("the codewords are the same, in the same order")
     elif sorted(first.words) == sorted(second.words):
@@ -150,6 +138,20 @@ def _compare(args: argparse.Namespace) -> int:
         common = len(set(first.words) & set(second.words))
         print(f"{common} codewords occur in both")
     return 0
+
+
+def _measures(codebook: Codebook) -> dict[str, str]:
+    loads, bounds = codebook.column_loads, codebook.bounds
+    return {
+        "classes": str(codebook.classes),
+        "active/branches": f"{codebook.active}/{codebook.branches}",
+        "minimum distance": str(codebook.min_distance),
+        "pairs at it": str(bounds.pairs_found),
+        "at least necessary": str(bounds.pairs),
+        "largest distance possible": str(bounds.distance),
+        "classes per branch": f"{min(loads)}..{max(loads)}",
+        "wrong at 10 % flips": f"{codebook.quality(0.1).error:.2%}",
+    }
 
 
 def _export(args: argparse.Namespace) -> int:

@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import re
 from pathlib import Path
@@ -58,20 +59,25 @@ def _joined(word: Any) -> Any:
 
 
 def _from_lines(text: str) -> dict[str, Any]:
-    names: list[str] = []
-    words: list[str] = []
-    for line in text.splitlines():
-        if line.strip() and not line.lstrip().startswith("#"):
-            fields = [field.strip('"') for field in re.split(r"[\s,;]+", line.strip(" ,;\t\r"))]
-            digits = len(fields)
-            while digits > 1 and fields[digits - 1] in ("0", "1"):
-                digits -= 1
-            # Single digits at the end of the line are one word; else the last field is.
-            split = digits if digits < len(fields) - 1 else len(fields) - 1
-            if digits == 1 and fields[0] in ("0", "1") and len(fields) > 1:
-                split = 0
-            words.append("".join(fields[split:]))
-            names.append(" ".join(fields[:split]))
-    if not words:
+    lines = [line.strip() for line in text.splitlines()]
+    entries = [_name_and_word(line) for line in lines if line and not line.startswith("#")]
+    if not entries:
         raise ValueError("expected one codeword per line, got none")
+    words = [word for _, word in entries]
+    names = [name for name, _ in entries]
     return {"codewords": words, "class_names": names} if all(names) else {"codewords": words}
+
+
+def _name_and_word(line: str) -> tuple[str, str]:
+    """Splits a line; a class name may hold spaces, and in CSV (quoted) also commas."""
+    together = re.fullmatch(r"(?:(.*?)[\s,;]+)?([01]{2,})", line)
+    if together and '"' not in line:
+        return together[1] or "", together[2]
+    fields = next(csv.reader([line])) if "," in line else re.split(r"[\s;]+", line)
+    fields = [field.strip() for field in fields]
+    split = len(fields)
+    while split > 0 and fields[split - 1] in ("0", "1"):
+        split -= 1
+    # Without single digits at the end the last field is the word.
+    split = min(split, len(fields) - 1)
+    return " ".join(fields[:split]), "".join(fields[split:])

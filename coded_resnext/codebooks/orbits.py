@@ -120,7 +120,8 @@ def join(parts: Sequence[Candidates]) -> Candidates:
 
 
 def _random_words(branches: int, active: int, count: int, rng: np.random.Generator) -> Words:
-    order = np.argpartition(rng.random((count, branches), dtype=np.float32), active - 1, axis=1)
+    # In float64 there are no ties, which different processors would break differently.
+    order = np.argpartition(rng.random((count, branches)), active - 1, axis=1)
     words = np.zeros((count, branches), dtype=np.uint8)
     np.put_along_axis(words, order[:, :active], 1, axis=1)
     return words
@@ -154,7 +155,7 @@ def _up_to_inverse(group: Group) -> Group:
 
 def _one_per_orbit(words: Words, group: Group) -> Words:
     """One word of each orbit that occurs: images are told apart by sums of fixed random numbers."""
-    labels = np.random.default_rng(0).integers(1 << 45, size=group.shape[1], dtype=np.int64)
+    labels = np.asarray(np.random.default_rng(0).integers(1 << 45, size=(group.shape[1],)))
     # Sums of at most 128 such numbers are exact in float64.
     keys_of_columns = labels[group].T.astype(np.float64)
     keys = np.empty(len(words))

@@ -7,7 +7,7 @@ From the largest distance that the bounds leave open down to 2, each is tried by
   number of classes (`trim.py`), else.
 
 Distance 2 is always reached. All budgets count steps, never time: the same arguments give the same
-words on every machine.
+words.
 """
 
 from __future__ import annotations

@@ -52,7 +52,8 @@ def _degrees(words: Words, limit: int) -> Ints:
     """`[K]` numbers of words at the minimum distance; zeros where counting would take long."""
     if len(words) > 6000:
         return np.zeros(len(words), dtype=np.int64)
-    return (overlaps(words, words) == limit).sum(axis=1, dtype=np.int64)
+    degrees: Ints = (overlaps(words, words) == limit).sum(axis=1, dtype=np.int64)
+    return degrees
 
 
 def _even_units(

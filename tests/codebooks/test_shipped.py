@@ -1,0 +1,100 @@
+"""The shipped codebooks: what is promised, and the same bits from their constructions."""
+
+import json
+from collections import Counter
+from importlib.resources import files
+
+import pytest
+
+from coded_resnext.codebook import Codebook
+from coded_resnext.codebooks.algebra import CONSTRUCTIONS
+from coded_resnext.codebooks.regenerate import PAPER_TABLES, best_content, paper_content
+from coded_resnext.codebooks.shipped import Size, file_name, load_shipped, shipped_sizes
+
+# classes, branches, active: distance, pairs at it, proved optimal.
+PROMISED = {
+    Size(10, 10, 3): (4, 30, True),
+    Size(10, 10, 5): (4, 10, True),
+    Size(100, 16, 4): (4, 1200, True),
+    Size(100, 16, 8): (6, 1920, False),
+    Size(100, 20, 4): (4, 660, True),
+    Size(100, 20, 8): (8, 2885, False),
+    Size(100, 20, 12): (8, 2885, False),
+    Size(100, 20, 16): (4, 660, True),
+    Size(1000, 32, 4): (4, 33312, True),
+    Size(1000, 32, 8): (8, 43640, False),
+    Size(1000, 32, 16): (12, 121088, False),
+    Size(1000, 32, 24): (8, 43640, False),
+}
+
+
+def test_all_promised_sizes_are_shipped():
+    assert set(shipped_sizes()) == set(PROMISED) == set(CONSTRUCTIONS)
+    assert set(shipped_sizes("paper")) == set(PAPER_TABLES)
+
+
+@pytest.mark.parametrize("size", PROMISED, ids=str)
+def test_properties_counted_independently(size):
+    """Plain Python on the file, nothing of the library."""
+    name = file_name(size)
+    data = json.loads(files("coded_resnext.codebooks").joinpath("data", name).read_text("utf-8"))
+    words = data["codewords"]
+    assert len(set(words)) == len(words) == size.classes
+    assert {len(word) for word in words} == {size.branches}
+    assert {word.count("1") for word in words} == {size.active}
+    loads = {sum(word[column] == "1" for word in words) for column in range(size.branches)}
+    assert loads == {size.classes * size.active // size.branches}
+    numbers = [int(word, 2) for word in words]
+    distances = Counter((a ^ b).bit_count() for i, a in enumerate(numbers) for b in numbers[:i])
+    distance, pairs, _ = PROMISED[size]
+    assert (min(distances), distances[min(distances)]) == (distance, pairs)
+    assert data["provenance"]["construction"]
+
+
+@pytest.mark.parametrize("size", PROMISED, ids=str)
+def test_bounds_say_what_is_optimal(size):
+    codebook = Codebook.shipped(*size)
+    assert codebook.bounds.optimal_distance
+    assert codebook.bounds.optimal == PROMISED[size][2]
+    assert codebook.bounds.pairs_found == codebook.distances[codebook.min_distance]
+
+
+@pytest.mark.parametrize(
+    "size", [size for size in PROMISED if size.active not in (12, 24)], ids=str
+)
+def test_construction_gives_the_shipped_bits(size):
+    assert best_content(size) == load_shipped(size)
+
+
+@pytest.mark.parametrize(
+    ("size", "other"),
+    [(Size(100, 20, 12), Size(100, 20, 8)), (Size(1000, 32, 24), Size(1000, 32, 8))],
+)
+def test_complements(size, other):
+    swapped = [
+        word.translate(str.maketrans("01", "10")) for word in load_shipped(other)["codewords"]
+    ]
+    assert sorted(swapped) == load_shipped(size)["codewords"]
+
+
+@pytest.mark.parametrize("size", PAPER_TABLES, ids=str)
+def test_published_tables(size):
+    assert paper_content(size) == load_shipped(size, "paper")
+    codebook = Codebook.shipped(*size, variant="paper")
+    assert codebook.class_names[0] == "airplane"
+    assert codebook.words[0] == {3: "1001001000", 5: "1010100011"}[size.active]
+
+
+def test_what_is_not_shipped_is_named():
+    with pytest.raises(ValueError, match=r"no 'best' codebook of 7 x 3/10 .*; there are 10 x 3/10"):
+        Codebook.shipped(7, 10, 3)
+    with pytest.raises(ValueError, match=r"no 'paper' codebook of 100 x 8/20"):
+        Codebook.shipped(100, 20, 8, variant="paper")
+    with pytest.raises(ValueError, match="variant: expected one of best, paper, got 'worst'"):
+        Codebook.shipped(10, 10, 3, variant="worst")
+
+
+def test_a_damaged_file_is_refused(monkeypatch):
+    monkeypatch.setattr("coded_resnext.codebooks.shipped.digest", lambda words: "other")
+    with pytest.raises(ValueError, match=r"K10_3of10.json: .* do not match their sha256"):
+        load_shipped(Size(10, 10, 3))
