@@ -8,7 +8,7 @@ VERSION = "0.1.0"
 
 TRAIN = ["pillow>=10", "scikit-learn>=1.5", "tensorboard>=2.17", "tqdm>=4.66"]
 REPORT = ["matplotlib>=3.9", "pillow>=10", "scikit-learn>=1.5"]
-CODES = ["galois>=0.4", "matplotlib>=3.9"]
+CODES = ["matplotlib>=3.9"]
 EXPORT = ["onnx>=1.17", "onnxruntime>=1.20", "onnxscript>=0.2"]
 TEST = [*TRAIN, *REPORT, "hypothesis>=6.100", "pytest>=8.3"]
 BENCH = ["pytest-benchmark>=5.1"]

@@ -19,14 +19,14 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from coded_resnext.codebooks.assignment import Assignment, assign
-from coded_resnext.codebooks.bounds import Bounds, codebook_bounds
-from coded_resnext.codebooks.files import read_document
-from coded_resnext.codebooks.growing import grow
-from coded_resnext.codebooks.quality import Quality, quality
-from coded_resnext.codebooks.search import Progress, search
-from coded_resnext.codebooks.shipped import FORMAT_VERSION, Size, load_shipped
-from coded_resnext.codebooks.words import (
+from .codebooks.assignment import Assignment, assign
+from .codebooks.bounds import Bounds, codebook_bounds
+from .codebooks.files import read_document
+from .codebooks.growing import grow
+from .codebooks.quality import Quality, quality
+from .codebooks.search import Progress, search
+from .codebooks.shipped import FORMAT_VERSION, Size, load_shipped
+from .codebooks.words import (
     Words,
     distance_histogram,
     first_duplicate,

@@ -13,12 +13,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from coded_resnext.codebooks.bounds import pair_bound
-from coded_resnext.codebooks.groups import Group, abelian, metacyclic
-from coded_resnext.codebooks.orbits import full_orbits, join, orbits_of
-from coded_resnext.codebooks.shipped import Size
-from coded_resnext.codebooks.unions import Accounts, enumerate_unions
-from coded_resnext.codebooks.words import Words, all_words, from_sets, overlaps
+from .bounds import pair_bound
+from .groups import Group, abelian, metacyclic
+from .orbits import full_orbits, join, orbits_of
+from .shipped import Size
+from .unions import Accounts, enumerate_unions
+from .words import Words, all_words, from_sets, overlaps
 
 # Irreducible and primitive: x generates the multiplicative group of the field.
 FIELD_16 = 0b10011  # x^4 + x + 1

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from coded_resnext.codebooks.words import Ints, Words
+from .words import Ints, Words
 
 Floats = npt.NDArray[np.float64]
 

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import torch
 
-from coded_resnext.codebook import Codebook
-from coded_resnext.codebooks.figure import draw
-from coded_resnext.codebooks.files import read_document
-from coded_resnext.codebooks.search import EFFORTS, Progress, search
-from coded_resnext.codebooks.shipped import VARIANTS, Size, shipped_sizes
-from coded_resnext.codebooks.verification import verify
+from ..codebook import Codebook
+from .figure import draw
+from .files import read_document
+from .search import EFFORTS, Progress, search
+from .shipped import VARIANTS, Size, shipped_sizes
+from .verification import verify
 
 WHICH = "a file, or a shipped codebook such as 100x8/20 or 10x5/10:paper"
 

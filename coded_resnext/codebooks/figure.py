@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from coded_resnext.codebook import Codebook
+    from ..codebook import Codebook
 
 # Beyond so many classes their names would overlap.
 NAMED_CLASSES = 40

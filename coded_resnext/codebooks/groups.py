@@ -15,7 +15,7 @@ from math import prod
 import numpy as np
 import numpy.typing as npt
 
-from coded_resnext.codebooks.words import Words
+from .words import Words
 
 Group = npt.NDArray[np.intp]
 

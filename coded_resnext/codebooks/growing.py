@@ -7,9 +7,9 @@ from random import Random
 
 import numpy as np
 
-from coded_resnext.codebooks.bounds import distance_bound
-from coded_resnext.codebooks.switches import anneal, even_words
-from coded_resnext.codebooks.words import Words, all_words, distance_histogram, from_sets
+from .bounds import distance_bound
+from .switches import anneal, even_words
+from .words import Words, all_words, distance_histogram, from_sets
 
 STEPS = 20_000
 

@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from coded_resnext.codebooks.groups import Group, subgroup
-from coded_resnext.codebooks.words import Ints, Words, all_words
+from .groups import Group, subgroup
+from .words import Ints, Words, all_words
 
 # All words are tried when there are no more than this, else a sample in blocks of so many digits.
 ENUMERATED = 200_000

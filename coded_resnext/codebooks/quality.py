@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from coded_resnext.codebooks.words import CHUNK_ENTRIES, Words, distance_histogram
+from .words import CHUNK_ENTRIES, Words, distance_histogram
 
 
 class Quality(NamedTuple):

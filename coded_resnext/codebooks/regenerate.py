@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from coded_resnext.codebooks.algebra import CONSTRUCTIONS
-from coded_resnext.codebooks.shipped import FORMAT_VERSION, Size, digest, file_name
-from coded_resnext.codebooks.words import to_strings
+from .algebra import CONSTRUCTIONS
+from .shipped import FORMAT_VERSION, Size, digest, file_name
+from .words import to_strings
 
 # The tables that were published with the method, for CIFAR-10.
 PAPER = "Coded ResNeXt: a network for designing disentangled information paths"

@@ -20,13 +20,13 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from coded_resnext.codebooks.bounds import distance_bound, pair_bound
-from coded_resnext.codebooks.groups import Group, regular_groups
-from coded_resnext.codebooks.orbits import full_orbits, join, short_orbits
-from coded_resnext.codebooks.switches import Annealed, anneal, even_out, even_words
-from coded_resnext.codebooks.trim import trim
-from coded_resnext.codebooks.unions import Accounts, Union, enumerate_unions, exchange
-from coded_resnext.codebooks.words import (
+from .bounds import distance_bound, pair_bound
+from .groups import Group, regular_groups
+from .orbits import full_orbits, join, short_orbits
+from .switches import Annealed, anneal, even_out, even_words
+from .trim import trim
+from .unions import Accounts, Union, enumerate_unions, exchange
+from .words import (
     Words,
     all_words,
     distance_histogram,

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from coded_resnext.codebooks.words import Ints, Words, overlaps
+from .words import Ints, Words, overlaps
 
 # Price of a pair of words that is too near, in pairs at the minimum distance.
 CONFLICT_PRICE = 8

@@ -11,9 +11,9 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from coded_resnext.codebooks.groups import Group, subgroup
-from coded_resnext.codebooks.switches import even_out
-from coded_resnext.codebooks.words import Ints, Words, is_balanced, overlaps
+from .groups import Group, subgroup
+from .switches import even_out
+from .words import Ints, Words, is_balanced, overlaps
 
 SUBGROUPS = 6
 EXCHANGES = 2000

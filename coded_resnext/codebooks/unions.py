@@ -13,9 +13,9 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from coded_resnext.codebooks.groups import Group, images
-from coded_resnext.codebooks.orbits import Candidates
-from coded_resnext.codebooks.words import Words
+from .groups import Group, images
+from .orbits import Candidates
+from .words import Words
 
 # Memory for the accounts of orbits that were met, in bytes.
 CACHE_BYTES = 1 << 28

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any, NamedTuple
 
-from coded_resnext.codebooks.bounds import codebook_bounds
-from coded_resnext.codebooks.shipped import digest
-from coded_resnext.codebooks.words import distance_histogram, from_strings, is_balanced
+from .bounds import codebook_bounds
+from .shipped import digest
+from .words import distance_histogram, from_strings, is_balanced
 
 
 class Rule(NamedTuple):
