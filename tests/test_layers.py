@@ -77,7 +77,9 @@ def test_initialisation() -> None:
         for name, std in {**expected, "expand": expand}.items():
             weight = block.get_parameter(f"{name}.weight")
             # The deviation of the sample deviation is std / sqrt(2 n); six of them.
-            assert float(weight.std()) == pytest.approx(std, rel=6 / math.sqrt(2 * weight.numel()))
+            assert float(weight.detach().std()) == pytest.approx(
+                std, rel=6 / math.sqrt(2 * weight.numel())
+            )
         assert (block.expand_bn.weight == 0).all()
         assert (block.grouped_bn.weight == 1).all()
 
