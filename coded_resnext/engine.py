@@ -130,8 +130,6 @@ def fit(
         history = state["history"]
 
     def save() -> None:
-        if history:
-            run.write_metrics(history)
         training = {**(notes or {}), "config": config.to_dict(), "epochs_done": len(history)}
         save_model(run.model_path, model, preprocessing=preprocessing, training=training)
         run.save_state(
@@ -141,6 +139,9 @@ def fit(
                 "history": history,
             }
         )
+        # Last: an epoch that is in the log can be resumed from.
+        if history:
+            run.write_metrics(history)
 
     if state is None:
         save()

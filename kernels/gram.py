@@ -82,7 +82,11 @@ class _NormalizeBranches(torch.autograd.Function):
         for mask in (drop_mask, keep_mask):
             if mask is not None:
                 scale = scale * mask
-        scaled = (wide * _per_channel(scale, depth)).to(h.dtype)
+        scaled = wide * _per_channel(scale, depth)
+        # Under torch 2.11's compiler an output that went through a `to` without effect loses its
+        # gradient; so none is applied where nothing is to be done.
+        if scaled.dtype != h.dtype:
+            scaled = scaled.to(h.dtype)
         energies = energy * inverse
         ctx.save_for_backward(h, scaled, branch_weight, grams, energies, inverse, scale, keep_mask)
         return scaled, energies

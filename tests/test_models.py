@@ -296,11 +296,16 @@ def test_compiles_whole(training: bool) -> None:
     x = IMAGES.double()
     for block in model.coded_blocks:
         block.drop.p = 0.0
+    parameters = list(model.parameters())
     expected = step(x)
+    expected_grads = torch.autograd.grad(expected, parameters)
     # Capturing the whole step is the point here; generating code for it takes minutes on a CPU.
     found = torch.compile(step, fullgraph=True, backend="aot_eager")(x)
     assert relative_error(found, expected) < 1e-12
-    found.backward()
+    # Biases in front of a BatchNorm have gradients that are rounding noise alone.
+    largest = max(float(grad.abs().max()) for grad in expected_grads)
+    for grad, wanted in zip(torch.autograd.grad(found, parameters), expected_grads, strict=True):
+        assert float((grad - wanted).abs().max()) < 1e-11 * largest
 
 
 @pytest.mark.parametrize("head_bias", [False, True])

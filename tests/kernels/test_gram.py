@@ -151,10 +151,11 @@ def test_energies_stay_float32_under_autocast() -> None:
     assert relative_error(energies.double(), expected) < 1e-6
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_compiles_whole(layout: str) -> None:
+def test_compiles_whole(layout: str, dtype: torch.dtype) -> None:
     case = Case("compiled", layout=layout, drop=True)
-    h, weight = (value.requires_grad_() for value in case.inputs(torch.float64))
+    h, weight = (value.requires_grad_() for value in case.inputs(dtype))
 
     def loss(h: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         y, energies = coded_aggregate(h, weight, case.N, backend="torch", **case.masks())
@@ -164,7 +165,7 @@ def test_compiles_whole(layout: str) -> None:
     expected = torch.autograd.grad(loss(h, weight), (h, weight))
     found = torch.autograd.grad(compiled(h, weight), (h, weight))
     for a, b in zip(found, expected, strict=True):
-        assert relative_error(a, b) < 1e-13
+        assert relative_error(a, b) < (1e-13 if dtype == torch.float64 else 1e-2)
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a C++ compiler")
