@@ -25,7 +25,7 @@ from .layers import CodedBottleneck
 from .models import CodedResNeXt
 from .sizes import BlockSizes
 
-Network = TypeVar("Network", bound=nn.Module)
+Network = TypeVar("Network", bound=ExtractedNetwork)
 
 
 def class_index(class_names: Sequence[str], wanted: int | str) -> int:
@@ -173,7 +173,6 @@ def _rank(sizes: BlockSizes, share: float | None) -> int | None:
 def _fill(network: Network, model: CodedResNeXt, classes: Sequence[int]) -> Network:
     """Give the network that was cut out the weights of the model."""
     network.to(model.head.weight)
-    assert isinstance(network, ExtractedNetwork)
     _copy(network.stem, model.stem[0], model.stem[1])
     for target, block in zip(network.blocks, model.blocks, strict=True):
         assert isinstance(target, ExtractedBlock)

@@ -97,7 +97,13 @@ def find_images(paths: Sequence[str | Path]) -> list[Path]:
         ValueError: a folder holds no image.
         ImportError: Pillow is not installed.
     """
-    endings = _pillow().registered_extensions()
+    image_module = _pillow()
+    # Pillow also writes formats that it does not read.
+    endings = {
+        ending
+        for ending, format_ in image_module.registered_extensions().items()
+        if format_ in image_module.OPEN
+    }
     found: list[Path] = []
     for path in map(Path, paths):
         if not path.is_dir():
