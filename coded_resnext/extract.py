@@ -81,7 +81,10 @@ def extract_classifier(
     """
     index = class_index(model.class_names, class_index_or_name)
     config = _config(model, [index], fold_batch_norm, skip_rank)
-    return _fill(ExtractedClassifier(config, [model.class_names[index]], threshold), model, [index])
+    # Without storage, since every tensor is about to be filled.
+    with torch.device("meta"):
+        network = ExtractedClassifier(config, [model.class_names[index]], threshold)
+    return _fill(network, model, [index])
 
 
 def extract_subset(
@@ -111,7 +114,9 @@ def extract_subset(
         raise ValueError(f"classes: expected one or more, each once, got {list(classes)}")
     config = _config(model, indices, fold_batch_norm, skip_rank)
     names = [model.class_names[index] for index in indices]
-    return _fill(ExtractedNetwork(config, names), model, indices)
+    with torch.device("meta"):
+        network = ExtractedNetwork(config, names)
+    return _fill(network, model, indices)
 
 
 def kept_branches(block: CodedBottleneck, classes: Sequence[int]) -> Tensor:
@@ -172,7 +177,8 @@ def _rank(sizes: BlockSizes, share: float | None) -> int | None:
 @torch.no_grad()
 def _fill(network: Network, model: CodedResNeXt, classes: Sequence[int]) -> Network:
     """Give the network that was cut out the weights of the model."""
-    network.to(model.head.weight)
+    like = model.head.weight
+    network.to(like.dtype).to_empty(device=like.device)
     _copy(network.stem, model.stem[0], model.stem[1])
     for target, block in zip(network.blocks, model.blocks, strict=True):
         assert isinstance(target, ExtractedBlock)

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from .checkpoint import FORMAT_VERSION, read_tensors, write_atomically, write_tensors
 from .data import Preprocessing
 from .extract import extract_classifier
@@ -64,13 +66,13 @@ def load_extracted(path: str | Path) -> LoadedExtract:
     try:
         config = ExtractedConfig.from_dict(description["config"])
         names = description["class_names"]
-        network = (
-            ExtractedClassifier(config, names, description["threshold"])
-            if description["single"]
-            else ExtractedNetwork(config, names)
-        )
-        network.to(state["head.weight"].dtype)
-        network.load_state_dict(state)
+        with torch.device("meta"):
+            network = (
+                ExtractedClassifier(config, names, description["threshold"])
+                if description["single"]
+                else ExtractedNetwork(config, names)
+            )
+        network.load_state_dict(state, assign=True)
         preprocessing = description["preprocessing"]
         if preprocessing is not None:
             preprocessing = Preprocessing.from_dict(preprocessing)

@@ -15,9 +15,9 @@ from coded_resnext.cost import network_cost
 from coded_resnext.early_exit import predict_early, read_class
 
 CRITERIA = [
-    EarlyExit((0.12, 0.1, 0.1)),
-    EarlyExit((0.12, 0.1, 0.1), agreement=True),
-    EarlyExit((None, 0.1, None)),
+    EarlyExit((0.3, 0.3, 0.01)),
+    EarlyExit((0.3, 0.3, 0.01), agreement=True),
+    EarlyExit((None, 0.3, None)),
     EarlyExit((0.0, 0.0, 0.0)),
     EarlyExit((None, None, None)),
 ]

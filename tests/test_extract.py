@@ -184,8 +184,8 @@ def test_thinned_skips_are_the_best_of_their_rank():
     gain = block.skip[1].weight / (block.skip[1].running_var + block.skip[1].eps).sqrt()
     whole = block.skip[0].weight.flatten(1) * gain[:, None]
     product = skip[1].weight.flatten(1) @ skip[0].weight.flatten(1)
-    left_out = torch.linalg.svdvals(whole)[skip[0].out_channels :]
-    error = (whole - product).square().sum().detach()
+    left_out = torch.linalg.svdvals(whole.detach())[skip[0].out_channels :]
+    error = (whole - product).detach().square().sum()
     assert float(error) == pytest.approx(float(left_out.square().sum()), rel=1e-9)
 
 

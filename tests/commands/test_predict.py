@@ -12,7 +12,7 @@ from PIL import Image
 from coded_resnext import EarlyExit, cli, create_model
 from coded_resnext.checkpoint import save_model
 from coded_resnext.data import Preprocessing
-from coded_resnext.early_exit import predict_early
+from coded_resnext.early_exit import predict_early, read_class
 from coded_resnext.interpret import trace
 
 PREPROCESSING = Preprocessing(6, 1, (0.3,), (0.4,))
@@ -63,11 +63,16 @@ def test_a_folder(run_folder, network, images, capsys):
 
 @pytest.mark.parametrize("calibrated", [False, True])
 def test_early(run_folder, network, images, capsys, calibrated):
-    criterion = EarlyExit.at_margin(network, 0.1)
+    names, x = read(images)
+    with torch.inference_mode():
+        _, energies = network(x, return_energies=True)
+    _, margins = read_class(energies[0], network.coded_blocks[0].codewords)
+    # Between two images, so that some leave at the first block and some do not.
+    margin = float(margins.sort().values[3:5].mean())
+    criterion = EarlyExit.at_margin(network, margin)
     if calibrated:
         criterion.save(run_folder / "early_exit.json")
-    early = ["--early"] if calibrated else ["--margin", "0.1"]
-    names, x = read(images)
+    early = ["--early"] if calibrated else ["--margin", margin]
     expected = predict_early(network, x, criterion)
     assert predict(run_folder, images, *early, "--json") == 0
     rows = json.loads(capsys.readouterr().out)
