@@ -90,10 +90,8 @@ def network_cost(network: CodedResNeXt | ExtractedNetwork, image_size: int) -> C
     """
     if image_size < 1:
         raise ValueError(f"image_size: expected a positive number of pixels, got {image_size}")
-    size = image_size
-    stem = network.stem[0]
-    assert isinstance(stem, nn.Conv2d)
-    macs, size = _stem_macs(stem, size), stem_size(network, size)
+    macs = stem_macs(network, image_size, image_size)
+    size = stem_size(network, image_size)
     projection_parameters = projection_macs = per_pass = 0
     for block, sizes, folded in _blocks(network):
         macs += sizes.macs(size, size) + sizes.projection_macs(size, size)
@@ -137,6 +135,13 @@ def stem_size(network: CodedResNeXt | ExtractedNetwork, size: int) -> int:
     size = halved(size, stem.stride[0])
     pooled = any(isinstance(layer, nn.MaxPool2d) for layer in network.stem)
     return halved(size, 2) if pooled else size
+
+
+def stem_macs(network: CodedResNeXt | ExtractedNetwork, height: int, width: int) -> int:
+    """Multiply-accumulates of the stem for one image of this height and width."""
+    stem = network.stem[0]
+    assert isinstance(stem, nn.Conv2d)
+    return stem.weight.numel() * halved(height, stem.stride[0]) * halved(width, stem.stride[1])
 
 
 def measure_latency(
@@ -184,7 +189,3 @@ def _blocks(
     for part in network.blocks:
         assert isinstance(part, ExtractedBlock)
         yield part, part.sizes, part.folded
-
-
-def _stem_macs(conv: nn.Conv2d, size: int) -> int:
-    return conv.weight.numel() * halved(size, conv.stride[0]) ** 2

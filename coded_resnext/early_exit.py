@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from .checkpoint import write_atomically
+from .cost import stem_macs
 from .models import CodedResNeXt
 from .sizes import BlockSizes
 
@@ -180,11 +181,9 @@ def predict_early(
     kept_energies: list[Tensor] = []
     remaining = torch.arange(batch, device=x.device)
     previous: Tensor | None = None
-    spent, index = model.stem[0].weight.numel(), 0
-    x = model.stem[0](x)
-    spent *= x.shape[2] * x.shape[3]
-    for layer in list(model.stem)[1:]:
-        x = layer(x)
+    spent = stem_macs(model, x.shape[2], x.shape[3])
+    index = 0
+    x = model.stem(x)
     for block in model.blocks:
         sizes, height, width = BlockSizes.of(block), x.shape[2], x.shape[3]
         spent += sizes.macs(height, width) + sizes.projection_macs(height, width)

@@ -107,7 +107,9 @@ class ExtractedBlock(nn.Module):
         sizes = self.sizes
         assert sizes.normalized_by is not None
         wide = h.to(accumulation_dtype(h.dtype))
-        form = self.form if self.folded else branch_form(self.expand[0].weight, sizes.branches)
+        expand = self.expand[0]
+        assert isinstance(expand, nn.Conv2d)
+        form = self.form if self.folded else branch_form(expand.weight, sizes.branches)
         energy = branch_grams(wide, sizes.branches).flatten(1) @ form.to(wide.dtype).view(-1, 1)
         count = sizes.channels * h.shape[2] * h.shape[3] * sizes.normalized_by
         # Rounding must not make the sum of squares negative.
