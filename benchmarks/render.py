@@ -27,7 +27,9 @@ def render(content: dict[str, Any]) -> str:
     for column in columns:
         if "_over_" in column:
             for layout in dict.fromkeys(row.get("layout", "") for row in rows):
-                ratios = [r[column] for r in rows if column in r and r.get("layout", "") == layout]
+                ratios = [
+                    row[column] for row in rows if column in row and row.get("layout", "") == layout
+                ]
                 if ratios:
                     lines.append(
                         f"{column.replace('_', ' ')} {layout}: geometric mean "

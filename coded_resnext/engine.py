@@ -15,6 +15,7 @@ from .checkpoint import save_model
 from .config import TrainingConfig
 from .data import Preprocessing, derive_seed
 from .decode import decode
+from .kernels.ops import check_targets
 from .losses import CodedLoss
 from .models import CodedResNeXt
 from .run_folder import RunFolder, TensorBoardLog
@@ -50,7 +51,7 @@ def measure_accuracy(model: CodedResNeXt, loader: Iterable[tuple[Tensor, Tensor]
     """Accuracy of the classifier and of every early decoder, in evaluation mode.
 
     Raises:
-        ValueError: the loader gives no samples.
+        ValueError: the loader gives no samples, or targets that are no classes of the network.
     """
     device = next(model.parameters()).device
     was_training = model.training
@@ -58,6 +59,7 @@ def measure_accuracy(model: CodedResNeXt, loader: Iterable[tuple[Tensor, Tensor]
     correct = torch.zeros(1 + len(model.codebooks), dtype=torch.int64, device=device)
     samples = 0
     for images, targets in loader:
+        check_targets(targets, len(images), model.num_classes)
         logits, energies = model(images.to(device), return_energies=True)
         predicted = [
             logits.argmax(1),
@@ -102,6 +104,7 @@ def fit(
         One row for every epoch: learning rate, loss terms and accuracies.
 
     Raises:
+        ValueError: a batch has targets that are no classes of the network.
         FloatingPointError: the loss of an epoch is not finite; the folder holds the epoch before.
     """
     device = next(model.parameters()).device
@@ -192,6 +195,8 @@ def _train_epoch(
         rate = config.learning_rate_at((epoch - 1) * len(loader) + index, len(loader))
         for group in optimizer.param_groups:
             group["lr"] = rate
+        # Here, where they still are on the host: the loss does not read an accelerator's values.
+        check_targets(targets, len(images), model.num_classes)
         logits, energies = model(images.to(device), return_energies=True)
         terms = loss(logits, energies, targets.to(device))
         optimizer.zero_grad(set_to_none=True)

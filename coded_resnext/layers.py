@@ -211,9 +211,8 @@ class CodedBottleneck(nn.Module):
     ) -> None:
         """Refuse weights that were trained for other codewords."""
         key = f"{prefix}codewords"
-        theirs = state_dict.get(key)
-        known = self.is_coded and theirs is not None and not self.codewords.is_meta
-        if known and not torch.equal(theirs.cpu().bool(), self.codewords.cpu()):
+        compared = self.is_coded and key in state_dict and not self.codewords.is_meta
+        if compared and not torch.equal(state_dict[key].cpu().bool(), self.codewords.cpu()):
             raise ValueError(
                 f"{key}: the weights were trained for other codewords than this model has; "
                 "build the model with the codebook of its checkpoint"

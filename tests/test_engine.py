@@ -172,6 +172,19 @@ def test_measuring_leaves_mode_and_statistics_alone() -> None:
         measure_accuracy(model, [])
 
 
+@pytest.mark.parametrize("wrong", [-1, 3])
+def test_labels_are_checked_where_the_data_is_loaded(tmp_path: Path, wrong: int) -> None:
+    model, config = make_model(), make_config()
+    targets = TARGETS.clone()
+    targets[5] = wrong
+    message = f"targets: expected classes 0 to 2, got {wrong}"
+    with pytest.raises(ValueError, match=message):
+        measure_accuracy(model, batches(IMAGES, targets))
+    run = RunFolder(tmp_path, config.to_dict())
+    with pytest.raises(ValueError, match=message):
+        fit(model, Batches(IMAGES, targets, 8, seed=0), batches(IMAGES, TARGETS), config, run)
+
+
 def test_learning_rate() -> None:
     config = make_config(epochs=10, warmup_epochs=2, final_learning_rate=0.01)
     rates = [config.learning_rate_at(step, 5) for step in range(50)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -164,6 +165,21 @@ def test_compiles_whole(layout: str) -> None:
     found = torch.autograd.grad(compiled(h, weight), (h, weight))
     for a, b in zip(found, expected, strict=True):
         assert relative_error(a, b) < 1e-13
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a C++ compiler")
+def test_compiled_by_inductor_equals_eager() -> None:
+    case = Case("inductor", drop=True, H=5, W=3)
+    h, weight = (value.requires_grad_() for value in case.inputs(torch.float32))
+
+    def loss(h: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        y, energies = coded_aggregate(h, weight, case.N, backend="torch", **case.masks())
+        return y.square().mean() + energies.pow(3).mean()
+
+    expected = torch.autograd.grad(loss(h, weight), (h, weight))
+    compiled = torch.compile(loss, fullgraph=True)
+    for a, b in zip(torch.autograd.grad(compiled(h, weight), (h, weight)), expected, strict=True):
+        assert relative_error(a, b) < 1e-5
 
 
 def test_branch_tensor_is_never_formed() -> None:
