@@ -79,13 +79,11 @@ class ExtractedBlock(nn.Module):
         self.skip: nn.Module = nn.Identity()
         if sizes.has_projection and sizes.skip_rank is not None:
             self.skip = nn.Sequential(
-                nn.Conv2d(sizes.in_channels, sizes.skip_rank, 1, sizes.stride, bias=False),
+                nn.Conv2d(sizes.in_channels, sizes.skip_rank, 1, bias=False),
                 nn.Conv2d(sizes.skip_rank, channels, 1),
             )
         elif sizes.has_projection:
-            self.skip = convolution(
-                sizes.in_channels, channels, 1, stride=sizes.stride, folded=folded
-            )
+            self.skip = convolution(sizes.in_channels, channels, 1, folded=folded)
         if folded and sizes.is_coded:
             self.register_buffer("form", torch.zeros(sizes.branches, sizes.width, sizes.width))
 
@@ -100,7 +98,12 @@ class ExtractedBlock(nn.Module):
                     h = self._normalize(h)
             else:
                 h = self._normalize(h)
-        return F.relu(self.expand(h) + self.skip(x), inplace=True)
+        # In place: a further tensor of this size costs as much as a small convolution.
+        y = self.expand(h)
+        stride = self.sizes.stride
+        # A 1x1 convolution with a stride is slower than without one on the pixels that it reads.
+        y += self.skip(x if stride == 1 else x[:, :, ::stride, ::stride])
+        return F.relu(y, inplace=True)
 
     def _normalize(self, h: Tensor) -> Tensor:
         """`h / sqrt(M)` by (3) and (11), or 0 for a sample without energy."""
