@@ -1,4 +1,4 @@
-"""Cross-validating the margins of early exit, short: two folds of one epoch each."""
+"""Cross-validating the margins of early exit, short: two folds of two epochs each."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from coded_resnext.checkpoint import save_model
 from coded_resnext.config import TrainingConfig
 
 SCRIPT = Path(__file__).parent.parent / "train" / "early_exit.py"
-CONFIG = TrainingConfig(epochs=1, batch_size=64, learning_rate=0.1)
+CONFIG = TrainingConfig(epochs=2, batch_size=32, learning_rate=0.1)
 
 
 def early_exit(*arguments: object) -> subprocess.CompletedProcess[str]:
@@ -35,7 +35,17 @@ def make_run(folder: Path, config: TrainingConfig) -> Path:
 def test_margins_for_runs_of_one_recipe(tmp_path: Path) -> None:
     runs = [make_run(tmp_path / str(seed), replace(CONFIG, seed=seed)) for seed in (0, 1)]
     folds = tmp_path / "folds"
-    arguments = (*runs, "--folds", 2, "--folds-out", folds, "--max-accuracy-loss", 0.05)
+    arguments = (
+        *runs,
+        "--folds",
+        2,
+        "--folds-out",
+        folds,
+        "--max-accuracy-loss",
+        0.05,
+        "--rounds",
+        1,
+    )
     result = early_exit(*arguments)
     assert result.returncode == 0, result.stderr
     criteria = [EarlyExit.load(run / "early_exit.json") for run in runs]

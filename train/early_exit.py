@@ -33,7 +33,6 @@ from coded_resnext.engine import fit
 from coded_resnext.run_folder import RunFolder, versions
 
 MEASUREMENT_FILE = "early_exit_test.json"
-ROUNDS = 15
 SINGLE_IMAGES = 60
 
 
@@ -61,6 +60,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--agreement", action="store_true", help="two consecutive decoders must agree"
     )
+    parser.add_argument("--rounds", type=int, default=15, help="of measuring the time, at least 1")
     return parser.parse_args()
 
 
@@ -102,7 +102,9 @@ def _fresh(model: CodedResNeXt, seed: int) -> CodedResNeXt:
     return fresh.to(memory_format=torch.channels_last)
 
 
-def measure(model: CodedResNeXt, criterion: EarlyExit, images: Tensor, targets: Tensor) -> Any:
+def measure(
+    model: CodedResNeXt, criterion: EarlyExit, images: Tensor, targets: Tensor, rounds: int
+) -> dict[str, Any]:
     """Accuracy, multiply-accumulates and wall time with early exit and without."""
     whole = network_cost(model, images.shape[2]).macs
     found = predict_early(model, images, criterion)
@@ -121,6 +123,7 @@ def measure(model: CodedResNeXt, criterion: EarlyExit, images: Tensor, targets: 
         count = SINGLE_IMAGES if batch_size == 1 else len(images) // batch_size * batch_size
         groups = images[:count].split(batch_size)
         early, full = _interleaved(
+            rounds,
             lambda groups=groups: [predict_early(model, x, criterion) for x in groups],
             lambda groups=groups: [_classes(model, x) for x in groups],
         )
@@ -135,10 +138,10 @@ def _classes(model: CodedResNeXt, x: Tensor) -> Tensor:
     return model(x).argmax(1)
 
 
-def _interleaved(*passes: Callable[[], object]) -> list[float]:
+def _interleaved(rounds: int, *passes: Callable[[], object]) -> list[float]:
     """Median seconds of each, by turns, so that the machine's mood falls on all alike."""
     seconds: list[list[float]] = [[] for _ in passes]
-    for round_ in range(ROUNDS + 1):
+    for round_ in range(rounds + 1):
         for times, run in zip(seconds, passes, strict=True):
             start = time.perf_counter()
             run()
@@ -149,6 +152,8 @@ def _interleaved(*passes: Callable[[], object]) -> list[float]:
 
 def calibrate_runs(arguments: argparse.Namespace) -> None:
     """Cross-validate once, then write and measure the criterion for every run."""
+    if arguments.rounds < 1:
+        raise ValueError(f"rounds: expected at least 1, got {arguments.rounds}")
     runs = [load_model(path) for path in arguments.runs]
     recipes = [{**run.training["config"], "seed": None, "net": run.model.config} for run in runs]
     if any(recipe != recipes[0] for recipe in recipes):
@@ -173,7 +178,7 @@ def calibrate_runs(arguments: argparse.Namespace) -> None:
         criterion.save(path / EXIT_FILE)
         split = load_digits_split(loaded.training.get("split_seed", SPLIT_SEED))
         model = loaded.model.to(memory_format=torch.channels_last)
-        row = measure(model, criterion, split.test_images, split.test_targets)
+        row = measure(model, criterion, split.test_images, split.test_targets, arguments.rounds)
         content = {**row, "threads": torch.get_num_threads(), "versions": versions()}
         text = json.dumps(content, indent=1) + "\n"
         (path / MEASUREMENT_FILE).write_text(text, encoding="utf-8")
