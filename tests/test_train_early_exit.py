@@ -35,8 +35,7 @@ def make_run(folder: Path, config: TrainingConfig) -> Path:
 def test_margins_for_runs_of_one_recipe(tmp_path: Path) -> None:
     runs = [make_run(tmp_path / str(seed), replace(CONFIG, seed=seed)) for seed in (0, 1)]
     folds = tmp_path / "folds"
-    arguments = (
-        *runs,
+    options = (
         "--folds",
         2,
         "--folds-out",
@@ -46,7 +45,7 @@ def test_margins_for_runs_of_one_recipe(tmp_path: Path) -> None:
         "--rounds",
         1,
     )
-    result = early_exit(*arguments)
+    result = early_exit(*runs, *options)
     assert result.returncode == 0, result.stderr
     criteria = [EarlyExit.load(run / "early_exit.json") for run in runs]
     assert criteria[0] == criteria[1]
@@ -62,7 +61,7 @@ def test_margins_for_runs_of_one_recipe(tmp_path: Path) -> None:
 
     # The folds are kept: again, and nothing is trained.
     state = (folds / "fold-2" / "state.pt").stat().st_mtime_ns
-    assert early_exit(*arguments).returncode == 0
+    assert early_exit(runs[0], *options).returncode == 0
     assert (folds / "fold-2" / "state.pt").stat().st_mtime_ns == state
     assert EarlyExit.load(runs[0] / "early_exit.json") == criteria[0]
 
