@@ -27,6 +27,7 @@ setup(
     packages=[
         "coded_resnext",
         "coded_resnext.codebooks",
+        "coded_resnext.commands",
         "coded_resnext.interpret",
         "coded_resnext.kernels",
     ],

@@ -2,6 +2,10 @@
 
 from .codebook import Codebook
 from .decode import decode
+from .early_exit import EarlyExit, EarlyPrediction
+from .exit_calibration import ExitScores, calibrate, exit_scores
+from .extract import extract_classifier, extract_subset
+from .extracted import ExtractedClassifier, ExtractedNetwork
 from .layers import CodedBottleneck, DropSubNNs
 from .losses import CodedLoss, LossTerms
 from .models import CodedResNeXt, Stage
@@ -13,9 +17,18 @@ __all__ = [
     "CodedLoss",
     "CodedResNeXt",
     "DropSubNNs",
+    "EarlyExit",
+    "EarlyPrediction",
+    "ExitScores",
+    "ExtractedClassifier",
+    "ExtractedNetwork",
     "LossTerms",
     "Stage",
+    "calibrate",
     "create_model",
     "decode",
+    "exit_scores",
+    "extract_classifier",
+    "extract_subset",
     "list_models",
 ]

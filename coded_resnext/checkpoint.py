@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
+from torch import Tensor
 
 from .codebook import Codebook
 from .data import Preprocessing
@@ -61,8 +62,7 @@ def save_model(
         "preprocessing": None if preprocessing is None else preprocessing.to_dict(),
         "training": training or {},
     }
-    tensors = {name: value.contiguous() for name, value in model.state_dict().items()}
-    write_atomically(path, save(tensors, metadata={_HEADER: json.dumps(description)}))
+    write_tensors(path, model.state_dict(), description)
 
 
 def load_model(path: str | Path, *, codebooks: Sequence[Codebook] | None = None) -> LoadedModel:
@@ -80,21 +80,10 @@ def load_model(path: str | Path, *, codebooks: Sequence[Codebook] | None = None)
     path = Path(path)
     if path.is_dir():
         path = path / MODEL_FILE
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: expected a model file, found none")
-    try:
-        with safe_open(path, framework="pt") as file:
-            description = json.loads((file.metadata() or {}).get(_HEADER, "null"))
-            # A safe_open handle is no mapping; it has keys() alone.
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path}: not a readable model file: {error}") from error
-    if not isinstance(description, dict):
-        raise ValueError(f"{path}: a safetensors file, but not one of a Coded ResNeXt")
-    if description.get("format_version") != FORMAT_VERSION:
+    description, state = read_tensors(path)
+    if "kind" in description:
         raise ValueError(
-            f"{path}: format_version: expected {FORMAT_VERSION}, "
-            f"got {description.get('format_version')!r}"
+            f"{path}: expected a whole network, got a part of one; load_extracted reads it"
         )
     try:
         stored = [Codebook.from_dict(data) for data in description["codebooks"]]
@@ -111,6 +100,41 @@ def load_model(path: str | Path, *, codebooks: Sequence[Codebook] | None = None)
     if codebooks is not None:
         check_codebooks(stored, codebooks)
     return LoadedModel(model.eval(), preprocessing, description["training"])
+
+
+def write_tensors(
+    path: str | Path, state: Mapping[str, Tensor], description: dict[str, Any]
+) -> None:
+    """Write tensors under a JSON description, its `format_version` included."""
+    tensors = {name: value.contiguous() for name, value in state.items()}
+    write_atomically(path, save(tensors, metadata={_HEADER: json.dumps(description)}))
+
+
+def read_tensors(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The description and the tensors of a file that `write_tensors` wrote.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a damaged file, one of other software, or one of another format version.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: expected a model file, found none")
+    try:
+        with safe_open(path, framework="pt") as file:
+            description = json.loads((file.metadata() or {}).get(_HEADER, "null"))
+            # A safe_open handle is no mapping; it has keys() alone.
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path}: not a readable model file: {error}") from error
+    if not isinstance(description, dict):
+        raise ValueError(f"{path}: a safetensors file, but not one of a Coded ResNeXt")
+    if description.get("format_version") != FORMAT_VERSION:
+        raise ValueError(
+            f"{path}: format_version: expected {FORMAT_VERSION}, "
+            f"got {description.get('format_version')!r}"
+        )
+    return description, state
 
 
 def check_codebooks(stored: Sequence[Codebook], expected: Sequence[Codebook]) -> None:

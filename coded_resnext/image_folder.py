@@ -62,19 +62,64 @@ class ImageFolder(Dataset[tuple[Tensor, int]]):
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         """The image `[C, H, W]` and its class; a ValueError names a file that is not readable."""
         path, target = self.files[index]
-        image_module = _pillow()
-        try:
-            with image_module.open(path) as image:
-                return self.preprocessing(image), target
-        # What Pillow raises depends on the format and the damage.
-        except (
-            OSError,
-            SyntaxError,
-            ValueError,
-            EOFError,
-            image_module.DecompressionBombError,
-        ) as error:
-            raise ValueError(f"{path}: not a readable image: {error}") from error
+        return read_image(path, self.preprocessing), target
+
+
+def read_image(path: Path, preprocessing: Preprocessing) -> Tensor:
+    """An image file as a network's input, `[C, H, W]`.
+
+    Raises:
+        ValueError: the file is not a readable image; the message names it.
+        ImportError: Pillow is not installed.
+    """
+    image_module = _pillow()
+    try:
+        with image_module.open(path) as image:
+            return preprocessing(image)
+    # What Pillow raises depends on the format and the damage.
+    except (
+        OSError,
+        SyntaxError,
+        ValueError,
+        EOFError,
+        image_module.DecompressionBombError,
+    ) as error:
+        raise ValueError(f"{path}: not a readable image: {error}") from error
+
+
+def find_images(paths: Sequence[str | Path]) -> list[Path]:
+    """Files as they are given, and in place of a folder the images anywhere in it, by name.
+
+    Hidden files, and in folders those whose ending Pillow does not read, are left out.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: a folder holds no image.
+        ImportError: Pillow is not installed.
+    """
+    image_module = _pillow()
+    # Pillow also writes formats that it does not read.
+    endings = {
+        ending
+        for ending, format_ in image_module.registered_extensions().items()
+        if format_ in image_module.OPEN
+    }
+    found: list[Path] = []
+    for path in map(Path, paths):
+        if not path.is_dir():
+            if not path.exists():
+                raise FileNotFoundError(f"{path}: expected an image or a folder, found none")
+            found.append(path)
+            continue
+        inside = sorted(
+            file
+            for file in path.rglob("*")
+            if file.suffix.lower() in endings and not file.name.startswith(".") and file.is_file()
+        )
+        if not inside:
+            raise ValueError(f"{path}: expected a folder with images, found none in it")
+        found += inside
+    return found
 
 
 def image_folder(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, get_args, overload
+from typing import TYPE_CHECKING, Any, Literal, get_args, overload
 
 import numpy as np
 import torch
@@ -14,6 +14,9 @@ from .codebook import Codebook
 from .codebooks.shipped import Size, shipped_sizes
 from .kernels import Aggregation, Backend
 from .layers import CodedBottleneck
+
+if TYPE_CHECKING:
+    from .early_exit import EarlyExit, EarlyPrediction
 
 Stem = Literal["conv3x3", "conv7x7"]
 Keep = int | Tensor | Sequence[Tensor | None]
@@ -221,6 +224,10 @@ class CodedResNeXt(nn.Module):
             all_energies.append(energies)
         logits = self.head(x.mean((2, 3)))
         return (logits, all_energies) if return_energies else logits
+
+    def predict_early(self, x: Tensor, criterion: EarlyExit) -> EarlyPrediction:
+        """Classify images, each no further than it needs: see `early_exit.predict_early`."""
+        return criterion.predict(self, x)
 
     @torch.no_grad()
     def extend_classes(self, new_classes: Sequence[str], *, seed: int = 0) -> CodedResNeXt:

@@ -16,7 +16,7 @@ def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
         cli.main(["--help"])
     assert exit_.value.code == 0
     output = capsys.readouterr().out
-    for command in ("codebook", "doctor", "eval"):
+    for command in ("codebook", "doctor", "eval", "extract", "info", "predict"):
         assert command in output
 
 

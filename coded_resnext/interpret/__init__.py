@@ -7,9 +7,11 @@ from .one_class import OneClass, OneClassClassifier, one_class, one_class_scores
 from .paths import Paths, measure_paths
 from .removal import BlockRemoval, Removal, RemovalCurve, remove_branches
 from .running import Loader
+from .tracing import BlockTrace, Trace, trace
 
 __all__ = [
     "BlockRemoval",
+    "BlockTrace",
     "EarlyDecoding",
     "Evaluation",
     "Loader",
@@ -18,6 +20,7 @@ __all__ = [
     "Paths",
     "Removal",
     "RemovalCurve",
+    "Trace",
     "decode_early",
     "evaluate",
     "measure_paths",
@@ -25,4 +28,5 @@ __all__ = [
     "one_class_scores",
     "remove_branches",
     "save_figures",
+    "trace",
 ]

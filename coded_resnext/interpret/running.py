@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from ..models import CodedResNeXt
 
 Loader = Iterable[tuple[Tensor, Tensor]]
 """Batches of images `[B, C, H, W]` and class indices `[B]`; every iteration starts afresh."""
+Item = TypeVar("Item")
 
 
 @contextmanager
@@ -53,7 +55,7 @@ def batches(model: CodedResNeXt, loader: Loader, activity: str) -> Iterator[tupl
     """
     parameter = next(model.parameters())
     empty = True
-    for images, targets in _with_progress(loader, activity):
+    for images, targets in with_progress(loader, activity):
         empty = False
         if images.ndim != 4 or not len(images) or not images.is_floating_point():
             raise ValueError(
@@ -114,13 +116,13 @@ def resume(
 _INDEX_TYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
-def _with_progress(loader: Loader, activity: str) -> Loader:
-    """The loader behind a progress bar, where tqdm is installed and a person is watching."""
+def with_progress(loader: Iterable[Item], activity: str, unit: str = "batch") -> Iterable[Item]:
+    """The items behind a progress bar, where tqdm is installed and a person is watching."""
     if not sys.stderr.isatty():
         return loader
     try:
         from tqdm import tqdm
     except ImportError:
         return loader
-    shown: Loader = tqdm(loader, desc=activity, unit="batch", leave=False, file=sys.stderr)
+    shown: Iterable[Item] = tqdm(loader, desc=activity, unit=unit, leave=False, file=sys.stderr)
     return shown
