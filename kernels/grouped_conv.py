@@ -34,8 +34,8 @@ def add_moments(moments, acc):
 def merge_lanes(ptr, part, channel, inside, left, n_left, right, n_right, CHANNELS: tl.constexpr):
     """(count, sum, M2) of a program from the moments of its lanes, by Chan's formula.
 
-    A lane has summed at most ROWS values, so that its own M2 loses little to cancellation; nothing
-    above it is a difference of large sums. Lanes outside the map hold numbers without a meaning.
+    A lane has summed at most `part_rows` values, so that its own M2 loses little to cancellation;
+    nothing above it is a difference of large sums. Lanes outside the map hold meaningless numbers.
     """
     sum_left = tl.where(n_left > 0, left[0], 0.0)
     sum_right = tl.where(n_right > 0, right[0], 0.0)
@@ -54,7 +54,7 @@ def merge_lanes(ptr, part, channel, inside, left, n_left, right, n_right, CHANNE
     tl.store(out + 2 * CHANNELS, tl.sum(m2, 0), mask=inside)
 
 
-@triton.jit(do_not_specialize=["batch", "H", "W"])
+@triton.jit(do_not_specialize=["batch", "H", "W", "part_rows"])
 def forward_stride1(
     y_ptr,
     partial_ptr,
@@ -65,24 +65,24 @@ def forward_stride1(
     batch,
     H,
     W,
+    part_rows,
     CHANNELS: tl.constexpr,
     WINDOW: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    ROWS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """`y = conv(relu(scale x + bias))`, padding 1, two output columns a lane.
 
-    Grid: windows * ceil(H / ROWS) * ceil(B ceil(W / 2) / BLOCK_M). `y`, `x [B, H, W, CHANNELS]`;
-    `scale`, `bias [CHANNELS]` float32 or None; `weight [windows, 9, BLOCK_K, BLOCK_K]` in the
-    dtype of `x`; `partial [parts, 3, CHANNELS]` float32 or None.
+    Grid: windows * parts, parts = ceil(H / part_rows) * ceil(B ceil(W / 2) / BLOCK_M). `y`,
+    `x [B, H, W, CHANNELS]`; `scale`, `bias [CHANNELS]` float32 or None; `weight [windows, 9,
+    BLOCK_K, BLOCK_K]` in the dtype of `x`; `partial [parts, 3, CHANNELS]` float32 or None.
     """
     AFFINE: tl.constexpr = scale_ptr is not None
     STATISTICS: tl.constexpr = partial_ptr is not None
     window = tl.program_id(0) % (CHANNELS // WINDOW)
     part = tl.program_id(0) // (CHANNELS // WINDOW)
-    sample, column, first, real = locate(part, batch, (W + 1) // 2, H, BLOCK_M, ROWS)
+    sample, column, first, real = locate(part, batch, (W + 1) // 2, H, part_rows, BLOCK_M)
     k = tl.arange(0, BLOCK_K)
     channel = window * WINDOW + k
     inside = (k < WINDOW)[None, :]
@@ -107,7 +107,7 @@ def forward_stride1(
     below = add_six(a, top, (zero, zero), PRECISION)
     left = (zero, zero)
     right = (zero, zero)
-    rows = tl.minimum(ROWS, H - first)
+    rows = tl.minimum(part_rows, H - first)
     for i in range(rows):
         x += step
         a = load_four_inputs(x, first + 1 + i, H, valid, inside, affine, CHANNELS, AFFINE)
@@ -126,7 +126,7 @@ def forward_stride1(
         merge_lanes(partial_ptr, part, channel, k < WINDOW, left, n_left, right, n_right, CHANNELS)
 
 
-@triton.jit(do_not_specialize=["batch", "H", "W"])
+@triton.jit(do_not_specialize=["batch", "H", "W", "part_rows"])
 def forward_stride2(
     y_ptr,
     partial_ptr,
@@ -137,16 +137,16 @@ def forward_stride2(
     batch,
     H,
     W,
+    part_rows,
     CHANNELS: tl.constexpr,
     WINDOW: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    ROWS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """As `forward_stride1` with stride 2: one output column a lane, two input rows a step.
 
-    Grid: windows * ceil(OH / ROWS) * ceil(B OW / BLOCK_M), `y [B, OH, OW, CHANNELS]`.
+    parts = ceil(OH / part_rows) * ceil(B OW / BLOCK_M); `y [B, OH, OW, CHANNELS]`.
     """
     AFFINE: tl.constexpr = scale_ptr is not None
     STATISTICS: tl.constexpr = partial_ptr is not None
@@ -154,7 +154,7 @@ def forward_stride2(
     OW = (W + 1) // 2
     window = tl.program_id(0) % (CHANNELS // WINDOW)
     part = tl.program_id(0) // (CHANNELS // WINDOW)
-    sample, column, first, real = locate(part, batch, OW, OH, BLOCK_M, ROWS)
+    sample, column, first, real = locate(part, batch, OW, OH, part_rows, BLOCK_M)
     k = tl.arange(0, BLOCK_K)
     channel = window * WINDOW + k
     inside = (k < WINDOW)[None, :]
@@ -173,7 +173,7 @@ def forward_stride2(
     a = load_three_inputs(x, row, H, valid, inside, affine, CHANNELS, AFFINE)
     acc = add_three(a[0], a[1], a[2], top, zero, PRECISION)
     moments = (zero, zero)
-    rows = tl.minimum(ROWS, OH - first)
+    rows = tl.minimum(part_rows, OH - first)
     for i in range(rows):
         a = load_three_inputs(x + step, row + 2 * i + 1, H, valid, inside, affine, CHANNELS, AFFINE)
         acc = add_three(a[0], a[1], a[2], middle, acc, PRECISION)

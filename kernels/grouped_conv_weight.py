@@ -10,11 +10,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .grouped_conv_backward import load_gradient
+from .grouped_conv_backward import load_gradient, shift
 from .grouped_tiles import (
     around_pair,
     load_channels,
-    load_four_inputs,
     load_three_inputs,
     locate,
 )
@@ -22,30 +21,12 @@ from .tile import dot, hash_in_order
 
 
 @triton.jit
-def add_products(a0, a1, a2, d, acc, PRECISION: tl.constexpr):
+def add_products(a, d, acc, PRECISION: tl.constexpr):
     """`acc[kx] + a[kx]^T d`: one row of the kernel, the lanes being summed over."""
     return (
-        dot(tl.trans(a0), d, acc[0], PRECISION),
-        dot(tl.trans(a1), d, acc[1], PRECISION),
-        dot(tl.trans(a2), d, acc[2], PRECISION),
-    )
-
-
-@triton.jit
-def add_pair_products(a, d, acc, PRECISION: tl.constexpr):
-    """`add_products` for the two output columns of a lane."""
-    acc = add_products(a[0], a[1], a[2], d[0], acc, PRECISION)
-    return add_products(a[1], a[2], a[3], d[1], acc, PRECISION)
-
-
-@triton.jit
-def load_gradient_pair(
-    ptrs, at, row, rows, valid, inside, terms, CHANNELS: tl.constexpr, FOLLOWED: tl.constexpr
-):
-    """`load_gradient` at the two columns of a lane."""
-    return (
-        load_gradient(ptrs, at, row, rows, valid[1], inside, terms, FOLLOWED),
-        load_gradient(ptrs, at + CHANNELS, row, rows, valid[2], inside, terms, FOLLOWED),
+        dot(tl.trans(a[0]), d, acc[0], PRECISION),
+        dot(tl.trans(a[1]), d, acc[1], PRECISION),
+        dot(tl.trans(a[2]), d, acc[2], PRECISION),
     )
 
 
@@ -59,12 +40,11 @@ def store_row(ptr, acc, BLOCK_K: tl.constexpr):
     tl.store(ptr + 2 * BLOCK_K * BLOCK_K, acc[2])
 
 
-@triton.jit(do_not_specialize=["batch", "H", "W"])
+@triton.jit(do_not_specialize=["batch", "H", "W", "part_rows"])
 def weight_gradient_stride1(
     partial_ptr,
     grad_ptr,
     y_ptr,
-    through_ptr,
     curve_ptr,
     level_ptr,
     x_ptr,
@@ -73,11 +53,11 @@ def weight_gradient_stride1(
     batch,
     H,
     W,
+    part_rows,
     CHANNELS: tl.constexpr,
     WINDOW: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    ROWS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Partial sums over the pixels; an input row meets the gradient rows above, at and below it.
@@ -93,9 +73,7 @@ def weight_gradient_stride1(
     k = tl.arange(0, BLOCK_K)
     channel = window * WINDOW + k
     inside = (k < WINDOW)[None, :]
-    ptrs = (grad_ptr, y_ptr)
     terms = (
-        load_channels(through_ptr, channel, k < WINDOW, 1.0),
         load_channels(curve_ptr, channel, k < WINDOW, 0.0),
         load_channels(level_ptr, channel, k < WINDOW, 0.0),
     )
@@ -104,44 +82,40 @@ def weight_gradient_stride1(
         load_channels(bias_ptr, channel, k < WINDOW, 0.0),
     )
     step = W.to(tl.int64) * CHANNELS
-    pairs = (W + 1) // 2
     zero = tl.zeros((BLOCK_K, BLOCK_K), tl.float32)
     top = (zero, zero, zero)
     middle = (zero, zero, zero)
     bottom = (zero, zero, zero)
-    parts = tl.cdiv(batch * pairs, BLOCK_M) * tl.cdiv(H, ROWS)
+    parts = tl.cdiv(batch * W, BLOCK_M) * tl.cdiv(H, part_rows)
     for part in range(split, parts, tl.num_programs(0) // WINDOWS):
-        sample, column, first, real = locate(part, batch, pairs, H, BLOCK_M, ROWS)
-        column = column * 2
+        sample, column, first, real = locate(part, batch, W, H, part_rows, BLOCK_M)
         valid = around_pair(column, W, real)
         at = ((sample * H + first) * W + column)[:, None] * CHANNELS + channel[None, :]
-        above = load_gradient_pair(
-            ptrs, at - step, first - 1, H, valid, inside, terms, CHANNELS, FOLLOWED
-        )
-        here = load_gradient_pair(ptrs, at, first, H, valid, inside, terms, CHANNELS, FOLLOWED)
-        for i in range(tl.minimum(ROWS, H - first)):
-            a = load_four_inputs(x_ptr + at, first + i, H, valid, inside, affine, CHANNELS, AFFINE)
-            at += step
-            below = load_gradient_pair(
-                ptrs, at, first + i + 1, H, valid, inside, terms, CHANNELS, FOLLOWED
-            )
-            top = add_pair_products(a, below, top, PRECISION)
-            middle = add_pair_products(a, here, middle, PRECISION)
-            bottom = add_pair_products(a, above, bottom, PRECISION)
+        ptrs = (grad_ptr + at - step, (y_ptr if FOLLOWED else grad_ptr) + at - step)
+        x = x_ptr + at
+        above = load_gradient(ptrs, first - 1, H, valid[1], inside, terms, FOLLOWED)
+        ptrs = shift(ptrs, step)
+        here = load_gradient(ptrs, first, H, valid[1], inside, terms, FOLLOWED)
+        for i in range(tl.minimum(part_rows, H - first)):
+            a = load_three_inputs(x, first + i, H, valid, inside, affine, CHANNELS, AFFINE)
+            x += step
+            bottom = add_products(a, above, bottom, PRECISION)
+            middle = add_products(a, here, middle, PRECISION)
             above = here
-            here = below
+            ptrs = shift(ptrs, step)
+            here = load_gradient(ptrs, first + i + 1, H, valid[1], inside, terms, FOLLOWED)
+            top = add_products(a, here, top, PRECISION)
     out = partial_ptr + (split * WINDOWS + window).to(tl.int64) * (9 * BLOCK_K * BLOCK_K)
     store_row(out, top, BLOCK_K)
     store_row(out + 3 * BLOCK_K * BLOCK_K, middle, BLOCK_K)
     store_row(out + 6 * BLOCK_K * BLOCK_K, bottom, BLOCK_K)
 
 
-@triton.jit(do_not_specialize=["batch", "H", "W"])
+@triton.jit(do_not_specialize=["batch", "H", "W", "part_rows"])
 def weight_gradient_stride2(
     partial_ptr,
     grad_ptr,
     y_ptr,
-    through_ptr,
     curve_ptr,
     level_ptr,
     x_ptr,
@@ -150,11 +124,11 @@ def weight_gradient_stride2(
     batch,
     H,
     W,
+    part_rows,
     CHANNELS: tl.constexpr,
     WINDOW: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    ROWS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """As `weight_gradient_stride1` with stride 2: two input rows and one gradient row a step."""
@@ -166,9 +140,7 @@ def weight_gradient_stride2(
     k = tl.arange(0, BLOCK_K)
     channel = window * WINDOW + k
     inside = (k < WINDOW)[None, :]
-    ptrs = (grad_ptr, y_ptr)
     terms = (
-        load_channels(through_ptr, channel, k < WINDOW, 1.0),
         load_channels(curve_ptr, channel, k < WINDOW, 0.0),
         load_channels(level_ptr, channel, k < WINDOW, 0.0),
     )
@@ -184,25 +156,26 @@ def weight_gradient_stride2(
     top = (zero, zero, zero)
     middle = (zero, zero, zero)
     bottom = (zero, zero, zero)
-    parts = tl.cdiv(batch * OW, BLOCK_M) * tl.cdiv(OH, ROWS)
+    parts = tl.cdiv(batch * OW, BLOCK_M) * tl.cdiv(OH, part_rows)
     for part in range(split, parts, tl.num_programs(0) // WINDOWS):
-        sample, column, first, real = locate(part, batch, OW, OH, BLOCK_M, ROWS)
+        sample, column, first, real = locate(part, batch, OW, OH, part_rows, BLOCK_M)
         valid = around_pair(2 * column, W, real)
         at = ((sample * OH + first) * OW + column)[:, None] * CHANNELS + channel[None, :]
-        x = x_ptr + ((sample * H + 2 * first) * W + 2 * column)[:, None] * CHANNELS
-        x += channel[None, :]
-        here = load_gradient(ptrs, at, first, OH, valid[1], inside, terms, FOLLOWED)
-        for i in range(tl.minimum(ROWS, OH - first)):
+        ptrs = (grad_ptr + at, (y_ptr if FOLLOWED else grad_ptr) + at)
+        at = ((sample * H + 2 * first) * W + 2 * column)[:, None] * CHANNELS + channel[None, :]
+        x = x_ptr + at
+        d = load_gradient(ptrs, first, OH, valid[1], inside, terms, FOLLOWED)
+        for i in range(tl.minimum(part_rows, OH - first)):
             row = first + i
             a = load_three_inputs(x, 2 * row, H, valid, inside, affine, CHANNELS, AFFINE)
-            middle = add_products(a[0], a[1], a[2], here, middle, PRECISION)
-            a = load_three_inputs(x + step, 2 * row + 1, H, valid, inside, affine, CHANNELS, AFFINE)
-            x += 2 * step
-            at += out_step
-            below = load_gradient(ptrs, at, row + 1, OH, valid[1], inside, terms, FOLLOWED)
-            bottom = add_products(a[0], a[1], a[2], here, bottom, PRECISION)
-            top = add_products(a[0], a[1], a[2], below, top, PRECISION)
-            here = below
+            middle = add_products(a, d, middle, PRECISION)
+            x += step
+            a = load_three_inputs(x, 2 * row + 1, H, valid, inside, affine, CHANNELS, AFFINE)
+            bottom = add_products(a, d, bottom, PRECISION)
+            x += step
+            ptrs = shift(ptrs, out_step)
+            d = load_gradient(ptrs, row + 1, OH, valid[1], inside, terms, FOLLOWED)
+            top = add_products(a, d, top, PRECISION)
     out = partial_ptr + (split * WINDOWS + window).to(tl.int64) * (9 * BLOCK_K * BLOCK_K)
     store_row(out, top, BLOCK_K)
     store_row(out + 3 * BLOCK_K * BLOCK_K, middle, BLOCK_K)

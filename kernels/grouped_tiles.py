@@ -2,8 +2,8 @@
 
 B samples, H x W maps, CHANNELS = windows * WINDOW channels in rows: channels-last. A window of
 WINDOW <= BLOCK_K channels holds whole groups; its weights are block-diagonal, and zero in the
-channels that fill it up. A program takes BLOCK_M lanes of one window and walks down ROWS rows. Windows are
-next to each other in the grid: their channels share cache lines.
+channels that fill it up. A program takes BLOCK_M lanes of one window and walks down `part_rows`
+rows. Windows are next to each other in the grid: their channels share cache lines.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from .tile import activate, dot, hash_in_order
 
 
 @triton.jit
-def locate(part, batch, columns, rows, BLOCK_M: tl.constexpr, ROWS: tl.constexpr):
+def locate(part, batch, columns, rows, part_rows, BLOCK_M: tl.constexpr):
     """Sample and column of each lane of a part of the work, its first row, and which lanes exist.
 
-    `columns` is the number of lanes in a row. The segments of ROWS rows of the same lanes are next
-    to each other, since they share input rows.
+    `columns` is the number of lanes in a row. The segments of `part_rows` rows of the same lanes
+    are next to each other, since they share input rows.
     """
-    segments = tl.cdiv(rows, ROWS)
+    segments = tl.cdiv(rows, part_rows)
     lane = (part // segments) * BLOCK_M + tl.arange(0, BLOCK_M)
     sample = (lane // columns).to(tl.int64)
-    return sample, lane % columns, (part % segments) * ROWS, sample < batch
+    return sample, lane % columns, (part % segments) * part_rows, sample < batch
 
 
 @triton.jit
@@ -32,12 +32,13 @@ def load_channels(ptr, channel, inside, default):
     """A float32 vector of per-channel numbers as a row, or `default` where there is no tensor."""
     if ptr is None:
         return default
-    return tl.load(ptr + channel, mask=inside, other=0.0)[None, :]
+    else:  # noqa: RET505 (Triton compiles what follows a return)
+        return tl.load(ptr + channel, mask=inside, other=0.0)[None, :]
 
 
 @triton.jit
 def load_taps(weight_ptr, window, BLOCK_K: tl.constexpr):
-    """The packed weights of a window by rows of the kernel: tiles `[BLOCK_K (in), BLOCK_K (out)]`."""
+    """The packed weights of a window by rows of the kernel, `[BLOCK_K (in), BLOCK_K (out)]`."""
     k = tl.arange(0, BLOCK_K)
     SIZE: tl.constexpr = BLOCK_K * BLOCK_K
     tile = weight_ptr + window * (9 * SIZE) + k[:, None] * BLOCK_K + k[None, :]
@@ -60,9 +61,17 @@ def around_pair(column, W, real):
 
 
 @triton.jit
+def at_row(valid, row, rows):
+    """`valid`, if the row is one of the map's."""
+    # One unsigned comparison for both ends. The interpreter cannot join a scalar to a block.
+    row = tl.zeros(valid.shape, tl.uint32) + row.to(tl.uint32)
+    return valid & (row < rows.to(tl.uint32))
+
+
+@triton.jit
 def load_input(ptr, row, rows, valid, inside, affine, AFFINE: tl.constexpr):
     """`relu(scale x + bias)` at one pixel a lane, 0 in the padding around the map."""
-    valid = valid & (row >= 0) & (row < rows)
+    valid = at_row(valid, row, rows)
     x = tl.load(ptr, mask=valid & inside, other=0.0)
     return activate(x, affine[0], affine[1], valid, AFFINE, True)
 
