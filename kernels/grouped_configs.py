@@ -12,6 +12,14 @@ from functools import cache
 
 from .configs import ITEM_BYTES, Dtype, LaunchRow, next_power_of_2
 
+# The selection table: where the kernels have been measured to win against cuDNN. Architecture,
+# width D and stride to the passes (`forward`, `input`, `weight`) that run them. Empty, since no GPU
+# has timed them: cuDNN is used everywhere unless a call asks for the kernels by name.
+WINS: dict[tuple[str, int, int], str] = {}
+# Groups wider than this need windows of 64 channels, whose kernels spill registers to memory: they
+# are for checks, and never in the table.
+WIDEST_SHIPPED = 32
+
 # Channels of the widest window; nine matrices of this size fill the registers of four warps.
 WIDEST_WINDOW = 64
 # Lanes of a program: the rows of the smallest tensor-core product. More would spill.
@@ -104,9 +112,16 @@ class GroupedWindows:
         return self.padded == sizes.width and self.count * self.group == sizes.groups
 
 
-def runs(sizes: GroupedSizes) -> bool:
-    """Whether the kernels can compute this convolution at all."""
-    return sizes.stride in (1, 2) and sizes.width <= WIDEST_WINDOW
+def winning_passes(arch: str, sizes: GroupedSizes) -> tuple[str, str]:
+    """The passes in which the kernels win on an architecture, and why it is these."""
+    if sizes.width > WIDEST_SHIPPED:
+        return "", f"groups of more than {WIDEST_SHIPPED} channels spill registers"
+    if not GroupedWindows.of(sizes).fit(sizes):
+        return "", "the channels would have to be copied to pad them"
+    passes = WINS.get((arch, sizes.width, sizes.stride))
+    if passes is None:
+        return "", f"not measured on {arch}"
+    return passes, f"measured on {arch}"
 
 
 def _row(

@@ -49,12 +49,12 @@ def load_four_gradients(
 
 @triton.jit
 def store_gradient(ptrs, acc, valid, inside, affine, sums, AFFINE: tl.constexpr):
-    """Store the input's gradient of one pixel a lane, and add to the sums for scale and bias;
+    """Store the input's gradient of one pixel a lane, and add to the sums for bias and scale;
     `ptrs` point to the gradient and to the input."""
     if AFFINE:
         x = tl.load(ptrs[1], mask=valid & inside, other=0.0).to(tl.float32)
         acc = tl.where((x * affine[0] + affine[1] > 0) & valid, acc, 0.0)
-        sums = (sums[0] + acc * x, sums[1] + acc)
+        sums = (sums[0] + acc, sums[1] + acc * x)
         acc *= affine[0]
     tl.store(ptrs[0], round_to(acc, ptrs[0].dtype.element_ty), mask=valid & inside)
     return sums
@@ -62,7 +62,7 @@ def store_gradient(ptrs, acc, valid, inside, affine, sums, AFFINE: tl.constexpr)
 
 @triton.jit
 def store_sums(ptr, part, channel, inside, sums, CHANNELS: tl.constexpr):
-    """The gradients of scale and bias from one program."""
+    """The gradients of bias and scale from one program."""
     out = ptr + part.to(tl.int64) * (2 * CHANNELS) + channel
     tl.store(out, tl.sum(sums[0], 0), mask=inside)
     tl.store(out + CHANNELS, tl.sum(sums[1], 0), mask=inside)
@@ -94,7 +94,7 @@ def input_gradient_stride1(
 
     Grid as for `forward_stride1`. `dx`, `grad`, `y`, `x [B, H, W, CHANNELS]`; `y` and `curve`,
     `level [CHANNELS]` float32 or None; `x`, `scale`, `bias [CHANNELS]` float32 or None, and
-    with them `partial [parts, 2, CHANNELS]` float32, the gradients of scale and bias.
+    with them `partial [parts, 2, CHANNELS]` float32, the gradients of bias and scale.
     """
     AFFINE: tl.constexpr = scale_ptr is not None
     FOLLOWED: tl.constexpr = y_ptr is not None

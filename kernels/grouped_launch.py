@@ -1,4 +1,4 @@
-"""The grouped 3x3 convolution and its gradients through the Triton kernels: tensors in, tensors out.
+"""The grouped 3x3 convolution and its gradients by the Triton kernels: tensors in, tensors out.
 
 Nothing is checked here. B samples, N groups of width D, H x W maps in, OH x OW maps out.
 """
@@ -12,16 +12,11 @@ from . import grouped_configs as configs
 from .configs import Dtype
 from .grouped_configs import LANES, MOST_ROWS, GroupedSizes, GroupedVariant, GroupedWindows
 
-_DTYPES: dict[torch.dtype, Dtype] = {
+DTYPES: dict[torch.dtype, Dtype] = {
     torch.bfloat16: "bf16",
     torch.float16: "fp16",
     torch.float32: "fp32",
 }
-
-
-def supports(dtype: torch.dtype) -> bool:
-    """Whether the kernels compute in this dtype."""
-    return dtype in _DTYPES
 
 
 def forward(
@@ -79,8 +74,8 @@ def input_gradient(
     x: Tensor | None,
     scale: Tensor | None,
     bias: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of `x [B, N*D, H, W]`, `scale` and `bias` (`[0]` without them).
+) -> tuple[Tensor, Tensor]:
+    """The gradient of `x [B, N*D, H, W]`, and those of `bias` and `scale`, `[2, N*D]` or `[0]`.
 
     Args:
         grad: of the output, `[B, N*D, OH, OW]`.
@@ -113,9 +108,8 @@ def input_gradient(
         part_rows,
     )
     if partial is None:
-        return _images(dx, sizes), _floats(grad, 0), _floats(grad, 0)
-    sums = _channels(partial.sum(0), sizes)
-    return _images(dx, sizes), sums[0], sums[1]
+        return _images(dx, sizes), _floats(grad, 0)
+    return _images(dx, sizes), _channels(partial.sum(0), sizes)
 
 
 def weight_gradient(
@@ -151,14 +145,14 @@ def weight_gradient(
         part_rows,
     )
     gradient = grad.new_empty(sizes.groups * sizes.width, sizes.width, 3, 3)
-    row = configs.reduce_weight_gradient(sizes, _DTYPES[grad.dtype])
+    row = configs.reduce_weight_gradient(sizes, DTYPES[grad.dtype])
     row.launch((windows.count * 9 * (block * block // 64),), gradient, partial, splits)
     return gradient
 
 
 def _variant(x: Tensor, affine: bool, statistics: bool) -> GroupedVariant:
     tf32 = x.dtype == torch.float32 and torch.backends.cudnn.allow_tf32
-    return GroupedVariant(_DTYPES[x.dtype], affine, statistics, tf32)
+    return GroupedVariant(DTYPES[x.dtype], affine, statistics, tf32)
 
 
 def _parts(rows: Tensor, *, pairs: bool) -> tuple[int, int]:
@@ -178,7 +172,7 @@ def _pack(weight: Tensor, sizes: GroupedSizes, *, backward: bool) -> Tensor:
     """The weight as the kernels read it, `[windows, 9, BLOCK_K, BLOCK_K]`."""
     windows = GroupedWindows.of(sizes)
     packed = weight.new_empty(windows.count, 9, windows.block_k, windows.block_k)
-    row = configs.pack_weights(sizes, _DTYPES[weight.dtype], backward=backward)
+    row = configs.pack_weights(sizes, DTYPES[weight.dtype], backward=backward)
     row.launch((windows.count * 9,), packed, weight.contiguous())
     return packed
 
