@@ -19,7 +19,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from .prebuilt import INDEX, read_index, toolchain
+from .prebuilt import FOLDERS_VARIABLE, INDEX, read_index, toolchain
 
 SHIPPED_ROWS = "coded_resnext.kernels.configs:shipped_rows"
 ROWS_OF_A_STEP = 12
@@ -48,17 +48,17 @@ def build(
     folder: Path,
     *,
     source: str = SHIPPED_ROWS,
-    wanted: Callable[[Any, str], bool] = lambda _row, _arch: True,
+    wanted: Callable[[str, str], bool] = lambda _name, _arch: True,
     jobs: int | None = None,
     gather: bool = True,
 ) -> dict[str, list[dict[str, Any]]]:
     """Compile rows for architectures.
 
     Args:
-        archs: such as `"90"`.
+        archs: such as `"sm90"`.
         folder: gets a subfolder for each architecture, and `build`, which only the next build needs.
-        source: `module:function` that yields the rows of launch settings.
-        wanted: of a row and an architecture, whether to compile it.
+        source: `module:function` that yields names and rows for an architecture.
+        wanted: of a row's name and an architecture, whether to compile it.
         jobs: processes at a time; by default one for each processor.
         gather: copy the kernels into the subfolders; without it they stay in `build`.
 
@@ -68,10 +68,15 @@ def build(
     Raises:
         BuildError: there is no ninja, or a kernel does not compile.
     """
-    rows, work = list(load_rows(source)), folder.resolve() / "build"
+    work = folder.resolve() / "build"
     work.mkdir(parents=True, exist_ok=True)
     steps = {
-        arch: _write_steps(arch, [row for row in rows if wanted(row, arch)], source, work)
+        arch: _write_steps(
+            arch,
+            {name: row for name, row in load_rows(source, arch) if wanted(name, arch)},
+            source,
+            work,
+        )
         for arch in archs
     }
     _write_if_changed(work / "toolchain.json", json.dumps(_toolchain_files(), indent=1))
@@ -91,30 +96,34 @@ def build(
 
 
 def missing(archs: Sequence[str], folder: Path, source: str = SHIPPED_ROWS) -> list[str]:
-    """What a folder lacks, in sentences; keys are computed anew and nothing is compiled."""
+    """What a folder lacks, in sentences; keys are computed anew and nothing is compiled.
+
+    Raises:
+        BuildError: the keys cannot be computed.
+    """
     lacking = []
     for arch in archs:
-        index = folder / f"sm{arch}" / INDEX
+        index = folder / arch / INDEX
         try:
             found = read_index(index)
         except (ValueError, OSError) as error:
-            lacking.append(f"sm{arch}: {error}")
+            lacking.append(f"{arch}: {error}")
             continue
         if not found.is_current:
-            lacking.append(f"sm{arch}: built by {found.toolchain}, this is {toolchain()}")
+            lacking.append(f"{arch}: built by {found.toolchain}, this is {toolchain()}")
             continue
         for name, key in _current_keys(arch, source).items():
             if key not in found.kernels:
-                lacking.append(f"sm{arch}: {name}: not built")
+                lacking.append(f"{arch}: {name}: not built")
             elif found.files(key) is None:
-                lacking.append(f"sm{arch}: {name}: damaged")
+                lacking.append(f"{arch}: {name}: damaged")
     return lacking
 
 
-def load_rows(source: str) -> Iterable[Any]:
-    """The rows that `module:function` yields."""
+def load_rows(source: str, arch: str) -> Iterable[tuple[str, Any]]:
+    """The names and rows that `module:function` yields for an architecture."""
     module, _, function = source.partition(":")
-    rows: Iterable[Any] = getattr(import_module(module), function)()
+    rows: Iterable[tuple[str, Any]] = getattr(import_module(module), function)(arch)
     return rows
 
 
@@ -146,6 +155,8 @@ def clean_environment() -> dict[str, str]:
     """The environment without what would leak into the kernels or their keys."""
     return {
         **{k: v for k, v in os.environ.items() if not k.startswith(COMPILER_VARIABLES)},
+        # A kernel must come from the compiler, not from an earlier build.
+        FOLDERS_VARIABLE: "",
         "OMP_NUM_THREADS": "1",
     }
 
@@ -157,7 +168,8 @@ def _current_keys(arch: str, source: str) -> dict[str, str]:
         "from coded_resnext.kernels import build_compile as step\n"
         "from coded_resnext.kernels.build import load_rows\n"
         "step.install_stub_driver(sys.argv[1])\n"
-        "print(json.dumps({row.name: step.row_key(row) for row in load_rows(sys.argv[2])}))"
+        "rows = load_rows(sys.argv[2], sys.argv[1])\n"
+        "print(json.dumps({name: step.row_key(row) for name, row in rows}))"
     )
     result = subprocess.run(
         [sys.executable, "-P", "-c", code, arch, source],
@@ -172,22 +184,21 @@ def _current_keys(arch: str, source: str) -> dict[str, str]:
     return keys
 
 
-def _write_steps(arch: str, rows: list[Any], source: str, work: Path) -> list[Path]:
+def _write_steps(arch: str, rows: dict[str, Any], source: str, work: Path) -> list[Path]:
     """One file for every few rows of a kernel, written only where it differs."""
     paths = []
-    for kernel in dict.fromkeys(row.kernel for row in rows):
-        of_kernel = [row for row in rows if row.kernel == kernel]
-        for first in range(0, len(of_kernel), ROWS_OF_A_STEP):
-            part = of_kernel[first : first + ROWS_OF_A_STEP]
-            name = f"{kernel.rpartition(':')[2]}-{first}"
+    for kernel in dict.fromkeys(row.kernel for row in rows.values()):
+        names = [name for name, row in rows.items() if row.kernel == kernel]
+        for first in range(0, len(names), ROWS_OF_A_STEP):
+            part = names[first : first + ROWS_OF_A_STEP]
             content = {
                 "arch": arch,
                 "source": source,
-                "cache": str(work / "cache"),
-                "rows": [row.name for row in part],
-                "settings": [repr(row) for row in part],
+                "rows": part,
+                # Not read, but a step whose settings changed has a changed file.
+                "settings": [repr(rows[name]) for name in part],
             }
-            paths.append(work / arch / f"{name}.step.json")
+            paths.append(work / arch / f"{kernel.rpartition(':')[2]}-{first}.step.json")
             _write_if_changed(paths[-1], json.dumps(content, indent=1))
     return paths
 
@@ -215,7 +226,7 @@ def _ninja_lines(
             yield f"  step = {step.name.partition('.')[0]} for {arch}"
         if targets is not None and of_arch:
             entries = " ".join(_escape(_entries_path(step)) for step in of_arch)
-            yield f"build {_escape(targets / f'sm{arch}' / INDEX)}: gather {entries} | {tools}"
+            yield f"build {_escape(targets / arch / INDEX)}: gather {entries} | {tools}"
     yield ""
 
 

@@ -10,7 +10,6 @@ steps share. What the cache already has is not compiled again.
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import sys
@@ -21,7 +20,6 @@ import torch
 import triton
 
 from .build import load_rows
-from .prebuilt_cache import settle_keys
 from .stub_driver import install_stub_driver
 
 DTYPES = {
@@ -46,14 +44,10 @@ def _raise_key(key: str, **_special: bool) -> Any:
 
 def compile_row(row: Any) -> Any:
     """Compile a row through the JIT, as its launch does; Triton's compiled kernel."""
-    module, _, name = row.kernel.partition(":")
-    kernel = getattr(importlib.import_module(module), name)
-    settle_keys(kernel)
-    arguments = [
-        DTYPES[value.removeprefix("*")] if isinstance(value, str) else value
-        for value in row.arguments
+    args = [
+        DTYPES[value.removeprefix("*")] if isinstance(value, str) else value for value in row.args
     ]
-    return kernel.warmup(*arguments, grid=(1,), **row.constants, **row.options)
+    return row.function().warmup(*args, grid=(1,), **row.keywords)
 
 
 def row_key(row: Any) -> str:
@@ -72,8 +66,8 @@ def row_key(row: Any) -> str:
 def main() -> None:
     step = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     install_stub_driver(step["arch"])
-    rows = {row.name: row for row in load_rows(step["source"])}
-    entries = [_entry(rows[name], step) for name in step["rows"]]
+    rows = dict(load_rows(step["source"], step["arch"]))
+    entries = [_entry(name, rows[name], step["arch"]) for name in step["rows"]]
     output = Path(sys.argv[2])
     output.write_text(json.dumps(entries, indent=1), encoding="utf-8")
     files = sorted(_source_files(step["source"].partition(":")[0]))
@@ -82,7 +76,7 @@ def main() -> None:
     Path(f"{output}.d").write_text(f"{escaped}: {names}\n", encoding="utf-8")
 
 
-def _entry(row: Any, step: dict[str, Any]) -> dict[str, Any]:
+def _entry(name: str, row: Any, arch: str) -> dict[str, Any]:
     groups: list[tuple[dict[str, str], bool]] = []
     triton.knobs.compilation.listener = lambda **event: groups.append(
         (event["metadata_group"], event["cache_hit"])
@@ -90,16 +84,16 @@ def _entry(row: Any, step: dict[str, Any]) -> dict[str, Any]:
     try:
         kernel = compile_row(row)
     except Exception:
-        print(f"{row.name} for {step['arch']} does not compile:", flush=True)
+        print(f"{name} for {arch} does not compile:", flush=True)
         raise
     # The listener is silent where an earlier row of the step had the same key.
     group = groups[0][0] if groups else kernel.metadata_group
     if groups and not groups[0][1]:
-        print(f"compiled {row.name} for {step['arch']}", flush=True)
+        print(f"compiled {name} for {arch}", flush=True)
     folder = os.path.dirname(next(iter(group.values())))
     return {
-        "row": row.name,
-        "arch": step["arch"],
+        "row": name,
+        "arch": arch,
         "key": os.path.basename(folder),
         "folder": folder,
         "files": sorted(group),

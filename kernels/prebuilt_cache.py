@@ -13,7 +13,6 @@ from typing import Any
 
 from triton import knobs
 from triton.runtime.cache import CacheManager, FileCacheManager
-from triton.runtime.jit import JITCallable, JITFunction
 
 from .prebuilt import Prebuilt, find_prebuilt, toolchain
 
@@ -67,31 +66,10 @@ class PrebuiltFirst(CacheManager):
 
 
 @cache
-def prepare(kernel: JITFunction[Any]) -> None:
-    """What must have happened before a kernel is first launched, or compiled ahead of time."""
-    install()
-    settle_keys(kernel)
-
-
-def settle_keys(kernel: JITCallable) -> None:
-    """Hash a kernel's helpers before the kernel.
-
-    Under Triton 3.6 a kernel's cache key depends on whether a helper was hashed before it, for
-    another kernel, or is hashed on the way. With one order everywhere the key is always the same.
-    """
-    if kernel.hash is None:
-        for name in kernel.fn.__code__.co_names:
-            helper = kernel.fn.__globals__.get(name)
-            if isinstance(helper, JITCallable) and helper is not kernel:
-                settle_keys(helper)
-        assert kernel.cache_key
-
-
-@cache
 def install() -> int:
     """Put the manager in place, once in a process; the number of prebuilt kernels it can serve.
 
-    A folder that cannot be read, or that another
+    Called when a kernel is first looked up. A folder that cannot be read, or that another
     Triton filled, is named in a warning; its kernels are compiled as if it were not there.
     """
     found, faults = find_prebuilt()

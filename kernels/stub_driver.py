@@ -12,9 +12,9 @@ from triton.runtime.driver import driver
 
 
 def target_of(arch: str) -> GPUTarget:
-    """Triton's target for an architecture: `90` is an NVIDIA capability, `gfx942` an AMD chip."""
-    if arch.isdecimal():
-        return GPUTarget("cuda", int(arch), 32)
+    """Triton's target for an architecture: `sm90` and so on from NVIDIA, `gfx942` from AMD."""
+    if arch.startswith("sm"):
+        return GPUTarget("cuda", int(arch.removeprefix("sm")), 32)
     return GPUTarget("hip", arch, 64)
 
 

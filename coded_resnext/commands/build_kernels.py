@@ -54,6 +54,7 @@ def run(arguments: argparse.Namespace) -> int:
             )
     if arguments.jobs is not None and arguments.jobs < 1:
         raise ValueError(f"--jobs: expected at least 1, got {arguments.jobs}")
+    archs = [f"sm{arch}" for arch in archs]
     folder = arguments.out or default_folder()
     try:
         if arguments.check:
@@ -66,7 +67,7 @@ def run(arguments: argparse.Namespace) -> int:
         return 1
     for arch, entries in built.items():
         kernels = len({entry["key"] for entry in entries})
-        print(f"sm{arch}: {kernels} kernels for {len(entries)} launch settings")
+        print(f"{arch}: {kernels} kernels for {len(entries)} launch settings")
     print(f"in {folder}; {folder / 'build'} is needed by the next build only")
     return 0
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import triton
 import triton.language as tl
+from coded_resnext.kernels.tile import hash_in_order
 
 SLOPE = tl.constexpr(0.5)
 
@@ -36,21 +37,25 @@ def sum_kernel(x_ptr, y_ptr, size, BLOCK: tl.constexpr):
 
 @dataclass(frozen=True)
 class Row:
-    name: str
+    """What the build asks of a row of launch settings."""
+
     kernel: str
-    arguments: tuple[Any, ...]
-    constants: dict[str, Any]
-    options: dict[str, Any] = field(
-        default_factory=lambda: {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": True}
-    )
+    args: tuple[str | int | float, ...]
+    block: int
+
+    @property
+    def keywords(self) -> dict[str, Any]:
+        options = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": True}
+        return {"BLOCK": self.block, **options}
+
+    def function(self) -> Any:
+        return globals()[self.kernel]
 
 
-def rows() -> Iterator[Row]:
+def rows(_arch: str) -> Iterator[tuple[str, Row]]:
     for block in (256, 512):
-        yield Row(
-            f"scale-{block}",
-            f"{__name__}:scale_kernel",
-            ("*fp32", "*fp32", 4096, 2.0),
-            {"BLOCK": block},
-        )
-    yield Row("sum", f"{__name__}:sum_kernel", ("*fp32", "*fp32", 4096), {"BLOCK": 256})
+        yield f"scale {block}", Row("scale_kernel", ("*fp32", "*fp32", 4096, 2.0), block)
+    yield "sum", Row("sum_kernel", ("*fp32", "*fp32", 4096), 256)
+
+
+hash_in_order(globals())

@@ -1,0 +1,53 @@
+"""Named GPUs: what their makers state, and what follows for a kernel."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """Peak rates of a GPU by its data sheet."""
+
+    name: str
+    arch: str
+    bandwidth: float
+    """Of its memory, bytes a second."""
+    matrix_rate: float
+    """Dense bf16 products on tensor cores, floating-point operations a second."""
+    processors: int
+    """Streaming multiprocessors."""
+    clock: float
+    """Highest clock of the processors, Hz."""
+
+    @property
+    def issue_per_byte(self) -> float:
+        """Warp instructions that it can issue while one byte comes from memory.
+
+        A processor issues four a clock. A kernel that needs more is bound by issue, not by memory;
+        somewhat below, the two get into each other's way.
+        """
+        return 4 * self.processors * self.clock / self.bandwidth
+
+    def floor(self, moved: float) -> float:
+        """The least time for moving some bytes, in seconds."""
+        return moved / self.bandwidth
+
+
+GPUS = (
+    Gpu("A100 SXM 80GB", "sm80", 2.039e12, 312e12, 108, 1.41e9),
+    Gpu("H100 SXM", "sm90", 3.35e12, 989e12, 132, 1.98e9),
+    Gpu("H200", "sm90", 4.8e12, 989e12, 132, 1.98e9),
+    Gpu("B200", "sm100", 8.0e12, 2250e12, 148, 1.965e9),
+    Gpu("MI300X", "gfx942", 5.3e12, 1307e12, 304, 2.1e9),
+)
+
+
+def find_gpu(device_name: str) -> Gpu | None:
+    """The GPU whose name a driver's device name holds, such as `NVIDIA H200`; None if unknown."""
+    words = device_name.upper().replace("-", " ").split()
+    for gpu in GPUS:
+        first, *rest = gpu.name.upper().split()
+        if first in words and all(word in words for word in rest if word == "PCIE"):
+            return gpu
+    return None

@@ -1,0 +1,209 @@
+"""What the shipped kernels compile to, without a GPU: a table, and limits that fail.
+
+Compiles every row of launch settings for NVIDIA's sm_80, sm_90 and sm_100 and AMD's gfx942 and reads
+the machine code. `--quick` takes the rows that continuous integration has time for.
+
+    python benchmarks/static.py --out benchmarks/results/static.json
+
+`instr/B` is the number of warp instructions for each byte that must move between memory and chip, the
+whole work on one sample counted: a GPU can issue only so many (gpus.py), so above that the kernel
+cannot keep up with its memory. `floor` is the time that the bytes of a batch of 256 take on an H200.
+Exit status 1 when a limit of static_limits.py is broken, each named.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from gpus import GPUS
+from machine import describe_machine
+from sass import Code, Instruction, load_widths, moved_bytes, read_code
+from static_limits import limits_of
+
+from coded_resnext.kernels.build import SHIPPED_ROWS, BuildError, build, load_rows
+
+ARCHS = ("sm80", "sm90", "sm100", "gfx942")
+BATCH = 256
+# One block of every network, in the dtype of training; all kernels, no second map size.
+QUICK = ("20x6d c3 bf16", "10x11d c4 bf16", "32x4d c4 160px bf16", "32x4d c5 160px bf16")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--arch", action="append", choices=ARCHS, help="(default: all)")
+    parser.add_argument("--quick", action="store_true", help="fewer rows")
+    parser.add_argument("--only", default="", metavar="TEXT", help="rows whose name holds this")
+    parser.add_argument("--folder", type=Path, default=Path("build/static"), help="of the build")
+    parser.add_argument("--jobs", type=int, help="processes (default: processors)")
+    parser.add_argument("--out", type=Path, help="write the figures to this JSON file")
+    arguments = parser.parse_args()
+
+    def wanted(name: str, _arch: str) -> bool:
+        return arguments.only in name and (not arguments.quick or name.endswith(QUICK))
+
+    try:
+        figures = measure(arguments.arch or ARCHS, arguments.folder, wanted, arguments.jobs)
+    except BuildError as error:
+        print(f"static: {error}", file=sys.stderr)
+        return 1
+    print(table(figures))
+    if arguments.out is not None:
+        content = {"machine": describe_machine(), "rows": figures}
+        arguments.out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    faults = [f"{row['arch']} {row['row']}: {fault}" for row in figures for fault in row["faults"]]
+    print("\n".join(["", *faults, f"{len(figures)} kernels compiled, {len(faults)} limits broken"]))
+    return int(bool(faults))
+
+
+def measure(
+    archs: Sequence[str],
+    folder: Path,
+    wanted: Callable[[str, str], bool],
+    jobs: int | None,
+    source: str = SHIPPED_ROWS,
+) -> list[dict[str, Any]]:
+    """The figures of every row and architecture, with the limits that it breaks."""
+    built = build(archs, folder, source=source, wanted=wanted, jobs=jobs, gather=False)
+    rows = {arch: dict(load_rows(source, arch)) for arch in archs}
+    entries = [entry for of_arch in built.values() for entry in of_arch]
+    # The disassembler is a process of its own, so threads are enough.
+    with ThreadPoolExecutor(jobs) as pool:
+        return list(pool.map(lambda e: figures_of(e, rows[e["arch"]][e["row"]]), entries))
+
+
+def figures_of(entry: dict[str, Any], row: Any) -> dict[str, Any]:
+    """What one compiled row is like."""
+    folder = Path(entry["folder"])
+    code = read_code(folder)
+    kernel = row.kernel.rpartition(":")[2]
+    (metadata,) = (path for path in folder.glob("*.json") if not path.name.startswith("__grp__"))
+    loop = code.main_loop()
+    figures: dict[str, Any] = {
+        "row": entry["row"],
+        "kernel": kernel,
+        "arch": entry["arch"],
+        "warps": row.num_warps,
+        "registers": code.registers,
+        "spilled": code.spilled,
+        "shared": json.loads(metadata.read_text(encoding="utf-8"))["shared"],
+        "instructions": len(code.instructions),
+        "matrix_instructions": sum(item.is_matrix for item in code.instructions),
+        "loop_instructions": len(loop),
+        "loop_load_bits": {8 * width: count for width, count in sorted(load_widths(loop).items())},
+        "instructions_per_byte": round(instructions_per_byte(code, row), 4),
+        "sample_bytes": row.sample_bytes,
+        "floor_us": {
+            gpu.name: round(1e6 * gpu.floor(BATCH * row.sample_bytes), 2)
+            for gpu in GPUS
+            if gpu.arch == entry["arch"]
+        },
+    }
+    return {**figures, "faults": faults_of(figures, row)}
+
+
+def instructions_per_byte(code: Code, row: Any) -> float:
+    """Warp instructions that a program spends on a sample, over the sample's bytes that are its own.
+
+    The loop over pixels may be unrolled or gone; how many trips a body holds is read off the bytes
+    that it moves. Loops nest: the code before the loop over samples is shared by its samples.
+    """
+    sizes = dict(row.constexprs)
+    trips = math.ceil(sizes.get("PIXELS", 1) / sizes.get("BLOCK_P", 1))
+
+    def repeats(body: Sequence[Instruction]) -> int:
+        moved = moved_bytes(body) * code.lanes * row.num_warps
+        return math.ceil(trips / max(1, round(moved / row.trip_bytes)))
+
+    loops = [body for body in code.loops() if moved_bytes(body)]
+    outer = max(loops, key=len, default=code.instructions)
+    inner = [body for body in loops if body is not outer and _is_inside(body, outer)]
+    innermost = [b for b in inner if not any(o is not b and _is_inside(b, o) for o in inner)]
+    count = float(len(outer))
+    if innermost:
+        count += sum((repeats(body) - 1) * len(body) for body in innermost)
+    else:
+        count *= repeats(outer)
+    count += (len(code.instructions) - len(outer)) / sizes.get("SAMPLES", 1)
+    windows = sizes.get("WINDOWS", 1) * sizes.get("GROUP", 1)
+    share = min(1.0, windows / sizes.get("BRANCHES", windows))
+    return count * row.num_warps / (row.sample_bytes * share)
+
+
+def _is_inside(body: Sequence[Instruction], other: Sequence[Instruction]) -> bool:
+    return other[0].address <= body[0].address and body[-1].address <= other[-1].address
+
+
+def faults_of(figures: dict[str, Any], row: Any) -> list[str]:
+    """The limits that a compiled row breaks, in words."""
+    limits = limits_of(figures["kernel"])
+    if limits is None:
+        return ["no limits are stated for this kernel"]
+    faults = []
+    if figures["spilled"]:
+        faults.append(f"{figures['spilled']} spilling instructions, at most 0")
+    half = "*bf16" in row.args or "*fp16" in row.args
+    if half and limits.matrix and not figures["matrix_instructions"]:
+        faults.append("no tensor-core instruction")
+    if not half or figures["arch"].startswith("gfx"):
+        return faults
+    if figures["registers"] > limits.registers:
+        faults.append(f"{figures['registers']} registers, at most {limits.registers}")
+    per_byte = figures["instructions_per_byte"]
+    if limits.per_byte is not None and per_byte > limits.per_byte:
+        faults.append(f"{per_byte} instructions per byte, at most {limits.per_byte}")
+    loads = figures["loop_load_bits"]
+    if limits.wide_loads and is_aligned(row) and 2 * loads.get(128, 0) <= sum(loads.values()):
+        faults.append(f"loads of the main loop by bits {loads}, expected mostly 128")
+    return faults
+
+
+def is_aligned(row: Any) -> bool:
+    """Whether windows of channels start at multiples of 16 bytes."""
+    sizes = dict(row.constexprs)
+    return 2 * sizes.get("WIDTH", 8) * sizes.get("GROUP", 1) % 16 == 0
+
+
+def table(figures: Sequence[dict[str, Any]]) -> str:
+    """The figures as text, one line a row."""
+    head = ("kernel", "arch", "warps", "regs", "spill", "shared", "matrix", "loop", "load bits")
+    lines = [(*head, "instr/B", "of GPU", "floor us", "")]
+    for row in figures:
+        gpu = next((gpu for gpu in GPUS if gpu.arch == row["arch"]), None)
+        per_byte = row["instructions_per_byte"]
+        loads = row["loop_load_bits"]
+        lines.append(
+            (
+                row["row"],
+                row["arch"],
+                row["warps"],
+                row["registers"],
+                row["spilled"],
+                row["shared"],
+                row["matrix_instructions"],
+                row["loop_instructions"],
+                " ".join(f"{count}x{bits}" for bits, count in loads.items()),
+                f"{per_byte:.3f}",
+                f"{per_byte / gpu.issue_per_byte:.0%}" if gpu else "",
+                " ".join(str(value) for value in row["floor_us"].values()),
+                "FAIL" if row["faults"] else "",
+            )
+        )
+    widths = [max(len(str(line[n])) for line in lines) for n in range(len(lines[0]))]
+    return "\n".join(
+        "  ".join(
+            f"{item!s:<{w}}" if n == 0 else f"{item!s:>{w}}"
+            for n, (item, w) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
