@@ -109,29 +109,37 @@ def figures_of(entry: dict[str, Any], row: Any) -> dict[str, Any]:
 
 
 def instructions_per_byte(code: Code, row: Any) -> float:
-    """Warp instructions that a program spends on a sample, over the sample's bytes that are its own.
+    """Warp instructions that a program spends on a sample, over the bytes that are its share of it.
 
-    The loop over pixels may be unrolled or gone; how many trips a body holds is read off the bytes
-    that it moves. Loops nest: the code before the loop over samples is shared by its samples.
+    All of its work counts, what comes before the loop over samples divided among them.
     """
     sizes = dict(row.constexprs)
     trips = math.ceil(sizes.get("PIXELS", 1) / sizes.get("BLOCK_P", 1))
-
-    def repeats(body: Sequence[Instruction]) -> int:
-        moved = moved_bytes(body) * code.lanes * row.num_warps
-        return math.ceil(trips / max(1, round(moved / row.trip_bytes)))
-
+    steps, samples = sizes.get("STEPS", 1), sizes.get("SAMPLES", 1)
+    # The loops of the source from the outside in; those of one pass are not in the code.
+    levels = [n for n in (samples, steps, trips) if n > 1]
     loops = [body for body in code.loops() if moved_bytes(body)]
-    outer = max(loops, key=len, default=code.instructions)
-    inner = [body for body in loops if body is not outer and _is_inside(body, outer)]
-    innermost = [b for b in inner if not any(o is not b and _is_inside(b, o) for o in inner)]
-    count = float(len(outer))
-    if innermost:
-        count += sum((repeats(body) - 1) * len(body) for body in innermost)
-    else:
-        count *= repeats(outer)
-    count += (len(code.instructions) - len(outer)) / sizes.get("SAMPLES", 1)
-    windows = sizes.get("WINDOWS", 1) * sizes.get("GROUP", 1)
+    leaves = [b for b in loops if not any(o is not b and _is_inside(o, b) for o in loops)]
+
+    def depth(body: Sequence[Instruction]) -> int:
+        return min(sum(_is_inside(body, other) for other in loops), len(levels))
+
+    def weight(address: int) -> float:
+        """How often an instruction is issued for all samples of a program together."""
+        around = [body for body in loops if body[0].address <= address <= body[-1].address]
+        if not around:
+            return 1.0
+        body = min(around, key=len)
+        # Levels that are missing on the inside were unrolled, the innermost first.
+        product = float(math.prod(levels[: depth(body)]))
+        if len(leaves) == 1 and depth(body) == len(levels) and trips > 1:
+            # Unrolled in part: the body holds as many trips as its bytes tell.
+            held = moved_bytes(body) * code.lanes * row.num_warps / row.trip_bytes
+            product *= math.ceil(trips / max(1, round(held))) / trips
+        return product
+
+    count = sum(weight(item.address) for item in code.instructions) / samples
+    windows = sizes.get("WINDOWS", 1) * sizes.get("GROUP", 1) * steps
     share = min(1.0, windows / sizes.get("BRANCHES", windows))
     return count * row.num_warps / (row.sample_bytes * share)
 
