@@ -17,7 +17,7 @@ REPORT = ["matplotlib>=3.9", "pillow>=10", "scikit-learn>=1.5"]
 CODES = ["matplotlib>=3.9"]
 EXPORT = ["onnx>=1.17", "onnxruntime>=1.20", "onnxscript>=0.2"]
 KERNELS = ["ninja>=1.11"]
-TEST = [*TRAIN, *REPORT, *KERNELS, "hypothesis>=6.100", "pytest>=8.3"]
+TEST = [*TRAIN, *REPORT, *KERNELS, "hypothesis>=6.100", "pytest>=8.3", "setuptools>=70.1"]
 BENCH = ["pytest-benchmark>=5.1"]
 DEV = [*TEST, *BENCH, "build>=1.2", "mypy==2.4.1", "ruff==0.17.6"]
 

@@ -44,10 +44,9 @@ GPUS = (
 
 
 def find_gpu(device_name: str) -> Gpu | None:
-    """The GPU whose name a driver's device name holds, such as `NVIDIA H200`; None if unknown."""
+    """The GPU that a driver's device name means, such as `NVIDIA H200`; None if it is not here."""
     words = device_name.upper().replace("-", " ").split()
-    for gpu in GPUS:
-        first, *rest = gpu.name.upper().split()
-        if first in words and all(word in words for word in rest if word == "PCIE"):
-            return gpu
-    return None
+    # The slower cards of the same name.
+    if "PCIE" in words or "40GB" in words:
+        return None
+    return next((gpu for gpu in GPUS if gpu.name.upper().split()[0] in words), None)

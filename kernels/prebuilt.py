@@ -37,8 +37,7 @@ def toolchain() -> dict[str, str]:
 def default_folder() -> Path:
     """The folder in the user's cache for this toolchain."""
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    name = "-".join([*(f"{key}{value}" for key, value in list(toolchain().items())[:2])])
-    return Path(cache) / "coded-resnext" / "kernels" / name
+    return Path(cache, "coded-resnext", "kernels", "-".join(("triton", *toolchain().values())))
 
 
 def folders() -> list[Path]:
