@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, Literal
 
@@ -156,37 +156,171 @@ def block_pixels(sizes: BlockSizes, most: int) -> int:
     return min(most, max(16, next_power_of_2(sizes.pixels)))
 
 
-@cache
-def energy_forward(sizes: BlockSizes, variant: Variant) -> LaunchRow:
-    """Settings of `energy.energy_forward`.
+def _affine(variant: Variant) -> tuple[Argument, Argument]:
+    pointer = variant.pointer(variant.affine, "fp32")
+    return pointer, pointer
 
-    One warp a window: more would compute the same small product again. 64 pixels keep four
-    128-bit loads of a thread in flight; windows of 64 channels need the registers of four warps.
+
+def _energy_row(
+    kernel: str,
+    args: tuple[Argument, ...],
+    sizes: BlockSizes,
+    variant: Variant,
+    pixels: dict[int, int],
+    passes: int,
+) -> LaunchRow:
+    """A kernel over (samples, windows): one warp a window, since more would repeat its product.
+
+    Windows of 64 channels take two warps for their registers. `pixels` are the most pixels of a
+    tile by the channels of a window, `passes` the tensors of the activations' size that are moved.
     """
     windows = Windows.of(sizes)
-    wide = windows.block_k > 32
-    block_p = block_pixels(sizes, 32 if wide else 64)
+    block_p = block_pixels(sizes, pixels.get(windows.block_k, 16))
     item = ITEM_BYTES[variant.dtype]
     return LaunchRow(
-        kernel="energy:energy_forward",
-        args=(
-            "*fp32",
-            variant.pointer(),
-            variant.pointer(variant.affine, "fp32"),
-            variant.pointer(variant.affine, "fp32"),
-            "*fp32",
-            variant.pointer(variant.keep, "fp32"),
-            0.5,
-            256,
-        ),
+        kernel=kernel,
+        args=args,
         constexprs=(
             *windows.constexprs(sizes, windows=1, block_p=block_p),
             ("SAMPLES", SAMPLES_PER_PROGRAM),
             ("PRECISION", variant.precision),
         ),
-        num_warps=4 if wide else 1,
-        trip_bytes=block_p * windows.group * sizes.width * item,
-        sample_bytes=sizes.branches * (sizes.width * sizes.pixels * item + 4),
+        num_warps=2 if windows.block_k > 32 else 1,
+        trip_bytes=passes * block_p * windows.group * sizes.width * item,
+        sample_bytes=sizes.branches * (passes * sizes.width * sizes.pixels * item + 4),
+    )
+
+
+@cache
+def energy_forward(sizes: BlockSizes, variant: Variant) -> LaunchRow:
+    """Settings of `energy.energy_forward`: 64 pixels keep several wide loads of a thread in flight."""
+    return _energy_row(
+        "energy:energy_forward",
+        (
+            "*fp32",
+            variant.pointer(),
+            *_affine(variant),
+            "*fp32",
+            variant.pointer(variant.keep, "fp32"),
+            0.5,
+            256,
+        ),
+        sizes,
+        variant,
+        {16: 64, 32: 64},
+        passes=1,
+    )
+
+
+@cache
+def energy_backward(sizes: BlockSizes, variant: Variant) -> LaunchRow:
+    """Settings of `energy.energy_backward`: smaller tiles, for the registers of its sums."""
+    return _energy_row(
+        "energy:energy_backward",
+        (
+            variant.pointer(),
+            variant.pointer(variant.affine, "fp32"),
+            variant.pointer(),
+            *_affine(variant),
+            "*fp32",
+            "*fp32",
+            256,
+        ),
+        sizes,
+        variant,
+        {16: 32},
+        passes=2,
+    )
+
+
+@cache
+def weighted_gram(sizes: BlockSizes, variant: Variant) -> LaunchRow:
+    """Settings of `energy.weighted_gram`: the forward pass with a second matrix to keep."""
+    return _energy_row(
+        "energy:weighted_gram",
+        ("*fp32", variant.pointer(), *_affine(variant), "*fp32", 256),
+        sizes,
+        variant,
+        {16: 64, 32: 32},
+        passes=1,
+    )
+
+
+def _aggregate_constexprs(
+    sizes: BlockSizes, variant: Variant, windows: int, block_p: int
+) -> tuple[tuple[str, int | str], ...]:
+    cut = Windows.of(sizes)
+    return (
+        *cut.constexprs(sizes, windows=windows, block_p=block_p),
+        ("STEPS", -(-cut.count // windows)),
+        ("BRANCHES_P", next_power_of_2(sizes.branches)),
+        ("PRECISION", variant.precision),
+    )
+
+
+def _windows_per_program(sizes: BlockSizes) -> int:
+    """Windows that a program of `aggregate` holds at once: eight, or four where fewer idle."""
+    count = Windows.of(sizes).count
+    if count <= 4:
+        return next_power_of_2(count)
+    return min((8, 4), key=lambda windows: -(-count // windows) * windows)
+
+
+@cache
+def aggregate_forward(sizes: BlockSizes, variant: Variant) -> LaunchRow:
+    """Settings of `aggregate.aggregate_forward`: a program a sample, a warp a window.
+
+    Windows of 64 channels take two warps each, for their registers.
+    """
+    cut = Windows.of(sizes)
+    windows = _windows_per_program(sizes)
+    item = ITEM_BYTES[variant.dtype]
+    return LaunchRow(
+        kernel="aggregate:aggregate_forward",
+        args=(
+            variant.pointer(),
+            "*fp32",
+            "*fp32",
+            "*fp32",
+            variant.pointer(),
+            *_affine(variant),
+            "*fp32",
+            variant.pointer(variant.drop, "fp32"),
+            variant.pointer(variant.keep, "fp32"),
+            0.5,
+        ),
+        constexprs=_aggregate_constexprs(sizes, variant, windows, 16),
+        num_warps=windows * (2 if cut.block_k > 32 else 1),
+        trip_bytes=windows * 16 * cut.group * sizes.width * item,
+        sample_bytes=sizes.branches * (2 * sizes.width * sizes.pixels * item + 8),
+    )
+
+
+@cache
+def aggregate_backward(sizes: BlockSizes, variant: Variant) -> LaunchRow:
+    """Settings of `aggregate.aggregate_backward`: as forward."""
+    forward = aggregate_forward(sizes, variant)
+    return replace(
+        forward,
+        kernel="aggregate:aggregate_backward",
+        args=(
+            variant.pointer(),
+            variant.pointer(variant.affine, "fp32"),
+            "*fp32",
+            variant.pointer(),
+            variant.pointer(),
+            *_affine(variant),
+            "*fp32",
+            variant.pointer(variant.drop, "fp32"),
+            variant.pointer(variant.keep, "fp32"),
+            "*fp32",
+            "*fp32",
+            "*fp32",
+            0.5,
+        ),
+        trip_bytes=3 * forward.trip_bytes,
+        sample_bytes=sizes.branches
+        * (3 * sizes.width * sizes.pixels * ITEM_BYTES[variant.dtype] + 12),
     )
 
 
@@ -203,15 +337,25 @@ PAPER_SIZES = {
     "32x4d c5 224px": BlockSizes(32, 32, 2048, 49),
 }
 
-_MAKERS: tuple[Callable[[BlockSizes, Variant], LaunchRow], ...] = (energy_forward,)
+RowMaker = Callable[[BlockSizes, Variant], LaunchRow]
+ROW_MAKERS: tuple[RowMaker, ...] = (
+    energy_forward,
+    energy_backward,
+    weighted_gram,
+    aggregate_forward,
+    aggregate_backward,
+)
 
 
 def shipped_rows(arch: str) -> Iterator[tuple[str, LaunchRow]]:
-    """Every row that training the paper's networks launches, each with a name of its own."""
+    """Every row that training the paper's networks launches, each with a name of its own.
+
+    Training draws a DropSubNNs mask and removes no branches; the affine map of BatchNorm is applied
+    by PyTorch.
+    """
     dtypes: tuple[Dtype, ...] = ("bf16", "fp16", "fp32")
     for place, sizes in PAPER_SIZES.items():
         for dtype in dtypes:
-            variant = Variant(dtype, arch=arch)
-            for make in _MAKERS:
-                row = make(sizes, variant)
+            for make in ROW_MAKERS:
+                row = make(sizes, Variant(dtype, drop=True, arch=arch))
                 yield f"{row.kernel.split(':')[1]} {place} {dtype}", row
