@@ -196,6 +196,8 @@ def report(results: dict[str, Any]) -> str:
     """The results as text."""
     lines = ["", f"{'operator, place, dtype, pass':<58} {'ms':>9} {'floor':>6}  other forms / kernel"]
     for row in results["times"]:
+        if "kernel" not in row["ms"]:
+            continue
         label = f"{row['operator']} {row['place']} {row['dtype']} {row['pass']}"
         floor = f"{row['over_floor']:.2f}" if "over_floor" in row else ""
         others = ", ".join(f"{k} {v:.2f}" for k, v in row.get("over_kernel", {}).items())

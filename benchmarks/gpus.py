@@ -19,6 +19,8 @@ class Gpu:
     """Streaming multiprocessors."""
     clock: float
     """Highest clock of the processors, Hz."""
+    products: int
+    """bf16 multiply-accumulates of a processor in one clock, on tensor cores."""
 
     @property
     def issue_per_byte(self) -> float:
@@ -35,11 +37,11 @@ class Gpu:
 
 
 GPUS = (
-    Gpu("A100 SXM 80GB", "sm80", 2.039e12, 312e12, 108, 1.41e9),
-    Gpu("H100 SXM", "sm90", 3.35e12, 989e12, 132, 1.98e9),
-    Gpu("H200", "sm90", 4.8e12, 989e12, 132, 1.98e9),
-    Gpu("B200", "sm100", 8.0e12, 2250e12, 148, 1.965e9),
-    Gpu("MI300X", "gfx942", 5.3e12, 1307e12, 304, 2.1e9),
+    Gpu("A100 SXM 80GB", "sm80", 2.039e12, 312e12, 108, 1.41e9, 1024),
+    Gpu("H100 SXM", "sm90", 3.35e12, 989e12, 132, 1.98e9, 2048),
+    Gpu("H200", "sm90", 4.8e12, 989e12, 132, 1.98e9, 2048),
+    Gpu("B200", "sm100", 8.0e12, 2250e12, 148, 1.965e9, 4096),
+    Gpu("MI300X", "gfx942", 5.3e12, 1307e12, 304, 2.1e9, 1024),
 )
 
 

@@ -34,6 +34,18 @@ class Instruction:
         return MATRIX.match(self.name) is not None
 
     @property
+    def products(self) -> float:
+        """Multiply-accumulates that a warp does with it on tensor cores, 0 where it does not say.
+
+        A Hopper instruction is issued by each of the four warps that share its work.
+        """
+        if found := re.match(r"HGMMA\.(\d+)x(\d+)x(\d+)", self.name):
+            return int(found[1]) * int(found[2]) * int(found[3]) / 4
+        if found := re.match(r"HMMA\.(16)(8)(16|8|4)\b", self.name):
+            return int(found[1]) * int(found[2]) * int(found[3])
+        return 0.0
+
+    @property
     def global_bytes(self) -> int:
         """Bytes of global memory that a thread moves with it, 0 for every other instruction.
 

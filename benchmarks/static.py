@@ -5,7 +5,8 @@ the machine code. `--quick` takes the rows that continuous integration has time 
 
     python benchmarks/static.py --out benchmarks/results/static.json
 
-`instr/B` is the number of warp instructions for each byte that must move between memory and chip, the
+`clocks` are those of a processor for one pass through the main loop: issuing it / its products on
+tensor cores. `instr/B` is the number of warp instructions for each byte that must move between memory and chip, the
 whole work on one sample counted: a GPU can issue only so many (gpus.py), so above that the kernel
 cannot keep up with its memory. `floor` is the time that the bytes of a batch of 256 take on an H200.
 Exit status 1 when a limit of static_limits.py is broken, each named.
@@ -16,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -27,9 +29,10 @@ from machine import describe_machine
 from sass import Code, Instruction, load_widths, moved_bytes, read_code
 from static_limits import limits_of
 
-from coded_resnext.kernels.build import SHIPPED_ROWS, BuildError, build, load_rows
+from coded_resnext.kernels.build import BuildError, build, load_rows
 
 ARCHS = ("sm80", "sm90", "sm100", "gfx942")
+ROWS = "static_rows:rows"
 BATCH = 256
 # One block of every network, in the dtype of training; all kernels, no second map size.
 QUICK = ("20x6d c3 bf16", "10x11d c4 bf16", "32x4d c4 160px bf16", "32x4d c5 160px bf16")
@@ -48,6 +51,9 @@ def main() -> int:
     def wanted(name: str, _arch: str) -> bool:
         return arguments.only in name and (not arguments.quick or name.endswith(QUICK))
 
+    # Where the processes that compile find the rows.
+    here = str(Path(__file__).resolve().parent)
+    os.environ["PYTHONPATH"] = os.pathsep.join([here, os.environ.get("PYTHONPATH", "")])
     try:
         figures = measure(arguments.arch or ARCHS, arguments.folder, wanted, arguments.jobs)
     except BuildError as error:
@@ -67,7 +73,7 @@ def measure(
     folder: Path,
     wanted: Callable[[str, str], bool],
     jobs: int | None,
-    source: str = SHIPPED_ROWS,
+    source: str = ROWS,
 ) -> list[dict[str, Any]]:
     """The figures of every row and architecture, with the limits that it breaks."""
     built = build(archs, folder, source=source, wanted=wanted, jobs=jobs, gather=False)
@@ -98,6 +104,7 @@ def figures_of(entry: dict[str, Any], row: Any) -> dict[str, Any]:
         "loop_instructions": len(loop),
         "loop_load_bits": {8 * width: count for width, count in sorted(load_widths(loop).items())},
         "instructions_per_byte": round(instructions_per_byte(code, row), 4),
+        "loop_clocks": loop_clocks(loop, row.num_warps, entry["arch"]),
         "sample_bytes": row.sample_bytes,
         "floor_us": {
             gpu.name: round(1e6 * gpu.floor(BATCH * row.sample_bytes), 2)
@@ -106,6 +113,18 @@ def figures_of(entry: dict[str, Any], row: Any) -> dict[str, Any]:
         },
     }
     return {**figures, "faults": faults_of(figures, row)}
+
+
+def loop_clocks(loop: Sequence[Instruction], warps: int, arch: str) -> dict[str, float]:
+    """Clocks of a processor for one pass through a loop: for issuing it, and for its products.
+
+    A product hides behind the tensor cores what issues in less time than they take.
+    """
+    products = sum(item.products for item in loop)
+    gpu = next((gpu for gpu in GPUS if gpu.arch == arch), None)
+    if gpu is None or not products:
+        return {}
+    return {"issue": len(loop) * warps / 4, "products": products * warps / gpu.products}
 
 
 def instructions_per_byte(code: Code, row: Any) -> float:
@@ -180,7 +199,7 @@ def is_aligned(row: Any) -> bool:
 
 def table(figures: Sequence[dict[str, Any]]) -> str:
     """The figures as text, one line a row."""
-    head = ("kernel", "arch", "warps", "regs", "spill", "shared", "matrix", "loop", "load bits")
+    head = ("kernel", "arch", "warps", "regs", "spill", "shared", "matrix", "loop", "load bits", "clocks")
     lines = [(*head, "instr/B", "of GPU", "floor us", "")]
     for row in figures:
         gpu = next((gpu for gpu in GPUS if gpu.arch == row["arch"]), None)
@@ -197,6 +216,7 @@ def table(figures: Sequence[dict[str, Any]]) -> str:
                 row["matrix_instructions"],
                 row["loop_instructions"],
                 " ".join(f"{count}x{bits}" for bits, count in loads.items()),
+                " / ".join(f"{value:.0f}" for value in row["loop_clocks"].values()),
                 f"{per_byte:.3f}",
                 f"{per_byte / gpu.issue_per_byte:.0%}" if gpu else "",
                 " ".join(str(value) for value in row["floor_us"].values()),
