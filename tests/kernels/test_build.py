@@ -30,11 +30,11 @@ def toys(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     Its name has a space, and the environment a variable that would change what is compiled.
     """
     folder = tmp_path_factory.mktemp("toy kernels")
-    for name in ("toy_launches.py", "launch_toys.py"):
+    for name in ("toy_launches.py", "launch_rows.py"):
         shutil.copy(HERE / name, folder)
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(folder))
-        patch.setenv("PYTHONPATH", str(folder))
+        patch.setenv("PYTHONPATH", str(folder), prepend=os.pathsep)
         patch.setenv("DISABLE_LLVM_OPT", "1")
         yield folder
     sys.modules.pop("toy_launches", None)
@@ -58,7 +58,7 @@ def launch(toys: Path, kernels: Path, cache: Path) -> tuple[dict[str, Any], str]
     }
     environment.pop("TRITON_INTERPRET", None)
     result = subprocess.run(
-        [sys.executable, str(toys / "launch_toys.py"), "sm90"],
+        [sys.executable, str(toys / "launch_rows.py"), "sm90", SOURCE],
         env=environment,
         capture_output=True,
         text=True,

@@ -51,6 +51,9 @@ class Row:
     def function(self) -> Any:
         return globals()[self.kernel]
 
+    def launch(self, grid: tuple[int, ...], *args: Any) -> None:
+        self.function()[grid](*args, **self.keywords)
+
 
 def rows(_arch: str) -> Iterator[tuple[str, Row]]:
     for block in (256, 512):
