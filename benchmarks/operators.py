@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from coded_resnext.kernels import coded_aggregate, coding_loss, reference
+from coded_resnext.kernels import coded_aggregate, coding_loss, gram, operators, reference
 
 Tensors = dict[str, Tensor]
 
@@ -129,6 +129,75 @@ def aggregate_bytes(place: Place, item: int) -> tuple[int, int]:
     return forward * item, (2 * place.activations + place.outputs + 2 * weight) * item
 
 
+def aggregate(inputs: Tensors, place: Place) -> tuple[Tensor, ...]:
+    """The aggregate by the kernels."""
+    per_branch = per_branch_weight(inputs, place)
+    scaled, energies, _ = operators.normalize_branches(
+        inputs["h"], per_branch, None, None, inputs["drop_mask"], None
+    )
+    return F.conv2d(scaled, inputs["weight"]), energies
+
+
+def aggregate_opchecks(inputs: Tensors, place: Place) -> list[tuple[Any, tuple[Any, ...]]]:
+    """With both masks, and with the affine map in front and no mask."""
+    per_branch = per_branch_weight(inputs, place).detach().clone().requires_grad_()
+    h, drop = inputs["h"], inputs["drop_mask"]
+    affine = [torch.rand(h.shape[1], device=h.device, requires_grad=True) for _ in range(2)]
+    return [
+        (operators.normalize_branches, (h, per_branch, None, None, drop, torch.ones_like(drop))),
+        (operators.normalize_branches, (h, per_branch, *affine, None, None)),
+    ]
+
+
+def per_branch_weight(inputs: Tensors, place: Place) -> Tensor:
+    """The expand weight, one matrix for each branch."""
+    return gram.split_weight(inputs["weight"], place.branches, concatenate=False)
+
+
+def energy_inputs(place: Place, generator: torch.Generator) -> Tensors:
+    """Those of the aggregate that energies depend on."""
+    inputs = aggregate_inputs(place, generator)
+    return {name: inputs[name] for name in ("h", "weight")}
+
+
+def energy(inputs: Tensors, place: Place) -> tuple[Tensor, ...]:
+    """The energies by their kernel."""
+    weight = per_branch_weight(inputs, place)
+    return (operators.branch_energy(inputs["h"], weight, None, None, None),)
+
+
+def energy_definition(inputs: Tensors, place: Place) -> tuple[Tensor, ...]:
+    """(2), from the branch tensor."""
+    outputs = reference.branch_outputs(inputs["h"], per_branch_weight(inputs, place))
+    return (outputs.to(reference.accumulation_dtype(outputs.dtype)).square().mean((2, 3, 4)),)
+
+
+def energy_by_grams(inputs: Tensors, place: Place) -> tuple[Tensor, ...]:
+    """(11) in plain PyTorch."""
+    h = inputs["h"].to(reference.accumulation_dtype(inputs["h"].dtype))
+    return (gram.energies_and_grams(h, per_branch_weight(inputs, place), None)[0],)
+
+
+def energy_opchecks(inputs: Tensors, place: Place) -> list[tuple[Any, tuple[Any, ...]]]:
+    """With a removal mask, and with the affine map in front."""
+    per_branch = per_branch_weight(inputs, place).detach().clone().requires_grad_()
+    h = inputs["h"]
+    keep = torch.ones(place.batch, place.branches, device=h.device)
+    affine = [torch.rand(h.shape[1], device=h.device, requires_grad=True) for _ in range(2)]
+    return [
+        (operators.branch_energy, (h, per_branch, None, None, keep)),
+        (operators.branch_energy, (h, per_branch, *affine, None)),
+    ]
+
+
+def energy_bytes(place: Place, item: int) -> tuple[int, int]:
+    """Forward reads `h`; backward reads it again and writes its gradient."""
+    weight = place.channels * place.branches * place.width
+    sums = 4 * place.batch * place.branches
+    forward = (place.activations + weight) * item + sums
+    return forward, 2 * (place.activations + weight) * item + sums
+
+
 def loss_inputs(place: Place, generator: torch.Generator) -> Tensors:
     """Energies as a half-trained network has them, and class indices."""
     device = generator.device
@@ -158,16 +227,28 @@ def loss_bytes(place: Place, _item: int) -> tuple[int, int]:
 
 OPERATORS = (
     Operator(
+        name="branch_energy",
+        make_inputs=energy_inputs,
+        differentiable=("h", "weight"),
+        kernel=energy,
+        definition=energy_definition,
+        least_bytes=energy_bytes,
+        rivals={"gram": energy_by_grams},
+        split=("h",),
+        opchecks=energy_opchecks,
+    ),
+    Operator(
         name="coded_aggregate",
         make_inputs=aggregate_inputs,
         differentiable=("h", "weight"),
-        kernel=aggregate_by("torch"),
+        kernel=aggregate,
         definition=aggregate_by("reference"),
         least_bytes=aggregate_bytes,
         rivals={"gram": aggregate_by("torch")},
         replaced=lambda inputs, _place: (F.conv2d(inputs["h"], inputs["weight"]),),
         split=("h", "drop_mask"),
         wide=("drop_mask",),
+        opchecks=aggregate_opchecks,
     ),
     Operator(
         name="coding_loss",

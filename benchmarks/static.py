@@ -133,7 +133,12 @@ def instructions_per_byte(code: Code, row: Any) -> float:
     All of its work counts, what comes before the loop over samples divided among them.
     """
     sizes = dict(row.constexprs)
-    trips = math.ceil(sizes.get("PIXELS", 1) / sizes.get("BLOCK_P", 1))
+    if "PIXELS" not in sizes:
+        # Maps of any size: the main loop alone, which is all that a large one costs.
+        loop = code.main_loop()
+        held = moved_bytes(loop) * code.lanes * row.num_warps / row.trip_bytes
+        return len(loop) * row.num_warps / (row.trip_bytes * max(1, round(held)))
+    trips = math.ceil(sizes["PIXELS"] / sizes["BLOCK_P"])
     steps, samples = sizes.get("STEPS", 1), sizes.get("SAMPLES", 1)
     # The loops of the source from the outside in; those of one pass are not in the code.
     levels = [n for n in (samples, steps, trips) if n > 1]

@@ -53,10 +53,13 @@ def test_a_dry_run_takes_every_path(tmp_path: Path) -> None:
     dtypes = {"bfloat16", "float16", "float32"}
     assert checked == {(n, p.name, d) for n in names for p in TINY for d in dtypes}
     timed = {(row["operator"], row["place"], row["dtype"], row["pass"]) for row in content["times"]}
-    assert timed == {(*key, way) for key in checked for way in ("forward", "backward")}
+    assert timed == {
+        (*key, way) for key in checked if key[1] == TINY[0].name for way in ("forward", "backward")
+    }
     assert all(row["ms"]["kernel"] > 0 for row in content["times"])
     assert any("compiled definition" in row["ms"] for row in content["times"])
     assert {row["operator"] for row in content["compilation"]} == names
+    assert len(content["registration"]) >= 4
     assert content["left_out"] == []
 
 

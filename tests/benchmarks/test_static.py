@@ -167,6 +167,8 @@ def test_all_work_on_a_sample_counts() -> None:
     # A program with a quarter of the branches has a quarter of the bytes.
     row = row_of(PIXELS=128, BLOCK_P=16, SAMPLES=5, WINDOWS=2, GROUP=1, BRANCHES=8)
     assert static.instructions_per_byte(nested(1), row) == pytest.approx((2 + 20 + 64) / 1024)
+    # Maps of any size: what a trip costs.
+    assert static.instructions_per_byte(nested(1), row_of()) == pytest.approx(8 / 512)
     # Steps over windows instead of samples.
     row = row_of(PIXELS=128, BLOCK_P=16, STEPS=3, WINDOWS=2, GROUP=1, BRANCHES=6)
     assert static.instructions_per_byte(nested(1), row) == pytest.approx(
