@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint type bench clean
+.PHONY: demo test lint type bench kernels clean
 
 demo: .venv/train.stamp
 	$(BIN)/python train/digits.py --out runs/digits --resume
@@ -22,6 +22,12 @@ type: .venv/dev.stamp
 
 bench: .venv/dev.stamp
 	$(BIN)/python -m pytest benchmarks --benchmark-only
+
+# Compute capabilities, with spaces between them.
+ARCHS ?= 80 90 100
+
+kernels: .venv/dev.stamp
+	$(BIN)/coded-resnext build-kernels $(addprefix --arch ,$(ARCHS))
 
 clean:
 	rm -rf .venv build dist *.egg-info
