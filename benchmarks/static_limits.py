@@ -26,17 +26,41 @@ class Limits:
     """Whether most of its main loop's loads must be of 128 bits, where rows are aligned to them."""
 
 
+# A name may end in the channels of a window, where the kernels compute on windows of several sizes.
 LIMITS = {
     "energy_forward": Limits(registers=168, per_byte=0.17),
+    # The grouped 3x3 convolution, with BatchNorm on both sides. Windows of 16 channels are D = 4, 8, 16; of
+    # 32, D = 32.
+    "forward_stride1 16": Limits(registers=168, per_byte=0.17),
+    "forward_stride1 24": Limits(registers=255, per_byte=0.17),
+    "forward_stride1 32": Limits(registers=255, per_byte=0.20),
+    "forward_stride2 16": Limits(registers=168, per_byte=0.17),
+    "forward_stride2 24": Limits(registers=168, per_byte=0.17),
+    "forward_stride2 32": Limits(registers=168, per_byte=0.20),
+    "input_gradient_stride1 16": Limits(registers=192, per_byte=0.17),
+    "input_gradient_stride1 24": Limits(registers=255, per_byte=0.17),
+    "input_gradient_stride1 32": Limits(registers=255, per_byte=0.20),
+    "input_gradient_stride2 16": Limits(registers=192, per_byte=0.17),
+    "input_gradient_stride2 24": Limits(registers=192, per_byte=0.17),
+    "input_gradient_stride2 32": Limits(registers=192, per_byte=0.20),
+    "weight_gradient_stride1 16": Limits(registers=192, per_byte=0.17),
+    "weight_gradient_stride1 24": Limits(registers=255, per_byte=0.17),
+    "weight_gradient_stride1 32": Limits(registers=255, per_byte=0.20),
+    "weight_gradient_stride2 16": Limits(registers=192, per_byte=0.17),
+    "weight_gradient_stride2 24": Limits(registers=255, per_byte=0.17),
+    "weight_gradient_stride2 32": Limits(registers=255, per_byte=0.20),
+    "pack_weights": Limits(registers=128, matrix=False, wide_loads=False),
+    "reduce_weight_gradient": Limits(registers=128, matrix=False),
+    "merge_statistics": Limits(registers=128, matrix=False),
 }
 
 # Where another version of Triton needs another limit: (major.minor, kernel) to what differs.
 BY_VERSION: dict[tuple[str, str], dict[str, float]] = {}
 
 
-def limits_of(kernel: str) -> Limits | None:
+def limits_of(kernel: str, window: object = None) -> Limits | None:
     """The limits of a kernel under the Triton at hand; None where nobody has stated any."""
-    limits = LIMITS.get(kernel)
+    limits = LIMITS.get(f"{kernel} {window}") or LIMITS.get(kernel)
     release = ".".join(triton.__version__.split(".")[:2])
     changes = BY_VERSION.get((release, kernel))
     return replace(limits, **changes) if limits is not None and changes else limits

@@ -359,3 +359,7 @@ def shipped_rows(arch: str) -> Iterator[tuple[str, LaunchRow]]:
             for make in ROW_MAKERS:
                 row = make(sizes, Variant(dtype, drop=True, arch=arch))
                 yield f"{row.kernel.split(':')[1]} {place} {dtype}", row
+    # Imported here: those settings are built from the classes above.
+    from . import grouped_configs
+
+    yield from grouped_configs.shipped_rows(arch)
