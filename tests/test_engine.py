@@ -178,15 +178,9 @@ def test_labels_are_checked_where_the_data_is_loaded(tmp_path: Path, wrong: int)
     with pytest.raises(ValueError, match=message):
         measure_accuracy(model, batches(IMAGES, targets))
     run = RunFolder(tmp_path, config.to_dict())
+    loader = TrainingBatches(IMAGES, targets, 8, seed=0)
     with pytest.raises(ValueError, match=message):
-        loader = TrainingBatches(IMAGES, targets, 8, seed=0)
         fit(model, loader, batches(IMAGES, TARGETS), config, run)
-            model,
-            TrainingBatches(IMAGES, targets, 8, seed=0),
-            batches(IMAGES, TARGETS),
-            config,
-            run,
-        )
 
 
 def test_learning_rate() -> None:
