@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint type bench clean
+.PHONY: demo test lint type bench torture clean
 
 demo: .venv/train.stamp
 	$(BIN)/python train/digits.py --out runs/digits --resume
@@ -22,6 +22,10 @@ type: .venv/dev.stamp
 
 bench: .venv/dev.stamp
 	$(BIN)/python -m pytest benchmarks --benchmark-only
+
+# Kills, signals and flipped bits by the hundred; docs/reliability.md has the figures of a run.
+torture: .venv/dev.stamp
+	OMP_NUM_THREADS=1 $(BIN)/python tests/torture.py
 
 clean:
 	rm -rf .venv build dist *.egg-info

@@ -150,9 +150,7 @@ def test_devices() -> None:
         assert (world.rank, world.size, world.device.type) == (0, 1, "cpu")
         assert world.is_main
         assert not torch.distributed.is_initialized()
-    with pytest.raises(
-        ValueError, match="device: expected a device such as cpu or cuda, got 'gpu'"
-    ):
+    with pytest.raises(ValueError, match=r"device: expected a device .* got 'gpu'"):
         training_session("gpu").__enter__()
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match="device: expected one that is here, got cuda"):

@@ -6,8 +6,10 @@ import os
 import signal
 import threading
 import time
+from pathlib import Path
 
 import pytest
+from torture_signals import terminate_forked
 
 from coded_resnext.signals import StopSignals, TrainingStopped, ignore_signals
 
@@ -78,3 +80,11 @@ def test_exit_codes() -> None:
     assert TrainingStopped(signal.SIGTERM, "x").exit_code == 143
     assert TrainingStopped(signal.SIGINT, "x").exit_code == 130
     assert str(TrainingStopped(signal.SIGINT, "stopped: why")) == "stopped: why"
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_terminated_at_a_random_moment_short(tmp_path: Path, processes: int) -> None:
+    """The long version is `make torture`."""
+    found = terminate_forked(tmp_path / "runs", times=1, processes=processes, seed=0)
+    assert found.tried == found.clean == found.current == found.same_bits == 1
+    assert found.slowest < 10
