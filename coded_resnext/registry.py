@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .codebook import Codebook
-from .models import CodedResNeXt, Stage
+from .models import CodedResNeXt
+from .stages import Stage
 
 
 @dataclass(frozen=True)
