@@ -66,15 +66,7 @@ class Preprocessing:
 
         `pixels.to_channels` says what becomes of orientation, bit depth and colour space.
         """
-        image = to_channels(image, self.channels)
-        width, height = image.size
-        shorter = self.resize or self.size
-        scale = shorter / min(width, height)
-        new_size = (max(shorter, round(width * scale)), max(shorter, round(height * scale)))
-        if new_size != image.size:
-            image = image.resize(new_size)
-        left, top = (image.width - self.size) // 2, (image.height - self.size) // 2
-        image = image.crop((left, top, left + self.size, top + self.size))
+        image = resize_and_cut(to_channels(image, self.channels), self.size, self.resize)
         return self.normalize(intensities(image))
 
     def to_dict(self) -> dict[str, Any]:
@@ -91,6 +83,24 @@ class Preprocessing:
             tuple(data["std"]),
             data.get("resize"),
         )
+
+
+def resize_and_cut(image: Image, size: int, resize: int | None = None) -> Image:
+    """The centre of an image, `size` pixels square, its shorter side first resized (bicubic).
+
+    Args:
+        image: any size.
+        size: height and width of the result.
+        resize: what the shorter side is resized to; None means `size`.
+    """
+    width, height = image.size
+    shorter = resize or size
+    scale = shorter / min(width, height)
+    new_size = (max(shorter, round(width * scale)), max(shorter, round(height * scale)))
+    if new_size != image.size:
+        image = image.resize(new_size)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return image.crop((left, top, left + size, top + size))
 
 
 def intensities(image: Image) -> Tensor:
