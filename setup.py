@@ -6,7 +6,15 @@ from setuptools import setup
 
 VERSION = "0.1.0"
 
-TRAIN = ["pillow>=10", "scikit-learn>=1.5", "tensorboard>=2.17", "tqdm>=4.66"]
+TRAIN = [
+    "pillow>=10",
+    "pyyaml>=6",
+    "scikit-learn>=1.5",
+    "tensorboard>=2.17",
+    "timm>=1.0.15",
+    "torchvision>=0.26",
+    "tqdm>=4.66",
+]
 REPORT = ["matplotlib>=3.9", "pillow>=10", "scikit-learn>=1.5"]
 CODES = ["matplotlib>=3.9"]
 EXPORT = ["onnx>=1.17", "onnxruntime>=1.20", "onnxscript>=0.2"]

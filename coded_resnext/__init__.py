@@ -8,8 +8,9 @@ from .extract import extract_classifier, extract_subset
 from .extracted import ExtractedClassifier, ExtractedNetwork
 from .layers import CodedBottleneck, DropSubNNs
 from .losses import CodedLoss, LossTerms
-from .models import CodedResNeXt, Stage
+from .models import CodedResNeXt
 from .registry import create_model, list_models
+from .stages import Stage
 
 __all__ = [
     "Codebook",

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from .codebook import Codebook
 from .layers import CodedBottleneck
-from .models import CodedResNeXt, Stage
+from .models import CodedResNeXt
+from .stages import Stage
 
 # Our names of a block's layers and the published ones.
 _LAYERS = {

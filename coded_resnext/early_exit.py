@@ -20,6 +20,7 @@ from torch import Tensor
 
 from .checkpoint import write_atomically
 from .cost import stem_macs
+from .layers import check_images
 from .models import CodedResNeXt
 from .sizes import BlockSizes
 
@@ -230,7 +231,5 @@ def check(model: CodedResNeXt, criterion: EarlyExit | None = None, x: Tensor | N
             f"criterion: expected a margin for each of {blocks} coded blocks, "
             f"got {len(criterion.margins)}"
         )
-    if x is not None and (x.ndim != 4 or x.shape[1] != model.in_channels or x.shape[0] == 0):
-        raise ValueError(
-            f"x: expected [B, {model.in_channels}, H, W] with B >= 1, got {list(x.shape)}"
-        )
+    if x is not None:
+        check_images(x, model.in_channels)
