@@ -101,7 +101,8 @@ def to_onnx(
     dtype = next(network.parameters()).dtype
     if dtype != torch.float32:
         raise ValueError(f"network: expected float32 weights, got {dtype}; try network.float()")
-    network = _frozen(network).cpu()
+    network = _frozen(network)
+    network.cpu()
     shapes = signature(network, image_size, preprocessing)
     exported = torch.onnx.export(
         to_exported_program(network, image_size=image_size, preprocessing=preprocessing),

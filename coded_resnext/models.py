@@ -214,7 +214,7 @@ class CodedResNeXt(nn.Module):
         """
         if num_classes < 2:
             raise ValueError(f"num_classes: expected at least 2, got {num_classes}")
-        if num_classes == self.config["num_classes"] and codebooks is class_names is None:
+        if num_classes == self.config["num_classes"] and codebooks is None and class_names is None:
             codebooks, class_names = self.stage_codebooks, self.class_names
         stages = [Stage(**stage) for stage in self.config["stages"]]
         books = assign_codebooks(stages, num_classes, codebooks, class_names)

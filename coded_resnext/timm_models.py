@@ -131,7 +131,7 @@ class TimmCodedResNeXt(CodedResNeXt):
             super().reset_classifier(num_classes, codebooks=codebooks, class_names=class_names)
         else:
             self.num_classes = 0
-            self.head = nn.Identity()
+            self._modules["head"] = nn.Identity()
         if global_pool is None:
             # A classifier reads one vector for each image, also where pooling had been off.
             global_pool = "avg" if num_classes else self.global_pool
@@ -148,7 +148,7 @@ class TimmCodedResNeXt(CodedResNeXt):
     def forward_intermediates(
         self,
         x: Tensor,
-        indices: int | Sequence[int] | None = None,
+        indices: int | list[int] | None = None,
         norm: bool = False,
         stop_early: bool = False,
         output_fmt: str = "NCHW",
@@ -173,7 +173,7 @@ class TimmCodedResNeXt(CodedResNeXt):
 
     def prune_intermediate_layers(
         self,
-        indices: int | Sequence[int] = 1,
+        indices: int | list[int] = 1,
         prune_norm: bool = False,
         prune_head: bool = True,
     ) -> list[int]:
