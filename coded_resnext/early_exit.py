@@ -147,9 +147,11 @@ def read_class(energies: Tensor, codewords: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         Class indices `[B]`, the lowest on ties, and margins `[B]` from 0 to 1 (see `EarlyExit`).
     """
-    # Autocast would round the energies to half precision and make ties.
-    with torch.autocast(energies.device.type, enabled=False):
-        scores = energies @ codewords.to(energies.dtype).T
+    if torch.is_autocast_enabled(energies.device.type):
+        # It would round the energies to half precision and make ties.
+        with torch.autocast(energies.device.type, enabled=False):
+            return read_class(energies, codewords)
+    scores = energies @ codewords.to(energies.dtype).T
     best = scores.topk(2).values
     return scores.argmax(1), (best[:, 0] - best[:, 1]) / energies.shape[1]
 
