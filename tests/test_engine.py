@@ -11,12 +11,14 @@ import torch
 from torch import Tensor
 
 from coded_resnext import Codebook, CodedResNeXt, Stage
+from coded_resnext.accuracy import measure_accuracy
 from coded_resnext.batch import TrainingBatches
-from coded_resnext.checkpoint import load_model, load_training_state
+from coded_resnext.checkpoint import load_model
 from coded_resnext.config import TrainingConfig
 from coded_resnext.data import RandomShift, batches
-from coded_resnext.engine import fit, measure_accuracy
+from coded_resnext.engine import fit
 from coded_resnext.run_folder import RunFolder
+from coded_resnext.training_state import load_state
 
 BOOK = Codebook.from_words(["1100", "0110", "0011"])
 TARGETS = torch.arange(24) % 3
@@ -74,8 +76,9 @@ def train(
     return model, fit(model, loader, batches(IMAGES, TARGETS), config, run)
 
 
-def without_seconds(history: list[dict[str, float]]) -> list[dict[str, float]]:
-    return [{k: v for k, v in row.items() if k != "seconds"} for row in history]
+def without_cost(history: list[dict[str, float]]) -> list[dict[str, float]]:
+    cost = ("images_per_second", "peak_memory_mib", "seconds")
+    return [{k: v for k, v in row.items() if k not in cost} for row in history]
 
 
 def assert_same_weights(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
@@ -89,8 +92,9 @@ def test_it_learns_and_leaves_a_complete_folder(tmp_path: Path) -> None:
     model, history = train(tmp_path, config=config)
     assert history[-1]["test_accuracy"] == 1.0
     assert history[-1]["total"] < 0.2 * history[0]["total"]
-    columns = ["epoch", "learning_rate", "total", "cross_entropy", "coding_1", "test_accuracy"]
-    columns += ["early_decoding_1", "seconds"]
+    columns = ["epoch", "lr", "total", "cross_entropy", "coding_1", "train_accuracy"]
+    columns += ["train_early_decoding_1", "test_accuracy", "early_decoding_1"]
+    columns += ["images_per_second", "peak_memory_mib", "seconds"]
     assert list(history[0]) == columns
     with (tmp_path / "metrics.csv").open() as file:
         rows = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
@@ -109,7 +113,7 @@ def test_same_seed_gives_the_same_bits_and_another_does_not(tmp_path: Path) -> N
     second, again = train(tmp_path / "b")
     other, _ = train(tmp_path / "c", config=make_config(seed=1))
     assert_same_weights(first.state_dict(), second.state_dict())
-    assert without_seconds(history) == without_seconds(again)
+    assert without_cost(history) == without_cost(again)
     assert not torch.equal(first.head.weight, other.head.weight)
 
 
@@ -121,8 +125,8 @@ def test_interrupted_run_is_usable_and_resumes_to_the_bit(tmp_path: Path, epoch:
     assert load_model(tmp_path / "cut").training["epochs_done"] == epoch - 1
     resumed, rows = train(tmp_path / "cut", resume=True)
     assert_same_weights(whole.state_dict(), resumed.state_dict())
-    assert without_seconds(rows) == without_seconds(history)
-    states = [load_training_state(tmp_path / name / "state.pt") for name in ("whole", "cut")]
+    assert without_cost(rows) == without_cost(history)
+    states = [load_state(tmp_path / name) or {} for name in ("whole", "cut")]
     momenta = [
         [v["momentum_buffer"] for v in state["optimizer"]["state"].values()] for state in states
     ]
@@ -143,15 +147,6 @@ def test_a_run_is_neither_overwritten_nor_mixed(tmp_path: Path) -> None:
         train(tmp_path)
     with pytest.raises(ValueError, match=r"another kind: epochs was 4, is 5"):
         train(tmp_path, config=make_config(epochs=5), resume=True)
-
-
-def test_non_finite_loss_stops_and_keeps_the_epoch_before(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with pytest.raises(ValueError, match="logits: expected finite numbers"):
-        train(tmp_path, config=make_config(lr=1e30, warmup_epochs=0))
-    assert load_model(tmp_path).training["epochs_done"] == 0
-    assert all(v.isfinite().all() for v in load_model(tmp_path).model.state_dict().values())
 
 
 def test_measuring_leaves_mode_and_statistics_alone() -> None:
@@ -181,32 +176,3 @@ def test_labels_are_checked_where_the_data_is_loaded(tmp_path: Path, wrong: int)
     loader = TrainingBatches(IMAGES, targets, 8, seed=0)
     with pytest.raises(ValueError, match=message):
         fit(model, loader, batches(IMAGES, TARGETS), config, run)
-
-
-def test_learning_rate() -> None:
-    config = make_config(epochs=10, warmup_epochs=2, min_lr=0.01)
-    rates = [config.lr_at(step, 5) for step in range(50)]
-    assert rates[:3] == pytest.approx([0.01, 0.02, 0.03])
-    assert rates[9] == pytest.approx(0.1)
-    assert rates[10] == pytest.approx(0.1)
-    assert rates[-1] == pytest.approx(0.01)
-    assert sorted(rates[10:], reverse=True) == rates[10:]
-    # Half-way down the cosine.
-    middle = make_config(epochs=11, warmup_epochs=0).lr_at(5, 1)
-    assert middle == pytest.approx(0.05)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"epochs": 0}, "epochs: .* at least 1, got 0"),
-        ({"lr": 0.0}, "lr: expected a number above 0, got 0.0"),
-        ({"momentum": 1.0}, "momentum: expected 0 <= value < 1, got 1.0"),
-        ({"warmup_epochs": 4}, "warmup_epochs: expected fewer than 4 epochs, got 4"),
-        ({"weight_decay": float("nan")}, "weight_decay: .* got nan"),
-        ({"seed": -1}, "seed: .* got -1"),
-    ],
-)
-def test_config_refuses(change: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        make_config(**change)

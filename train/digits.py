@@ -27,6 +27,7 @@ from coded_resnext.data import (
     batches,
     load_digits_split,
 )
+from coded_resnext.distributed import run_script
 from coded_resnext.engine import fit
 from coded_resnext.interpret import evaluate, save_figures
 from coded_resnext.run_folder import SUMMARY_FILE, RunFolder, versions
@@ -158,21 +159,9 @@ def train(arguments: argparse.Namespace, digits: DigitsSplit) -> None:
 
 
 def main() -> int:
-    """Run the command; 2 when the input is at fault, 130 when interrupted."""
+    """Run the command; 2 when the input is at fault, 130 or 143 when a signal ended it."""
     arguments = parse_arguments()
-    try:
-        train(arguments, load_digits_split())
-    except (ValueError, OSError, ImportError) as error:
-        print(f"digits.py: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(
-            f"\ninterrupted: {arguments.out} holds the last finished epoch; "
-            "the same command with --resume finishes the run",
-            file=sys.stderr,
-        )
-        return 130
-    return 0
+    return run_script("digits.py", lambda: train(arguments, load_digits_split()))
 
 
 if __name__ == "__main__":
