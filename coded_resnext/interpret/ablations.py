@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
+from torch import nn
 
 from ..codebook import Codebook
 from ..models import CodedResNeXt, default_codebook
@@ -54,7 +55,7 @@ ABLATIONS = (
     Ablation("more active branches", ratios="more"),
 )
 
-# The measures of a run by column: how they are scaled and rounded in a table. Shares become percent.
+# The measures of a run by column: scale and decimals in a table, where shares become percent.
 COLUMNS = {
     "accuracy": (100, 2),
     "early decoding, first block": (100, 1),
@@ -104,15 +105,20 @@ def vary(base: CodedResNeXt, ablation: Ablation, *, seed: int) -> CodedResNeXt:
         for stage in coded:
             stage["active"] = _other_active(stage["active"], stage["branches"], ablation.ratios)
         books = [
-            default_codebook(
-                base.num_classes, stage["branches"], stage["active"], base.class_names
-            )
+            default_codebook(base.num_classes, stage["branches"], stage["active"], base.class_names)
             for stage in coded
         ]
     if ablation.near_codewords:
         books = [near_codebook(book) for book in books]
     torch.manual_seed(seed)
-    return CodedResNeXt.from_config(config, books, class_names=base.class_names)
+    model = CodedResNeXt.from_config(config, books, class_names=base.class_names)
+    norms = [
+        [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
+        for network in (base, model)
+    ]
+    for module, original in zip(*norms, strict=True):
+        module.momentum = original.momentum
+    return model
 
 
 def near_codebook(book: Codebook) -> Codebook:
@@ -215,7 +221,7 @@ def summarize(
 
 
 def markdown(summaries: Mapping[str, Mapping[str, Summary]]) -> str:
-    """A table with a row for each ablation: mean ± deviation, and below it the paired difference."""
+    """A row for each ablation: mean ± deviation, and below it the paired difference."""
     lines = [
         "| | seeds | " + " | ".join(COLUMNS) + " |",
         "|---|---|" + "---|" * len(COLUMNS),
