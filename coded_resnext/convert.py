@@ -84,12 +84,14 @@ def published_block_state(
     """The weights of a block under the published names: the way back from `published_block`.
 
     Args:
-        block: coded or plain; concatenating blocks have no published counterpart.
+        block: coded or plain; the ablations have no published counterpart.
         num_classes: `K`, needed for the all-ones mask of a plain block.
 
     Raises:
-        ValueError: `num_classes` is missing for a plain block, or the block concatenates.
+        ValueError: `num_classes` is missing for a plain block, or the block is an ablation.
     """
+    if not block.normalize:
+        raise ValueError("block: expected one with energy normalisation, got the ablation without")
     if block.is_coded and block.aggregation != "sum":
         raise ValueError("block: expected one that sums its branches, got aggregation='concat'")
     if block.codebook is not None:

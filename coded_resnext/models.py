@@ -41,6 +41,7 @@ class CodedResNeXt(nn.Module):
         drop_branches: DropSubNNs probability of the coded blocks, `0 <= p < 1`.
         head_bias: whether the classifier has a bias; the published one has none.
         aggregation: `"sum"`, or `"concat"`, the ablation of the paper's talk.
+        normalize: whether coded blocks normalise energies; False is an ablation.
         backend: implementation of the coded operation, see `coded_resnext.kernels`.
 
     Raises:
@@ -65,6 +66,7 @@ class CodedResNeXt(nn.Module):
         drop_branches: float = 0.1,
         head_bias: bool = False,
         aggregation: Aggregation = "sum",
+        normalize: bool = True,
         backend: Backend = "auto",
     ) -> None:
         super().__init__()
@@ -92,6 +94,7 @@ class CodedResNeXt(nn.Module):
             "drop_branches": drop_branches,
             "head_bias": head_bias,
             "aggregation": aggregation,
+            "normalize": normalize,
         }
 
         self.stem = _make_stem(stem, in_channels, stem_channels)
@@ -110,6 +113,7 @@ class CodedResNeXt(nn.Module):
                         stride=stage.stride if index == 0 else 1,
                         drop_branches=drop_branches,
                         aggregation=aggregation,
+                        normalize=normalize,
                         backend=backend,
                     )
                 )

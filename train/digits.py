@@ -13,6 +13,7 @@ import argparse
 import shlex
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -33,8 +34,8 @@ from coded_resnext.interpret import evaluate, save_figures
 from coded_resnext.run_folder import SUMMARY_FILE, RunFolder, versions
 
 
-def parse_arguments() -> argparse.Namespace:
-    """The command line."""
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line, or these arguments."""
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n\n")[0] if __doc__ else None,
         epilog="The run's folder holds model.safetensors, summary.json, metrics.csv, the split, "
@@ -69,7 +70,7 @@ def parse_arguments() -> argparse.Namespace:
         action="store_true",
         help="the ablation that concatenates the branches instead of summing them",
     )
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 def make_model(arguments: argparse.Namespace) -> CodedResNeXt:
