@@ -1,0 +1,186 @@
+"""The report as one HTML file: template, style, script and data in one, nothing loaded from afar."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from importlib.metadata import version
+from importlib.resources import files
+from typing import Any
+
+from .packing import pack
+
+SCRIPTS = (
+    "base",
+    "chart",
+    "chooser",
+    "network",
+    "samples",
+    "curves",
+    "classifiers",
+    "exits",
+    "codebooks",
+    "training",
+    "main",
+)
+# What the template writes itself; the rest goes into the page as data.
+_STATIC = ("missing", "config", "command", "versions", "seconds", "title")
+
+
+def render(content: dict[str, Any]) -> str:
+    """The page of what `gather` found.
+
+    Nothing in a name or a setting is taken for markup: the template escapes, and the data is JSON
+    without any `<`. The page's own policy forbids every request and every other script.
+
+    Args:
+        content: of a run, as `gather` returns it.
+
+    Raises:
+        ImportError: Jinja is not installed.
+    """
+    try:
+        from jinja2 import Environment, StrictUndefined
+        from markupsafe import Markup
+    except ImportError as error:
+        raise ImportError("the report needs Jinja; install coded-resnext[report]") from error
+    assets = files(__package__) / "assets"
+
+    def asset(name: str) -> str:
+        return (assets / name).read_text(encoding="utf-8")
+
+    style = asset("page.css")
+    parts = "\n".join(asset(f"{name}.js") for name in SCRIPTS)
+    script = f'"use strict";\n(() => {{\n{parts}}})();\n'
+    environment = Environment(autoescape=True, undefined=StrictUndefined)
+    data = pack({key: value for key, value in content.items() if key not in _STATIC})
+    shown = parts_shown(content)
+    return environment.from_string(asset("page.html")).render(
+        content=content,
+        data=data,
+        style=Markup(style),  # noqa: S704 - a file of this package
+        script=Markup(script),  # noqa: S704 - files of this package
+        style_hash=_hash(style),
+        script_hash=_hash(script),
+        subtitle=_subtitle(content),
+        tiles=tiles(content),
+        shown=shown,
+        sections=[(id_, text) for id_, text, key in _SECTIONS if key is None or shown[key]],
+        removal_note=_removal_note(content),
+        thresholds_note=_thresholds_note(content),
+        version=version("coded-resnext"),
+    )
+
+
+_SECTIONS = (
+    ("overview", "Overview", None),
+    ("paths", "Paths", "paths"),
+    ("early-decoding", "Early decoding", "early_decoding"),
+    ("removal", "Removing branches", "removal"),
+    ("classifiers", "Classifiers", "one_class"),
+    ("early-exit", "Early exit", "exit_curve"),
+    ("codebooks", "Codebooks", "codebooks"),
+    ("training", "Training", "training"),
+    ("configuration", "Configuration", None),
+)
+
+
+def parts_shown(content: dict[str, Any]) -> dict[str, bool]:
+    """Which parts there is enough for."""
+    coded = bool(content["codebooks"])
+    return {
+        "paths": coded,
+        "network": coded,
+        "samples": coded and content["samples"] is not None,
+        "early_decoding": content["early_decoding"] is not None,
+        "removal": content["removal"] is not None,
+        # The class is chosen at the picture of the paths.
+        "one_class": content["one_class"] is not None,
+        "exit_curve": content["exit_curve"] is not None,
+        "codebooks": coded,
+        "training": content["training_log"] is not None,
+    }
+
+
+def tiles(content: dict[str, Any]) -> list[dict[str, str]]:
+    """The headline numbers, as far as they are known."""
+    found: list[dict[str, str]] = []
+
+    def add(value: str, name: str, note: str = "") -> None:
+        found.append({"value": value, "name": name, "note": note})
+
+    if content["test_accuracy"] is not None:
+        add(
+            f"{100 * content['test_accuracy']:.2f} %",
+            "test accuracy",
+            f"{content['test_samples']:,} images",
+        )
+    early, removal = content["early_decoding"], content["removal"]
+    if early is not None:
+        accuracy = early["block_accuracy"]
+        note = f"block {len(accuracy)}: {100 * accuracy[-1]:.1f} %" if len(accuracy) > 1 else ""
+        add(f"{100 * accuracy[0]:.1f} %", "decoded at the first coded block", note)
+    if content["one_class"] is not None:
+        mean = content["one_class"]["mean_average_precision"]
+        add("n/a" if mean is None else f"{mean:.3f}", "mean average precision", "one class each")
+    del removal
+    cost = (content["network"] or {}).get("cost")
+    if cost is not None:
+        whole, part = cost["network"], cost["classifier"]
+        size = content["network"]["image_size"]
+        add(_count(whole["parameters"]), "parameters", f"{whole['bytes'] / 1e6:.1f} MB")
+        add(_count(whole["macs"]), "multiply-accumulates", f"an image of {size}×{size} pixels")
+        if part is not None:
+            share = part["share_of_network"]
+            add(
+                f"{100 * share['parameters']:.0f} %",
+                "of the parameters do for one class",
+                f"and {100 * share['macs']:.0f} % of the multiply-accumulates",
+            )
+    if content["seconds"] is not None:
+        minutes = content["seconds"] / 60
+        add(f"{minutes:.1f} min" if minutes < 90 else f"{minutes / 60:.1f} h", "of training")
+    return found
+
+
+def _count(number: int) -> str:
+    for size, letter in ((1_000_000_000, "G"), (1_000_000, "M")):
+        if number >= size:
+            return f"{number / size:.2f} {letter}"
+    return f"{number:,}"
+
+
+def _subtitle(content: dict[str, Any]) -> str:
+    parts = []
+    if content["class_names"] is not None:
+        parts.append(f"{len(content['class_names']):,} classes")
+    if content["network"] is not None:
+        blocks = content["network"]["blocks"]
+        coded = sum(block["coded"] for block in blocks)
+        parts.append(f"{len(blocks)} blocks, {coded} of them coded")
+        if not coded:
+            parts.append("a plain network, without codebooks and paths")
+    data = (content["config"] or {}).get("data")
+    if isinstance(data, str):
+        parts.append(data)
+    return " · ".join(parts)
+
+
+def _removal_note(content: dict[str, Any]) -> str:
+    repeats = (content["removal"] or {}).get("repeats", 1)
+    if repeats == 1:
+        return "Branches were drawn at random once."
+    return f"Branches were drawn at random {repeats} times; the band is one deviation."
+
+
+def _thresholds_note(content: dict[str, Any]) -> str:
+    if content["thresholds_from"] == "test data":
+        return (
+            "Thresholds are those of the best F1 on the test images themselves, as there were no "
+            "others; precision, recall and F1 in the table are optimistic."
+        )
+    return "Thresholds are those of the best F1 on the training images."
+
+
+def _hash(text: str) -> str:
+    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode("ascii")
