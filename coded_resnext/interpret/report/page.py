@@ -115,7 +115,7 @@ def tiles(content: dict[str, Any]) -> list[dict[str, str]]:
             "test accuracy",
             f"{content['test_samples']:,} images",
         )
-    early, removal = content["early_decoding"], content["removal"]
+    early = content["early_decoding"]
     if early is not None:
         accuracy = early["block_accuracy"]
         note = f"block {len(accuracy)}: {100 * accuracy[-1]:.1f} %" if len(accuracy) > 1 else ""
@@ -123,7 +123,6 @@ def tiles(content: dict[str, Any]) -> list[dict[str, str]]:
     if content["one_class"] is not None:
         mean = content["one_class"]["mean_average_precision"]
         add("n/a" if mean is None else f"{mean:.3f}", "mean average precision", "one class each")
-    del removal
     cost = (content["network"] or {}).get("cost")
     if cost is not None:
         whole, part = cost["network"], cost["classifier"]
@@ -137,9 +136,6 @@ def tiles(content: dict[str, Any]) -> list[dict[str, str]]:
                 "of the parameters do for one class",
                 f"and {100 * share['macs']:.0f} % of the multiply-accumulates",
             )
-    if content["seconds"] is not None:
-        minutes = content["seconds"] / 60
-        add(f"{minutes:.1f} min" if minutes < 90 else f"{minutes / 60:.1f} h", "of training")
     return found
 
 
@@ -163,6 +159,10 @@ def _subtitle(content: dict[str, Any]) -> str:
     data = (content["config"] or {}).get("data")
     if isinstance(data, str):
         parts.append(data)
+    if content["seconds"] is not None:
+        minutes = content["seconds"] / 60
+        took = f"{minutes:.1f} minutes" if minutes < 90 else f"{minutes / 60:.1f} hours"
+        parts.append(f"trained in {took}")
     return " · ".join(parts)
 
 

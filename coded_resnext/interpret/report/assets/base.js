@@ -56,17 +56,16 @@ function nameOf(index, longest = 40) {
 const plainName = (index, longest = 40) => `\u2068${shorten(classNames[index], longest)}\u2069`;
 
 function tableOf(caption, headings, rows, attributes) {
-  const cell = (value, tag, scope) => {
-    const numeric = typeof value === "string" && /^[-+\d.,\s%–]+$|^n\/a$/.test(value);
-    return html(tag, { class: numeric ? "number" : null, scope }, value instanceof Node ? value : String(value));
-  };
+  const isNumber = (value) => typeof value === "string" && /^[-+\d.,\s%–]+$|^n\/a$/.test(value);
+  const look = headings.map((_, column) => (column && rows.length && isNumber(rows[0][column]) ? "number" : null));
   return html("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": caption },
     html("table", attributes,
       html("caption", { text: caption }),
-      html("thead", {}, html("tr", {}, headings.map((text) => html("th", { scope: "col" }, text)))),
+      html("thead", {}, html("tr", {}, headings.map((text, column) =>
+        html("th", { scope: "col", class: look[column] }, text)))),
       html("tbody", {}, rows.map((row) =>
         html("tr", {}, row.map((value, column) =>
-          column ? cell(value, "td") : cell(value, "th", "row")))))));
+          html(column ? "td" : "th", { class: look[column], scope: column ? null : "row" }, value)))))));
 }
 
 // The numbers behind a picture; the table is made when it is opened, or printed.

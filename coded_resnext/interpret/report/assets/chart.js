@@ -107,6 +107,13 @@ function lineChart(options) {
   };
 }
 
+// A share as a bar, beside a number that says the same.
+function barOf(share) {
+  return svg("svg", { class: "bar", viewBox: "0 0 100 10", preserveAspectRatio: "none", "aria-hidden": "true" },
+    svg("rect", { width: 100, height: 10, class: "track" }),
+    svg("rect", { width: 100 * share, height: 10, class: "energy inactive" }));
+}
+
 // Which line is which: a stroke with its marker beside each name.
 function legendOf(entries) {
   return html("ul", { class: "legend" }, entries.map(({ name, look, marker }) =>

@@ -8,7 +8,7 @@ function setUpClassifiers() {
   const columns = [
     { title: "class", value: (index) => classNames[index], text: true },
     { title: "images", value: (index) => classifiers[index]?.positives, digits: 0 },
-    { title: "average precision", value: (index) => classifiers[index]?.average_precision, digits: 3 },
+    { title: "avg. precision", value: (index) => classifiers[index]?.average_precision, digits: 3 },
     { title: "threshold", value: (index) => classifiers[index]?.threshold, digits: 2 },
     { title: "precision", value: (index) => classifiers[index]?.precision, digits: 3 },
     { title: "recall", value: (index) => classifiers[index]?.recall, digits: 3 },

@@ -36,9 +36,7 @@ function setUpExits() {
       const part = count / curve.samples;
       return html("li", {},
         html("span", { text: block < blocks ? `block ${block + 1}` : "classifier" }),
-        svg("svg", { class: "bar", viewBox: "0 0 100 10", preserveAspectRatio: "none", "aria-hidden": "true" },
-          svg("rect", { width: 100, height: 10, class: "track" }),
-          svg("rect", { width: 100 * part, height: 10, class: "energy inactive" })),
+        barOf(part),
         html("span", { class: "number", text: `${whole(count)} (${percent(part, 0)})` }));
     }));
   };

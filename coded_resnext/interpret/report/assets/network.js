@@ -35,7 +35,7 @@ function setUpNetwork() {
     const most = Math.max(...blocks.filter((block) => block.coded).map((block) => block.branches), 1);
     const plainLength = upright ? 38 : 46;
     const end = upright ? 64 : 78;
-    const pitch = upright ? Math.min((width - 16) / most, 30) : Math.max(9, Math.min(26, 340 / most));
+    const pitch = upright ? Math.min((width - 16) / most, 34) : Math.max(9, Math.min(26, 340 / most));
     const across = pitch * most;
     const head = upright ? 30 : 0;
     const plain = blocks.filter((block) => !block.coded).length;
