@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint import write_atomically
-from ..interpret.report import gather, render, write_tables
+from ..interpret.report import gather, render
 
 REPORT_FILE = "report.html"
 
@@ -28,7 +28,12 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--out", type=Path, metavar="FILE", help=f"the page (default: RUN/{REPORT_FILE})"
     )
-    parser.add_argument("--csv", type=Path, metavar="DIR", help="also write the tables as CSV")
+    parser.add_argument(
+        "--csv", type=Path, metavar="DIR", help="also write the results' tables as CSV"
+    )
+    parser.add_argument(
+        "--figures", type=Path, metavar="DIR", help="also draw the results as PNG and SVG"
+    )
     parser.add_argument(
         "--json", action="store_true", help="print the content as JSON instead of writing the page"
     )
@@ -44,12 +49,18 @@ def run(arguments: argparse.Namespace) -> int:
         ImportError: Jinja is not installed.
     """
     content = gather(arguments.folder)
-    tables = [] if arguments.csv is None else write_tables(content, arguments.csv)
+    written = []
+    if arguments.csv is not None or arguments.figures is not None:
+        evaluation = load_evaluation(arguments.folder)
+        if arguments.csv is not None:
+            written += save_tables(evaluation, arguments.csv)
+        if arguments.figures is not None:
+            written += save_figures(evaluation, codebooks_of(evaluation), arguments.figures)
     if arguments.json:
         print(json.dumps(content, indent=1, allow_nan=False))
         return 0
-    page = write_page(content, arguments.out or arguments.folder / REPORT_FILE)
-    for path in (*tables, page):
+    written.append(write_page(content, arguments.out or arguments.folder / REPORT_FILE))
+    for path in written:
         print(f"wrote {path}")
     for entry in content["missing"]:
         print(f"missing: {entry['part']}: {entry['why']} {entry['remedy'] or ''}".rstrip())

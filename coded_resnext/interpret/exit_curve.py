@@ -5,7 +5,6 @@ Letters: n samples, L coded blocks.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,10 +12,12 @@ import torch
 from torch import Tensor
 
 from ..cost import network_cost
-from ..early_exit import EarlyExit, exit_macs
-from ..exit_calibration import ExitScores, exit_scores
+from ..early_exit import EarlyExit, exit_macs, read_class
+from ..exit_calibration import ExitScores
 from ..models import CodedResNeXt
-from .running import Loader, batches, evaluating, require_coded_blocks
+from .observing import Observations, observe
+from .records import describe
+from .running import Loader, require_coded_blocks
 
 # Steps of the margin; equal ones, of a small data set, are taken once.
 STEPS = 48
@@ -45,35 +46,24 @@ class ExitCurve:
     """Multiply-accumulates of the network for one image, when nothing is decoded."""
     points: tuple[ExitPoint, ...]
 
-    def to_dict(self) -> dict[str, Any]:
-        """A JSON-ready description, by columns."""
-        return {
-            "samples": self.samples,
-            "network_macs": self.network_macs,
-            "margins": [point.margin for point in self.points],
-            "accuracy": [point.accuracy for point in self.points],
-            "macs": [point.macs for point in self.points],
-            "exits": [list(point.exits) for point in self.points],
-        }
-
     @classmethod
-    def from_dict(cls, data: Any) -> ExitCurve:
-        """Read what `to_dict` wrote.
+    def of(cls, observed: Observations, model: CodedResNeXt) -> ExitCurve:
+        """From what was observed of a coded network."""
+        scores = scores_of(observed)
+        height, width = observed.gathered.image_size
+        costs = torch.tensor(exit_macs(model, height, width), dtype=torch.float64)
+        criteria = [EarlyExit.at_margin(model, margin) for margin in _margins(scores)]
+        criteria.append(EarlyExit((None,) * len(model.coded_blocks)))
+        return cls(
+            samples=observed.samples,
+            network_macs=network_cost(model, height).macs,
+            points=tuple(_point(scores, criterion, costs) for criterion in criteria),
+        )
 
-        Raises:
-            ValueError: it describes no curve.
-        """
-        try:
-            columns = (data["margins"], data["accuracy"], data["macs"], data["exits"])
-            points = tuple(
-                ExitPoint(margin, accuracy, macs, tuple(exits))
-                for margin, accuracy, macs, exits in zip(*columns, strict=True)
-            )
-            return cls(data["samples"], data["network_macs"], points)
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(
-                f"exit curve: expected the columns that to_dict writes, got {error!r}"
-            ) from error
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready description."""
+        described: dict[str, Any] = describe(self)
+        return described
 
 
 def exit_curve(model: CodedResNeXt, loader: Loader) -> ExitCurve:
@@ -84,33 +74,27 @@ def exit_curve(model: CodedResNeXt, loader: Loader) -> ExitCurve:
 
     Args:
         model: with at least one coded block; its mode is left as found.
-        loader: batches of square images `[B, C, H, W]` of one size and class indices `[B]`.
+        loader: batches of images `[B, C, H, W]` and class indices `[B]`.
 
     Raises:
-        ValueError: the network has no coded block, the loader has no batch, images are of several
-            sizes or not square, or targets are not class indices of the model.
+        ValueError: the network has no coded block, the loader has no batch, or targets are not
+            class indices of the model.
     """
     require_coded_blocks(model)
-    sizes: set[tuple[int, int]] = set()
+    return ExitCurve.of(observe(model, loader), model)
 
-    def seen() -> Iterator[tuple[Tensor, Tensor]]:
-        for images, targets in batches(model, loader, "early exit"):
-            sizes.add((images.shape[2], images.shape[3]))
-            yield images, targets
 
-    with evaluating(model):
-        scores = exit_scores(model, seen())
-    if len(sizes) > 1 or any(height != width for height, width in sizes):
-        raise ValueError(f"images: expected square ones of one size, got {sorted(sizes)}")
-    ((size, _),) = sizes
-    costs = torch.tensor(exit_macs(model, size, size), dtype=torch.float64)
-    blocks = len(model.coded_blocks)
-    criteria = [EarlyExit.at_margin(model, margin) for margin in _margins(scores)]
-    criteria.append(EarlyExit((None,) * blocks))
-    return ExitCurve(
-        samples=len(scores.targets),
-        network_macs=network_cost(model, size).macs,
-        points=tuple(_point(scores, criterion, costs) for criterion in criteria),
+def scores_of(observed: Observations) -> ExitScores:
+    """What early exit needs to know of the images: readings, their margins, classes."""
+    read = [
+        read_class(energies, book.codewords)
+        for energies, book in zip(observed.energies, observed.codebooks, strict=True)
+    ]
+    return ExitScores(
+        decoded=torch.stack([classes for classes, _ in read], 1),
+        margins=torch.stack([margins for _, margins in read], 1),
+        final=observed.predictions,
+        targets=observed.targets,
     )
 
 

@@ -1,7 +1,6 @@
-"""The report of a run: its saved results as one self-contained HTML page, JSON or CSV."""
+"""The report of a run: its saved results as one self-contained HTML page."""
 
 from .content import gather
 from .page import render
-from .tables import write_tables
 
-__all__ = ["gather", "render", "write_tables"]
+__all__ = ["gather", "render"]

@@ -5,43 +5,44 @@ from __future__ import annotations
 import csv
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
-
 from ...checkpoint import MODEL_FILE, LoadedModel, load_model
+from ...codebook import Codebook
 from ...cost import network_cost
 from ...early_exit import EXIT_FILE, EarlyExit
-from ...exit_calibration import ExitScores
 from ...extract import extract_classifier
-from ...models import CodedResNeXt
 from ...run_folder import CONFIG_FILE, METRICS_FILE, SUMMARY_FILE
-from ..samples import SAMPLES_FILE
+from ..evaluate import Evaluation
+from ..pictures import PICTURES_FILE, load_pictures
+from ..results import EVALUATION_FILE, load_evaluation
+from ..samples import Samples
 
 FORMAT_VERSION = 1
-EVALUATION_FILE = "evaluation.json"
 EXIT_MEASUREMENT_FILE = "early_exit_test.json"
-# Parts of evaluation.json, with the words for them.
-EVALUATED = {
+# The experiments that have a place on the page, with the words for them.
+EXPERIMENTS = {
     "paths": "Measured energies of the classes",
+    "samples": "Test images",
     "early_decoding": "Early decoding",
     "removal": "Removing branches",
     "one_class": "One-class classifiers",
-    "exit_curve": "Early exit",
+    "early_exit": "Early exit",
 }
 _EVALUATE = "`coded-resnext eval RUN DATA --out RUN` makes it."
+# What the page has from elsewhere.
+_NOT_REPEATED = ("class_names", "codebooks", "blocks", "cost")
 Read = TypeVar("Read")
 
 
 @dataclass
 class _Gathering:
-    """The parts found so far, and what is missing."""
+    """Reading the files of a folder, and keeping a list of what is missing."""
 
     folder: Path
-    parts: dict[str, Any] = field(default_factory=dict)
     missing: list[dict[str, str | None]] = field(default_factory=list)
     files: int = 0
 
@@ -59,18 +60,22 @@ class _Gathering:
         self.files += 1
         try:
             return reader(path)
-        except (ValueError, KeyError, TypeError, IndexError, OSError) as error:
+        except (ValueError, KeyError, TypeError, OSError) as error:
             # Messages name the file by its path, which is nobody's business on a page to send.
             said = str(error).replace(f"{self.folder}/", "")
-            self.lacks(part, f"{name} cannot be read ({said or type(error).__name__}).", remedy)
+            self.lacks(part, f"{name} cannot be read: {said or type(error).__name__}.", remedy)
             return None
+
+    def read_if_there(self, part: str, name: str, reader: Callable[[Path], Read]) -> Read | None:
+        """The same of a file that a run need not have."""
+        return self.read(part, name, reader) if (self.folder / name).is_file() else None
 
 
 def gather(folder: str | Path) -> dict[str, Any]:
-    """The content of a report, JSON-ready: the saved results of a run by part, None where missing.
+    """The content of a report, JSON-ready: the saved results of a run, None for what is missing.
 
     Args:
-        folder: of a run, finished or not.
+        folder: of a run, finished or not, or of an evaluation.
 
     Raises:
         NotADirectoryError: there is no such folder.
@@ -80,29 +85,37 @@ def gather(folder: str | Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise NotADirectoryError(f"RUN: expected the folder of a run, found none at {folder}")
     found = _Gathering(folder)
-    loaded = found.read("The network and its codebooks", MODEL_FILE, load_model)
+    loaded = found.read("The network", MODEL_FILE, load_model)
     config = found.read("Configuration", CONFIG_FILE, _read_object)
-    summary = found.read("Summary of the run", SUMMARY_FILE, _read_object)
+    summary = found.read("Summary", SUMMARY_FILE, _read_object) or {}
     log = found.read("Training curves", METRICS_FILE, read_log)
-    evaluation = found.read("Results of the evaluation", EVALUATION_FILE, _read_object, _EVALUATE)
+    evaluation = found.read("Results", EVALUATION_FILE, load_evaluation, _EVALUATE)
     if not found.files:
-        raise ValueError(f"RUN: expected the folder of a run, got {folder}, which has no file of one")
-    found.parts = {
+        raise ValueError(
+            f"RUN: expected the folder of a run, got {folder}, which has no file of one"
+        )
+    evaluation = _fitting(found, evaluation, loaded)
+    content: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
         "title": folder.resolve().name,
         "config": config,
-        "command": (summary or {}).get("command"),
-        "versions": (summary or {}).get("versions"),
-        "seconds": (summary or {}).get("seconds"),
+        "command": summary.get("command"),
+        "versions": summary.get("versions"),
+        "seconds": summary.get("seconds"),
         "training_log": log,
-        **_network(loaded),
+        **_network(loaded, evaluation),
+        "evaluation": None,
+        "summary": None,
     }
-    is_plain = loaded is not None and not loaded.model.coded_blocks
-    _add_evaluation(found, evaluation, is_plain)
-    if not is_plain:
-        _add_samples(found, loaded)
-        _add_exit(found)
-    return {**found.parts, "missing": found.missing}
+    if evaluation is not None:
+        _note_missing_experiments(found, evaluation)
+        described = evaluation.to_dict()
+        content["evaluation"] = {k: v for k, v in described.items() if k not in _NOT_REPEATED}
+        content["summary"] = evaluation.summary()
+    samples = evaluation.samples if evaluation is not None else None
+    content["pictures"] = None if samples is None else _pictures(found, samples)
+    content |= _early_exit(found, samples)
+    return {**content, "missing": found.missing}
 
 
 def _read_object(path: Path) -> dict[str, Any]:
@@ -113,7 +126,7 @@ def _read_object(path: Path) -> dict[str, Any]:
 
 
 def read_log(path: Path) -> dict[str, list[float | None]]:
-    """The columns of a training log.
+    """The columns of a training log; None where it says NaN.
 
     Raises:
         ValueError: it has no row, or something but numbers in one.
@@ -121,7 +134,7 @@ def read_log(path: Path) -> dict[str, list[float | None]]:
     with path.open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     # The last line of a log that is being written may be cut short.
-    rows = [row for row in rows if None not in row.values() and None not in row]
+    rows = [row for row in rows if None not in row and None not in row.values()]
     if not rows:
         raise ValueError("no epoch is finished")
     columns: dict[str, list[float | None]] = {name: [] for name in rows[0]}
@@ -132,120 +145,132 @@ def read_log(path: Path) -> dict[str, list[float | None]]:
     return columns
 
 
-def _network(loaded: LoadedModel | None) -> dict[str, Any]:
-    """Blocks, codebooks and cost."""
-    if loaded is None:
-        return {"class_names": None, "network": None, "codebooks": [], "block_codebooks": []}
-    model = loaded.model
-    blocks = [
-        {
-            "coded": block.is_coded,
-            "branches": block.branches,
-            "active": block.codebook.active if block.codebook is not None else block.branches,
-            "width": block.width,
-            "stride": block.stride,
+def _fitting(
+    found: _Gathering, evaluation: Evaluation | None, loaded: LoadedModel | None
+) -> Evaluation | None:
+    """The evaluation, unless it is of another network."""
+    if evaluation is None or loaded is None:
+        return evaluation
+    words = [Codebook.from_dict(book).words for book in evaluation.codebooks]
+    evaluated = [words[block.codebook] for block in evaluation.blocks]
+    ours = [book.words for book in loaded.model.codebooks]
+    if evaluation.class_names == loaded.model.class_names and evaluated == ours:
+        return evaluation
+    found.lacks(
+        "Results", f"{EVALUATION_FILE} is of other classes or codebooks than the model.", _EVALUATE
+    )
+    return None
+
+
+def _note_missing_experiments(found: _Gathering, evaluation: Evaluation) -> None:
+    """What was not computed, or not all of it, with the reasons that the evaluation gives."""
+    if not evaluation.is_coded:
+        return
+    reasons = dict(evaluation.not_computed)
+    for key, words in EXPERIMENTS.items():
+        reason = reasons.pop(key, None)
+        if reason is not None:
+            found.lacks(words, f"not computed, or not all: {reason}.")
+        elif getattr(evaluation, key) is None:
+            found.lacks(words, f"{EVALUATION_FILE} has no result of it.", _EVALUATE)
+    for name, reason in reasons.items():
+        found.lacks(name.replace("_", " ").capitalize(), f"not computed, or not all: {reason}.")
+
+
+def _network(loaded: LoadedModel | None, evaluation: Evaluation | None) -> dict[str, Any]:
+    """Classes, blocks, codebooks and cost: of the model, or as far as the evaluation has them."""
+    if loaded is not None:
+        model = loaded.model
+        books = list(model.stage_codebooks)
+        size = loaded.preprocessing.size if loaded.preprocessing else None
+        return {
+            "class_names": list(model.class_names),
+            "blocks": [
+                {
+                    "branches": block.branches,
+                    "active": block.codebook.active if block.codebook is not None else None,
+                }
+                for block in model.blocks
+            ],
+            **_described(books, [books.index(book) for book in model.codebooks]),
+            "image_size": size,
+            "cost": None if size is None else _cost(loaded, size),
         }
-        for block in model.blocks
-    ]
-    books = list(model.stage_codebooks)
-    size = loaded.preprocessing.size if loaded.preprocessing else None
+    if evaluation is None:
+        empty = _described([], [])
+        return {"class_names": None, "blocks": [], **empty, "image_size": None, "cost": None}
+    books = [Codebook.from_dict(book) for book in evaluation.codebooks]
+    coded = {place.block: books[place.codebook] for place in evaluation.blocks}
     return {
-        "class_names": list(model.class_names),
-        "network": {"blocks": blocks, "image_size": size, "cost": _cost(model, size)},
+        "class_names": list(evaluation.class_names),
+        "blocks": [
+            {"branches": coded[place].branches, "active": coded[place].active}
+            if place in coded
+            else {"branches": None, "active": None}
+            for place in range(max(coded, default=-1) + 1)
+        ],
+        **_described(books, [block.codebook for block in evaluation.blocks]),
+        "image_size": None,
+        "cost": {"network": evaluation.cost, "classifier": None},
+    }
+
+
+def _described(books: Sequence[Codebook], of_blocks: list[int]) -> dict[str, Any]:
+    return {
         "codebooks": [
             {
                 "branches": book.branches,
                 "active": book.active,
                 "words": list(book.words),
                 "min_distance": book.min_distance,
-                "distances": {str(key): value for key, value in book.distances.items()},
+                "distances": {str(distance): pairs for distance, pairs in book.distances.items()},
                 "column_loads": list(book.column_loads),
             }
             for book in books
         ],
-        "block_codebooks": [books.index(book) for book in model.codebooks],
+        "block_codebooks": of_blocks,
     }
 
 
-def _cost(model: CodedResNeXt, size: int | None) -> dict[str, Any] | None:
-    if size is None:
-        return None
+def _cost(loaded: LoadedModel, size: int) -> dict[str, Any]:
+    """Of the network and, beside it, of the classifier of its first class."""
+    model = loaded.model
     whole = network_cost(model, size)
-    content: dict[str, Any] = {"network": whole.to_dict(), "classifier": None}
+    classifier = None
     if model.coded_blocks and model.config["aggregation"] == "sum":
         part = network_cost(extract_classifier(model, 0), size)
-        content["classifier"] = {
-            **part.to_dict(),
-            "share_of_network": part.relative_to(whole).to_dict(),
-        }
-    return content
+        classifier = {**part.to_dict(), "share_of_network": part.relative_to(whole).to_dict()}
+    return {"network": whole.to_dict(), "classifier": classifier}
 
 
-def _add_evaluation(
-    found: _Gathering, evaluation: dict[str, Any] | None, is_plain: bool
-) -> None:
-    """The parts of evaluation.json, unless it is about another network."""
-    parts = found.parts
-    parts.update(dict.fromkeys(("test_accuracy", "test_samples", "thresholds_from", *EVALUATED)))
-    if evaluation is None:
-        return
-    names = evaluation.get("class_names")
-    if parts["class_names"] is None:
-        parts["class_names"] = names
-    elif names != parts["class_names"]:
-        found.lacks(
-            "Results of the evaluation",
-            f"the classes of {EVALUATION_FILE} are not those of the model.",
-            _EVALUATE,
-        )
-        return
-    for key in ("test_accuracy", "test_samples", "thresholds_from"):
-        parts[key] = evaluation.get(key)
-    for key, words in EVALUATED.items():
-        content = evaluation.get(key)
-        if content is not None:
-            parts[key] = content
-        elif not is_plain:
-            found.lacks(words, f"{EVALUATION_FILE} has no result of it.", _EVALUATE)
+def _pictures(found: _Gathering, samples: Samples) -> list[str] | None:
+    """A picture for every sample."""
+
+    def read(path: Path) -> list[str]:
+        pictures = load_pictures(path)
+        if not pictures.keys() >= set(samples.positions):
+            raise ValueError(f"its images are not those of {EVALUATION_FILE}")
+        return [pictures[position] for position in samples.positions]
+
+    return found.read("Pictures of the test images", PICTURES_FILE, read, _EVALUATE)
 
 
-def _add_samples(found: _Gathering, loaded: LoadedModel | None) -> None:
-    """The traced test images, if they are of this network."""
+def _early_exit(found: _Gathering, samples: Samples | None) -> dict[str, Any]:
+    """The run's own margins, where they were chosen, and what they were measured to do."""
+    part = "The margins of this run"
 
     def read(path: Path) -> dict[str, Any]:
-        samples = _read_object(path)
-        blocks = samples["blocks"]
-        if loaded is not None and (
-            len(blocks) != len(loaded.model.coded_blocks)
-            or max(samples["targets"]) >= loaded.model.num_classes
-        ):
-            raise ValueError("its images went through another network")
-        return samples
+        content = _read_object(path)
+        return {key: float(content[key]) for key in ("early_accuracy", "macs_saved")}
 
-    found.parts["samples"] = found.read("Test images", SAMPLES_FILE, read, _EVALUATE)
-
-
-def _add_exit(found: _Gathering) -> None:
-    """The run's own margins of early exit, where they were chosen: an extra that is not missed."""
-    parts = found.parts
-    parts["exit_criterion"] = parts["exit_measured"] = parts["sample_exits"] = None
-    if (found.folder / EXIT_FILE).is_file():
-        criterion = found.read("The run's early exit", EXIT_FILE, EarlyExit.load)
-        if criterion is not None:
-            parts["exit_criterion"] = criterion.to_dict()
-            if parts["samples"] is not None:
-                parts["sample_exits"] = _scores(parts["samples"]).exits(criterion).tolist()
-    if (found.folder / EXIT_MEASUREMENT_FILE).is_file():
-        parts["exit_measured"] = found.read(
-            "The run's early exit", EXIT_MEASUREMENT_FILE, _read_object
-        )
-
-
-def _scores(samples: dict[str, Any]) -> ExitScores:
-    blocks = samples["blocks"]
-    return ExitScores(
-        decoded=torch.tensor([block["decoded"] for block in blocks]).T,
-        margins=torch.tensor([block["margins"] for block in blocks]).T,
-        final=torch.tensor(samples["predictions"]),
-        targets=torch.tensor(samples["targets"]),
-    )
+    criterion = found.read_if_there(part, EXIT_FILE, EarlyExit.load)
+    exits = None
+    if criterion is not None and samples is not None:
+        if len(criterion.margins) == len(samples.blocks):
+            exits = samples.scores.exits(criterion).tolist()
+        else:
+            found.lacks(part, f"{EXIT_FILE} is for another number of blocks.")
+    return {
+        "sample_exits": exits,
+        "exit_measured": found.read_if_there(part, EXIT_MEASUREMENT_FILE, read),
+    }

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import math
 from importlib.metadata import version
 from importlib.resources import files
 from typing import Any
 
+from .content import EXPERIMENTS
 from .packing import pack
 
 SCRIPTS = (
@@ -24,7 +26,7 @@ SCRIPTS = (
     "main",
 )
 # What the template writes itself; the rest goes into the page as data.
-_STATIC = ("missing", "config", "command", "versions", "seconds", "title")
+_STATIC = ("missing", "config", "command", "versions", "seconds", "title", "summary", "cost")
 
 
 def render(content: dict[str, Any]) -> str:
@@ -55,6 +57,7 @@ def render(content: dict[str, Any]) -> str:
     environment = Environment(autoescape=True, undefined=StrictUndefined)
     data = pack({key: value for key, value in content.items() if key not in _STATIC})
     shown = parts_shown(content)
+    evaluation = content["evaluation"] or {}
     return environment.from_string(asset("page.html")).render(
         content=content,
         data=data,
@@ -66,39 +69,32 @@ def render(content: dict[str, Any]) -> str:
         tiles=tiles(content),
         shown=shown,
         sections=[(id_, text) for id_, text, key in _SECTIONS if key is None or shown[key]],
-        removal_note=_removal_note(content),
-        thresholds_note=_thresholds_note(content),
+        removal_note=_removal_note(evaluation.get("removal")),
+        thresholds_note=_thresholds_note(evaluation),
         version=version("coded-resnext"),
     )
 
 
 _SECTIONS = (
     ("overview", "Overview", None),
-    ("paths", "Paths", "paths"),
+    ("paths", "Paths", "coded"),
     ("early-decoding", "Early decoding", "early_decoding"),
     ("removal", "Removing branches", "removal"),
     ("classifiers", "Classifiers", "one_class"),
-    ("early-exit", "Early exit", "exit_curve"),
-    ("codebooks", "Codebooks", "codebooks"),
+    ("early-exit", "Early exit", "early_exit"),
+    ("codebooks", "Codebooks", "coded"),
     ("training", "Training", "training"),
     ("configuration", "Configuration", None),
 )
 
 
 def parts_shown(content: dict[str, Any]) -> dict[str, bool]:
-    """Which parts there is enough for."""
-    coded = bool(content["codebooks"])
+    """Which parts of the page there is content for."""
+    evaluation = content["evaluation"] or {}
     return {
-        "paths": coded,
-        "network": coded,
-        "samples": coded and content["samples"] is not None,
-        "early_decoding": content["early_decoding"] is not None,
-        "removal": content["removal"] is not None,
-        # The class is chosen at the picture of the paths.
-        "one_class": content["one_class"] is not None,
-        "exit_curve": content["exit_curve"] is not None,
-        "codebooks": coded,
+        "coded": bool(content["codebooks"]),
         "training": content["training_log"] is not None,
+        **{key: evaluation.get(key) is not None for key in EXPERIMENTS},
     }
 
 
@@ -109,26 +105,26 @@ def tiles(content: dict[str, Any]) -> list[dict[str, str]]:
     def add(value: str, name: str, note: str = "") -> None:
         found.append({"value": value, "name": name, "note": note})
 
-    if content["test_accuracy"] is not None:
-        add(
-            f"{100 * content['test_accuracy']:.2f} %",
-            "test accuracy",
-            f"{content['test_samples']:,} images",
-        )
-    early = content["early_decoding"]
-    if early is not None:
-        accuracy = early["block_accuracy"]
-        note = f"block {len(accuracy)}: {100 * accuracy[-1]:.1f} %" if len(accuracy) > 1 else ""
-        add(f"{100 * accuracy[0]:.1f} %", "decoded at the first coded block", note)
-    if content["one_class"] is not None:
-        mean = content["one_class"]["mean_average_precision"]
-        add("n/a" if mean is None else f"{mean:.3f}", "mean average precision", "one class each")
-    cost = (content["network"] or {}).get("cost")
+    evaluation, summary, cost = content["evaluation"], content["summary"], content["cost"]
+    if summary is not None:
+        images = f"{evaluation['test_samples']:,} images"
+        add(f"{100 * summary['test_accuracy']:.2f} %", "test accuracy", images)
+        early = summary["early_decoding"]
+        if early:
+            note = f"block {len(early)}: {100 * early[-1]:.1f} %" if len(early) > 1 else ""
+            add(f"{100 * early[0]:.1f} %", "decoded at the first coded block", note)
+        if evaluation["one_class"] is not None:
+            precisions = summary["single_class_average_precision"]
+            known = [value for value in precisions if value is not None]
+            mean = f"{math.fsum(known) / len(known):.3f}" if known else "n/a"
+            note = f"one class against the rest, {len(known):,} of {len(precisions):,} classes"
+            add(mean, "mean average precision", note)
     if cost is not None:
         whole, part = cost["network"], cost["classifier"]
-        size = content["network"]["image_size"]
+        size = content["image_size"]
+        image = f"an image of {size}×{size} pixels" if size else "one image"
         add(_count(whole["parameters"]), "parameters", f"{whole['bytes'] / 1e6:.1f} MB")
-        add(_count(whole["macs"]), "multiply-accumulates", f"an image of {size}×{size} pixels")
+        add(_count(whole["macs"]), "multiply-accumulates", image)
         if part is not None:
             share = part["share_of_network"]
             add(
@@ -150,12 +146,8 @@ def _subtitle(content: dict[str, Any]) -> str:
     parts = []
     if content["class_names"] is not None:
         parts.append(f"{len(content['class_names']):,} classes")
-    if content["network"] is not None:
-        blocks = content["network"]["blocks"]
-        coded = sum(block["coded"] for block in blocks)
-        parts.append(f"{len(blocks)} blocks, {coded} of them coded")
-        if not coded:
-            parts.append("a plain network, without codebooks and paths")
+        coded = len(content["block_codebooks"])
+        parts.append(f"{coded} coded blocks" if coded else "a plain network, without codebooks")
     data = (content["config"] or {}).get("data")
     if isinstance(data, str):
         parts.append(data)
@@ -166,15 +158,15 @@ def _subtitle(content: dict[str, Any]) -> str:
     return " · ".join(parts)
 
 
-def _removal_note(content: dict[str, Any]) -> str:
-    repeats = (content["removal"] or {}).get("repeats", 1)
+def _removal_note(removal: dict[str, Any] | None) -> str:
+    repeats = (removal or {}).get("repeats", 1)
     if repeats == 1:
         return "Branches were drawn at random once."
     return f"Branches were drawn at random {repeats} times; the band is one deviation."
 
 
-def _thresholds_note(content: dict[str, Any]) -> str:
-    if content["thresholds_from"] == "test data":
+def _thresholds_note(evaluation: dict[str, Any]) -> str:
+    if evaluation.get("thresholds_from") == "test data":
         return (
             "Thresholds are those of the best F1 on the test images themselves, as there were no "
             "others; precision, recall and F1 in the table are optimistic."

@@ -17,6 +17,8 @@ function unpack(value) {
 }
 
 const report = unpack(JSON.parse(document.getElementById("data").textContent));
+// What the experiments found; null for what was not done.
+const results = report.evaluation || {};
 const classNames = report.class_names || [];
 const codebooks = report.codebooks || [];
 // The codebook of every coded block, in order.

@@ -3,18 +3,19 @@
 const rowsShown = 50;
 
 function setUpClassifiers() {
-  const classifiers = report.one_class.classifiers;
-  const missing = (one) => (one ? "n/a" : "not computed");
+  const { classifiers } = results.one_class;
+  const missing = (one) => (one.computed ? "n/a" : "not computed");
   const columns = [
     { title: "class", value: (index) => classNames[index], text: true },
-    { title: "images", value: (index) => classifiers[index]?.positives, digits: 0 },
-    { title: "avg. precision", value: (index) => classifiers[index]?.average_precision, digits: 3 },
-    { title: "threshold", value: (index) => classifiers[index]?.threshold, digits: 2 },
-    { title: "precision", value: (index) => classifiers[index]?.precision, digits: 3 },
-    { title: "recall", value: (index) => classifiers[index]?.recall, digits: 3 },
-    { title: "F1", value: (index) => classifiers[index]?.f1, digits: 3 },
+    { title: "accuracy", value: (index) => results.classification.class_accuracy[index], digits: 3, always: true },
+    { title: "images", value: (index) => (classifiers[index].computed ? classifiers[index].positives : null), digits: 0 },
+    { title: "avg. precision", value: (index) => classifiers[index].average_precision, digits: 3 },
+    { title: "threshold", value: (index) => classifiers[index].threshold, digits: 2 },
+    { title: "precision", value: (index) => classifiers[index].precision, digits: 3 },
+    { title: "recall", value: (index) => classifiers[index].recall, digits: 3 },
+    { title: "F1", value: (index) => classifiers[index].f1, digits: 3 },
   ];
-  let order = { column: columns[2], direction: 1 };
+  let order = { column: columns.find(({ title }) => title === "avg. precision"), direction: 1 };
   let shown = rowsShown;
 
   const body = html("tbody", {});
@@ -53,7 +54,7 @@ function setUpClassifiers() {
         if (column.text)
           return html("th", { scope: "row" },
             html("button", { type: "button", class: "pick", onclick: () => choose({ chosenClass: index, sample: null }) }, nameOf(index, 28)));
-        return html("td", { class: "number", text: known(value) ? value.toFixed(column.digits) : missing(classifiers[index]) });
+        return html("td", { class: "number", text: known(value) ? value.toFixed(column.digits) : column.always ? "n/a" : missing(classifiers[index]) });
       }))));
     more.hidden = indices.length <= shown;
     more.textContent = `Show all ${whole(indices.length)} classes`;
@@ -75,10 +76,9 @@ function setUpClassifiers() {
 
 // Every place of the slider is a point of the curve that was measured, and the chosen threshold.
 function stopsOf(one) {
-  const stops = one.curve && one.curve.thresholds
-    ? Array.from(one.curve.thresholds, (threshold, index) => ({
-        threshold, precision: one.curve.precision[index], recall: one.curve.recall[index] }))
-    : [];
+  const { thresholds, precision, recall } = one.curve;
+  const stops = Array.from(thresholds, (threshold, index) => ({ threshold, precision: precision[index], recall: recall[index] }))
+    .filter((stop) => known(stop.threshold));
   if (known(one.threshold) && known(one.precision)
       && !stops.some((stop) => stop.threshold === one.threshold && stop.recall === one.recall))
     stops.push({ threshold: one.threshold, precision: one.precision, recall: one.recall });
@@ -91,8 +91,8 @@ function showClassifier(one, index) {
   classifierShown = index;
   const panel = byId("classifier");
   const heading = html("h3", {}, "Class ", nameOf(index));
-  if (!one || !known(one.average_precision)) {
-    const why = !one ? "was not computed" : "has no precision and recall: it needs test images of the class and of others";
+  if (!known(one.average_precision)) {
+    const why = !one.computed ? "was not computed" : "has no precision and recall: it needs test images of the class and of others";
     panel.replaceChildren(heading, html("p", { class: "absent", text: `This classifier ${why}.` }));
     return;
   }
@@ -103,10 +103,10 @@ function showClassifier(one, index) {
     label: `Precision against recall; average precision ${fixed(one.average_precision, 3)}`,
     x: { title: "recall", low: 0, high: 1, ticks: [0, 0.25, 0.5, 0.75, 1] },
     y: { title: "precision", low: 0, high: 1.02, ticks: [0, 0.25, 0.5, 0.75, 1] },
-    series: one.curve ? [{ name: "", look: "inactive", x: one.curve.recall, y: one.curve.precision, step: true }] : [],
+    series: [{ name: "", look: "inactive", x: one.curve.recall, y: one.curve.precision, step: true }],
     height: 200,
   });
-  const slider = html("input", { type: "range", id: "threshold", min: 0, max: Math.max(stops.length - 1, 0), step: 1 });
+  const slider = html("input", { type: "range", id: "threshold", min: 0, max: stops.length - 1, step: 1 });
   const value = (id) => html("output", { id, for: "threshold" });
   const outputs = { threshold: value("at-threshold"), precision: value("at-precision"), recall: value("at-recall"), f1: value("at-f1") };
   const move = () => {
@@ -125,15 +125,16 @@ function showClassifier(one, index) {
   slider.value = Math.max(chosen, 0);
   panel.replaceChildren(
     heading,
-    html("p", {}, `Average precision ${fixed(one.average_precision, 3)}; ${whole(one.positives)} test images of the class, ${whole(one.negatives)} of others.`),
+    html("p", {}, `Average precision ${fixed(one.average_precision, 3)}; ${whole(one.positives)} test images of the class, ${whole(one.negatives)} of others.`
+      + (one.outside && known(one.outside.accepted) ? ` Of ${whole(one.outside.samples)} images of no class it accepts ${percent(one.outside.accepted)}.` : "")
+      + (one.dead > 0 ? ` For ${percent(one.dead)} of the images a block had no energy left.` : "")),
     html("div", { class: "slider" },
       html("label", { for: "threshold", text: "Say yes from this score on" }), slider,
       html("dl", { class: "outputs" }, Object.entries({ threshold: "threshold", precision: "precision", recall: "recall", f1: "F1" })
         .flatMap(([key, text]) => html("div", {}, html("dt", { text }), html("dd", {}, outputs[key]))))),
     html("div", { class: "pair" }, scores.host, curve.host),
     legendOf([{ name: "images of the class", look: "active" }, { name: "images of other classes", look: "inactive" }]));
-  if (stops.length) move();
-  else panel.querySelector(".slider").remove();
+  move();
 }
 
 // Scores of the class's images and of the others', each as shares of its own number.

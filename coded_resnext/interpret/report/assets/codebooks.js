@@ -43,6 +43,11 @@ function setUpCodebooks() {
   });
 }
 
+// Names are cut at 13 letters, of about 8 pixels each.
+function roomForNames(indices) {
+  return 14 + 8 * Math.min(13, Math.max(...indices.map((index) => [...classNames[index]].length)));
+}
+
 function rowName(index, row, chosenClass, left) {
   return svg("text", {
     class: index === chosenClass ? "said" : "label", x: left - 8, y: 18 + rowHeight * row + 13,
@@ -51,7 +56,7 @@ function rowName(index, row, chosenClass, left) {
 
 function wordsOf(book, rows, chosenClass) {
   const cell = Math.max(9, Math.min(20, 310 / book.branches));
-  const left = 106;
+  const left = roomForNames(rows);
   const width = left + cell * book.branches + 34;
   const height = 18 + rowHeight * rows.length;
   const mine = [...book.words[chosenClass]].flatMap((digit, branch) => (digit === "1" ? [branch] : []));
@@ -76,7 +81,7 @@ function wordsOf(book, rows, chosenClass) {
 function matrixOf(book, chosenClass) {
   const count = book.words.length;
   const cell = Math.max(12, Math.min(26, 320 / count));
-  const left = 106;
+  const left = roomForNames(classNames.map((_, index) => index));
   const width = left + cell * count + 2;
   const height = 18 + rowHeight * count;
   const most = Math.max(...Object.keys(book.distances).map(Number));

@@ -2,13 +2,13 @@
 
 function start() {
   const parts = [
-    ["paths", classNames.length > 0 && codebooks.length > 0, setUpChooser],
-    ["paths", report.network && codebooks.length > 0, setUpNetwork],
-    ["paths", report.samples && report.network, setUpSamples],
-    ["early-decoding", report.early_decoding, setUpEarlyDecoding],
-    ["removal", report.removal, setUpRemoval],
-    ["classifiers", report.one_class, setUpClassifiers],
-    ["early-exit", report.exit_curve, setUpExits],
+    ["paths", codebooks.length > 0, setUpChooser],
+    ["paths", codebooks.length > 0, setUpNetwork],
+    ["paths", codebooks.length > 0 && results.samples, setUpSamples],
+    ["early-decoding", results.early_decoding, setUpEarlyDecoding],
+    ["removal", results.removal, setUpRemoval],
+    ["classifiers", codebooks.length > 0 && results.one_class, setUpClassifiers],
+    ["early-exit", results.early_exit, setUpExits],
     ["codebooks", codebooks.length > 0, setUpCodebooks],
     ["training", report.training_log, setUpTraining],
   ];

@@ -6,8 +6,8 @@ const energyRoom = 1.7;
 
 function energiesShown(block) {
   const { chosenClass, sample } = state;
-  if (sample !== null) return report.samples.blocks[block].energies[sample];
-  const row = report.paths && report.paths.energies[block][chosenClass];
+  if (sample !== null) return results.samples.blocks[block].energies[sample];
+  const row = results.paths && results.paths.energies[block][chosenClass];
   return row && known(row[0]) ? row : null;
 }
 
@@ -26,19 +26,19 @@ function shareOnPath(block) {
 
 function setUpNetwork() {
   const host = byId("network-picture");
-  const blocks = report.network.blocks;
+  const { blocks } = report;
   let parts = null;
 
   // One drawing for both orientations: u runs along the depth, v across the branches.
   const draw = (width) => {
     const upright = width < 700;
-    const most = Math.max(...blocks.filter((block) => block.coded).map((block) => block.branches), 1);
+    const most = Math.max(...blocks.filter((block) => block.active).map((block) => block.branches), 1);
     const plainLength = upright ? 38 : 46;
     const end = upright ? 64 : 78;
     const pitch = upright ? Math.min((width - 16) / most, 34) : Math.max(9, Math.min(26, 340 / most));
     const across = pitch * most;
     const head = upright ? 30 : 0;
-    const plain = blocks.filter((block) => !block.coded).length;
+    const plain = blocks.filter((block) => !block.active).length;
     const coded = blocks.length - plain;
     const free = width - 2 * end - plain * plainLength;
     const codedLength = upright ? head + 112 : Math.max(62, coded ? Math.min(free / coded, 260) : 0);
@@ -71,7 +71,7 @@ function setUpNetwork() {
     links.append(svg("path", { class: "trunk", d: `M${at(end / 2 + side / 2 - 6, middle)}L${at(u, middle)}` }));
     let index = 0;
     for (const block of blocks) {
-      if (block.coded) {
+      if (block.active) {
         parts.blocks.push(drawCoded(u, block, index));
         index += 1;
         u += codedLength;
@@ -145,7 +145,7 @@ function setUpNetwork() {
   const update = () => {
     if (!parts) return;
     const { chosenClass, sample } = state;
-    const samples = report.samples;
+    const samples = results.samples;
     for (const { branches, said, share, room, number } of parts.blocks) {
       const energies = energiesShown(number);
       const word = blockBooks[number].words[chosenClass];
@@ -175,7 +175,7 @@ function setUpNetwork() {
         share.textContent = room > 9 ? `${onPath} on path` : onPath;
       }
     }
-    const picture = sample !== null && samples.images ? samples.images[sample] : null;
+    const picture = sample !== null && report.pictures ? report.pictures[sample] : null;
     if (picture) parts.image.setAttribute("href", picture);
     parts.image.setAttribute("visibility", picture ? "visible" : "hidden");
     const final = sample === null ? chosenClass : samples.predictions[sample];
@@ -185,11 +185,11 @@ function setUpNetwork() {
   const describe = () => {
     const { chosenClass, sample } = state;
     const what = sample === null
-      ? `Class ${plainName(chosenClass)}, mean of ${whole(report.paths ? report.paths.samples_per_class[chosenClass] : null)} test images.`
-      : `Test image ${report.samples.positions[sample]} of class ${plainName(chosenClass)}.`;
+      ? `Class ${plainName(chosenClass)}, mean of ${whole(results.paths ? results.paths.samples_per_class[chosenClass] : null)} test images.`
+      : `Test image ${results.samples.positions[sample]} of class ${plainName(chosenClass)}.`;
     const shares = blockBooks.map((_, block) => {
       const text = `block ${block + 1}: ${percent(shareOnPath(block), 0)}`;
-      return sample === null ? text : `${text}, decoder says ${plainName(report.samples.blocks[block].decoded[sample])}`;
+      return sample === null ? text : `${text}, decoder says ${plainName(results.samples.blocks[block].decoded[sample])}`;
     });
     byId("network-text").textContent = `${what} Energy on the designed path: ${shares.join("; ")}.`;
   };

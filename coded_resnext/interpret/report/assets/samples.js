@@ -1,7 +1,8 @@
 // Choosing a test image, and what every early decoder says about it.
 
 function setUpSamples() {
-  const samples = report.samples;
+  const { samples } = results;
+  const { pictures } = report;
   const count = samples.targets.length;
   const blocks = samples.blocks.length;
   const misread = (index) => samples.predictions[index] !== samples.targets[index];
@@ -18,8 +19,8 @@ function setUpSamples() {
     strip.replaceChildren(
       entry("mean", "the mean of all test images of the class", html("span", { class: "thumb-text", text: "mean" })),
       ...indices.map((index) => entry(String(index), `test image ${samples.positions[index]}, ${said(index)}`,
-        samples.images
-          ? html("img", { src: samples.images[index], alt: `test image ${samples.positions[index]}, ${said(index)}`, width: 44, height: 44, loading: "lazy" })
+        pictures
+          ? html("img", { src: pictures[index], alt: `test image ${samples.positions[index]}, ${said(index)}`, width: 44, height: 44, loading: "lazy" })
           : html("span", { class: "thumb-text", text: `#${samples.positions[index]}` }),
         misread(index) ? html("span", { class: "flaw", "aria-hidden": "true", text: "✗" })
           : samples.settled[index] > 0 ? html("span", { class: "flaw late", "aria-hidden": "true", text: "…" }) : null)));
@@ -83,7 +84,7 @@ function setUpSamples() {
     });
     panel.replaceChildren(
       html("div", { class: "reading-facts" },
-        samples.images ? html("img", { class: "pixels", src: samples.images[sample], alt: `test image ${samples.positions[sample]}`, width: 132, height: 132 }) : null,
+        pictures ? html("img", { class: "pixels", src: pictures[sample], alt: `test image ${samples.positions[sample]}`, width: 132, height: 132 }) : null,
         html("dl", {}, facts.flatMap(([term, value]) => [html("dt", { text: term }), html("dd", {}, value)]))),
       tableOf("What each early decoder says", ["coded block", "says", "energy on its branches", "margin", "next nearest"], rows, { id: "decoders" }));
   }
