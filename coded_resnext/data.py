@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -84,35 +84,33 @@ class RandomShift:
         pixels: largest shift, at least 0.
     """
 
+    draws = 2
+
     def __init__(self, pixels: int) -> None:
         if pixels < 0:
             raise ValueError(f"pixels: expected at least 0, got {pixels}")
         self.pixels = pixels
 
-    def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        """`[B, C, H, W]` to the same shape, every image shifted by a draw of its own."""
+    def __call__(self, images: Tensor, draws: Tensor) -> Tensor:
+        """`[B, C, H, W]` to the same shape, shifted by uniform numbers `[B, 2]` in [0, 1)."""
         batch, _, height, width = images.shape
         padded = F.pad(images, (self.pixels,) * 4, mode="replicate")
-        shifts = torch.randint(2 * self.pixels + 1, (2, batch), generator=generator)
-        rows = shifts[0][:, None] + torch.arange(height)
-        columns = shifts[1][:, None] + torch.arange(width)
+        shifts = (draws * (2 * self.pixels + 1)).long()
+        rows = shifts[:, :1] + torch.arange(height)
+        columns = shifts[:, 1:] + torch.arange(width)
         samples = torch.arange(batch)[:, None, None]
         return padded[samples, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
 class Batches:
-    """A loader over tensors in memory: batches `(images, targets)`, as often as one likes.
-
-    Order and augmentation follow from (seed, epoch) alone, so that a resumed run draws what an
-    uninterrupted one would have drawn.
+    """Tensors in memory, in their order, for evaluation: batches `(images, targets)`.
 
     Args:
         images: `[n, C, H, W]`.
         targets: class indices `[n]`.
         batch_size: samples in a batch; the last may be smaller.
-        seed: shuffles, and augments, anew in every epoch; None keeps order and images.
-        drop_last: leave out a last batch that is not full.
-        augment: applied to the images of every batch, with a generator.
+        rank: this process, counted from 0.
+        world_size: how many processes share the samples; each sample is with one of them.
 
     Raises:
         ValueError: no samples, lengths that differ, or a batch size below 1.
@@ -124,43 +122,26 @@ class Batches:
         targets: Tensor,
         batch_size: int,
         *,
-        seed: int | None = None,
-        drop_last: bool = False,
-        augment: Callable[[Tensor, torch.Generator], Tensor] | None = None,
+        rank: int = 0,
+        world_size: int = 1,
     ) -> None:
         if len(images) != len(targets) or len(images) == 0:
             raise ValueError(
                 f"images: expected as many as targets and at least one, got {len(images)} images "
                 f"and {len(targets)} targets"
             )
-        if batch_size < 1 or (drop_last and batch_size > len(images)):
-            raise ValueError(
-                f"batch_size: expected 1 to {len(images)} (the samples there are), got {batch_size}"
-            )
-        self.images, self.targets, self.batch_size = images, targets, batch_size
-        self.seed, self.drop_last, self.augment = seed, drop_last, augment
-        self.epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the order and the draws of the next pass."""
-        self.epoch = epoch
+        if batch_size < 1:
+            raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
+        self.images, self.targets = images[rank::world_size], targets[rank::world_size]
+        self.batch_size = batch_size
 
     def __len__(self) -> int:
-        samples = len(self.images)
-        return samples // self.batch_size if self.drop_last else -(-samples // self.batch_size)
+        return -(-len(self.images) // self.batch_size)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        samples = len(self.images)
-        order, generator = torch.arange(samples), None
-        if self.seed is not None:
-            generator = torch.Generator().manual_seed(derive_seed(self.seed, self.epoch))
-            order = torch.randperm(samples, generator=generator)
-        for index in range(len(self)):
-            chosen = order[index * self.batch_size : (index + 1) * self.batch_size]
-            images = self.images[chosen]
-            if self.augment is not None and generator is not None:
-                images = self.augment(images, generator)
-            yield images, self.targets[chosen]
+        for start in range(0, len(self.images), self.batch_size):
+            chosen = slice(start, start + self.batch_size)
+            yield self.images[chosen], self.targets[chosen]
 
 
 def batches(images: Tensor, targets: Tensor, batch_size: int = 256) -> Batches:

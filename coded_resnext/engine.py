@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from .batch import TrainLoader
 from .checkpoint import save_model
 from .config import TrainingConfig
 from .data import Preprocessing, derive_seed
@@ -27,14 +28,6 @@ except ImportError as error:
 
 # Reading a loss makes the host wait for the device; the progress bar does so this often.
 STEPS_BETWEEN_READINGS = 10
-
-
-class TrainLoader(Protocol):
-    """Batches `(images, targets)` that depend on the epoch."""
-
-    def __len__(self) -> int: ...
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]: ...
-    def set_epoch(self, epoch: int) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -113,14 +106,15 @@ def fit(
         weight=config.coding_weight,
         exponent=config.exponent,
         threshold=config.threshold,
-        label_smoothing=config.label_smoothing,
+        label_smoothing=config.smoothing,
     ).to(device)
     optimizer = torch.optim.SGD(
         model.parameters(),
-        lr=config.learning_rate,
+        lr=config.lr,
         momentum=config.momentum,
         nesterov=config.momentum > 0,
         weight_decay=config.weight_decay,
+        fused=True,
     )
     history: list[dict[str, float]] = []
     state = run.load_state()
@@ -146,7 +140,7 @@ def fit(
     if state is None:
         save()
     log = TensorBoardLog(run.path / "tensorboard", first_epoch=len(history) + 1)
-    steps = config.epochs * len(train_loader)
+    steps = config.total_epochs * len(train_loader)
     bar = tqdm(
         total=steps,
         initial=len(history) * len(train_loader),
@@ -154,7 +148,7 @@ def fit(
         disable=not sys.stderr.isatty(),
     )
     try:
-        for epoch in range(len(history) + 1, config.epochs + 1):
+        for epoch in range(len(history) + 1, config.total_epochs + 1):
             start = time.perf_counter()
             row = {
                 "epoch": epoch,
@@ -168,7 +162,7 @@ def fit(
             save()
             log.write(epoch, row)
             if bar.disable:
-                print(_describe(row, config.epochs), file=sys.stderr)
+                print(_describe(row, config.total_epochs), file=sys.stderr)
     finally:
         bar.close()
         log.close()
@@ -188,12 +182,13 @@ def _train_epoch(
     device = next(model.parameters()).device
     model.train()
     loader.set_epoch(epoch)
-    # DropSubNNs draws from the default generator; seeding it by epoch makes resuming exact.
-    torch.manual_seed(derive_seed(config.seed, epoch))
     sums: dict[str, Tensor] = {}
-    rate = config.learning_rate
-    for index, (images, targets) in enumerate(loader):
-        rate = config.learning_rate_at((epoch - 1) * len(loader) + index, len(loader))
+    rate = config.lr
+    for index, (images, targets, _) in enumerate(loader):
+        step = (epoch - 1) * len(loader) + index
+        # DropSubNNs draws from the default generator; seeding it by step makes resuming exact.
+        torch.manual_seed(derive_seed(config.seed, step, 0))
+        rate = config.lr_at(step, len(loader))
         for group in optimizer.param_groups:
             group["lr"] = rate
         # Here, where they still are on the host: the loss does not read an accelerator's values.
@@ -207,7 +202,7 @@ def _train_epoch(
         sums = {name: sums[name] + term if sums else term for name, term in named.items()}
         if index % STEPS_BETWEEN_READINGS == 0:
             shown = {name: f"{float(term):.3f}" for name, term in named.items()}
-            bar.set_postfix(epoch=f"{epoch}/{config.epochs}", **shown, refresh=False)
+            bar.set_postfix(epoch=f"{epoch}/{config.total_epochs}", **shown, refresh=False)
         bar.update()
     means = {name: float(total) / len(loader) for name, total in sums.items()}
     for name, value in means.items():

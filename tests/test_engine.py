@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from coded_resnext import Codebook, CodedResNeXt, Stage
+from coded_resnext.batch import TrainingBatches
 from coded_resnext.checkpoint import load_model, load_training_state
 from coded_resnext.config import TrainingConfig
-from coded_resnext.data import Batches, RandomShift, batches
+from coded_resnext.data import RandomShift, batches
 from coded_resnext.engine import fit, measure_accuracy
 from coded_resnext.run_folder import RunFolder
 
@@ -37,18 +38,14 @@ def make_config(**changes: Any) -> TrainingConfig:
     arguments: dict[str, Any] = {
         "epochs": 4,
         "batch_size": 8,
-        "learning_rate": 0.1,
+        "lr": 0.1,
         "warmup_epochs": 1,
         **changes,
     }
     return TrainingConfig(**arguments)
 
 
-def make_loader(config: TrainingConfig) -> Batches:
-    return Batches(IMAGES, TARGETS, config.batch_size, seed=config.seed, augment=RandomShift(1))
-
-
-class Interrupting(Batches):
+class Interrupting(TrainingBatches):
     """A loader at which somebody presses Ctrl-C in the middle of an epoch."""
 
     interrupt_in_epoch = 0
@@ -152,7 +149,7 @@ def test_non_finite_loss_stops_and_keeps_the_epoch_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(ValueError, match="logits: expected finite numbers"):
-        train(tmp_path, config=make_config(learning_rate=1e30, warmup_epochs=0))
+        train(tmp_path, config=make_config(lr=1e30, warmup_epochs=0))
     assert load_model(tmp_path).training["epochs_done"] == 0
     assert all(v.isfinite().all() for v in load_model(tmp_path).model.state_dict().values())
 
@@ -181,20 +178,21 @@ def test_labels_are_checked_where_the_data_is_loaded(tmp_path: Path, wrong: int)
     with pytest.raises(ValueError, match=message):
         measure_accuracy(model, batches(IMAGES, targets))
     run = RunFolder(tmp_path, config.to_dict())
+    loader = TrainingBatches(IMAGES, targets, 8, seed=0)
     with pytest.raises(ValueError, match=message):
-        fit(model, Batches(IMAGES, targets, 8, seed=0), batches(IMAGES, TARGETS), config, run)
+        fit(model, loader, batches(IMAGES, TARGETS), config, run)
 
 
 def test_learning_rate() -> None:
-    config = make_config(epochs=10, warmup_epochs=2, final_learning_rate=0.01)
-    rates = [config.learning_rate_at(step, 5) for step in range(50)]
+    config = make_config(epochs=10, warmup_epochs=2, min_lr=0.01)
+    rates = [config.lr_at(step, 5) for step in range(50)]
     assert rates[:3] == pytest.approx([0.01, 0.02, 0.03])
     assert rates[9] == pytest.approx(0.1)
     assert rates[10] == pytest.approx(0.1)
     assert rates[-1] == pytest.approx(0.01)
     assert sorted(rates[10:], reverse=True) == rates[10:]
     # Half-way down the cosine.
-    middle = make_config(epochs=11, warmup_epochs=0).learning_rate_at(5, 1)
+    middle = make_config(epochs=11, warmup_epochs=0).lr_at(5, 1)
     assert middle == pytest.approx(0.05)
 
 
@@ -202,7 +200,7 @@ def test_learning_rate() -> None:
     ("change", "message"),
     [
         ({"epochs": 0}, "epochs: .* at least 1, got 0"),
-        ({"learning_rate": 0.0}, "learning_rate: expected a number above 0, got 0.0"),
+        ({"lr": 0.0}, "lr: expected a number above 0, got 0.0"),
         ({"momentum": 1.0}, "momentum: expected 0 <= value < 1, got 1.0"),
         ({"warmup_epochs": 4}, "warmup_epochs: expected fewer than 4 epochs, got 4"),
         ({"weight_decay": float("nan")}, "weight_decay: .* got nan"),

@@ -15,7 +15,7 @@ from coded_resnext.checkpoint import save_model
 from coded_resnext.config import TrainingConfig
 
 SCRIPT = Path(__file__).parent.parent / "train" / "early_exit.py"
-CONFIG = TrainingConfig(epochs=2, batch_size=32, learning_rate=0.1)
+CONFIG = TrainingConfig(epochs=2, batch_size=32, lr=0.1)
 
 
 def early_exit(*arguments: object) -> subprocess.CompletedProcess[str]:

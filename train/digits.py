@@ -18,10 +18,10 @@ from pathlib import Path
 import torch
 
 from coded_resnext import CodedResNeXt, create_model
+from coded_resnext.batch import TrainingBatches
 from coded_resnext.config import TrainingConfig
 from coded_resnext.data import (
     SPLIT_SEED,
-    Batches,
     DigitsSplit,
     RandomShift,
     batches,
@@ -91,11 +91,11 @@ def training_config(arguments: argparse.Namespace) -> TrainingConfig:
     return TrainingConfig(
         epochs=arguments.epochs,
         batch_size=64,
-        learning_rate=0.1,
+        lr=0.1,
         weight_decay=1e-3,
         coding_weight=arguments.coding_weight,
         exponent=arguments.exponent,
-        label_smoothing=0.1,
+        smoothing=0.1,
         seed=arguments.seed,
     )
 
@@ -119,12 +119,11 @@ def train(arguments: argparse.Namespace, digits: DigitsSplit) -> None:
         "split.json",
         {"train": digits.train_indices.tolist(), "test": digits.test_indices.tolist()},
     )
-    train_loader = Batches(
+    train_loader = TrainingBatches(
         digits.train_images,
         digits.train_targets,
         config.batch_size,
         seed=config.seed,
-        drop_last=True,
         augment=RandomShift(1),
     )
     test_loader = batches(digits.test_images, digits.test_targets)

@@ -24,10 +24,11 @@ from sklearn.model_selection import StratifiedKFold
 from torch import Tensor
 
 from coded_resnext import CodedResNeXt, EarlyExit, ExitScores, calibrate, exit_scores
+from coded_resnext.batch import TrainingBatches
 from coded_resnext.checkpoint import LoadedModel, load_model
 from coded_resnext.config import TrainingConfig
 from coded_resnext.cost import network_cost
-from coded_resnext.data import SPLIT_SEED, Batches, RandomShift, batches, load_digits_split
+from coded_resnext.data import SPLIT_SEED, RandomShift, batches, load_digits_split
 from coded_resnext.early_exit import EXIT_FILE, predict_early
 from coded_resnext.engine import fit
 from coded_resnext.run_folder import RunFolder, versions
@@ -80,12 +81,11 @@ def cross_validate(loaded: LoadedModel, folds: int, folder: Path) -> ExitScores:
             {"folds": folds, "network": model.config, "training": config.to_dict()},
             resume=True,
         )
-        loader = Batches(
+        loader = TrainingBatches(
             images[inside],
             targets[inside],
             config.batch_size,
             seed=config.seed,
-            drop_last=True,
             augment=RandomShift(1),
         )
         fit(model, loader, held_out, config, run, preprocessing=split.preprocessing)
