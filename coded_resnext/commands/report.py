@@ -8,7 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint import write_atomically
+from ..codebook import Codebook
+from ..interpret.evaluate import Evaluation
+from ..interpret.figures import save_figures
 from ..interpret.report import gather, render
+from ..interpret.results import load_evaluation
+from ..interpret.tables import csv_tables
 
 REPORT_FILE = "report.html"
 
@@ -53,9 +58,11 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.csv is not None or arguments.figures is not None:
         evaluation = load_evaluation(arguments.folder)
         if arguments.csv is not None:
-            written += save_tables(evaluation, arguments.csv)
+            written += _write_tables(evaluation, arguments.csv)
         if arguments.figures is not None:
-            written += save_figures(evaluation, codebooks_of(evaluation), arguments.figures)
+            books = [Codebook.from_dict(book) for book in evaluation.codebooks]
+            of_blocks = [books[block.codebook] for block in evaluation.blocks]
+            written += save_figures(evaluation, of_blocks, arguments.figures)
     if arguments.json:
         print(json.dumps(content, indent=1, allow_nan=False))
         return 0
@@ -65,6 +72,15 @@ def run(arguments: argparse.Namespace) -> int:
     for entry in content["missing"]:
         print(f"missing: {entry['part']}: {entry['why']} {entry['remedy'] or ''}".rstrip())
     return 0
+
+
+def _write_tables(evaluation: Evaluation, folder: Path) -> list[Path]:
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    for name, text in csv_tables(evaluation).items():
+        write_atomically(folder / name, text.encode())
+        written.append(folder / name)
+    return written
 
 
 def write_page(content: dict[str, Any], path: Path) -> Path:
