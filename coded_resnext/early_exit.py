@@ -214,9 +214,9 @@ def predict_early(
 
 
 def exit_macs(model: CodedResNeXt, height: int, width: int) -> list[int]:
-    """Multiply-accumulates spent on an image that leaves behind each coded block, decoding included.
+    """Multiply-accumulates spent on an image that leaves behind each coded block.
 
-    The last of the L + 1 numbers is for an image that never leaves.
+    Decoding is included. The last of the L + 1 numbers is for an image that never leaves.
 
     Args:
         model: with or without coded blocks.

@@ -66,7 +66,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps(content, indent=1, allow_nan=False))
         return 0
-    written.append(write_page(content, arguments.out or arguments.folder / REPORT_FILE))
+    written.append(_write_page(content, arguments.out or arguments.folder / REPORT_FILE))
     for path in written:
         print(f"wrote {path}")
     for entry in content["missing"]:
@@ -83,8 +83,16 @@ def _write_tables(evaluation: Evaluation, folder: Path) -> list[Path]:
     return written
 
 
-def write_page(content: dict[str, Any], path: Path) -> Path:
-    """Write the page of what `gather` found; the path."""
+def write_report(folder: Path) -> Path:
+    """Write the page of a run into its folder; the path.
+
+    Raises:
+        As `gather` and `render`.
+    """
+    return _write_page(gather(folder), folder / REPORT_FILE)
+
+
+def _write_page(content: dict[str, Any], path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, render(content).encode())
     return path

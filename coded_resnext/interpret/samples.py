@@ -151,9 +151,7 @@ def choose(scores: ExitScores, limit: int, seed: int) -> Tensor:
             waiting.setdefault(int(scores.targets[row]), []).append(row)
     # One of every class in turn: round r takes the r-th of each.
     rounds = sorted(
-        (turn, target, row)
-        for target, rows in waiting.items()
-        for turn, row in enumerate(rows)
+        (turn, target, row) for target, rows in waiting.items() for turn, row in enumerate(rows)
     )
     picked |= dict.fromkeys(row for _, _, row in rounds[: limit - len(picked)])
     return torch.tensor(sorted(picked, key=lambda row: (int(scores.targets[row]), row)))

@@ -1,4 +1,4 @@
-"""The report as one HTML file: template, style, script and data in one, nothing loaded from afar."""
+"""The report as one HTML file, with style, script and data in it: nothing is loaded from afar."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def tiles(content: dict[str, Any]) -> list[dict[str, str]]:
     if cost is not None:
         whole, part = cost["network"], cost["classifier"]
         size = content["image_size"]
-        image = f"an image of {size}×{size} pixels" if size else "one image"
+        image = f"an image of {size} by {size} pixels" if size else "one image"
         add(_count(whole["parameters"]), "parameters", f"{whole['bytes'] / 1e6:.1f} MB")
         add(_count(whole["macs"]), "multiply-accumulates", image)
         if part is not None:
