@@ -108,11 +108,10 @@ def pictures_of(images: Tensor, preprocessing: Preprocessing) -> list[str]:
     for picture in pixels.permute(0, 2, 3, 1).numpy():
         image = Image.fromarray(picture[:, :, 0] if picture.shape[2] == 1 else picture)
         image.thumbnail((LARGEST, LARGEST))
-        kind, options = "png", {"optimize": True}
-        if max(image.size) > LOSSLESS:
-            kind, options = "jpeg", {"quality": 80, "optimize": True}
+        kind = "png" if max(image.size) <= LOSSLESS else "jpeg"
         buffer = io.BytesIO()
-        image.save(buffer, kind, **options)
+        # Of no effect on PNG.
+        image.save(buffer, kind, optimize=True, quality=80)
         text = base64.b64encode(buffer.getvalue()).decode("ascii")
         addresses.append(f"data:image/{kind};base64,{text}")
     return addresses

@@ -25,6 +25,7 @@ SCRIPTS = (
     "training",
     "main",
 )
+MANY_CLASSES = 100
 # What the template writes itself; the rest goes into the page as data.
 _STATIC = ("missing", "config", "command", "versions", "seconds", "title", "summary", "cost")
 
@@ -55,7 +56,9 @@ def render(content: dict[str, Any]) -> str:
     parts = "\n".join(asset(f"{name}.js") for name in SCRIPTS)
     script = f'"use strict";\n(() => {{\n{parts}}})();\n'
     environment = Environment(autoescape=True, undefined=StrictUndefined)
-    data = pack({key: value for key, value in content.items() if key not in _STATIC})
+    # Of many classes there are many short lists, and single precision keeps the file small.
+    precision = {"most_doubles": 0} if len(content["class_names"] or ()) > MANY_CLASSES else {}
+    data = pack({k: v for k, v in content.items() if k not in _STATIC}, **precision)
     shown = parts_shown(content)
     evaluation = content["evaluation"] or {}
     return environment.from_string(asset("page.html")).render(

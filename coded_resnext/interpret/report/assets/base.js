@@ -7,7 +7,9 @@ function unpack(value) {
   if (Array.isArray(value)) return value.map(unpack);
   if (value === null || typeof value !== "object") return value;
   if (typeof value.packed === "string") {
-    const bytes = Uint8Array.from(atob(value.packed), (c) => c.charCodeAt(0));
+    const text = atob(value.packed);
+    const bytes = new Uint8Array(text.length);
+    for (let index = 0; index < text.length; index += 1) bytes[index] = text.charCodeAt(index);
     const numbers = new arrayTypes[value.type](bytes.buffer);
     if (value.width === undefined) return numbers;
     return Array.from({ length: numbers.length / value.width }, (_, row) =>

@@ -1,6 +1,6 @@
 // The one-class classifiers: a table that sorts, and one of them with a threshold to move.
 
-const rowsShown = 50;
+const rowsShown = 20;
 
 function setUpClassifiers() {
   const { classifiers } = results.one_class;

@@ -24,7 +24,7 @@ function setUpSamples() {
           : html("span", { class: "thumb-text", text: `#${samples.positions[index]}` }),
         misread(index) ? html("span", { class: "flaw", "aria-hidden": "true", text: "✗" })
           : samples.settled[index] > 0 ? html("span", { class: "flaw late", "aria-hidden": "true", text: "…" }) : null)));
-    byId("sample-count").textContent = `${indices.length} of the test images of this class are in this report`;
+    byId("sample-count").textContent = `Images of this class in this report: ${indices.length}`;
     stripClass = chosenClass;
   };
 
