@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from . import doctor
 from .codebooks import command as codebook
-from .commands import build_kernels, convert, export, extract, info, predict
+from .commands import build_kernels, convert, export, extract, info, predict, report
 from .interpret import command as evaluate
 
 
@@ -29,6 +29,7 @@ def make_parser() -> argparse.ArgumentParser:
         extract,
         info,
         predict,
+        report,
     )
     for module in modules:
         module.add_parser(commands)
