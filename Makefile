@@ -7,8 +7,9 @@ BIN := .venv/bin
 demo: .venv/train.stamp
 	$(BIN)/python train/digits.py --out runs/digits --resume
 
+# One thread a worker: the tensors of the tests are too small to share.
 test: .venv/dev.stamp
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 lint: .venv/dev.stamp
 	$(BIN)/ruff check .
