@@ -9,8 +9,10 @@ from .extracted import ExtractedClassifier, ExtractedNetwork
 from .grouped_conv import GroupedConv2d, use_grouped_kernels
 from .layers import CodedBottleneck, DropSubNNs
 from .losses import CodedLoss, LossTerms
-from .models import CodedResNeXt, Stage
+from .models import CodedResNeXt
+from .pretrained import Pretrained, from_pretrained, push_to_hub, save_pretrained
 from .registry import create_model, list_models
+from .stages import Stage
 
 __all__ = [
     "Codebook",
@@ -25,6 +27,7 @@ __all__ = [
     "ExtractedNetwork",
     "GroupedConv2d",
     "LossTerms",
+    "Pretrained",
     "Stage",
     "calibrate",
     "create_model",
@@ -32,6 +35,9 @@ __all__ = [
     "exit_scores",
     "extract_classifier",
     "extract_subset",
+    "from_pretrained",
     "list_models",
+    "push_to_hub",
+    "save_pretrained",
     "use_grouped_kernels",
 ]

@@ -1,4 +1,4 @@
-"""`GroupedConv2d` in the place of `nn.Conv2d`: alone and inside torchvision's and timm's networks."""
+"""`GroupedConv2d` for `nn.Conv2d`: alone, and inside torchvision's and timm's networks."""
 
 from __future__ import annotations
 

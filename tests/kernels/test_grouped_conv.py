@@ -1,4 +1,4 @@
-"""The grouped convolution as an operator: definition, gradients, registration, choice, bad input."""
+"""The grouped convolution as an operator: definition, gradients, choice of kernels, bad input."""
 
 from __future__ import annotations
 
@@ -191,12 +191,12 @@ def test_nothing_is_chosen_that_was_not_measured(
 def test_kernels_asked_for_by_name_that_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(grouped_operators, "interpreted", lambda: False)
     x, weight = torch.randn(1, 8, 3, 3), torch.randn(8, 4, 3, 3)
-    with pytest.raises(RuntimeError, match="backend: 'triton' .* CUDA tensors, not on cpu"):
+    with pytest.raises(RuntimeError, match=r"backend: 'triton' .* CUDA tensors, not on cpu"):
         grouped_conv3x3(x, weight, 2, backend="triton")
     monkeypatch.setattr(grouped_operators, "interpreted", lambda: True)
-    with pytest.raises(RuntimeError, match="backend: 'triton' .* not torch.float64"):
+    with pytest.raises(RuntimeError, match=r"backend: 'triton' .* not torch.float64"):
         grouped_conv3x3(x.double(), weight.double(), 2, backend="triton")
-    with pytest.raises(RuntimeError, match="backend: 'triton' .* up to 64 channels, not 65"):
+    with pytest.raises(RuntimeError, match=r"backend: 'triton' .* up to 64 channels, not 65"):
         grouped_conv3x3(torch.randn(1, 65, 3, 3), torch.randn(65, 65, 3, 3), 1, backend="triton")
 
 
