@@ -16,9 +16,8 @@ import torch
 import torch.nn.functional as F
 from coded_resnext.kernels import grouped_conv3x3, grouped_operators
 from coded_resnext.kernels.grouped_configs import GroupedSizes, GroupedWindows
-from torch import Tensor
-
 from timing import Deadline, median_ms
+from torch import Tensor
 
 PASSES = ("forward", "input", "weight")
 # Errors against float64, over the largest magnitude: eager's own times two, or one rounding.
