@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import grouped_configs as configs
 from .configs import Dtype
-from .grouped_configs import LANES, MOST_ROWS, GroupedSizes, GroupedVariant, GroupedWindows
+from .grouped_configs import LANES, MOST_ROWS, REDUCED, GroupedSizes, GroupedVariant, GroupedWindows
 
 DTYPES: dict[torch.dtype, Dtype] = {
     torch.bfloat16: "bf16",
@@ -146,7 +146,7 @@ def weight_gradient(
     )
     gradient = grad.new_empty(sizes.groups * sizes.width, sizes.width, 3, 3)
     row = configs.reduce_weight_gradient(sizes, DTYPES[grad.dtype])
-    row.launch((windows.count * 9 * (block * block // 64),), gradient, partial, splits)
+    row.launch((windows.count * 9 * (block * block // REDUCED),), gradient, partial, splits)
     return gradient
 
 
