@@ -186,10 +186,10 @@ def _rows(x: Tensor, sizes: GroupedSizes) -> Tensor:
 
 
 def _vectors(sizes: GroupedSizes, *vectors: Tensor | None) -> list[Tensor | None]:
-    """Numbers per channel, padded with zeros as the channels are."""
-    if GroupedWindows.of(sizes).fit(sizes):
-        return [None if vector is None else vector.contiguous() for vector in vectors]
-    return [None if vector is None else _padded(vector, sizes) for vector in vectors]
+    """Numbers per channel in float32, padded with zeros as the channels are."""
+    fit = GroupedWindows.of(sizes).fit(sizes)
+    wide = [None if vector is None else vector.float().contiguous() for vector in vectors]
+    return [v if v is None or fit else _padded(v, sizes) for v in wide]
 
 
 def _padded(values: Tensor, sizes: GroupedSizes) -> Tensor:
