@@ -42,11 +42,19 @@ def main() -> int:
             "before it used | |",
             flush=True,
         )
-        for processes in (1, 2):
-            place = folder / f"forked-{processes}"
-            found = terminate_forked(place, times=TERMINATIONS, processes=processes, seed=processes)
-            to = "the process" if processes == 1 else "one of two processes"
-            failed |= report(f"SIGTERM to {to}", found)
+        for processes, workers, whom in (
+            (1, 0, "the process"),
+            (2, 0, "one of two processes"),
+            (1, 2, "the process and its two loader workers"),
+        ):
+            found = terminate_forked(
+                folder / whom.replace(" ", "-"),
+                times=TERMINATIONS,
+                processes=processes,
+                workers=workers,
+                seed=processes + workers,
+            )
+            failed |= report(f"SIGTERM to {whom}", found)
         found = terminate_torchrun(folder / "torchrun", times=TERMINATIONS, processes=2, seed=3)
         failed |= report("SIGTERM to torchrun with two processes", found)
     return int(failed)
