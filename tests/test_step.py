@@ -8,6 +8,7 @@ import pytest
 import torch
 from tiny_training import IMAGES, TARGETS, assert_same, make_config, make_model
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from coded_resnext import CodedLoss, CodedResNeXt
 from coded_resnext.batch import Batch
@@ -272,6 +273,35 @@ def test_compiled_steps_are_the_same() -> None:
     assert_same(parameters(compiled.model), parameters(plain.model))
     with pytest.raises(ValueError, match=r"torchcompile: expected one of .*inductor.* got 'fast'"):
         make_step(make_model(), make_config(torchcompile="fast"))
+
+
+class Reads(TorchDispatchMode):
+    """Counts how often a number is taken out of a tensor, for which the host waits on a GPU."""
+
+    count = 0
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        self.count += function is torch.ops.aten._local_scalar_dense.default
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_step_reads_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    step = make_step(
+        make_model(),
+        make_config(
+            clip_grad=1.0, model_ema=True, amp=True, amp_dtype="float16", grad_accum_steps=2
+        ),
+    )
+    step(BATCH, 0)
+    # Values in the host's memory are checked there; on a GPU's tensors nobody looks.
+    monkeypatch.setattr("coded_resnext.kernels.ops._readable", lambda _: False)
+    with Reads() as reads:
+        step(BATCH, 1)
+        assert reads.count == 0
+        step.latest[0].item()
+        assert reads.count == 1
 
 
 def test_sync_bn_wants_gpus() -> None:
