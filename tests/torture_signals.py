@@ -32,6 +32,7 @@ from coded_resnext.training_state import load_state
 
 CONFIG = make_config(epochs=5, batch_size=4, model_ema=True)
 STEPS_PER_EPOCH = 6
+STEPS = 30
 # A process that has not ended by then has failed; the promise is ten seconds.
 PATIENCE = 30.0
 
@@ -143,22 +144,20 @@ def terminate_forked(
     """
     draw = random.Random(seed)  # noqa: S311
     folder.mkdir(parents=True, exist_ok=True)
-    begun = time.monotonic()
     assert wait(fork(folder / "whole", processes, workers)) == [0] * processes
-    length = time.monotonic() - begun
     found = Terminations()
     for index in range(times):
         run = folder / f"run-{index}"
-        moment = draw.uniform(0, 0.9 * length)
         children = fork(run, processes, workers)
-        _wait_for_begin(run, processes)
-        time.sleep(moment)
+        _wait_for_random_moment(run, processes, draw)
         sent = time.monotonic()
         send = os.killpg if workers else os.kill
         send(draw.choice(children), signal.SIGTERM)
         statuses = wait(children)
         found.slowest = max(found.slowest, time.monotonic() - sent)
         found.clean += statuses == [143] * processes
+        if statuses != [143] * processes:
+            print(f"{run}: exit statuses {statuses}", file=sys.stderr)
         _look(found, run, processes)
         if wait(fork(run, processes, workers)) == [0] * processes:
             found.same_bits += same_weights(run, folder / "whole")
@@ -177,14 +176,16 @@ def terminate_torchrun(folder: Path, *, times: int, processes: int, seed: int) -
     for index in range(times):
         run = folder / f"run-{index}"
         child = subprocess.Popen([*command, str(run)], stderr=subprocess.PIPE, text=True)
-        _wait_for_begin(run, processes)
-        time.sleep(draw.uniform(0, 1.5))
+        _wait_for_random_moment(run, processes, draw)
         sent = time.monotonic()
         child.send_signal(signal.SIGTERM)
         _, said = child.communicate(timeout=PATIENCE)
         found.slowest = max(found.slowest, time.monotonic() - sent)
         # torchrun has a code of its own; the main process says how it ended.
-        found.clean += child.returncode != 0 and "--resume finishes the run" in said
+        clean = child.returncode != 0 and "--resume finishes the run" in said
+        found.clean += clean
+        if not clean:
+            print(f"{run}: exit status {child.returncode}: {said}", file=sys.stderr)
         _look(found, run, processes)
         resumed = subprocess.run([*command, str(run)], check=False, capture_output=True)
         found.same_bits += resumed.returncode == 0 and same_weights(run, folder / "whole")
@@ -205,10 +206,16 @@ def _look(found: Terminations, run: Path, processes: int) -> None:
     found.within_epoch += state["step"] % STEPS_PER_EPOCH != 0
 
 
-def _wait_for_begin(run: Path, processes: int) -> None:
-    """Until every process has its loader; the first signal may come before the first step."""
-    while not all((run / f"begun-{rank}").exists() for rank in range(processes)):
+def _wait_for_random_moment(run: Path, processes: int, draw: random.Random) -> None:
+    """Until a random step is under way, or a moment longer: its evaluation or checkpoint, say.
+
+    Some steps before the last, so that there is a run left to stop.
+    """
+    notes = [run / f"begun-{rank}" for rank in range(processes)]
+    target = draw.randrange(STEPS - 3)
+    while not all(note.exists() and int(note.read_text() or 0) >= target for note in notes):
         time.sleep(0.001)
+    time.sleep(draw.uniform(0, 0.03))
 
 
 if __name__ == "__main__":
