@@ -259,11 +259,24 @@ def test_state_goes_into_a_network_of_another_memory_layout() -> None:
 
 
 def test_channels_last_changes_no_more_than_rounding() -> None:
-    plain = run(3, model=make_model(drop_branches=0.0))
-    laid_out = run(3, model=make_model(drop_branches=0.0), channels_last=True)
-    weight = laid_out.model.blocks[0].grouped.weight
-    assert weight.is_contiguous(memory_format=torch.channels_last)
-    for a, b in zip(plain.parameters, laid_out.parameters, strict=True):
+    found = []
+    for laid_out in (False, True):
+        model = make_model(drop_branches=0.0, in_channels=3)
+        seen: list[bool] = []
+        model.stem.register_forward_pre_hook(
+            lambda _, x, seen=seen: seen.append(
+                x[0].is_contiguous(memory_format=torch.channels_last)
+            )
+        )
+        step = make_step(model, make_config(channels_last=laid_out))
+        for index in range(3):
+            step(BATCH._replace(images=BATCH.images.repeat(1, 3, 1, 1)), index)
+        step.finish()
+        weight = model.blocks[0].grouped.weight
+        assert weight.is_contiguous(memory_format=torch.channels_last) == laid_out
+        assert seen == [laid_out] * 3
+        found.append(parameters(model))
+    for a, b in zip(*found, strict=True):
         assert torch.allclose(a, b, atol=1e-5)
 
 
