@@ -41,6 +41,7 @@ class CodedResNeXt(nn.Module):
         drop_branches: DropSubNNs probability of the coded blocks, `0 <= p < 1`.
         head_bias: whether the classifier has a bias; the published one has none.
         aggregation: `"sum"`, or `"concat"`, the ablation of the paper's talk.
+        normalize: whether coded blocks normalise energies; False is an ablation.
         backend: implementation of the coded operation, see `coded_resnext.kernels`.
 
     Raises:
@@ -65,6 +66,7 @@ class CodedResNeXt(nn.Module):
         drop_branches: float = 0.1,
         head_bias: bool = False,
         aggregation: Aggregation = "sum",
+        normalize: bool = True,
         backend: Backend = "auto",
     ) -> None:
         super().__init__()
@@ -92,6 +94,7 @@ class CodedResNeXt(nn.Module):
             "drop_branches": drop_branches,
             "head_bias": head_bias,
             "aggregation": aggregation,
+            "normalize": normalize,
         }
 
         self.stem = _make_stem(stem, in_channels, stem_channels)
@@ -110,6 +113,7 @@ class CodedResNeXt(nn.Module):
                         stride=stage.stride if index == 0 else 1,
                         drop_branches=drop_branches,
                         aggregation=aggregation,
+                        normalize=normalize,
                         backend=backend,
                     )
                 )
@@ -186,7 +190,8 @@ class CodedResNeXt(nn.Module):
             pre_logits: stop behind the pooling, at `[B, C]`.
         """
         pooled = x.mean((2, 3))
-        return pooled if pre_logits else self.head(pooled)
+        logits: Tensor = pooled if pre_logits else self.head(pooled)
+        return logits
 
     def get_classifier(self) -> nn.Module:
         """The layer that makes the logits."""
@@ -213,7 +218,7 @@ class CodedResNeXt(nn.Module):
         """
         if num_classes < 2:
             raise ValueError(f"num_classes: expected at least 2, got {num_classes}")
-        if num_classes == self.config["num_classes"] and codebooks is class_names is None:
+        if num_classes == self.config["num_classes"] and codebooks is None and class_names is None:
             codebooks, class_names = self.stage_codebooks, self.class_names
         stages = [Stage(**stage) for stage in self.config["stages"]]
         books = assign_codebooks(stages, num_classes, codebooks, class_names)
@@ -235,11 +240,17 @@ class CodedResNeXt(nn.Module):
         ).train(self.training)
 
     def _features(
-        self, x: Tensor, keep: Keep | None = None, maps: list[Tensor] | None = None
+        self,
+        x: Tensor,
+        keep: Keep | None = None,
+        *,
+        maps: list[Tensor] | None = None,
+        stages: int | None = None,
     ) -> tuple[Tensor, list[Tensor]]:
         """The map behind the last block and the energies of every coded block.
 
-        Into `maps` go the maps behind the stem's ReLU and behind every stage.
+        Into `maps` go the maps behind the stem's ReLU and behind every stage; with `stages` only so
+        many of the stages are computed.
         """
         check_images(x, self.in_channels)
         keep_masks = iter(self._keep_masks(keep, x))
@@ -250,7 +261,9 @@ class CodedResNeXt(nn.Module):
         all_energies: list[Tensor] = []
         drop_mask: Tensor | None = None
         previous: Codebook | None = None
-        for stage in self.stages:
+        for index, stage in enumerate(self.stages):
+            if index == stages:
+                break
             for block in stage:  # type: ignore[attr-defined]
                 if not block.is_coded:
                     x, _ = block(x)

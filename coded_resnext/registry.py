@@ -91,6 +91,11 @@ def create_model(name: str, **overrides: Any) -> CodedResNeXt:
         ValueError: there is no such network, or an override does not fit.
         TypeError: an override is not an argument of `CodedResNeXt`.
     """
+    return CodedResNeXt(**network_arguments(name, **overrides))
+
+
+def network_arguments(name: str, **overrides: Any) -> dict[str, Any]:
+    """The arguments of `CodedResNeXt` that make a named network; as `create_model`."""
     if name not in list_models():
         raise ValueError(f"name: expected one of {', '.join(list_models())}; got {name!r}")
     network = NETWORKS[name.removeprefix("coded_")]
@@ -111,4 +116,4 @@ def create_model(name: str, **overrides: Any) -> CodedResNeXt:
             if a < network.branches
         ]
         arguments["codebooks"] = [b.with_class_names(names) if names else b for b in books]
-    return CodedResNeXt(**arguments)
+    return arguments
