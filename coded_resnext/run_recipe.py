@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -21,12 +20,14 @@ from .datasets import load_dataset
 from .distributed import World, run_script, training_session
 from .engine import fit
 from .image_sets import ImageSet, ImageSplits
-from .interpret import evaluate, save_figures
+from .interpret import evaluate
+from .interpret.budget import Budget
 from .loaders import EvalImages, TrainImages
 from .models import CodedResNeXt
 from .recipe import Command, ModelConfig, Recipe, parse_command
 from .registry import create_model
-from .run_folder import SUMMARY_FILE, RunFolder, versions
+from .run_folder import RunFolder
+from .run_results import write_results
 from .warm_start import load_plain_weights, read_state_dict, recalibrate_batch_norm
 
 RECIPE_FILE = "recipe.yaml"
@@ -184,23 +185,20 @@ def run_recipe(command: Command) -> None:
         }
     if not world.is_main or not command.evaluation:
         return
-    evaluation = evaluate(model, loaders.train_in_order, loaders.test)
-    save_figures(evaluation, model.codebooks, run.path / "figures")
-    run.write_json("evaluation.json", evaluation.to_dict())
-    run.write_json(
-        SUMMARY_FILE,
-        {
-            **evaluation.summary(),
-            "parameters": sum(p.numel() for p in model.parameters()),
-            "seconds": sum(row["seconds"] for row in history),
-            "seconds_with_evaluation": time.perf_counter() - start,
-            "versions": versions(),
-            "seed": recipe.training.seed,
-            "damaged_images": damaged,
-            "command": shlex.join(["python", *sys.argv]),
-        },
+    evaluation = evaluate(
+        model, loaders.train_in_order, loaders.test, budget=Budget(command.budget)
     )
-    print(f"\n{evaluation}\n\nsummary: {run.path / SUMMARY_FILE}")
+    write_results(
+        run,
+        model,
+        evaluation,
+        loaders.test,
+        recipe.data.preprocessing,
+        history,
+        seconds_with_evaluation=time.perf_counter() - start,
+        seed=recipe.training.seed,
+        damaged_images=damaged,
+    )
 
 
 @dataclass(frozen=True)
