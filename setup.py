@@ -24,10 +24,23 @@ TRAIN = [
 REPORT = ["matplotlib>=3.9", "pillow>=10", "scikit-learn>=1.5"]
 CODES = ["matplotlib>=3.9"]
 EXPORT = ["onnx>=1.17", "onnxruntime>=1.20", "onnxscript>=0.2"]
+HUB = ["huggingface-hub>=0.30"]
+TIMM = ["timm>=1.0.15"]
 KERNELS = ["ninja>=1.11"]
-TEST = [*TRAIN, *REPORT, *KERNELS, "hypothesis>=6.100", "pytest>=8.3", "setuptools>=70.1"]
+TEST = [
+    *TRAIN,
+    *REPORT,
+    *KERNELS,
+    *EXPORT,
+    *HUB,
+    *TIMM,
+    "hypothesis>=6.100",
+    "pytest>=8.3",
+    "setuptools>=70.1",
+]
 BENCH = ["pytest-benchmark>=5.1"]
-DEV = [*TEST, *BENCH, "build>=1.2", "mypy==2.4.1", "ruff==0.17.6"]
+# timm's own tests of models run on ours, so that its version is pinned.
+DEV = [*TEST, *BENCH, "build>=1.2", "mypy==2.4.1", "ruff==0.17.6", "timm==1.0.31"]
 
 ARCHS_VARIABLE = "CODED_RESNEXT_BUILD_ARCHS"
 
@@ -102,11 +115,13 @@ setup(
         "report": REPORT,
         "codes": CODES,
         "export": EXPORT,
+        "hub": HUB,
+        "timm": TIMM,
         "kernels": KERNELS,
         "test": TEST,
         "bench": BENCH,
         "dev": DEV,
-        "all": sorted({*TRAIN, *REPORT, *CODES, *EXPORT, *DEV}),
+        "all": sorted({*TRAIN, *REPORT, *CODES, *DEV}),
     },
     cmdclass={"editable_wheel": EditableWheel},
     entry_points={"console_scripts": ["coded-resnext = coded_resnext.cli:main"]},
