@@ -15,7 +15,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import Tensor
+from torch import Tensor, nn
 
 from .codebook import Codebook
 from .data import Preprocessing
@@ -51,7 +51,12 @@ def save_model(
         model: the network.
         preprocessing: how images become its input.
         training: JSON-ready notes on how it was trained.
+
+    Raises:
+        ValueError: the network has no classifier, so that nothing could be made of the file.
     """
+    if not isinstance(model.head, nn.Linear):
+        raise ValueError("model: expected a network with its classifier, got one without")
     description = {
         "format_version": FORMAT_VERSION,
         **describe_network(model),

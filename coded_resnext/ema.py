@@ -38,7 +38,7 @@ class WeightAverage:
             step: counted from 0 over the whole run.
         """
         decay = min(self.decay, (1 + step) / (10 + step)) if self.warmup else self.decay
-        average = get_ema_multi_avg_fn(decay)
+        average = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
         average(list(self.model.parameters()), list(parameters), step)
         own = running_statistics(self.model)
         if own:

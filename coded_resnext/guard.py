@@ -83,7 +83,7 @@ class StepGuard:
         if both.device.type == "cuda":
             flags = torch.empty(both.shape, dtype=both.dtype, pin_memory=True)
             flags.copy_(both, non_blocking=True)
-            event = torch.cuda.Event()
+            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             event.record()
         else:
             flags = both.cpu()

@@ -185,10 +185,7 @@ class CodedBottleneck(nn.Module):
             ValueError: `x` has the wrong rank or channels, or no samples; a mask has the wrong
                 shape, or is given to a plain block.
         """
-        if x.ndim != 4 or x.shape[1] != self.in_channels or x.shape[0] == 0:
-            raise ValueError(
-                f"x: expected [B, {self.in_channels}, H, W] with B >= 1, got {list(x.shape)}"
-            )
+        check_images(x, self.in_channels)
         h = F.relu(self.reduce_bn(self.reduce(x)), inplace=True)
         h = F.relu(self.grouped_bn(self.grouped(h)), inplace=True)
         energies: Tensor | None = None
@@ -242,3 +239,9 @@ class CodedBottleneck(nn.Module):
         if self.codebook is None:
             return f"branches={self.branches}, plain"
         return f"branches={self.branches}, active={self.codebook.active}"
+
+
+def check_images(x: Tensor, channels: int) -> None:
+    """Refuse what is not a batch of maps `[B, channels, H, W]`."""
+    if x.ndim != 4 or x.shape[1] != channels or x.shape[0] == 0:
+        raise ValueError(f"x: expected [B, {channels}, H, W] with B >= 1, got {list(x.shape)}")

@@ -34,7 +34,7 @@ class TrainStep:
         steps_per_epoch: for the schedule.
 
     Raises:
-        ValueError: `sync_bn` without a GPU.
+        ValueError: `sync_bn` without a GPU, or an unknown `torchcompile`.
         ImportError: MixUp or CutMix without torchvision.
 
     Attributes:
@@ -58,9 +58,9 @@ class TrainStep:
                     f"sync_bn: expected GPUs, got {self.device.type}; leave it out, and running "
                     "statistics are joined at an epoch's end (dist_bn)"
                 )
-            nn.SyncBatchNorm.convert_sync_batchnorm(model)
+            nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
         if config.channels_last:
-            model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            model.to(memory_format=torch.channels_last)
         self.loss = CodedLoss(
             model.codebooks,
             weight=config.coding_weight,
@@ -97,7 +97,7 @@ class TrainStep:
                 gradient_as_bucket_view=True,
             )
         forward: Any = self._parallel or model
-        self._forward = torch.compile(forward) if config.torchcompile else forward
+        self._forward = _compiled(forward, config.torchcompile)
         # After the processes have been given the same weights.
         self.average: WeightAverage | None = None
         if config.model_ema:
@@ -196,7 +196,7 @@ class TrainStep:
             self.world.add(flat)
             if self.config.dist_bn == "reduce":
                 flat /= self.world.size
-            parts = flat.split([buffer.numel() for buffer in buffers])
+            parts = torch.split(flat, [buffer.numel() for buffer in buffers])
             copy_all(buffers, [p.view_as(b) for p, b in zip(parts, buffers, strict=True)])
 
     def state(self) -> dict[str, Any]:
@@ -281,6 +281,15 @@ class TrainStep:
         codewords = self.loss.codewords()
         decoded = [decode(e.detach(), words) for e, words in zip(energies, codewords, strict=True)]
         return [(found == targets).float().mean() for found in (logits.argmax(1), *decoded)]
+
+
+def _compiled(forward: Any, backend: str) -> Any:
+    if not backend:
+        return forward
+    known = torch.compiler.list_backends(exclude_tags=())
+    if backend not in known:
+        raise ValueError(f"torchcompile: expected one of {', '.join(known)}; got {backend!r}")
+    return torch.compile(forward, backend=backend)
 
 
 def _batch_norm_buffers(model: nn.Module) -> list[Tensor]:

@@ -20,6 +20,7 @@ import torch
 
 from coded_resnext import CodedResNeXt, create_model
 from coded_resnext.batch import TrainingBatches
+from coded_resnext.commands.report import write_report
 from coded_resnext.config import TrainingConfig
 from coded_resnext.data import (
     SPLIT_SEED,
@@ -30,7 +31,7 @@ from coded_resnext.data import (
 )
 from coded_resnext.distributed import run_script
 from coded_resnext.engine import fit
-from coded_resnext.interpret import evaluate, save_figures
+from coded_resnext.interpret import evaluate, save_figures, save_pictures
 from coded_resnext.run_folder import SUMMARY_FILE, RunFolder, versions
 
 
@@ -38,8 +39,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line, or these arguments."""
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n\n")[0] if __doc__ else None,
-        epilog="The run's folder holds model.safetensors, summary.json, metrics.csv, the split, "
-        "TensorBoard logs, and the figures as PNG and SVG.",
+        epilog="The run's folder holds report.html to look at, model.safetensors, summary.json, "
+        "metrics.csv, the split, TensorBoard logs, and the figures as PNG and SVG.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--out", type=Path, default=Path("runs/digits"), help="the run's folder")
@@ -153,10 +154,13 @@ def train(arguments: argparse.Namespace, digits: DigitsSplit) -> None:
             "command": shlex.join(["python", *sys.argv]),
         },
     )
+    if evaluation.samples is not None:
+        save_pictures(evaluation.samples.positions, test_loader, digits.preprocessing, run.path)
     print(f"\n{evaluation}\n\nsummary: {run.path / SUMMARY_FILE}")
     for figure in figures:
         if figure.suffix == ".png":
             print(f"picture: {figure}")
+    print(f"report: {write_report(run.path)}")
 
 
 def main() -> int:

@@ -15,6 +15,7 @@ from ..data import SPLIT_SEED, Preprocessing, batches, load_digits_split
 from ..image_folder import find_images, find_splits, image_folder, read_image
 from .budget import Budget, parse_duration
 from .evaluate import evaluate
+from .pictures import save_pictures
 from .results import PROGRESS_FILE, save_evaluation, to_json
 from .running import Loader
 
@@ -121,6 +122,9 @@ def run(arguments: argparse.Namespace) -> int:
         written = save_evaluation(
             evaluation, out, csv=arguments.csv, codebooks=loaded.model.codebooks
         )
+        if evaluation.samples is not None and loaded.preprocessing is not None:
+            positions = evaluation.samples.positions
+            written.append(save_pictures(positions, test_loader, loaded.preprocessing, out))
         if not arguments.json:
             print("\n".join(["", *(f"wrote {path}" for path in written)]))
     return 0

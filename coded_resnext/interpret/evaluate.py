@@ -15,6 +15,7 @@ from ..cost import network_cost
 from ..models import CodedResNeXt
 from .budget import Budget, take_turns
 from .early_decoding import Classification, EarlyDecoding, classification
+from .exit_curve import ExitCurve
 from .gathering import Gathered, Segment, gather_features, segments
 from .ledger import Ledger
 from .observing import Observations, observe
@@ -30,11 +31,21 @@ from .paths import Paths
 from .records import build, describe
 from .removal import Removal, RemovalWork, check_draws
 from .running import Loader
+from .samples import Samples
 from .semantic import Semantics
 
 FORMAT_VERSION = 2
 # Of the time that is left after the test images, for going through the training images.
 TRAINING_SHARE = 0.25
+CODED_EXPERIMENTS = (
+    "early_decoding",
+    "paths",
+    "semantics",
+    "early_exit",
+    "samples",
+    "removal",
+    "one_class",
+)
 Result = TypeVar("Result")
 
 
@@ -73,6 +84,8 @@ class Evaluation:
     early_decoding: EarlyDecoding | None = None
     paths: Paths | None = None
     semantics: Semantics | None = None
+    early_exit: ExitCurve | None = None
+    samples: Samples | None = None
     removal: Removal | None = None
     one_class: OneClass | None = None
     thresholds_from: Literal["training data", "test data"] = "training data"
@@ -248,14 +261,16 @@ class _Parts:
             self.not_computed["test images"] = (
                 f"{observed.samples} of {gathered.available}, a seeded draw: budget"
             )
-        early = paths = semantics = removal = one = None
+        early = paths = semantics = removal = one = exits = samples = None
         data: dict[Role, Gathered] = {}
         if not self.model.coded_blocks:
-            for name in ("early_decoding", "paths", "semantics", "removal", "one_class"):
+            for name in CODED_EXPERIMENTS:
                 self.not_computed[name] = "a plain network, which has no coded block"
         else:
             early = EarlyDecoding.of(observed)
             measured = paths = Paths.of(observed)
+            exits = ExitCurve.of(observed, self.model)
+            samples = Samples.of(observed, seed=self.seed)
             semantics = self._try(
                 "semantics", lambda: Semantics.of(observed, measured, seed=self.seed)
             )
@@ -294,6 +309,8 @@ class _Parts:
             early_decoding=early,
             paths=paths,
             semantics=semantics,
+            early_exit=exits,
+            samples=samples,
             removal=removal,
             one_class=one,
             thresholds_from="training data" if "threshold" in data else "test data",
