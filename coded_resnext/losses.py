@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .codebook import Codebook
 from .kernels import coding_loss
-from .kernels.ops import check_finite, check_targets
+from .kernels.checks import check_finite, check_targets
 from .kernels.reference import accumulation_dtype
 
 

@@ -26,7 +26,7 @@ def power(x, EXPONENT: tl.constexpr):
     elif EXPONENT == 4.0:
         return x * x * (x * x)
     else:
-        return tl.where(x == 0.0, 0.0, tl.exp2(EXPONENT * tl.log2(x)))
+        return tl.where(x == 0.0, 0.0, tl.exp2(EXPONENT * tl.log2(tl.where(x == 0.0, 1.0, x))))
 
 
 @triton.jit(do_not_specialize=["batch"])
