@@ -119,7 +119,6 @@ def check_loss(energies: Tensor, codewords: Tensor, exponent: float, threshold: 
         raise ValueError(f"exponent: expected a number of at least 1, got {exponent}")
     if not (math.isfinite(threshold) and threshold >= 0):
         raise ValueError(f"threshold: expected a number of at least 0, got {threshold}")
-    check_finite("energies", energies)
 
 
 def checked_mask(

@@ -105,6 +105,9 @@ class LaunchRow:
 
 @cache
 def _function(kernel: str) -> Any:
+    from .prebuilt_cache import install
+
+    install()
     module, name = kernel.split(":")
     return getattr(importlib.import_module(f".{module}", __package__), name)
 

@@ -31,6 +31,7 @@ from .checks import (
     check_aggregate,
     check_debug,
     check_device,
+    check_finite,
     check_loss,
     check_targets,
     checked_mask,
@@ -287,6 +288,7 @@ def coding_loss(
     *,
     exponent: float = 4.0,
     threshold: float = 0.0,
+    check_values: bool = True,
     backend: Backend = "auto",
 ) -> Tensor:
     """Coding loss of one block, (7): how far the branch energies are from the codewords.
@@ -297,6 +299,7 @@ def coding_loss(
         targets: class indices `[B]`, or class probabilities `[B, K]`.
         exponent: `q >= 1`; the paper uses 4.
         threshold: `t >= 0`; deviations up to it cost nothing.
+        check_values: refuse energies on the CPU that are not finite.
         backend: see the module.
 
     Returns:
@@ -313,6 +316,7 @@ def coding_loss(
         targets,
         exponent=exponent,
         threshold=threshold,
+        check_values=check_values,
         backend=backend,
     )
     return losses.losses[0]
@@ -335,6 +339,7 @@ def coding_losses(
     exponent: float = 4.0,
     threshold: float = 0.0,
     decode: bool = False,
+    check_values: bool = True,
     backend: Backend = "auto",
 ) -> CodingLosses:
     """`coding_loss` of several blocks; by the kernels in one launch for blocks of equal sizes.
@@ -342,13 +347,15 @@ def coding_losses(
     Args:
         energies, codewords: one tensor for each block.
         decode: also read the classes off the energies, (9); ties go to the lowest class.
-        targets, exponent, threshold, backend: as for `coding_loss`.
+        targets, exponent, threshold, check_values, backend: as for `coding_loss`.
 
     Raises:
         ValueError: as `coding_loss`.
     """
     for values, book in zip(energies, codewords, strict=True):
         check_loss(values, book, exponent, threshold)
+        if check_values:
+            check_finite("energies", values)
         check_targets(targets, values.shape[0], book.shape[0])
         check_device("codewords", book, values)
     triton = select_backend(backend) == "triton" and _kernel_takes_loss(energies, targets)
