@@ -64,9 +64,7 @@ def test_shipped_kernels_keep_their_limits(compiled: Path, tmp_path: Path) -> No
     assert "0 limits broken" in result.stdout
     rows = json.loads(out.read_text())["rows"]
     counted = Counter(row["kernel"] for row in rows)
-    assert set(counted) == {
-        row.kernel.partition(":")[2] for _, row in configs.shipped_rows("sm90")
-    }
+    assert set(counted) == {row.kernel.partition(":")[2] for _, row in configs.shipped_rows("sm90")}
     for row in rows:
         assert 16 <= row["registers"] <= 255
         assert row["instructions"] > row["loop_instructions"] > 10
