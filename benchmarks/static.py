@@ -1,15 +1,15 @@
 """What the shipped kernels compile to, without a GPU: a table, and limits that fail.
 
-Compiles every row of launch settings for NVIDIA's sm_80, sm_90 and sm_100 and AMD's gfx942 and reads
-the machine code. `--quick` takes the rows that continuous integration has time for.
+Compiles every row of launch settings for NVIDIA's sm_80, sm_90 and sm_100 and AMD's gfx942, and
+reads the machine code. `--quick` takes the rows that continuous integration has time for.
 
     python benchmarks/static.py --out benchmarks/results/static.json
 
 `clocks` are those of a processor for one pass through the main loop: issuing it / its products on
-tensor cores. `instr/B` is the number of warp instructions for each byte that must move between memory and chip, the
-whole work on one sample counted: a GPU can issue only so many (gpus.py), so above that the kernel
-cannot keep up with its memory. `floor` is the time that the bytes of a batch of 256 take on an H200.
-Exit status 1 when a limit of static_limits.py is broken, each named.
+tensor cores. `instr/B` is the number of warp instructions for each byte that must move between
+memory and chip, all work on a sample counted: a GPU can issue only so many (gpus.py), so above
+that a kernel cannot keep up with its memory. `floor` is the time that the bytes of a batch of 256
+take on the named GPUs of that architecture. Exit status 1 when a limit of static_limits.py is broken.
 """
 
 from __future__ import annotations
@@ -24,12 +24,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from coded_resnext.kernels.build import BuildError, build, load_rows
 from gpus import GPUS
 from machine import describe_machine
 from sass import Code, Instruction, load_widths, moved_bytes, read_code
 from static_limits import limits_of
-
-from coded_resnext.kernels.build import BuildError, build, load_rows
 
 ARCHS = ("sm80", "sm90", "sm100", "gfx942")
 ROWS = "static_rows:rows"
@@ -205,7 +204,18 @@ def is_aligned(row: Any) -> bool:
 
 def table(figures: Sequence[dict[str, Any]]) -> str:
     """The figures as text, one line a row."""
-    head = ("kernel", "arch", "warps", "regs", "spill", "shared", "matrix", "loop", "load bits", "clocks")
+    head = (
+        "kernel",
+        "arch",
+        "warps",
+        "regs",
+        "spill",
+        "shared",
+        "matrix",
+        "loop",
+        "load bits",
+        "clocks",
+    )
     lines = [(*head, "instr/B", "of GPU", "floor us", "")]
     for row in figures:
         gpu = next((gpu for gpu in GPUS if gpu.arch == row["arch"]), None)

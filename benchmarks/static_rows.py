@@ -1,7 +1,7 @@
 """The rows of launch settings that static.py compiles: those that ship, and two sizes more.
 
-The stages of ResNeXt-50 that are coded by default have branches of 16 and 32 channels. A codebook may
-be asked for in the first two stages too, so the energies' limits hold at their widths, 4 and 8.
+The stages of ResNeXt-50 that are coded by default have branches of 16 and 32 channels. A codebook
+may be asked for in the first two stages too, so the energies' limits hold at their widths, 4 and 8.
 """
 
 from __future__ import annotations

@@ -64,9 +64,7 @@ def test_shipped_kernels_keep_their_limits(compiled: Path, tmp_path: Path) -> No
     assert "0 limits broken" in result.stdout
     rows = json.loads(out.read_text())["rows"]
     counted = Counter(row["kernel"] for row in rows)
-    assert set(counted) == {
-        row.kernel.partition(":")[2] for _, row in configs.shipped_rows("sm90")
-    }
+    assert set(counted) == {row.kernel.partition(":")[2] for _, row in configs.shipped_rows("sm90")}
     for row in rows:
         assert 16 <= row["registers"] <= 255
         assert row["instructions"] > row["loop_instructions"] > 10
@@ -142,7 +140,7 @@ def test_limits_differ_by_version(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def nested(unrolled: int) -> Code:
-    """Ten instructions, a loop over samples of 20 more, and in it one of 8 that holds some trips."""
+    """Ten instructions, a loop of 20 over samples, and in it one of 8 that holds some trips."""
     body = [Instruction(n, "FADD") for n in range(38)]
     for n in range(unrolled):
         body[20 + n] = Instruction(20 + n, "LDG.E.128")
