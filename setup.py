@@ -12,12 +12,31 @@ from setuptools.command.editable_wheel import editable_wheel
 
 VERSION = "0.1.0"
 
-TRAIN = ["pillow>=10", "scikit-learn>=1.5", "tensorboard>=2.17", "tqdm>=4.66"]
-REPORT = ["matplotlib>=3.9", "pillow>=10", "scikit-learn>=1.5"]
+TRAIN = [
+    "pillow>=10",
+    "pyyaml>=6",
+    "scikit-learn>=1.5",
+    "tensorboard>=2.17",
+    "timm>=1.0.15",
+    "torchvision>=0.26",
+    "tqdm>=4.66",
+]
+REPORT = ["jinja2>=3.1", "matplotlib>=3.9", "pillow>=10", "scikit-learn>=1.5"]
 CODES = ["matplotlib>=3.9"]
 EXPORT = ["onnx>=1.17", "onnxruntime>=1.20", "onnxscript>=0.2"]
 KERNELS = ["ninja>=1.11"]
-TEST = [*TRAIN, *REPORT, *KERNELS, "hypothesis>=6.100", "pytest>=8.3", "setuptools>=70.1"]
+BROWSER = ["axe-playwright-python>=0.1.7", "playwright>=1.50"]
+TEST = [
+    *TRAIN,
+    *REPORT,
+    *EXPORT,
+    *KERNELS,
+    *BROWSER,
+    "hypothesis>=6.100",
+    "pytest>=8.3",
+    "pytest-xdist>=3.6",
+    "setuptools>=70.1",
+]
 BENCH = ["pytest-benchmark>=5.1"]
 DEV = [*TEST, *BENCH, "build>=1.2", "mypy==2.4.1", "ruff==0.17.6"]
 
@@ -76,12 +95,14 @@ setup(
         "coded_resnext.codebooks",
         "coded_resnext.commands",
         "coded_resnext.interpret",
+        "coded_resnext.interpret.report",
         "coded_resnext.kernels",
     ],
     package_dir={"coded_resnext.kernels": "kernels"},
     package_data={
         "coded_resnext": ["py.typed"],
         "coded_resnext.codebooks": ["data/*.json"],
+        "coded_resnext.interpret.report": ["assets/*"],
     },
     install_requires=[
         "numpy>=2",

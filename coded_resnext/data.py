@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +10,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from .pixels import to_channels
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -25,20 +27,26 @@ def derive_seed(*parts: int) -> int:
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How an image becomes a network's input: size, channels and normalisation."""
+    """How an image becomes a network's input: resizing, crop, channels and normalisation."""
 
     size: int
-    """Height and width in pixels; the shorter side is resized to it, then the centre is cut out."""
+    """Height and width of the input in pixels."""
     channels: int
     """1 for grey, 3 for RGB."""
     mean: tuple[float, ...]
     """Mean of every channel of intensities in 0..1, subtracted."""
     std: tuple[float, ...]
     """Standard deviation of every channel, divided by."""
+    resize: int | None = None
+    """What the shorter side is resized to before the centre is cut out; None means `size`."""
 
     def __post_init__(self) -> None:
         if self.size < 1:
             raise ValueError(f"size: expected a positive number of pixels, got {self.size}")
+        if self.resize is not None and self.resize < self.size:
+            raise ValueError(
+                f"resize: expected at least the size, {self.size} pixels, got {self.resize}"
+            )
         if self.channels not in (1, 3):
             raise ValueError(f"channels: expected 1 (grey) or 3 (RGB), got {self.channels}")
         for name, values in (("mean", self.mean), ("std", self.std)):
@@ -54,18 +62,12 @@ class Preprocessing:
         return (images - mean) / std
 
     def __call__(self, image: Image) -> Tensor:
-        """A PIL image of any mode and size to `[C, size, size]`, float32."""
-        image = image.convert("L" if self.channels == 1 else "RGB")
-        width, height = image.size
-        scale = self.size / min(width, height)
-        image = image.resize(
-            (max(self.size, round(width * scale)), max(self.size, round(height * scale)))
-        )
-        left, top = (image.width - self.size) // 2, (image.height - self.size) // 2
-        image = image.crop((left, top, left + self.size, top + self.size))
-        pixels = torch.from_numpy(np.array(image, dtype=np.float32)) / 255
-        pixels = pixels[None] if self.channels == 1 else pixels.permute(2, 0, 1)
-        return self.normalize(pixels)
+        """A PIL image of any mode and size to `[C, size, size]`, float32; bicubic resizing.
+
+        `pixels.to_channels` says what becomes of orientation, bit depth and colour space.
+        """
+        image = resize_and_cut(to_channels(image, self.channels), self.size, self.resize)
+        return self.normalize(intensities(image))
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready; `from_dict` reads it back."""
@@ -74,7 +76,37 @@ class Preprocessing:
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Preprocessing:
         """Read what `to_dict` wrote."""
-        return cls(data["size"], data["channels"], tuple(data["mean"]), tuple(data["std"]))
+        return cls(
+            data["size"],
+            data["channels"],
+            tuple(data["mean"]),
+            tuple(data["std"]),
+            data.get("resize"),
+        )
+
+
+def resize_and_cut(image: Image, size: int, resize: int | None = None) -> Image:
+    """The centre of an image, `size` pixels square, its shorter side first resized (bicubic).
+
+    Args:
+        image: any size.
+        size: height and width of the result.
+        resize: what the shorter side is resized to; None means `size`.
+    """
+    width, height = image.size
+    shorter = resize or size
+    scale = shorter / min(width, height)
+    new_size = (max(shorter, round(width * scale)), max(shorter, round(height * scale)))
+    if new_size != image.size:
+        image = image.resize(new_size)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return image.crop((left, top, left + size, top + size))
+
+
+def intensities(image: Image) -> Tensor:
+    """An 8-bit grey or RGB image as `[C, H, W]`, float32 in 0..1."""
+    pixels = torch.from_numpy(np.array(image, dtype=np.float32)) / 255
+    return pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1)
 
 
 class RandomShift:
@@ -84,35 +116,33 @@ class RandomShift:
         pixels: largest shift, at least 0.
     """
 
+    draws = 2
+
     def __init__(self, pixels: int) -> None:
         if pixels < 0:
             raise ValueError(f"pixels: expected at least 0, got {pixels}")
         self.pixels = pixels
 
-    def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        """`[B, C, H, W]` to the same shape, every image shifted by a draw of its own."""
+    def __call__(self, images: Tensor, draws: Tensor) -> Tensor:
+        """`[B, C, H, W]` to the same shape, shifted by uniform numbers `[B, 2]` in [0, 1)."""
         batch, _, height, width = images.shape
         padded = F.pad(images, (self.pixels,) * 4, mode="replicate")
-        shifts = torch.randint(2 * self.pixels + 1, (2, batch), generator=generator)
-        rows = shifts[0][:, None] + torch.arange(height)
-        columns = shifts[1][:, None] + torch.arange(width)
+        shifts = (draws * (2 * self.pixels + 1)).long()
+        rows = shifts[:, :1] + torch.arange(height)
+        columns = shifts[:, 1:] + torch.arange(width)
         samples = torch.arange(batch)[:, None, None]
         return padded[samples, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
 class Batches:
-    """A loader over tensors in memory: batches `(images, targets)`, as often as one likes.
-
-    Order and augmentation follow from (seed, epoch) alone, so that a resumed run draws what an
-    uninterrupted one would have drawn.
+    """Tensors in memory, in their order, for evaluation: batches `(images, targets)`.
 
     Args:
         images: `[n, C, H, W]`.
         targets: class indices `[n]`.
         batch_size: samples in a batch; the last may be smaller.
-        seed: shuffles, and augments, anew in every epoch; None keeps order and images.
-        drop_last: leave out a last batch that is not full.
-        augment: applied to the images of every batch, with a generator.
+        rank: this process, counted from 0.
+        world_size: how many processes share the samples; each sample is with one of them.
 
     Raises:
         ValueError: no samples, lengths that differ, or a batch size below 1.
@@ -124,43 +154,26 @@ class Batches:
         targets: Tensor,
         batch_size: int,
         *,
-        seed: int | None = None,
-        drop_last: bool = False,
-        augment: Callable[[Tensor, torch.Generator], Tensor] | None = None,
+        rank: int = 0,
+        world_size: int = 1,
     ) -> None:
         if len(images) != len(targets) or len(images) == 0:
             raise ValueError(
                 f"images: expected as many as targets and at least one, got {len(images)} images "
                 f"and {len(targets)} targets"
             )
-        if batch_size < 1 or (drop_last and batch_size > len(images)):
-            raise ValueError(
-                f"batch_size: expected 1 to {len(images)} (the samples there are), got {batch_size}"
-            )
-        self.images, self.targets, self.batch_size = images, targets, batch_size
-        self.seed, self.drop_last, self.augment = seed, drop_last, augment
-        self.epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the order and the draws of the next pass."""
-        self.epoch = epoch
+        if batch_size < 1:
+            raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
+        self.images, self.targets = images[rank::world_size], targets[rank::world_size]
+        self.batch_size = batch_size
 
     def __len__(self) -> int:
-        samples = len(self.images)
-        return samples // self.batch_size if self.drop_last else -(-samples // self.batch_size)
+        return -(-len(self.images) // self.batch_size)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        samples = len(self.images)
-        order, generator = torch.arange(samples), None
-        if self.seed is not None:
-            generator = torch.Generator().manual_seed(derive_seed(self.seed, self.epoch))
-            order = torch.randperm(samples, generator=generator)
-        for index in range(len(self)):
-            chosen = order[index * self.batch_size : (index + 1) * self.batch_size]
-            images = self.images[chosen]
-            if self.augment is not None and generator is not None:
-                images = self.augment(images, generator)
-            yield images, self.targets[chosen]
+        for start in range(0, len(self.images), self.batch_size):
+            chosen = slice(start, start + self.batch_size)
+            yield self.images[chosen], self.targets[chosen]
 
 
 def batches(images: Tensor, targets: Tensor, batch_size: int = 256) -> Batches:

@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 
 from .checkpoint import write_atomically
-from .cost import stem_macs
+from .cost import stem_macs, stem_size
+from .layers import check_images
 from .models import CodedResNeXt
-from .sizes import BlockSizes
+from .sizes import BlockSizes, halved
 
 FORMAT_VERSION = 1
 EXIT_FILE = "early_exit.json"
@@ -146,9 +147,11 @@ def read_class(energies: Tensor, codewords: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         Class indices `[B]`, the lowest on ties, and margins `[B]` from 0 to 1 (see `EarlyExit`).
     """
-    # Autocast would round the energies to half precision and make ties.
-    with torch.autocast(energies.device.type, enabled=False):
-        scores = energies @ codewords.to(energies.dtype).T
+    if torch.is_autocast_enabled(energies.device.type):
+        # It would round the energies to half precision and make ties.
+        with torch.autocast(energies.device.type, enabled=False):
+            return read_class(energies, codewords)
+    scores = energies @ codewords.to(energies.dtype).T
     best = scores.topk(2).values
     return scores.argmax(1), (best[:, 0] - best[:, 1]) / energies.shape[1]
 
@@ -181,12 +184,10 @@ def predict_early(
     kept_energies: list[Tensor] = []
     remaining = torch.arange(batch, device=x.device)
     previous: Tensor | None = None
-    spent = stem_macs(model, x.shape[2], x.shape[3])
+    spent = exit_macs(model, x.shape[2], x.shape[3])
     index = 0
     x = model.stem(x)
     for block in model.blocks:
-        sizes, height, width = BlockSizes.of(block), x.shape[2], x.shape[3]
-        spent += sizes.macs(height, width) + sizes.projection_macs(height, width)
         x, energies = block(x)
         if energies is None:
             continue
@@ -195,11 +196,10 @@ def predict_early(
             kept[remaining] = energies
             kept_energies.append(kept)
         decoded, margin = read_class(energies, block.codewords)
-        spent += block.codewords.numel()
         leaving = criterion.leaves(index, decoded, margin, previous)
         if bool(leaving.any()):
             gone = remaining[leaving]
-            classes[gone], exits[gone], macs[gone] = decoded[leaving], index, spent
+            classes[gone], exits[gone], macs[gone] = decoded[leaving], index, spent[index]
             staying = ~leaving
             remaining = remaining[staying]
             if not len(remaining):
@@ -209,11 +209,33 @@ def predict_early(
         index += 1
     else:
         classes[remaining] = model.head(x.mean((2, 3))).argmax(1)
-        macs[remaining] = spent + model.head.weight.numel()
+        macs[remaining] = spent[-1]
     if return_energies:
         for rest in model.coded_blocks[len(kept_energies) :]:
             kept_energies.append(kept_energies[0].new_full((batch, rest.branches), math.nan))
     return EarlyPrediction(classes, exits, macs, tuple(kept_energies))
+
+
+def exit_macs(model: CodedResNeXt, height: int, width: int) -> list[int]:
+    """Multiply-accumulates spent on an image that leaves behind each coded block.
+
+    Decoding is included. The last of the L + 1 numbers is for an image that never leaves.
+
+    Args:
+        model: with or without coded blocks.
+        height, width: of the image in pixels.
+    """
+    spent = stem_macs(model, height, width)
+    height, width = stem_size(model, height), stem_size(model, width)
+    counts = []
+    for block in model.blocks:
+        sizes = BlockSizes.of(block)
+        spent += sizes.macs(height, width) + sizes.projection_macs(height, width)
+        height, width = halved(height, sizes.stride), halved(width, sizes.stride)
+        if block.is_coded:
+            spent += block.codewords.numel()
+            counts.append(spent)
+    return [*counts, spent + model.head.weight.numel()]
 
 
 def check(model: CodedResNeXt, criterion: EarlyExit | None = None, x: Tensor | None = None) -> None:
@@ -230,7 +252,5 @@ def check(model: CodedResNeXt, criterion: EarlyExit | None = None, x: Tensor | N
             f"criterion: expected a margin for each of {blocks} coded blocks, "
             f"got {len(criterion.margins)}"
         )
-    if x is not None and (x.ndim != 4 or x.shape[1] != model.in_channels or x.shape[0] == 0):
-        raise ValueError(
-            f"x: expected [B, {model.in_channels}, H, W] with B >= 1, got {list(x.shape)}"
-        )
+    if x is not None:
+        check_images(x, model.in_channels)

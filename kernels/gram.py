@@ -212,7 +212,7 @@ def coded_aggregate(
         h = h.contiguous()
     per_branch = split_weight(weight, branches, concatenate=concatenate)
     # Autocast would take the small matrix products, and with them the energies, to half precision.
-    if torch.is_autocast_enabled(h.device.type):
+    if not h.is_meta and torch.is_autocast_enabled(h.device.type):
         with torch.autocast(h.device.type, enabled=False):
             scaled, energies = _NormalizeBranches.apply(h, per_branch, drop_mask, keep_mask)
     else:

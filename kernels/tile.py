@@ -54,8 +54,15 @@ def activate(z, scale, bias, real, AFFINE: tl.constexpr, MASKED: tl.constexpr):
     if not AFFINE:
         return z
     h = z.to(tl.float32) * scale + bias
-    h = round_to(rectify(h), z.dtype) if INTERPRETED else rectify(round_to(h, z.dtype))
-    return tl.where(real, h, 0.0) if MASKED else h
+    if INTERPRETED:
+        h = rectify(h)
+        return round_to(tl.where(real, h, 0.0) if MASKED else h, z.dtype)
+    h = rectify(round_to(h, z.dtype))
+    if MASKED:
+        # The smaller of the two: a select would unpack pairs of 16-bit numbers.
+        limit = tl.where(real, float("inf"), 0.0).to(z.dtype)
+        h = tl.minimum(h, tl.broadcast_to(limit, h.shape), propagate_nan=tl.PropagateNan.ALL)
+    return h
 
 
 @triton.jit

@@ -15,7 +15,7 @@ from coded_resnext.checkpoint import save_model
 from coded_resnext.config import TrainingConfig
 
 SCRIPT = Path(__file__).parent.parent / "train" / "early_exit.py"
-CONFIG = TrainingConfig(epochs=2, batch_size=32, learning_rate=0.1)
+CONFIG = TrainingConfig(epochs=2, batch_size=32, lr=0.1)
 
 
 def early_exit(*arguments: object) -> subprocess.CompletedProcess[str]:
@@ -60,9 +60,10 @@ def test_margins_for_runs_of_one_recipe(tmp_path: Path) -> None:
     assert measured["early_ms_batch_1"] > 0
 
     # The folds are kept: again, and nothing is trained.
-    state = (folds / "fold-2" / "state.pt").stat().st_mtime_ns
+    model = folds / "fold-2" / "model.safetensors"
+    written = model.stat().st_mtime_ns
     assert early_exit(runs[0], *options).returncode == 0
-    assert (folds / "fold-2" / "state.pt").stat().st_mtime_ns == state
+    assert model.stat().st_mtime_ns == written
     assert EarlyExit.load(runs[0] / "early_exit.json") == criteria[0]
 
 

@@ -13,31 +13,34 @@ import argparse
 import shlex
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from coded_resnext import CodedResNeXt, create_model
+from coded_resnext.batch import TrainingBatches
+from coded_resnext.commands.report import write_report
 from coded_resnext.config import TrainingConfig
 from coded_resnext.data import (
     SPLIT_SEED,
-    Batches,
     DigitsSplit,
     RandomShift,
     batches,
     load_digits_split,
 )
+from coded_resnext.distributed import run_script
 from coded_resnext.engine import fit
-from coded_resnext.interpret import evaluate, save_figures
+from coded_resnext.interpret import evaluate, save_figures, save_pictures
 from coded_resnext.run_folder import SUMMARY_FILE, RunFolder, versions
 
 
-def parse_arguments() -> argparse.Namespace:
-    """The command line."""
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line, or these arguments."""
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n\n")[0] if __doc__ else None,
-        epilog="The run's folder holds model.safetensors, summary.json, metrics.csv, the split, "
-        "TensorBoard logs, and the figures as PNG and SVG.",
+        epilog="The run's folder holds report.html to look at, model.safetensors, summary.json, "
+        "metrics.csv, the split, TensorBoard logs, and the figures as PNG and SVG.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--out", type=Path, default=Path("runs/digits"), help="the run's folder")
@@ -68,7 +71,7 @@ def parse_arguments() -> argparse.Namespace:
         action="store_true",
         help="the ablation that concatenates the branches instead of summing them",
     )
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 def make_model(arguments: argparse.Namespace) -> CodedResNeXt:
@@ -91,11 +94,11 @@ def training_config(arguments: argparse.Namespace) -> TrainingConfig:
     return TrainingConfig(
         epochs=arguments.epochs,
         batch_size=64,
-        learning_rate=0.1,
+        lr=0.1,
         weight_decay=1e-3,
         coding_weight=arguments.coding_weight,
         exponent=arguments.exponent,
-        label_smoothing=0.1,
+        smoothing=0.1,
         seed=arguments.seed,
     )
 
@@ -119,12 +122,11 @@ def train(arguments: argparse.Namespace, digits: DigitsSplit) -> None:
         "split.json",
         {"train": digits.train_indices.tolist(), "test": digits.test_indices.tolist()},
     )
-    train_loader = Batches(
+    train_loader = TrainingBatches(
         digits.train_images,
         digits.train_targets,
         config.batch_size,
         seed=config.seed,
-        drop_last=True,
         augment=RandomShift(1),
     )
     test_loader = batches(digits.test_images, digits.test_targets)
@@ -152,28 +154,19 @@ def train(arguments: argparse.Namespace, digits: DigitsSplit) -> None:
             "command": shlex.join(["python", *sys.argv]),
         },
     )
+    if evaluation.samples is not None:
+        save_pictures(evaluation.samples.positions, test_loader, digits.preprocessing, run.path)
     print(f"\n{evaluation}\n\nsummary: {run.path / SUMMARY_FILE}")
     for figure in figures:
         if figure.suffix == ".png":
             print(f"picture: {figure}")
+    print(f"report: {write_report(run.path)}")
 
 
 def main() -> int:
-    """Run the command; 2 when the input is at fault, 130 when interrupted."""
+    """Run the command; 2 when the input is at fault, 130 or 143 when a signal ended it."""
     arguments = parse_arguments()
-    try:
-        train(arguments, load_digits_split())
-    except (ValueError, OSError, ImportError) as error:
-        print(f"digits.py: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(
-            f"\ninterrupted: {arguments.out} holds the last finished epoch; "
-            "the same command with --resume finishes the run",
-            file=sys.stderr,
-        )
-        return 130
-    return 0
+    return run_script("digits.py", lambda: train(arguments, load_digits_split()))
 
 
 if __name__ == "__main__":

@@ -5,32 +5,88 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from ..decode import decode
+import torch
+from torch import Tensor
+
 from ..models import CodedResNeXt
-from .running import Loader, batches, evaluating, require_coded_blocks
+from .observing import Observations, observe
+from .records import describe
+from .running import Loader, require_coded_blocks
+
+Confusion = tuple[tuple[int, int, int], ...]
+"""What occurs of a confusion matrix, in order: (class, class that is said, images)."""
+
+
+@dataclass(frozen=True)
+class Classification:
+    """How a network, or one decoder, classifies; all numbers but counts are shares, 0 to 1."""
+
+    accuracy: float
+    """Share of the images whose class is said."""
+    class_accuracy: tuple[float | None, ...]
+    """The same by true class; None for a class without images."""
+    confusion: Confusion
+    """(true class, said class, images), of those that occur."""
+
+
+@dataclass(frozen=True)
+class BlockDecoding(Classification):
+    """Decoding one coded block, and how that compares with the network's final prediction."""
+
+    agreement: float
+    """Share of the images whose decoded class is the final prediction."""
+    class_agreement: tuple[float | None, ...]
+    """The same by true class."""
+    confusion_with_final: Confusion
+    """(final prediction, decoded class, images), of those that occur."""
 
 
 @dataclass(frozen=True)
 class EarlyDecoding:
-    """Decoding every coded block of a network; all numbers but `samples` are shares, 0 to 1."""
+    """Decoding every coded block of a network."""
 
     samples: int
     """Images that were decoded."""
     accuracy: float
-    """Share of the images that the whole network classifies correctly."""
-    block_accuracy: tuple[float, ...]
-    """For every coded block, the share whose decoded class is the true one."""
-    block_agreement: tuple[float, ...]
-    """For every coded block, the share whose decoded class is the network's final prediction."""
+    """Share of the images that the whole network classifies correctly, 0 to 1."""
+    blocks: tuple[BlockDecoding, ...]
+    """The coded blocks, in order."""
+
+    @property
+    def block_accuracy(self) -> tuple[float, ...]:
+        """For every coded block, the share whose decoded class is the true one."""
+        return tuple(block.accuracy for block in self.blocks)
+
+    @property
+    def block_agreement(self) -> tuple[float, ...]:
+        """For every coded block, the share whose decoded class is the final prediction."""
+        return tuple(block.agreement for block in self.blocks)
+
+    @classmethod
+    def of(cls, observed: Observations) -> EarlyDecoding:
+        """From what was observed of a coded network."""
+        final, targets = observed.predictions, observed.targets
+        classes = len(observed.class_names)
+        blocks = []
+        for decoded in observed.decoded:
+            whole = classification(decoded, targets, classes)
+            agreeing = decoded == final
+            blocks.append(
+                BlockDecoding(
+                    accuracy=whole.accuracy,
+                    class_accuracy=whole.class_accuracy,
+                    confusion=whole.confusion,
+                    agreement=int(agreeing.sum()) / len(targets),
+                    class_agreement=_by_class(agreeing, targets, classes),
+                    confusion_with_final=confusion(final, decoded, classes),
+                )
+            )
+        return cls(len(targets), observed.accuracy, tuple(blocks))
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready description."""
-        return {
-            "samples": self.samples,
-            "accuracy": self.accuracy,
-            "block_accuracy": list(self.block_accuracy),
-            "block_agreement": list(self.block_agreement),
-        }
+        described: dict[str, Any] = describe(self)
+        return described
 
 
 def decode_early(model: CodedResNeXt, loader: Loader) -> EarlyDecoding:
@@ -45,24 +101,30 @@ def decode_early(model: CodedResNeXt, loader: Loader) -> EarlyDecoding:
             class indices of the model.
     """
     require_coded_blocks(model)
-    samples = final = 0
-    correct = [0] * len(model.coded_blocks)
-    agreeing = [0] * len(model.coded_blocks)
-    with evaluating(model):
-        for images, targets in batches(model, loader, "early decoding"):
-            logits, all_energies = model(images, return_energies=True)
-            prediction = logits.argmax(1)
-            samples += len(targets)
-            final += int((prediction == targets).sum())
-            for index, (block, energies) in enumerate(
-                zip(model.coded_blocks, all_energies, strict=True)
-            ):
-                decoded = decode(energies, block.codewords)
-                correct[index] += int((decoded == targets).sum())
-                agreeing[index] += int((decoded == prediction).sum())
-    return EarlyDecoding(
-        samples=samples,
-        accuracy=final / samples,
-        block_accuracy=tuple(count / samples for count in correct),
-        block_agreement=tuple(count / samples for count in agreeing),
+    return EarlyDecoding.of(observe(model, loader))
+
+
+def classification(said: Tensor, targets: Tensor, classes: int) -> Classification:
+    """Compare said classes `[n]` with the true ones `[n]`."""
+    correct = said == targets
+    return Classification(
+        accuracy=int(correct.sum()) / len(targets),
+        class_accuracy=_by_class(correct, targets, classes),
+        confusion=confusion(targets, said, classes),
     )
+
+
+def confusion(rows: Tensor, columns: Tensor, classes: int) -> Confusion:
+    """Count the pairs of classes that occur in two lists `[n]`, ascending."""
+    cells, counts = torch.unique(rows * classes + columns, return_counts=True)
+    return tuple(
+        (cell // classes, cell % classes, count)
+        for cell, count in zip(cells.tolist(), counts.tolist(), strict=True)
+    )
+
+
+def _by_class(hits: Tensor, targets: Tensor, classes: int) -> tuple[float | None, ...]:
+    """The share of hits by class, None for a class without images."""
+    all_ = targets.bincount(minlength=classes).tolist()
+    right = targets[hits].bincount(minlength=classes).tolist()
+    return tuple(hit / count if count else None for hit, count in zip(right, all_, strict=True))

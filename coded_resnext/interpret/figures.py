@@ -25,9 +25,10 @@ from .figure_style import (
     shown_note,
     small_multiples,
 )
-from .one_class import OneClass
+from .one_class import OneClass, OneClassClassifier
 from .path_figure import path_figure
-from .removal import Removal, RemovalCurve
+from .removal import Removal
+from .semantic_figure import semantic_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
 def save_figures(
     evaluation: Evaluation, codebooks: Sequence[Codebook], folder: str | Path
 ) -> list[Path]:
-    """Draw an evaluation: paths, early decoding, removal, one-class scores, precision-recall.
+    """Draw an evaluation: paths, early decoding, removal, one-class classifiers, semantics.
 
     Nothing of matplotlib's global state changes, and equal results give equal SVG files.
 
@@ -54,8 +55,7 @@ def save_figures(
         ImportError: matplotlib is not installed.
     """
     early, paths = evaluation.early_decoding, evaluation.paths
-    removal, one_class = evaluation.removal, evaluation.one_class
-    if early is None or paths is None or removal is None or one_class is None:
+    if early is None or paths is None:
         return []
     if len(codebooks) != len(paths.energies) or any(
         codebook.class_names != evaluation.class_names for codebook in codebooks
@@ -64,18 +64,24 @@ def save_figures(
             f"codebooks: expected one for each of {len(paths.energies)} coded blocks, with the "
             f"classes of the evaluation, got {len(codebooks)}"
         )
-    thresholds_from = evaluation.thresholds_from
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     saved = []
     with figure_style():
-        for name, figure in (
-            ("paths", path_figure(paths, early, codebooks)),
-            ("early_decoding", early_decoding_figure(early)),
-            ("removal", removal_figure(removal)),
-            ("one_class_scores", score_figure(one_class, thresholds_from)),
-            ("precision_recall", precision_recall_figure(one_class, thresholds_from)),
-        ):
+        figures = {
+            "paths": path_figure(paths, early, codebooks),
+            "early_decoding": early_decoding_figure(early),
+        }
+        if evaluation.removal:
+            figures["removal"] = removal_figure(evaluation.removal)
+            figures["removal_energy"] = removal_figure(evaluation.removal, energy=True)
+        one, source = evaluation.one_class, evaluation.thresholds_from
+        if one and _computed(one):
+            figures["one_class_scores"] = score_figure(one, source)
+            figures["precision_recall"] = precision_recall_figure(one, source)
+        if evaluation.semantics:
+            figures["semantics"] = semantic_figure(evaluation.semantics)
+        for name, figure in figures.items():
             saved += save_figure(figure, folder, name)
     return saved
 
@@ -118,15 +124,27 @@ def early_decoding_figure(result: EarlyDecoding) -> Figure:
     return figure
 
 
-def removal_figure(result: Removal) -> Figure:
-    """Accuracy against the number of removed branches, a panel for each coded block."""
+def removal_figure(result: Removal, *, energy: bool = False) -> Figure:
+    """Accuracy, or energy left, against the removed branches, a panel for each coded block."""
+    whole = 1.0 if energy else result.accuracy
     figure, panels = small_multiples(
-        len(result.blocks), 4, (2.0, 2.3), ("branches removed", "accuracy, %")
+        len(result.blocks),
+        4,
+        (2.0, 2.3),
+        ("branches removed", "energy left, %" if energy else "accuracy, %"),
     )
     for index, (panel, block) in enumerate(zip(panels, result.blocks, strict=True)):
-        panel.axhline(100 * result.accuracy, color=INK, linewidth=1, linestyle=":")
-        _removal_curve(panel, block.active, result.accuracy, VERMILLION, "-", "o")
-        _removal_curve(panel, block.inactive, result.accuracy, BLUE, "--", "s")
+        panel.axhline(100 * whole, color=INK, linewidth=1, linestyle=":")
+        for curve, style in (
+            (block.active, (VERMILLION, "-", "o")),
+            (block.inactive, (BLUE, "--", "s")),
+        ):
+            if energy:
+                _removal_curve(
+                    panel, curve.removed, whole, curve.energy, curve.energy_deviation, style
+                )
+            else:
+                _removal_curve(panel, curve.removed, whole, curve.accuracy, curve.deviation, style)
         panel.set_title(f"coded block {index + 1}")
         panel.grid(axis="y")
     most = max(curve.removed[-1] for b in result.blocks for curve in (b.active, b.inactive))
@@ -137,7 +155,8 @@ def removal_figure(result: Removal) -> Figure:
     heading(
         figure,
         "Removing branches from one block",
-        "Accuracy when every image loses branches that work for its class (active), or others "
+        ("Energy that the other branches of the block have" if energy else "Accuracy")
+        + " when every image loses branches that work for its class (active), or others "
         f"(inactive). Branches drawn at random {draws}. {result.samples} test images.",
         (
             [lines[1], lines[2], lines[0]],
@@ -148,15 +167,24 @@ def removal_figure(result: Removal) -> Figure:
 
 
 def _removal_curve(
-    panel: Axes, curve: RemovalCurve, whole: float, colour: str, line: str, marker: str
+    panel: Axes,
+    removed: Sequence[int],
+    whole: float,
+    means: Sequence[float | None],
+    deviations: Sequence[float | None],
+    style: tuple[str, str, str],
 ) -> None:
-    removed = [0, *curve.removed]
-    accuracy = [100 * share for share in (whole, *curve.accuracy)]
-    deviation = [100 * share for share in (0.0, *curve.deviation)]
-    low = [mean - spread for mean, spread in zip(accuracy, deviation, strict=True)]
-    high = [mean + spread for mean, spread in zip(accuracy, deviation, strict=True)]
-    panel.fill_between(removed, low, high, color=colour, alpha=0.22, linewidth=0)
-    panel.plot(removed, accuracy, color=colour, linestyle=line, marker=marker, markersize=3.5)
+    colour, line, marker = style
+    points = [(0, whole, 0.0)] + [
+        (count, mean, spread)
+        for count, mean, spread in zip(removed, means, deviations, strict=True)
+        if mean is not None and spread is not None
+    ]
+    x, centre, spread = zip(*((k, 100 * m, 100 * d) for k, m, d in points), strict=True)
+    low = [mean - around for mean, around in zip(centre, spread, strict=True)]
+    high = [mean + around for mean, around in zip(centre, spread, strict=True)]
+    panel.fill_between(x, low, high, color=colour, alpha=0.22, linewidth=0)
+    panel.plot(x, centre, color=colour, linestyle=line, marker=marker, markersize=3.5)
 
 
 def score_figure(result: OneClass, thresholds_from: str) -> Figure:
@@ -164,7 +192,7 @@ def score_figure(result: OneClass, thresholds_from: str) -> Figure:
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
-    shown = result.classifiers[:SHOWN_CLASSES]
+    shown = _computed(result)
     figure, panels = small_multiples(
         len(shown),
         5,
@@ -173,6 +201,7 @@ def score_figure(result: OneClass, thresholds_from: str) -> Figure:
         share_x=False,
     )
     for panel, one in zip(panels, shown, strict=True):
+        assert one.histogram is not None
         edges = one.histogram.edges
         for counts, total, filled in (
             (one.histogram.negatives, one.negatives, True),
@@ -192,6 +221,9 @@ def score_figure(result: OneClass, thresholds_from: str) -> Figure:
                     edgecolor=VERMILLION,
                     linewidth=0,
                 )
+        if one.outside and one.outside.samples:
+            shares = [100 * count / one.outside.samples for count in one.histogram.outside]
+            panel.stairs(shares, edges, color=INK, linewidth=0.9)
         if one.threshold is not None:
             panel.axvline(one.threshold, color=INK, linestyle="--", linewidth=1)
         found = "n/a" if one.f1 is None else f"{one.f1:.3f}"
@@ -216,11 +248,16 @@ def score_figure(result: OneClass, thresholds_from: str) -> Figure:
     return figure
 
 
+def _computed(result: OneClass) -> list[OneClassClassifier]:
+    """The first classes that there are scores of."""
+    return [one for one in result.classifiers if one.histogram is not None][:SHOWN_CLASSES]
+
+
 def precision_recall_figure(result: OneClass, thresholds_from: str) -> Figure:
     """Precision-recall curves, a panel for each class, the others' pale behind it."""
     from matplotlib.lines import Line2D
 
-    shown = result.classifiers[:SHOWN_CLASSES]
+    shown = _computed(result)
     figure, panels = small_multiples(len(shown), 5, (1.75, 1.7), ("recall", "precision"))
     for panel, one in zip(panels, shown, strict=True):
         for other in shown:

@@ -78,15 +78,16 @@ def batches(model: CodedResNeXt, loader: Loader, activity: str) -> Iterator[tupl
         raise ValueError("loader: expected at least one batch, got none")
 
 
-def block_inputs(model: CodedResNeXt, images: Tensor) -> tuple[list[Tensor], Tensor]:
-    """The input of every coded block, and the logits `[B, K]`; to `resume` from."""
+def coded_inputs(model: CodedResNeXt, x: Tensor) -> list[Tensor]:
+    """The inputs of all coded blocks, from that of the first one; to `resume` from."""
     inputs = []
-    x = model.stem(images)
-    for block in model.blocks:
+    for block in model.blocks[model.blocks.index(model.coded_blocks[0]) :]:
         if block.is_coded:
             inputs.append(x)
+        if len(inputs) == len(model.coded_blocks):
+            break
         x, _ = block(x)
-    return inputs, model.head(x.mean((2, 3)))
+    return inputs
 
 
 def resume(
@@ -106,11 +107,22 @@ def resume(
     Returns:
         `[B, K]`.
     """
+    return resume_with_energies(model, x, start, keep_masks)[0]
+
+
+def resume_with_energies(
+    model: CodedResNeXt, x: Tensor, start: int, keep_masks: Sequence[Tensor | None]
+) -> tuple[Tensor, list[Tensor]]:
+    """As `resume`; besides the logits the energies `[B, N]` of the coded blocks from `start` on."""
     masks = iter(keep_masks)
+    all_energies = []
     for block in model.blocks[model.blocks.index(model.coded_blocks[start]) :]:
-        x, _ = block(x, keep_mask=next(masks)) if block.is_coded else block(x)
-    logits: Tensor = model.head(x.mean((2, 3)))
-    return logits
+        if block.is_coded:
+            x, energies = block(x, keep_mask=next(masks))
+            all_energies.append(energies)
+        else:
+            x, _ = block(x)
+    return model.head(x.mean((2, 3))), all_energies
 
 
 _INDEX_TYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)

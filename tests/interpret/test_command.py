@@ -89,7 +89,7 @@ def test_folder_without_training_images(model, checkpoint, tmp_path, capsys):
     assert str(expected) in printed
     assert "on the test data itself" in printed
     pictures = sorted(path.name for path in out.glob("*.png"))
-    assert len(pictures) == 5
+    assert len(pictures) == 7
     assert all(name in printed for name in pictures)
 
 

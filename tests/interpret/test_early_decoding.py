@@ -22,12 +22,24 @@ def test_known_answer():
     )
     targets = torch.tensor([0, 0, 1, 3])
     found = decode_early(ToldNetwork(), batches(images, targets, 3))
-    assert found.to_dict() == {
-        "samples": 4,
-        "accuracy": 0.75,
-        "block_accuracy": [1.0, 0.5],
-        "block_agreement": [0.75, 0.75],
+    first = {
+        "accuracy": 1.0,
+        "class_accuracy": [1.0, 1.0, None, 1.0],
+        "confusion": [[0, 0, 2], [1, 1, 1], [3, 3, 1]],
+        "agreement": 0.75,
+        "class_agreement": [0.5, 1.0, None, 1.0],
+        "confusion_with_final": [[0, 0, 1], [1, 0, 1], [1, 1, 1], [3, 3, 1]],
     }
+    second = {
+        "accuracy": 0.5,
+        "class_accuracy": [0.5, 0.0, None, 1.0],
+        "confusion": [[0, 0, 1], [0, 1, 1], [1, 0, 1], [3, 3, 1]],
+        "agreement": 0.75,
+        "class_agreement": [1.0, 0.0, None, 1.0],
+        "confusion_with_final": [[0, 0, 1], [1, 0, 1], [1, 1, 1], [3, 3, 1]],
+    }
+    assert found.to_dict() == {"samples": 4, "accuracy": 0.75, "blocks": [first, second]}
+    assert (found.block_accuracy, found.block_agreement) == ((1.0, 0.5), (0.75, 0.75))
     assert json.loads(json.dumps(found.to_dict())) == found.to_dict()
 
 

@@ -27,7 +27,7 @@ def test_collects_every_experiment(network, data):
     assert found.is_coded
     assert found.early_decoding == decode_early(network, data)
     assert found.removal == remove_branches(network, data, seed=5, repeats=2)
-    assert found.one_class == one_class(network, train, data)
+    assert found.one_class == one_class(network, train, data, seed=5)
     assert found.paths.to_dict() == measure_paths(network, data).to_dict()
     assert found.test_accuracy == found.early_decoding.accuracy == 0.8
 

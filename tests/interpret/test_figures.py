@@ -18,7 +18,15 @@ from coded_resnext import Codebook, CodedResNeXt, Stage, create_model
 from coded_resnext.data import batches
 from coded_resnext.interpret import evaluate, save_figures
 
-FIGURES = ["paths", "early_decoding", "removal", "one_class_scores", "precision_recall"]
+FIGURES = [
+    "paths",
+    "early_decoding",
+    "removal",
+    "removal_energy",
+    "one_class_scores",
+    "precision_recall",
+    "semantics",
+]
 
 
 def test_files_are_pictures_and_reproducible(tmp_path):

@@ -21,7 +21,7 @@ from small_networks import make_data
 from coded_resnext.convert import published_model
 from coded_resnext.data import batches
 from coded_resnext.interpret import one_class, one_class_scores
-from coded_resnext.interpret.one_class import best_threshold
+from coded_resnext.interpret.measures import best_threshold
 
 
 def scores_by_keep(model, images):

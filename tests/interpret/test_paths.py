@@ -33,7 +33,11 @@ def test_known_answer_and_a_class_without_images():
             [[1.0, 0.5, 0.5, 0.0], [0.0, 1.0, 1.0, 0.0], None, [0.5, 0.5, 0.5, 0.5]],
         ],
     }
-    assert json.loads(json.dumps(found.to_dict(), allow_nan=False)) == expected
+    described = json.loads(json.dumps(found.to_dict(), allow_nan=False))
+    assert {key: described[key] for key in expected} == expected
+    # Of 4 images one sends half of its energy astray in the second block, one half, one none.
+    assert described["outside"] == [0.0, (0 + 0.5 + 0.5 + 0) / 4]
+    assert described["disobeying"] == [0, 2]
 
 
 def test_means_of_the_reference(data):

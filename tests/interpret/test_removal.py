@@ -12,7 +12,7 @@ from small_networks import make_network
 
 from coded_resnext.data import batches
 from coded_resnext.interpret import remove_branches
-from coded_resnext.interpret.removal import removal_masks
+from coded_resnext.interpret.removal import KINDS, removal_mask, spread
 
 
 def accuracy(model, data, keep):
@@ -25,7 +25,9 @@ def test_masks_take_branches_of_the_kind_in_order():
     priorities = np.array([[0.9, 0.1, 0.2, 0.3, 0.5], [0.4, 0.3, 0.2, 0.1, 0.0]])
     found = [
         (kind, removed, ["".join("01"[bit] for bit in row) for row in keep.int().tolist()])
-        for kind, removed, keep in removal_masks(active, priorities)
+        for kind, candidates in zip(KINDS, (active, ~active), strict=True)
+        for removed in range(1, int(candidates[0].sum()) + 1)
+        for keep in [removal_mask(candidates, priorities, removed)]
     ]
     assert found == [
         ("active", 1, ["10111", "11101"]),
@@ -34,6 +36,14 @@ def test_masks_take_branches_of_the_kind_in_order():
         ("inactive", 1, ["11011", "11110"]),
         ("inactive", 2, ["11001", "01110"]),
     ]
+
+
+def test_the_most_telling_numbers_come_first():
+    assert spread(8) == [8, 4, 6, 2, 7, 5, 3, 1]
+    assert spread(1) == [1]
+    for size in range(1, 40):
+        assert sorted(spread(size)) == list(range(1, size + 1))
+        assert spread(size)[0] == size
 
 
 def test_all_removed_is_keeping_by_hand(network, data):
@@ -79,7 +89,11 @@ def test_some_removed_is_the_mean_over_random_orders(network, data):
 def test_seeds_reproduce_whatever_the_batch_size(network, data):
     found = remove_branches(network, data, seed=3, repeats=3)
     again = remove_branches(network, batches(data.images, data.targets, 7), seed=3, repeats=3)
-    assert found == again
+    for block, twin in zip(found.blocks, again.blocks, strict=True):
+        for curve, other_curve in ((block.active, twin.active), (block.inactive, twin.inactive)):
+            assert curve.accuracy == other_curve.accuracy
+            # The energies are rounded otherwise in other batches.
+            assert curve.energy == pytest.approx(other_curve.energy, rel=1e-6)
     other = remove_branches(network, data, seed=4, repeats=3)
     assert other.blocks != found.blocks
     assert json.loads(json.dumps(found.to_dict())) == found.to_dict()

@@ -7,7 +7,8 @@ from itertools import pairwise
 import pytest
 import torch
 
-from coded_resnext.interpret.running import batches, block_inputs, evaluating, resume
+from coded_resnext.interpret.gathering import trunk
+from coded_resnext.interpret.running import batches, coded_inputs, evaluating, resume
 
 
 def test_resuming_with_masks_is_a_pass_with_keep(network, data):
@@ -19,8 +20,9 @@ def test_resuming_with_masks_is_a_pass_with_keep(network, data):
         mask[:, 0] = True
     seen = []
     with torch.no_grad():
-        inputs, logits = block_inputs(network, images)
-        assert torch.equal(logits, network(images))
+        logits = network(images)
+        inputs = coded_inputs(network, trunk(network, images))
+        assert torch.equal(resume(network, inputs[2], 2, [None]), logits)
         for start in range(3):
             keep = [None] * start + masks[start:]
             expected = network(images, keep=keep)

@@ -1,0 +1,98 @@
+"""`coded-resnext report`: the results of a run as one page to look at and to send."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from ..checkpoint import write_atomically
+from ..codebook import Codebook
+from ..interpret.evaluate import Evaluation
+from ..interpret.figures import save_figures
+from ..interpret.report import gather, render
+from ..interpret.results import load_evaluation
+from ..interpret.tables import csv_tables
+
+REPORT_FILE = "report.html"
+
+
+def add_parser(commands: Any) -> None:
+    """Add `report` to the commands."""
+    parser: argparse.ArgumentParser = commands.add_parser(
+        "report",
+        help="the results of a run as one web page",
+        description="Write one HTML file, which needs no network, of what the run's folder holds: "
+        "paths, test images, removed branches, one-class classifiers, early exit, codebooks, "
+        "training and configuration.",
+        epilog="Nothing is measured here: `coded-resnext eval RUN DATA --out RUN` makes results. "
+        "What a run does not have the page lists.",
+    )
+    parser.add_argument("folder", metavar="RUN", type=Path, help="the folder of a run")
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE", help=f"the page (default: RUN/{REPORT_FILE})"
+    )
+    parser.add_argument(
+        "--csv", type=Path, metavar="DIR", help="also write the results' tables as CSV"
+    )
+    parser.add_argument(
+        "--figures", type=Path, metavar="DIR", help="also draw the results as PNG and SVG"
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="print the content as JSON instead of writing the page"
+    )
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Gather, write, and say where; the exit status.
+
+    Raises:
+        ValueError: the folder holds nothing of a run.
+        OSError: there is no such folder, or a file cannot be written.
+        ImportError: Jinja is not installed.
+    """
+    content = gather(arguments.folder)
+    written = []
+    if arguments.csv is not None or arguments.figures is not None:
+        evaluation = load_evaluation(arguments.folder)
+        if arguments.csv is not None:
+            written += _write_tables(evaluation, arguments.csv)
+        if arguments.figures is not None:
+            books = [Codebook.from_dict(book) for book in evaluation.codebooks]
+            of_blocks = [books[block.codebook] for block in evaluation.blocks]
+            written += save_figures(evaluation, of_blocks, arguments.figures)
+    if arguments.json:
+        print(json.dumps(content, indent=1, allow_nan=False))
+        return 0
+    written.append(_write_page(content, arguments.out or arguments.folder / REPORT_FILE))
+    for path in written:
+        print(f"wrote {path}")
+    for entry in content["missing"]:
+        print(f"missing: {entry['part']}: {entry['why']} {entry['remedy'] or ''}".rstrip())
+    return 0
+
+
+def _write_tables(evaluation: Evaluation, folder: Path) -> list[Path]:
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    for name, text in csv_tables(evaluation).items():
+        write_atomically(folder / name, text.encode())
+        written.append(folder / name)
+    return written
+
+
+def write_report(folder: Path) -> Path:
+    """Write the page of a run into its folder; the path.
+
+    Raises:
+        As `gather` and `render`.
+    """
+    return _write_page(gather(folder), folder / REPORT_FILE)
+
+
+def _write_page(content: dict[str, Any], path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, render(content).encode())
+    return path

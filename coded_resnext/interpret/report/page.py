@@ -1,0 +1,181 @@
+"""The report as one HTML file, with style, script and data in it: nothing is loaded from afar."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import math
+from importlib.metadata import version
+from importlib.resources import files
+from typing import Any
+
+from .content import EXPERIMENTS
+from .packing import pack
+
+SCRIPTS = (
+    "base",
+    "chart",
+    "chooser",
+    "network",
+    "samples",
+    "curves",
+    "classifiers",
+    "exits",
+    "codebooks",
+    "training",
+    "main",
+)
+MANY_CLASSES = 100
+# What the template writes itself; the rest goes into the page as data.
+_STATIC = ("missing", "config", "command", "versions", "seconds", "title", "summary", "cost")
+
+
+def render(content: dict[str, Any]) -> str:
+    """The page of what `gather` found.
+
+    Nothing in a name or a setting is taken for markup: the template escapes, and the data is JSON
+    without any `<`. The page's own policy forbids every request and every other script.
+
+    Args:
+        content: of a run, as `gather` returns it.
+
+    Raises:
+        ImportError: Jinja is not installed.
+    """
+    try:
+        from jinja2 import Environment, StrictUndefined
+        from markupsafe import Markup
+    except ImportError as error:
+        raise ImportError("the report needs Jinja; install coded-resnext[report]") from error
+    assets = files(__package__) / "assets"
+
+    def asset(name: str) -> str:
+        return (assets / name).read_text(encoding="utf-8")
+
+    style = asset("page.css")
+    parts = "\n".join(asset(f"{name}.js") for name in SCRIPTS)
+    script = f'"use strict";\n(() => {{\n{parts}}})();\n'
+    environment = Environment(autoescape=True, undefined=StrictUndefined)
+    # Of many classes there are many short lists, and single precision keeps the file small.
+    precision = {"most_doubles": 0} if len(content["class_names"] or ()) > MANY_CLASSES else {}
+    data = pack({k: v for k, v in content.items() if k not in _STATIC}, **precision)
+    shown = parts_shown(content)
+    evaluation = content["evaluation"] or {}
+    return environment.from_string(asset("page.html")).render(
+        content=content,
+        data=data,
+        style=Markup(style),  # noqa: S704 - a file of this package
+        script=Markup(script),  # noqa: S704 - files of this package
+        style_hash=_hash(style),
+        script_hash=_hash(script),
+        subtitle=_subtitle(content),
+        tiles=tiles(content),
+        shown=shown,
+        sections=[(id_, text) for id_, text, key in _SECTIONS if key is None or shown[key]],
+        removal_note=_removal_note(evaluation.get("removal")),
+        thresholds_note=_thresholds_note(evaluation),
+        version=version("coded-resnext"),
+    )
+
+
+_SECTIONS = (
+    ("overview", "Overview", None),
+    ("paths", "Paths", "coded"),
+    ("early-decoding", "Early decoding", "early_decoding"),
+    ("removal", "Removing branches", "removal"),
+    ("classifiers", "Classifiers", "one_class"),
+    ("early-exit", "Early exit", "early_exit"),
+    ("codebooks", "Codebooks", "coded"),
+    ("training", "Training", "training"),
+    ("configuration", "Configuration", None),
+)
+
+
+def parts_shown(content: dict[str, Any]) -> dict[str, bool]:
+    """Which parts of the page there is content for."""
+    evaluation = content["evaluation"] or {}
+    return {
+        "coded": bool(content["codebooks"]),
+        "training": content["training_log"] is not None,
+        **{key: evaluation.get(key) is not None for key in EXPERIMENTS},
+    }
+
+
+def tiles(content: dict[str, Any]) -> list[dict[str, str]]:
+    """The headline numbers, as far as they are known."""
+    found: list[dict[str, str]] = []
+
+    def add(value: str, name: str, note: str = "") -> None:
+        found.append({"value": value, "name": name, "note": note})
+
+    evaluation, summary, cost = content["evaluation"], content["summary"], content["cost"]
+    if summary is not None:
+        images = f"{evaluation['test_samples']:,} images"
+        add(f"{100 * summary['test_accuracy']:.2f} %", "test accuracy", images)
+        early = summary["early_decoding"]
+        if early:
+            note = f"block {len(early)}: {100 * early[-1]:.1f} %" if len(early) > 1 else ""
+            add(f"{100 * early[0]:.1f} %", "decoded at the first coded block", note)
+        if evaluation["one_class"] is not None:
+            precisions = summary["single_class_average_precision"]
+            known = [value for value in precisions if value is not None]
+            mean = f"{math.fsum(known) / len(known):.3f}" if known else "n/a"
+            note = f"one class against the rest, {len(known):,} of {len(precisions):,} classes"
+            add(mean, "mean average precision", note)
+    if cost is not None:
+        whole, part = cost["network"], cost["classifier"]
+        size = content["image_size"]
+        image = f"an image of {size} by {size} pixels" if size else "one image"
+        add(_count(whole["parameters"]), "parameters", f"{whole['bytes'] / 1e6:.1f} MB")
+        add(_count(whole["macs"]), "multiply-accumulates", image)
+        if part is not None:
+            share = part["share_of_network"]
+            add(
+                f"{100 * share['parameters']:.0f} %",
+                "of the parameters do for one class",
+                f"and {100 * share['macs']:.0f} % of the multiply-accumulates",
+            )
+    return found
+
+
+def _count(number: int) -> str:
+    for size, letter in ((1_000_000_000, "G"), (1_000_000, "M")):
+        if number >= size:
+            return f"{number / size:.2f} {letter}"
+    return f"{number:,}"
+
+
+def _subtitle(content: dict[str, Any]) -> str:
+    parts = []
+    if content["class_names"] is not None:
+        parts.append(f"{len(content['class_names']):,} classes")
+        coded = len(content["block_codebooks"])
+        parts.append(f"{coded} coded blocks" if coded else "a plain network, without codebooks")
+    data = (content["config"] or {}).get("data")
+    if isinstance(data, str):
+        parts.append(data)
+    if content["seconds"] is not None:
+        minutes = content["seconds"] / 60
+        took = f"{minutes:.1f} minutes" if minutes < 90 else f"{minutes / 60:.1f} hours"
+        parts.append(f"trained in {took}")
+    return " · ".join(parts)
+
+
+def _removal_note(removal: dict[str, Any] | None) -> str:
+    repeats = (removal or {}).get("repeats", 1)
+    if repeats == 1:
+        return "Branches were drawn at random once."
+    return f"Branches were drawn at random {repeats} times; the band is one deviation."
+
+
+def _thresholds_note(evaluation: dict[str, Any]) -> str:
+    if evaluation.get("thresholds_from") == "test data":
+        return (
+            "Thresholds are those of the best F1 on the test images themselves, as there were no "
+            "others; precision, recall and F1 in the table are optimistic."
+        )
+    return "Thresholds are those of the best F1 on the training images."
+
+
+def _hash(text: str) -> str:
+    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode("ascii")

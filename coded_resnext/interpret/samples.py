@@ -1,0 +1,163 @@
+"""Single test images on their way through a network: what every block does, says and decides.
+
+Letters: n chosen images, N branches of a block, K classes, L coded blocks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..exit_calibration import ExitScores
+from ..models import CodedResNeXt
+from .exit_curve import scores_of
+from .observing import Observations, observe
+from .records import describe
+from .running import Loader, require_coded_blocks
+
+# Images of a data set with few classes; one of each class where there are more, up to the most.
+CHOSEN, MOST_CHOSEN = 240, 1000
+# Of these, one in so many places is for images that the network or a decoder misreads.
+MISREAD_SHARE = 4
+# Classes that are listed for every block: the nearest codewords.
+NEAREST = 3
+
+
+@dataclass(frozen=True, eq=False)
+class SampleBlock:
+    """One coded block and the chosen images."""
+
+    energies: Tensor
+    """`r Ebar`, (4): on the scale of a codeword, with rows that sum to A; `[n, N]`."""
+    decoded: tuple[int, ...]
+    """The class whose codeword is nearest, (9)."""
+    margins: tuple[float, ...]
+    """Of that reading, as early exit measures it."""
+    nearest: tuple[tuple[int, ...], ...]
+    """For every image the three classes of the nearest codewords, nearest first."""
+    shares: Tensor
+    """Share of the energy in the branches of these classes, 0 to 1; `[n, 3]`."""
+
+
+@dataclass(frozen=True, eq=False)
+class Samples:
+    """Chosen test images, ordered by true class and position."""
+
+    positions: tuple[int, ...]
+    """Place of every chosen image in the loader, counted from 0."""
+    targets: tuple[int, ...]
+    """True classes."""
+    predictions: tuple[int, ...]
+    """Classes of the classifier."""
+    probabilities: tuple[float, ...]
+    """Softmax of the predicted class."""
+    settled: tuple[int, ...]
+    """The coded block, counted from 0, from which on every decoder says what the classifier says;
+    L where the last decoder says something else."""
+    blocks: tuple[SampleBlock, ...]
+    """The coded blocks, in order."""
+    seed: int
+    """Of the choice."""
+
+    @classmethod
+    def of(cls, observed: Observations, *, limit: int | None = None, seed: int = 0) -> Samples:
+        """From what was observed of a coded network; arguments as `trace_samples`."""
+        if limit is None:
+            limit = min(max(CHOSEN, len(observed.class_names)), MOST_CHOSEN)
+        for name, value, low in (("limit", limit, 1), ("seed", seed, 0)):
+            if value < low:
+                raise ValueError(f"{name}: expected at least {low}, got {value}")
+        scores = scores_of(observed)
+        chosen = choose(scores, limit, seed)
+        blocks = []
+        for index, book in enumerate(observed.codebooks):
+            energies = observed.energies[index][chosen]
+            # As in decoding: of equal scores the lowest class.
+            order = (energies @ book.codewords.to(energies.dtype).T).sort(
+                dim=1, descending=True, stable=True
+            )
+            blocks.append(
+                SampleBlock(
+                    energies=book.ratio * energies,
+                    decoded=tuple(scores.decoded[chosen, index].tolist()),
+                    margins=tuple(scores.margins[chosen, index].tolist()),
+                    nearest=tuple(map(tuple, order.indices[:, :NEAREST].tolist())),
+                    shares=order.values[:, :NEAREST] / book.branches,
+                )
+            )
+        return cls(
+            positions=tuple(observed.gathered.positions[chosen].tolist()),
+            targets=tuple(scores.targets[chosen].tolist()),
+            predictions=tuple(scores.final[chosen].tolist()),
+            probabilities=tuple(observed.confidences[chosen].tolist()),
+            settled=tuple(_settled(scores.decoded[chosen], scores.final[chosen]).tolist()),
+            blocks=tuple(blocks),
+            seed=seed,
+        )
+
+    @property
+    def scores(self) -> ExitScores:
+        """What early exit needs to know of the images."""
+        return ExitScores(
+            decoded=torch.tensor([block.decoded for block in self.blocks]).T,
+            margins=torch.tensor([block.margins for block in self.blocks]).T,
+            final=torch.tensor(self.predictions),
+            targets=torch.tensor(self.targets),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready description."""
+        described: dict[str, Any] = describe(self)
+        return described
+
+
+def trace_samples(
+    model: CodedResNeXt, loader: Loader, *, limit: int | None = None, seed: int = 0
+) -> Samples:
+    """Follow some of the test images: the misread ones first, then as many of every class.
+
+    A quarter of the places is for images that the classifier misreads and, after them, those that
+    an early decoder reads otherwise than the classifier. What is left goes around the classes.
+
+    Args:
+        model: with at least one coded block; its mode is left as found.
+        loader: batches of images `[B, C, H, W]` and class indices `[B]`.
+        limit: images to choose at most, at least 1; by default 240, or one of every class where
+            there are more, up to 1000.
+        seed: of the choice, at least 0.
+
+    Raises:
+        ValueError: the network has no coded block, the loader has no batch, targets are not class
+            indices of the model, or a number is outside its range.
+    """
+    require_coded_blocks(model)
+    return Samples.of(observe(model, loader), limit=limit, seed=seed)
+
+
+def choose(scores: ExitScores, limit: int, seed: int) -> Tensor:
+    """Which images to follow, by true class and place; `[n]` with `n <= limit`."""
+    order = torch.from_numpy(np.random.default_rng(seed).permutation(len(scores.targets)))
+    wrong = scores.final != scores.targets
+    wavering = (scores.decoded != scores.final[:, None]).any(1)
+    misread = [*order[wrong[order]].tolist(), *order[(wavering & ~wrong)[order]].tolist()]
+    picked = dict.fromkeys(misread[: max(limit // MISREAD_SHARE, 1)])
+    waiting: dict[int, list[int]] = {}
+    for row in order.tolist():
+        if row not in picked:
+            waiting.setdefault(int(scores.targets[row]), []).append(row)
+    # One of every class in turn: round r takes the r-th of each.
+    rounds = sorted(
+        (turn, target, row) for target, rows in waiting.items() for turn, row in enumerate(rows)
+    )
+    picked |= dict.fromkeys(row for _, _, row in rounds[: limit - len(picked)])
+    return torch.tensor(sorted(picked, key=lambda row: (int(scores.targets[row]), row)))
+
+
+def _settled(decoded: Tensor, final: Tensor) -> Tensor:
+    """The block from which on all of `[n, L]` agree with `[n]`."""
+    agree = (decoded == final[:, None]).flip(1).long()
+    return decoded.shape[1] - agree.cumprod(1).sum(1)

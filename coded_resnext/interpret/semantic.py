@@ -1,0 +1,244 @@
+"""Is the code semantic? Class-to-class distances of the energies against codewords and confusion.
+
+Codewords are dealt to the classes without regard to what the classes look like. If a network put
+classes that look alike on like paths all the same, the distances between the energies of classes
+would depart from those between their codewords, and the more so the more two classes are confused.
+
+Letters as in docs/math.md: K classes, N branches.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ..codebook import Codebook
+from ..models import CodedResNeXt
+from .observing import Observations, observe
+from .paths import Paths
+from .records import describe
+from .running import Loader, require_coded_blocks
+
+Floats = NDArray[np.float64]
+PERMUTATIONS = 499
+LISTED = 20
+MATRIX_CLASSES = 100
+
+
+@dataclass(frozen=True)
+class ByDistance:
+    """Pairs of classes whose codewords differ in so many digits."""
+
+    distance: int
+    """Hamming distance of the codewords."""
+    pairs: int
+    energy_distance: float
+    """Mean Euclidean distance of the classes' mean energies `r Ebar`; with perfect energies it is
+    the square root of the Hamming distance."""
+    energy_deviation: float
+    """Standard deviation over the pairs (n - 1); 0 for one pair."""
+    confusion: float
+    """Mean confusion of the pairs: the probability that the network gives to the one class for
+    images of the other, both ways averaged."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two classes that lie nearer to each other than the distance of their codewords says."""
+
+    classes: tuple[int, int]
+    distance: int
+    """Hamming distance of the codewords."""
+    energy_distance: float
+    expected: float
+    """Mean energy distance of all pairs at this Hamming distance."""
+    confusion: float
+
+
+@dataclass(frozen=True, eq=False)
+class BlockSemantics:
+    """One coded block; correlations are None where one side does not vary."""
+
+    by_distance: tuple[ByDistance, ...]
+    """By Hamming distance, ascending."""
+    codeword_correlation: float | None
+    """Pearson's, of the energy distances with the Euclidean distances of the codewords: 1 when the
+    code alone decides."""
+    confusion_correlation: float | None
+    """Spearman's, of the energy distances, less their mean at the same Hamming distance, with the
+    confusion: below 0 when classes that are confused lie nearer than their codewords say."""
+    confusion_p: float | None
+    """Share of random relabellings of the classes that give a correlation as far from 0 (Mantel's
+    test, two-sided, seeded)."""
+    codeword_confusion_correlation: float | None
+    """Spearman's, of the Hamming distances with the confusion: below 0 when classes with near
+    codewords are confused more."""
+    nearest: tuple[Pair, ...]
+    """The 20 pairs that lie nearest, measured by what is expected."""
+    energy_distances: Tensor | None
+    """`[K, K]` of the classes with images, NaN rows for others; None for more than 100 classes."""
+
+
+@dataclass(frozen=True, eq=False)
+class Semantics:
+    """Whether the paths of classes say something about what the classes look like."""
+
+    classes: int
+    """Classes with images, which are compared."""
+    blocks: tuple[BlockSemantics, ...]
+    """The coded blocks, in order."""
+    permutations: int
+    seed: int
+
+    @classmethod
+    def of(cls, observed: Observations, paths: Paths, *, seed: int = 0) -> Semantics:
+        """From what was observed of a coded network.
+
+        Args:
+            observed: of the test images.
+            paths: of the same.
+            seed: of the relabellings.
+
+        Raises:
+            ValueError: fewer than three classes have images.
+        """
+        present = [index for index, count in enumerate(paths.samples_per_class) if count]
+        if len(present) < 3:
+            raise ValueError(
+                "classes: expected images of at least three to compare their distances, "
+                f"got images of {len(present)}"
+            )
+        chances = observed.probabilities[present][:, present].numpy()
+        confusion = (chances + chances.T) / 2
+        generator = np.random.default_rng((seed, 4))
+        orders = [generator.permutation(len(present)) for _ in range(PERMUTATIONS)]
+        blocks = tuple(
+            _compare(energies[present].numpy(), book, present, confusion, orders)
+            for energies, book in zip(paths.energies, observed.codebooks, strict=True)
+        )
+        return cls(len(present), blocks, PERMUTATIONS, seed)
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready description."""
+        described: dict[str, Any] = describe(self)
+        return described
+
+
+def compare_classes(model: CodedResNeXt, loader: Loader, *, seed: int = 0) -> Semantics:
+    """Compare the distances of classes in energies, codewords and confusion.
+
+    Args:
+        model: with at least one coded block; its mode is left as found.
+        loader: batches of images `[B, C, H, W]` and class indices `[B]`.
+        seed: of the relabellings, at least 0.
+
+    Raises:
+        ValueError: the network has no coded block, the loader has no batch, targets are not class
+            indices of the model, or fewer than three classes have images.
+    """
+    require_coded_blocks(model)
+    observed = observe(model, loader)
+    return Semantics.of(observed, Paths.of(observed), seed=seed)
+
+
+def _compare(
+    energies: Floats,
+    book: Codebook,
+    present: list[int],
+    confusion: Floats,
+    orders: list[NDArray[np.int64]],
+) -> BlockSemantics:
+    words = book.codewords[present].double().numpy()
+    upper = np.triu_indices(len(present), 1)
+    hamming = np.rint(_squared_distances(words))[upper].astype(int)
+    matrix = np.sqrt(_squared_distances(energies))
+    distances, confused = matrix[upper], confusion[upper]
+    expected = np.zeros_like(distances)
+    groups = []
+    for distance in np.unique(hamming).tolist():
+        members = hamming == distance
+        group = distances[members]
+        expected[members] = group.mean()
+        groups.append(
+            ByDistance(
+                distance=distance,
+                pairs=len(group),
+                energy_distance=float(group.mean()),
+                energy_deviation=float(group.std(ddof=1)) if len(group) > 1 else 0.0,
+                confusion=float(confused[members].mean()),
+            )
+        )
+    excess = distances - expected
+    order = np.argsort(excess, kind="stable")[:LISTED].tolist()
+    correlation, p = _mantel(excess, confusion, upper, orders)
+    every = None
+    if book.classes <= MATRIX_CLASSES:
+        every = torch.full((book.classes, book.classes), float("nan"), dtype=torch.float64)
+        every[torch.tensor(present)] = 0.0
+        every[torch.tensor(present)[:, None], torch.tensor(present)] = torch.from_numpy(matrix)
+    return BlockSemantics(
+        by_distance=tuple(groups),
+        codeword_correlation=_pearson(distances, np.sqrt(hamming)),
+        confusion_correlation=correlation,
+        confusion_p=p,
+        codeword_confusion_correlation=_pearson(_ranks(hamming), _ranks(confused)),
+        nearest=tuple(
+            Pair(
+                classes=(present[upper[0][pair]], present[upper[1][pair]]),
+                distance=int(hamming[pair]),
+                energy_distance=float(distances[pair]),
+                expected=float(expected[pair]),
+                confusion=float(confused[pair]),
+            )
+            for pair in order
+        ),
+        energy_distances=every,
+    )
+
+
+def _mantel(
+    excess: Floats,
+    confusion: Floats,
+    upper: tuple[NDArray[np.int64], NDArray[np.int64]],
+    orders: list[NDArray[np.int64]],
+) -> tuple[float | None, float | None]:
+    """Spearman's correlation of pairs, and how often a relabelling gives one as far from 0."""
+    ranked = np.zeros_like(confusion)
+    ranked[upper] = _ranks(confusion[upper])
+    ranked += ranked.T
+    ranks = _ranks(excess)
+    found = _pearson(ranks, ranked[upper])
+    if found is None:
+        return None, None
+    centred = ranks - ranks.mean()
+    # Relabelling changes neither mean nor deviation, so that inner products compare as well.
+    limit = abs(centred @ ranked[upper]) * (1 - 1e-12)
+    extreme = sum(abs(centred @ ranked[np.ix_(order, order)][upper]) >= limit for order in orders)
+    return found, (1 + int(extreme)) / (1 + len(orders))
+
+
+def _squared_distances(rows: Floats) -> Floats:
+    """`[K, N]` to `[K, K]`."""
+    norms = (rows * rows).sum(1)
+    squared: Floats = np.maximum(norms[:, None] + norms - 2 * rows @ rows.T, 0)
+    np.fill_diagonal(squared, 0)
+    return squared
+
+
+def _ranks(values: NDArray[Any]) -> Floats:
+    """Ranks from 0; equal values share their mean rank."""
+    _, places, counts = np.unique(values, return_inverse=True, return_counts=True)
+    ends = np.cumsum(counts)
+    ranks: Floats = (ends - (counts + 1) / 2)[places]
+    return ranks
+
+
+def _pearson(first: Floats, second: Floats) -> float | None:
+    if np.ptp(first) == 0 or np.ptp(second) == 0:
+        return None
+    return float(np.corrcoef(first, second)[0, 1])
