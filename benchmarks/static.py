@@ -173,7 +173,7 @@ def _is_inside(body: Sequence[Instruction], other: Sequence[Instruction]) -> boo
 
 def faults_of(figures: dict[str, Any], row: Any) -> list[str]:
     """The limits that a compiled row breaks, in words."""
-    limits = limits_of(figures["kernel"])
+    limits = limits_of(figures["kernel"], dict(row.constexprs).get("WIDTH", 0))
     if limits is None:
         return ["no limits are stated for this kernel"]
     faults = []
