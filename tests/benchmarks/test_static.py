@@ -137,10 +137,10 @@ def test_limits_differ_by_version(monkeypatch: pytest.MonkeyPatch) -> None:
     assert static_limits.limits_of("some_kernel") == Limits(registers=140)
     monkeypatch.setattr(static_limits.triton, "__version__", "3.10.0")
     assert static_limits.limits_of("some_kernel") == Limits(registers=128)
-    assert static_limits.limits_of("some_kernel", width=44) == Limits(registers=128)
-    monkeypatch.setitem(static_limits.LIMITS, "some_kernel wide", Limits(registers=200))
-    assert static_limits.limits_of("some_kernel", width=44) == Limits(registers=200)
-    assert static_limits.limits_of("some_kernel", width=32) == Limits(registers=128)
+    assert static_limits.limits_of("some_kernel", 64) == Limits(registers=128)
+    monkeypatch.setitem(static_limits.LIMITS, "some_kernel 64", Limits(registers=200))
+    assert static_limits.limits_of("some_kernel", 64) == Limits(registers=200)
+    assert static_limits.limits_of("some_kernel", 32) == Limits(registers=128)
 
 
 def nested(unrolled: int) -> Code:
