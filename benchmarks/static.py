@@ -9,7 +9,8 @@ reads the machine code. `--quick` takes the rows that continuous integration has
 tensor cores. `instr/B` is the number of warp instructions for each byte that must move between
 memory and chip, all work on a sample counted: a GPU can issue only so many (gpus.py), so above
 that a kernel cannot keep up with its memory. `floor` is the time that the bytes of a batch of 256
-take on the named GPUs of that architecture. Exit status 1 when a limit of static_limits.py is broken.
+take on the named GPUs of that architecture. Exit status 1 when a limit of static_limits.py is
+broken.
 """
 
 from __future__ import annotations

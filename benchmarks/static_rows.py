@@ -3,10 +3,10 @@
 The stages of ResNeXt-50 that are coded by default have branches of 16 and 32 channels. A codebook
 may be asked for in the first two stages too, so the energies' limits hold at their widths, 4 and 8.
 
-The branch sum as one fused kernel competes with cuBLAS behind the kernel that scales the branches. It
-wins nothing unless it issues a step of its main loop in fewer clocks than the tensor cores take for
-it. It is compiled with the affine map, the DropSubNNs mask and the sums of BatchNorm, and once more
-with the energies taken from its tiles, which is the form that was rejected for that count.
+The branch sum as one fused kernel competes with cuBLAS behind the kernel that scales the branches.
+It wins nothing unless it issues a step of its main loop in fewer clocks than the tensor cores take
+for it. It is compiled with the affine map, the DropSubNNs mask and the sums of BatchNorm, and once
+more with the energies taken from its tiles, which is the form that was rejected for that count.
 """
 
 from __future__ import annotations
