@@ -69,7 +69,8 @@ def test_shipped_kernels_keep_their_limits(compiled: Path, tmp_path: Path) -> No
         assert 16 <= row["registers"] <= 255
         assert row["instructions"] > row["loop_instructions"] > 10
         assert row["spilled"] == 0
-        assert row["instructions_per_byte"] > 0.01
+        if static_limits.LIMITS.get(row["kernel"], Limits(0)).per_byte is not None:
+            assert row["instructions_per_byte"] > 0.01
 
 
 def test_the_jit_finds_the_shipped_kernels(compiled: Path, tmp_path: Path) -> None:
