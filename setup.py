@@ -78,7 +78,7 @@ class EditableWheel(editable_wheel):
                 (package / path.name).symlink_to(path)
             options = [option for arch in archs for option in ("--arch", arch)]
             command = "import sys; from coded_resnext.cli import main; sys.exit(main())"
-            subprocess.run(
+            subprocess.run(  # noqa: S603
                 [sys.executable, "-P", "-c", command, "build-kernels", *options],
                 env={**os.environ, "PYTHONPATH": folder},
                 check=True,

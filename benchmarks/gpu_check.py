@@ -2,10 +2,10 @@
 
     python benchmarks/gpu_check.py --out benchmarks/results
 
-One command of less than eight minutes. First every operator and gradient against float64 at the sizes
-of the paper's networks in every dtype, a hundred repeats, PyTorch's own checks of the registered
-operators, and `torch.compile`; then the times of those that were right, beside eager and compiled
-forms of the definition, and against the criteria below. Writes `gpu_check.json`.
+One command of less than eight minutes. First every operator and gradient against float64 at the
+sizes of the paper's networks in every dtype, a hundred repeats, PyTorch's own checks of the
+registered operators, and `torch.compile`; then the times of those that were right, beside eager and
+compiled forms of the definition, and against the criteria below. Writes `gpu_check.json`.
 
 Without a GPU it says so, in the file too, and exits with status 2. `--dry-run` takes every path at
 tiny sizes on the CPU, the kernels in Triton's interpreter; its times mean nothing.
@@ -104,9 +104,7 @@ def check(*, dry: bool, minutes: float) -> dict[str, Any]:
         for row in results[section]
         for fault in row["wrong"]
     ]
-    failed = {
-        (row["operator"], row["place"], row["dtype"]) for row in agreement if row["wrong"]
-    }
+    failed = {(row["operator"], row["place"], row["dtype"]) for row in agreement if row["wrong"]}
 
     print("times")
     bandwidth = None
@@ -194,7 +192,10 @@ def _figure(row: dict[str, Any], name: str) -> float | None:
 
 def report(results: dict[str, Any]) -> str:
     """The results as text."""
-    lines = ["", f"{'operator, place, dtype, pass':<58} {'ms':>9} {'floor':>6}  other forms / kernel"]
+    lines = [
+        "",
+        f"{'operator, place, dtype, pass':<58} {'ms':>9} {'floor':>6}  other forms / kernel",
+    ]
     for row in results["times"]:
         if "kernel" not in row["ms"]:
             continue
