@@ -82,7 +82,9 @@ def test_choosing_a_test_image_shows_its_way(page: Any, run: Run) -> None:
             assert said.inner_text().startswith("✓" if block.prediction == target else "✗")
         with torch.inference_mode():
             _, all_energies = run.model(image, return_energies=True)
-        decoded = [int(decode(e, b)) for e, b in zip(all_energies, run.model.codebooks)]
+        decoded = [
+            int(decode(e, b)) for e, b in zip(all_energies, run.model.codebooks, strict=True)
+        ]
         settled = 3
         while settled and decoded[settled - 1] == traced.prediction:
             settled -= 1
