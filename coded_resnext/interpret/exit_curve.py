@@ -103,7 +103,7 @@ def _margins(scores: ExitScores) -> list[float]:
 
     They lie halfway between two that occur, so that rounding moves no image to the other side.
     """
-    found = scores.margins.double().flatten().sort().values
+    found = torch.cat([torch.zeros(1), scores.margins.flatten()]).double().sort().values
     shares = torch.linspace(0, 1, STEPS, dtype=torch.float64)
     places = (shares * (len(found) - 1)).round().long().clamp(min=1)
     below, above = found[places - 1], found[places]

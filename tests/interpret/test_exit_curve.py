@@ -8,6 +8,7 @@ from small_networks import make_data
 
 from coded_resnext import EarlyExit, create_model
 from coded_resnext.cost import network_cost
+from coded_resnext.data import batches
 from coded_resnext.early_exit import exit_macs, predict_early
 from coded_resnext.interpret import exit_curve
 
@@ -57,3 +58,9 @@ def test_batches_do_not_matter(network, data):
     other.batch_size = 50
     found, expected = exit_curve(network, other), exit_curve(network, data)
     assert [point.exits for point in found.points] == [point.exits for point in expected.points]
+
+
+def test_one_image_is_enough(network, data):
+    one = batches(data.images[:1], data.targets[:1])
+    curve = exit_curve(network, one)
+    assert {point.exits for point in curve.points} >= {(1, 0, 0, 0), (0, 0, 0, 1)}
