@@ -2,13 +2,14 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint type bench clean
+.PHONY: demo test lint type bench torture kernels clean
 
 demo: .venv/train.stamp
 	$(BIN)/python train/digits.py --out runs/digits --resume
 
+# One thread a worker: the tensors of the tests are too small to share.
 test: .venv/dev.stamp
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 lint: .venv/dev.stamp
 	$(BIN)/ruff check .
@@ -22,6 +23,16 @@ type: .venv/dev.stamp
 
 bench: .venv/dev.stamp
 	$(BIN)/python -m pytest benchmarks --benchmark-only
+
+# Kills, signals and flipped bits by the hundred; docs/reliability.md has the figures of a run.
+torture: .venv/dev.stamp
+	OMP_NUM_THREADS=1 $(BIN)/python tests/torture.py
+
+# Compute capabilities, with spaces between them.
+ARCHS ?= 80 90 100
+
+kernels: .venv/dev.stamp
+	$(BIN)/coded-resnext build-kernels $(addprefix --arch ,$(ARCHS))
 
 clean:
 	rm -rf .venv build dist *.egg-info

@@ -1,19 +1,84 @@
 """Packaging of Coded ResNeXt: `kernels/` is installed as `coded_resnext.kernels`."""
 
+import os
+import subprocess
+import sys
+import tempfile
+from importlib.util import find_spec
 from pathlib import Path
 
 from setuptools import setup
+from setuptools.command.editable_wheel import editable_wheel
 
 VERSION = "0.1.0"
 
-TRAIN = ["pillow>=10", "scikit-learn>=1.5", "tensorboard>=2.17", "tqdm>=4.66"]
+TRAIN = [
+    "pillow>=10",
+    "pyyaml>=6",
+    "scikit-learn>=1.5",
+    "tensorboard>=2.17",
+    "timm>=1.0.15",
+    "torchvision>=0.26",
+    "tqdm>=4.66",
+]
 REPORT = ["jinja2>=3.1", "matplotlib>=3.9", "pillow>=10", "scikit-learn>=1.5"]
 CODES = ["matplotlib>=3.9"]
 EXPORT = ["onnx>=1.17", "onnxruntime>=1.20", "onnxscript>=0.2"]
+KERNELS = ["ninja>=1.11"]
 BROWSER = ["axe-playwright-python>=0.1.7", "playwright>=1.50"]
-TEST = [*TRAIN, *REPORT, "hypothesis>=6.100", "pytest>=8.3", *BROWSER]
+TEST = [
+    *TRAIN,
+    *REPORT,
+    *EXPORT,
+    *KERNELS,
+    *BROWSER,
+    "hypothesis>=6.100",
+    "pytest>=8.3",
+    "pytest-xdist>=3.6",
+    "setuptools>=70.1",
+]
 BENCH = ["pytest-benchmark>=5.1"]
 DEV = [*TEST, *BENCH, "build>=1.2", "mypy==2.4.1", "ruff==0.17.6"]
+
+ARCHS_VARIABLE = "CODED_RESNEXT_BUILD_ARCHS"
+
+
+class EditableWheel(editable_wheel):
+    """An editable install that also compiles the kernels, where the environment asks for it.
+
+    CODED_RESNEXT_BUILD_ARCHS holds compute capabilities, such as "80 90". The kernels are bound to
+    the Triton that compiles them, so only a build in the environment of use makes sense
+    (`--no-build-isolation`); an isolated one says that it skips this.
+    """
+
+    def run(self) -> None:
+        super().run()
+        archs = os.environ.get(ARCHS_VARIABLE, "").replace(",", " ").split()
+        if not archs:
+            return
+        if find_spec("triton") is None or find_spec("torch") is None:
+            print(
+                f"coded-resnext: {ARCHS_VARIABLE} is set, but this is an isolated build without "
+                "torch and triton: no kernels are compiled. Install with --no-build-isolation, or "
+                "run `coded-resnext build-kernels` afterwards.",
+                file=sys.stderr,
+            )
+            return
+        root = Path(__file__).resolve().parent
+        with tempfile.TemporaryDirectory() as folder:
+            # The package as it will look when installed, made of links.
+            package = Path(folder, "coded_resnext")
+            package.mkdir()
+            for path in [*(root / "coded_resnext").iterdir(), root / "kernels"]:
+                (package / path.name).symlink_to(path)
+            options = [option for arch in archs for option in ("--arch", arch)]
+            command = "import sys; from coded_resnext.cli import main; sys.exit(main())"
+            subprocess.run(
+                [sys.executable, "-P", "-c", command, "build-kernels", *options],
+                env={**os.environ, "PYTHONPATH": folder},
+                check=True,
+            )
+
 
 setup(
     name="coded-resnext",
@@ -50,11 +115,13 @@ setup(
         "report": REPORT,
         "codes": CODES,
         "export": EXPORT,
+        "kernels": KERNELS,
         "test": TEST,
         "bench": BENCH,
         "dev": DEV,
         "all": sorted({*TRAIN, *REPORT, *CODES, *EXPORT, *DEV}),
     },
+    cmdclass={"editable_wheel": EditableWheel},
     entry_points={"console_scripts": ["coded-resnext = coded_resnext.cli:main"]},
     classifiers=[
         "Development Status :: 3 - Alpha",

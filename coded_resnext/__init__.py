@@ -8,8 +8,10 @@ from .extract import extract_classifier, extract_subset
 from .extracted import ExtractedClassifier, ExtractedNetwork
 from .layers import CodedBottleneck, DropSubNNs
 from .losses import CodedLoss, LossTerms
-from .models import CodedResNeXt, Stage
+from .models import CodedResNeXt
+from .pretrained import Pretrained, from_pretrained, push_to_hub, save_pretrained
 from .registry import create_model, list_models
+from .stages import Stage
 
 __all__ = [
     "Codebook",
@@ -23,6 +25,7 @@ __all__ = [
     "ExtractedClassifier",
     "ExtractedNetwork",
     "LossTerms",
+    "Pretrained",
     "Stage",
     "calibrate",
     "create_model",
@@ -30,5 +33,8 @@ __all__ = [
     "exit_scores",
     "extract_classifier",
     "extract_subset",
+    "from_pretrained",
     "list_models",
+    "push_to_hub",
+    "save_pretrained",
 ]

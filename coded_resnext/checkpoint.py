@@ -6,7 +6,6 @@ preprocessing and how the network was trained. Nothing in such a file is execute
 
 from __future__ import annotations
 
-import io
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -14,10 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import Tensor
+from torch import Tensor, nn
 
 from .codebook import Codebook
 from .data import Preprocessing
@@ -53,16 +51,28 @@ def save_model(
         model: the network.
         preprocessing: how images become its input.
         training: JSON-ready notes on how it was trained.
+
+    Raises:
+        ValueError: the network has no classifier, so that nothing could be made of the file.
     """
+    if not isinstance(model.head, nn.Linear):
+        raise ValueError("model: expected a network with its classifier, got one without")
     description = {
         "format_version": FORMAT_VERSION,
-        "config": model.config,
-        "class_names": list(model.class_names),
-        "codebooks": [codebook.to_dict() for codebook in model.stage_codebooks],
+        **describe_network(model),
         "preprocessing": None if preprocessing is None else preprocessing.to_dict(),
         "training": training or {},
     }
     write_tensors(path, model.state_dict(), description)
+
+
+def describe_network(model: CodedResNeXt) -> dict[str, Any]:
+    """Architecture, classes and codebooks, JSON-ready: what weights must fit."""
+    return {
+        "config": model.config,
+        "class_names": list(model.class_names),
+        "codebooks": [codebook.to_dict() for codebook in model.stage_codebooks],
+    }
 
 
 def load_model(path: str | Path, *, codebooks: Sequence[Codebook] | None = None) -> LoadedModel:
@@ -162,7 +172,11 @@ def check_codebooks(stored: Sequence[Codebook], expected: Sequence[Codebook]) ->
 
 
 def write_atomically(path: str | Path, content: bytes) -> None:
-    """Write a file so that a reader sees the old content or the new, never a part."""
+    """Write a file so that a reader sees the old content or the new, never a part.
+
+    Raises:
+        OSError: names the file; what it held before is intact.
+    """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -171,36 +185,17 @@ def write_atomically(path: str | Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
+        if os.name == "posix":
+            folder = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
+    except OSError as error:
+        raise OSError(
+            error.errno,
+            f"cannot write ({error.strerror or error}); older files are intact",
+            str(path),
+        ) from error
     finally:
         temporary.unlink(missing_ok=True)
-    if os.name == "posix":
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-
-
-def save_training_state(path: str | Path, state: dict[str, Any]) -> None:
-    """Write what a run needs to go on: tensors and plain values only."""
-    buffer = io.BytesIO()
-    torch.save({"format_version": FORMAT_VERSION, **state}, buffer)
-    write_atomically(path, buffer.getvalue())
-
-
-def load_training_state(path: str | Path) -> dict[str, Any]:
-    """Read what `save_training_state` wrote; nothing in the file is executed.
-
-    Raises:
-        ValueError: the file is damaged, or of another format version.
-    """
-    try:
-        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise ValueError(f"{path}: not a readable training state: {error}") from error
-    if state.get("format_version") != FORMAT_VERSION:
-        raise ValueError(
-            f"{path}: format_version: expected {FORMAT_VERSION}, "
-            f"got {state.get('format_version')!r}"
-        )
-    return state

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from . import doctor
 from .codebooks import command as codebook
-from .commands import extract, info, predict, report
+from .commands import build_kernels, convert, export, extract, info, predict, report
 from .interpret import command as evaluate
 
 
@@ -19,7 +19,19 @@ def make_parser() -> argparse.ArgumentParser:
         description="Networks whose branches are assigned to classes before training.",
     )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for module in (codebook, doctor, evaluate, extract, info, predict, report):
+    modules = (
+        build_kernels,
+        codebook,
+        convert,
+        doctor,
+        evaluate,
+        export,
+        extract,
+        info,
+        predict,
+        report,
+    )
+    for module in modules:
         module.add_parser(commands)
     return parser
 

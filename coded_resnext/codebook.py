@@ -341,7 +341,7 @@ class Codebook:
 
 def _checked_words(codewords: Tensor | Sequence[Sequence[int]]) -> Words:
     try:
-        matrix = torch.as_tensor(codewords).detach().cpu().numpy()
+        matrix = torch.as_tensor(codewords, device="cpu").detach().numpy()
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"codewords: expected a matrix [classes, branches]: {error}") from error
     if matrix.ndim != 2 or matrix.shape[0] < 2 or matrix.shape[1] < 1:

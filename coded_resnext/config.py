@@ -59,7 +59,8 @@ class TrainingConfig:
     amp_dtype: AmpDtype = "bfloat16"
     """`float16` scales the loss against underflow."""
     channels_last: bool = False
-    torchcompile: bool = False
+    torchcompile: str = ""
+    """Backend of `torch.compile` for the forward pass, such as `inductor`; empty is off."""
     sync_bn: bool = False
     """BatchNorm statistics over all processes in every step; on GPUs only."""
     dist_bn: DistBn = "reduce"

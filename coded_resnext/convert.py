@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from .codebook import Codebook
 from .layers import CodedBottleneck
-from .models import CodedResNeXt, Stage
+from .models import CodedResNeXt
+from .stages import Stage
 
 # Our names of a block's layers and the published ones.
 _LAYERS = {
@@ -73,7 +74,7 @@ def published_block(
         stride=stride,
         drop_branches=drop_branches,
     ).to(reduce.dtype)
-    block.load_state_dict(_block_state(state, block))
+    _load(block, _block_state(state, block), "")
     return block
 
 
@@ -83,12 +84,14 @@ def published_block_state(
     """The weights of a block under the published names: the way back from `published_block`.
 
     Args:
-        block: coded or plain; concatenating blocks have no published counterpart.
+        block: coded or plain; the ablations have no published counterpart.
         num_classes: `K`, needed for the all-ones mask of a plain block.
 
     Raises:
-        ValueError: `num_classes` is missing for a plain block, or the block concatenates.
+        ValueError: `num_classes` is missing for a plain block, or the block is an ablation.
     """
+    if not block.normalize:
+        raise ValueError("block: expected one with energy normalisation, got the ablation without")
     if block.is_coded and block.aggregation != "sum":
         raise ValueError("block: expected one that sums its branches, got aggregation='concat'")
     if block.codebook is not None:
@@ -124,8 +127,8 @@ def published_model(
         class_names: names of the K classes.
 
     Raises:
-        ValueError: the architecture has a layer that our networks lack, a tensor is missing, or a
-            shape does not fit.
+        ValueError: the architecture has a layer that our networks lack; or a tensor is missing, has
+            a shape that does not fit, or belongs to none of the layers.
     """
     state = {name: torch.as_tensor(value) for name, value in state_dict.items()}
     stem, blocks, head = _parse(architecture)
@@ -149,11 +152,15 @@ def published_model(
         drop_branches=max(float(architecture[index][5]) for index in blocks),
         head_bias=f"net_list.{head}.bias" in state,
     ).to(head_weight.dtype)
-    _load(model.stem[0], _below(state, "net_list.0."))
-    _load(model.stem[1], _below(state, "net_list.1."))
-    _load(model.head, _below(state, f"net_list.{head}."))
-    for block, part in zip(model.blocks, parts.values(), strict=True):
-        block.load_state_dict(_block_state(part, block))
+    unknown = sorted(state.keys() - published_model_state(model).keys())
+    if unknown:
+        raise ValueError(
+            f"state_dict: expected tensors of the architecture alone, got {', '.join(unknown[:8])}"
+        )
+    for index, layer in ((0, model.stem[0]), (1, model.stem[1]), (head, model.head)):
+        _load(layer, _below(state, f"net_list.{index}."), f"net_list.{index}.")
+    for (index, part), block in zip(parts.items(), model.blocks, strict=True):
+        _load(block, _block_state(part, block), f"net_list.{index}: ")
     return model
 
 
@@ -203,7 +210,7 @@ def _to_dense(grouped: Tensor, branches: int) -> Tensor:
 
 
 def _block_state(state: Mapping[str, Tensor], block: CodedBottleneck) -> dict[str, Tensor]:
-    """Our state dict of a block from the published one, shapes checked by `load_state_dict`."""
+    """Our state dict of a block from the published one; `_load` checks the shapes."""
     ours = {}
     for name in block.state_dict():
         if name == "codewords":
@@ -220,9 +227,19 @@ def _block_state(state: Mapping[str, Tensor], block: CodedBottleneck) -> dict[st
     return ours
 
 
-def _load(module: nn.Module, state: dict[str, Tensor]) -> None:
-    if isinstance(module, nn.BatchNorm2d):
+def _load(module: nn.Module, state: dict[str, Tensor], where: str) -> None:
+    """Load a layer, with the names and shapes that do not fit in the error."""
+    own = module.state_dict()
+    if "num_batches_tracked" in own:
         state.setdefault("num_batches_tracked", torch.tensor(0))
+    wrong = [f"no {where}{name}" for name in own if name not in state]
+    wrong += [
+        f"{where}{name} is {list(state[name].shape)}, expected {list(value.shape)}"
+        for name, value in own.items()
+        if name in state and state[name].shape != value.shape
+    ]
+    if wrong:
+        raise ValueError(f"state_dict: does not fit the layers: {'; '.join(wrong[:8])}")
     module.load_state_dict(state)
 
 

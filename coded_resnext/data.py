@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .pixels import to_channels
+
 if TYPE_CHECKING:
     from PIL.Image import Image
 
@@ -25,20 +27,26 @@ def derive_seed(*parts: int) -> int:
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How an image becomes a network's input: size, channels and normalisation."""
+    """How an image becomes a network's input: resizing, crop, channels and normalisation."""
 
     size: int
-    """Height and width in pixels; the shorter side is resized to it, then the centre is cut out."""
+    """Height and width of the input in pixels."""
     channels: int
     """1 for grey, 3 for RGB."""
     mean: tuple[float, ...]
     """Mean of every channel of intensities in 0..1, subtracted."""
     std: tuple[float, ...]
     """Standard deviation of every channel, divided by."""
+    resize: int | None = None
+    """What the shorter side is resized to before the centre is cut out; None means `size`."""
 
     def __post_init__(self) -> None:
         if self.size < 1:
             raise ValueError(f"size: expected a positive number of pixels, got {self.size}")
+        if self.resize is not None and self.resize < self.size:
+            raise ValueError(
+                f"resize: expected at least the size, {self.size} pixels, got {self.resize}"
+            )
         if self.channels not in (1, 3):
             raise ValueError(f"channels: expected 1 (grey) or 3 (RGB), got {self.channels}")
         for name, values in (("mean", self.mean), ("std", self.std)):
@@ -54,18 +62,12 @@ class Preprocessing:
         return (images - mean) / std
 
     def __call__(self, image: Image) -> Tensor:
-        """A PIL image of any mode and size to `[C, size, size]`, float32."""
-        image = image.convert("L" if self.channels == 1 else "RGB")
-        width, height = image.size
-        scale = self.size / min(width, height)
-        image = image.resize(
-            (max(self.size, round(width * scale)), max(self.size, round(height * scale)))
-        )
-        left, top = (image.width - self.size) // 2, (image.height - self.size) // 2
-        image = image.crop((left, top, left + self.size, top + self.size))
-        pixels = torch.from_numpy(np.array(image, dtype=np.float32)) / 255
-        pixels = pixels[None] if self.channels == 1 else pixels.permute(2, 0, 1)
-        return self.normalize(pixels)
+        """A PIL image of any mode and size to `[C, size, size]`, float32; bicubic resizing.
+
+        `pixels.to_channels` says what becomes of orientation, bit depth and colour space.
+        """
+        image = resize_and_cut(to_channels(image, self.channels), self.size, self.resize)
+        return self.normalize(intensities(image))
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready; `from_dict` reads it back."""
@@ -74,7 +76,37 @@ class Preprocessing:
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Preprocessing:
         """Read what `to_dict` wrote."""
-        return cls(data["size"], data["channels"], tuple(data["mean"]), tuple(data["std"]))
+        return cls(
+            data["size"],
+            data["channels"],
+            tuple(data["mean"]),
+            tuple(data["std"]),
+            data.get("resize"),
+        )
+
+
+def resize_and_cut(image: Image, size: int, resize: int | None = None) -> Image:
+    """The centre of an image, `size` pixels square, its shorter side first resized (bicubic).
+
+    Args:
+        image: any size.
+        size: height and width of the result.
+        resize: what the shorter side is resized to; None means `size`.
+    """
+    width, height = image.size
+    shorter = resize or size
+    scale = shorter / min(width, height)
+    new_size = (max(shorter, round(width * scale)), max(shorter, round(height * scale)))
+    if new_size != image.size:
+        image = image.resize(new_size)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return image.crop((left, top, left + size, top + size))
+
+
+def intensities(image: Image) -> Tensor:
+    """An 8-bit grey or RGB image as `[C, H, W]`, float32 in 0..1."""
+    pixels = torch.from_numpy(np.array(image, dtype=np.float32)) / 255
+    return pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1)
 
 
 class RandomShift:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .kernels import backends, coded_aggregate, coding_loss
+from .kernels.prebuilt import find_prebuilt, folders, toolchain
 
 # Largest accepted difference from the float64 reference, relative to the largest value. float32
 # carries 2**-24 per rounding and sums hundreds of terms; bfloat16 carries 2**-9 and is rounded
@@ -47,6 +48,8 @@ def run(_arguments: argparse.Namespace) -> int:
     print("devices        " + ", ".join(_device_name(device) for device in devices()))
     for name, reason in backends().items():
         print(f"backend        {name}: {'available' if reason is None else f'off: {reason}'}")
+    for line in prebuilt_kernels():
+        print(f"kernels        {line}")
     wrong = 0
     for label, error, tolerance in check_operations():
         verdict = "ok" if error <= tolerance else "WRONG"
@@ -54,6 +57,24 @@ def run(_arguments: argparse.Namespace) -> int:
         print(f"{verdict:<6} {label:<48} error {error:.1e} (at most {tolerance:.0e})")
     print("all operations agree with their definition" if wrong == 0 else f"{wrong} are WRONG")
     return int(wrong > 0)
+
+
+def prebuilt_kernels() -> Iterator[str]:
+    """What was compiled ahead of time and lies where this process looks, damage included."""
+    found, faults = find_prebuilt()
+    for source in found:
+        damaged = sum(source.files(key) is None for key in source.kernels)
+        text = f"{len(source.kernels)} prebuilt for {source.arch} in {source.folder}"
+        if not source.is_current:
+            text += f", of no use: they are for {source.toolchain}, this is {toolchain()}"
+        elif damaged:
+            text += f", {damaged} of them damaged: those are compiled when first used"
+        yield text
+    for fault in faults:
+        yield f"left out: {fault}"
+    if not found and not faults:
+        places = ", ".join(map(str, folders())) or "no folder"
+        yield f"none prebuilt in {places}; each is compiled when first used"
 
 
 def devices() -> list[torch.device]:

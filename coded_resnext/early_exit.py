@@ -20,6 +20,7 @@ from torch import Tensor
 
 from .checkpoint import write_atomically
 from .cost import stem_macs, stem_size
+from .layers import check_images
 from .models import CodedResNeXt
 from .sizes import BlockSizes, halved
 
@@ -146,9 +147,11 @@ def read_class(energies: Tensor, codewords: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         Class indices `[B]`, the lowest on ties, and margins `[B]` from 0 to 1 (see `EarlyExit`).
     """
-    # Autocast would round the energies to half precision and make ties.
-    with torch.autocast(energies.device.type, enabled=False):
-        scores = energies @ codewords.to(energies.dtype).T
+    if torch.is_autocast_enabled(energies.device.type):
+        # It would round the energies to half precision and make ties.
+        with torch.autocast(energies.device.type, enabled=False):
+            return read_class(energies, codewords)
+    scores = energies @ codewords.to(energies.dtype).T
     best = scores.topk(2).values
     return scores.argmax(1), (best[:, 0] - best[:, 1]) / energies.shape[1]
 
@@ -249,7 +252,5 @@ def check(model: CodedResNeXt, criterion: EarlyExit | None = None, x: Tensor | N
             f"criterion: expected a margin for each of {blocks} coded blocks, "
             f"got {len(criterion.margins)}"
         )
-    if x is not None and (x.ndim != 4 or x.shape[1] != model.in_channels or x.shape[0] == 0):
-        raise ValueError(
-            f"x: expected [B, {model.in_channels}, H, W] with B >= 1, got {list(x.shape)}"
-        )
+    if x is not None:
+        check_images(x, model.in_channels)

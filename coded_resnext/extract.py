@@ -77,7 +77,7 @@ def extract_classifier(
 
     Raises:
         ValueError: no such class (the nearest names are in the message), a network without coded
-            blocks or one that concatenates its branches, or a rank outside its range.
+            blocks, an ablation (concatenation, no normalisation), or a rank outside its range.
     """
     index = class_index(model.class_names, class_index_or_name)
     config = _config(model, [index], fold_batch_norm, skip_rank)
@@ -130,6 +130,8 @@ def _config(
     model: CodedResNeXt, classes: Sequence[int], folded: bool, skip_rank: float | None
 ) -> ExtractedConfig:
     """The architecture of what is cut out."""
+    if not all(block.normalize for block in model.coded_blocks):
+        raise ValueError("model: expected one with energy normalisation, got the ablation without")
     if not model.coded_blocks:
         raise ValueError(
             "model: expected at least one coded block, got a plain network (ratio one), "

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from .kernels.gram import branch_grams
 from .kernels.reference import accumulation_dtype, is_dead
+from .layers import check_images
 from .models import Stem
 from .sizes import BlockSizes
 
@@ -177,10 +178,7 @@ class ExtractedNetwork(nn.Module):
         Raises:
             ValueError: `x` has the wrong rank or channels, or no samples.
         """
-        if x.ndim != 4 or x.shape[1] != self.config.in_channels or x.shape[0] == 0:
-            raise ValueError(
-                f"x: expected [B, {self.config.in_channels}, H, W] with B >= 1, got {list(x.shape)}"
-            )
+        check_images(x, self.config.in_channels)
         x = self.stem(x)
         for block in self.blocks:
             x = block(x)

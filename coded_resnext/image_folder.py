@@ -5,12 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from .data import Preprocessing
+from .pixels import to_channels
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 TEST_FOLDERS = ("test", "val")
 TRAIN_FOLDER = "train"
@@ -36,7 +41,7 @@ class ImageFolder(Dataset[tuple[Tensor, int]]):
     ) -> None:
         _pillow()
         self.root, self.preprocessing = Path(root), preprocessing
-        found = _folders(self.root)
+        found = class_folders(self.root)
         missing = [name for name in class_names if name not in found]
         extra = [name for name in found if name not in class_names]
         if missing or extra:
@@ -44,17 +49,7 @@ class ImageFolder(Dataset[tuple[Tensor, int]]):
                 f"{self.root}: expected one folder for each of the {len(class_names)} classes of "
                 f"the model; {_listed('missing', missing)}, {_listed('no such class', extra)}"
             )
-        self.files: list[tuple[Path, int]] = []
-        for index, name in enumerate(class_names):
-            files = sorted(path for path in found[name].iterdir() if not path.name.startswith("."))
-            if not files:
-                raise ValueError(
-                    f"{found[name]}: expected images of the class, got an empty folder"
-                )
-            for path in files:
-                if path.is_dir():
-                    raise ValueError(f"{path}: expected an image, got a folder")
-            self.files += [(path, index) for path in files]
+        self.files = list_images(self.root, class_names)
 
     def __len__(self) -> int:
         return len(self.files)
@@ -65,8 +60,39 @@ class ImageFolder(Dataset[tuple[Tensor, int]]):
         return read_image(path, self.preprocessing), target
 
 
-def read_image(path: Path, preprocessing: Preprocessing) -> Tensor:
-    """An image file as a network's input, `[C, H, W]`.
+def list_images(
+    root: Path, class_names: Sequence[str], *, all_classes: bool = True
+) -> list[tuple[Path, int]]:
+    """The files `ROOT/CLASS/*` with their classes, in the order of classes and file names.
+
+    Hidden files are no images.
+
+    Args:
+        root: a folder with folders of these classes.
+        class_names: the classes in their order.
+        all_classes: whether a class without a folder, or with an empty one, is an error.
+
+    Raises:
+        NotADirectoryError: `root` is no folder.
+        ValueError: a class has no image, or a class folder holds another folder.
+    """
+    found = class_folders(root)
+    listed: list[tuple[Path, int]] = []
+    for index, name in enumerate(class_names):
+        folder = found.get(name)
+        paths = [] if folder is None else sorted(folder.iterdir())
+        files = [path for path in paths if not path.name.startswith(".")]
+        if all_classes and not files:
+            raise ValueError(f"{root / name}: expected images of the class, got an empty folder")
+        for path in files:
+            if path.is_dir():
+                raise ValueError(f"{path}: expected an image, got a folder")
+        listed += [(path, index) for path in files]
+    return listed
+
+
+def open_image(path: Path, channels: int) -> Image:
+    """An image file as 8-bit grey (1 channel) or RGB (3), read in full; see `pixels.to_channels`.
 
     Raises:
         ValueError: the file is not a readable image; the message names it.
@@ -75,7 +101,7 @@ def read_image(path: Path, preprocessing: Preprocessing) -> Tensor:
     image_module = _pillow()
     try:
         with image_module.open(path) as image:
-            return preprocessing(image)
+            return to_channels(image, channels)
     # What Pillow raises depends on the format and the damage.
     except (
         OSError,
@@ -85,6 +111,11 @@ def read_image(path: Path, preprocessing: Preprocessing) -> Tensor:
         image_module.DecompressionBombError,
     ) as error:
         raise ValueError(f"{path}: not a readable image: {error}") from error
+
+
+def read_image(path: Path, preprocessing: Preprocessing) -> Tensor:
+    """An image file as a network's input, `[C, H, W]`; raises as `open_image`."""
+    return preprocessing(open_image(path, preprocessing.channels))
 
 
 def find_images(paths: Sequence[str | Path]) -> list[Path]:
@@ -169,7 +200,7 @@ def find_splits(root: str | Path, class_names: Sequence[str]) -> tuple[Path | No
         ValueError: there are training images and no test images.
     """
     root = Path(root)
-    found = _folders(root)
+    found = class_folders(root)
     if set(found) == set(class_names):
         return None, root
     train = found.get(TRAIN_FOLDER)
@@ -181,7 +212,8 @@ def find_splits(root: str | Path, class_names: Sequence[str]) -> tuple[Path | No
     return None, root
 
 
-def _folders(root: Path) -> dict[str, Path]:
+def class_folders(root: Path) -> dict[str, Path]:
+    """The folders in a folder by name, hidden ones left out; NotADirectoryError if it is none."""
     if not root.is_dir():
         raise NotADirectoryError(f"{root}: expected a folder of images, found none")
     return {

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from .codebook import Codebook
 from .kernels import Aggregation, Backend, coded_aggregate, select_backend
+from .unnormalized import unnormalized_aggregate
 
 
 class DropSubNNs(nn.Module):
@@ -65,6 +66,8 @@ class CodedBottleneck(nn.Module):
         stride: of the 3x3 convolution and the skip connection.
         drop_branches: DropSubNNs probability `0 <= p < 1`; only coded blocks drop branches.
         aggregation: `"sum"`, or `"concat"`, the ablation of the paper's talk; a plain block sums.
+        normalize: whether energies are normalised, (3)-(4); without it, an ablation, the branches
+            are summed as they are and the block returns the energies (2).
         backend: implementation of the coded operation, see `coded_resnext.kernels`.
 
     Raises:
@@ -85,6 +88,7 @@ class CodedBottleneck(nn.Module):
         stride: int = 1,
         drop_branches: float = 0.0,
         aggregation: Aggregation = "sum",
+        normalize: bool = True,
         backend: Backend = "auto",
     ) -> None:
         super().__init__()
@@ -115,6 +119,7 @@ class CodedBottleneck(nn.Module):
         self.width = width
         self.codebook = codebook
         self.aggregation: Aggregation = aggregation
+        self.normalize = normalize
         self.backend: Backend = backend
 
         wide = branches * width
@@ -180,31 +185,42 @@ class CodedBottleneck(nn.Module):
             ValueError: `x` has the wrong rank or channels, or no samples; a mask has the wrong
                 shape, or is given to a plain block.
         """
-        if x.ndim != 4 or x.shape[1] != self.in_channels or x.shape[0] == 0:
-            raise ValueError(
-                f"x: expected [B, {self.in_channels}, H, W] with B >= 1, got {list(x.shape)}"
-            )
+        check_images(x, self.in_channels)
         h = F.relu(self.reduce_bn(self.reduce(x)), inplace=True)
         h = F.relu(self.grouped_bn(self.grouped(h)), inplace=True)
         energies: Tensor | None = None
         if self.is_coded:
             if drop_mask is None:
                 drop_mask = self.draw_drop_mask(x)
-            y, energies = coded_aggregate(
-                h,
-                self.expand.weight,
-                self.branches,
-                drop_mask=drop_mask,
-                keep_mask=keep_mask,
-                aggregation=self.aggregation,
-                backend=self.backend,
-            )
+            y, energies = self._aggregate(h, drop_mask, keep_mask)
         elif drop_mask is not None or keep_mask is not None:
             name = "drop_mask" if keep_mask is None else "keep_mask"
             raise ValueError(f"{name}: expected None, since this block has no codebook")
         else:
             y = self.expand(h)
         return F.relu(self.expand_bn(y) + self.skip(x)), energies
+
+    def _aggregate(
+        self, h: Tensor, drop_mask: Tensor | None, keep_mask: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        if not self.normalize:
+            return unnormalized_aggregate(
+                h,
+                self.expand.weight,
+                self.branches,
+                drop_mask=drop_mask,
+                keep_mask=keep_mask,
+                concatenate=self.aggregation == "concat",
+            )
+        return coded_aggregate(
+            h,
+            self.expand.weight,
+            self.branches,
+            drop_mask=drop_mask,
+            keep_mask=keep_mask,
+            aggregation=self.aggregation,
+            backend=self.backend,
+        )
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
@@ -223,3 +239,9 @@ class CodedBottleneck(nn.Module):
         if self.codebook is None:
             return f"branches={self.branches}, plain"
         return f"branches={self.branches}, active={self.codebook.active}"
+
+
+def check_images(x: Tensor, channels: int) -> None:
+    """Refuse what is not a batch of maps `[B, channels, H, W]`."""
+    if x.ndim != 4 or x.shape[1] != channels or x.shape[0] == 0:
+        raise ValueError(f"x: expected [B, {channels}, H, W] with B >= 1, got {list(x.shape)}")

@@ -40,6 +40,8 @@ class CodedLoss(nn.Module):
         exponent: `q >= 1` of (7).
         threshold: `t >= 0` of (7).
         label_smoothing: of the cross-entropy only, `0 <= s < 1`.
+        check_values: refuse numbers on the CPU that are not finite. Without it they go into the
+            loss, where the training engine finds them.
 
     Raises:
         ValueError: a number is outside its range, or the codebooks differ in their classes.
@@ -53,6 +55,7 @@ class CodedLoss(nn.Module):
         exponent: float = 4.0,
         threshold: float = 0.0,
         label_smoothing: float = 0.0,
+        check_values: bool = True,
     ) -> None:
         super().__init__()
         for name, value, low in (
@@ -70,10 +73,14 @@ class CodedLoss(nn.Module):
                     f"codebooks: block {index} and block 0 differ in their classes or class order"
                 )
         self.weight, self.exponent, self.threshold = weight, exponent, threshold
-        self.label_smoothing = label_smoothing
+        self.label_smoothing, self.check_values = label_smoothing, check_values
         self.blocks = len(codebooks)
         for index, codebook in enumerate(codebooks):
             self.register_buffer(f"codewords_{index}", codebook.codewords, persistent=False)
+
+    def codewords(self) -> list[Tensor]:
+        """The codewords `[K, N]` of every coded block, on the device of the loss."""
+        return [self.get_buffer(f"codewords_{index}") for index in range(self.blocks)]
 
     def forward(self, logits: Tensor, energies: Sequence[Tensor], targets: Tensor) -> LossTerms:
         """The loss of a batch.
@@ -96,7 +103,8 @@ class CodedLoss(nn.Module):
                 f"got {len(energies)}"
             )
         check_targets(targets, *logits.shape)
-        check_finite("logits", logits)
+        if self.check_values:
+            check_finite("logits", logits)
         if targets.ndim == 1:
             targets = targets.long()
         cross_entropy = F.cross_entropy(
@@ -107,12 +115,13 @@ class CodedLoss(nn.Module):
         coding = tuple(
             coding_loss(
                 energy,
-                self.get_buffer(f"codewords_{index}"),
+                codewords,
                 targets,
                 exponent=self.exponent,
                 threshold=self.threshold,
+                check_values=self.check_values,
             )
-            for index, energy in enumerate(energies)
+            for energy, codewords in zip(energies, self.codewords(), strict=True)
         )
         total = cross_entropy
         for term in coding:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Literal, get_args, overload
 
 import numpy as np
@@ -11,47 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from .codebook import Codebook
-from .codebooks.shipped import Size, shipped_sizes
 from .kernels import Aggregation, Backend
-from .layers import CodedBottleneck
+from .layers import CodedBottleneck, check_images
+from .stages import Stage, assign_codebooks, check_class_names
 
 if TYPE_CHECKING:
     from .early_exit import EarlyExit, EarlyPrediction
 
 Stem = Literal["conv3x3", "conv7x7"]
 Keep = int | Tensor | Sequence[Tensor | None]
-
-
-@dataclass(frozen=True)
-class Stage:
-    """A run of bottleneck blocks of one size."""
-
-    depth: int
-    """Number of blocks."""
-    channels: int
-    """Output channels `C` of every block."""
-    width: int
-    """Channels `D` of one branch."""
-    branches: int
-    """Number of branches `N`."""
-    active: int
-    """Branches `A` that work for each class; all of them (`A = N`) is a plain stage."""
-    stride: int = 1
-    """Stride of the first block."""
-
-    def __post_init__(self) -> None:
-        for name, value in asdict(self).items():
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"Stage.{name}: expected a positive integer, got {value!r}")
-        if self.active > self.branches:
-            raise ValueError(
-                f"Stage.active: expected at most {self.branches} branches, got {self.active}"
-            )
-
-    @property
-    def is_coded(self) -> bool:
-        """Whether a codebook assigns the branches of this stage to classes."""
-        return self.active < self.branches
 
 
 class CodedResNeXt(nn.Module):
@@ -73,6 +41,7 @@ class CodedResNeXt(nn.Module):
         drop_branches: DropSubNNs probability of the coded blocks, `0 <= p < 1`.
         head_bias: whether the classifier has a bias; the published one has none.
         aggregation: `"sum"`, or `"concat"`, the ablation of the paper's talk.
+        normalize: whether coded blocks normalise energies; False is an ablation.
         backend: implementation of the coded operation, see `coded_resnext.kernels`.
 
     Raises:
@@ -97,6 +66,7 @@ class CodedResNeXt(nn.Module):
         drop_branches: float = 0.1,
         head_bias: bool = False,
         aggregation: Aggregation = "sum",
+        normalize: bool = True,
         backend: Backend = "auto",
     ) -> None:
         super().__init__()
@@ -110,8 +80,8 @@ class CodedResNeXt(nn.Module):
         for name, value in (("stem_channels", stem_channels), ("in_channels", in_channels)):
             if value < 1:
                 raise ValueError(f"{name}: expected a positive integer, got {value}")
-        stage_codebooks = _stage_codebooks(stages, num_classes, codebooks, class_names)
-        self.class_names = _class_names(stage_codebooks, num_classes, class_names)
+        stage_codebooks = assign_codebooks(stages, num_classes, codebooks, class_names)
+        self.class_names = check_class_names(stage_codebooks, num_classes, class_names)
         self.stage_codebooks = tuple(book for book in stage_codebooks if book is not None)
         self.in_channels = in_channels
         self.num_classes = num_classes
@@ -124,6 +94,7 @@ class CodedResNeXt(nn.Module):
             "drop_branches": drop_branches,
             "head_bias": head_bias,
             "aggregation": aggregation,
+            "normalize": normalize,
         }
 
         self.stem = _make_stem(stem, in_channels, stem_channels)
@@ -142,6 +113,7 @@ class CodedResNeXt(nn.Module):
                         stride=stage.stride if index == 0 else 1,
                         drop_branches=drop_branches,
                         aggregation=aggregation,
+                        normalize=normalize,
                         backend=backend,
                     )
                 )
@@ -202,28 +174,110 @@ class CodedResNeXt(nn.Module):
         Raises:
             ValueError: an argument has the wrong shape, or a class is out of range.
         """
-        if x.ndim != 4 or x.shape[1] != self.in_channels or x.shape[0] == 0:
-            raise ValueError(
-                f"x: expected [B, {self.in_channels}, H, W] with B >= 1, got {list(x.shape)}"
-            )
+        features, energies = self._features(x, keep)
+        logits = self.forward_head(features)
+        return (logits, energies) if return_energies else logits
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Images `[B, in_channels, H, W]` to the map behind the last block, `[B, C, H', W']`."""
+        return self._features(x)[0]
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """The map behind the last block to logits `[B, K]`.
+
+        Args:
+            x: `[B, C, H', W']`, from `forward_features`.
+            pre_logits: stop behind the pooling, at `[B, C]`.
+        """
+        pooled = x.mean((2, 3))
+        logits: Tensor = pooled if pre_logits else self.head(pooled)
+        return logits
+
+    def get_classifier(self) -> nn.Module:
+        """The layer that makes the logits."""
+        return self.head
+
+    def reset_classifier(
+        self,
+        num_classes: int,
+        *,
+        codebooks: Sequence[Codebook] | None = None,
+        class_names: Sequence[str] | None = None,
+    ) -> None:
+        """Turn the network, in place, to other classes: a fresh head and codebooks of their number.
+
+        All other weights stay. With the number of classes that it has and nothing else given, the
+        network keeps its codebooks. A `CodedLoss` made before is for the old ones.
+
+        Args:
+            num_classes: number of classes `K`.
+            codebooks, class_names: as for the network itself.
+
+        Raises:
+            ValueError: as when a network is made.
+        """
+        if num_classes < 2:
+            raise ValueError(f"num_classes: expected at least 2, got {num_classes}")
+        if num_classes == self.config["num_classes"] and codebooks is None and class_names is None:
+            codebooks, class_names = self.stage_codebooks, self.class_names
+        stages = [Stage(**stage) for stage in self.config["stages"]]
+        books = assign_codebooks(stages, num_classes, codebooks, class_names)
+        self.class_names = check_class_names(books, num_classes, class_names)
+        self.stage_codebooks = tuple(book for book in books if book is not None)
+        for blocks, book in zip(self.stages, books, strict=True):
+            for block in blocks:  # type: ignore[attr-defined]
+                if book is not None:
+                    block.codebook = book
+                    block.register_buffer("codewords", book.codewords.to(block.codewords.device))
+        self.num_classes = self.config["num_classes"] = num_classes
+        like = self.stem[0].weight
+        self.head = nn.Linear(
+            self.config["stages"][-1]["channels"],
+            num_classes,
+            bias=self.config["head_bias"],
+            device=like.device,
+            dtype=like.dtype,
+        ).train(self.training)
+
+    def _features(
+        self,
+        x: Tensor,
+        keep: Keep | None = None,
+        *,
+        maps: list[Tensor] | None = None,
+        stages: int | None = None,
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The map behind the last block and the energies of every coded block.
+
+        Into `maps` go the maps behind the stem's ReLU and behind every stage; with `stages` only so
+        many of the stages are computed.
+        """
+        check_images(x, self.in_channels)
         keep_masks = iter(self._keep_masks(keep, x))
-        x = self.stem(x)
+        for layer in self.stem:
+            x = layer(x)
+            if maps is not None and isinstance(layer, nn.ReLU):
+                maps.append(x)
         all_energies: list[Tensor] = []
         drop_mask: Tensor | None = None
         previous: Codebook | None = None
-        for block in self.blocks:
-            if not block.is_coded:
-                x, _ = block(x)
-                previous = None
-                continue
-            # Consecutive blocks of one codebook silence the same branches.
-            if block.codebook is not previous:
-                drop_mask = block.draw_drop_mask(x)
-                previous = block.codebook
-            x, energies = block(x, drop_mask=drop_mask, keep_mask=next(keep_masks))
-            all_energies.append(energies)
-        logits = self.head(x.mean((2, 3)))
-        return (logits, all_energies) if return_energies else logits
+        for index, stage in enumerate(self.stages):
+            if index == stages:
+                break
+            for block in stage:  # type: ignore[attr-defined]
+                if not block.is_coded:
+                    x, _ = block(x)
+                    previous = None
+                    continue
+                # Consecutive blocks of one codebook silence the same branches.
+                if block.codebook is not previous:
+                    drop_mask = block.draw_drop_mask(x)
+                    previous = block.codebook
+                x, energies = block(x, drop_mask=drop_mask, keep_mask=next(keep_masks))
+                all_energies.append(energies)
+            if maps is not None:
+                maps.append(x)
+        return x, all_energies
 
     def predict_early(self, x: Tensor, criterion: EarlyExit) -> EarlyPrediction:
         """Classify images, each no further than it needs: see `early_exit.predict_early`."""
@@ -311,60 +365,3 @@ def _make_stem(stem: Stem, in_channels: int, channels: int) -> nn.Sequential:
     if not small:
         layers.append(nn.MaxPool2d(3, 2, 1))
     return nn.Sequential(*layers)
-
-
-def default_codebook(
-    classes: int, branches: int, active: int, class_names: Sequence[str] | None = None
-) -> Codebook:
-    """The shipped codebook of a size, or the one that a seeded search finds."""
-    size = Size(classes, branches, active)
-    shipped = size in shipped_sizes()
-    codebook = Codebook.shipped(*size) if shipped else Codebook.search(*size)
-    return codebook if class_names is None else codebook.with_class_names(class_names)
-
-
-def _stage_codebooks(
-    stages: Sequence[Stage],
-    num_classes: int,
-    codebooks: Sequence[Codebook] | None,
-    class_names: Sequence[str] | None,
-) -> list[Codebook | None]:
-    """The codebook of every stage, None for plain ones; equal ones are one object."""
-    coded = [stage for stage in stages if stage.is_coded]
-    if codebooks is None:
-        codebooks = [
-            default_codebook(num_classes, stage.branches, stage.active, class_names)
-            for stage in coded
-        ]
-    if len(codebooks) != len(coded):
-        raise ValueError(
-            f"codebooks: expected one for each of {len(coded)} coded stages, got {len(codebooks)}"
-        )
-    for stage, codebook in zip(coded, codebooks, strict=True):
-        expected = (num_classes, stage.branches, stage.active)
-        found = (codebook.classes, codebook.branches, codebook.active)
-        if found != expected:
-            raise ValueError(
-                "codebooks: expected (classes, branches, active) = "
-                f"{expected} as in the stage, got {found}"
-            )
-        if codebook.class_names != codebooks[0].class_names:
-            raise ValueError("codebooks: expected the same classes in the same order in all")
-    unique = {codebook: codebook for codebook in reversed(codebooks)}
-    remaining = iter(codebooks)
-    return [unique[next(remaining)] if stage.is_coded else None for stage in stages]
-
-
-def _class_names(
-    codebooks: Sequence[Codebook | None], num_classes: int, class_names: Sequence[str] | None
-) -> tuple[str, ...]:
-    """The names of the classes; the codebooks' when there are any, and they must agree."""
-    known = next((book.class_names for book in codebooks if book is not None), None)
-    if class_names is None:
-        return known or tuple(map(str, range(num_classes)))
-    names = tuple(class_names)
-    if len(names) != num_classes or len(set(names)) != num_classes:
-        raise ValueError(f"class_names: expected {num_classes} distinct names, got {len(names)}")
-    if known is not None and names != known:
-        raise ValueError("class_names: expected the classes of the codebooks, in their order")
-    return names

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .codebook import Codebook
-from .models import CodedResNeXt, Stage
+from .models import CodedResNeXt
+from .stages import Stage
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,18 @@ def _digits(active: tuple[int, ...]) -> list[Stage]:
     ]
 
 
+def _small(active: tuple[int, ...]) -> list[Stage]:
+    """For a CPU: few pixels, since every stage halves the map. Channels as in `_digits`."""
+    return [
+        Stage(depth, 60 << i, 4 << i, 10, a, stride=2)
+        for i, (depth, a) in enumerate(zip((1, 2, 2), active, strict=True))
+    ]
+
+
 NETWORKS = {
+    "resnext17_10x4d": Network(
+        _small, 10, (10, 5, 3), 10, {"stem_channels": 32}, codebook_variant="paper"
+    ),
     "resnext29_10x11d": Network(_cifar(10, 11), 10, (10, 5, 3), 10, codebook_variant="paper"),
     "resnext29_20x6d": Network(_cifar(20, 6), 20, (20, 8, 4), 100),
     "resnext50_32x4d": Network(_resnext50, 32, (32, 32, 16, 8), 1000, {"stem": "conv7x7"}),
@@ -79,6 +91,11 @@ def create_model(name: str, **overrides: Any) -> CodedResNeXt:
         ValueError: there is no such network, or an override does not fit.
         TypeError: an override is not an argument of `CodedResNeXt`.
     """
+    return CodedResNeXt(**network_arguments(name, **overrides))
+
+
+def network_arguments(name: str, **overrides: Any) -> dict[str, Any]:
+    """The arguments of `CodedResNeXt` that make a named network; as `create_model`."""
     if name not in list_models():
         raise ValueError(f"name: expected one of {', '.join(list_models())}; got {name!r}")
     network = NETWORKS[name.removeprefix("coded_")]
@@ -99,4 +116,4 @@ def create_model(name: str, **overrides: Any) -> CodedResNeXt:
             if a < network.branches
         ]
         arguments["codebooks"] = [b.with_class_names(names) if names else b for b in books]
-    return CodedResNeXt(**arguments)
+    return arguments

@@ -6,26 +6,24 @@ import csv
 import io
 import json
 import platform
-import sys
-import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from .checkpoint import (
-    MODEL_FILE,
-    load_training_state,
-    save_training_state,
-    write_atomically,
-)
+from .checkpoint import MODEL_FILE, write_atomically
+from .distributed import World
+from .training_state import load_state, save_state
 
 CONFIG_FILE = "config.json"
 METRICS_FILE = "metrics.csv"
-STATE_FILE = "state.pt"
 SUMMARY_FILE = "summary.json"
+BEST_FILE = "best.safetensors"
+AVERAGE_FILE = "model_ema.safetensors"
+# These change what is shown and how often it is saved, not what comes out.
+FREE_SETTINGS = ("log_interval", "recovery_interval", "log_wandb")
 
 
 class RunFolder:
@@ -35,6 +33,7 @@ class RunFolder:
         path: the folder.
         config: JSON-ready description of the run; a run is only resumed under the same one.
         resume: go on with the run that the folder holds, if it holds one.
+        world: the processes of the run; the main one alone looks at the folder and writes to it.
 
     Raises:
         ValueError: the folder holds a run and `resume` is not set, or one of another
@@ -42,29 +41,39 @@ class RunFolder:
         OSError: the folder cannot be made or written.
     """
 
-    def __init__(self, path: str | Path, config: dict[str, Any], *, resume: bool = False) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        config: dict[str, Any],
+        *,
+        resume: bool = False,
+        world: World | None = None,
+    ) -> None:
         self.path = Path(path)
+        # As read back from JSON, so that tuples and lists compare equal.
+        self.config = json.loads(json.dumps(config))
+        (world or World()).on_main(lambda: self._open(resume=resume))
+
+    def _open(self, *, resume: bool) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
         config_path = self.path / CONFIG_FILE
-        # As read back from JSON, so that tuples and lists compare equal.
-        config = json.loads(json.dumps(config))
-        if config_path.exists():
-            if not resume:
-                raise ValueError(
-                    f"out: {self.path} holds a run already; resume it (--resume) or choose "
-                    "another folder"
-                )
-            stored = json.loads(config_path.read_text(encoding="utf-8"))
-            differing = sorted(
-                key for key in stored.keys() | config.keys() if stored.get(key) != config.get(key)
+        if not config_path.exists():
+            self.write_json(CONFIG_FILE, self.config)
+            return
+        if not resume:
+            raise ValueError(
+                f"out: {self.path} holds a run already; resume it (--resume) or choose "
+                "another folder"
             )
-            if differing:
-                changes = "; ".join(
-                    f"{key} was {stored.get(key)!r}, is {config.get(key)!r}" for key in differing
-                )
-                raise ValueError(f"out: {self.path} holds a run of another kind: {changes}")
-        else:
-            self.write_json(CONFIG_FILE, config)
+        stored = json.loads(config_path.read_text(encoding="utf-8"))
+        differing = differences(stored, self.config, ignore=FREE_SETTINGS)
+        if differing:
+            raise ValueError(
+                f"out: {self.path} holds a run of another kind: {'; '.join(differing)}"
+            )
+        # What a process left that was killed while it wrote.
+        for stale in self.path.glob(".*.tmp"):
+            stale.unlink()
 
     @property
     def model_path(self) -> Path:
@@ -77,7 +86,7 @@ class RunFolder:
         write_atomically(self.path / name, text.encode())
         return self.path / name
 
-    def write_metrics(self, history: Sequence[dict[str, float]]) -> None:
+    def write_metrics(self, history: Sequence[Mapping[str, float]]) -> None:
         """Write the CSV log: one row for every epoch."""
         buffer = io.StringIO()
         writer = csv.DictWriter(buffer, fieldnames=list(history[0]), lineterminator="\n")
@@ -85,47 +94,42 @@ class RunFolder:
         writer.writerows(history)
         write_atomically(self.path / METRICS_FILE, buffer.getvalue().encode())
 
-    def save_state(self, state: dict[str, Any]) -> None:
-        """Write what resuming needs."""
-        save_training_state(self.path / STATE_FILE, state)
+    def save_state(self, name: str, state: dict[str, Any]) -> Path:
+        """Write a checkpoint, see `training_state.save_state`."""
+        return save_state(self.path, name, state)
 
     def load_state(self) -> dict[str, Any] | None:
-        """What `save_state` wrote last, or None for a run that has not begun."""
-        path = self.path / STATE_FILE
-        return load_training_state(path) if path.exists() else None
+        """The last readable checkpoint, or None for a run that has not begun."""
+        return load_state(self.path)
 
 
-class TensorBoardLog:
-    """Scalars for TensorBoard, when it is installed.
+def differences(stored: Any, current: Any, *, ignore: Sequence[str] = ()) -> list[str]:
+    """Where two JSON values differ, as "KEY.KEY was VALUE, is VALUE".
 
     Args:
-        folder: where the event files go.
-        first_epoch: rows of this epoch and later ones, left by an interrupted run, are dropped.
+        stored: of the run or file.
+        current: of now.
+        ignore: keys that do not matter, at any depth.
     """
+    if isinstance(stored, dict) and isinstance(current, dict):
+        keys = [key for key in {**stored, **current} if key not in ignore]
+        pairs = [(key, stored.get(key), current.get(key)) for key in keys]
+    elif isinstance(stored, list) and isinstance(current, list) and len(stored) == len(current):
+        pairs = [
+            (f"{index}", a, b) for index, (a, b) in enumerate(zip(stored, current, strict=True))
+        ]
+    else:
+        return [] if stored == current else [f"was {_shown(stored)}, is {_shown(current)}"]
+    found = []
+    for key, a, b in pairs:
+        for text in differences(a, b, ignore=ignore):
+            found.append(f"{key} {text}" if text.startswith("was ") else f"{key}.{text}")
+    return found
 
-    def __init__(self, folder: Path, first_epoch: int) -> None:
-        try:
-            # The writer's import goes through a module that its own library deprecates.
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", DeprecationWarning)
-                from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            print("TensorBoard is not installed: its logs are left out", file=sys.stderr)
-            self._writer = None
-            return
-        self._writer = SummaryWriter(str(folder), purge_step=first_epoch)
 
-    def write(self, epoch: int, row: dict[str, float]) -> None:
-        """Add the values of an epoch."""
-        if self._writer is not None:
-            for name, value in row.items():
-                if name != "epoch":
-                    self._writer.add_scalar(name, value, epoch)
-
-    def close(self) -> None:
-        """Write what is buffered."""
-        if self._writer is not None:
-            self._writer.close()
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}.."
 
 
 def versions() -> dict[str, str]:

@@ -9,7 +9,7 @@ Shapes: B samples, N branches of width D, C output channels of a branch, P = H*W
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -49,6 +49,106 @@ def apply_per_branch(matrices: Tensor, h: Tensor) -> Tensor:
     return torch.bmm(matrices.flatten(0, 1), columns).view_as(h)
 
 
+def activate(z: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
+    """`relu(scale z + bias)` by channel, in the dtype of `z`; `z` itself without a map."""
+    if scale is None or bias is None:
+        return z
+    wide = z.to(accumulation_dtype(z.dtype))
+    return (wide * scale[:, None, None] + bias[:, None, None]).to(z.dtype).relu()
+
+
+def branch_forms(branch_weight: Tensor, accumulate: torch.dtype) -> Tensor:
+    """`Q_n = W_n^T W_n` of (11): `[N, C, D]` to `[N, D, D]`."""
+    weight = branch_weight.to(accumulate)
+    return torch.bmm(weight.transpose(1, 2), weight)
+
+
+def energies_and_grams(
+    h: Tensor, branch_weight: Tensor, keep_mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """(10), (11): `E [B, N]` of `h` in its accumulation dtype, and the Grams `[B, N, D, D]`."""
+    branches, out_channels, _ = branch_weight.shape
+    grams = branch_grams(h, branches)
+    # The form and the Gram are positive semidefinite; rounding must not make it negative.
+    form = branch_forms(branch_weight, h.dtype)
+    energy = torch.einsum("bnij,nij->bn", grams, form).clamp_min(0)
+    energy = energy / (out_channels * h.shape[2] * h.shape[3])
+    return (energy if keep_mask is None else energy * keep_mask), grams
+
+
+def energy_gradients(
+    grad_energy: Tensor, h: Tensor, branch_weight: Tensor, grams: Tensor
+) -> tuple[Tensor, Tensor]:
+    """What `dE [B, N]` adds to (16) and (17): gradients of `h` and of `branch_weight`."""
+    out_channels = branch_weight.shape[1]
+    coefficient = grad_energy * (2.0 / (out_channels * h.shape[2] * h.shape[3]))
+    form = branch_forms(branch_weight, h.dtype)
+    grad_h = apply_per_branch(coefficient[:, :, None, None] * form, h)
+    weighted = torch.einsum("bn,bnij->nij", coefficient, grams)
+    return grad_h, torch.bmm(branch_weight.to(h.dtype), weighted)
+
+
+class Normalized(NamedTuple):
+    """What `normalize` gives; all but `scaled` in the accumulation dtype."""
+
+    scaled: Tensor
+    """`s h`, like `h`."""
+    energies: Tensor
+    """`Ebar [B, N]`."""
+    inverse: Tensor
+    """`1/M [B, 1]`, 0 for a dead sample."""
+    scale: Tensor
+    """`s [B, N]`, or `[B, 1]` where all branches share one."""
+    grams: Tensor
+    """`[B, N, D, D]`."""
+
+
+def normalize(
+    h: Tensor, branch_weight: Tensor, drop_mask: Tensor | None, keep_mask: Tensor | None
+) -> Normalized:
+    """(2)-(5), (10)-(12) up to the convolution."""
+    wide = h.to(accumulation_dtype(h.dtype))
+    energy, grams = energies_and_grams(wide, branch_weight, keep_mask)
+    mean = energy.mean(1, keepdim=True)
+    dead = is_dead(mean)
+    inverse = torch.where(dead, 0.0, 1.0 / torch.where(dead, 1.0, mean))
+    scale = inverse.sqrt()
+    for mask in (drop_mask, keep_mask):
+        if mask is not None:
+            scale = scale * mask
+    scaled = wide * _per_channel(scale, branch_weight.shape[2])
+    # Under torch 2.11's compiler an output that went through a `to` without effect loses its
+    # gradient; so none is applied where nothing is to be done.
+    if scaled.dtype != h.dtype:
+        scaled = scaled.to(h.dtype)
+    return Normalized(scaled, energy * inverse, inverse, scale, grams)
+
+
+def normalize_backward(
+    grad_scaled: Tensor,
+    grad_energies: Tensor,
+    h: Tensor,
+    branch_weight: Tensor,
+    forward: Normalized,
+    keep_mask: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """(13)-(17) without the part of `dW` that the convolution computes, in float32 or float64."""
+    branches, _, depth = branch_weight.shape
+    accumulate = forward.energies.dtype
+    grad = grad_scaled.to(accumulate)
+    # (13), (14): sum_n m ds / sqrt(M) is the inner product of s h with its gradient.
+    through_scale = (forward.scaled * grad).sum((1, 2, 3))[:, None]
+    through_energies = (grad_energies * forward.energies).sum(1, keepdim=True)
+    grad_mean = -forward.inverse * (0.5 * through_scale + through_energies)
+    grad_energy = grad_energies * forward.inverse + grad_mean / branches
+    if keep_mask is not None:
+        grad_energy = grad_energy * keep_mask
+    grad_h, grad_weight = energy_gradients(
+        grad_energy, h.to(accumulate), branch_weight, forward.grams
+    )
+    return grad_h.addcmul(grad, _per_channel(forward.scale, depth)), grad_weight
+
+
 class _NormalizeBranches(torch.autograd.Function):
     """`(h, W) -> (s h, Ebar)` with the gradients (14)-(17) written out.
 
@@ -64,56 +164,19 @@ class _NormalizeBranches(torch.autograd.Function):
         drop_mask: Tensor | None,
         keep_mask: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        accumulate = accumulation_dtype(h.dtype)
-        branches, out_channels, depth = branch_weight.shape
-        weight = branch_weight.to(accumulate)
-        form = torch.bmm(weight.transpose(1, 2), weight)
-        wide = h.to(accumulate)
-        grams = branch_grams(wide, branches)
-        # The form and the Gram are positive semidefinite; rounding must not make it negative.
-        energy = torch.einsum("bnij,nij->bn", grams, form).clamp_min(0)
-        energy = energy / (out_channels * h.shape[2] * h.shape[3])
-        if keep_mask is not None:
-            energy = energy * keep_mask
-        mean = energy.mean(1, keepdim=True)
-        dead = is_dead(mean)
-        inverse = torch.where(dead, 0.0, 1.0 / torch.where(dead, 1.0, mean))
-        scale = inverse.sqrt()
-        for mask in (drop_mask, keep_mask):
-            if mask is not None:
-                scale = scale * mask
-        scaled = wide * _per_channel(scale, depth)
-        # Under torch 2.11's compiler an output that went through a `to` without effect loses its
-        # gradient; so none is applied where nothing is to be done.
-        if scaled.dtype != h.dtype:
-            scaled = scaled.to(h.dtype)
-        energies = energy * inverse
-        ctx.save_for_backward(h, scaled, branch_weight, grams, energies, inverse, scale, keep_mask)
-        return scaled, energies
+        result = normalize(h, branch_weight, drop_mask, keep_mask)
+        ctx.save_for_backward(h, branch_weight, keep_mask, *result)
+        return result.scaled, result.energies
 
     @staticmethod
     @once_differentiable
     def backward(
         ctx: Any, grad_scaled: Tensor, grad_energies: Tensor
     ) -> tuple[Tensor, Tensor, None, None]:
-        h, scaled, branch_weight, grams, energies, inverse, scale, keep_mask = ctx.saved_tensors
-        branches, out_channels, depth = branch_weight.shape
-        accumulate = energies.dtype
-        weight = branch_weight.to(accumulate)
-        grad = grad_scaled.to(accumulate)
-        # (13), (14): sum_n m ds / sqrt(M) is the inner product of s h with its gradient.
-        through_scale = (scaled * grad).sum((1, 2, 3))[:, None]
-        through_energies = (grad_energies * energies).sum(1, keepdim=True)
-        grad_mean = -inverse * (0.5 * through_scale + through_energies)
-        grad_energy = grad_energies * inverse + grad_mean / branches
-        if keep_mask is not None:
-            grad_energy = grad_energy * keep_mask
-        coefficient = grad_energy * (2.0 / (out_channels * h.shape[2] * h.shape[3]))
-        # (16), (17) without the part of dW that the convolution computes.
-        form = torch.bmm(weight.transpose(1, 2), weight)
-        grad_h = apply_per_branch(coefficient[:, :, None, None] * form, h.to(accumulate))
-        grad_h = grad_h.addcmul(grad, _per_channel(scale, depth))
-        grad_weight = torch.bmm(weight, torch.einsum("bn,bnij->nij", coefficient, grams))
+        h, branch_weight, keep_mask, *saved = ctx.saved_tensors
+        grad_h, grad_weight = normalize_backward(
+            grad_scaled, grad_energies, h, branch_weight, Normalized(*saved), keep_mask
+        )
         return grad_h.to(h.dtype), grad_weight.to(branch_weight.dtype), None, None
 
 
@@ -149,7 +212,7 @@ def coded_aggregate(
         h = h.contiguous()
     per_branch = split_weight(weight, branches, concatenate=concatenate)
     # Autocast would take the small matrix products, and with them the energies, to half precision.
-    if torch.is_autocast_enabled(h.device.type):
+    if not h.is_meta and torch.is_autocast_enabled(h.device.type):
         with torch.autocast(h.device.type, enabled=False):
             scaled, energies = _NormalizeBranches.apply(h, per_branch, drop_mask, keep_mask)
     else:

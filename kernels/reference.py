@@ -99,3 +99,44 @@ def coding_loss(
         wanted = targets.to(accumulate) @ wanted_of_class
     excess = torch.relu((ratio * energies.to(accumulate) - wanted).abs() - threshold)
     return excess.pow(exponent).mean()
+
+
+def grouped_conv3x3(
+    x: Tensor,
+    weight: Tensor,
+    groups: int,
+    stride: int = 1,
+    scale: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """The grouped 3x3 convolution of `relu(scale x + bias)`, padded with zeros after the ReLU.
+
+    Args:
+        x: `[B, N*D, H, W]`.
+        weight: `[N*D, D, 3, 3]`.
+        groups: `N`.
+        stride: of the output, `[B, N*D, OH, OW]` with `OH = ceil(H / stride)`.
+        scale, bias: `[N*D]`; without them `x` itself is convolved.
+    """
+    if scale is not None and bias is not None:
+        x = torch.relu(scale[:, None, None] * x + bias[:, None, None])
+    batch, channels, height, width = x.shape
+    padded = x.new_zeros(batch, channels, height + 2, width + 2)
+    padded[:, :, 1:-1, 1:-1] = x
+    grouped = padded.unflatten(1, (groups, -1))
+    taps = weight.unflatten(0, (groups, -1))
+    y = x.new_zeros(batch, channels, -(-height // stride), -(-width // stride))
+    for row in range(3):
+        for column in range(3):
+            shifted = grouped[..., row : row + height : stride, column : column + width : stride]
+            y = y + torch.einsum("goi,bgihw->bgohw", taps[..., row, column], shifted).flatten(1, 2)
+    return y
+
+
+def channel_statistics(y: Tensor) -> Tensor:
+    """Count, sum and sum of squared deviations from the mean of each channel: `[3, C]`."""
+    values = y.transpose(0, 1).flatten(1)
+    total = values.sum(1)
+    mean = total / values.shape[1]
+    squares = (values - mean[:, None]).square().sum(1)
+    return torch.stack([torch.full_like(total, values.shape[1]), total, squares])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +14,7 @@ from safetensors.torch import load_file, save_file
 from coded_resnext import Codebook, create_model
 from coded_resnext.checkpoint import (
     load_model,
-    load_training_state,
     save_model,
-    save_training_state,
     write_atomically,
 )
 from coded_resnext.data import Preprocessing
@@ -143,32 +140,3 @@ def test_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.Mo
         write_atomically(path, b"new and longer")
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
-
-
-class Malicious:
-    """Unpickling this would make a folder."""
-
-    def __init__(self, target: Path) -> None:
-        self.target = target
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (os.mkdir, (str(self.target),))
-
-
-def test_training_state_round_trip_and_refusals(tmp_path: Path) -> None:
-    path = tmp_path / "state.pt"
-    save_training_state(path, {"model": {"w": torch.arange(3)}, "history": [{"epoch": 1}]})
-    state = load_training_state(path)
-    assert state["history"] == [{"epoch": 1}]
-    assert torch.equal(state["model"]["w"], torch.arange(3))
-    torch.save({"format_version": 7}, path)
-    with pytest.raises(ValueError, match="format_version: expected 1, got 7"):
-        load_training_state(path)
-    path.write_bytes(path.read_bytes()[:50])
-    with pytest.raises(ValueError, match="not a readable training state"):
-        load_training_state(path)
-    target = tmp_path / "made by the checkpoint"
-    path.write_bytes(pickle.dumps(Malicious(target), protocol=2))
-    with pytest.raises(ValueError, match="not a readable training state"):
-        load_training_state(path)
-    assert not target.exists()

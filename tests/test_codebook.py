@@ -192,3 +192,8 @@ def test_many_classes_are_quick(tmp_path):
     assert Codebook.load(tmp_path / "large.json") == codebook
     # About 4 s on one core; the plain way takes minutes or 4 GB.
     assert time.process_time() - start < 30
+
+
+def test_made_under_another_default_device() -> None:
+    with torch.device("meta"):
+        assert Codebook(ROWS) == Codebook(torch.tensor(ROWS, device="cpu"))

@@ -104,9 +104,19 @@ def test_block_that_does_not_fit(change: dict[str, torch.Tensor | None], message
         published_block(state, stride=1)
 
 
-def test_wrong_shape_is_named_by_load_state_dict() -> None:
-    with pytest.raises(RuntimeError, match=r"expand_bn\.bias"):
+def test_wrong_shapes_and_strangers_are_named() -> None:
+    with pytest.raises(ValueError, match=r"expand_bn\.bias is \[3\], expected \[64\]"):
         published_block({**STATE, "bn_expand.bias": torch.zeros(3)}, stride=1)
+    architecture = NET_META["architecture"]
+    wrong = {**NET_STATE, "net_list.1.weight": torch.zeros(5)}
+    with pytest.raises(ValueError, match=r"net_list\.1\.weight is \[5\], expected \[16\]"):
+        published_model(wrong, architecture)
+    missing = {k: v for k, v in NET_STATE.items() if k != "net_list.1.bias"}
+    with pytest.raises(ValueError, match=r"no net_list\.1\.bias"):
+        published_model(missing, architecture)
+    stranger = {**NET_STATE, "net_list.3.extra.weight": torch.zeros(5)}
+    with pytest.raises(ValueError, match=r"architecture alone, got net_list\.3\.extra\.weight"):
+        published_model(stranger, architecture)
 
 
 @pytest.mark.parametrize(

@@ -60,9 +60,10 @@ def test_margins_for_runs_of_one_recipe(tmp_path: Path) -> None:
     assert measured["early_ms_batch_1"] > 0
 
     # The folds are kept: again, and nothing is trained.
-    state = (folds / "fold-2" / "state.pt").stat().st_mtime_ns
+    model = folds / "fold-2" / "model.safetensors"
+    written = model.stat().st_mtime_ns
     assert early_exit(runs[0], *options).returncode == 0
-    assert (folds / "fold-2" / "state.pt").stat().st_mtime_ns == state
+    assert model.stat().st_mtime_ns == written
     assert EarlyExit.load(runs[0] / "early_exit.json") == criteria[0]
 
 

@@ -13,6 +13,7 @@ import argparse
 import shlex
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -28,13 +29,14 @@ from coded_resnext.data import (
     batches,
     load_digits_split,
 )
+from coded_resnext.distributed import run_script
 from coded_resnext.engine import fit
 from coded_resnext.interpret import evaluate, save_figures, save_pictures
 from coded_resnext.run_folder import SUMMARY_FILE, RunFolder, versions
 
 
-def parse_arguments() -> argparse.Namespace:
-    """The command line."""
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line, or these arguments."""
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n\n")[0] if __doc__ else None,
         epilog="The run's folder holds report.html to look at, model.safetensors, summary.json, "
@@ -69,7 +71,7 @@ def parse_arguments() -> argparse.Namespace:
         action="store_true",
         help="the ablation that concatenates the branches instead of summing them",
     )
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 def make_model(arguments: argparse.Namespace) -> CodedResNeXt:
@@ -162,21 +164,9 @@ def train(arguments: argparse.Namespace, digits: DigitsSplit) -> None:
 
 
 def main() -> int:
-    """Run the command; 2 when the input is at fault, 130 when interrupted."""
+    """Run the command; 2 when the input is at fault, 130 or 143 when a signal ended it."""
     arguments = parse_arguments()
-    try:
-        train(arguments, load_digits_split())
-    except (ValueError, OSError, ImportError) as error:
-        print(f"digits.py: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(
-            f"\ninterrupted: {arguments.out} holds the last finished epoch; "
-            "the same command with --resume finishes the run",
-            file=sys.stderr,
-        )
-        return 130
-    return 0
+    return run_script("digits.py", lambda: train(arguments, load_digits_split()))
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ from coded_resnext.checkpoint import LoadedModel, load_model
 from coded_resnext.config import TrainingConfig
 from coded_resnext.cost import network_cost
 from coded_resnext.data import SPLIT_SEED, RandomShift, batches, load_digits_split
+from coded_resnext.distributed import run_script
 from coded_resnext.early_exit import EXIT_FILE, predict_early
 from coded_resnext.engine import fit
 from coded_resnext.run_folder import RunFolder, versions
@@ -155,6 +156,9 @@ def calibrate_runs(arguments: argparse.Namespace) -> None:
     if arguments.rounds < 1:
         raise ValueError(f"rounds: expected at least 1, got {arguments.rounds}")
     runs = [load_model(path) for path in arguments.runs]
+    for path, run in zip(arguments.runs, runs, strict=True):
+        if "config" not in run.training:
+            raise ValueError(f"runs: expected runs with their recipe, got none in {path}")
     recipes = [{**run.training["config"], "seed": None, "net": run.model.config} for run in runs]
     if any(recipe != recipes[0] for recipe in recipes):
         raise ValueError("runs: expected runs that differ in nothing but the seed")
@@ -190,17 +194,9 @@ def calibrate_runs(arguments: argparse.Namespace) -> None:
 
 
 def main() -> int:
-    """Run the command; 2 when the input is at fault, 130 when interrupted."""
+    """Run the command; 2 when the input is at fault, 130 or 143 when a signal ended it."""
     arguments = parse_arguments()
-    try:
-        calibrate_runs(arguments)
-    except (ValueError, OSError, ImportError, KeyError) as error:
-        print(f"early_exit.py: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\ninterrupted: the same command goes on where it stopped", file=sys.stderr)
-        return 130
-    return 0
+    return run_script("early_exit.py", lambda: calibrate_runs(arguments))
 
 
 if __name__ == "__main__":

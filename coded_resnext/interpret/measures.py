@@ -11,6 +11,8 @@ from numpy.typing import NDArray
 BINS = 30
 # Points of a curve that are kept; of more, an even choice.
 MOST_POINTS = 256
+# Kept besides those at which recall changes: between two of these precision may change a lot.
+EVEN_POINTS = 48
 Flags = NDArray[np.bool_]
 Scores = NDArray[Any]
 
@@ -31,9 +33,10 @@ class Histogram:
 
 @dataclass(frozen=True)
 class Curve:
-    """Precision and recall at thresholds, recall falling; points that change nothing are left out.
+    """Precision and recall at thresholds, which rise while recall falls.
 
-    Of a long curve an even choice of 256 points.
+    Kept are the ends, points next to which recall changes, and an even choice of the others; of a
+    long curve an even choice of all.
     """
 
     precision: tuple[float, ...]
@@ -56,16 +59,20 @@ def average_precision(scores: Scores, positive: Flags) -> float | None:
     return float(metrics.average_precision_score(positive, scores)) if _both(positive) else None
 
 
-def sweep(scores: Scores, positive: Flags) -> Curve | None:
-    """Precision and recall at every threshold that changes them; None as `average_precision`."""
+def sweep(scores: Scores, positive: Flags, points: int = MOST_POINTS) -> Curve | None:
+    """Precision and recall at many thresholds; None as `average_precision`.
+
+    Args:
+        scores, positive: as `average_precision`.
+        points: the most that are kept.
+    """
     if not _both(positive):
         return None
-    precision, recall, thresholds = _metrics().precision_recall_curve(
-        positive, scores, drop_intermediate=True
-    )
-    kept = np.arange(len(precision))
-    if len(kept) > MOST_POINTS:
-        kept = np.unique(np.linspace(0, len(kept) - 1, MOST_POINTS).round().astype(int))
+    precision, recall, thresholds = _metrics().precision_recall_curve(positive, scores)
+    steps = np.flatnonzero(np.diff(recall))
+    every = np.arange(len(recall))
+    kept = np.unique(np.concatenate([steps, steps + 1, _even(every, EVEN_POINTS)]))
+    kept = _even(kept, points)
     known = [*thresholds.tolist(), None]
     return Curve(
         tuple(precision[kept].tolist()),
@@ -114,6 +121,12 @@ def count(scores: Scores, positive: Flags, outside: Scores) -> Histogram | None:
     groups = (scores[positive], scores[~positive], outside)
     counts = [tuple(np.histogram(group, edges)[0].tolist()) for group in groups]
     return Histogram(tuple(edges.tolist()), *counts)
+
+
+def _even(values: NDArray[np.int64], most: int) -> NDArray[np.int64]:
+    """An even choice of at most so many of the values, the first and the last among them."""
+    places = np.linspace(0, len(values) - 1, min(most, len(values))).round().astype(np.int64)
+    return values[places]
 
 
 def _both(positive: Flags) -> bool:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..codebook import Codebook
 from ..decode import decode
+from ..kernels.reference import is_dead
 from ..models import CodedResNeXt
 from .budget import Budget
 from .gathering import Found, Gathered, gather
@@ -102,7 +103,10 @@ def observe(
         )
     found = gathered.found
     likely = found["logits"].softmax(1)
-    energies = tuple(found[name] for name in names)
+    energies = tuple(
+        found[name] if block.normalize else _normalized(found[name])
+        for name, block in zip(names, model.coded_blocks, strict=True)
+    )
     sums = torch.zeros(model.num_classes, model.num_classes, dtype=torch.float64)
     sums.index_add_(0, gathered.targets, likely.double())
     counts = gathered.targets.bincount(minlength=model.num_classes)
@@ -120,6 +124,12 @@ def observe(
         # A class without images divides 0 by 0: NaN.
         probabilities=sums / counts[:, None],
     )
+
+
+def _normalized(energies: Tensor) -> Tensor:
+    """(4), of the energies (2) that the ablation without normalisation returns."""
+    mean = energies.mean(1, keepdim=True)
+    return torch.where(is_dead(mean), 0.0, energies / mean)
 
 
 @contextmanager

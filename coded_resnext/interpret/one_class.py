@@ -19,6 +19,7 @@ from ..models import CodedResNeXt
 from .gathering import Gathered, Segment, gather_features, segments
 from .ledger import Ledger
 from .measures import (
+    MOST_POINTS,
     Curve,
     Histogram,
     at_threshold,
@@ -36,6 +37,8 @@ ROLES: tuple[Role, Role, Role] = ("threshold", "test", "outside")
 # Of more classes than this, each is tested against some of the others' images, as in the paper.
 MANY_CLASSES = 100
 PAPER_NEGATIVES = 9
+# Points of their curves, so that a file of 1,000 classes stays small.
+MANY_POINTS = 64
 
 
 @dataclass(frozen=True)
@@ -324,6 +327,7 @@ class OneClassWork:
         computed = all((role, index) in self.found for role in self.data)
         if not computed:
             return OneClassClassifier(name, computed=False)
+        many = self.model.num_classes > MANY_CLASSES
         scores, positive, dead = self._scores("test", index)
         learned: Role = "threshold" if "threshold" in self.data else "test"
         chosen_scores, chosen_positive, _ = self._scores(learned, index)
@@ -345,7 +349,7 @@ class OneClassWork:
             positives=int(positive.sum()),
             negatives=int((~positive).sum()),
             average_precision=average_precision(scores, positive),
-            curve=sweep(scores, positive),
+            curve=sweep(scores, positive, MANY_POINTS if many else MOST_POINTS),
             threshold=threshold,
             threshold_f1=threshold_f1,
             precision=precision,

@@ -1,0 +1,243 @@
+"""What the shipped kernels compile to, without a GPU: a table, and limits that fail.
+
+Compiles every row of launch settings for NVIDIA's sm_80, sm_90 and sm_100 and AMD's gfx942 and reads
+the machine code. `--quick` takes the rows that continuous integration has time for.
+
+    python benchmarks/static.py --out benchmarks/results/static.json
+
+`clocks` are those of a processor for one pass through the main loop: issuing it / its products on
+tensor cores. `instr/B` is the number of warp instructions for each byte that must move between memory and chip, the
+whole work on one sample counted: a GPU can issue only so many (gpus.py), so above that the kernel
+cannot keep up with its memory. `floor` is the time that the bytes of a batch of 256 take on an H200.
+Exit status 1 when a limit of static_limits.py is broken, each named.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import sys
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from gpus import GPUS
+from machine import describe_machine
+from sass import Code, Instruction, load_widths, moved_bytes, read_code
+from static_limits import limits_of
+
+from coded_resnext.kernels.build import BuildError, build, load_rows
+
+ARCHS = ("sm80", "sm90", "sm100", "gfx942")
+ROWS = "static_rows:rows"
+BATCH = 256
+# The coded stages of the ImageNet network and one of CIFAR, in the dtype of training.
+QUICK = ("32x4d c4 160px bf16", "32x4d c5 160px bf16", "20x6d c4 bf16")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--arch", action="append", choices=ARCHS, help="(default: all)")
+    parser.add_argument("--quick", action="store_true", help="fewer rows")
+    parser.add_argument("--only", default="", metavar="TEXT", help="rows whose name holds this")
+    parser.add_argument("--folder", type=Path, default=Path("build/static"), help="of the build")
+    parser.add_argument("--jobs", type=int, help="processes (default: processors)")
+    parser.add_argument("--out", type=Path, help="write the figures to this JSON file")
+    arguments = parser.parse_args()
+
+    def wanted(name: str, _arch: str) -> bool:
+        return arguments.only in name and (not arguments.quick or name.endswith(QUICK))
+
+    # Where the processes that compile find the rows.
+    here = str(Path(__file__).resolve().parent)
+    os.environ["PYTHONPATH"] = os.pathsep.join([here, os.environ.get("PYTHONPATH", "")])
+    try:
+        figures = measure(arguments.arch or ARCHS, arguments.folder, wanted, arguments.jobs)
+    except BuildError as error:
+        print(f"static: {error}", file=sys.stderr)
+        return 1
+    print(table(figures))
+    if arguments.out is not None:
+        content = {"machine": describe_machine(), "rows": figures}
+        arguments.out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    faults = [f"{row['arch']} {row['row']}: {fault}" for row in figures for fault in row["faults"]]
+    print("\n".join(["", *faults, f"{len(figures)} kernels compiled, {len(faults)} limits broken"]))
+    return int(bool(faults))
+
+
+def measure(
+    archs: Sequence[str],
+    folder: Path,
+    wanted: Callable[[str, str], bool],
+    jobs: int | None,
+    source: str = ROWS,
+) -> list[dict[str, Any]]:
+    """The figures of every row and architecture, with the limits that it breaks."""
+    built = build(archs, folder, source=source, wanted=wanted, jobs=jobs, gather=False)
+    rows = {arch: dict(load_rows(source, arch)) for arch in archs}
+    entries = [entry for of_arch in built.values() for entry in of_arch]
+    # The disassembler is a process of its own, so threads are enough.
+    with ThreadPoolExecutor(jobs) as pool:
+        return list(pool.map(lambda e: figures_of(e, rows[e["arch"]][e["row"]]), entries))
+
+
+def figures_of(entry: dict[str, Any], row: Any) -> dict[str, Any]:
+    """What one compiled row is like."""
+    folder = Path(entry["folder"])
+    code = read_code(folder)
+    kernel = row.kernel.rpartition(":")[2]
+    (metadata,) = (path for path in folder.glob("*.json") if not path.name.startswith("__grp__"))
+    loop = code.main_loop()
+    figures: dict[str, Any] = {
+        "row": entry["row"],
+        "kernel": kernel,
+        "arch": entry["arch"],
+        "warps": row.num_warps,
+        "registers": code.registers,
+        "spilled": code.spilled,
+        "shared": json.loads(metadata.read_text(encoding="utf-8"))["shared"],
+        "instructions": len(code.instructions),
+        "matrix_instructions": sum(item.is_matrix for item in code.instructions),
+        "loop_instructions": len(loop),
+        "loop_load_bits": {8 * width: count for width, count in sorted(load_widths(loop).items())},
+        "instructions_per_byte": round(instructions_per_byte(code, row), 4),
+        "loop_clocks": loop_clocks(loop, row.num_warps, entry["arch"]),
+        "sample_bytes": row.sample_bytes,
+        "floor_us": {
+            gpu.name: round(1e6 * gpu.floor(BATCH * row.sample_bytes), 2)
+            for gpu in GPUS
+            if gpu.arch == entry["arch"]
+        },
+    }
+    return {**figures, "faults": faults_of(figures, row)}
+
+
+def loop_clocks(loop: Sequence[Instruction], warps: int, arch: str) -> dict[str, float]:
+    """Clocks of a processor for one pass through a loop: for issuing it, and for its products.
+
+    A product hides behind the tensor cores what issues in less time than they take.
+    """
+    products = sum(item.products for item in loop)
+    gpu = next((gpu for gpu in GPUS if gpu.arch == arch), None)
+    if gpu is None or not products:
+        return {}
+    return {"issue": len(loop) * warps / 4, "products": products * warps / gpu.products}
+
+
+def instructions_per_byte(code: Code, row: Any) -> float:
+    """Warp instructions that a program spends on a sample, over the bytes that are its share of it.
+
+    All of its work counts, what comes before the loop over samples divided among them.
+    """
+    sizes = dict(row.constexprs)
+    if "PIXELS" not in sizes:
+        # Maps of any size: the main loop alone, which is all that a large one costs.
+        loop = code.main_loop()
+        held = moved_bytes(loop) * code.lanes * row.num_warps / row.trip_bytes
+        return len(loop) * row.num_warps / (row.trip_bytes * max(1, round(held)))
+    trips = math.ceil(sizes["PIXELS"] / sizes["BLOCK_P"])
+    steps, samples = sizes.get("STEPS", 1), sizes.get("SAMPLES", 1)
+    # The loops of the source from the outside in; those of one pass are not in the code.
+    levels = [n for n in (samples, steps, trips) if n > 1]
+    loops = [body for body in code.loops() if moved_bytes(body)]
+    leaves = [b for b in loops if not any(o is not b and _is_inside(o, b) for o in loops)]
+
+    def depth(body: Sequence[Instruction]) -> int:
+        return min(sum(_is_inside(body, other) for other in loops), len(levels))
+
+    def weight(address: int) -> float:
+        """How often an instruction is issued for all samples of a program together."""
+        around = [body for body in loops if body[0].address <= address <= body[-1].address]
+        if not around:
+            return 1.0
+        body = min(around, key=len)
+        # Levels that are missing on the inside were unrolled, the innermost first.
+        product = float(math.prod(levels[: depth(body)]))
+        if len(leaves) == 1 and depth(body) == len(levels) and trips > 1:
+            # Unrolled in part: the body holds as many trips as its bytes tell.
+            held = moved_bytes(body) * code.lanes * row.num_warps / row.trip_bytes
+            product *= math.ceil(trips / max(1, round(held))) / trips
+        return product
+
+    count = sum(weight(item.address) for item in code.instructions) / samples
+    windows = sizes.get("WINDOWS", 1) * sizes.get("GROUP", 1) * steps
+    share = min(1.0, windows / sizes.get("BRANCHES", windows))
+    return count * row.num_warps / (row.sample_bytes * share)
+
+
+def _is_inside(body: Sequence[Instruction], other: Sequence[Instruction]) -> bool:
+    return other[0].address <= body[0].address and body[-1].address <= other[-1].address
+
+
+def faults_of(figures: dict[str, Any], row: Any) -> list[str]:
+    """The limits that a compiled row breaks, in words."""
+    limits = limits_of(figures["kernel"])
+    if limits is None:
+        return ["no limits are stated for this kernel"]
+    faults = []
+    if figures["spilled"]:
+        faults.append(f"{figures['spilled']} spilling instructions, at most 0")
+    half = "*bf16" in row.args or "*fp16" in row.args
+    if half and limits.matrix and not figures["matrix_instructions"]:
+        faults.append("no tensor-core instruction")
+    if not half or figures["arch"].startswith("gfx"):
+        return faults
+    if figures["registers"] > limits.registers:
+        faults.append(f"{figures['registers']} registers, at most {limits.registers}")
+    per_byte = figures["instructions_per_byte"]
+    if limits.per_byte is not None and per_byte > limits.per_byte:
+        faults.append(f"{per_byte} instructions per byte, at most {limits.per_byte}")
+    loads = figures["loop_load_bits"]
+    narrow = loads and 2 * loads.get(128, 0) <= sum(loads.values())
+    if limits.wide_loads and narrow and is_aligned(row):
+        faults.append(f"loads of the main loop by bits {loads}, expected mostly 128")
+    return faults
+
+
+def is_aligned(row: Any) -> bool:
+    """Whether windows of channels start at multiples of 16 bytes."""
+    sizes = dict(row.constexprs)
+    return 2 * sizes.get("WIDTH", 8) * sizes.get("GROUP", 1) % 16 == 0
+
+
+def table(figures: Sequence[dict[str, Any]]) -> str:
+    """The figures as text, one line a row."""
+    head = ("kernel", "arch", "warps", "regs", "spill", "shared", "matrix", "loop", "load bits", "clocks")
+    lines = [(*head, "instr/B", "of GPU", "floor us", "")]
+    for row in figures:
+        gpu = next((gpu for gpu in GPUS if gpu.arch == row["arch"]), None)
+        per_byte = row["instructions_per_byte"]
+        loads = row["loop_load_bits"]
+        lines.append(
+            (
+                row["row"],
+                row["arch"],
+                row["warps"],
+                row["registers"],
+                row["spilled"],
+                row["shared"],
+                row["matrix_instructions"],
+                row["loop_instructions"],
+                " ".join(f"{count}x{bits}" for bits, count in loads.items()),
+                " / ".join(f"{value:.0f}" for value in row["loop_clocks"].values()),
+                f"{per_byte:.3f}",
+                f"{per_byte / gpu.issue_per_byte:.0%}" if gpu else "",
+                " ".join(str(value) for value in row["floor_us"].values()),
+                "FAIL" if row["faults"] else "",
+            )
+        )
+    widths = [max(len(str(line[n])) for line in lines) for n in range(len(lines[0]))]
+    return "\n".join(
+        "  ".join(
+            f"{item!s:<{w}}" if n == 0 else f"{item!s:>{w}}"
+            for n, (item, w) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

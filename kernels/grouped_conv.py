@@ -1,0 +1,203 @@
+"""Triton: the grouped 3x3 convolution, forward, with BatchNorm's affine map and ReLU on the way in
+and the partial statistics of the next BatchNorm on the way out.
+
+Letters and windows as in grouped_tiles.py; OH x OW maps out. The kernels are row-stationary: each
+input row is read once, activated once, and added to the three output rows that it touches. With
+stride 1 a lane is two adjacent output columns, so that it reads four input columns instead of six.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .grouped_tiles import (
+    add_six,
+    add_three,
+    around_pair,
+    load_channels,
+    load_four_inputs,
+    load_taps,
+    load_three_inputs,
+    locate,
+)
+from .tile import hash_in_order, round_to
+
+
+@triton.jit
+def add_moments(moments, acc):
+    """Add one value a lane to its sum and its sum of squares."""
+    return moments[0] + acc, moments[1] + acc * acc
+
+
+@triton.jit
+def merge_lanes(ptr, part, channel, inside, left, n_left, right, n_right, CHANNELS: tl.constexpr):
+    """(count, sum, M2) of a program from the moments of its lanes, by Chan's formula.
+
+    A lane has summed at most `part_rows` values, so that its own M2 loses little to cancellation;
+    nothing above it is a difference of large sums. Lanes outside the map hold meaningless numbers.
+    """
+    sum_left = tl.where(n_left > 0, left[0], 0.0)
+    sum_right = tl.where(n_right > 0, right[0], 0.0)
+    mean_left = sum_left / tl.maximum(n_left, 1.0)
+    mean_right = sum_right / tl.maximum(n_right, 1.0)
+    count = tl.sum(n_left + n_right, 0)
+    total = tl.sum(sum_left + sum_right, 0)
+    mean = (total / tl.maximum(count, 1.0))[None, :]
+    m2 = tl.where(n_left > 0, tl.maximum(left[1] - sum_left * mean_left, 0.0), 0.0)
+    m2 += tl.where(n_right > 0, tl.maximum(right[1] - sum_right * mean_right, 0.0), 0.0)
+    m2 += n_left * (mean_left - mean) * (mean_left - mean)
+    m2 += n_right * (mean_right - mean) * (mean_right - mean)
+    out = ptr + part.to(tl.int64) * (3 * CHANNELS) + channel
+    tl.store(out, tl.broadcast_to(count, total.shape), mask=inside)
+    tl.store(out + CHANNELS, total, mask=inside)
+    tl.store(out + 2 * CHANNELS, tl.sum(m2, 0), mask=inside)
+
+
+@triton.jit(do_not_specialize=["batch", "H", "W", "part_rows"])
+def forward_stride1(
+    y_ptr,
+    partial_ptr,
+    x_ptr,
+    scale_ptr,
+    bias_ptr,
+    weight_ptr,
+    batch,
+    H,
+    W,
+    part_rows,
+    CHANNELS: tl.constexpr,
+    WINDOW: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """`y = conv(relu(scale x + bias))`, padding 1, two output columns a lane.
+
+    Grid: windows * parts, parts = ceil(H / part_rows) * ceil(B ceil(W / 2) / BLOCK_M). `y`,
+    `x [B, H, W, CHANNELS]`; `scale`, `bias [CHANNELS]` float32 or None; `weight [windows, 9,
+    BLOCK_K, BLOCK_K]` in the dtype of `x`; `partial [parts, 3, CHANNELS]` float32 or None.
+    """
+    AFFINE: tl.constexpr = scale_ptr is not None
+    STATISTICS: tl.constexpr = partial_ptr is not None
+    window = tl.program_id(0) % (CHANNELS // WINDOW)
+    part = tl.program_id(0) // (CHANNELS // WINDOW)
+    sample, column, first, real = locate(part, batch, (W + 1) // 2, H, part_rows, BLOCK_M)
+    k = tl.arange(0, BLOCK_K)
+    channel = window * WINDOW + k
+    inside = (k < WINDOW)[None, :]
+    affine = (
+        load_channels(scale_ptr, channel, k < WINDOW, 0.0),
+        load_channels(bias_ptr, channel, k < WINDOW, 0.0),
+    )
+    top, middle, bottom = load_taps(weight_ptr, window, BLOCK_K)
+    column = column * 2
+    valid = around_pair(column, W, real)
+    step = W.to(tl.int64) * CHANNELS
+    at = ((sample * H + first) * W + column)[:, None] * CHANNELS + channel[None, :]
+    x = x_ptr + at - step
+    y = y_ptr + at
+    zero = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
+
+    a = load_four_inputs(x, first - 1, H, valid, inside, affine, CHANNELS, AFFINE)
+    acc = add_six(a, top, (zero, zero), PRECISION)
+    x += step
+    a = load_four_inputs(x, first, H, valid, inside, affine, CHANNELS, AFFINE)
+    acc = add_six(a, middle, acc, PRECISION)
+    below = add_six(a, top, (zero, zero), PRECISION)
+    left = (zero, zero)
+    right = (zero, zero)
+    rows = tl.minimum(part_rows, H - first)
+    for i in range(rows):
+        x += step
+        a = load_four_inputs(x, first + 1 + i, H, valid, inside, affine, CHANNELS, AFFINE)
+        acc = add_six(a, bottom, acc, PRECISION)
+        tl.store(y, round_to(acc[0], y_ptr.dtype.element_ty), mask=valid[1] & inside)
+        tl.store(y + CHANNELS, round_to(acc[1], y_ptr.dtype.element_ty), mask=valid[2] & inside)
+        y += step
+        if STATISTICS:
+            left = add_moments(left, acc[0])
+            right = add_moments(right, acc[1])
+        acc = add_six(a, middle, below, PRECISION)
+        below = add_six(a, top, (zero, zero), PRECISION)
+    if STATISTICS:
+        n_left = tl.where(valid[1], rows, 0).to(tl.float32)
+        n_right = tl.where(valid[2], rows, 0).to(tl.float32)
+        merge_lanes(partial_ptr, part, channel, k < WINDOW, left, n_left, right, n_right, CHANNELS)
+
+
+@triton.jit(do_not_specialize=["batch", "H", "W", "part_rows"])
+def forward_stride2(
+    y_ptr,
+    partial_ptr,
+    x_ptr,
+    scale_ptr,
+    bias_ptr,
+    weight_ptr,
+    batch,
+    H,
+    W,
+    part_rows,
+    CHANNELS: tl.constexpr,
+    WINDOW: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """As `forward_stride1` with stride 2: one output column a lane, two input rows a step.
+
+    parts = ceil(OH / part_rows) * ceil(B OW / BLOCK_M); `y [B, OH, OW, CHANNELS]`.
+    """
+    AFFINE: tl.constexpr = scale_ptr is not None
+    STATISTICS: tl.constexpr = partial_ptr is not None
+    OH = (H + 1) // 2
+    OW = (W + 1) // 2
+    window = tl.program_id(0) % (CHANNELS // WINDOW)
+    part = tl.program_id(0) // (CHANNELS // WINDOW)
+    sample, column, first, real = locate(part, batch, OW, OH, part_rows, BLOCK_M)
+    k = tl.arange(0, BLOCK_K)
+    channel = window * WINDOW + k
+    inside = (k < WINDOW)[None, :]
+    affine = (
+        load_channels(scale_ptr, channel, k < WINDOW, 0.0),
+        load_channels(bias_ptr, channel, k < WINDOW, 0.0),
+    )
+    top, middle, bottom = load_taps(weight_ptr, window, BLOCK_K)
+    valid = around_pair(2 * column, W, real)
+    step = W.to(tl.int64) * CHANNELS
+    row = 2 * first - 1
+    x = x_ptr + ((sample * H + row) * W + 2 * column)[:, None] * CHANNELS + channel[None, :]
+    y = y_ptr + ((sample * OH + first) * OW + column)[:, None] * CHANNELS + channel[None, :]
+    zero = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
+
+    a = load_three_inputs(x, row, H, valid, inside, affine, CHANNELS, AFFINE)
+    acc = add_three(a[0], a[1], a[2], top, zero, PRECISION)
+    moments = (zero, zero)
+    rows = tl.minimum(part_rows, OH - first)
+    for i in range(rows):
+        a = load_three_inputs(x + step, row + 2 * i + 1, H, valid, inside, affine, CHANNELS, AFFINE)
+        acc = add_three(a[0], a[1], a[2], middle, acc, PRECISION)
+        x += 2 * step
+        a = load_three_inputs(x, row + 2 * i + 2, H, valid, inside, affine, CHANNELS, AFFINE)
+        acc = add_three(a[0], a[1], a[2], bottom, acc, PRECISION)
+        tl.store(y, round_to(acc, y_ptr.dtype.element_ty), mask=valid[1] & inside)
+        y += OW.to(tl.int64) * CHANNELS
+        if STATISTICS:
+            moments = add_moments(moments, acc)
+        acc = add_three(a[0], a[1], a[2], top, zero, PRECISION)
+    if STATISTICS:
+        count = tl.where(valid[1], rows, 0).to(tl.float32)
+        merge_lanes(
+            partial_ptr,
+            part,
+            channel,
+            k < WINDOW,
+            moments,
+            count,
+            (zero, zero),
+            0.0 * count,
+            CHANNELS,
+        )
+
+
+hash_in_order(globals())

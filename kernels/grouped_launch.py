@@ -1,0 +1,214 @@
+"""The grouped 3x3 convolution and its gradients by the Triton kernels: tensors in, tensors out.
+
+Nothing is checked here. B samples, N groups of width D, H x W maps in, OH x OW maps out.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import grouped_configs as configs
+from .configs import Dtype
+from .grouped_configs import LANES, MOST_ROWS, GroupedSizes, GroupedVariant, GroupedWindows
+
+DTYPES: dict[torch.dtype, Dtype] = {
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.float32: "fp32",
+}
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    sizes: GroupedSizes,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    statistics: bool,
+) -> tuple[Tensor, Tensor]:
+    """`y [B, N*D, OH, OW]`, channels-last, and its (count, sum, M2) `[3, N*D]` float32.
+
+    Args:
+        x: `[B, N*D, H, W]`; copied unless channels-last and of a width that needs no padding.
+        weight: `[N*D, D, 3, 3]` in the dtype of `x`.
+        sizes: `N`, `D` and the stride.
+        scale, bias: `[N*D]` float32 or None; `relu(scale x + bias)` is convolved instead of `x`.
+        statistics: whether they are wanted; `[0]` is returned in their place otherwise.
+    """
+    rows, (scale, bias) = _rows(x, sizes), _vectors(sizes, scale, bias)
+    batch, height, width, channels = rows.shape
+    y = rows.new_empty(batch, -(-height // sizes.stride), -(-width // sizes.stride), channels)
+    parts, part_rows = _parts(y, pairs=sizes.stride == 1)
+    partial = _floats(x, parts, 3, channels) if statistics else None
+    variant = _variant(x, scale is not None, statistics)
+    configs.forward(sizes, variant).launch(
+        (GroupedWindows.of(sizes).count * parts,),
+        y,
+        partial,
+        rows,
+        scale,
+        bias,
+        _pack(weight, sizes, backward=False),
+        batch,
+        height,
+        width,
+        part_rows,
+    )
+    if partial is None:
+        return _images(y, sizes), _floats(x, 0)
+    total = _floats(x, 3, channels)
+    row = configs.merge_statistics(channels)
+    row.launch((-(-channels // 8),), total, partial, parts)
+    return _images(y, sizes), _channels(total, sizes)
+
+
+def input_gradient(
+    grad: Tensor,
+    weight: Tensor,
+    sizes: GroupedSizes,
+    map_size: tuple[int, int],
+    y: Tensor | None,
+    curve: Tensor | None,
+    level: Tensor | None,
+    x: Tensor | None,
+    scale: Tensor | None,
+    bias: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """The gradient of `x [B, N*D, H, W]`, and those of `bias` and `scale`, `[2, N*D]` or `[0]`.
+
+    Args:
+        grad: of the output, `[B, N*D, OH, OW]`.
+        weight, sizes, scale, bias: as for `forward`.
+        map_size: `(H, W)`.
+        y, curve, level: with them the gradient is `grad + curve y + level` per channel.
+        x: the input, needed with `scale` and `bias`.
+    """
+    rows = _rows(grad, sizes)
+    scale, bias, curve, level = _vectors(sizes, scale, bias, curve, level)
+    channels = rows.shape[3]
+    dx = rows.new_empty(rows.shape[0], *map_size, channels)
+    parts, part_rows = _parts(rows, pairs=sizes.stride == 1)
+    partial = None if scale is None else _floats(grad, parts, 2, channels)
+    variant = _variant(grad, scale is not None, y is not None)
+    configs.input_gradient(sizes, variant).launch(
+        (GroupedWindows.of(sizes).count * parts,),
+        dx,
+        partial,
+        rows,
+        None if y is None else _rows(y, sizes),
+        curve,
+        level,
+        None if scale is None or x is None else _rows(x, sizes),
+        scale,
+        bias,
+        _pack(weight, sizes, backward=True),
+        rows.shape[0],
+        *map_size,
+        part_rows,
+    )
+    if partial is None:
+        return _images(dx, sizes), _floats(grad, 0)
+    return _images(dx, sizes), _channels(partial.sum(0), sizes)
+
+
+def weight_gradient(
+    grad: Tensor,
+    sizes: GroupedSizes,
+    y: Tensor | None,
+    curve: Tensor | None,
+    level: Tensor | None,
+    x: Tensor,
+    scale: Tensor | None,
+    bias: Tensor | None,
+) -> Tensor:
+    """The gradient of the weight, `[N*D, D, 3, 3]`; arguments as for `input_gradient`."""
+    rows, inputs = _rows(grad, sizes), _rows(x, sizes)
+    scale, bias, curve, level = _vectors(sizes, scale, bias, curve, level)
+    windows = GroupedWindows.of(sizes)
+    parts, part_rows = _parts(rows, pairs=False)
+    splits = configs.weight_splits(sizes, parts)
+    block = windows.block_k
+    partial = _floats(grad, splits, windows.count, 9, block, block)
+    variant = _variant(grad, scale is not None, y is not None)
+    configs.weight_gradient(sizes, variant).launch(
+        (windows.count * splits,),
+        partial,
+        rows,
+        None if y is None else _rows(y, sizes),
+        curve,
+        level,
+        inputs,
+        scale,
+        bias,
+        *inputs.shape[:3],
+        part_rows,
+    )
+    gradient = grad.new_empty(sizes.groups * sizes.width, sizes.width, 3, 3)
+    row = configs.reduce_weight_gradient(sizes, DTYPES[grad.dtype])
+    row.launch((windows.count * 9 * (block * block // 64),), gradient, partial, splits)
+    return gradient
+
+
+def _variant(x: Tensor, affine: bool, statistics: bool) -> GroupedVariant:
+    tf32 = x.dtype == torch.float32 and torch.backends.cudnn.allow_tf32
+    return GroupedVariant(DTYPES[x.dtype], affine, statistics, tf32)
+
+
+def _parts(rows: Tensor, *, pairs: bool) -> tuple[int, int]:
+    """Parts of the work on a map `[B, H, W, C]`, and the rows of each."""
+    batch, height, width, _ = rows.shape
+    segments = -(-height // MOST_ROWS)
+    part_rows = -(-height // segments)
+    lanes = batch * (-(-width // 2) if pairs else width)
+    return -(-lanes // LANES) * -(-height // part_rows), part_rows
+
+
+def _floats(like: Tensor, *shape: int) -> Tensor:
+    return torch.empty(shape, dtype=torch.float32, device=like.device)
+
+
+def _pack(weight: Tensor, sizes: GroupedSizes, *, backward: bool) -> Tensor:
+    """The weight as the kernels read it, `[windows, 9, BLOCK_K, BLOCK_K]`."""
+    windows = GroupedWindows.of(sizes)
+    packed = weight.new_empty(windows.count, 9, windows.block_k, windows.block_k)
+    row = configs.pack_weights(sizes, DTYPES[weight.dtype], backward=backward)
+    row.launch((windows.count * 9,), packed, weight.contiguous())
+    return packed
+
+
+def _rows(x: Tensor, sizes: GroupedSizes) -> Tensor:
+    """`[B, N*D, H, W]` as rows of padded channels, `[B, H, W, windows * channels]`, at 16 bytes."""
+    rows = x.permute(0, 2, 3, 1).contiguous()
+    if not GroupedWindows.of(sizes).fit(sizes):
+        return _padded(rows, sizes)
+    return rows if rows.data_ptr() % 16 == 0 else rows.clone()
+
+
+def _vectors(sizes: GroupedSizes, *vectors: Tensor | None) -> list[Tensor | None]:
+    """Numbers per channel, padded with zeros as the channels are."""
+    if GroupedWindows.of(sizes).fit(sizes):
+        return [None if vector is None else vector.contiguous() for vector in vectors]
+    return [None if vector is None else _padded(vector, sizes) for vector in vectors]
+
+
+def _padded(values: Tensor, sizes: GroupedSizes) -> Tensor:
+    windows = GroupedWindows.of(sizes)
+    shape = values.shape[:-1]
+    padded = values.new_zeros(*shape, windows.count * windows.group, windows.padded)
+    padded[..., : sizes.groups, : sizes.width] = values.view(*shape, sizes.groups, sizes.width)
+    return padded.flatten(-2)
+
+
+def _channels(values: Tensor, sizes: GroupedSizes) -> Tensor:
+    """The real channels of the last dimension, without the padding."""
+    windows = GroupedWindows.of(sizes)
+    if windows.fit(sizes):
+        return values
+    split = values.unflatten(-1, (windows.count * windows.group, windows.padded))
+    return split[..., : sizes.groups, : sizes.width].flatten(-2)
+
+
+def _images(rows: Tensor, sizes: GroupedSizes) -> Tensor:
+    """Rows of padded channels as `[B, N*D, H, W]`, channels-last."""
+    return _channels(rows, sizes).permute(0, 3, 1, 2)

@@ -1,0 +1,123 @@
+"""Where kernels that were compiled ahead of time lie, and what lies there. Needs neither Triton nor a GPU.
+
+A *folder* of prebuilt kernels holds one subfolder for each architecture (`sm90`), and that an
+`index.json` with the toolchain, and one subfolder for each kernel, named by Triton's cache key.
+Nothing in it depends on where it lies: it may be moved, copied into an image, or mounted read-only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+import sysconfig
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+FOLDERS_VARIABLE = "CODED_RESNEXT_KERNELS"
+INDEX = "index.json"
+FORMAT = 1
+
+
+def toolchain() -> dict[str, str]:
+    """What cache keys are bound to: the exact Triton wheel."""
+    try:
+        triton = version("triton")
+    except PackageNotFoundError:
+        triton = "none"
+    return {
+        "triton": triton,
+        "python": f"{sys.version_info.major}.{sys.version_info.minor}",
+        "platform": sysconfig.get_platform(),
+    }
+
+
+def default_folder() -> Path:
+    """The folder in the user's cache for this toolchain."""
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(cache, "coded-resnext", "kernels", "-".join(("triton", *toolchain().values())))
+
+
+def folders() -> list[Path]:
+    """Folders to look in: those of CODED_RESNEXT_KERNELS, or else the default one.
+
+    The variable separates folders as PATH does; empty, it turns prebuilt kernels off.
+    """
+    value = os.environ.get(FOLDERS_VARIABLE)
+    if value is None:
+        return [default_folder()]
+    return [Path(part) for part in value.split(os.pathsep) if part]
+
+
+@dataclass(frozen=True)
+class Prebuilt:
+    """The kernels of one architecture."""
+
+    folder: Path
+    """Of this architecture: the one that holds the index."""
+    arch: str
+    toolchain: dict[str, str]
+    kernels: dict[str, dict[str, str]]
+    """For every cache key the SHA-256 of each file, by name."""
+    rows: dict[str, str]
+    """The cache key of every row of launch settings, by name."""
+
+    @property
+    def is_current(self) -> bool:
+        """Whether this process, with its Triton, can have use of them."""
+        return self.toolchain == toolchain()
+
+    def files(self, key: str) -> dict[str, str] | None:
+        """Paths of a kernel's files by name; None where it is not here or not as it was written.
+
+        A kernel that lost a byte would load and compute something else, so every file is read.
+        """
+        digests = self.kernels.get(key)
+        if not digests:
+            return None
+        paths = {name: self.folder / key / name for name in digests}
+        try:
+            intact = all(_digest(path) == digests[name] for name, path in paths.items())
+        except OSError:
+            return None
+        return {name: str(path) for name, path in paths.items()} if intact else None
+
+
+def read_index(path: Path) -> Prebuilt:
+    """Read an `index.json`.
+
+    Raises:
+        ValueError: the file is not one, or of another format.
+        OSError: it cannot be read.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content["format"] != FORMAT:
+            raise ValueError(f"format {content['format']}, expected {FORMAT}")
+        return Prebuilt(
+            path.parent,
+            content["arch"],
+            dict(content["toolchain"]),
+            {key: dict(files) for key, files in content["kernels"].items()},
+            dict(content["rows"]),
+        )
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"{path}: not an index of prebuilt kernels: {error}") from error
+
+
+def find_prebuilt() -> tuple[list[Prebuilt], list[str]]:
+    """What lies in `folders()`, and what is wrong with the rest, in sentences."""
+    found, faults = [], []
+    for folder in folders():
+        for path in sorted(folder.glob(f"*/{INDEX}")):
+            try:
+                found.append(read_index(path))
+            except (ValueError, OSError) as error:
+                faults.append(str(error))
+    return found, faults
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -1,0 +1,197 @@
+"""Tile-level helpers that the kernels share.
+
+A *window* is a run of channels that holds whole branches: GROUP branches of WIDTH channels, padded
+to BLOCK_K. Tiles are `[windows, pixels, channels of a window]`, so that one batched product gives
+every warp a window of its own.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+import triton.language as tl
+from triton import knobs
+
+INTERPRETED = tl.constexpr(bool(knobs.runtime.interpret))
+
+
+@triton.jit
+def dot(a, b, acc, PRECISION: tl.constexpr):
+    """`acc + a @ b` in float32; the interpreter multiplies the bits of bfloat16, so it widens."""
+    if INTERPRETED:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def round_to(x, dtype: tl.constexpr):
+    """float32 to `dtype`, to nearest even; the interpreter truncates to bfloat16 by itself."""
+    if INTERPRETED and dtype == tl.bfloat16:
+        bits = x.to(tl.uint32, bitcast=True)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+        # Adding to the bits of a NaN could carry it into infinity or zero.
+        bits = tl.where(x != x, 0x7FC00000, rounded).to(tl.uint32)
+        return bits.to(tl.float32, bitcast=True).to(tl.bfloat16)
+    return x.to(dtype)
+
+
+@triton.jit
+def rectify(x):
+    """ReLU that keeps NaN."""
+    return tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def activate(z, scale, bias, real, AFFINE: tl.constexpr, MASKED: tl.constexpr):
+    """`relu(scale z + bias)` in the dtype of `z`, 0 in rows that are not real; `z` without AFFINE.
+
+    The affine map is float32. Rounding before the ReLU gives the same numbers and lets two of them
+    share an instruction; the interpreter would compare the bits of bfloat16. A row that is not
+    real is 0 in `z`, but its image under the map need not be; padded channels have a map of 0.
+    """
+    if not AFFINE:
+        return z
+    h = z.to(tl.float32) * scale + bias
+    if INTERPRETED:
+        h = rectify(h)
+        return round_to(tl.where(real, h, 0.0) if MASKED else h, z.dtype)
+    h = rectify(round_to(h, z.dtype))
+    if MASKED:
+        # The smaller of the two: a select would unpack pairs of 16-bit numbers.
+        limit = tl.where(real, float("inf"), 0.0).to(z.dtype)
+        h = tl.minimum(h, tl.broadcast_to(limit, h.shape), propagate_nan=tl.PropagateNan.ALL)
+    return h
+
+
+@triton.jit
+def by_branch(x, WIDTH: tl.constexpr, GROUP_P: tl.constexpr):
+    """Sums over the channels of each branch: `[windows, BLOCK_K]` to `[windows, GROUP_P]`."""
+    owner = tl.arange(0, x.shape[1]) // WIDTH
+    mine = owner[:, None] == tl.arange(0, GROUP_P)[None, :]
+    return tl.sum(tl.where(mine[None, :, :], x[:, :, None], 0.0), 1)
+
+
+@triton.jit
+def form_places(
+    windows,
+    BRANCHES: tl.constexpr,
+    WIDTH: tl.constexpr,
+    GROUP: tl.constexpr,
+    WINDOWS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Where the `D x D` matrices of the branches, `[N, D, D]`, lie on the diagonals of windows.
+
+    Offsets, and which of them are real, both `[windows, BLOCK_K, BLOCK_K]`; None for the latter
+    where all are, so that the loads stay wide.
+    """
+    k = tl.arange(0, BLOCK_K)
+    if WIDTH == BLOCK_K:
+        offsets = (windows[:, None, None] * WIDTH + k[None, :, None]) * WIDTH + k[None, None, :]
+        within = offsets < BRANCHES * WIDTH * WIDTH
+    else:
+        owner = k // WIDTH
+        lane = k % WIDTH
+        branch = windows[:, None, None] * GROUP + owner[None, :, None]
+        offsets = (branch * WIDTH + lane[None, :, None]) * WIDTH + lane[None, None, :]
+        same = (owner[:, None] == owner[None, :]) & (owner < GROUP)[:, None]
+        within = same[None, :, :] & (branch < BRANCHES)
+    return offsets, within
+
+
+@triton.jit
+def window_channels(
+    program,
+    BRANCHES: tl.constexpr,
+    WIDTH: tl.constexpr,
+    GROUP: tl.constexpr,
+    WINDOWS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """The windows of a program, their channels, and which of those are real.
+
+    Returns:
+        `[windows]`, `[windows, BLOCK_K]` and `[windows, BLOCK_K]`.
+    """
+    windows = program * WINDOWS + tl.arange(0, WINDOWS)
+    k = tl.arange(0, BLOCK_K)
+    channel = windows[:, None] * (GROUP * WIDTH) + k[None, :]
+    inside = (k < GROUP * WIDTH)[None, :] & (channel < BRANCHES * WIDTH)
+    return windows, channel, inside
+
+
+@triton.jit
+def load_affine(scale_ptr, bias_ptr, channel, inside):
+    """The affine map of each channel, `[windows, 1, BLOCK_K]`; zeros where there is none."""
+    if scale_ptr is None:
+        return 0.0, 0.0
+    else:
+        scale = tl.load(scale_ptr + channel, mask=inside, other=0.0)
+        bias = tl.load(bias_ptr + channel, mask=inside, other=0.0)
+        return scale[:, None, :], bias[:, None, :]
+
+
+@triton.jit
+def load_rows(
+    rows,
+    start,
+    inside,
+    CHANNELS: tl.constexpr,
+    PIXELS: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    FULL: tl.constexpr,
+):
+    """A tile `[windows, BLOCK_P, BLOCK_K]` from pixel `start` on, 0 where there is none.
+
+    Args:
+        rows: pointers to the windows' channels at pixel 0, `[windows, 1, BLOCK_K]`.
+        inside: which channels are real, `[windows, BLOCK_K]`; all of them when FULL.
+
+    Returns:
+        The tile, which of its rows are real `[1, BLOCK_P, 1]`, and their offsets from `rows`.
+    """
+    p = start + tl.arange(0, BLOCK_P)
+    offsets = p[None, :, None] * CHANNELS
+    real = (p < PIXELS)[None, :, None]
+    if FULL and PIXELS % BLOCK_P == 0:
+        tile = tl.load(rows + offsets)
+    elif FULL:
+        tile = tl.load(rows + offsets, mask=real, other=0.0)
+    else:
+        tile = tl.load(rows + offsets, mask=real & inside[:, None, :], other=0.0)
+    return tile, real, offsets
+
+
+@triton.jit
+def store_rows(
+    pointers,
+    tile,
+    real,
+    inside,
+    PIXELS: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    FULL: tl.constexpr,
+):
+    """Store the real elements of a tile that belongs to what `load_rows` returned."""
+    if FULL and PIXELS % BLOCK_P == 0:
+        tl.store(pointers, tile)
+    elif FULL:
+        tl.store(pointers, tile, mask=real)
+    else:
+        tl.store(pointers, tile, mask=real & inside[:, None, :])
+
+
+def hash_in_order(module: dict[str, Any]) -> None:
+    """Hash the kernels of a module in the order of their definition.
+
+    In Triton 3.6 the cache key of a kernel depends on whether its helpers were hashed before it;
+    one order makes the keys of kernels built ahead of time those of the running program.
+    """
+    for value in list(module.values()):
+        if isinstance(value, triton.runtime.jit.JITCallable):
+            value.cache_key  # noqa: B018
+
+
+hash_in_order(globals())

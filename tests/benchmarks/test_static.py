@@ -1,0 +1,185 @@
+"""The limits of compiled kernels: kept by those that ship, and able to be broken.
+
+Also here, since it needs the same compiled kernels: that the JIT finds what was built for it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import static
+import static_limits
+from coded_resnext.kernels import configs
+from coded_resnext.kernels.build import build
+from coded_resnext.kernels.prebuilt import FOLDERS_VARIABLE
+from sass import Code, Instruction
+from static_limits import Limits
+
+HERE = Path(static.__file__).parent
+LAUNCH = HERE.parent / "tests" / "kernels" / "launch_rows.py"
+
+
+def run(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    clean = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    return subprocess.run(
+        [sys.executable, *command],
+        env={**clean, "OMP_NUM_THREADS": "1", **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The kernels of the quick rows, for sm_90."""
+    folder = tmp_path_factory.mktemp("kernels")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(HERE), prepend=os.pathsep)
+        build(
+            ["sm90"],
+            folder,
+            source=static.ROWS,
+            wanted=lambda name, _arch: name.endswith(static.QUICK),
+        )
+    return folder
+
+
+def test_shipped_kernels_keep_their_limits(compiled: Path, tmp_path: Path) -> None:
+    out = tmp_path / "static.json"
+    result = run(
+        str(HERE / "static.py"),
+        *("--quick", "--arch", "sm90", "--folder", str(compiled), "--out", str(out)),
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "no work to do" in result.stdout
+    assert "0 limits broken" in result.stdout
+    rows = json.loads(out.read_text())["rows"]
+    counted = Counter(row["kernel"] for row in rows)
+    assert set(counted) == {
+        row.kernel.partition(":")[2] for _, row in configs.shipped_rows("sm90")
+    }
+    for row in rows:
+        assert 16 <= row["registers"] <= 255
+        assert row["instructions"] > row["loop_instructions"] > 10
+        assert row["spilled"] == 0
+        assert row["instructions_per_byte"] > 0.01
+
+
+def test_the_jit_finds_the_shipped_kernels(compiled: Path, tmp_path: Path) -> None:
+    result = run(
+        *(str(LAUNCH), "sm90", static.ROWS, *static.QUICK),
+        PYTHONPATH=os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")]),
+        TRITON_CACHE_DIR=str(tmp_path / "cache"),
+        **{FOLDERS_VARIABLE: str(compiled)},
+    )
+    assert result.returncode == 0, result.stderr
+    report = json.loads(result.stdout)
+    assert len(report["found"]) == len(report["launches"]) > 5
+    assert all(report["found"].values()), report["found"]
+    assert not (tmp_path / "cache").exists()
+
+
+def test_every_shipped_kernel_has_limits() -> None:
+    for arch in static.ARCHS:
+        for name, row in configs.shipped_rows(arch):
+            assert static_limits.limits_of(row.kernel.partition(":")[2]) is not None, name
+
+
+GOOD: dict[str, Any] = {
+    "kernel": "some_kernel",
+    "arch": "sm90",
+    "registers": 100,
+    "spilled": 0,
+    "matrix_instructions": 4,
+    "instructions_per_byte": 0.1,
+    "loop_load_bits": {64: 1, 128: 3},
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        ({}, None),
+        ({"spilled": 2}, "2 spilling instructions"),
+        ({"matrix_instructions": 0}, "no tensor-core instruction"),
+        ({"registers": 129}, "129 registers, at most 128"),
+        ({"instructions_per_byte": 0.18}, "0.18 instructions per byte, at most 0.17"),
+        ({"loop_load_bits": {64: 2, 128: 2}}, "expected mostly 128"),
+        ({"loop_load_bits": {}}, None),
+        ({"kernel": "unknown"}, "no limits are stated"),
+    ],
+)
+def test_a_broken_limit_is_named(
+    change: dict[str, Any], fault: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits = Limits(registers=128, per_byte=0.17)
+    monkeypatch.setitem(static_limits.LIMITS, "some_kernel", limits)
+    row = SimpleNamespace(args=("*bf16",), constexprs=(("WIDTH", 16), ("GROUP", 1)))
+    faults = static.faults_of({**GOOD, **change}, row)
+    if fault is None:
+        assert faults == []
+    else:
+        assert len(faults) == 1
+        assert fault in faults[0]
+
+
+def test_limits_differ_by_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(static_limits.LIMITS, "some_kernel", Limits(registers=128))
+    monkeypatch.setitem(static_limits.BY_VERSION, ("3.1", "some_kernel"), {"registers": 140})
+    monkeypatch.setattr(static_limits.triton, "__version__", "3.1.0")
+    assert static_limits.limits_of("some_kernel") == Limits(registers=140)
+    monkeypatch.setattr(static_limits.triton, "__version__", "3.10.0")
+    assert static_limits.limits_of("some_kernel") == Limits(registers=128)
+
+
+def nested(unrolled: int) -> Code:
+    """Ten instructions, a loop over samples of 20 more, and in it one of 8 that holds some trips."""
+    body = [Instruction(n, "FADD") for n in range(38)]
+    for n in range(unrolled):
+        body[20 + n] = Instruction(20 + n, "LDG.E.128")
+    body[27] = Instruction(27, "BRA", 20)
+    body[37] = Instruction(37, "BRA", 10)
+    return Code(body, 32, 0, 32)
+
+
+def row_of(**sizes: int) -> SimpleNamespace:
+    """A row of one warp whose trips move 512 bytes, as one wide load of 32 lanes does."""
+    return SimpleNamespace(
+        constexprs=tuple(sizes.items()), num_warps=1, trip_bytes=512, sample_bytes=4096
+    )
+
+
+def test_all_work_on_a_sample_counts() -> None:
+    # Per sample: 10 shared by 5, 20 outside the inner loop, 8 trips of its 8 instructions.
+    row = row_of(PIXELS=128, BLOCK_P=16, SAMPLES=5, WINDOWS=1, GROUP=1, BRANCHES=1)
+    assert static.instructions_per_byte(nested(1), row) == pytest.approx((2 + 20 + 64) / 4096)
+    # A body that holds two trips runs half as often.
+    assert static.instructions_per_byte(nested(2), row) == pytest.approx((2 + 20 + 32) / 4096)
+    # A program with a quarter of the branches has a quarter of the bytes.
+    row = row_of(PIXELS=128, BLOCK_P=16, SAMPLES=5, WINDOWS=2, GROUP=1, BRANCHES=8)
+    assert static.instructions_per_byte(nested(1), row) == pytest.approx((2 + 20 + 64) / 1024)
+    # Maps of any size: what a trip costs.
+    assert static.instructions_per_byte(nested(1), row_of()) == pytest.approx(8 / 512)
+    # Steps over windows instead of samples.
+    row = row_of(PIXELS=128, BLOCK_P=16, STEPS=3, WINDOWS=2, GROUP=1, BRANCHES=6)
+    assert static.instructions_per_byte(nested(1), row) == pytest.approx(
+        (10 + 3 * 20 + 3 * 64) / 4096
+    )
+
+
+def test_the_clocks_of_a_loop() -> None:
+    loop = [Instruction(0, "HGMMA.64x128x16.F32.BF16")] + [Instruction(n, "FADD") for n in range(7)]
+    # Eight warps: two groups of four, each product 64 * 128 * 16 at 2048 a clock.
+    assert static.loop_clocks(loop, 8, "sm90") == {"issue": 16, "products": 128}
+    loop[0] = Instruction(0, "HMMA.16816.F32.BF16")
+    assert static.loop_clocks(loop, 8, "sm80") == {"issue": 16, "products": 16}
+    assert static.loop_clocks(loop[1:], 8, "sm80") == {}

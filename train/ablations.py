@@ -1,0 +1,208 @@
+"""Train the ablations of the paper's method over several seeds and print them as a table.
+
+Every row differs from the base in one thing: exponent, threshold and weight of the coding loss,
+DropSubNNs, energy normalisation, concatenation in place of the sum, codewords that lie near each
+other, active branches; the plain twin has no code at all. Rows are compared with the base of the
+same seed. Results: docs/ablations.md.
+
+    python train/ablations.py digits --epochs 15 --out runs/ablations
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import re
+import shlex
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import digits
+import torch
+
+from coded_resnext import CodedResNeXt
+from coded_resnext.batch import TrainingBatches, TrainLoader
+from coded_resnext.config import TrainingConfig
+from coded_resnext.data import Preprocessing, RandomShift, batches, load_digits_split
+from coded_resnext.distributed import run_script, training_session
+from coded_resnext.engine import fit
+from coded_resnext.interpret import Loader, evaluate, save_evaluation
+from coded_resnext.interpret.ablations import (
+    ABLATIONS,
+    Ablation,
+    find,
+    markdown,
+    measure,
+    summarize,
+    vary,
+)
+from coded_resnext.run_folder import SUMMARY_FILE, RunFolder, versions
+
+RESULTS_FILE = "ablations.json"
+
+
+@dataclass(frozen=True)
+class Task:
+    """What the ablations are ablations of."""
+
+    name: str
+    base: CodedResNeXt
+    config: TrainingConfig
+    preprocessing: Preprocessing
+    train_loader: Callable[[int], TrainLoader]
+    """For a seed."""
+    train_in_order: Loader
+    test_loader: Loader
+
+
+def digits_task(epochs: int | None) -> Task:
+    """The digits by the recipe of train/digits.py."""
+    arguments = digits.parse_arguments([] if epochs is None else ["--epochs", str(epochs)])
+    config = digits.training_config(arguments)
+    split = load_digits_split()
+    return Task(
+        name="scikit-learn digits",
+        base=digits.make_model(arguments),
+        config=config,
+        preprocessing=split.preprocessing,
+        train_loader=lambda seed: TrainingBatches(
+            split.train_images,
+            split.train_targets,
+            config.batch_size,
+            seed=seed,
+            augment=RandomShift(1),
+        ),
+        train_in_order=batches(split.train_images, split.train_targets),
+        test_loader=batches(split.test_images, split.test_targets),
+    )
+
+
+TASKS: dict[str, Callable[[int | None], Task]] = {"digits": digits_task}
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").split("\n\n")[0],
+        epilog="Runs that are finished are not run again; the command goes on with one that was "
+        f"interrupted. OUT/{RESULTS_FILE} holds every run's measures. Rows: "
+        + ", ".join(ablation.name for ablation in ABLATIONS)
+        + ".",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("task", choices=sorted(TASKS), help="network, data and recipe")
+    parser.add_argument("--out", type=Path, default=Path("runs/ablations"), help="folder of runs")
+    parser.add_argument("--rows", nargs="+", metavar="ROW", help="these, and the base; else all")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4], help="of each row")
+    parser.add_argument("--epochs", type=int, help="in place of the recipe's")
+    parser.add_argument(
+        "--table", action="store_true", help="run nothing, print what the folder holds"
+    )
+    return parser.parse_args()
+
+
+def run_folder(out: Path, ablation: Ablation, seed: int) -> Path:
+    """Where the run of a row and a seed is."""
+    return out / f"{re.sub('[^a-z0-9.]+', '-', ablation.name.lower())}-{seed}"
+
+
+def train(task: Task, ablation: Ablation, seed: int, folder: Path) -> None:
+    """Train and evaluate one row with one seed; nothing is done if that was done."""
+    config = dataclasses.replace(task.config, seed=seed, **ablation.training)
+    model = vary(task.base, ablation, seed=seed)
+    run = RunFolder(
+        folder,
+        {
+            "data": task.name,
+            "ablation": dataclasses.asdict(ablation),
+            "network": model.config,
+            "training": config.to_dict(),
+        },
+        resume=True,
+    )
+    if (folder / SUMMARY_FILE).exists():
+        return
+    print(f"{ablation.name}, seed {seed}: {folder}", file=sys.stderr)
+    model = model.to(memory_format=torch.channels_last)
+    history = fit(
+        model,
+        task.train_loader(seed),
+        task.test_loader,
+        config,
+        run,
+        preprocessing=task.preprocessing,
+        notes={"data": task.name, "ablation": ablation.name},
+    )
+    evaluation = evaluate(model, task.train_in_order, task.test_loader, seed=seed, repeats=1)
+    save_evaluation(evaluation, folder)
+    run.write_json(
+        SUMMARY_FILE,
+        {
+            **evaluation.summary(),
+            "ablation": ablation.name,
+            "seed": seed,
+            "measures": measure(evaluation),
+            "seconds": sum(row["seconds"] for row in history),
+            "versions": versions(),
+        },
+    )
+
+
+def collect(out: Path, rows: list[Ablation], seeds: list[int]) -> dict[str, dict[int, Any]]:
+    """The measures of the finished runs, by row and seed."""
+    found: dict[str, dict[int, Any]] = {}
+    for ablation in rows:
+        for seed in seeds:
+            path = run_folder(out, ablation, seed) / SUMMARY_FILE
+            if path.exists():
+                summary = json.loads(path.read_text(encoding="utf-8"))
+                found.setdefault(ablation.name, {})[seed] = summary["measures"]
+    return found
+
+
+def report(arguments: argparse.Namespace, rows: list[Ablation]) -> None:
+    """Write and print what the folder holds."""
+    runs = collect(arguments.out, rows, arguments.seeds)
+    if not runs:
+        raise ValueError(f"out: {arguments.out} holds no finished run of these rows and seeds")
+    summaries = summarize(runs)
+    content = {
+        "task": arguments.task,
+        "epochs": arguments.epochs,
+        "runs": runs,
+        "summaries": {
+            name: {column: dataclasses.asdict(one) for column, one in columns.items()}
+            for name, columns in summaries.items()
+        },
+        "versions": versions(),
+        "command": shlex.join(["python", *sys.argv]),
+    }
+    text = json.dumps(content, indent=1, allow_nan=False)
+    (arguments.out / RESULTS_FILE).write_text(text + "\n", encoding="utf-8")
+    print(markdown(summaries))
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Train what is missing, seed by seed so that all rows have some early on, and report."""
+    rows = find(arguments.rows)
+    if not arguments.table:
+        with training_session():
+            task = TASKS[arguments.task](arguments.epochs)
+            for seed in arguments.seeds:
+                for ablation in rows:
+                    train(task, ablation, seed, run_folder(arguments.out, ablation, seed))
+    report(arguments, rows)
+
+
+def main() -> int:
+    """Run the command; 2 when the input is at fault, 130 or 143 when a signal ended it."""
+    arguments = parse_arguments()
+    return run_script("ablations.py", lambda: run(arguments))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
