@@ -309,7 +309,7 @@ def test_a_step_reads_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     step(BATCH, 0)
     # Values in the host's memory are checked there; on a GPU's tensors nobody looks.
-    monkeypatch.setattr("coded_resnext.kernels.ops._readable", lambda _: False)
+    monkeypatch.setattr("coded_resnext.kernels.checks._readable", lambda _: False)
     with Reads() as reads:
         step(BATCH, 1)
         assert reads.count == 0
