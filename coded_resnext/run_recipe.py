@@ -79,10 +79,13 @@ def make_model(recipe: Recipe, class_names: Sequence[str]) -> CodedResNeXt:
         arguments["num_classes"] = len(class_names)
     if settings.codebooks:
         arguments["codebooks"] = [_codebook(path, class_names) for path in settings.codebooks]
-    elif (source := _own_checkpoint(settings)) is not None:
+    elif (
+        (source := _own_checkpoint(settings)) is not None
+        and source.class_names == tuple(class_names)
+        and source.coded_blocks
+    ):
         # Branches go on working for the classes that they have learnt.
-        if source.class_names == tuple(class_names) and source.coded_blocks:
-            arguments["codebooks"] = source.stage_codebooks
+        arguments["codebooks"] = source.stage_codebooks
     torch.manual_seed(recipe.training.seed)
     model = create_model(settings.model, **arguments)
     for module in model.modules():
