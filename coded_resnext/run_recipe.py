@@ -79,12 +79,26 @@ def make_model(recipe: Recipe, class_names: Sequence[str]) -> CodedResNeXt:
         arguments["num_classes"] = len(class_names)
     if settings.codebooks:
         arguments["codebooks"] = [_codebook(path, class_names) for path in settings.codebooks]
+    elif (
+        (source := _own_checkpoint(settings)) is not None
+        and source.class_names == tuple(class_names)
+        and source.coded_blocks
+    ):
+        # Branches go on working for the classes that they have learnt.
+        arguments["codebooks"] = source.stage_codebooks
     torch.manual_seed(recipe.training.seed)
     model = create_model(settings.model, **arguments)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = settings.bn_momentum
     return model
+
+
+def _own_checkpoint(settings: ModelConfig) -> CodedResNeXt | None:
+    """The network in `initial_checkpoint`, None when it is another library's or there is none."""
+    path = Path(settings.initial_checkpoint or "")
+    own = settings.initial_checkpoint and (path.is_dir() or path.name == MODEL_FILE)
+    return load_model(path).model if own else None
 
 
 def _codebook(path: str, class_names: Sequence[str]) -> Codebook:
@@ -116,10 +130,9 @@ def start_from(model: CodedResNeXt, settings: ModelConfig, calibration: EvalImag
         OSError: there is no such file.
     """
     path = Path(settings.initial_checkpoint or "")
-    ours = path.is_dir() or path.name == MODEL_FILE
-    loaded = load_model(path) if ours else None
-    state = loaded.model.state_dict() if loaded else read_state_dict(path)
-    if loaded and loaded.model.class_names != model.class_names:
+    source = _own_checkpoint(settings)
+    state = read_state_dict(path) if source is None else source.state_dict()
+    if source is not None and source.class_names != model.class_names:
         fresh = {k: v for k, v in model.state_dict().items() if k.startswith("head.")}
         state = {k: v for k, v in state.items() if not k.startswith("head.")} | fresh
     try:
@@ -129,7 +142,7 @@ def start_from(model: CodedResNeXt, settings: ModelConfig, calibration: EvalImag
             f"initial_checkpoint: {path} is of another architecture than {settings.model}: {error}"
         ) from error
     text = f"weights from {path}: {taken}"
-    was_coded = loaded is not None and bool(loaded.model.coded_blocks)
+    was_coded = source is not None and bool(source.coded_blocks)
     if model.coded_blocks and not was_coded:
         batches = -(-CALIBRATION_IMAGES // calibration.batch_size)
         images = recalibrate_batch_norm(model, islice(calibration, batches))

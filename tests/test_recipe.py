@@ -120,14 +120,11 @@ def test_the_learning_rate_scales_with_the_batch() -> None:
 
 
 def test_flags_replace_settings() -> None:
-    command = parse_command(
-        ["-c", "cifar10", "--epochs", "3", "--aa", "none", "--mean", "0.1", "0.2", "0.3"]
-        + ["--clip-grad", "1", "--amp", "--no-channels-last", "--train-images", "none"]
-        + ["--out", "here", "--resume", "--budget", "90s"],
-        description="",
-        recipes=RECIPES,
-        default="cifar100",
+    flags = (
+        "-c cifar10 --epochs 3 --aa none --mean 0.1 0.2 0.3 --clip-grad 1 --amp "
+        "--no-channels-last --train-images none --out here --resume --budget 90s"
     )
+    command = parse_command(flags.split(), description="", recipes=RECIPES, default="cifar100")
     settings = command.recipe.settings()
     assert settings["epochs"] == 3
     assert settings["aa"] is None

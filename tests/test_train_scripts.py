@@ -181,6 +181,18 @@ def test_codebooks_must_fit_the_classes(tmp_path: Path) -> None:
         make_model(recipe_for(tmp_path, codebooks=books), names)
 
 
+def test_a_coded_run_keeps_its_codewords_for_the_same_classes(tmp_path: Path) -> None:
+    names = [f"class {index}" for index in range(10)]
+    published = create_model("coded_resnext17_10x4d", class_names=names)
+    save_model(tmp_path / "model.safetensors", published)
+    start = {"initial_checkpoint": str(tmp_path)}
+    again = make_model(recipe_for(tmp_path, **start), names)
+    assert again.codebooks == published.codebooks
+    assert make_model(recipe_for(tmp_path), names).codebooks != published.codebooks
+    renamed = make_model(recipe_for(tmp_path, **start), names[::-1])
+    assert renamed.codebooks[0].words == Codebook.shipped(10, 10, 5).words
+
+
 def test_the_model_is_made_as_the_recipe_says(tmp_path: Path) -> None:
     names = [f"class {index}" for index in range(10)]
     recipe = recipe_for(tmp_path, bn_momentum=0.3, drop_branches=0.25, seed=5)
