@@ -115,7 +115,7 @@ def vary(base: CodedResNeXt, ablation: Ablation, *, seed: int) -> CodedResNeXt:
     model = CodedResNeXt.from_config(config, books, class_names=base.class_names)
     norms = [
         [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
-        for network in (base, model)
+        for network in (model, base)
     ]
     for module, original in zip(*norms, strict=True):
         module.momentum = original.momentum
