@@ -37,8 +37,8 @@ def unsupported(h: Tensor, width: int) -> str | None:
         return f"the kernels take float32, float16 and bfloat16, not {h.dtype}"
     if width > configs.WIDEST_BRANCH:
         return f"the kernels take branches of up to {configs.WIDEST_BRANCH} channels, not {width}"
-    if h[0].numel() >= 2**31:
-        return "the kernels take samples of fewer than 2^31 elements"
+    if h.numel() // h.shape[0] >= 2**31 or h.shape[0] * h.shape[1] >= 2**31:
+        return "the kernels take samples, and B*N*D, of fewer than 2^31 elements"
     return None
 
 

@@ -94,7 +94,10 @@ def thousand_run(folder: Path) -> Run:
     folder.mkdir(parents=True)
     torch.manual_seed(0)
     books = [Codebook.shipped(1000, 32, active) for active in (16, 8, 4)]
-    stages = [Stage(depth, 32, 1, 32, book.active) for depth, book in zip((4, 6, 3), books)]
+    depths = (4, 6, 3)
+    stages = [
+        Stage(depth, 32, 1, 32, book.active) for depth, book in zip(depths, books, strict=True)
+    ]
     model = CodedResNeXt([Stage(3, 32, 1, 32, 32), *stages], 1000, codebooks=books).eval()
     images = torch.randn(1000, 3, 12, 12)
     test = batches(images, torch.arange(1000), 250)
