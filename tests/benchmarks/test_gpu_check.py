@@ -160,6 +160,7 @@ def test_when_time_is_up_the_rest_is_named() -> None:
     assert set(rows[0]["left_out"]) == {"kernel", "replaced", "gram", "definition"}
     empty = {name: [] for name in ("agreement", "repeats", "registration", "compilation")}
     results = {**empty, "times": rows, "criteria": [], "wrong": [], "dry_run": False}
+    results |= {"kernels_found": 3, "kernels_compiled": 0}
     text = gpu_check.report({**results, "left_out": ["the kernel: time was up"]})
     assert "left out: the kernel: time was up" in text
 
