@@ -2,10 +2,10 @@
 
     python benchmarks/gpu_check.py --out benchmarks/results
 
-One command of less than eight minutes. First every operator and gradient against float64 at the sizes
-of the paper's networks in every dtype, a hundred repeats, PyTorch's own checks of the registered
-operators, and `torch.compile`; then the times of those that were right, beside eager and compiled
-forms of the definition, and against the criteria below. Writes `gpu_check.json`.
+One command of less than eight minutes. First every operator and gradient against float64 at the
+sizes of the paper's networks in every dtype, a hundred repeats, PyTorch's own checks of the
+registered operators, and `torch.compile`; then the times of those that were right, beside eager and
+compiled forms of the definition, and against the criteria below. Writes `gpu_check.json`.
 
 Without a GPU it says so, in the file too, and exits with status 2. `--dry-run` takes every path at
 tiny sizes on the CPU, the kernels in Triton's interpreter; its times mean nothing.
@@ -63,6 +63,7 @@ def main() -> int:
 def check(*, dry: bool, minutes: float) -> dict[str, Any]:
     """All checks and times, JSON-ready."""
     from agreement import compare, compiled, registration, repeats
+    from grouped_check import check_grouped
     from operators import IMAGENET, OPERATORS, PLACES, TINY
     from timing import Deadline, measure, median_ms
 
@@ -104,9 +105,7 @@ def check(*, dry: bool, minutes: float) -> dict[str, Any]:
         for row in results[section]
         for fault in row["wrong"]
     ]
-    failed = {
-        (row["operator"], row["place"], row["dtype"]) for row in agreement if row["wrong"]
-    }
+    failed = {(row["operator"], row["place"], row["dtype"]) for row in agreement if row["wrong"]}
 
     print("times")
     bandwidth = None
@@ -126,6 +125,16 @@ def check(*, dry: bool, minutes: float) -> dict[str, Any]:
                     operator, place, dtype, device, bandwidth, compiler if worth else None, deadline
                 )
     results["criteria"] = criteria(results["times"])
+    print("grouped convolutions")
+    results["grouped"] = check_grouped(
+        device,
+        dry=dry,
+        bandwidth=bandwidth,
+        compiler=compiler,
+        deadline=deadline,
+        repeats=3 if dry else REPEATS,
+    )
+    results["wrong"] += [fault for row in results["grouped"]["checks"] for fault in row["wrong"]]
     results["left_out"] = [
         f"{row['operator']} {row['place']} {row['dtype']} {row['pass']}: {name}: {reason}"
         for row in results["times"]
@@ -194,7 +203,12 @@ def _figure(row: dict[str, Any], name: str) -> float | None:
 
 def report(results: dict[str, Any]) -> str:
     """The results as text."""
-    lines = ["", f"{'operator, place, dtype, pass':<58} {'ms':>9} {'floor':>6}  other forms / kernel"]
+    from grouped_check import report_grouped
+
+    lines = [
+        "",
+        f"{'operator, place, dtype, pass':<58} {'ms':>9} {'floor':>6}  other forms / kernel",
+    ]
     for row in results["times"]:
         if "kernel" not in row["ms"]:
             continue
@@ -212,6 +226,7 @@ def report(results: dict[str, Any]) -> str:
             f"{item['operator']} {item['place']} {item['pass']} {item['figure']}: {measured}"
             f"{item['bound']}: {verdict}"
         )
+    lines += report_grouped(results["grouped"])
     lines += [*(f"left out: {text}" for text in results["left_out"])]
     lines += [*(f"WRONG: {text}" for text in results["wrong"])]
     count = sum(len(results[name]) for name in ("agreement", "repeats", "registration"))

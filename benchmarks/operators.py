@@ -1,7 +1,7 @@
 """The operators that gpu_check.py checks and times: one entry of OPERATORS each.
 
-A new kernel joins by an entry: how its inputs are made, the kernel's call, its definition, what it is
-timed against, and the bytes that it cannot avoid moving.
+A new kernel joins by an entry: how its inputs are made, the kernel's call, its definition, what it
+is timed against, and the bytes that it cannot avoid moving.
 """
 
 from __future__ import annotations
@@ -12,9 +12,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-
 from coded_resnext.kernels import coded_aggregate, coding_loss, gram, operators, reference
+from torch import Tensor
 
 Tensors = dict[str, Tensor]
 
@@ -208,9 +207,7 @@ def loss_inputs(place: Place, generator: torch.Generator) -> Tensors:
     return {
         "energies": 2 * energies,
         "codewords": (branch - first) % place.branches < place.active,
-        "targets": torch.randint(
-            place.classes, (place.batch,), generator=generator, device=device
-        ),
+        "targets": torch.randint(place.classes, (place.batch,), generator=generator, device=device),
     }
 
 

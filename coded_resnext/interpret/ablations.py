@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from ..codebook import Codebook
-from ..models import CodedResNeXt, default_codebook
+from ..models import CodedResNeXt
+from ..stages import default_codebook
 from .evaluate import Evaluation
 
 BASE = "base"

@@ -154,7 +154,7 @@ def test_when_time_is_up_the_rest_is_named() -> None:
     assert all(row["ms"] == {} for row in rows)
     assert rows[0]["left_out"]["kernel"] == "time was up"
     assert set(rows[0]["left_out"]) == {"kernel", "replaced", "gram", "definition"}
-    empty = dict.fromkeys(("agreement", "repeats", "registration", "compilation"), [])
+    empty = {name: [] for name in ("agreement", "repeats", "registration", "compilation")}
     results = {**empty, "times": rows, "criteria": [], "wrong": [], "dry_run": False}
     text = gpu_check.report({**results, "left_out": ["the kernel: time was up"]})
     assert "left out: the kernel: time was up" in text

@@ -1,4 +1,4 @@
-"""Kernels compiled ahead of time: once, incrementally, found by the JIT, and never trusted blindly."""
+"""Kernels compiled ahead of time: once, incrementally, found by the JIT, not trusted blindly."""
 
 from __future__ import annotations
 
