@@ -89,7 +89,8 @@ def write(path: Path, content: object) -> None:
 def thousand_run(folder: Path) -> Run:
     """A thousand classes and 13 coded blocks of 32 branches, which are the paper's numbers.
 
-    There is one image of every class, but none of the first, and two of the second. All is measured on a narrow network, but for the classifiers, whose scores are drawn.
+    There is one image of every class, but none of the first, and two of the second. All is measured
+    on a narrow network, but for the classifiers, whose scores are drawn.
     """
     folder.mkdir(parents=True)
     torch.manual_seed(0)
