@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .decode import decode
 from .distributed import World
-from .kernels.ops import check_targets
+from .kernels.checks import check_targets
 from .models import CodedResNeXt
 
 EvaluationLoader = Iterable[tuple[Tensor, Tensor]]

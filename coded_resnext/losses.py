@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .codebook import Codebook
-from .kernels import coding_loss
-from .kernels.ops import check_finite, check_targets
+from .kernels import Backend, coding_losses
+from .kernels.checks import check_finite, check_targets
 from .kernels.reference import accumulation_dtype
 
 
@@ -42,6 +42,7 @@ class CodedLoss(nn.Module):
         label_smoothing: of the cross-entropy only, `0 <= s < 1`.
         check_values: refuse numbers on the CPU that are not finite. Without it they go into the
             loss, where the training engine finds them.
+        backend: implementation of the coding losses, see `coded_resnext.kernels`.
 
     Raises:
         ValueError: a number is outside its range, or the codebooks differ in their classes.
@@ -56,6 +57,7 @@ class CodedLoss(nn.Module):
         threshold: float = 0.0,
         label_smoothing: float = 0.0,
         check_values: bool = True,
+        backend: Backend = "auto",
     ) -> None:
         super().__init__()
         for name, value, low in (
@@ -74,6 +76,7 @@ class CodedLoss(nn.Module):
                 )
         self.weight, self.exponent, self.threshold = weight, exponent, threshold
         self.label_smoothing, self.check_values = label_smoothing, check_values
+        self.backend: Backend = backend
         self.blocks = len(codebooks)
         for index, codebook in enumerate(codebooks):
             self.register_buffer(f"codewords_{index}", codebook.codewords, persistent=False)
@@ -112,17 +115,15 @@ class CodedLoss(nn.Module):
             targets,
             label_smoothing=self.label_smoothing,
         )
-        coding = tuple(
-            coding_loss(
-                energy,
-                codewords,
-                targets,
-                exponent=self.exponent,
-                threshold=self.threshold,
-                check_values=self.check_values,
-            )
-            for energy, codewords in zip(energies, self.codewords(), strict=True)
-        )
+        coding = coding_losses(
+            energies,
+            self.codewords(),
+            targets,
+            exponent=self.exponent,
+            threshold=self.threshold,
+            check_values=self.check_values,
+            backend=self.backend,
+        ).losses
         total = cross_entropy
         for term in coding:
             total = total + self.weight * term

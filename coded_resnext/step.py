@@ -17,7 +17,7 @@ from .decode import decode
 from .distributed import World
 from .ema import WeightAverage, running_statistics
 from .guard import StepGuard, copy_all
-from .kernels.ops import check_targets
+from .kernels.checks import check_targets
 from .losses import CodedLoss
 from .mixing import make_mixing
 from .models import CodedResNeXt

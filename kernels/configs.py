@@ -75,11 +75,10 @@ class LaunchRow:
     args: tuple[Argument, ...]
     """Run-time arguments in the order of the signature: `*bf16` for a pointer, aligned to 16
     bytes; None for an absent one; a number stands for itself and is never specialised on."""
-    constexprs: tuple[tuple[str, int | str], ...]
+    constexprs: tuple[tuple[str, int | float | str], ...]
     num_warps: int
     trip_bytes: int
-    """Bytes of tensors of the batch that a program moves in one trip of its innermost loop over
-    them."""
+    """Bytes that a program moves in one trip of its innermost loop over a batch's tensors."""
     sample_bytes: int
     """The least that one sample costs in memory traffic: each tensor moved once."""
     num_stages: int = 1
@@ -193,7 +192,7 @@ def _energy_row(
 
 @cache
 def energy_forward(sizes: BlockSizes, variant: Variant) -> LaunchRow:
-    """Settings of `energy.energy_forward`: 64 pixels keep several wide loads of a thread in flight."""
+    """Settings of `energy.energy_forward`: 64 pixels keep several wide loads in flight."""
     return _energy_row(
         "energy:energy_forward",
         (
@@ -324,6 +323,121 @@ def aggregate_backward(sizes: BlockSizes, variant: Variant) -> LaunchRow:
     )
 
 
+def _expand_block_k(variant: Variant) -> int:
+    return 32 if variant.dtype == "fp32" else 64
+
+
+def takes_energy(sizes: BlockSizes, variant: Variant) -> bool:
+    """Whether `expand_forward` can take energies: branches must tile its blocks of channels."""
+    return _expand_block_k(variant) % sizes.width == 0
+
+
+@cache
+def expand_forward(
+    sizes: BlockSizes,
+    variant: Variant,
+    *,
+    sums: bool = False,
+    energy: bool = False,
+    factor: bool = False,
+) -> LaunchRow:
+    """Settings of `expand.expand_forward`.
+
+    Args:
+        sums: whether sums of `y` and `y^2` are asked for.
+        energy: whether energies are taken from the tiles; needs `takes_energy`.
+        factor: whether samples are scaled.
+
+    A tile has 128 rows of 64 channels. Where there is a prologue, 256 output channels share its
+    work; compiled code for other architectures than sm90 has the registers for 128.
+    """
+    single = variant.dtype == "fp32"
+    rows = 64 if single else 128
+    block_p = block_pixels(sizes, rows)
+    samples = rows // block_p
+    block_k = _expand_block_k(variant)
+    prologue = variant.affine or variant.drop or variant.keep
+    wide = not single and prologue and variant.arch == "sm90"
+    block_c = min(256 if wide else 64 if single else 128, next_power_of_2(max(16, sizes.channels)))
+    item = ITEM_BYTES[variant.dtype]
+    channels = sizes.branches * sizes.width
+    return LaunchRow(
+        kernel="expand:expand_forward",
+        args=(
+            variant.pointer(),
+            variant.pointer(sums, "fp32"),
+            variant.pointer(energy, "fp32"),
+            variant.pointer(),
+            *_affine(variant),
+            variant.pointer(),
+            variant.pointer(energy, "fp32"),
+            variant.pointer(variant.drop, "fp32"),
+            variant.pointer(variant.keep, "fp32"),
+            variant.pointer(factor, "fp32"),
+            256,
+        ),
+        constexprs=(
+            ("BRANCHES", sizes.branches),
+            ("WIDTH", sizes.width),
+            ("PIXELS", sizes.pixels),
+            ("CHANNELS_OUT", sizes.channels),
+            ("SAMPLES", samples),
+            ("BLOCK_P", block_p),
+            ("BLOCK_C", block_c),
+            ("BLOCK_K", block_k),
+            ("PRECISION", variant.precision),
+        ),
+        num_warps=4 if single else 8,
+        num_stages=2,
+        trip_bytes=(rows + block_c) * block_k * item,
+        sample_bytes=(channels + sizes.channels) * sizes.pixels * item,
+    )
+
+
+@dataclass(frozen=True)
+class LossSizes:
+    """Static sizes of a coding loss."""
+
+    branches: int
+    classes: int
+    soft: bool = False
+    """Whether targets are probabilities."""
+    exponent: float = 4.0
+    decode: bool = False
+    """Whether classes are read off the energies too."""
+
+
+@cache
+def coding_loss(sizes: LossSizes) -> LaunchRow:
+    """Settings of `loss.coding_loss`: small tiles, since a batch has few samples."""
+    branches = max(16, next_power_of_2(sizes.branches))
+    return LaunchRow(
+        kernel="loss:coding_loss",
+        args=(
+            "*fp32",
+            "*fp32",
+            "*i64" if sizes.decode else None,
+            "*fp32",
+            "*u8",
+            "*fp32" if sizes.soft else "*i64",
+            0.5,
+            256,
+        ),
+        constexprs=(
+            ("BRANCHES", sizes.branches),
+            ("BRANCHES_P", branches),
+            ("CLASSES", sizes.classes),
+            ("SOFT", sizes.soft),
+            ("EXPONENT", float(sizes.exponent)),
+            ("BLOCK_B", 16),
+            ("BLOCK_K", 64),
+        ),
+        num_warps=4,
+        trip_bytes=0,
+        sample_bytes=sizes.branches * 9 + 8,
+    )
+
+
 # Outputs of the expand convolution's input in the paper's networks, coded stages only: the map
 # sizes are those of 32-pixel CIFAR images and of ImageNet at 160 and 224 pixels.
 PAPER_SIZES = {
@@ -359,6 +473,10 @@ def shipped_rows(arch: str) -> Iterator[tuple[str, LaunchRow]]:
             for make in ROW_MAKERS:
                 row = make(sizes, Variant(dtype, drop=True, arch=arch))
                 yield f"{row.kernel.split(':')[1]} {place} {dtype}", row
+    for branches, classes in ((10, 10), (20, 100), (32, 1000)):
+        for soft in (False, True):
+            sizes_of_loss = LossSizes(branches, classes, soft)
+            yield f"coding_loss {branches} of {classes} soft={soft}", coding_loss(sizes_of_loss)
     # Imported here: those settings are built from the classes above.
     from . import grouped_configs
 

@@ -1,153 +1,25 @@
-"""The coded operations as PyTorch operators `coded_resnext::*`: schema, fakes and gradients.
+"""Energies and the coded normalisation as PyTorch operators: schema, fakes and gradients.
 
-On CUDA tensors, and on CPU tensors in Triton's interpreter, an operator runs its kernels; anywhere
-else, and for sizes or dtypes that the kernels do not take, it runs the Gram form. Results and
-gradients that have the size of the activations are channels-last. The masks are constants.
+On CUDA tensors, and on CPU tensors in Triton's interpreter, the operators `coded_resnext::*` run
+their kernels; anywhere else, and for sizes or dtypes that the kernels do not take, the Gram form.
+Results and gradients that have the size of the activations are channels-last. Masks are constants.
 
 B samples, N branches of width D, C output channels of a branch, P = H*W pixels.
 """
 
 from __future__ import annotations
 
-import os
-from contextlib import AbstractContextManager, nullcontext
-from functools import cache
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import configs, gram
+from .launch import Launch, as_rows, channels_last, empty_rows, on_device, runs_kernels
 from .reference import accumulation_dtype
 
-_DTYPES: dict[torch.dtype, configs.Dtype] = {
-    torch.bfloat16: "bf16",
-    torch.float16: "fp16",
-    torch.float32: "fp32",
-}
 
-
-def interpreted() -> bool:
-    """Whether the kernels run in Triton's interpreter, which is decided when they are imported."""
-    if not os.environ.get("TRITON_INTERPRET"):
-        return False
-    from .tile import INTERPRETED
-
-    return bool(INTERPRETED)
-
-
-def unsupported(h: Tensor, width: int) -> str | None:
-    """Why the kernels do not take these activations `[B, N*D, H, W]`; None if they do."""
-    if h.dtype not in _DTYPES:
-        return f"the kernels take float32, float16 and bfloat16, not {h.dtype}"
-    if width > configs.WIDEST_BRANCH:
-        return f"the kernels take branches of up to {configs.WIDEST_BRANCH} channels, not {width}"
-    if h[0].numel() >= 2**31:
-        return "the kernels take samples of fewer than 2^31 elements"
-    return None
-
-
-def runs_kernels(h: Tensor, width: int) -> bool:
-    """The rule of this module."""
-    return (h.is_cuda or interpreted()) and unsupported(h, width) is None
-
-
-def variant_of(
-    z: Tensor, scale: Tensor | None, drop_mask: Tensor | None, keep_mask: Tensor | None
-) -> configs.Variant:
-    """What a compiled kernel depends on beside sizes."""
-    dtype = _DTYPES[z.dtype]
-    return configs.Variant(
-        dtype=dtype,
-        affine=scale is not None,
-        drop=drop_mask is not None,
-        keep=keep_mask is not None,
-        tf32=dtype == "fp32" and _tf32_allowed(),
-        arch=_architecture(z.device.index) if z.is_cuda else "cpu",
-    )
-
-
-def _tf32_allowed() -> bool:
-    precision = torch.backends.cuda.matmul.fp32_precision
-    return (torch.backends.fp32_precision if precision == "none" else precision) == "tf32"
-
-
-@cache
-def _architecture(device: int) -> str:
-    if torch.version.hip:
-        return str(torch.cuda.get_device_properties(device).gcnArchName).split(":")[0]
-    major, minor = torch.cuda.get_device_capability(device)
-    return f"sm{major}{minor}"
-
-
-def on_device(tensor: Tensor) -> AbstractContextManager[Any]:
-    """Triton launches on the current device, which need not be the tensor's."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
-
-
-def as_rows(x: Tensor) -> Tensor:
-    """`[B, N*D, H, W]` as contiguous `[B, H, W, N*D]`, copied unless it is channels-last."""
-    return x.permute(0, 2, 3, 1).contiguous()
-
-
-def channels_last(x: Tensor) -> Tensor:
-    """The tensor with the strides that every implementation and fake here gives to its results."""
-    return as_rows(x).permute(0, 3, 1, 2)
-
-
-def empty_rows(like: Tensor) -> Tensor:
-    """An uninitialised `[B, H, W, C]` for a `[B, C, H, W]`."""
-    batch, channels, height, width = like.shape
-    return like.new_empty((batch, height, width, channels))
-
-
-def _float32(value: Tensor | None) -> Tensor | None:
-    return None if value is None else value.to(torch.float32).contiguous()
-
-
-class _Launch:
-    """What the launches of one operator share: sizes, settings and tensors as the kernels read."""
-
-    def __init__(
-        self,
-        z: Tensor,
-        branch_weight: Tensor,
-        scale: Tensor | None,
-        bias: Tensor | None,
-        drop_mask: Tensor | None,
-        keep_mask: Tensor | None,
-    ) -> None:
-        branches, channels, width = branch_weight.shape
-        self.batch, self.pixels = z.shape[0], z.shape[2] * z.shape[3]
-        self.sizes = configs.BlockSizes(branches, width, channels, self.pixels)
-        self.variant = variant_of(z, scale, drop_mask, keep_mask)
-        self.inverse_size = 1.0 / (channels * self.pixels)
-        self.rows = as_rows(z)
-        self.scale, self.bias = _float32(scale), _float32(bias)
-        self.drop, self.keep = _float32(drop_mask), _float32(keep_mask)
-        self.windows = configs.Windows.of(self.sizes).count
-        # Under autocast this product would be rounded to half precision.
-        with torch.autocast(z.device.type, enabled=False):
-            self.form = gram.branch_forms(branch_weight, torch.float32)
-
-    def over_windows(self, row: configs.LaunchRow) -> tuple[int, int]:
-        """The grid of a kernel over samples and windows."""
-        settings = dict(row.constexprs)
-        samples, windows = int(settings["SAMPLES"]), int(settings["WINDOWS"])
-        return -(-self.batch // samples), -(-self.windows // windows)
-
-    def weight_gradient(self, coefficient: Tensor, branch_weight: Tensor) -> Tensor:
-        """(17) without the part that the convolution computes."""
-        row = configs.weighted_gram(self.sizes, self.variant)
-        grid = self.over_windows(row)
-        branches, width = self.sizes.branches, self.sizes.width
-        parts = self.form.new_empty((grid[0], branches, width, width))
-        row.launch(grid, parts, self.rows, self.scale, self.bias, coefficient, self.batch)
-        with torch.autocast(parts.device.type, enabled=False):
-            return torch.bmm(branch_weight.to(torch.float32), parts.sum(0)).to(branch_weight.dtype)
-
-
-def _behind_activation(
+def behind_activation(
     grad_h: Tensor, z: Tensor, scale: Tensor | None, bias: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """The gradient of `z` from that of `relu(scale z + bias)`, and the sums `[2, N*D]`.
@@ -179,7 +51,7 @@ def branch_energy(
     if not runs_kernels(z, branch_weight.shape[2]):
         h = gram.activate(z, scale, bias).to(accumulation_dtype(z.dtype))
         return gram.energies_and_grams(h, branch_weight, keep_mask)[0]
-    launch = _Launch(z, branch_weight, scale, bias, None, keep_mask)
+    launch = Launch(z, branch_weight, scale, bias, None, keep_mask)
     energy = launch.form.new_empty((launch.batch, launch.sizes.branches))
     row = configs.energy_forward(launch.sizes, launch.variant)
     with on_device(z):
@@ -217,16 +89,16 @@ def branch_energy_backward(
     bias: Tensor | None,
     keep_mask: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `z` and `branch_weight`, and the sums of `_behind_activation`."""
+    """Gradients of `z` and `branch_weight`, and the sums of `behind_activation`."""
     if keep_mask is not None:
         grad_energy = grad_energy * keep_mask
     if not runs_kernels(z, branch_weight.shape[2]):
         h = gram.activate(z, scale, bias).to(grad_energy.dtype)
         grams = gram.branch_grams(h, branch_weight.shape[0])
         grad_h, grad_weight = gram.energy_gradients(grad_energy, h, branch_weight, grams)
-        grad_z, sums = _behind_activation(grad_h, z, scale, bias)
+        grad_z, sums = behind_activation(grad_h, z, scale, bias)
         return grad_z, grad_weight.to(branch_weight.dtype), sums
-    launch = _Launch(z, branch_weight, scale, bias, None, None)
+    launch = Launch(z, branch_weight, scale, bias, None, None)
     coefficient = (grad_energy * (2.0 * launch.inverse_size)).contiguous()
     row = configs.energy_backward(launch.sizes, launch.variant)
     grid = launch.over_windows(row)
@@ -270,7 +142,7 @@ def _fake_gradients(
     return empty_rows(z).permute(0, 3, 1, 2), weight, sums
 
 
-def _split_sums(sums: Tensor, scale: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+def split_sums(sums: Tensor, scale: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
     """The gradients of `scale` and `bias`."""
     return (None, None) if scale is None else (sums[1].to(scale.dtype), sums[0].to(scale.dtype))
 
@@ -284,12 +156,10 @@ def _branch_energy_gradients(ctx: Any, grad_energy: Tensor) -> Any:
     grad_z, grad_weight, sums = branch_energy_backward(
         grad_energy, z, branch_weight, scale, bias, keep_mask
     )
-    return grad_z, grad_weight, *_split_sums(sums, scale), None
+    return grad_z, grad_weight, *split_sums(sums, scale), None
 
 
-branch_energy.register_autograd(
-    _branch_energy_gradients, setup_context=_save_for_branch_energy
-)
+branch_energy.register_autograd(_branch_energy_gradients, setup_context=_save_for_branch_energy)
 
 
 @torch.library.custom_op("coded_resnext::normalize_branches", mutates_args=())
@@ -312,7 +182,7 @@ def normalize_branches(
         h = gram.activate(z, scale, bias)
         result = gram.normalize(h, branch_weight, drop_mask, keep_mask)
         return channels_last(result.scaled), result.energies, result.inverse[:, 0]
-    launch = _Launch(z, branch_weight, scale, bias, drop_mask, keep_mask)
+    launch = Launch(z, branch_weight, scale, bias, drop_mask, keep_mask)
     scaled = empty_rows(z)
     normalized = launch.form.new_empty((launch.batch, launch.sizes.branches))
     energy, inverse = torch.empty_like(normalized), normalized.new_empty((launch.batch,))
@@ -364,7 +234,7 @@ def normalize_branches_backward(
     """(13)-(17) without the part of `dW` that the convolution computes.
 
     Returns:
-        The gradients of `z` and `branch_weight`, and the sums of `_behind_activation`.
+        The gradients of `z` and `branch_weight`, and the sums of `behind_activation`.
     """
     if not runs_kernels(z, branch_weight.shape[2]):
         h = gram.activate(z, scale, bias)
@@ -372,9 +242,9 @@ def normalize_branches_backward(
         grad_h, grad_weight = gram.normalize_backward(
             grad_scaled, grad_normalized, h, branch_weight, forward, keep_mask
         )
-        grad_z, sums = _behind_activation(grad_h, z, scale, bias)
+        grad_z, sums = behind_activation(grad_h, z, scale, bias)
         return grad_z, grad_weight.to(branch_weight.dtype), sums
-    launch = _Launch(z, branch_weight, scale, bias, drop_mask, keep_mask)
+    launch = Launch(z, branch_weight, scale, bias, drop_mask, keep_mask)
     grad, coefficient = empty_rows(z), torch.empty_like(normalized)
     parts = None if scale is None else normalized.new_empty((launch.batch, 2, z.shape[1]))
     with on_device(z):
@@ -428,9 +298,7 @@ def _normalize_gradients(ctx: Any, grad_scaled: Tensor, grad_normalized: Tensor,
     grad_z, grad_weight, sums = normalize_branches_backward(
         grad_scaled, grad_normalized, *ctx.saved_tensors
     )
-    return grad_z, grad_weight, *_split_sums(sums, scale), None, None
+    return grad_z, grad_weight, *split_sums(sums, scale), None, None
 
 
-normalize_branches.register_autograd(
-    _normalize_gradients, setup_context=_save_for_normalize
-)
+normalize_branches.register_autograd(_normalize_gradients, setup_context=_save_for_normalize)

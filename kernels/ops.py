@@ -3,36 +3,54 @@
 Backends:
     `reference`  the unfused definition; any floating dtype; for checks.
     `torch`      the exact Gram form in plain PyTorch; every device.
-    `triton`     fused kernels; reserved, not part of this version.
-    `auto`       the fastest one that can run: `torch` in this version.
+    `triton`     the kernels, on CUDA devices; on CPU tensors in Triton's interpreter.
+    `auto`       `torch`: no measurement on a GPU has shown yet where the kernels win.
 
 The environment variable CODED_RESNEXT_BACKEND replaces `auto`; an explicit argument wins over it.
+What the kernels do not take (float64, branches wider than 64 channels) runs as `torch` does, and is
+logged once for each reason.
 """
 
 from __future__ import annotations
 
-import math
+import importlib.util
+import logging
 import os
-from typing import Literal, get_args
+from collections.abc import Sequence
+from functools import cache
+from typing import Literal, NamedTuple, get_args
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from . import gram, reference
+from . import gram, launch, reference
+from .checks import (
+    Aggregation,
+    check_affine,
+    check_aggregate,
+    check_debug,
+    check_device,
+    check_finite,
+    check_loss,
+    check_targets,
+    checked_mask,
+)
 
 Backend = Literal["auto", "reference", "torch", "triton"]
-Aggregation = Literal["sum", "concat"]
 
 BACKEND_VARIABLE = "CODED_RESNEXT_BACKEND"
+_LOG = logging.getLogger("coded_resnext")
 
 
 def backends() -> dict[str, str | None]:
     """Every backend by name, with the reason why it cannot run here, or None if it can."""
-    return {
-        "reference": None,
-        "torch": None,
-        "triton": "this version ships no Triton kernels",
-    }
+    reason = None
+    if importlib.util.find_spec("triton") is None:
+        reason = "Triton is not installed"
+    elif not torch.cuda.is_available() and not launch.interpreted():
+        reason = "no CUDA device was found (on a CPU: TRITON_INTERPRET=1, for checks only)"
+    return {"reference": None, "torch": None, "triton": reason}
 
 
 def select_backend(backend: Backend = "auto") -> str:
@@ -50,12 +68,32 @@ def select_backend(backend: Backend = "auto") -> str:
     if requested not in get_args(Backend):
         expected = ", ".join(get_args(Backend))
         raise ValueError(f"{source}: expected one of {expected}; got {requested!r}")
-    if requested == "auto":
-        return "torch"
+    if requested in ("auto", "torch", "reference"):
+        return "torch" if requested == "auto" else requested
     reason = backends()[requested]
     if reason is not None:
         raise RuntimeError(f"{source}: {requested!r} was asked for but cannot run: {reason}")
     return requested
+
+
+def _select_for(h: Tensor, width: int, backend: Backend) -> str:
+    """The backend for activations; what the kernels do not take goes to `torch`."""
+    chosen = select_backend(backend)
+    if chosen != "triton":
+        return chosen
+    if not h.is_cuda and not launch.interpreted():
+        raise RuntimeError(f"backend: 'triton' was asked for but h is on {h.device}")
+    reason = launch.unsupported(h, width)
+    if reason is None:
+        return chosen
+    if not torch.compiler.is_compiling():
+        _log_fallback(reason)
+    return "torch"
+
+
+@cache
+def _log_fallback(reason: str) -> None:
+    _LOG.warning("backend 'torch' runs in place of 'triton': %s", reason)
 
 
 def coded_aggregate(
@@ -86,20 +124,161 @@ def coded_aggregate(
         sample in which every remaining branch is dead; its `y` and gradients are 0 too.
 
     Raises:
-        ValueError: an argument has the wrong rank, size or type; the message names it.
+        ValueError: an argument has the wrong rank, size, type or device; the message names it.
+            With CODED_RESNEXT_DEBUG=1 also numbers that are not finite.
         RuntimeError: the requested backend cannot run.
     """
-    chosen = select_backend(backend)
-    concatenate = _check_aggregate(h, weight, branches, aggregation)
+    concatenate = check_aggregate(h, weight, branches, aggregation)
+    chosen = _select_for(h, h.shape[1] // branches, backend)
     accumulate = reference.accumulation_dtype(h.dtype)
-    drop_mask = _checked_mask("drop_mask", drop_mask, h, branches, accumulate)
-    keep_mask = _checked_mask("keep_mask", keep_mask, h, branches, accumulate)
+    drop_mask = checked_mask("drop_mask", drop_mask, h, branches, accumulate)
+    keep_mask = checked_mask("keep_mask", keep_mask, h, branches, accumulate)
+    check_debug(h=h, weight=weight)
+    if chosen == "torch":
+        return gram.coded_aggregate(
+            h, weight, branches, drop_mask, keep_mask, concatenate=concatenate
+        )
+    per_branch = gram.split_weight(weight, branches, concatenate=concatenate)
     if chosen == "reference":
-        per_branch = gram.split_weight(weight, branches, concatenate=concatenate)
         return reference.coded_aggregate(
             h, per_branch, drop_mask, keep_mask, concatenate=concatenate
         )
-    return gram.coded_aggregate(h, weight, branches, drop_mask, keep_mask, concatenate=concatenate)
+    from .operators import normalize_branches
+
+    scaled, energies, _ = normalize_branches(h, per_branch, None, None, drop_mask, keep_mask)
+    return F.conv2d(scaled, weight, groups=branches if concatenate else 1), energies
+
+
+def branch_energy(
+    h: Tensor,
+    weight: Tensor,
+    branches: int,
+    *,
+    scale: Tensor | None = None,
+    bias: Tensor | None = None,
+    keep_mask: Tensor | None = None,
+    backend: Backend = "auto",
+) -> Tensor:
+    """Branch energies (2), not normalised, without the branch outputs.
+
+    Args:
+        h: `[B, N*D, H, W]`; with `scale` and `bias`, what stands before their affine map and ReLU.
+        weight: expand convolution, `[C, N*D, 1, 1]`.
+        branches: number of branches `N`.
+        scale, bias: the affine map of BatchNorm, `[N*D]`, both or neither: energies are those of
+            `relu(scale h + bias)`, and both have gradients.
+        keep_mask: branch removal, (10), `[B, N]`.
+        backend: see the module; `reference` forms the branch outputs.
+
+    Returns:
+        `E [B, N]` in float32, float64 for float64.
+
+    Raises:
+        ValueError, RuntimeError: as `coded_aggregate`.
+    """
+    check_aggregate(h, weight, branches, "sum")
+    chosen = _select_for(h, h.shape[1] // branches, backend)
+    accumulate = reference.accumulation_dtype(h.dtype)
+    keep_mask = checked_mask("keep_mask", keep_mask, h, branches, accumulate)
+    scale, bias = check_affine(h, scale, bias, accumulate)
+    check_debug(h=h, weight=weight)
+    per_branch = gram.split_weight(weight, branches, concatenate=False)
+    if chosen == "triton":
+        from . import operators
+
+        return operators.branch_energy(h, per_branch, scale, bias, keep_mask)
+    activated = gram.activate(h, scale, bias).to(accumulate)
+    if chosen == "reference":
+        energy = reference.branch_energy(activated, per_branch.to(accumulate))
+        return energy if keep_mask is None else energy * keep_mask
+    return gram.energies_and_grams(activated, per_branch, keep_mask)[0]
+
+
+class Expanded(NamedTuple):
+    """What `coded_expand` returns."""
+
+    y: Tensor
+    """`[B, C, H, W]` in the dtype of `h`."""
+    moments: Tensor | None
+    """Sums of `y` and of `y^2` over the pixels, `[2, B, C]`."""
+    energies: Tensor | None
+    """Energies (2), `[B, N]`."""
+
+
+def coded_expand(
+    h: Tensor,
+    weight: Tensor,
+    branches: int,
+    *,
+    scale: Tensor | None = None,
+    bias: Tensor | None = None,
+    drop_mask: Tensor | None = None,
+    keep_mask: Tensor | None = None,
+    factor: Tensor | None = None,
+    moments: bool = False,
+    energies: bool = False,
+    energies_from_tiles: bool = False,
+    backend: Backend = "auto",
+) -> Expanded:
+    """The branch sum `y[b] = factor[b] sum_n drop keep W_n h_n` as one matrix product.
+
+    Args:
+        h, weight, branches, scale, bias, keep_mask, backend: as for `branch_energy`.
+        drop_mask: DropSubNNs, (5), `[B, N]`; the energies do not see it.
+        factor: scale of a sample, `[B]`: `1 / sqrt(M)` where it is known.
+        moments: also return sums of `y` and `y^2`, from which follow BatchNorm's statistics of
+            `factor y` for a `factor` that is applied later; not together with `factor`.
+        energies: also return the energies.
+        energies_from_tiles: take them inside the product where branches tile its blocks, rather
+            than in a launch of their own.
+
+    Raises:
+        ValueError, RuntimeError: as `coded_aggregate`.
+    """
+    check_aggregate(h, weight, branches, "sum")
+    if moments and factor is not None:
+        raise ValueError("factor: expected None with moments, which are those of the unscaled sum")
+    accumulate = reference.accumulation_dtype(h.dtype)
+    scale, bias = check_affine(h, scale, bias, accumulate)
+    drop_mask = checked_mask("drop_mask", drop_mask, h, branches, accumulate)
+    keep_mask = checked_mask("keep_mask", keep_mask, h, branches, accumulate)
+    if factor is not None:
+        if factor.shape != (h.shape[0],):
+            raise ValueError(f"factor: expected [{h.shape[0]}], got {list(factor.shape)}")
+        check_device("factor", factor, h)
+        factor = factor.to(accumulate)
+    check_debug(h=h, weight=weight)
+    if _select_for(h, h.shape[1] // branches, backend) == "triton":
+        from . import expand_operator
+
+        y, sums, energy = expand_operator.coded_expand(
+            h,
+            weight[:, :, 0, 0],
+            branches,
+            scale,
+            bias,
+            drop_mask,
+            keep_mask,
+            factor,
+            moments,
+            energies,
+            energies_from_tiles,
+        )
+        return Expanded(y, sums if moments else None, energy if energies else None)
+    activated = gram.activate(h, scale, bias).to(accumulate)
+    wide = weight.to(accumulate)
+    masked = activated
+    for mask in (drop_mask, keep_mask):
+        if mask is not None:
+            masked = masked * mask.repeat_interleave(h.shape[1] // branches, 1)[:, :, None, None]
+    y = F.conv2d(masked, wide)
+    sums = torch.stack([y.sum((2, 3)), y.square().sum((2, 3))]) if moments else None
+    energy = None
+    if energies:
+        energy = branch_energy(activated, wide, branches, keep_mask=keep_mask, backend="torch")
+    if factor is not None:
+        y = y * factor[:, None, None, None]
+    return Expanded(y.to(h.dtype), sums, energy)
 
 
 def coding_loss(
@@ -110,6 +289,7 @@ def coding_loss(
     exponent: float = 4.0,
     threshold: float = 0.0,
     check_values: bool = True,
+    backend: Backend = "auto",
 ) -> Tensor:
     """Coding loss of one block, (7): how far the branch energies are from the codewords.
 
@@ -120,6 +300,7 @@ def coding_loss(
         exponent: `q >= 1`; the paper uses 4.
         threshold: `t >= 0`; deviations up to it cost nothing.
         check_values: refuse energies on the CPU that are not finite.
+        backend: see the module.
 
     Returns:
         A scalar in the dtype of the energies (float32 at least).
@@ -129,83 +310,94 @@ def coding_loss(
             energies that are not finite. Values on other devices are not read: that would make
             the host wait for the device.
     """
-    if energies.ndim != 2 or codewords.ndim != 2 or energies.shape[1] != codewords.shape[1]:
-        raise ValueError(
-            "energies: expected [B, N] for codewords [K, N], got "
-            f"{list(energies.shape)} for {list(codewords.shape)}"
-        )
-    if not (math.isfinite(exponent) and exponent >= 1):
-        raise ValueError(f"exponent: expected a number of at least 1, got {exponent}")
-    if not (math.isfinite(threshold) and threshold >= 0):
-        raise ValueError(f"threshold: expected a number of at least 0, got {threshold}")
-    check_targets(targets, energies.shape[0], codewords.shape[0])
-    if check_values:
-        check_finite("energies", energies)
-    return reference.coding_loss(energies, codewords, targets, exponent, threshold)
+    losses = coding_losses(
+        [energies],
+        [codewords],
+        targets,
+        exponent=exponent,
+        threshold=threshold,
+        check_values=check_values,
+        backend=backend,
+    )
+    return losses.losses[0]
 
 
-def check_targets(targets: Tensor, batch: int, classes: int) -> None:
-    """Refuse targets that are neither `[B]` class indices in range nor `[B, K]` probabilities.
+class CodingLosses(NamedTuple):
+    """What `coding_losses` returns, in the order of the blocks."""
 
-    Values are read on CPU tensors only, so that a step on an accelerator never waits for them.
+    losses: tuple[Tensor, ...]
+    """Scalars."""
+    decoded: tuple[Tensor, ...] | None
+    """Classes `[B]`."""
+
+
+def coding_losses(
+    energies: Sequence[Tensor],
+    codewords: Sequence[Tensor],
+    targets: Tensor,
+    *,
+    exponent: float = 4.0,
+    threshold: float = 0.0,
+    decode: bool = False,
+    check_values: bool = True,
+    backend: Backend = "auto",
+) -> CodingLosses:
+    """`coding_loss` of several blocks; by the kernels in one launch for blocks of equal sizes.
+
+    Args:
+        energies, codewords: one tensor for each block.
+        decode: also read the classes off the energies, (9); ties go to the lowest class.
+        targets, exponent, threshold, check_values, backend: as for `coding_loss`.
+
+    Raises:
+        ValueError: as `coding_loss`.
     """
-    if targets.shape not in ((batch,), (batch, classes)):
-        raise ValueError(
-            f"targets: expected shape [{batch}] or [{batch}, {classes}], got {list(targets.shape)}"
+    for values, book in zip(energies, codewords, strict=True):
+        check_loss(values, book, exponent, threshold)
+        if check_values:
+            check_finite("energies", values)
+        check_targets(targets, values.shape[0], book.shape[0])
+        check_device("codewords", book, values)
+    triton = select_backend(backend) == "triton" and _kernel_takes_loss(energies, targets)
+    if not triton:
+        losses = tuple(
+            reference.coding_loss(values, book, targets, exponent, threshold)
+            for values, book in zip(energies, codewords, strict=True)
         )
-    if targets.ndim == 2:
-        if not targets.is_floating_point():
-            raise ValueError(f"targets: expected floating-point probabilities, got {targets.dtype}")
-        check_finite("targets", targets)
-        return
-    if targets.dtype not in (torch.int64, torch.int32, torch.int16, torch.uint8):
-        raise ValueError(f"targets: expected integer class indices, got {targets.dtype}")
-    if _readable(targets) and batch > 0:
-        low, high = int(targets.min()), int(targets.max())
-        if low < 0 or high >= classes:
-            wrong = low if low < 0 else high
-            raise ValueError(f"targets: expected classes 0 to {classes - 1}, got {wrong}")
+        if not decode:
+            return CodingLosses(losses, None)
+        # Autocast would round the energies to half precision and make ties.
+        with torch.autocast(targets.device.type, enabled=False):
+            scores = [v @ c.to(v.dtype).T for v, c in zip(energies, codewords, strict=True)]
+        return CodingLosses(losses, tuple(score.argmax(1) for score in scores))
+    from . import loss_operator
 
-
-def check_finite(name: str, value: Tensor) -> None:
-    """Refuse NaN and infinity in a CPU tensor, with the argument's name."""
-    if _readable(value) and not bool(value.isfinite().all()):
-        raise ValueError(f"{name}: expected finite numbers, got NaN or infinity")
-
-
-def _readable(value: Tensor) -> bool:
-    return value.device.type == "cpu" and not torch.compiler.is_compiling()
-
-
-def _check_aggregate(h: Tensor, weight: Tensor, branches: int, aggregation: str) -> bool:
-    if aggregation not in get_args(Aggregation):
-        raise ValueError(f"aggregation: expected 'sum' or 'concat', got {aggregation!r}")
-    if h.ndim != 4 or not h.is_floating_point():
-        raise ValueError(
-            f"h: expected a floating-point tensor [B, N*D, H, W], got {h.dtype} {list(h.shape)}"
+    # Blocks of equal sizes share a launch.
+    groups: dict[tuple[torch.Size, torch.Size], list[int]] = {}
+    for index, (values, book) in enumerate(zip(energies, codewords, strict=True)):
+        groups.setdefault((values.shape, book.shape), []).append(index)
+    found: dict[int, Tensor] = {}
+    classes: dict[int, Tensor] = {}
+    for members in groups.values():
+        losses_of_group, _, decoded = loss_operator.coding_loss(
+            torch.stack([energies[i].float() for i in members]),
+            torch.stack([codewords[i].bool() for i in members]),
+            targets,
+            float(exponent),
+            float(threshold),
+            decode,
         )
-    if 0 in h.shape:
-        raise ValueError(f"h: expected at least one sample, channel and pixel, got {list(h.shape)}")
-    channels = h.shape[1]
-    if branches < 1 or channels % branches:
-        raise ValueError(f"branches: expected a divisor of {channels} channels, got {branches}")
-    concatenate = aggregation == "concat"
-    width = channels // branches if concatenate else channels
-    if weight.ndim != 4 or weight.shape[1:] != (width, 1, 1):
-        raise ValueError(f"weight: expected [C, {width}, 1, 1], got {list(weight.shape)}")
-    if concatenate and weight.shape[0] % branches:
-        raise ValueError(
-            f"weight: expected output channels divisible by {branches} branches, "
-            f"got {weight.shape[0]}"
-        )
-    return concatenate
+        found.update(zip(members, losses_of_group.unbind(), strict=True))
+        if decode:
+            classes.update(zip(members, decoded.unbind(), strict=True))
+    order = range(len(energies))
+    return CodingLosses(
+        tuple(found[i] for i in order), tuple(classes[i] for i in order) if decode else None
+    )
 
 
-def _checked_mask(
-    name: str, mask: Tensor | None, h: Tensor, branches: int, dtype: torch.dtype
-) -> Tensor | None:
-    if mask is None:
-        return None
-    if mask.shape != (h.shape[0], branches):
-        raise ValueError(f"{name}: expected [{h.shape[0]}, {branches}], got {list(mask.shape)}")
-    return mask.to(device=h.device, dtype=dtype)
+def _kernel_takes_loss(energies: Sequence[Tensor], targets: Tensor) -> bool:
+    """Whether the loss kernel computes these; float64 and trained targets are PyTorch's."""
+    double = any(values.dtype == torch.float64 for values in energies)
+    on_device = all(values.is_cuda or launch.interpreted() for values in energies)
+    return on_device and not double and not targets.requires_grad

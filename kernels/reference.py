@@ -30,6 +30,11 @@ def branch_outputs(h: Tensor, branch_weight: Tensor) -> Tensor:
     return torch.einsum("ncd,bndhw->bnchw", branch_weight.to(h.dtype), per_branch)
 
 
+def branch_energy(h: Tensor, branch_weight: Tensor) -> Tensor:
+    """(2) `E [B, N]` from the branch outputs."""
+    return branch_outputs(h, branch_weight).square().mean((2, 3, 4))
+
+
 def is_dead(mean: Tensor) -> Tensor:
     """Samples whose mean energy (3) is too small to divide by. A NaN is not dead: it stays NaN."""
     return mean <= DEAD_ENERGY

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from coded_resnext.kernels import coded_aggregate
 from torch import Tensor
 
 
@@ -79,3 +80,35 @@ CASES = [
     Case("concat", concat=True),
     Case("concat_masks", concat=True, drop=True, keep=True, layout="channels_last"),
 ]
+
+# What the kernels cut differently from one another: windows of several branches, padded windows,
+# windows that do not fill a program, maps of several blocks of pixels.
+KERNEL_CASES = [
+    Case("imagenet_16", B=2, N=3, D=16, H=5, W=5, layout="channels_last"),
+    Case("imagenet_32", B=2, N=2, D=32, H=5, W=5, layout="channels_last", drop=True),
+    Case("four_branches_a_window", N=6, D=4, H=7, W=5, layout="channels_last", keep=True),
+    Case("two_branches_a_window", N=5, D=8, H=5, W=7, drop=True, keep=True),
+    Case("cifar_11", B=2, N=3, D=11, layout="channels_last", drop=True),
+    Case("cifar_22", B=2, N=2, D=22, layout="channels_last", keep=True),
+    Case("cifar_44", B=2, N=2, D=44, layout="channels_last", drop=True),
+    Case("cifar_6", N=5, D=6, layout="channels_last"),
+    Case("cifar_12", N=5, D=12, drop=True),
+    Case("cifar_24", B=2, N=2, D=24, layout="channels_last"),
+    Case("two_steps_of_windows", B=2, N=9, D=16, H=3, W=3, layout="channels_last"),
+    Case("two_blocks_of_pixels", B=2, N=2, D=4, H=10, W=9, layout="channels_last", drop=True),
+    Case("samples_of_two_programs", B=11, N=2, D=4, H=2, W=2, layout="channels_last", keep=True),
+]
+
+
+def outputs_and_gradients(
+    case: Case, dtype: torch.dtype, backend: str, like: torch.dtype, device: str = "cpu"
+) -> dict[str, Tensor]:
+    """Everything a call gives, in `dtype`, for inputs that are exact in `like`."""
+    h, weight = case.inputs(like)
+    h, weight = (v.to(dtype).to(device).requires_grad_() for v in (h, weight))
+    y, energies = coded_aggregate(h, weight, case.N, backend=backend, **case.options())
+    generator = torch.Generator().manual_seed(1)
+    grad_y = torch.randn(y.shape, generator=generator).to(like).to(y)
+    grad_energies = torch.randn(energies.shape, generator=generator).to(like).to(energies)
+    grads = torch.autograd.grad((y, energies), (h, weight), (grad_y, grad_energies))
+    return {"y": y, "energies": energies, "grad_h": grads[0], "grad_weight": grads[1]}

@@ -10,6 +10,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+# Of results in a dtype against float64 for inputs that are exact in it. Inputs of products and
+# outputs are rounded to the dtype (half a unit in the last place is 5e-4 and 4e-3 for the half
+# precisions), a few times in a row; sums are float32 (float64 for float64), of some hundred terms.
+TOLERANCES = {
+    torch.float64: 1e-13,
+    torch.float32: 2e-6,
+    torch.float16: 4e-3,
+    torch.bfloat16: 3e-2,
+}
+
 GOLDEN = Path(__file__).parent / "golden"
 
 

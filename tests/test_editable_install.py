@@ -66,9 +66,12 @@ def test_a_build_in_place_runs_the_builder_of_this_checkout(checkout: Path) -> N
     text = command.read_text()
     shutil.copy(command, checkout / "original")
     command.write_text(
-        text.replace("    archs = arguments.arch", "    print('asked for', arguments.arch)\n"
-                     "    print('kernels of', build.__code__.co_filename)\n"
-                     "    return 0\n    archs = arguments.arch")
+        text.replace(
+            "    archs = arguments.arch",
+            "    print('asked for', arguments.arch)\n"
+            "    print('kernels of', build.__code__.co_filename)\n"
+            "    return 0\n    archs = arguments.arch",
+        )
     )
     result = install(checkout, "90, 100")
     assert result.returncode == 0, result.stderr

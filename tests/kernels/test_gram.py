@@ -7,34 +7,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cases import CASES, Case
+from cases import CASES, Case, outputs_and_gradients
 from coded_resnext.kernels import coded_aggregate
 from coded_resnext.kernels.gram import branch_grams
 from coded_resnext.kernels.reference import branch_outputs
-from helpers import relative_error
+from helpers import TOLERANCES, relative_error
 
 cases = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-# Rounding of inputs and outputs to the dtype; sums are in float32 (float64 for float64).
-TOLERANCES = {
-    torch.float64: 1e-13,
-    torch.float32: 2e-6,
-    torch.float16: 4e-3,
-    torch.bfloat16: 3e-2,
-}
-
-
-def outputs_and_gradients(
-    case: Case, dtype: torch.dtype, backend: str, like: torch.dtype
-) -> dict[str, torch.Tensor]:
-    """Everything a call gives, in `dtype`, for inputs that are exact in `like`."""
-    h, weight = case.inputs(like)
-    h, weight = (v.to(dtype).requires_grad_() for v in (h, weight))
-    y, energies = coded_aggregate(h, weight, case.N, backend=backend, **case.options())
-    generator = torch.Generator().manual_seed(1)
-    grad_y = torch.randn(y.shape, generator=generator).to(like).to(y)
-    grad_energies = torch.randn(energies.shape, generator=generator).to(like).to(energies)
-    grads = torch.autograd.grad((y, energies), (h, weight), (grad_y, grad_energies))
-    return {"y": y, "energies": energies, "grad_h": grads[0], "grad_weight": grads[1]}
 
 
 @cases

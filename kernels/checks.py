@@ -1,0 +1,131 @@
+"""Checks of the public operations' arguments; every error names the argument."""
+
+from __future__ import annotations
+
+import math
+import os
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+Aggregation = Literal["sum", "concat"]
+
+DEBUG_VARIABLE = "CODED_RESNEXT_DEBUG"
+
+
+def check_targets(targets: Tensor, batch: int, classes: int) -> None:
+    """Refuse targets that are neither `[B]` class indices in range nor `[B, K]` probabilities.
+
+    Values are read on CPU tensors only, so that a step on an accelerator never waits for them.
+    """
+    if targets.shape not in ((batch,), (batch, classes)):
+        raise ValueError(
+            f"targets: expected shape [{batch}] or [{batch}, {classes}], got {list(targets.shape)}"
+        )
+    if targets.ndim == 2:
+        if not targets.is_floating_point():
+            raise ValueError(f"targets: expected floating-point probabilities, got {targets.dtype}")
+        check_finite("targets", targets)
+        return
+    if targets.dtype not in (torch.int64, torch.int32, torch.int16, torch.uint8):
+        raise ValueError(f"targets: expected integer class indices, got {targets.dtype}")
+    if _readable(targets) and batch > 0:
+        low, high = int(targets.min()), int(targets.max())
+        if low < 0 or high >= classes:
+            wrong = low if low < 0 else high
+            raise ValueError(f"targets: expected classes 0 to {classes - 1}, got {wrong}")
+
+
+def check_finite(name: str, value: Tensor) -> None:
+    """Refuse NaN and infinity in a CPU tensor, with the argument's name."""
+    if _readable(value) and not bool(value.isfinite().all()):
+        raise ValueError(f"{name}: expected finite numbers, got NaN or infinity")
+
+
+def check_debug(**values: Tensor) -> None:
+    """With CODED_RESNEXT_DEBUG=1, refuse NaN and infinity on any device; the host waits for it."""
+    if os.environ.get(DEBUG_VARIABLE) == "1" and not torch.compiler.is_compiling():
+        for name, value in values.items():
+            if not bool(value.isfinite().all()):
+                raise ValueError(f"{name}: expected finite numbers, got NaN or infinity")
+
+
+def _readable(value: Tensor) -> bool:
+    return value.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def check_activations(h: Tensor, branches: int) -> None:
+    """Refuse what is not `[B, N*D, H, W]` for `N` branches."""
+    if h.ndim != 4 or not h.is_floating_point():
+        raise ValueError(
+            f"h: expected a floating-point tensor [B, N*D, H, W], got {h.dtype} {list(h.shape)}"
+        )
+    if 0 in h.shape:
+        raise ValueError(f"h: expected at least one sample, channel and pixel, got {list(h.shape)}")
+    channels = h.shape[1]
+    if branches < 1 or channels % branches:
+        raise ValueError(f"branches: expected a divisor of {channels} channels, got {branches}")
+
+
+def check_aggregate(h: Tensor, weight: Tensor, branches: int, aggregation: str) -> bool:
+    """Refuse arguments of `coded_aggregate` that do not fit; whether branches are concatenated."""
+    if aggregation not in get_args(Aggregation):
+        raise ValueError(f"aggregation: expected 'sum' or 'concat', got {aggregation!r}")
+    check_activations(h, branches)
+    channels = h.shape[1]
+    concatenate = aggregation == "concat"
+    width = channels // branches if concatenate else channels
+    check_device("weight", weight, h)
+    if weight.ndim != 4 or weight.shape[1:] != (width, 1, 1):
+        raise ValueError(f"weight: expected [C, {width}, 1, 1], got {list(weight.shape)}")
+    if concatenate and weight.shape[0] % branches:
+        raise ValueError(
+            f"weight: expected output channels divisible by {branches} branches, "
+            f"got {weight.shape[0]}"
+        )
+    return concatenate
+
+
+def check_device(name: str, value: Tensor, like: Tensor) -> None:
+    """Refuse a tensor on another device than the activations."""
+    if value.device != like.device:
+        raise ValueError(f"{name}: expected a tensor on {like.device} as h, got {value.device}")
+
+
+def check_affine(
+    h: Tensor, scale: Tensor | None, bias: Tensor | None, accumulate: torch.dtype
+) -> tuple[Tensor | None, Tensor | None]:
+    """The affine map in the accumulation dtype; both parts or none."""
+    if (scale is None) != (bias is None):
+        raise ValueError("bias: expected scale and bias, or neither; got one of them")
+    if scale is None or bias is None:
+        return None, None
+    for name, value in (("scale", scale), ("bias", bias)):
+        if value.shape != (h.shape[1],):
+            raise ValueError(f"{name}: expected [{h.shape[1]}], got {list(value.shape)}")
+        check_device(name, value, h)
+    return scale.to(accumulate), bias.to(accumulate)
+
+
+def check_loss(energies: Tensor, codewords: Tensor, exponent: float, threshold: float) -> None:
+    """Refuse arguments of a coding loss that do not fit."""
+    if energies.ndim != 2 or codewords.ndim != 2 or energies.shape[1] != codewords.shape[1]:
+        raise ValueError(
+            "energies: expected [B, N] for codewords [K, N], got "
+            f"{list(energies.shape)} for {list(codewords.shape)}"
+        )
+    if not (math.isfinite(exponent) and exponent >= 1):
+        raise ValueError(f"exponent: expected a number of at least 1, got {exponent}")
+    if not (math.isfinite(threshold) and threshold >= 0):
+        raise ValueError(f"threshold: expected a number of at least 0, got {threshold}")
+
+
+def checked_mask(
+    name: str, mask: Tensor | None, h: Tensor, branches: int, dtype: torch.dtype
+) -> Tensor | None:
+    if mask is None:
+        return None
+    if mask.shape != (h.shape[0], branches):
+        raise ValueError(f"{name}: expected [{h.shape[0]}, {branches}], got {list(mask.shape)}")
+    return mask.to(device=h.device, dtype=dtype)
