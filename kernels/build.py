@@ -207,9 +207,7 @@ def _entries_path(step: Path) -> Path:
     return step.with_name(step.name.replace(".step.", ".entries."))
 
 
-def _ninja_lines(
-    steps: dict[str, list[Path]], work: Path, targets: Path | None
-) -> Iterable[str]:
+def _ninja_lines(steps: dict[str, list[Path]], work: Path, targets: Path | None) -> Iterable[str]:
     environment = f"TRITON_CACHE_DIR={_quote(work / 'cache')}"
     python = _quote(sys.executable)
     gather = _quote(Path(__file__).resolve().with_name("build_gather.py"))
