@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint type bench torture kernels clean
+.PHONY: demo test lint type bench torture kernels timm-tests clean
 
 demo: .venv/train.stamp
 	$(BIN)/python train/digits.py --out runs/digits --resume
@@ -33,6 +33,11 @@ ARCHS ?= 80 90 100
 
 kernels: .venv/dev.stamp
 	$(BIN)/coded-resnext build-kernels $(addprefix --arch ,$(ARCHS))
+
+# timm's tests of models are in its source distribution alone; ours call them when they are here.
+timm-tests: .venv/dev.stamp
+	$(BIN)/python -m pip download --quiet --no-deps --no-binary timm --dest build/timm \
+		timm==$$($(BIN)/python -c "import timm; print(timm.__version__)")
 
 clean:
 	rm -rf .venv build dist *.egg-info

@@ -24,12 +24,16 @@ TRAIN = [
 REPORT = ["jinja2>=3.1", "matplotlib>=3.9", "pillow>=10", "scikit-learn>=1.5"]
 CODES = ["matplotlib>=3.9"]
 EXPORT = ["onnx>=1.17", "onnxruntime>=1.20", "onnxscript>=0.2"]
+HUB = ["huggingface-hub>=0.30"]
+TIMM = ["timm>=1.0.15"]
 KERNELS = ["ninja>=1.11"]
 BROWSER = ["axe-playwright-python>=0.1.7", "playwright>=1.50"]
 TEST = [
     *TRAIN,
     *REPORT,
     *EXPORT,
+    *HUB,
+    *TIMM,
     *KERNELS,
     *BROWSER,
     "hypothesis>=6.100",
@@ -38,7 +42,8 @@ TEST = [
     "setuptools>=70.1",
 ]
 BENCH = ["pytest-benchmark>=5.1"]
-DEV = [*TEST, *BENCH, "build>=1.2", "mypy==2.4.1", "ruff==0.17.6"]
+# timm's own tests of models run on ours, so that its version is pinned.
+DEV = [*TEST, *BENCH, "build>=1.2", "mypy==2.4.1", "ruff==0.17.6", "timm==1.0.31"]
 
 ARCHS_VARIABLE = "CODED_RESNEXT_BUILD_ARCHS"
 
@@ -73,7 +78,7 @@ class EditableWheel(editable_wheel):
                 (package / path.name).symlink_to(path)
             options = [option for arch in archs for option in ("--arch", arch)]
             command = "import sys; from coded_resnext.cli import main; sys.exit(main())"
-            subprocess.run(
+            subprocess.run(  # noqa: S603
                 [sys.executable, "-P", "-c", command, "build-kernels", *options],
                 env={**os.environ, "PYTHONPATH": folder},
                 check=True,
@@ -115,11 +120,13 @@ setup(
         "report": REPORT,
         "codes": CODES,
         "export": EXPORT,
+        "hub": HUB,
+        "timm": TIMM,
         "kernels": KERNELS,
         "test": TEST,
         "bench": BENCH,
         "dev": DEV,
-        "all": sorted({*TRAIN, *REPORT, *CODES, *EXPORT, *DEV}),
+        "all": sorted({*TRAIN, *REPORT, *CODES, *DEV}),
     },
     cmdclass={"editable_wheel": EditableWheel},
     entry_points={"console_scripts": ["coded-resnext = coded_resnext.cli:main"]},

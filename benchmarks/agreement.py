@@ -32,9 +32,7 @@ def inputs_of(
 def upstream_of(outputs: Sequence[Tensor], seed: int = 1) -> list[Tensor]:
     """A random gradient for every output."""
     generator = torch.Generator(outputs[0].device).manual_seed(seed)
-    return [
-        torch.randn(y.shape, generator=generator, device=y.device).to(y.dtype) for y in outputs
-    ]
+    return [torch.randn(y.shape, generator=generator, device=y.device).to(y.dtype) for y in outputs]
 
 
 def evaluate(

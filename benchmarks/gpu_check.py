@@ -2,10 +2,10 @@
 
     python benchmarks/gpu_check.py --out benchmarks/results
 
-One command of less than eight minutes. First every operator and gradient against float64 at the sizes
-of the paper's networks in every dtype, a hundred repeats, PyTorch's own checks of the registered
-operators, and `torch.compile`; then the times of those that were right, beside eager and compiled
-forms of the definition, and against the criteria below. Writes `gpu_check.json`.
+One command of less than eight minutes. First every operator and gradient against float64 at the
+sizes of the paper's networks in every dtype, a hundred repeats, PyTorch's own checks of the
+registered operators, and `torch.compile`; then the times of those that were right, beside eager and
+compiled forms of the definition, and against the criteria below. Writes `gpu_check.json`.
 
 Without a GPU it says so, in the file too, and exits with status 2. `--dry-run` takes every path at
 tiny sizes on the CPU, the kernels in Triton's interpreter; its times mean nothing.
@@ -63,6 +63,7 @@ def main() -> int:
 def check(*, dry: bool, minutes: float) -> dict[str, Any]:
     """All checks and times, JSON-ready."""
     from agreement import compare, compiled, registration, repeats
+    from grouped_check import check_grouped
     from operators import IMAGENET, OPERATORS, PLACES, TINY
     from timing import Deadline, measure, median_ms
 
@@ -72,6 +73,7 @@ def check(*, dry: bool, minutes: float) -> dict[str, Any]:
     compiler = "aot_eager" if dry else "inductor"
     results: dict[str, Any] = {"machine": describe_machine(), "dry_run": dry}
 
+    compiled_kernels = watch_compilation()
     print("agreement with float64")
     agreement = [
         compare(operator, place, dtype, device, SAMPLES_AT_A_TIME)
@@ -104,9 +106,7 @@ def check(*, dry: bool, minutes: float) -> dict[str, Any]:
         for row in results[section]
         for fault in row["wrong"]
     ]
-    failed = {
-        (row["operator"], row["place"], row["dtype"]) for row in agreement if row["wrong"]
-    }
+    failed = {(row["operator"], row["place"], row["dtype"]) for row in agreement if row["wrong"]}
 
     print("times")
     bandwidth = None
@@ -125,13 +125,44 @@ def check(*, dry: bool, minutes: float) -> dict[str, Any]:
                 results["times"] += measure(
                     operator, place, dtype, device, bandwidth, compiler if worth else None, deadline
                 )
+    results["kernels_found"] = compiled_kernels.count(True)
+    results["kernels_compiled"] = compiled_kernels.count(False)
     results["criteria"] = criteria(results["times"])
+    print("grouped convolutions")
+    results["grouped"] = check_grouped(
+        device,
+        dry=dry,
+        bandwidth=bandwidth,
+        compiler=compiler,
+        deadline=deadline,
+        repeats=3 if dry else REPEATS,
+    )
+    results["wrong"] += [fault for row in results["grouped"]["checks"] for fault in row["wrong"]]
     results["left_out"] = [
         f"{row['operator']} {row['place']} {row['dtype']} {row['pass']}: {name}: {reason}"
         for row in results["times"]
         for name, reason in row["left_out"].items()
     ]
     return results
+
+
+def watch_compilation() -> list[bool]:
+    """A list that grows by an entry for every kernel of the library that Triton is asked for.
+
+    True where it was found compiled, which after `coded-resnext build-kernels` are all that the
+    paper's networks launch.
+    """
+    import triton
+
+    found: list[bool] = []
+
+    def listen(*, src: Any, cache_hit: bool, **_rest: Any) -> None:
+        module = getattr(getattr(src, "fn", None), "__module__", "")
+        if module.startswith("coded_resnext."):
+            found.append(cache_hit)
+
+    triton.knobs.compilation.listener = listen
+    return found
 
 
 def bandwidths(median_ms: Any) -> dict[str, float]:
@@ -194,7 +225,12 @@ def _figure(row: dict[str, Any], name: str) -> float | None:
 
 def report(results: dict[str, Any]) -> str:
     """The results as text."""
-    lines = ["", f"{'operator, place, dtype, pass':<58} {'ms':>9} {'floor':>6}  other forms / kernel"]
+    from grouped_check import report_grouped
+
+    lines = [
+        "",
+        f"{'operator, place, dtype, pass':<58} {'ms':>9} {'floor':>6}  other forms / kernel",
+    ]
     for row in results["times"]:
         if "kernel" not in row["ms"]:
             continue
@@ -212,8 +248,13 @@ def report(results: dict[str, Any]) -> str:
             f"{item['operator']} {item['place']} {item['pass']} {item['figure']}: {measured}"
             f"{item['bound']}: {verdict}"
         )
+    lines += report_grouped(results["grouped"])
     lines += [*(f"left out: {text}" for text in results["left_out"])]
     lines += [*(f"WRONG: {text}" for text in results["wrong"])]
+    lines.append(
+        f"{results['kernels_found']} kernels were found compiled, "
+        f"{results['kernels_compiled']} were compiled now"
+    )
     count = sum(len(results[name]) for name in ("agreement", "repeats", "registration"))
     lines.append(f"{count + len(results['compilation'])} checks, {len(results['wrong'])} wrong")
     if results["dry_run"]:

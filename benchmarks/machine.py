@@ -1,4 +1,4 @@
-"""Where a result comes from: machine, versions, commit, date; nothing that names a person or a host."""
+"""Where a result comes from: machine, versions, commit, date; no person, no host."""
 
 from __future__ import annotations
 

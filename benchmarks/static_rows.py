@@ -1,7 +1,12 @@
-"""The rows of launch settings that static.py compiles: those that ship, and two sizes more.
+"""The rows of launch settings that static.py compiles: those that ship, and some more.
 
-The stages of ResNeXt-50 that are coded by default have branches of 16 and 32 channels. A codebook may
-be asked for in the first two stages too, so the energies' limits hold at their widths, 4 and 8.
+The stages of ResNeXt-50 that are coded by default have branches of 16 and 32 channels. A codebook
+may be asked for in the first two stages too, so the energies' limits hold at their widths, 4 and 8.
+
+The branch sum as one fused kernel competes with cuBLAS behind the kernel that scales the branches.
+It wins nothing unless it issues a step of its main loop in fewer clocks than the tensor cores take
+for it. It is compiled with the affine map, the DropSubNNs mask and the sums of BatchNorm, and once
+more with the energies taken from its tiles, which is the form that was rejected for that count.
 """
 
 from __future__ import annotations
@@ -15,6 +20,9 @@ UNCODED_STAGES = {
     "32x4d c2 160px": BlockSizes(32, 4, 256, 1600),
     "32x4d c3 160px": BlockSizes(32, 8, 512, 400),
 }
+CODED_STAGES = ("32x4d c4 160px", "32x4d c5 160px")
+# How the names of rows end that are compiled to be counted, and need not keep a limit.
+REJECTED = "(rejected)"
 
 
 def rows(arch: str) -> Iterator[tuple[str, LaunchRow]]:
@@ -24,3 +32,10 @@ def rows(arch: str) -> Iterator[tuple[str, LaunchRow]]:
         for make in (configs.energy_forward, configs.energy_backward):
             row = make(sizes, Variant("bf16", arch=arch))
             yield f"{row.kernel.split(':')[1]} {place} bf16", row
+    variant = Variant("bf16", affine=True, drop=True, arch=arch)
+    for place in CODED_STAGES:
+        sizes = configs.PAPER_SIZES[place]
+        yield f"expand_forward {place} bf16", configs.expand_forward(sizes, variant, sums=True)
+        if arch == "sm90":
+            row = configs.expand_forward(sizes, variant, sums=True, energy=True)
+            yield f"expand_forward with energies {place} {REJECTED}", row

@@ -6,6 +6,7 @@ from .early_exit import EarlyExit, EarlyPrediction
 from .exit_calibration import ExitScores, calibrate, exit_scores
 from .extract import extract_classifier, extract_subset
 from .extracted import ExtractedClassifier, ExtractedNetwork
+from .grouped_conv import GroupedConv2d, use_grouped_kernels
 from .layers import CodedBottleneck, DropSubNNs
 from .losses import CodedLoss, LossTerms
 from .models import CodedResNeXt
@@ -24,6 +25,7 @@ __all__ = [
     "ExitScores",
     "ExtractedClassifier",
     "ExtractedNetwork",
+    "GroupedConv2d",
     "LossTerms",
     "Pretrained",
     "Stage",
@@ -37,4 +39,5 @@ __all__ = [
     "list_models",
     "push_to_hub",
     "save_pretrained",
+    "use_grouped_kernels",
 ]

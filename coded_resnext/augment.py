@@ -97,7 +97,8 @@ class TrainTransform:
         self.preprocessing = preprocessing
         self._steps: list[Callable[[Image], Image]] = []
         if augmentation.crop_padding is None:
-            part = RandomResizedCropAndInterpolation(
+            make_part: Callable[..., Callable[[Image], Image]] = RandomResizedCropAndInterpolation
+            part = make_part(
                 preprocessing.size,
                 scale=augmentation.scale,
                 ratio=augmentation.ratio,
@@ -111,7 +112,8 @@ class TrainTransform:
             self._steps.append(_rand_augment(augmentation.aa, preprocessing))
         self._erase: Callable[[Tensor], Tensor] | None = None
         if augmentation.reprob:
-            self._erase = RandomErasing(
+            make_erasing: Callable[..., Callable[[Tensor], Tensor]] = RandomErasing
+            self._erase = make_erasing(
                 augmentation.reprob,
                 mode=augmentation.remode,
                 max_count=augmentation.recount,

@@ -18,6 +18,7 @@ from .augment import TrainTransform
 from .batch import Batch
 from .data import Preprocessing, derive_seed
 from .image_sets import DamagedImages, ImageSet
+from .signals import ignore_signals
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -146,7 +147,7 @@ class TrainImages:
             yield self.epoch, whole[self.rank :: self.world_size].tolist()
 
     def __iter__(self) -> Iterator[Batch]:
-        for read in self._loader:
+        for read in _passing(self._loader):
             for name, reason in read.damaged.items():
                 self.damaged.add(name, reason)
             yield _batch(read)
@@ -201,7 +202,7 @@ class EvalImages:
             yield 0, list(self._mine[start : start + self.batch_size])
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for read in self._loader:
+        for read in _passing(self._loader):
             batch = _batch(read)
             yield batch.images, batch.targets
 
@@ -234,11 +235,23 @@ def _make_loader(reader: _Reader, plan: _Plan, workers: int) -> DataLoader[Any]:
         batch_size=None,  # the reader makes whole batches
         sampler=plan,
         num_workers=workers,
-        persistent_workers=workers > 0,
+        worker_init_fn=ignore_signals,
         pin_memory=torch.cuda.is_available(),
         # Of its own: otherwise every pass draws from PyTorch's default generator.
         generator=torch.Generator().manual_seed(0),
     )
+
+
+def _passing(loader: DataLoader[Any]) -> Iterator[_Read]:
+    """One pass; its workers end with it, however it ends.
+
+    Workers that live until the interpreter exits would be sent a signal that they ignore.
+    """
+    iterator = iter(loader)
+    try:
+        yield from iterator
+    finally:
+        del iterator
 
 
 def _batch(read: _Read) -> Batch:

@@ -13,6 +13,7 @@ from .augment import Augmentation
 from .config import TrainingConfig
 from .data import Preprocessing
 from .datasets import Storage
+from .interpret.budget import parse_duration
 from .settings import add_flags, check_names, make_group, read_yaml, write_yaml
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -148,6 +149,7 @@ class Recipe:
 
 
 _GROUPS = (DataConfig, Augmentation, ModelConfig, TrainingConfig, LearningRateRule)
+_OWN_FLAGS = ("config", "out", "resume", "evaluation", "budget", "device")
 SETTINGS = tuple(field.name for group in _GROUPS for field in fields(group))
 
 
@@ -215,6 +217,8 @@ class Command:
     out: Path
     resume: bool
     evaluation: bool
+    budget: float
+    """Seconds that the evaluation may take."""
     device: str
 
 
@@ -252,15 +256,17 @@ def parse_command(
         action="store_false",
         help="end with the training; --resume without this flag makes up for it",
     )
+    parser.add_argument(
+        "--budget", default="30m", help="time for the evaluation, such as 90s or 1h (%(default)s)"
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (%(default)s)")
     for group in _GROUPS:
         add_flags(parser, group, leave_out=())
     arguments = vars(parser.parse_args(argv))
-    own = {
-        name: arguments.pop(name) for name in ("config", "out", "resume", "evaluation", "device")
-    }
+    own = {name: arguments.pop(name) for name in _OWN_FLAGS}
     named = recipes / f"{own['config']}.yaml"
     path = named if named.is_file() else Path(own["config"])
     recipe = load_recipe(path, arguments)
     out = own["out"] or Path("runs") / path.stem
-    return Command(recipe, out, own["resume"], own["evaluation"], own["device"])
+    budget = parse_duration(own["budget"])
+    return Command(recipe, out, own["resume"], own["evaluation"], budget, own["device"])

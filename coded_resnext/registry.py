@@ -46,6 +46,13 @@ def _resnext50(active: tuple[int, ...]) -> list[Stage]:
     ]
 
 
+def _small_resnext50(active: tuple[int, ...]) -> list[Stage]:
+    """The shape of ResNeXt-50 with a block a stage: tries out recipes for 1000 classes."""
+    return [
+        Stage(1, 32 << i, 1 << i, 32, a, stride=1 if i == 0 else 2) for i, a in enumerate(active)
+    ]
+
+
 def _digits(active: tuple[int, ...]) -> list[Stage]:
     """Channels are multiples of the branches, so that they can be concatenated too."""
     return [
@@ -64,6 +71,9 @@ def _small(active: tuple[int, ...]) -> list[Stage]:
 
 
 NETWORKS = {
+    "resnext14_32x1d": Network(
+        _small_resnext50, 32, (32, 32, 16, 8), 1000, {"stem": "conv7x7", "stem_channels": 16}
+    ),
     "resnext17_10x4d": Network(
         _small, 10, (10, 5, 3), 10, {"stem_channels": 32}, codebook_variant="paper"
     ),

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import shlex
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -17,14 +17,17 @@ from .augment import TrainTransform
 from .checkpoint import MODEL_FILE, load_model
 from .codebook import Codebook
 from .datasets import load_dataset
+from .distributed import World, run_script, training_session
 from .engine import fit
-from .image_sets import ImageSplits
-from .interpret import evaluate, save_figures
+from .image_sets import ImageSet, ImageSplits
+from .interpret import evaluate
+from .interpret.budget import Budget
 from .loaders import EvalImages, TrainImages
 from .models import CodedResNeXt
-from .recipe import Command, ModelConfig, Recipe
+from .recipe import Command, ModelConfig, Recipe, parse_command
 from .registry import create_model
-from .run_folder import SUMMARY_FILE, RunFolder, versions
+from .run_folder import RunFolder
+from .run_results import write_results
 from .warm_start import load_plain_weights, read_state_dict, recalibrate_batch_norm
 
 RECIPE_FILE = "recipe.yaml"
@@ -39,9 +42,6 @@ INCIDENTAL = (
     "validation_batch_size",
     "initial_checkpoint",
     "codebooks",
-    "log_interval",
-    "log_wandb",
-    "recovery_interval",
 )
 
 
@@ -79,12 +79,26 @@ def make_model(recipe: Recipe, class_names: Sequence[str]) -> CodedResNeXt:
         arguments["num_classes"] = len(class_names)
     if settings.codebooks:
         arguments["codebooks"] = [_codebook(path, class_names) for path in settings.codebooks]
+    elif (
+        (source := _own_checkpoint(settings)) is not None
+        and source.class_names == tuple(class_names)
+        and source.coded_blocks
+    ):
+        # Branches go on working for the classes that they have learnt.
+        arguments["codebooks"] = source.stage_codebooks
     torch.manual_seed(recipe.training.seed)
     model = create_model(settings.model, **arguments)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = settings.bn_momentum
     return model
+
+
+def _own_checkpoint(settings: ModelConfig) -> CodedResNeXt | None:
+    """The network in `initial_checkpoint`, None when it is another library's or there is none."""
+    path = Path(settings.initial_checkpoint or "")
+    own = settings.initial_checkpoint and (path.is_dir() or path.name == MODEL_FILE)
+    return load_model(path).model if own else None
 
 
 def _codebook(path: str, class_names: Sequence[str]) -> Codebook:
@@ -116,10 +130,9 @@ def start_from(model: CodedResNeXt, settings: ModelConfig, calibration: EvalImag
         OSError: there is no such file.
     """
     path = Path(settings.initial_checkpoint or "")
-    ours = path.is_dir() or path.name == MODEL_FILE
-    loaded = load_model(path) if ours else None
-    state = loaded.model.state_dict() if loaded else read_state_dict(path)
-    if loaded and loaded.model.class_names != model.class_names:
+    source = _own_checkpoint(settings)
+    state = read_state_dict(path) if source is None else source.state_dict()
+    if source is not None and source.class_names != model.class_names:
         fresh = {k: v for k, v in model.state_dict().items() if k.startswith("head.")}
         state = {k: v for k, v in state.items() if not k.startswith("head.")} | fresh
     try:
@@ -129,7 +142,7 @@ def start_from(model: CodedResNeXt, settings: ModelConfig, calibration: EvalImag
             f"initial_checkpoint: {path} is of another architecture than {settings.model}: {error}"
         ) from error
     text = f"weights from {path}: {taken}"
-    was_coded = loaded is not None and bool(loaded.model.coded_blocks)
+    was_coded = source is not None and bool(source.coded_blocks)
     if model.coded_blocks and not was_coded:
         batches = -(-CALIBRATION_IMAGES // calibration.batch_size)
         images = recalibrate_batch_norm(model, islice(calibration, batches))
@@ -138,68 +151,112 @@ def start_from(model: CodedResNeXt, settings: ModelConfig, calibration: EvalImag
 
 
 def run_recipe(command: Command) -> None:
-    """Train, evaluate and write the folder.
+    """Train, evaluate and write the folder; torchrun starts this on many processes.
 
     Raises:
         ValueError: the recipe, the data or the folder is at fault.
         OSError: files are missing, or cannot be written.
         ImportError: an optional package is missing.
+        FloatingPointError, TrainingStopped: as `fit`.
     """
     start = time.perf_counter()
     recipe = command.recipe
-    training, data = recipe.training, recipe.data
-    splits = open_data(recipe)
-    model = make_model(recipe, splits.class_names)
-    identity = {k: v for k, v in recipe.settings().items() if k not in INCIDENTAL}
-    run = RunFolder(
-        command.out, {"recipe": identity, "network": model.config}, resume=command.resume
+    with training_session(command.device) as world:
+        # The processes that do not divide the batch are a quicker answer than the data are.
+        recipe.training.local_batch_size(world.size)
+        if recipe.data.download:
+            world.on_main(lambda: len(open_data(recipe).train))
+        splits = open_data(recipe)
+        model = make_model(recipe, splits.class_names)
+        identity = {k: v for k, v in recipe.settings().items() if k not in INCIDENTAL}
+        run = RunFolder(
+            command.out,
+            {"recipe": identity, "network": model.config},
+            resume=command.resume,
+            world=world,
+        )
+        if world.is_main:
+            (run.path / RECIPE_FILE).write_text(recipe.to_yaml(), encoding="utf-8")
+            print(f"{splits}\n{settings_in_words(recipe)}", file=sys.stderr)
+        loaders = make_loaders(recipe, splits, world)
+        if recipe.model.initial_checkpoint and world.on_main(lambda: run.load_state() is None):
+            taken = start_from(model, recipe.model, loaders.train_in_order)
+            if world.is_main:
+                print(taken, file=sys.stderr)
+        history = fit(
+            model.to(world.device),
+            loaders.train,
+            loaders.test_share,
+            recipe.training,
+            run,
+            world=world,
+            preprocessing=recipe.data.preprocessing,
+            notes={"data": splits.name, "recipe": identity},
+        )
+        damaged = {
+            k: v for part in world.gather(loaders.train.damaged.reasons) for k, v in part.items()
+        }
+    if not world.is_main or not command.evaluation:
+        return
+    evaluation = evaluate(
+        model, loaders.train_in_order, loaders.test, budget=Budget(command.budget)
     )
-    (run.path / RECIPE_FILE).write_text(recipe.to_yaml(), encoding="utf-8")
-    print(f"{splits}\n{settings_in_words(recipe)}", file=sys.stderr)
-    train_loader = TrainImages(
+    write_results(
+        run,
+        model,
+        evaluation,
+        loaders.test,
+        recipe.data.preprocessing,
+        history,
+        seconds_with_evaluation=time.perf_counter() - start,
+        seed=recipe.training.seed,
+        damaged_images=damaged,
+    )
+
+
+@dataclass(frozen=True)
+class Loaders:
+    """The loaders of a run on one process."""
+
+    train: TrainImages
+    test_share: EvalImages
+    """This process's test images."""
+    train_in_order: EvalImages
+    """All training images as they are in evaluation."""
+    test: EvalImages
+    """All test images."""
+
+
+def make_loaders(recipe: Recipe, splits: ImageSplits, world: World) -> Loaders:
+    """The loaders that a recipe asks for; raises as they do."""
+    data, training = recipe.data, recipe.training
+
+    def in_order(images: ImageSet, rank: int = 0, size: int = 1) -> EvalImages:
+        return EvalImages(
+            images,
+            data.preprocessing,
+            data.validation_batch_size,
+            rank=rank,
+            world_size=size,
+            workers=data.workers,
+        )
+
+    train = TrainImages(
         splits.train,
         TrainTransform(recipe.augmentation, data.preprocessing),
         training.batch_size,
         seed=training.seed,
+        rank=world.rank,
+        world_size=world.size,
         workers=data.workers,
         max_damaged=data.max_damaged,
     )
-    train_in_order, test_loader = (
-        EvalImages(images, data.preprocessing, data.validation_batch_size, workers=data.workers)
-        for images in (splits.train, splits.test)
+    return Loaders(
+        train,
+        in_order(splits.test, world.rank, world.size),
+        in_order(splits.train),
+        in_order(splits.test),
     )
-    if recipe.model.initial_checkpoint and run.load_state() is None:
-        print(start_from(model, recipe.model, train_in_order), file=sys.stderr)
-    if training.channels_last:
-        model = model.to(memory_format=torch.channels_last)
-    history = fit(
-        model,
-        train_loader,
-        test_loader,
-        training,
-        run,
-        preprocessing=data.preprocessing,
-        notes={"data": splits.name, "recipe": identity},
-    )
-    if not command.evaluation:
-        return
-    evaluation = evaluate(model, train_in_order, test_loader)
-    save_figures(evaluation, model.codebooks, run.path / "figures")
-    run.write_json("evaluation.json", evaluation.to_dict())
-    run.write_json(
-        SUMMARY_FILE,
-        {
-            **evaluation.summary(),
-            "parameters": sum(p.numel() for p in model.parameters()),
-            "seconds": sum(row["seconds"] for row in history),
-            "seconds_with_evaluation": time.perf_counter() - start,
-            "versions": versions(),
-            "seed": training.seed,
-            "damaged_images": train_loader.damaged.reasons,
-            "command": shlex.join(["python", *sys.argv]),
-        },
-    )
-    print(f"\n{evaluation}\n\nsummary: {run.path / SUMMARY_FILE}")
 
 
 def settings_in_words(recipe: Recipe) -> str:
@@ -216,3 +273,26 @@ def settings_in_words(recipe: Recipe) -> str:
             f"centre {recipe.data.img_size} pixels",
         ]
     )
+
+
+def main(script: str, description: str | None, *, default: str) -> int:
+    """The command line of a training script; the exit status, see `run_script`.
+
+    Args:
+        script: file of the script; the recipes are in the folder `recipes` beside it.
+        description: of the script.
+        default: the recipe that is used when none is named.
+    """
+    path = Path(script)
+
+    def run() -> None:
+        run_recipe(
+            parse_command(
+                None,
+                description=description or "",
+                recipes=path.parent / "recipes",
+                default=default,
+            )
+        )
+
+    return run_script(path.name, run)

@@ -56,7 +56,7 @@ def check_names(settings: Mapping[str, Any], known: Sequence[str]) -> None:
     """
     for name in settings:
         if name not in known:
-            alike = difflib.get_close_matches(name, known, 3, 0.6)
+            alike = difflib.get_close_matches(name, known, 3, 0.7)
             hint = f"; did you mean {' or '.join(alike)}?" if alike else ""
             raise ValueError(f"{name}: there is no such setting{hint}")
 

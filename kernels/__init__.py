@@ -6,6 +6,7 @@ if not __name__.startswith("coded_resnext."):
     )
 
 from .checks import Aggregation
+from .grouped_ops import ConvBackend, check_conv_backend, grouped_conv3x3
 from .ops import (
     Backend,
     CodingLosses,
@@ -23,12 +24,15 @@ __all__ = [
     "Aggregation",
     "Backend",
     "CodingLosses",
+    "ConvBackend",
     "Expanded",
     "backends",
     "branch_energy",
+    "check_conv_backend",
     "coded_aggregate",
     "coded_expand",
     "coding_loss",
     "coding_losses",
+    "grouped_conv3x3",
     "select_backend",
 ]

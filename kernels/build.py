@@ -1,8 +1,8 @@
 """Compile all shipped kernels ahead of time, in parallel and incrementally, with ninja.
 
-A build folder holds ninja's file, one step file for a dozen rows of one kernel, and the Triton cache
-that all steps fill. A step runs again when its rows, a source file of the kernels or the toolchain
-changed; what the cache already has it does not compile. Nothing here needs a GPU.
+A build folder holds ninja's file, one step file for a dozen rows of one kernel, and the Triton
+cache that all steps fill. A step runs again when its rows, a source file of the kernels or the
+toolchain changed; what the cache already has it does not compile. Nothing here needs a GPU.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def build(
 
     Args:
         archs: such as `"sm90"`.
-        folder: gets a subfolder for each architecture, and `build`, which only the next build needs.
+        folder: gets a subfolder for each architecture, and `build`, for the next build only.
         source: `module:function` that yields names and rows for an architecture.
         wanted: of a row's name and an architecture, whether to compile it.
         jobs: processes at a time; by default one for each processor.
@@ -83,7 +83,9 @@ def build(
     targets = folder.resolve() if gather else None
     _write_if_changed(work / "build.ninja", "\n".join(_ninja_lines(steps, work, targets)))
     command = [find_ninja(), "-C", str(work), "-j", str(jobs or processors())]
-    if subprocess.run(command, env=clean_environment(), check=False).returncode != 0:
+    # The command is made here; nothing in it comes from outside.
+    finished = subprocess.run(command, env=clean_environment(), check=False)  # noqa: S603
+    if finished.returncode != 0:
         raise BuildError("kernels were not built; what failed stands above")
     return {
         arch: [
@@ -171,7 +173,7 @@ def _current_keys(arch: str, source: str) -> dict[str, str]:
         "rows = load_rows(sys.argv[2], sys.argv[1])\n"
         "print(json.dumps({name: step.row_key(row) for name, row in rows}))"
     )
-    result = subprocess.run(
+    result = subprocess.run(  # noqa: S603
         [sys.executable, "-P", "-c", code, arch, source],
         env=clean_environment(),
         stdout=subprocess.PIPE,

@@ -4,8 +4,8 @@ Run by ninja in a process of its own, since a process compiles for one device on
 
     python -m coded_resnext.kernels.build_compile STEP.json ENTRIES.json
 
-`STEP.json` names the rows, where they come from, the architecture and the Triton cache to use, which
-steps share. What the cache already has is not compiled again.
+`STEP.json` names the rows, where they come from, and the architecture. Steps share a Triton cache,
+and what that already has is not compiled again.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def compile_row(row: Any) -> Any:
 def row_key(row: Any) -> str:
     """The name under which the JIT will look for a row's kernel; nothing is compiled."""
     before = triton.knobs.cache.manager_class
-    triton.knobs.cache.manager_class = _raise_key  # type: ignore[assignment]
+    triton.knobs.cache.manager_class = _raise_key
     try:
         compile_row(row)
     except _KeyFoundError as found:
@@ -103,12 +103,12 @@ def _entry(name: str, row: Any, arch: str) -> dict[str, Any]:
 def _source_files(source_module: str) -> set[str]:
     """Files of the kernels' package and of the rows: a change there may change a key."""
     packages = {__package__ or "", source_module, source_module.rpartition(".")[0]} - {""}
-    return {
-        str(Path(module.__file__).resolve())
+    files = {
+        getattr(module, "__file__", None)
         for name, module in sys.modules.items()
-        if getattr(module, "__file__", None)
-        and any(name == package or name.startswith(f"{package}.") for package in packages)
+        if any(name == package or name.startswith(f"{package}.") for package in packages)
     }
+    return {str(Path(file).resolve()) for file in files if file}
 
 
 if __name__ == "__main__":

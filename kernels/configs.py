@@ -480,3 +480,7 @@ def shipped_rows(arch: str) -> Iterator[tuple[str, LaunchRow]]:
         for soft in (False, True):
             sizes_of_loss = LossSizes(branches, classes, soft)
             yield f"coding_loss {branches} of {classes} soft={soft}", coding_loss(sizes_of_loss)
+    # Imported here: those settings are built from the classes above.
+    from . import grouped_configs
+
+    yield from grouped_configs.shipped_rows(arch)

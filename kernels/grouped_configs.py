@@ -7,6 +7,7 @@ imports of PyTorch or Triton here.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 
@@ -282,3 +283,37 @@ def merge_statistics(channels: int) -> LaunchRow:
         trip_bytes=256 * 8 * 2 * 4,
         sample_bytes=0,
     )
+
+
+# The 3x3 convolutions of the paper's networks whose channels need no padding: groups and (width,
+# stride) by stage. The first block of a stage has the stride, the others have none.
+PAPER_CONVOLUTIONS: dict[str, tuple[int, tuple[tuple[int, int], ...]]] = {
+    "32x4d c2": (32, ((4, 1),)),
+    "32x4d c3": (32, ((8, 2), (8, 1))),
+    "32x4d c4": (32, ((16, 2), (16, 1))),
+    "32x4d c5": (32, ((32, 2), (32, 1))),
+    "20x6d c2": (20, ((6, 1),)),
+    "20x6d c3": (20, ((12, 2), (12, 1))),
+    "20x6d c4": (20, ((24, 2), (24, 1))),
+}
+
+
+def shipped_rows(arch: str) -> Iterator[tuple[str, LaunchRow]]:
+    """Every row that a step of training in bfloat16 launches: alone (`plain`), and between
+    BatchNorms (`fused`). Nothing here depends on the architecture."""
+    for place, (groups, layers) in PAPER_CONVOLUTIONS.items():
+        yield f"grouped merge_statistics {place}", merge_statistics(groups * layers[0][0])
+        for width, stride in layers:
+            sizes = GroupedSizes(groups, width, stride)
+            for kind in ("plain", "fused"):
+                fused = kind == "fused"
+                variant = GroupedVariant("bf16", affine=fused, statistics=fused)
+                for make in (forward, input_gradient, weight_gradient):
+                    row = make(sizes, variant)
+                    yield f"grouped {row.kernel.split(':')[1]} {place} {kind}", row
+            for backward in (False, True):
+                name = f"grouped pack_weights_{'backward' if backward else 'forward'}"
+                row = pack_weights(sizes, "bf16", backward=backward)
+                yield f"{name} stride {stride} {place}", row
+            row = reduce_weight_gradient(sizes, "bf16")
+            yield f"grouped reduce_weight_gradient stride {stride} {place}", row

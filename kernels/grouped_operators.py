@@ -15,13 +15,8 @@ from torch import Tensor
 
 from . import gram, grouped_configs, grouped_launch
 from .grouped_configs import GroupedSizes
-from .operators import (
-    _behind_activation,
-    _split_sums,
-    channels_last,
-    interpreted,
-    on_device,
-)
+from .launch import channels_last, interpreted, on_device
+from .operators import behind_activation, split_sums
 from .reference import accumulation_dtype
 
 PASSES = "forward input weight"
@@ -142,7 +137,7 @@ def grouped_conv3x3_backward(
         plain = (None, [stride] * 2, [1, 1], [1, 1], False, [0, 0], sizes.groups)
         found = torch.ops.aten.convolution_backward(grad, activated, weight, *plain, mask)
         if mask[0]:
-            dx, sums = _behind_activation(found[0].to(accumulate), x, scale, bias)
+            dx, sums = behind_activation(found[0].to(accumulate), x, scale, bias)
         if mask[1]:
             dweight = found[1].contiguous()
     return dx, sums, dweight
@@ -201,7 +196,7 @@ def _gradients(ctx: Any, grad: Tensor, grad_statistics: Tensor) -> Any:
         ctx.needs_input_grad[1],
         ctx.kernels,
     )
-    dscale, dbias = _split_sums(sums, scale) if need_input else (None, None)
+    dscale, dbias = split_sums(sums, scale) if need_input else (None, None)
     return (
         dx if ctx.needs_input_grad[0] else None,
         dweight if ctx.needs_input_grad[1] else None,

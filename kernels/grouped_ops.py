@@ -19,7 +19,7 @@ from torch import Tensor
 
 from . import grouped_operators
 from .grouped_configs import GroupedSizes, winning_passes
-from .operators import _architecture
+from .launch import _architecture
 
 ConvBackend = Literal["auto", "torch", "triton"]
 

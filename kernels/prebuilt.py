@@ -1,4 +1,4 @@
-"""Where kernels that were compiled ahead of time lie, and what lies there. Needs neither Triton nor a GPU.
+"""Where kernels that were compiled ahead of time lie, and what lies there. No Triton, no GPU.
 
 A *folder* of prebuilt kernels holds one subfolder for each architecture (`sm90`), and that an
 `index.json` with the toolchain, and one subfolder for each kernel, named by Triton's cache key.

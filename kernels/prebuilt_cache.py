@@ -19,7 +19,7 @@ from .prebuilt import Prebuilt, find_prebuilt, toolchain
 logger = logging.getLogger(__name__)
 
 
-class PrebuiltFirst(CacheManager):
+class PrebuiltFirst(CacheManager):  # type: ignore[misc]
     """Reads prebuilt kernels; writes and everything else go to the manager that it replaced."""
 
     replaced: type[CacheManager] = FileCacheManager

@@ -1,4 +1,4 @@
-"""A GPU driver without a GPU: lets Triton compile for a device that is not there, and find what it compiled.
+"""A GPU driver without a GPU: lets Triton compile and look up kernels for a device elsewhere.
 
 Used by the kernel builder, by the static checks and by tests, never by a training process.
 """

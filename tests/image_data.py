@@ -26,13 +26,15 @@ needs_photographs = pytest.mark.skipif(
 def write_images(
     root: Path, counts: Mapping[str, int], *, size: int = 12, seed: int = 0, contrast: float = 120
 ) -> None:
-    """`ROOT/CLASS/00000.png ..`: noise, one band of which is brighter, at a place of the class."""
+    """`ROOT/CLASS/00000.png ..`: noise with a bright band; place and colour are the class's."""
     generator = np.random.default_rng(seed)
     for index, (name, count) in enumerate(counts.items()):
         folder = root / name
         folder.mkdir(parents=True, exist_ok=True)
+        # Red, green, yellow, blue, ..
+        colour = np.array([(index + 1) >> channel & 1 for channel in range(3)])
         band = slice(index * size // len(counts), (index + 1) * size // len(counts))
         for number in range(count):
             pixels = generator.uniform(0, 100, (size, size, 3))
-            pixels[band] += contrast
+            pixels[band] += contrast * colour
             Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{number:05d}.png")

@@ -17,7 +17,7 @@ def write_run(folder: Path, accuracy: float, *, coded: bool) -> None:
         "early_decoding": [0.9, 0.95] if coded else [],
         "single_class_average_precision": [0.98, None, 1.0] if coded else [],
         "remove_active_accuracy": [0.5, 0.6] if coded else [],
-        "remove_inactive_accuracy": [accuracy, accuracy] if coded else [],
+        "remove_inactive_accuracy": [None, accuracy] if coded else [],
         "seconds": 10.0,
     }
     (folder / "summary.json").write_text(json.dumps(summary))
@@ -36,6 +36,9 @@ def test_groups_means_and_deviations(tmp_path: Path) -> None:
     assert "| test accuracy | 99.00 ± 1.41 (98.00 to 100.00) | 97.00 ± 0.00" in result.stdout
     assert "| one-class mean average precision | 0.9900 ± 0.0000" in result.stdout
     assert "| points without active branches 1 | -49.00 ± 1.41 (-50.00 to -48.00) |  |" in lines
+    # What an evaluation had no time for has no row.
+    assert "points without inactive branches 1" not in result.stdout
+    assert "| points without inactive branches 2 | 0.00 ± 0.00 (0.00 to 0.00) |  |" in lines
 
 
 def test_unfinished_run_is_named(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from browser import Pages, chromium
 
 from coded_resnext import cli
 from coded_resnext.checkpoint import load_model
@@ -46,6 +47,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     result = digits("--out", str(folder), "--epochs", "8", "--seed", "1")
     assert result.returncode == 0, result.stderr
     assert f"summary: {folder / 'summary.json'}" in result.stdout
+    assert f"report: {folder / 'report.html'}" in result.stdout
     for picture in (folder / "figures").glob("*.png"):
         assert f"picture: {picture}" in result.stdout
     return folder
@@ -106,6 +108,24 @@ def test_pictures_and_logs_are_there(run: Path) -> None:
     assert {p.stem for p in pictures} == {p.stem for p in (run / "figures").glob("*.svg")}
     assert (run / "metrics.csv").read_text().count("\n") == 9
     assert list((run / "tensorboard").glob("events*"))
+
+
+def test_it_ends_with_a_report_to_look_at(run: Path, summary: dict[str, Any]) -> None:
+    samples = json.loads((run / "evaluation.json").read_text())["samples"]
+    with chromium() as browser:
+        pages = Pages(browser)
+        page = pages.open(run / "report.html")
+        accuracy = f"{100 * summary['test_accuracy']:.2f} %"
+        assert page.inner_text("#overview .figure >> nth=0") == accuracy
+        assert page.locator("#missing").count() == 0
+        page.select_option("#class-select", "3")
+        first = samples["targets"].index(3)
+        page.locator(f'input[name="shown"][value="{first}"]').check(force=True)
+        said = page.locator("#decoders td:nth-child(2) .name").all_inner_texts()
+        assert said == [str(block["decoded"][first]) for block in samples["blocks"]]
+        split = load_digits_split()
+        assert int(split.test_targets[samples["positions"][first]]) == 3
+        assert pages.complaints == []
 
 
 def test_plain_twin_has_no_coded_blocks(tmp_path: Path) -> None:

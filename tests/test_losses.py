@@ -97,3 +97,12 @@ def test_forward_refuses(change: dict[str, Any], message: str) -> None:
     arguments: dict[str, Any] = {"logits": LOGITS, "energies": ENERGIES, "targets": TARGETS}
     with pytest.raises(ValueError, match=message):
         CodedLoss(BOOKS)(**{**arguments, **change})
+
+
+def test_values_that_are_not_checked_go_into_the_loss() -> None:
+    loss = CodedLoss(BOOKS, check_values=False)
+    terms = loss(LOGITS * torch.inf, [ENERGIES[0], ENERGIES[1] * torch.nan], TARGETS)
+    assert [bool(term.isfinite()) for term in terms.coding] == [True, False]
+    assert not terms.cross_entropy.isfinite()
+    with pytest.raises(ValueError, match="targets: expected classes 0 to 2, got 3"):
+        loss(LOGITS, ENERGIES, torch.tensor([0, 3]))

@@ -82,9 +82,11 @@ def test_exit_codes() -> None:
     assert str(TrainingStopped(signal.SIGINT, "stopped: why")) == "stopped: why"
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_terminated_at_a_random_moment_short(tmp_path: Path, processes: int) -> None:
+@pytest.mark.parametrize(("processes", "workers"), [(1, 2), (2, 0)])
+def test_terminated_at_a_random_moment_short(tmp_path: Path, processes: int, workers: int) -> None:
     """The long version is `make torture`."""
-    found = terminate_forked(tmp_path / "runs", times=1, processes=processes, seed=0)
+    found = terminate_forked(
+        tmp_path / "runs", times=1, processes=processes, workers=workers, seed=0
+    )
     assert found.tried == found.clean == found.current == found.same_bits == 1
     assert found.slowest < 10

@@ -8,6 +8,7 @@ import pytest
 import torch
 from tiny_training import IMAGES, TARGETS, assert_same, make_config, make_model
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from coded_resnext import CodedLoss, CodedResNeXt
 from coded_resnext.batch import Batch
@@ -258,12 +259,25 @@ def test_state_goes_into_a_network_of_another_memory_layout() -> None:
 
 
 def test_channels_last_changes_no_more_than_rounding() -> None:
-    plain = run(3, model=make_model(drop_branches=0.0))
-    laid_out = run(3, model=make_model(drop_branches=0.0), channels_last=True)
-    weight = laid_out.model.blocks[0].grouped.weight
-    assert weight.is_contiguous(memory_format=torch.channels_last)
-    for a, b in zip(plain.parameters, laid_out.parameters, strict=True):
-        assert torch.allclose(a, b, atol=1e-5)
+    found = []
+    for laid_out in (False, True):
+        model = make_model(drop_branches=0.0, in_channels=3).double()
+        seen: list[bool] = []
+        model.register_forward_pre_hook(
+            lambda _, x, seen=seen: seen.append(
+                x[0].is_contiguous(memory_format=torch.channels_last)
+            )
+        )
+        step = make_step(model, make_config(channels_last=laid_out))
+        for index in range(3):
+            step(BATCH._replace(images=BATCH.images.repeat(1, 3, 1, 1).double()), index)
+        step.finish()
+        weight = model.blocks[0].grouped.weight
+        assert weight.is_contiguous(memory_format=torch.channels_last) == laid_out
+        assert seen == [laid_out] * 3
+        found.append(parameters(model))
+    for a, b in zip(*found, strict=True):
+        assert torch.allclose(a, b, atol=1e-10)
 
 
 def test_compiled_steps_are_the_same() -> None:
@@ -272,6 +286,35 @@ def test_compiled_steps_are_the_same() -> None:
     assert_same(parameters(compiled.model), parameters(plain.model))
     with pytest.raises(ValueError, match=r"torchcompile: expected one of .*inductor.* got 'fast'"):
         make_step(make_model(), make_config(torchcompile="fast"))
+
+
+class Reads(TorchDispatchMode):
+    """Counts how often a number is taken out of a tensor, for which the host waits on a GPU."""
+
+    count = 0
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        self.count += function is torch.ops.aten._local_scalar_dense.default
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_step_reads_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    step = make_step(
+        make_model(),
+        make_config(
+            clip_grad=1.0, model_ema=True, amp=True, amp_dtype="float16", grad_accum_steps=2
+        ),
+    )
+    step(BATCH, 0)
+    # Values in the host's memory are checked there; on a GPU's tensors nobody looks.
+    monkeypatch.setattr("coded_resnext.kernels.checks._readable", lambda _: False)
+    with Reads() as reads:
+        step(BATCH, 1)
+        assert reads.count == 0
+        step.latest[0].item()
+        assert reads.count == 1
 
 
 def test_sync_bn_wants_gpus() -> None:

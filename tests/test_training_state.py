@@ -130,7 +130,7 @@ def test_killed_while_saving_short(tmp_path: Path) -> None:
     """The long version is `make torture`."""
     found = kill_while_saving(tmp_path, kills=10, seed=0)
     assert found.resumable == found.tried == 10
-    assert found.steps > 0
+    assert found.steps >= 10
 
 
 def test_flipped_bits_short(tmp_path: Path) -> None:

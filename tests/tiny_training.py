@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
 from coded_resnext import Codebook, CodedResNeXt, Stage
-from coded_resnext.batch import TrainingBatches
+from coded_resnext.batch import Batch, TrainingBatches
 from coded_resnext.config import TrainingConfig
-from coded_resnext.data import RandomShift, batches
+from coded_resnext.data import RandomShift, batches, derive_seed
 from coded_resnext.engine import fit
 from coded_resnext.run_folder import RunFolder
+from coded_resnext.signals import ignore_signals
 
 BOOK = Codebook.from_words(["1100", "0110", "0011"])
 TARGETS = torch.arange(24) % 3
@@ -41,6 +44,45 @@ def make_loader(config: TrainingConfig, **changes: Any) -> TrainingBatches:
     """All images, shifted."""
     arguments: dict[str, Any] = {"seed": config.seed, "augment": RandomShift(1), **changes}
     return TrainingBatches(IMAGES, TARGETS, config.batch_size, **arguments)
+
+
+class Samples(Dataset[tuple[Tensor, int, int]]):
+    """Images that a worker shifts, by (seed, epoch, sample)."""
+
+    epoch = 1
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int, int]:
+        generator = torch.Generator().manual_seed(derive_seed(0, self.epoch, index))
+        draws = torch.rand(1, 2, generator=generator)
+        return RandomShift(1)(IMAGES[index : index + 1], draws)[0], int(TARGETS[index]), index
+
+
+class WorkerLoader:
+    """A training loader whose images are made by worker processes."""
+
+    def __init__(self, config: TrainingConfig, workers: int, **changes: Any) -> None:
+        self.order = make_loader(config, **changes)
+        self.samples = Samples()
+        self.workers = workers
+        self.describe = self.order.describe
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def set_epoch(self, epoch: int, start_step: int = 0) -> None:
+        self.samples.epoch = epoch
+        self.order.set_epoch(epoch, start_step)
+
+    def __iter__(self) -> Iterator[Batch]:
+        loader = DataLoader(
+            self.samples,
+            batch_sampler=[batch.indices.tolist() for batch in self.order],
+            num_workers=self.workers,
+            worker_init_fn=ignore_signals if self.workers else None,
+            generator=torch.Generator().manual_seed(0),
+        )
+        for images, targets, indices in loader:
+            yield Batch(images, targets, indices)
 
 
 def train(

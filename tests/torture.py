@@ -21,35 +21,50 @@ FLIPS = 100
 
 def main() -> int:
     """Run all of it."""
-    failed = False
     print("| what was done | how often | survived | and |")
     print("|---|---|---|---|")
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        (folder / "kills").mkdir()
-        kills = kill_while_saving(folder / "kills", kills=KILLS, seed=0)
-        failed |= kills.resumable < KILLS
-        print(
-            f"| SIGKILL while saving | {kills.tried} | {kills.resumable} resumable | "
-            f"{kills.unfinished} fell into the writing of a file |",
-            flush=True,
+        failures = [files(Path(name)), signals(Path(name))]
+    return int(any(failures))
+
+
+def files(folder: Path) -> bool:
+    """Kills and flipped bits; whether something was wrong."""
+    (folder / "kills").mkdir()
+    kills = kill_while_saving(folder / "kills", kills=KILLS, seed=0)
+    print(
+        f"| SIGKILL while saving | {kills.tried} | {kills.resumable} resumable | "
+        f"{kills.unfinished} fell into the writing of a file |",
+        flush=True,
+    )
+    (folder / "flips").mkdir()
+    noticed = flip_bits(folder / "flips", flips=FLIPS, generator=random.Random(0))  # noqa: S311
+    print(
+        f"| one bit of the last checkpoint flipped | {FLIPS} | {noticed} named, and the one "
+        "before it used | |",
+        flush=True,
+    )
+    return kills.resumable < KILLS or noticed < FLIPS
+
+
+def signals(folder: Path) -> bool:
+    """Signals at random moments; whether something was wrong."""
+    failed = False
+    for processes, workers, whom in (
+        (1, 0, "the process"),
+        (2, 0, "one of two processes"),
+        (1, 2, "the process and its two loader workers"),
+    ):
+        found = terminate_forked(
+            folder / whom.replace(" ", "-"),
+            times=TERMINATIONS,
+            processes=processes,
+            workers=workers,
+            seed=processes + workers,
         )
-        (folder / "flips").mkdir()
-        noticed = flip_bits(folder / "flips", flips=FLIPS, generator=random.Random(0))  # noqa: S311
-        failed |= noticed < FLIPS
-        print(
-            f"| one bit of the last checkpoint flipped | {FLIPS} | {noticed} named, and the one "
-            "before it used | |",
-            flush=True,
-        )
-        for processes in (1, 2):
-            place = folder / f"forked-{processes}"
-            found = terminate_forked(place, times=TERMINATIONS, processes=processes, seed=processes)
-            to = "the process" if processes == 1 else "one of two processes"
-            failed |= report(f"SIGTERM to {to}", found)
-        found = terminate_torchrun(folder / "torchrun", times=TERMINATIONS, processes=2, seed=3)
-        failed |= report("SIGTERM to torchrun with two processes", found)
-    return int(failed)
+        failed |= report(f"SIGTERM to {whom}", found)
+    found = terminate_torchrun(folder / "torchrun", times=TERMINATIONS, processes=2, seed=3)
+    return failed | report("SIGTERM to torchrun with two processes", found)
 
 
 def report(what: str, found: Terminations) -> bool:

@@ -38,8 +38,8 @@ class Kills:
 def kill_while_saving(run: Path, *, kills: int, seed: int) -> Kills:
     """Kill so many processes, one after the other, each of which goes on where the last one was.
 
-    A checkpoint is resumable when it is whole and no older than what the process before it had
-    reached.
+    A run is resumable when its checkpoint is whole and newer than what the process before had
+    reached: each has saved once before it is killed in the middle of a later time.
     """
     draw = random.Random(seed)  # noqa: S311
     found = Kills()
@@ -53,13 +53,13 @@ def kill_while_saving(run: Path, *, kills: int, seed: int) -> Kills:
         os.close(says)
         os.read(ready, 1)
         os.close(ready)
-        time.sleep(draw.uniform(0, 0.03))
+        time.sleep(draw.uniform(0, 0.1))
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         found.unfinished += any((run / "checkpoints").glob(".*.tmp"))
         state = load_state(run)
         found.tried += 1
-        if state is not None and state["step"] >= begun and _is_right(state):
+        if state is not None and state["step"] > begun and _is_right(state):
             found.resumable += 1
             found.steps += state["step"] - begun
     return found
@@ -84,12 +84,12 @@ def flip_bits(run: Path, *, flips: int, generator: random.Random) -> int:
 
 
 def _save_for_ever(run: Path, step: int, says: int) -> None:
-    """In the child: never returns."""
+    """In the child: never returns. It says when it has saved once and goes on."""
     try:
-        os.write(says, b"!")
         while True:
             step += 1
             save_state(run, _name(step), _state(step))
+            os.write(says, b"!")
     finally:
         os._exit(1)
 

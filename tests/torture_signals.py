@@ -19,7 +19,7 @@ from pathlib import Path
 # An optimizer and the log import these when they are made: here, once, and not in every fork.
 import torch._dynamo
 import torch.utils.tensorboard  # noqa: F401
-from tiny_training import IMAGES, TARGETS, make_config, make_loader, make_model
+from tiny_training import IMAGES, TARGETS, WorkerLoader, make_config, make_model
 from torch import Tensor
 
 from coded_resnext.batch import Batch
@@ -32,6 +32,7 @@ from coded_resnext.training_state import load_state
 
 CONFIG = make_config(epochs=5, batch_size=4, model_ema=True)
 STEPS_PER_EPOCH = 6
+STEPS = 30
 # A process that has not ended by then has failed; the promise is ten seconds.
 PATIENCE = 30.0
 
@@ -55,8 +56,8 @@ class Terminations:
 class Counting:
     """Passes a training loader on and notes in a file which step has been begun."""
 
-    def __init__(self, path: Path, rank: int, size: int) -> None:
-        self.loader = make_loader(CONFIG, rank=rank, world_size=size)
+    def __init__(self, path: Path, rank: int, size: int, workers: int) -> None:
+        self.loader = WorkerLoader(CONFIG, workers, rank=rank, world_size=size)
         self.describe = self.loader.describe
         self.file = os.open(path, os.O_WRONLY | os.O_CREAT)
 
@@ -74,14 +75,14 @@ class Counting:
             yield batch
 
 
-def train(folder: Path) -> None:
+def train(folder: Path, workers: int = 0) -> None:
     """A run, on its own or as one of the processes that the environment speaks of."""
     with training_session("cpu") as world:
         run = RunFolder(folder, CONFIG.to_dict(), resume=True, world=world)
         evaluated: tuple[Tensor, Tensor] = (IMAGES, TARGETS)
         fit(
             make_model(),
-            Counting(folder / f"begun-{world.rank}", world.rank, world.size),
+            Counting(folder / f"begun-{world.rank}", world.rank, world.size, workers),
             Batches(*evaluated, 4, rank=world.rank, world_size=world.size),
             CONFIG,
             run,
@@ -89,8 +90,8 @@ def train(folder: Path) -> None:
         )
 
 
-def fork(folder: Path, processes: int) -> list[int]:
-    """Start a run in forked processes."""
+def fork(folder: Path, processes: int, workers: int = 0) -> list[int]:
+    """Start a run in forked processes, each the head of a process group."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -100,6 +101,7 @@ def fork(folder: Path, processes: int) -> list[int]:
         if child == 0:
             status = 1
             try:
+                os.setsid()
                 os.environ |= {
                     "RANK": str(rank),
                     "LOCAL_RANK": str(rank),
@@ -108,7 +110,7 @@ def fork(folder: Path, processes: int) -> list[int]:
                     "MASTER_PORT": str(port),
                 }
                 sys.stderr = (folder.parent / f"{folder.name}-{rank}.log").open("a")
-                status = run_script("torture", lambda: train(folder))
+                status = run_script("torture", lambda: train(folder, workers))
                 sys.stderr.close()
             finally:
                 os._exit(status)
@@ -133,27 +135,31 @@ def wait(children: list[int]) -> list[int]:
     return [statuses[child] for child in children]
 
 
-def terminate_forked(folder: Path, *, times: int, processes: int, seed: int) -> Terminations:
-    """SIGTERM at random moments, to one process of the run, which is left to tell the others."""
+def terminate_forked(
+    folder: Path, *, times: int, processes: int, seed: int, workers: int = 0
+) -> Terminations:
+    """SIGTERM at random moments, to one process of the run, which is left to tell the others.
+
+    With loader workers it goes to them too: to the whole group, as batch systems and torchrun do.
+    """
     draw = random.Random(seed)  # noqa: S311
     folder.mkdir(parents=True, exist_ok=True)
-    begun = time.monotonic()
-    assert wait(fork(folder / "whole", processes)) == [0] * processes
-    length = time.monotonic() - begun
+    assert wait(fork(folder / "whole", processes, workers)) == [0] * processes
     found = Terminations()
     for index in range(times):
         run = folder / f"run-{index}"
-        moment = draw.uniform(0, 0.9 * length)
-        children = fork(run, processes)
-        _wait_for_begin(run, processes)
-        time.sleep(moment)
+        children = fork(run, processes, workers)
+        _wait_for_random_moment(run, processes, draw)
         sent = time.monotonic()
-        os.kill(draw.choice(children), signal.SIGTERM)
+        send = os.killpg if workers else os.kill
+        send(draw.choice(children), signal.SIGTERM)
         statuses = wait(children)
         found.slowest = max(found.slowest, time.monotonic() - sent)
         found.clean += statuses == [143] * processes
+        if statuses != [143] * processes:
+            print(f"{run}: exit statuses {statuses}", file=sys.stderr)
         _look(found, run, processes)
-        if wait(fork(run, processes)) == [0] * processes:
+        if wait(fork(run, processes, workers)) == [0] * processes:
             found.same_bits += same_weights(run, folder / "whole")
     return found
 
@@ -170,14 +176,16 @@ def terminate_torchrun(folder: Path, *, times: int, processes: int, seed: int) -
     for index in range(times):
         run = folder / f"run-{index}"
         child = subprocess.Popen([*command, str(run)], stderr=subprocess.PIPE, text=True)
-        _wait_for_begin(run, processes)
-        time.sleep(draw.uniform(0, 1.5))
+        _wait_for_random_moment(run, processes, draw)
         sent = time.monotonic()
         child.send_signal(signal.SIGTERM)
         _, said = child.communicate(timeout=PATIENCE)
         found.slowest = max(found.slowest, time.monotonic() - sent)
         # torchrun has a code of its own; the main process says how it ended.
-        found.clean += child.returncode != 0 and "--resume finishes the run" in said
+        clean = child.returncode != 0 and "--resume finishes the run" in said
+        found.clean += clean
+        if not clean:
+            print(f"{run}: exit status {child.returncode}: {said}", file=sys.stderr)
         _look(found, run, processes)
         resumed = subprocess.run([*command, str(run)], check=False, capture_output=True)
         found.same_bits += resumed.returncode == 0 and same_weights(run, folder / "whole")
@@ -198,10 +206,16 @@ def _look(found: Terminations, run: Path, processes: int) -> None:
     found.within_epoch += state["step"] % STEPS_PER_EPOCH != 0
 
 
-def _wait_for_begin(run: Path, processes: int) -> None:
-    """Until every process has its loader; the first signal may come before the first step."""
-    while not all((run / f"begun-{rank}").exists() for rank in range(processes)):
+def _wait_for_random_moment(run: Path, processes: int, draw: random.Random) -> None:
+    """Until a random step is under way, or a moment longer: its evaluation or checkpoint, say.
+
+    Some steps before the last, so that there is a run left to stop.
+    """
+    notes = [run / f"begun-{rank}" for rank in range(processes)]
+    target = draw.randrange(STEPS - 3)
+    while not all(note.exists() and int(note.read_text() or 0) >= target for note in notes):
         time.sleep(0.001)
+    time.sleep(draw.uniform(0, 0.03))
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ other, active branches; the plain twin has no code at all. Rows are compared wit
 same seed. Results: docs/ablations.md.
 
     python train/ablations.py digits --epochs 15 --out runs/ablations
+    python train/ablations.py cifar10 --out runs/ablations-cifar10 --seeds 0 1
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import digits
 import torch
 
 from coded_resnext import CodedResNeXt
+from coded_resnext.augment import TrainTransform
 from coded_resnext.batch import TrainingBatches, TrainLoader
 from coded_resnext.config import TrainingConfig
 from coded_resnext.data import Preprocessing, RandomShift, batches, load_digits_split
@@ -40,7 +42,10 @@ from coded_resnext.interpret.ablations import (
     summarize,
     vary,
 )
+from coded_resnext.loaders import EvalImages, TrainImages
+from coded_resnext.recipe import load_recipe
 from coded_resnext.run_folder import SUMMARY_FILE, RunFolder, versions
+from coded_resnext.run_recipe import make_model, open_data
 
 RESULTS_FILE = "ablations.json"
 
@@ -81,7 +86,32 @@ def digits_task(epochs: int | None) -> Task:
     )
 
 
-TASKS: dict[str, Callable[[int | None], Task]] = {"digits": digits_task}
+def cifar_task(epochs: int | None) -> Task:
+    """A part of CIFAR-10 by the recipe train/recipes/cifar10_small.yaml."""
+    changes = {} if epochs is None else {"epochs": epochs}
+    recipe = load_recipe(RECIPES / "cifar10_small.yaml", changes)
+    data, config = recipe.data, recipe.training
+    splits = open_data(recipe)
+    transform = TrainTransform(recipe.augmentation, data.preprocessing)
+    train_in_order, test_loader = (
+        EvalImages(images, data.preprocessing, data.validation_batch_size, workers=data.workers)
+        for images in (splits.train, splits.test)
+    )
+    return Task(
+        name=splits.name,
+        base=make_model(recipe, splits.class_names),
+        config=config,
+        preprocessing=data.preprocessing,
+        train_loader=lambda seed: TrainImages(
+            splits.train, transform, config.batch_size, seed=seed, workers=data.workers
+        ),
+        train_in_order=train_in_order,
+        test_loader=test_loader,
+    )
+
+
+RECIPES = Path(__file__).parent / "recipes"
+TASKS: dict[str, Callable[[int | None], Task]] = {"cifar10": cifar_task, "digits": digits_task}
 
 
 def parse_arguments() -> argparse.Namespace:

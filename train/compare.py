@@ -28,6 +28,8 @@ def columns(summary: dict[str, Any]) -> dict[str, float]:
         row["one-class mean average precision"] = statistics.fmean(precision)
     for kind in ("inactive", "active"):
         for block, accuracy in enumerate(summary[f"remove_{kind}_accuracy"], 1):
+            if accuracy is None:  # not computed within the budget
+                continue
             change = 100 * (accuracy - summary["test_accuracy"])
             row[f"points without {kind} branches {block}"] = change
     return {**row, "seconds": summary["seconds"]}

@@ -10,7 +10,6 @@ on two CPU cores. Expected test accuracy and the plain twin's: docs/reproduce.md
 from __future__ import annotations
 
 import argparse
-import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -20,7 +19,6 @@ import torch
 
 from coded_resnext import CodedResNeXt, create_model
 from coded_resnext.batch import TrainingBatches
-from coded_resnext.commands.report import write_report
 from coded_resnext.config import TrainingConfig
 from coded_resnext.data import (
     SPLIT_SEED,
@@ -31,8 +29,9 @@ from coded_resnext.data import (
 )
 from coded_resnext.distributed import run_script
 from coded_resnext.engine import fit
-from coded_resnext.interpret import evaluate, save_figures, save_pictures
-from coded_resnext.run_folder import SUMMARY_FILE, RunFolder, versions
+from coded_resnext.interpret import evaluate
+from coded_resnext.run_folder import RunFolder
+from coded_resnext.run_results import write_results
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -140,27 +139,16 @@ def train(arguments: argparse.Namespace, digits: DigitsSplit) -> None:
         notes={"data": "scikit-learn digits", "split_seed": SPLIT_SEED},
     )
     evaluation = evaluate(model, batches(digits.train_images, digits.train_targets), test_loader)
-    figures = save_figures(evaluation, model.codebooks, run.path / "figures")
-    run.write_json("evaluation.json", evaluation.to_dict())
-    run.write_json(
-        SUMMARY_FILE,
-        {
-            **evaluation.summary(),
-            "parameters": sum(p.numel() for p in model.parameters()),
-            "seconds": sum(row["seconds"] for row in history),
-            "seconds_with_evaluation": time.perf_counter() - start,
-            "versions": versions(),
-            "seed": arguments.seed,
-            "command": shlex.join(["python", *sys.argv]),
-        },
+    write_results(
+        run,
+        model,
+        evaluation,
+        test_loader,
+        digits.preprocessing,
+        history,
+        seconds_with_evaluation=time.perf_counter() - start,
+        seed=arguments.seed,
     )
-    if evaluation.samples is not None:
-        save_pictures(evaluation.samples.positions, test_loader, digits.preprocessing, run.path)
-    print(f"\n{evaluation}\n\nsummary: {run.path / SUMMARY_FILE}")
-    for figure in figures:
-        if figure.suffix == ".png":
-            print(f"picture: {figure}")
-    print(f"report: {write_report(run.path)}")
 
 
 def main() -> int:

@@ -30,9 +30,7 @@ def add_parser(commands: Any) -> None:
         help="compute capability without the dot, such as 80, 90 or 100; may be given several "
         "times (default: that of the GPU in this machine)",
     )
-    parser.add_argument(
-        "--out", type=Path, metavar="FOLDER", help=f"(default: {default_folder()})"
-    )
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help=f"(default: {default_folder()})")
     parser.add_argument("--jobs", type=int, metavar="N", help="processes (default: processors)")
     parser.add_argument(
         "--check", action="store_true", help="compile nothing, list what the folder lacks"

@@ -186,7 +186,7 @@ def evaluate(
         budget: limit of time, under which seeded subsets are computed: images, classes, numbers of
             branches removed.
         progress: file in which finished steps are kept; with it an interrupted evaluation goes on
-            where it was. It is deleted when all is done.
+            where it was. It is deleted at the end, unless more time would compute more.
 
     Returns:
         The results; only the classification for a network without coded blocks.
@@ -288,7 +288,7 @@ class _Parts:
             removal, one = self._work(loaders, data, repeats, negatives_per_positive)
         codebooks = list(dict.fromkeys(observed.codebooks))
         places = [index for index, block in enumerate(self.model.blocks) if block.is_coded]
-        if not self.not_computed:
+        if not (self.budget.is_limited and self.not_computed):
             self.ledger.remove()
         return Evaluation(
             class_names=observed.class_names,

@@ -69,7 +69,7 @@ class ExitCurve:
 def exit_curve(model: CodedResNeXt, loader: Loader) -> ExitCurve:
     """Accuracy and cost of early exit for margins from 0, where all leave at once, to none.
 
-    The margins between are quantiles of those that occur. Every point is what
+    The margins between part those that occur into equal shares. Every point is what
     `predict_early(model, images, EarlyExit.at_margin(model, margin))` would give.
 
     Args:
@@ -99,11 +99,15 @@ def scores_of(observed: Observations) -> ExitScores:
 
 
 def _margins(scores: ExitScores) -> list[float]:
-    """0 and quantiles of the margins that occur, ascending, each once."""
+    """0, and margins that part those that occur into shares of one size, ascending, each once.
+
+    They lie halfway between two that occur, so that rounding moves no image to the other side.
+    """
+    found = torch.cat([torch.zeros(1), scores.margins.flatten()]).double().sort().values
     shares = torch.linspace(0, 1, STEPS, dtype=torch.float64)
-    found = scores.margins.double().flatten().sort().values
-    chosen = found[(shares * (len(found) - 1)).round().long()]
-    return sorted({0.0, *chosen.tolist()})
+    places = (shares * (len(found) - 1)).round().long().clamp(min=1)
+    below, above = found[places - 1], found[places]
+    return sorted({0.0, *((below + above) / 2)[above > below].tolist()})
 
 
 def _point(scores: ExitScores, criterion: EarlyExit, costs: Tensor) -> ExitPoint:

@@ -25,7 +25,8 @@ from .records import describe
 from .running import Loader, require_coded_blocks
 
 Floats = NDArray[np.float64]
-PERMUTATIONS = 499
+# Random relabellings of up to 100 classes, and of more, where each costs milliseconds.
+PERMUTATIONS, FEW_PERMUTATIONS = 499, 99
 LISTED = 20
 MATRIX_CLASSES = 100
 
@@ -116,12 +117,13 @@ class Semantics:
         chances = observed.probabilities[present][:, present].numpy()
         confusion = (chances + chances.T) / 2
         generator = np.random.default_rng((seed, 4))
-        orders = [generator.permutation(len(present)) for _ in range(PERMUTATIONS)]
+        count = PERMUTATIONS if len(present) <= MATRIX_CLASSES else FEW_PERMUTATIONS
+        orders = [generator.permutation(len(present)) for _ in range(count)]
         blocks = tuple(
             _compare(energies[present].numpy(), book, present, confusion, orders)
             for energies, book in zip(paths.energies, observed.codebooks, strict=True)
         )
-        return cls(len(present), blocks, PERMUTATIONS, seed)
+        return cls(len(present), blocks, count, seed)
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready description."""
@@ -174,6 +176,8 @@ def _compare(
             )
         )
     excess = distances - expected
+    # Rounding must not pass for a difference.
+    excess[np.abs(excess) < 1e-9 * distances.max()] = 0
     order = np.argsort(excess, kind="stable")[:LISTED].tolist()
     correlation, p = _mantel(excess, confusion, upper, orders)
     every = None
@@ -215,10 +219,15 @@ def _mantel(
     found = _pearson(ranks, ranked[upper])
     if found is None:
         return None, None
-    centred = ranks - ranks.mean()
-    # Relabelling changes neither mean nor deviation, so that inner products compare as well.
-    limit = abs(centred @ ranked[upper]) * (1 - 1e-12)
-    extreme = sum(abs(centred @ ranked[np.ix_(order, order)][upper]) >= limit for order in orders)
+    centred = np.zeros_like(confusion)
+    centred[upper] = ranks - ranks.mean()
+    # Relabelling changes neither mean nor deviation, so that inner products compare as well; ranks
+    # are half integers, and their rounding far from half of one.
+    limit = abs(np.vdot(centred, ranked)) - 1e-3
+    extreme = 0
+    for order in orders:
+        relabelled = ranked[order].take(order, axis=1)
+        extreme += abs(np.vdot(centred, relabelled)) >= limit
     return found, (1 + int(extreme)) / (1 + len(orders))
 
 

@@ -6,11 +6,13 @@ import json
 
 import pytest
 import torch
+from helpers import below, load_golden, relative_error
 from small_networks import ToldNetwork, make_network, tell
 
 from coded_resnext import create_model
+from coded_resnext.convert import published_model
 from coded_resnext.data import batches
-from coded_resnext.interpret import decode_early
+from coded_resnext.interpret import decode_early, observe
 
 FIRST, SECOND, LAST = [2.0, 2, 0, 0], [0.0, 2, 2, 0], [2.0, 0, 0, 2]
 
@@ -63,3 +65,18 @@ def test_plain_network_is_refused():
     images = torch.zeros(2, 1, 8, 8)
     with pytest.raises(ValueError, match="model: expected at least one coded block, got a plain"):
         decode_early(create_model("resnext_digits"), batches(images, torch.tensor([0, 1])))
+
+
+def test_decoded_classes_of_the_golden_network():
+    meta, golden = load_golden("net_cifar10")
+    model = published_model(below(golden, "state."), meta["architecture"])
+    loader = batches(golden["x"], golden["targets"], 2)
+    observed = observe(model, loader)
+    assert torch.equal(observed.predictions, golden["eval_logits"].argmax(1))
+    found = decode_early(model, loader)
+    assert len(observed.decoded) == len(model.coded_blocks) > 1
+    for index, decoded in enumerate(observed.decoded):
+        assert torch.equal(decoded, golden[f"decoded_class.{index}"])
+        assert relative_error(observed.energies[index], golden[f"eval_energies.{index}"]) < 1e-10
+        correct = (golden[f"decoded_class.{index}"] == golden["targets"]).double().mean()
+        assert found.block_accuracy[index] == pytest.approx(float(correct))

@@ -21,7 +21,7 @@ from small_networks import make_data
 from coded_resnext.convert import published_model
 from coded_resnext.data import batches
 from coded_resnext.interpret import one_class, one_class_scores
-from coded_resnext.interpret.measures import best_threshold
+from coded_resnext.interpret.measures import best_threshold, sweep
 
 
 def scores_by_keep(model, images):
@@ -153,3 +153,78 @@ def test_without_scikit_learn(network, data, monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn", None)
     with pytest.raises(ImportError, match=r"scikit-learn.*coded-resnext\[report\]"):
         one_class(network, data, data)
+
+
+def test_nine_others_for_each_of_the_class(network, data):
+    scores = scores_by_keep(network, data.images).numpy()
+    found = one_class(network, data, data, negatives_per_positive=2, seed=3)
+    assert found.negatives_per_positive == 2
+    for index, one in enumerate(found.classifiers):
+        positive = (data.targets == index).numpy()
+        assert one.positives == positive.sum()
+        assert one.negatives == min(2 * one.positives, (~positive).sum())
+        # The numbers are those of some two others for each.
+        generator = np.random.default_rng((3, 3, 1, index))
+        others = np.flatnonzero(~positive)
+        chosen = others[generator.permutation(len(others))[: 2 * one.positives]]
+        rows = np.concatenate([np.flatnonzero(positive), chosen])
+        expected = average_precision_score(positive[rows], scores[rows, index])
+        assert one.average_precision == pytest.approx(expected, abs=1e-12)
+    assert one_class(network, data, data, negatives_per_positive=2, seed=3) == found
+    other = one_class(network, data, data, negatives_per_positive=2, seed=4)
+    assert other.average_precisions != found.average_precisions
+    with pytest.raises(ValueError, match="negatives_per_positive: expected at least 1, got 0"):
+        one_class(network, data, data, negatives_per_positive=0)
+
+
+def test_images_of_no_class(network, data):
+    outside = make_data(network, 30, seed=9)
+    # Their targets do not matter, not even impossible ones.
+    loader = [(outside.images, outside.targets + 50)]
+    found = one_class(network, data, data, outside_loader=loader)
+    inside_scores = scores_by_keep(network, data.images).numpy()
+    outside_scores = scores_by_keep(network, outside.images).numpy()
+    for index, one in enumerate(found.classifiers):
+        positive = (data.targets == index).numpy()
+        said = outside_scores[:, index] >= one.threshold
+        assert one.outside.samples == 30
+        assert one.outside.accepted == pytest.approx(said.mean())
+        joined = np.concatenate([inside_scores[positive, index], outside_scores[:, index]])
+        expected = average_precision_score(np.arange(len(joined)) < positive.sum(), joined)
+        assert one.outside.average_precision == pytest.approx(expected, abs=1e-12)
+        assert sum(one.histogram.outside) == 30
+        assert one.histogram.edges[-1] == pytest.approx(joined.max(), abs=1e-5) or (
+            joined.max() < inside_scores[:, index].max()
+        )
+    assert found.average_precisions == one_class(network, data, data).average_precisions
+
+
+def test_dead_samples_are_counted(network, data):
+    # Branch 0 of the last coded block, the only one of class 0 with branch 1, falls silent.
+    with torch.no_grad():
+        block = network.coded_blocks[2]
+        block.expand.weight.view(16, 4, 2)[:, [0, 1]] = 0
+    found = one_class(network, data, data)
+    assert network.codebooks[2].words[0] == "1100"
+    assert [one.dead for one in found.classifiers] == [1.0, 0.0, 0.0, 0.0]
+
+
+def test_points_of_a_long_curve():
+    generator = np.random.default_rng(0)
+    positive = np.arange(4000) % 4 == 0
+    scores = generator.normal(size=4000) + positive
+    full = precision_recall_curve(positive, scores)
+    found = sweep(scores, positive)
+    assert len(found.recall) == len(found.thresholds) == len(found.precision) == 256
+    assert found.thresholds[-1] is None
+    assert (found.precision[-1], found.recall[-1]) == (1.0, 0.0)
+    for precision, recall, threshold in zip(
+        found.precision[:-1], found.recall[:-1], found.thresholds[:-1], strict=True
+    ):
+        said = scores >= threshold
+        assert precision == precision_score(positive, said)
+        assert recall == recall_score(positive, said)
+    assert set(found.thresholds[:-1]) <= set(full[2].tolist())
+    # Where recall does not change precision still does, and an even choice of that is kept.
+    separable = sweep(np.arange(1000.0), np.arange(1000) >= 990)
+    assert sum(recall == 1 for recall in separable.recall) > 40

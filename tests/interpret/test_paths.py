@@ -50,3 +50,22 @@ def test_means_of_the_reference(data):
             expected = codebook.ratio * energies[data.targets == index].double().mean(0)
             assert torch.allclose(mean[index], expected, atol=1e-6)
         assert mean.sum(1).tolist() == pytest.approx([codebook.active] * 4, abs=1e-5)
+
+
+def test_images_that_leave_their_path():
+    # Of class 0, in order: obedient, astray in the second block, mislabelled.
+    images = torch.stack(
+        [
+            tell(0, [2.0, 2, 0, 0], [2.0, 2, 0, 0]),
+            tell(0, [2.0, 2, 0, 0], [0.0, 2, 2, 0]),
+            tell(2, [0.0, 0, 2, 2], [0.0, 0, 2, 2]),
+        ]
+    )
+    found = measure_paths(ToldNetwork(), batches(images, torch.tensor([0, 0, 0]), 2))
+    assert found.disobeying == (1, 2)
+    assert found.outside == pytest.approx((1 / 3, 0.5))
+    assert [image.position for image in found.disobedient] == [2, 1]
+    worst, second = found.disobedient
+    assert (worst.target, worst.prediction, worst.decoded) == (0, 2, (2, 2))
+    assert worst.outside == (1.0, 1.0)
+    assert (second.prediction, second.decoded, second.outside) == (0, (0, 1), (0.0, 0.5))

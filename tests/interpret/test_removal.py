@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -110,3 +111,27 @@ def test_one_repeat_has_no_deviation(network, data):
 def test_numbers_out_of_range(network, data, argument):
     with pytest.raises(ValueError, match=f"{next(iter(argument))}: expected at least"):
         remove_branches(network, data, **argument)
+
+
+def test_energies_that_are_left(network, data):
+    repeats, seed = 3, 7
+    found = remove_branches(network, data, seed=seed, repeats=repeats)
+    with torch.no_grad():
+        _, all_energies = network(data.images, return_energies=True)
+    for index, (block, energies) in enumerate(zip(found.blocks, all_energies, strict=True)):
+        own = network.codebooks[index].codewords[data.targets]
+        branches = own.shape[1]
+        for curve, kind in ((block.active, own), (block.inactive, ~own)):
+            left = (energies * ~kind).sum(1) / branches
+            assert curve.energy[-1] == pytest.approx(float(left.mean()), abs=1e-5)
+            assert curve.energy_deviation[-1] == 0
+            # Every further branch takes energy away.
+            assert all(a > b for a, b in pairwise([1.0, *curve.energy]))
+            values = []
+            for repeat in range(repeats):
+                priorities = np.random.default_rng((seed, index, repeat)).random((50, branches))
+                first = np.where(kind.numpy(), priorities, np.inf).argmin(1)
+                gone = energies[torch.arange(50), torch.from_numpy(first)]
+                values.append(1 - float(gone.mean()) / branches)
+            assert curve.energy[0] == pytest.approx(statistics.mean(values), abs=1e-5)
+            assert curve.energy_deviation[0] == pytest.approx(statistics.stdev(values), abs=1e-5)

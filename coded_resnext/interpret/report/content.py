@@ -26,7 +26,7 @@ EXIT_MEASUREMENT_FILE = "early_exit_test.json"
 # The experiments that have a place on the page, with the words for them.
 EXPERIMENTS = {
     "paths": "Measured energies of the classes",
-    "samples": "Test images",
+    "samples": "Single test images",
     "early_decoding": "Early decoding",
     "removal": "Removing branches",
     "one_class": "One-class classifiers",

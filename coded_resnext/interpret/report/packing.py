@@ -53,7 +53,8 @@ def _array(numbers: list[Any], most_doubles: int) -> tuple[str, NDArray[Any]]:
             if limits.min <= low and high <= limits.max:
                 return kind, np.array(numbers, dtype)
     exact = np.array([np.nan if number is None else number for number in numbers], "<f8")
-    single = exact.astype("<f4")
+    with np.errstate(over="ignore"):
+        single = exact.astype("<f4")
     if len(exact) > most_doubles or np.array_equal(single.astype("<f8"), exact, equal_nan=True):
         return "f32", single
     return "f64", exact

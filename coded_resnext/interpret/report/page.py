@@ -126,7 +126,7 @@ def tiles(content: dict[str, Any]) -> list[dict[str, str]]:
         whole, part = cost["network"], cost["classifier"]
         size = content["image_size"]
         image = f"an image of {size} by {size} pixels" if size else "one image"
-        add(_count(whole["parameters"]), "parameters", f"{whole['bytes'] / 1e6:.1f} MB")
+        add(_count(whole["parameters"]), "parameters", _bytes(whole["bytes"]))
         add(_count(whole["macs"]), "multiply-accumulates", image)
         if part is not None:
             share = part["share_of_network"]
@@ -143,6 +143,10 @@ def _count(number: int) -> str:
         if number >= size:
             return f"{number / size:.2f} {letter}"
     return f"{number:,}"
+
+
+def _bytes(number: int) -> str:
+    return f"{number / 1e6:.1f} MB" if number >= 1e6 else f"{number / 1e3:.1f} kB"
 
 
 def _subtitle(content: dict[str, Any]) -> str:

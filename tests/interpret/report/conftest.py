@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from browser import Pages, chromium
 from report_runs import Run, odd_run, thousand_run
 
 from coded_resnext.interpret.report import gather, render
-
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
 
 @pytest.fixture(scope="session")
@@ -30,23 +28,16 @@ def thousand(tmp_path_factory: pytest.TempPathFactory) -> Run:
 @pytest.fixture(scope="session")
 def browser() -> Iterator[Any]:
     """One headless Chromium; skipped where there is none."""
-    playwright = pytest.importorskip("playwright.sync_api")
-    found = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if found is None:
-        pytest.skip("no Chromium: apt-get install chromium")
-    with playwright.sync_playwright() as started:
-        # Chromium refuses to be root inside its sandbox.
-        chromium = started.chromium.launch(executable_path=found, args=["--no-sandbox"])
-        yield chromium
-        chromium.close()
+    with chromium() as started:
+        yield started
 
 
-class Pages:
-    """Opens reports, and collects what they should never do: errors, requests, dialogs."""
+class Reports(Pages):
+    """Reports of runs."""
 
     def __init__(self, browser: Any, folder: Path) -> None:
-        self.browser, self.folder = browser, folder
-        self.complaints: list[str] = []
+        super().__init__(browser)
+        self.folder = folder
 
     def write(self, run_folder: Path) -> Path:
         """Make the page of a run, once."""
@@ -55,33 +46,21 @@ class Pages:
             path.write_text(render(gather(run_folder)), encoding="utf-8")
         return path
 
-    def open(self, run_folder: Path, **options: Any) -> Any:
+    def open_run(self, run_folder: Path, **options: Any) -> Any:
         """The page of a run, ready to use."""
-        page = self.browser.new_page(**{"viewport": {"width": 1280, "height": 900}, **options})
-        page.on("console", lambda message: self.complaints.append(message.text))
-        page.on("pageerror", lambda error: self.complaints.append(str(error)))
-        page.on("dialog", lambda dialog: self.complaints.append(f"dialog: {dialog.message}"))
-        page.on("request", self._request)
-        page.goto(self.write(run_folder).as_uri())
-        if options.get("java_script_enabled", True):
-            page.wait_for_selector("html[data-ready]", state="attached")
-        return page
-
-    def _request(self, request: Any) -> None:
-        if not request.url.startswith(("file:", "data:")) or request.url.count("file:") > 1:
-            self.complaints.append(f"request: {request.url}")
+        return self.open(self.write(run_folder), **options)
 
 
 @pytest.fixture(scope="session")
-def pages(browser: Any, tmp_path_factory: pytest.TempPathFactory) -> Pages:
+def pages(browser: Any, tmp_path_factory: pytest.TempPathFactory) -> Reports:
     """The pages of this session."""
-    return Pages(browser, tmp_path_factory.mktemp("pages"))
+    return Reports(browser, tmp_path_factory.mktemp("pages"))
 
 
 @pytest.fixture
-def page(pages: Pages, run: Run) -> Iterator[Any]:
+def page(pages: Reports, run: Run) -> Iterator[Any]:
     """The report of the run; nothing that a test does on it may bring an error or a request."""
-    opened = pages.open(run.folder)
+    opened = pages.open_run(run.folder)
     yield opened
     opened.close()
     assert pages.complaints == []

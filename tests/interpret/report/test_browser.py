@@ -82,7 +82,9 @@ def test_choosing_a_test_image_shows_its_way(page: Any, run: Run) -> None:
             assert said.inner_text().startswith("✓" if block.prediction == target else "✗")
         with torch.inference_mode():
             _, all_energies = run.model(image, return_energies=True)
-        decoded = [int(decode(e, b)) for e, b in zip(all_energies, run.model.codebooks)]
+        decoded = [
+            int(decode(e, b)) for e, b in zip(all_energies, run.model.codebooks, strict=True)
+        ]
         settled = 3
         while settled and decoded[settled - 1] == traced.prediction:
             settled -= 1
@@ -129,7 +131,12 @@ def test_the_threshold_moves_precision_and_recall(page: Any, run: Run) -> None:
             )
             for name, value in zip(("precision", "recall", "f1"), expected[:3], strict=True):
                 assert float(page.inner_text(f"#at-{name}")) == pytest.approx(value, abs=6e-4)
-            assert f"recall {expected[1]:.3f}" in slider.get_attribute("aria-valuetext")
+            # What is read aloud is what is shown.
+            assert slider.get_attribute("aria-valuetext") == (
+                f"threshold {page.inner_text('#at-threshold')}: "
+                f"precision {page.inner_text('#at-precision')}, "
+                f"recall {page.inner_text('#at-recall')}"
+            )
             seen.add(page.inner_text("#at-recall"))
         assert len(seen) > 3
 
@@ -204,7 +211,7 @@ def test_odd_names_are_text(page: Any, pages: Any, run: Run) -> None:
     assert page.locator("script").count() == 2
     assert page.locator("b, i").count() == 0
     # The longest name makes nothing wider than a phone.
-    phone = pages.open(run.folder, viewport={"width": 360, "height": 740})
+    phone = pages.open_run(run.folder, viewport={"width": 360, "height": 740})
     for target in CLASSES:
         choose_class(phone, target)
         assert phone.evaluate("document.documentElement.scrollWidth") == 360
@@ -258,7 +265,7 @@ def test_the_keyboard_alone_suffices(page: Any) -> None:
 def test_axe_finds_no_serious_violation(pages: Any, run: Run, scheme: str, width: int) -> None:
     axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe()
     viewport = {"width": width, "height": 844}
-    page = pages.open(run.folder, color_scheme=scheme, viewport=viewport)
+    page = pages.open_run(run.folder, color_scheme=scheme, viewport=viewport)
     choose_sample(page, run.evaluation.samples.targets.index(0))
     for summary in page.locator("details > summary").all():
         summary.click()
@@ -280,7 +287,7 @@ def test_it_prints_and_reads_without_its_script(page: Any, pages: Any, run: Run)
     assert not page.is_visible("nav.sections")
     assert page.is_visible("#network-picture svg")
     assert page.pdf()[:5] == b"%PDF-"
-    bare = pages.open(run.folder, java_script_enabled=False)
+    bare = pages.open_run(run.folder, java_script_enabled=False)
     assert f"{100 * run.evaluation.test_accuracy:.2f} %" in bare.inner_text("#overview")
     assert "switched off" in bare.inner_text("#overview")
     assert "python train.py --name '<i>'" in bare.inner_text("#configuration")
@@ -294,7 +301,7 @@ def test_half_a_run_says_what_is_missing(pages: Any, run: Run, tmp_path: Any) ->
         shutil.copy(run.folder / name, half)
     text = (run.folder / "evaluation.json").read_text()
     (half / "evaluation.json").write_text(text[: len(text) // 2])
-    page = pages.open(half)
+    page = pages.open_run(half)
     missing = page.inner_text("#missing")
     assert "Results: evaluation.json cannot be read" in missing
     assert "coded-resnext eval RUN DATA" in missing
@@ -311,7 +318,7 @@ def test_half_a_run_says_what_is_missing(pages: Any, run: Run, tmp_path: Any) ->
 def test_a_thousand_classes_stay_small_and_quick(pages: Any, thousand: Run) -> None:
     path = pages.write(thousand.folder)
     assert path.stat().st_size < 15e6
-    page = pages.open(thousand.folder)
+    page = pages.open_run(thousand.folder)
     # Time of the page's thread, which does not depend on what else the machine is doing.
     session = page.context.new_cdp_session(page)
     session.send("Performance.enable", {"timeDomain": "threadTicks"})
@@ -320,6 +327,10 @@ def test_a_thousand_classes_stay_small_and_quick(pages: Any, thousand: Run) -> N
     metrics = session.send("Performance.getMetrics")["metrics"]
     seconds = {metric["name"]: metric["value"] for metric in metrics}["TaskDuration"]
     assert 0.01 < seconds < 3
+    assert page.input_value("#class-select") == "1"
+    choose_class(page, 0)
+    assert "no test image" in page.text_content("#network-text")
+    assert page.locator("#network-picture .track.lit").count() == 4 * 16 + 6 * 8 + 3 * 4
     page.fill("#class-find", "77")
     options = page.locator("#class-select option").all_inner_texts()
     assert len(options) == sum("77" in name for name in thousand.model.class_names)

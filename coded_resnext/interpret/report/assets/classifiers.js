@@ -10,7 +10,6 @@ function setUpClassifiers() {
     { title: "accuracy", value: (index) => results.classification.class_accuracy[index], digits: 3, always: true },
     { title: "images", value: (index) => (classifiers[index].computed ? classifiers[index].positives : null), digits: 0 },
     { title: "avg. prec.", value: (index) => classifiers[index].average_precision, digits: 3 },
-    { title: "threshold", value: (index) => classifiers[index].threshold, digits: 2 },
     { title: "precision", value: (index) => classifiers[index].precision, digits: 3 },
     { title: "recall", value: (index) => classifiers[index].recall, digits: 3 },
     { title: "F1", value: (index) => classifiers[index].f1, digits: 3 },
