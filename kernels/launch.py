@@ -63,8 +63,10 @@ def variant_of(
 
 
 def _tf32_allowed() -> bool:
-    precision = torch.backends.cuda.matmul.fp32_precision
-    return (torch.backends.fp32_precision if precision == "none" else precision) == "tf32"
+    # Not in PyTorch's annotations. "none" stands for the setting above it.
+    general: Any = torch.backends
+    own = general.cuda.matmul.fp32_precision
+    return bool((general.fp32_precision if own == "none" else own) == "tf32")
 
 
 @cache
