@@ -55,10 +55,10 @@ class GroupedConv2d(nn.Conv2d):
         super().__init__(
             in_channels,
             out_channels,
-            kernel_size,  # type: ignore[arg-type]
-            stride,  # type: ignore[arg-type]
-            padding,  # type: ignore[arg-type]
-            dilation,  # type: ignore[arg-type]
+            kernel_size,
+            stride,
+            padding,
+            dilation,
             groups,
             bias,
             padding_mode,  # type: ignore[arg-type]
@@ -87,7 +87,8 @@ class GroupedConv2d(nn.Conv2d):
         return y if self.bias is None else y + self.bias.to(y.dtype)[:, None, None]
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, backend={self.backend}"
+        inherited: str = super().extra_repr()  # type: ignore[no-untyped-call]
+        return f"{inherited}, backend={self.backend}"
 
 
 def _is_batch(x: Tensor) -> bool:

@@ -63,8 +63,10 @@ def variant_of(
 
 
 def _tf32_allowed() -> bool:
+    # A property of the module, which type checkers do not see.
+    default: str = torch.backends.fp32_precision  # type: ignore[attr-defined]
     precision = torch.backends.cuda.matmul.fp32_precision
-    return (torch.backends.fp32_precision if precision == "none" else precision) == "tf32"
+    return bool((default if precision == "none" else precision) == "tf32")
 
 
 @cache

@@ -186,7 +186,8 @@ def branch_energy(
     if chosen == "triton":
         from . import operators
 
-        return operators.branch_energy(h, per_branch, scale, bias, keep_mask)
+        energies: Tensor = operators.branch_energy(h, per_branch, scale, bias, keep_mask)
+        return energies
     activated = gram.activate(h, scale, bias).to(accumulate)
     if chosen == "reference":
         energy = reference.branch_energy(activated, per_branch.to(accumulate))

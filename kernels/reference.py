@@ -128,8 +128,8 @@ def grouped_conv3x3(
     batch, channels, height, width = x.shape
     padded = x.new_zeros(batch, channels, height + 2, width + 2)
     padded[:, :, 1:-1, 1:-1] = x
-    grouped = padded.unflatten(1, (groups, -1))
-    taps = weight.unflatten(0, (groups, -1))
+    grouped = padded.view(batch, groups, -1, height + 2, width + 2)
+    taps = weight.reshape(groups, -1, *weight.shape[1:])
     y = x.new_zeros(batch, channels, -(-height // stride), -(-width // stride))
     for row in range(3):
         for column in range(3):
