@@ -73,6 +73,7 @@ def check(*, dry: bool, minutes: float) -> dict[str, Any]:
     compiler = "aot_eager" if dry else "inductor"
     results: dict[str, Any] = {"machine": describe_machine(), "dry_run": dry}
 
+    compiled_kernels = watch_compilation()
     print("agreement with float64")
     agreement = [
         compare(operator, place, dtype, device, SAMPLES_AT_A_TIME)
@@ -124,6 +125,8 @@ def check(*, dry: bool, minutes: float) -> dict[str, Any]:
                 results["times"] += measure(
                     operator, place, dtype, device, bandwidth, compiler if worth else None, deadline
                 )
+    results["kernels_found"] = compiled_kernels.count(True)
+    results["kernels_compiled"] = compiled_kernels.count(False)
     results["criteria"] = criteria(results["times"])
     print("grouped convolutions")
     results["grouped"] = check_grouped(
@@ -141,6 +144,25 @@ def check(*, dry: bool, minutes: float) -> dict[str, Any]:
         for name, reason in row["left_out"].items()
     ]
     return results
+
+
+def watch_compilation() -> list[bool]:
+    """A list that grows by an entry for every kernel of the library that Triton is asked for.
+
+    True where it was found compiled, which after `coded-resnext build-kernels` are all that the
+    paper's networks launch.
+    """
+    import triton
+
+    found: list[bool] = []
+
+    def listen(*, src: Any, cache_hit: bool, **_rest: Any) -> None:
+        module = getattr(getattr(src, "fn", None), "__module__", "")
+        if module.startswith("coded_resnext."):
+            found.append(cache_hit)
+
+    triton.knobs.compilation.listener = listen
+    return found
 
 
 def bandwidths(median_ms: Any) -> dict[str, float]:
@@ -229,6 +251,10 @@ def report(results: dict[str, Any]) -> str:
     lines += report_grouped(results["grouped"])
     lines += [*(f"left out: {text}" for text in results["left_out"])]
     lines += [*(f"WRONG: {text}" for text in results["wrong"])]
+    lines.append(
+        f"{results['kernels_found']} kernels were found compiled, "
+        f"{results['kernels_compiled']} were compiled now"
+    )
     count = sum(len(results[name]) for name in ("agreement", "repeats", "registration"))
     lines.append(f"{count + len(results['compilation'])} checks, {len(results['wrong'])} wrong")
     if results["dry_run"]:

@@ -12,7 +12,16 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from coded_resnext.kernels import coded_aggregate, coding_loss, gram, operators, reference
+from coded_resnext.kernels import (
+    branch_energy,
+    coded_aggregate,
+    coded_expand,
+    coding_loss,
+    expand_operator,
+    gram,
+    loss_operator,
+    operators,
+)
 from torch import Tensor
 
 Tensors = dict[str, Tensor]
@@ -128,15 +137,6 @@ def aggregate_bytes(place: Place, item: int) -> tuple[int, int]:
     return forward * item, (2 * place.activations + place.outputs + 2 * weight) * item
 
 
-def aggregate(inputs: Tensors, place: Place) -> tuple[Tensor, ...]:
-    """The aggregate by the kernels."""
-    per_branch = per_branch_weight(inputs, place)
-    scaled, energies, _ = operators.normalize_branches(
-        inputs["h"], per_branch, None, None, inputs["drop_mask"], None
-    )
-    return F.conv2d(scaled, inputs["weight"]), energies
-
-
 def aggregate_opchecks(inputs: Tensors, place: Place) -> list[tuple[Any, tuple[Any, ...]]]:
     """With both masks, and with the affine map in front and no mask."""
     per_branch = per_branch_weight(inputs, place).detach().clone().requires_grad_()
@@ -159,22 +159,14 @@ def energy_inputs(place: Place, generator: torch.Generator) -> Tensors:
     return {name: inputs[name] for name in ("h", "weight")}
 
 
-def energy(inputs: Tensors, place: Place) -> tuple[Tensor, ...]:
-    """The energies by their kernel."""
-    weight = per_branch_weight(inputs, place)
-    return (operators.branch_energy(inputs["h"], weight, None, None, None),)
+def energy_by(backend: str) -> Form:
+    """The energies by a backend."""
 
+    def run(inputs: Tensors, place: Place) -> tuple[Tensor, ...]:
+        h, weight = inputs["h"], inputs["weight"]
+        return (branch_energy(h, weight, place.branches, backend=backend),)  # type: ignore[arg-type]
 
-def energy_definition(inputs: Tensors, place: Place) -> tuple[Tensor, ...]:
-    """(2), from the branch tensor."""
-    outputs = reference.branch_outputs(inputs["h"], per_branch_weight(inputs, place))
-    return (outputs.to(reference.accumulation_dtype(outputs.dtype)).square().mean((2, 3, 4)),)
-
-
-def energy_by_grams(inputs: Tensors, place: Place) -> tuple[Tensor, ...]:
-    """(11) in plain PyTorch."""
-    h = inputs["h"].to(reference.accumulation_dtype(inputs["h"].dtype))
-    return (gram.energies_and_grams(h, per_branch_weight(inputs, place), None)[0],)
+    return run
 
 
 def energy_opchecks(inputs: Tensors, place: Place) -> list[tuple[Any, tuple[Any, ...]]]:
@@ -197,6 +189,40 @@ def energy_bytes(place: Place, item: int) -> tuple[int, int]:
     return forward, 2 * (place.activations + weight) * item + sums
 
 
+def expand_by(backend: str) -> Form:
+    """The branch sum with what BatchNorm and the coding loss need, by a backend."""
+
+    def run(inputs: Tensors, place: Place) -> tuple[Tensor, ...]:
+        result = coded_expand(
+            inputs["h"],
+            inputs["weight"],
+            place.branches,
+            drop_mask=inputs["drop_mask"],
+            moments=True,
+            energies=True,
+            backend=backend,  # type: ignore[arg-type]
+        )
+        assert result.moments is not None
+        assert result.energies is not None
+        # With the samples in front, as in every output here.
+        return result.y, result.moments.transpose(0, 1), result.energies
+
+    return run
+
+
+def expand_opchecks(inputs: Tensors, place: Place) -> list[tuple[Any, tuple[Any, ...]]]:
+    """With sums and energies, with a factor for each sample, and with energies from the tiles."""
+    h, drop = inputs["h"], inputs["drop_mask"]
+    weight = inputs["weight"][:, :, 0, 0].detach().clone().requires_grad_()
+    factor = torch.rand(place.batch, device=h.device, requires_grad=True)
+    sizes = (h, weight, place.branches, None, None)
+    return [
+        (expand_operator.coded_expand, (*sizes, drop, None, None, True, True, False)),
+        (expand_operator.coded_expand, (*sizes, None, drop, factor, False, False, False)),
+        (expand_operator.coded_expand, (*sizes, drop, None, None, False, True, True)),
+    ]
+
+
 def loss_inputs(place: Place, generator: torch.Generator) -> Tensors:
     """Energies as a half-trained network has them, and class indices."""
     device = generator.device
@@ -211,9 +237,25 @@ def loss_inputs(place: Place, generator: torch.Generator) -> Tensors:
     }
 
 
-def loss(inputs: Tensors, _place: Place) -> tuple[Tensor, ...]:
-    """The coding loss as the library computes it."""
-    return (coding_loss(inputs["energies"], inputs["codewords"], inputs["targets"]),)
+def loss_by(backend: str) -> Form:
+    """The coding loss by a backend."""
+
+    def run(inputs: Tensors, _place: Place) -> tuple[Tensor, ...]:
+        values = (inputs["energies"], inputs["codewords"], inputs["targets"])
+        return (coding_loss(*values, backend=backend),)  # type: ignore[arg-type]
+
+    return run
+
+
+def loss_opchecks(inputs: Tensors, _place: Place) -> list[tuple[Any, tuple[Any, ...]]]:
+    """Two blocks in one launch, with decoding, and soft targets."""
+    energies = inputs["energies"].detach().expand(2, -1, -1).clone().requires_grad_()
+    codewords = inputs["codewords"].expand(2, -1, -1).clone()
+    soft = F.one_hot(inputs["targets"], codewords.shape[1]).float()
+    return [
+        (loss_operator.coding_loss, (energies, codewords, inputs["targets"], 4.0, 0.0, True)),
+        (loss_operator.coding_loss, (energies, codewords, soft, 2.0, 0.1, False)),
+    ]
 
 
 def loss_bytes(place: Place, _item: int) -> tuple[int, int]:
@@ -227,10 +269,10 @@ OPERATORS = (
         name="branch_energy",
         make_inputs=energy_inputs,
         differentiable=("h", "weight"),
-        kernel=energy,
-        definition=energy_definition,
+        kernel=energy_by("triton"),
+        definition=energy_by("reference"),
         least_bytes=energy_bytes,
-        rivals={"gram": energy_by_grams},
+        rivals={"gram": energy_by("torch")},
         split=("h",),
         opchecks=energy_opchecks,
     ),
@@ -238,7 +280,7 @@ OPERATORS = (
         name="coded_aggregate",
         make_inputs=aggregate_inputs,
         differentiable=("h", "weight"),
-        kernel=aggregate,
+        kernel=aggregate_by("triton"),
         definition=aggregate_by("reference"),
         least_bytes=aggregate_bytes,
         rivals={"gram": aggregate_by("torch")},
@@ -248,14 +290,25 @@ OPERATORS = (
         opchecks=aggregate_opchecks,
     ),
     Operator(
+        name="coded_expand",
+        make_inputs=aggregate_inputs,
+        differentiable=("h", "weight"),
+        kernel=expand_by("triton"),
+        definition=expand_by("reference"),
+        least_bytes=aggregate_bytes,
+        replaced=lambda inputs, _place: (F.conv2d(inputs["h"], inputs["weight"]),),
+        split=("h", "drop_mask"),
+        wide=("drop_mask",),
+        opchecks=expand_opchecks,
+    ),
+    Operator(
         name="coding_loss",
         make_inputs=loss_inputs,
         differentiable=("energies",),
-        kernel=loss,
-        definition=lambda inputs, _place: (
-            reference.coding_loss(inputs["energies"], inputs["codewords"], inputs["targets"]),
-        ),
+        kernel=loss_by("triton"),
+        definition=loss_by("reference"),
         least_bytes=loss_bytes,
         wide=("energies",),
+        opchecks=loss_opchecks,
     ),
 )

@@ -35,9 +35,9 @@ from static_rows import REJECTED
 ARCHS = ("sm80", "sm90", "sm100", "gfx942")
 ROWS = "static_rows:rows"
 BATCH = 256
-# What continuous integration has time for: every kernel, in the dtype of training, at the coded stages
-# of the ImageNet network and one of CIFAR; of the grouped convolutions two widths, with what goes
-# with them.
+# What continuous integration has time for: every kernel, in the dtype of training, at the coded
+# stages of the ImageNet network and one of CIFAR; of the grouped convolutions two widths, with what
+# goes with them.
 QUICK = (
     *("20x6d c4 bf16", "32x4d c4 160px bf16", "32x4d c5 160px bf16"),
     *("32x4d c3", "32x4d c3 fused", "32x4d c5 fused"),

@@ -2,7 +2,8 @@
 
 from .budget import Budget, parse_duration
 from .early_decoding import BlockDecoding, Classification, EarlyDecoding, decode_early
-from .evaluate import Evaluation, evaluate
+from .evaluate import evaluate
+from .evaluation import Evaluation
 from .exit_curve import ExitCurve, ExitPoint, exit_curve
 from .figures import save_figures
 from .measures import Curve, Histogram
@@ -11,14 +12,13 @@ from .one_class import OneClass, OneClassClassifier, Outside, one_class, one_cla
 from .paths import Disobedient, Paths, measure_paths
 from .pictures import load_pictures, save_pictures
 from .removal import BlockRemoval, Removal, RemovalCurve, remove_branches
-from .results import EVALUATION_FILE, load_evaluation, save_evaluation
+from .results import load_evaluation, save_evaluation
 from .running import Loader
 from .samples import SampleBlock, Samples, trace_samples
 from .semantic import BlockSemantics, Semantics, compare_classes
 from .tracing import BlockTrace, Trace, trace
 
 __all__ = [
-    "EVALUATION_FILE",
     "BlockDecoding",
     "BlockRemoval",
     "BlockSemantics",

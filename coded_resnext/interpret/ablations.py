@@ -14,7 +14,7 @@ from torch import nn
 from ..codebook import Codebook
 from ..models import CodedResNeXt
 from ..stages import default_codebook
-from .evaluate import Evaluation
+from .evaluation import Evaluation
 
 BASE = "base"
 PLAIN = "plain twin"
@@ -115,7 +115,7 @@ def vary(base: CodedResNeXt, ablation: Ablation, *, seed: int) -> CodedResNeXt:
     model = CodedResNeXt.from_config(config, books, class_names=base.class_names)
     norms = [
         [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
-        for network in (base, model)
+        for network in (model, base)
     ]
     for module, original in zip(*norms, strict=True):
         module.momentum = original.momentum

@@ -56,6 +56,7 @@ class Ledger:
 
     def remove(self) -> None:
         """Delete the file: everything is done."""
+        self._changed = False
         if self.path is not None:
             self.path.unlink(missing_ok=True)
 

@@ -151,8 +151,6 @@ def test_the_command_runs_what_is_missing(tmp_path):
     again = command(tmp_path, *rows)
     assert again.stderr.count("epoch 1/1") == 0
     assert again.stdout == first.stdout
-    shown = command(tmp_path, "--table", "--seeds", "3")
-    assert shown.stdout == first.stdout
     empty = command(tmp_path, "--table", "--seeds", "4")
     assert empty.returncode == 2
     assert "holds no finished run" in empty.stderr

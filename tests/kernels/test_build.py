@@ -147,6 +147,21 @@ def test_one_changed_row_is_one_compile(
     sys.modules.pop("toy_launches")
 
 
+def test_a_changed_source_is_compiled_again(
+    built: Path, toys: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    source = toys / "toy_launches.py"
+    text = source.read_text()
+    # In a helper's constant: no row and no kernel's own text is different.
+    source.write_text(text.replace("constexpr(0.5)", "constexpr(0.25)"))
+    old = read_index(built / "sm90" / INDEX).rows
+    build(["sm90"], built, source=SOURCE)
+    assert capfd.readouterr().out.count("compiled ") == len(ROWS)
+    new = read_index(built / "sm90" / INDEX).rows
+    assert all(new[name] != old[name] for name in ROWS)
+    source.write_text(text)
+
+
 def test_a_kernel_that_does_not_compile_is_named(
     toys: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

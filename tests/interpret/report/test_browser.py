@@ -327,6 +327,10 @@ def test_a_thousand_classes_stay_small_and_quick(pages: Any, thousand: Run) -> N
     metrics = session.send("Performance.getMetrics")["metrics"]
     seconds = {metric["name"]: metric["value"] for metric in metrics}["TaskDuration"]
     assert 0.01 < seconds < 3
+    assert page.input_value("#class-select") == "1"
+    choose_class(page, 0)
+    assert "no test image" in page.text_content("#network-text")
+    assert page.locator("#network-picture .track.lit").count() == 4 * 16 + 6 * 8 + 3 * 4
     page.fill("#class-find", "77")
     options = page.locator("#class-select option").all_inner_texts()
     assert len(options) == sum("77" in name for name in thousand.model.class_names)

@@ -11,6 +11,9 @@ function setUpChooser() {
     else if (indices.length) choose({ chosenClass: indices[0], sample: null });
   };
   const all = classNames.map((_, index) => index);
+  // To begin with a class that there is something to see of.
+  const seen = results.paths ? Array.from(results.paths.samples_per_class).findIndex((count) => count > 0) : 0;
+  state.chosenClass = Math.max(seen, 0);
   fill(all);
   select.addEventListener("change", () => choose({ chosenClass: Number(select.value), sample: null }));
   const step = (by) => {

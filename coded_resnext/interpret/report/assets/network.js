@@ -164,7 +164,7 @@ function setUpNetwork() {
       });
       const onPath = percent(shareOnPath(number), 0);
       if (sample === null) {
-        said.textContent = onPath === "n/a" ? "" : onPath;
+        said.textContent = onPath === "n/a" ? (room > 9 ? "no image" : "–") : onPath;
         share.textContent = room > 9 && onPath !== "n/a" ? "of energy on path" : "";
         said.setAttribute("class", "said");
       } else {
@@ -184,8 +184,13 @@ function setUpNetwork() {
 
   const describe = () => {
     const { chosenClass, sample } = state;
+    const count = results.paths ? results.paths.samples_per_class[chosenClass] : 0;
+    if (sample === null && !count) {
+      byId("network-text").textContent = `Class ${plainName(chosenClass)}: its path; no test image of it was measured.`;
+      return;
+    }
     const what = sample === null
-      ? `Class ${plainName(chosenClass)}, mean of ${whole(results.paths ? results.paths.samples_per_class[chosenClass] : null)} test images.`
+      ? `Class ${plainName(chosenClass)}, mean of ${whole(count)} test images.`
       : `Test image ${results.samples.positions[sample]} of class ${plainName(chosenClass)}.`;
     const shares = blockBooks.map((_, block) => {
       const text = `block ${block + 1}: ${percent(shareOnPath(block), 0)}`;
