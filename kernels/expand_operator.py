@@ -65,6 +65,7 @@ def coded_expand(
             sums = torch.stack([y.sum((2, 3)), y.square().sum((2, 3))])
         if energies:
             energy, _ = gram.energies_and_grams(h, _per_branch(weight, branches), keep_mask)
+            energy = energy.contiguous()
         if factor is not None:
             y = y * factor[:, None, None, None]
         return channels_last(y.to(z.dtype)), sums, energy

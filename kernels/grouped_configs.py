@@ -28,6 +28,8 @@ LANES = 16
 # Rows a program walks down at most. Two more are read and thrown away; and a lane of the forward
 # kernel sums this many values before they are merged by Chan's formula.
 MOST_ROWS = 16
+# Elements of the nine matrices that one program of the last stage of the weight gradient adds up.
+REDUCED = 256
 # The map that sizes in bytes are stated for.
 EXAMPLE_MAP = 28
 
@@ -265,9 +267,9 @@ def reduce_weight_gradient(sizes: GroupedSizes, dtype: Dtype) -> LaunchRow:
     return LaunchRow(
         kernel="grouped_weights:reduce_weight_gradient",
         args=(f"*{dtype}", "*fp32", 128),
-        constexprs=(*_weights(sizes), ("BLOCK_E", 64), ("BLOCK_S", 32)),
+        constexprs=(*_weights(sizes), ("BLOCK_E", REDUCED), ("BLOCK_S", 16)),
         num_warps=4,
-        trip_bytes=32 * 64 * 4,
+        trip_bytes=16 * REDUCED * 4,
         sample_bytes=0,
     )
 

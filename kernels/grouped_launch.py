@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import grouped_configs as configs
 from .configs import Dtype
-from .grouped_configs import LANES, MOST_ROWS, GroupedSizes, GroupedVariant, GroupedWindows
+from .grouped_configs import LANES, MOST_ROWS, REDUCED, GroupedSizes, GroupedVariant, GroupedWindows
 
 DTYPES: dict[torch.dtype, Dtype] = {
     torch.bfloat16: "bf16",
@@ -146,7 +146,7 @@ def weight_gradient(
     )
     gradient = grad.new_empty(sizes.groups * sizes.width, sizes.width, 3, 3)
     row = configs.reduce_weight_gradient(sizes, DTYPES[grad.dtype])
-    row.launch((windows.count * 9 * (block * block // 64),), gradient, partial, splits)
+    row.launch((windows.count * 9 * (block * block // REDUCED),), gradient, partial, splits)
     return gradient
 
 
@@ -186,10 +186,10 @@ def _rows(x: Tensor, sizes: GroupedSizes) -> Tensor:
 
 
 def _vectors(sizes: GroupedSizes, *vectors: Tensor | None) -> list[Tensor | None]:
-    """Numbers per channel, padded with zeros as the channels are."""
-    if GroupedWindows.of(sizes).fit(sizes):
-        return [None if vector is None else vector.contiguous() for vector in vectors]
-    return [None if vector is None else _padded(vector, sizes) for vector in vectors]
+    """Numbers per channel in float32, padded with zeros as the channels are."""
+    fit = GroupedWindows.of(sizes).fit(sizes)
+    wide = [None if vector is None else vector.float().contiguous() for vector in vectors]
+    return [v if v is None or fit else _padded(v, sizes) for v in wide]
 
 
 def _padded(values: Tensor, sizes: GroupedSizes) -> Tensor:

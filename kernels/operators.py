@@ -50,7 +50,7 @@ def branch_energy(
     """
     if not runs_kernels(z, branch_weight.shape[2]):
         h = gram.activate(z, scale, bias).to(accumulation_dtype(z.dtype))
-        return gram.energies_and_grams(h, branch_weight, keep_mask)[0]
+        return gram.energies_and_grams(h, branch_weight, keep_mask)[0].contiguous()
     launch = Launch(z, branch_weight, scale, bias, None, keep_mask)
     energy = launch.form.new_empty((launch.batch, launch.sizes.branches))
     row = configs.energy_forward(launch.sizes, launch.variant)
@@ -181,7 +181,8 @@ def normalize_branches(
     if not runs_kernels(z, branch_weight.shape[2]):
         h = gram.activate(z, scale, bias)
         result = gram.normalize(h, branch_weight, drop_mask, keep_mask)
-        return channels_last(result.scaled), result.energies, result.inverse[:, 0]
+        inverse = result.inverse[:, 0].contiguous()
+        return channels_last(result.scaled), result.energies.contiguous(), inverse
     launch = Launch(z, branch_weight, scale, bias, drop_mask, keep_mask)
     scaled = empty_rows(z)
     normalized = launch.form.new_empty((launch.batch, launch.sizes.branches))

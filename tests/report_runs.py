@@ -29,7 +29,7 @@ from coded_resnext.interpret import (
     save_pictures,
 )
 from coded_resnext.interpret.early_decoding import classification
-from coded_resnext.interpret.evaluate import BlockDescription
+from coded_resnext.interpret.evaluation import BlockDescription
 from coded_resnext.interpret.exit_curve import scores_of
 from coded_resnext.interpret.measures import at_threshold, average_precision, count, sweep
 from coded_resnext.interpret.pictures import PICTURES_FILE, pictures_of

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..checkpoint import write_atomically
 from ..codebook import Codebook
-from ..interpret.evaluate import Evaluation
+from ..interpret.evaluation import Evaluation
 from ..interpret.figures import save_figures
 from ..interpret.report import gather, render
 from ..interpret.results import load_evaluation

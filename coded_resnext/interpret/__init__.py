@@ -2,7 +2,8 @@
 
 from .budget import Budget, parse_duration
 from .early_decoding import BlockDecoding, Classification, EarlyDecoding, decode_early
-from .evaluate import Evaluation, evaluate
+from .evaluate import evaluate
+from .evaluation import Evaluation
 from .exit_curve import ExitCurve, ExitPoint, exit_curve
 from .figures import save_figures
 from .measures import Curve, Histogram

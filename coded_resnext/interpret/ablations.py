@@ -14,7 +14,7 @@ from torch import nn
 from ..codebook import Codebook
 from ..models import CodedResNeXt
 from ..stages import default_codebook
-from .evaluate import Evaluation
+from .evaluation import Evaluation
 
 BASE = "base"
 PLAIN = "plain twin"

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from ..codebook import Codebook
 from .early_decoding import EarlyDecoding
-from .evaluate import Evaluation
+from .evaluation import Evaluation
 from .figure_style import (
     BLUE,
     INK,

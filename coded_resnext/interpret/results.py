@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..checkpoint import write_atomically
 from ..codebook import Codebook
-from .evaluate import Evaluation
+from .evaluation import Evaluation
 from .figures import save_figures
 from .tables import csv_tables
 

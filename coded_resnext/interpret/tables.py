@@ -7,7 +7,7 @@ import io
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from .evaluate import Evaluation
+from .evaluation import Evaluation
 from .one_class import OneClass, OneClassClassifier
 from .removal import KINDS, RemovalCurve
 

@@ -64,10 +64,10 @@ def test_shipped_kernels_keep_their_limits(compiled: Path, tmp_path: Path) -> No
     assert "0 limits broken" in result.stdout
     rows = json.loads(out.read_text())["rows"]
     counted = Counter(row["kernel"] for row in rows)
-    assert set(counted) == {row.kernel.partition(":")[2] for _, row in configs.shipped_rows("sm90")}
+    assert {row.kernel.partition(":")[2] for _, row in configs.shipped_rows("sm90")} <= set(counted)
     for row in rows:
         assert 16 <= row["registers"] <= 255
-        assert row["instructions"] > row["loop_instructions"] > 10
+        assert row["instructions"] >= row["loop_instructions"] > 10
         assert row["spilled"] == 0
         if static_limits.LIMITS.get(row["kernel"], Limits(0)).per_byte is not None:
             assert row["instructions_per_byte"] > 0.01

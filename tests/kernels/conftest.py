@@ -1,9 +1,4 @@
-"""Tests of Triton kernels: where they run, and guarded memory for what the operators allocate.
-
-The files of kernel_files.py run on a CUDA device, or on the CPU in Triton's interpreter with TRITON_INTERPRET=1
-in the environment; the interpreter cannot be switched on later. Without either,
-`test_interpreter.py` runs them in a process of their own.
-"""
+"""Guarded memory for what the operators allocate while their kernels run."""
 
 from __future__ import annotations
 
@@ -14,9 +9,6 @@ from typing import Any
 import pytest
 import torch
 from coded_resnext.kernels import launch
-from kernel_files import KERNEL_TESTS
-
-collect_ignore = [] if launch.interpreted() or torch.cuda.is_available() else [*KERNEL_TESTS]
 
 # Elements before and behind every allocation; a multiple of 16 bytes for every dtype.
 GUARD = 64
@@ -74,5 +66,6 @@ def memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[GuardedMemory]:
 
 @pytest.fixture
 def device() -> torch.device:
-    """Where kernels run."""
-    return torch.device("cpu" if launch.interpreted() else "cuda")
+    """Where kernels run: on the CPU, in Triton's interpreter."""
+    assert launch.interpreted(), "TRITON_INTERPRET=1 was not set before Triton was imported"
+    return torch.device("cpu")

@@ -9,7 +9,9 @@ import torch
 from cases import CASES, KERNEL_CASES, Case, outputs_and_gradients
 from coded_resnext.kernels import coded_aggregate, configs, operators
 from helpers import TOLERANCES, relative_error
+from holes import Holes
 from torch import Tensor
+from triton.runtime import interpreter
 
 HALF = [torch.float16, torch.bfloat16]
 pytestmark = pytest.mark.usefixtures("memory")
@@ -194,3 +196,50 @@ def test_energies_stay_float32_under_autocast(device: torch.device) -> None:
         y, energies = coded_aggregate(rounded, weight, case.N, backend="triton")
     assert y.dtype == torch.bfloat16
     assert relative_error(energies.double(), expected) < 1e-6
+
+
+@pytest.mark.parametrize("kernel", ["aggregate_forward", "aggregate_backward"])
+def test_offsets_past_two_to_the_31st_elements(
+    kernel: str, monkeypatch: pytest.MonkeyPatch, memory: Any
+) -> None:
+    """Program 2^20 reads and writes what program 0 does, 2^31 elements further on."""
+    memory.empty((1,), torch.float32, "cpu")
+    sizes = configs.BlockSizes(branches=4, width=8, channels=8, pixels=64)
+    activations, sample = 4 * 8 * 64, 2**20
+    assert sample * activations == 2**31
+    row = getattr(configs, kernel)(sizes, configs.Variant("fp16", arch="cpu"))
+    generator = torch.Generator().manual_seed(0)
+    builder = interpreter.interpreter_builder
+    form = torch.rand(4 * 8 * 8, generator=generator)
+    # Elements of a sample in each argument, in the order of the row; None for other arguments.
+    if kernel == "aggregate_forward":
+        counts = [activations, 4, 1, 4, activations, None, None, None, None, None, None]
+        written = (0, 1, 2, 3)
+    else:
+        counts = [activations, None, 4, activations, activations, *[None] * 5, 4, 1, 4, None]
+        written = (0, 2)
+    others = [form if word == "*fp32" else word for word in row.args]
+    results = []
+    memories = [
+        count and Holes((sample + 1) * count, torch.float16 if word == "*fp16" else torch.float32)
+        for count, word in zip(counts, row.args, strict=True)
+    ]
+    for number in (0, sample):
+        generator.manual_seed(1)
+        args = []
+        for hole, count, other in zip(memories, counts, others, strict=True):
+            if hole:
+                hole.at(number * count, count)[:] = torch.rand(count, generator=generator)
+            args.append(hole.at(0) if hole else other)
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                builder,
+                "set_grid_idx",
+                lambda x, y, z, number=number: setattr(builder, "grid_idx", (number, y, z)),
+            )
+            row.launch((1,), *args)
+        results.append([memories[i].at(number * counts[i], counts[i]).clone() for i in written])
+    for a, b in zip(*results, strict=True):
+        assert a.isfinite().all()
+        assert torch.equal(a, b)
+    assert (results[0][0] != 0).any()

@@ -7,7 +7,15 @@ from typing import Any
 import pytest
 import torch
 from cases import Case
-from coded_resnext.kernels import backends, coded_aggregate, coding_loss, select_backend
+from coded_resnext.kernels import (
+    backends,
+    branch_energy,
+    coded_aggregate,
+    coded_expand,
+    coding_loss,
+    launch,
+    select_backend,
+)
 from coded_resnext.kernels.ops import BACKEND_VARIABLE
 
 CODEWORDS = torch.tensor([[1, 1, 0, 0], [0, 1, 1, 0], [0, 0, 1, 1]], dtype=torch.bool)
@@ -37,13 +45,34 @@ def test_the_chosen_backend_is_the_one_that_runs(monkeypatch: pytest.MonkeyPatch
 
 
 def test_forced_backend_that_cannot_run_raises(monkeypatch: pytest.MonkeyPatch) -> None:
-    reason = backends()["triton"]
-    assert reason is not None
-    with pytest.raises(RuntimeError, match=f"backend: 'triton' .* {reason}"):
+    monkeypatch.setattr(launch, "interpreted", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "no CUDA device was found" in backends()["triton"]
+    with pytest.raises(RuntimeError, match=r"backend: 'triton' .* no CUDA device"):
         select_backend("triton")
     monkeypatch.setenv(BACKEND_VARIABLE, "triton")
     with pytest.raises(RuntimeError, match=BACKEND_VARIABLE):
         select_backend()
+    # A GPU does not help tensors that are elsewhere.
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    h, weight = Case("elsewhere").inputs(torch.float32)
+    with pytest.raises(RuntimeError, match="'triton' was asked for but h is on cpu"):
+        coded_aggregate(h, weight, 4)
+
+
+def test_what_the_kernels_do_not_take_runs_elsewhere_and_is_logged_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    for case, dtype in ((Case("double"), torch.float64), (Case("wide", N=1, D=65), torch.float32)):
+        h, weight = case.inputs(dtype)
+        expected = coded_aggregate(h, weight, case.N, backend="torch")
+        for _ in range(2):
+            found = coded_aggregate(h, weight, case.N, backend="triton")
+            assert all(map(torch.equal, found, expected))
+    reasons = [record.getMessage() for record in caplog.records]
+    assert len(reasons) == 2
+    assert "not torch.float64" in reasons[0]
+    assert "up to 64 channels, not 65" in reasons[1]
 
 
 def test_unknown_backend_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -66,6 +95,10 @@ def test_unknown_backend_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"weight": torch.zeros(8, 12)}, r"weight: expected \[C, 12, 1, 1\], got \[8, 12\]"),
         ({"drop_mask": torch.ones(3, 5)}, r"drop_mask: expected \[3, 4\], got \[3, 5\]"),
         ({"keep_mask": torch.ones(4)}, r"keep_mask: expected \[3, 4\], got \[4\]"),
+        (
+            {"weight": torch.zeros(8, 12, 1, 1, device="meta")},
+            "weight: expected .* cpu .* got meta",
+        ),
         ({"aggregation": "mean"}, "aggregation: expected 'sum' or 'concat', got 'mean'"),
         (
             {"aggregation": "concat", "weight": torch.zeros(6, 3, 1, 1)},
@@ -137,3 +170,41 @@ def test_coding_loss_refuses_bad_input(change: dict[str, Any], message: str) -> 
     coding_loss(**arguments)
     with pytest.raises(ValueError, match=message):
         coding_loss(**{**arguments, **change})
+
+
+def test_debug_flag_refuses_numbers_that_are_not_finite(monkeypatch: pytest.MonkeyPatch) -> None:
+    h, weight = Case("debug").inputs(torch.float32)
+    weight[0, 0] = float("nan")
+    assert coded_aggregate(h, weight, 4)[1].isnan().any()
+    monkeypatch.setenv("CODED_RESNEXT_DEBUG", "1")
+    with pytest.raises(ValueError, match="weight: expected finite numbers"):
+        coded_aggregate(h, weight, 4)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"scale": torch.ones(12)}, "bias: expected scale and bias, or neither"),
+        ({"scale": torch.ones(12), "bias": torch.ones(11)}, r"bias: expected \[12\], got \[11\]"),
+        ({"factor": torch.ones(2)}, r"factor: expected \[3\], got \[2\]"),
+        ({"factor": torch.ones(3), "moments": True}, "factor: expected None with moments"),
+        ({"branches": 5}, "branches: expected a divisor of 12 channels, got 5"),
+        ({"h": torch.zeros(0, 12, 4, 4)}, "h: expected at least one sample"),
+    ],
+)
+def test_expand_refuses_bad_input(change: dict[str, Any], message: str) -> None:
+    h, weight = Case("valid").inputs(torch.float32)
+    arguments: dict[str, Any] = {"h": h, "weight": weight, "branches": 4}
+    coded_expand(**arguments)
+    with pytest.raises(ValueError, match=message):
+        coded_expand(**{**arguments, **change})
+
+
+def test_torch_and_reference_energies_agree() -> None:
+    h, weight = Case("energies").inputs(torch.float64)
+    scale, bias = torch.full((12,), 0.5).double(), torch.full((12,), -0.1).double()
+    found, expected = (
+        branch_energy(h, weight, 4, scale=scale, bias=bias, backend=backend)
+        for backend in ("torch", "reference")
+    )
+    assert found.tolist() == [pytest.approx(row) for row in expected.tolist()]

@@ -16,7 +16,7 @@ from ...cost import network_cost
 from ...early_exit import EXIT_FILE, EarlyExit
 from ...extract import extract_classifier
 from ...run_folder import CONFIG_FILE, METRICS_FILE, SUMMARY_FILE
-from ..evaluate import Evaluation
+from ..evaluation import Evaluation
 from ..pictures import PICTURES_FILE, load_pictures
 from ..results import EVALUATION_FILE, load_evaluation
 from ..samples import Samples

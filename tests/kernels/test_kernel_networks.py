@@ -1,0 +1,110 @@
+"""Whole blocks and networks through the Triton path: golden tensors, and ten steps of training."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import GOLDEN, below, load_golden, relative_error
+
+from coded_resnext import CodedLoss, CodedResNeXt, create_model
+from coded_resnext.convert import (
+    published_block,
+    published_block_state,
+    published_model,
+    published_model_state,
+)
+
+pytestmark = pytest.mark.usefixtures("memory")
+
+BLOCKS = sorted(path.stem for path in GOLDEN.glob("block_*.npz"))
+# float32 against float64: energies and losses are sums of a few thousand rounded terms; gradients
+# went through three convolutions and BatchNorms.
+ENERGIES, GRADIENTS = 1e-5, 1e-4
+
+
+def use_triton(block: torch.nn.Module) -> None:
+    block.backend = "triton"
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_golden_block(name: str) -> None:
+    meta, golden = load_golden(name)
+    block = published_block(below(golden, "state."), stride=meta["stride"]).float()
+    use_triton(block)
+    block.train(meta["train"])
+    x = golden["x"].float().requires_grad_()
+    y, energies = block(x)
+    loss = CodedLoss(
+        [block.codebook],
+        weight=meta["coding_loss_weight"],
+        exponent=meta["exponent"],
+        threshold=meta["threshold"],
+        backend="triton",
+    )
+    terms = loss(torch.zeros(len(x), block.codebook.classes), [energies], golden["targets"])
+    coding = terms.total - terms.cross_entropy
+    ((y * golden["grad_y"].float()).sum() + coding).backward()
+    assert relative_error(energies.double(), golden["energies"]) < ENERGIES
+    assert relative_error(terms.coding[0].double(), golden["coding_loss"]) < ENERGIES
+    assert relative_error(x.grad.double(), golden["grad_x"]) < GRADIENTS
+    for parameter in block.parameters():
+        parameter.data = parameter.grad
+    grads = published_block_state(block)
+    for key, expected in below(golden, "grad.").items():
+        assert relative_error(grads[key].double(), expected) < GRADIENTS, key
+
+
+def test_golden_network() -> None:
+    meta, golden = load_golden("net_cifar10")
+    model = published_model(below(golden, "state."), meta["architecture"]).float()
+    for block in model.blocks:
+        use_triton(block)
+    x, targets = golden["x"].float(), golden["targets"]
+    with torch.no_grad():
+        logits, energies = model.eval()(x, return_energies=True)
+        alone = model(x, keep=int(golden["single_class"]))
+    assert relative_error(logits.double(), golden["eval_logits"]) < ENERGIES
+    assert relative_error(alone.double(), golden["single_class_logits"]) < ENERGIES
+    for index, value in enumerate(energies):
+        assert relative_error(value.double(), golden[f"eval_energies.{index}"]) < ENERGIES
+
+    weight, exponent = meta["coding_loss_weight"], meta["exponent"]
+    loss = CodedLoss(model.codebooks, weight=weight, exponent=exponent, backend="triton")
+    logits, energies = model.train()(x, return_energies=True)
+    terms = loss(logits, energies, targets)
+    terms.total.backward()
+    assert relative_error(terms.total.double(), golden["train_loss"]) < ENERGIES
+    assert relative_error(sum(terms.coding).double(), golden["train_coding_loss"]) < ENERGIES
+    for parameter in model.parameters():
+        parameter.data = parameter.grad
+    grads = published_model_state(model)
+    for key, expected in below(golden, "grad.").items():
+        assert relative_error(grads[key].double(), expected) < GRADIENTS, key
+
+
+def train(backend: str, steps: int) -> list[float]:
+    """Losses of the digits network from one initialisation on the same small random batches."""
+    torch.manual_seed(0)
+    model: CodedResNeXt = create_model("coded_resnext_digits", drop_branches=0.1, backend=backend)
+    model = model.to(memory_format=torch.channels_last).train()
+    loss = CodedLoss(model.codebooks, weight=6.0, backend=backend)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    generator = torch.Generator().manual_seed(1)
+    losses = []
+    for _ in range(steps):
+        images = torch.rand(4, 1, 8, 8, generator=generator)
+        targets = torch.randint(10, (4,), generator=generator)
+        logits, energies = model(images, return_energies=True)
+        total = loss(logits, energies, targets).total
+        optimizer.zero_grad()
+        total.backward()
+        optimizer.step()
+        losses.append(total.item())
+    return losses
+
+
+def test_ten_steps_of_digits_give_the_losses_of_pytorch() -> None:
+    found, expected = train("triton", 10), train("torch", 10)
+    assert found == pytest.approx(expected, rel=1e-4)
+    # The losses differ from step to step by far more than that.
+    assert max(expected) - min(expected) > 0.1
