@@ -69,7 +69,7 @@ def test_dead_sample_gives_exact_zeros(dtype: torch.dtype, backend: str) -> None
     h[1] = 0
     h, weight = h.requires_grad_(), weight.requires_grad_()
     y, energies = coded_aggregate(h, weight, case.N, backend=backend, **case.masks())
-    (y.float().square().sum() + energies.pow(3).sum()).backward()
+    (y.float().sum() + energies[:, 0].sum()).backward()
     for value in (y, energies, h.grad):
         assert value.isfinite().all()
         assert (value[1] == 0).all()
