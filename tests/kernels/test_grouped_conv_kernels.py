@@ -13,7 +13,7 @@ from coded_resnext.kernels.grouped_configs import (
     GroupedWindows,
     merge_statistics,
 )
-from coded_resnext.kernels.operators import interpreted
+from coded_resnext.kernels.launch import interpreted
 from grouped_cases import GroupedCase, GuardedMemory, defined
 from helpers import relative_error
 from hypothesis import given, settings
