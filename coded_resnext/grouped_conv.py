@@ -87,8 +87,8 @@ class GroupedConv2d(nn.Conv2d):
         return y if self.bias is None else y + self.bias.to(y.dtype)[:, None, None]
 
     def extra_repr(self) -> str:
-        settings: str = super().extra_repr()  # type: ignore[no-untyped-call]
-        return f"{settings}, backend={self.backend}"
+        inherited: str = super().extra_repr()  # type: ignore[no-untyped-call]
+        return f"{inherited}, backend={self.backend}"
 
 
 def _is_batch(x: Tensor) -> bool:

@@ -132,9 +132,10 @@ def start_from(model: CodedResNeXt, settings: ModelConfig, calibration: EvalImag
     path = Path(settings.initial_checkpoint or "")
     source = _own_checkpoint(settings)
     state = read_state_dict(path) if source is None else source.state_dict()
-    if source is not None and source.class_names != model.class_names:
-        fresh = {k: v for k, v in model.state_dict().items() if k.startswith("head.")}
-        state = {k: v for k, v in state.items() if not k.startswith("head.")} | fresh
+    same_number = source is not None and source.num_classes == model.num_classes
+    other_classes = source is not None and source.class_names != model.class_names
+    if same_number and other_classes:
+        state |= {k: v for k, v in model.state_dict().items() if k.startswith("head.")}
     try:
         taken = load_plain_weights(model, state)
     except ValueError as error:
@@ -142,6 +143,8 @@ def start_from(model: CodedResNeXt, settings: ModelConfig, calibration: EvalImag
             f"initial_checkpoint: {path} is of another architecture than {settings.model}: {error}"
         ) from error
     text = f"weights from {path}: {taken}"
+    if same_number and other_classes:
+        text += "; the classifier is fresh all the same, since its classes are others"
     was_coded = source is not None and bool(source.coded_blocks)
     if model.coded_blocks and not was_coded:
         batches = -(-CALIBRATION_IMAGES // calibration.batch_size)

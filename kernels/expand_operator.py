@@ -80,15 +80,13 @@ def coded_expand(
     columns = -(-sizes.channels // int(settings["BLOCK_C"]))
     tiles = -(-launch.batch // int(settings["SAMPLES"]))
     y = empty_rows(z, sizes.channels)
-    moments_of_blocks = None
-    if moments:
-        moments_of_blocks = launch.form.new_empty((blocks, 2, launch.batch, sizes.channels))
+    partial = launch.form.new_empty((blocks, 2, launch.batch, sizes.channels)) if moments else None
     parts = launch.form.new_empty((blocks, launch.batch, branches)) if fused else None
     with on_device(z):
         row.launch(
             (columns * blocks * tiles,),
             y,
-            moments_of_blocks,
+            partial,
             parts,
             launch.rows,
             launch.scale,
@@ -105,7 +103,7 @@ def coded_expand(
         energy = parts.sum(0).clamp_min(0) * launch.inverse_size
     elif energies:
         energy = branch_energy(z, _per_branch(weight, branches), scale, bias, keep_mask)
-    sums = energy.new_empty((0,)) if moments_of_blocks is None else moments_of_blocks.sum(0)
+    sums = energy.new_empty((0,)) if partial is None else partial.sum(0)
     return y.permute(0, 3, 1, 2), sums, energy
 
 

@@ -205,7 +205,7 @@ def _channels(values: Tensor, sizes: GroupedSizes) -> Tensor:
     windows = GroupedWindows.of(sizes)
     if windows.fit(sizes):
         return values
-    split = values.view(*values.shape[:-1], windows.count * windows.group, windows.padded)
+    split = values.reshape(*values.shape[:-1], windows.count * windows.group, windows.padded)
     return split[..., : sizes.groups, : sizes.width].flatten(-2)
 
 

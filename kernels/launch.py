@@ -63,10 +63,10 @@ def variant_of(
 
 
 def _tf32_allowed() -> bool:
-    # Not in PyTorch's annotations. "none" stands for the setting above it.
-    general: Any = torch.backends
-    own = general.cuda.matmul.fp32_precision
-    return bool((general.fp32_precision if own == "none" else own) == "tf32")
+    # A property of the module, which type checkers do not see.
+    default: str = torch.backends.fp32_precision  # type: ignore[attr-defined]
+    precision = torch.backends.cuda.matmul.fp32_precision
+    return bool((default if precision == "none" else precision) == "tf32")
 
 
 @cache

@@ -23,7 +23,7 @@ from coded_resnext import (
     extract_classifier,
 )
 from coded_resnext import onnx_files as onnx_files_module
-from coded_resnext.data import Batches, load_digits_split
+from coded_resnext.data import load_digits_split
 from coded_resnext.early_exit import predict_early
 from coded_resnext.export import (
     Heads,
@@ -60,12 +60,11 @@ def model() -> CodedResNeXt:
     network = create_model("coded_resnext_digits").to(memory_format=torch.channels_last)
     loss = CodedLoss(network.codebooks, weight=3.0)
     optimizer = torch.optim.SGD(network.parameters(), 0.05, momentum=0.9, nesterov=True)
-    loader = Batches(DIGITS.train_images, DIGITS.train_targets, 64, seed=0, drop_last=True)
-    for epoch in range(4):
-        loader.set_epoch(epoch)
-        for images, targets in loader:
+    for _ in range(4):
+        for chosen in torch.randperm(len(DIGITS.train_targets))[:1408].split(64):
             optimizer.zero_grad()
-            loss(*network(images, return_energies=True), targets).total.backward()
+            logits, energies = network(DIGITS.train_images[chosen], return_energies=True)
+            loss(logits, energies, DIGITS.train_targets[chosen]).total.backward()
             optimizer.step()
     network.eval()
     with torch.inference_mode():

@@ -17,7 +17,7 @@ import pytest
 import torch
 from random_networks import make_random
 
-from coded_resnext import Codebook, CodedLoss, CodedResNeXt, create_model
+from coded_resnext import Codebook, CodedLoss, CodedResNeXt, create_model, list_models
 from coded_resnext.checkpoint import load_model, save_model
 
 timm = pytest.importorskip("timm")
@@ -25,15 +25,11 @@ pytest.importorskip("torchvision", reason="timm's tests of models import it")
 timm_models = pytest.importorskip("coded_resnext.timm_models")
 
 SOURCES = Path(__file__).parents[1] / "build" / "timm"
-CODED = [
-    "coded_resnext29_10x11d",
-    "coded_resnext29_20x6d",
-    "coded_resnext50_32x4d",
-    "coded_resnext_digits",
-]
+CODED = [name for name in list_models() if name.startswith("coded_")]
 # Made for grey 8x8 images; some of timm's tests feed larger ones in colour to every network.
 COLOUR = [name for name in CODED if "digits" not in name]
-PLAIN = ["resnext29_10x11d", "resnext29_20x6d", "resnext_digits"]
+# timm has a plain one itself.
+PLAIN = [name for name in list_models() if name not in (*CODED, "resnext50_32x4d")]
 # timm's generic tests: name, arguments behind that of the network, networks.
 GENERIC = [
     ("test_model_forward", (1,), CODED + PLAIN),

@@ -19,7 +19,7 @@ from image_data import REAL_DATA, needs_cifar10, needs_photographs, write_images
 from coded_resnext import Codebook, create_model
 from coded_resnext.checkpoint import load_model, save_model
 from coded_resnext.recipe import load_recipe
-from coded_resnext.run_recipe import make_model
+from coded_resnext.run_recipe import make_model, start_from
 
 TRAIN = Path(__file__).parent.parent / "train"
 SMALL = ("--epochs", 2, "--warmup-epochs", 0, "--batch-size", 16, "--img-size", 12, "--workers", 0)
@@ -142,6 +142,20 @@ def test_fine_tuning_a_coded_run_for_other_classes(pets: Path, tmp_path: Path) -
     for name, value in tuned.state_dict().items():
         if name.endswith("conv.weight") or name in ("stem.0.weight", "stages.1.0.expand.weight"):
             assert torch.allclose(value, weights[name], atol=1e-5), name
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_a_classifier_is_taken_over_for_the_same_classes_only(tmp_path: Path, same: bool) -> None:
+    torch.manual_seed(3)
+    names = ["ant", "bee", "cat"]
+    source = create_model("coded_resnext17_10x4d", num_classes=3, class_names=names)
+    save_model(tmp_path / "model.safetensors", source)
+    recipe = recipe_for(tmp_path, initial_checkpoint=str(tmp_path))
+    model = make_model(recipe, names if same else names[::-1])
+    text = start_from(model, recipe.model, [])
+    assert torch.equal(model.head.weight, source.head.weight) == same
+    assert torch.equal(model.stem[0].weight, source.stem[0].weight)
+    assert ("the classifier is fresh" in text) != same
 
 
 def test_fine_tuning_plain_weights_measures_batch_norm_anew(pets: Path, tmp_path: Path) -> None:
