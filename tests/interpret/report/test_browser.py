@@ -245,7 +245,8 @@ def test_the_keyboard_alone_suffices(page: Any) -> None:
     assert page.is_visible("#reading")
     tab_to("#energy-table summary")
     page.keyboard.press("Enter")
-    assert page.is_visible("#energy-table table")
+    # The table is filled when the browser says that its frame was opened, a moment later.
+    page.wait_for_selector("#energy-table table", state="visible")
     tab_to(".sort")
     page.keyboard.press("Enter")
     assert page.locator("#classifier-table th").first.get_attribute("aria-sort") == "ascending"
