@@ -90,7 +90,7 @@ def test_the_jit_finds_the_shipped_kernels(compiled: Path, tmp_path: Path) -> No
 def test_every_shipped_kernel_has_limits() -> None:
     for arch in static.ARCHS:
         for name, row in configs.shipped_rows(arch):
-            assert static_limits.limits_of(row.kernel.partition(":")[2]) is not None, name
+            assert static.limits_for(row.kernel.partition(":")[2], row) is not None, name
 
 
 GOOD: dict[str, Any] = {
