@@ -161,8 +161,10 @@ def test_when_time_is_up_the_rest_is_named() -> None:
     empty = {name: [] for name in ("agreement", "repeats", "registration", "compilation")}
     results = {**empty, "times": rows, "criteria": [], "wrong": [], "dry_run": False}
     results |= {"kernels_found": 3, "kernels_compiled": 0}
+    results["grouped"] = {"checks": [], "times": [], "verdicts": [], "left_out": ["a layer"]}
     text = gpu_check.report({**results, "left_out": ["the kernel: time was up"]})
     assert "left out: the kernel: time was up" in text
+    assert "left out, time was up: a layer" in text
 
 
 def test_ratios_and_the_least_time() -> None:

@@ -12,7 +12,7 @@ from coded_resnext.interpret.one_class import without_targets
 
 
 def test_features_are_those_of_the_network_and_computed_once(network, data):
-    clock = CountingClock([network.stem])
+    clock = CountingClock([network.stem[0]])
     observed = observe(network, data)
     [segment] = segments(network, data, observed.gathered)
     assert clock.images == 50
@@ -45,7 +45,7 @@ def test_segments_when_memory_is_short(network, data):
 
 def test_a_short_time_gives_a_seeded_subset(network, data):
     def look(seconds, seed):
-        clock = CountingClock([network.stem])
+        clock = CountingClock([network.stem[0]])
         return observe(network, data, budget=Budget(seconds, clock), seed=seed)
 
     assert look(1000, 0).samples == 50

@@ -150,6 +150,8 @@ def test_one_changed_row_is_one_compile(
 def test_a_changed_source_is_compiled_again(
     built: Path, toys: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
+    build(["sm90"], built, source=SOURCE)
+    capfd.readouterr()
     source = toys / "toy_launches.py"
     text = source.read_text()
     # In a helper's constant: no row and no kernel's own text is different.
