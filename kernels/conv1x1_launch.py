@@ -1,0 +1,7 @@
+"""The 1x1 convolutions and their gradients by the Triton kernels: tensors in, tensors out."""
+
+from __future__ import annotations
+
+from .grouped_launch import DTYPES
+
+__all__ = ["DTYPES"]
