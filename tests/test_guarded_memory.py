@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import pytest
 import torch
-from guarded_memory import GUARD, guarded_memory
+from guarded_memory import GUARD, GuardedMemory, guarded_memory
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("value", [0.0, torch.nan])
 @pytest.mark.parametrize("place", [GUARD - 1, -GUARD])
 def test_a_store_outside_is_noticed(dtype: torch.dtype, value: float, place: int) -> None:
+    memory = GuardedMemory()
+    inside = memory.empty((3, 5), dtype)
+    buffer, _ = memory.buffers[0]
+    assert buffer.isnan().all()
+    inside.fill_(1)
+    memory.check()
+    buffer[place] = value
     with pytest.raises(AssertionError, match="a store before" if place > 0 else "a store behind"):
-        with guarded_memory() as memory:
-            inside = torch.ones(2, dtype=dtype).new_empty((3, 5))
-            assert inside.isnan().all()
-            buffer, _ = memory.buffers[0]
-            assert buffer.isnan().all()
-            inside.fill_(1)
-            memory.check()
-            buffer[place] = value
+        memory.check()
 
 
 def test_every_way_to_allocate_is_guarded() -> None:
