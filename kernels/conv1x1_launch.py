@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from .grouped_launch import DTYPES
+from .launch import DTYPES
 
 __all__ = ["DTYPES"]
