@@ -16,7 +16,7 @@ from .configs import LaunchRow
 from .conv1x1_configs import ProductSizes, ProductVariant, Tile
 from .grouped_configs import merge_statistics
 from .grouped_launch import DTYPES
-from .launch import _architecture, _tf32_allowed, as_rows, empty_rows
+from .launch import architecture, _tf32_allowed, as_rows, empty_rows
 
 Row = Callable[[ProductSizes, ProductVariant], LaunchRow]
 # Processors of the machine that the interpreter stands in for: programs have several tiles there.
@@ -227,7 +227,7 @@ def _variant(x: Tensor, **options: bool) -> ProductVariant:
     return ProductVariant(
         dtype=dtype,
         tf32=dtype == "fp32" and _tf32_allowed(),
-        arch=_architecture(x.device.index) if x.is_cuda else "cpu",
+        arch=architecture(x.device.index) if x.is_cuda else "cpu",
         **options,
     )
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from . import conv1x1_join_operators, conv1x1_operators
 from .conv1x1_configs import ProductSizes, planned
 from .grouped_ops import ConvBackend, check_conv_backend
-from .launch import _architecture
+from .launch import architecture
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ def select_products(x: Tensor, weight: Tensor, backend: ConvBackend, *, join: bo
         raise RuntimeError(f"backend: 'triton' was asked for but cannot run: {reason}")
     if reason is not None or (backend == "auto" and not x.is_cuda):
         return ""
-    arch = _architecture(x.device.index) if x.is_cuda else "cpu"
+    arch = architecture(x.device.index) if x.is_cuda else "cpu"
     sizes = ProductSizes(weight.shape[1], weight.shape[0], join)
     plan = planned(arch, sizes)
     passes = plan.passes if plan.measured or backend == "triton" else ""
