@@ -189,9 +189,7 @@ def _save(ctx: Any, inputs: Any, output: Any) -> None:
     ctx.mark_non_differentiable(signs)
     mapped = (residual, residual_scale) if residual_scale is not None else (None, None)
     kept = (z, statistics) if ctx.statistics else (None, None)
-    ctx.save_for_backward(
-        y, scale, weight, x, signs if signs.numel() else None, *mapped, *kept
-    )
+    ctx.save_for_backward(y, scale, weight, x, signs if signs.numel() else None, *mapped, *kept)
 
 
 def _gradients(ctx: Any, grad_x: Tensor, grad: Tensor, grad_statistics: Tensor, _: Any) -> Any:

@@ -21,17 +21,12 @@ from .reference import accumulation_dtype
 PASSES = "forward input weight"
 
 
-def unsupported(x: Tensor, weight: Tensor) -> str | None:
+def unsupported(x: Tensor) -> str | None:
     """Why the kernels cannot run here on `x [B, I, H, W]`; None if they can."""
     if not (x.is_cuda or interpreted()):
         return f"the kernels run on CUDA tensors, not on {x.device.type}"
     if x.dtype not in conv1x1_launch.DTYPES:
         return f"the kernels take float32, float16 and bfloat16, not {x.dtype}"
-    if weight.shape[0] % 8 or weight.shape[1] % 8:
-        return (
-            "the kernels take channels by the eight, "
-            f"not {weight.shape[1]} in and {weight.shape[0]} out"
-        )
     return None
 
 

@@ -44,7 +44,7 @@ def select_products(x: Tensor, weight: Tensor, backend: ConvBackend, *, join: bo
     check_conv_backend(backend)
     if backend == "torch":
         return ""
-    reason = conv1x1_operators.unsupported(x, weight)
+    reason = conv1x1_operators.unsupported(x)
     if backend == "triton" and reason is not None:
         raise RuntimeError(f"backend: 'triton' was asked for but cannot run: {reason}")
     if reason is not None or (backend == "auto" and not x.is_cuda):
@@ -139,7 +139,8 @@ def join_conv1x1(
     _check_affine("residual_scale", residual_scale, "residual_bias", residual_bias, y)
     passes = select_products(y, weight, backend, join=True)
     # Signs are read by the kernel alone; PyTorch would unpack them again.
-    keep_signs = {"forward", "input"} <= set(passes.split()) and torch.is_grad_enabled()
+    both = {"forward", "input"} <= set(passes.split())
+    keep_signs = both and y.shape[1] % 8 == 0 and torch.is_grad_enabled()
     x, z, sums, _ = conv1x1_join_operators.join_conv1x1(
         y,
         scale,
