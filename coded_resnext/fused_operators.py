@@ -71,7 +71,7 @@ class FusedOperators:
         step = conv.stride[0]
         if step > 1:
             x = x[:, :, ::step, ::step]
-        passes = conv1x1_ops.select_products(x, weight, self._backend(unsupported(x, weight)))
+        passes = conv1x1_ops.select_products(x, weight, self._backend(unsupported(x)))
         y, sums = conv1x1(x, weight, *(affine or NO_MAP), statistics, deferred, passes)
         return y, sums
 
@@ -83,7 +83,7 @@ class FusedOperators:
             x = self.cast(x)
             return x, *self.conv1x1(x, conv, statistics=statistics)
         weight = self.cast(conv.weight)
-        backend = self._backend(unsupported(x.raw, weight))
+        backend = self._backend(unsupported(x.raw))
         passes = conv1x1_ops.select_products(x.raw, weight, backend, join=True)
         signs = {"forward", "input"} <= set(passes.split()) and torch.is_grad_enabled()
         joined, y, sums, _ = join_conv1x1(
