@@ -34,6 +34,7 @@ from .codebooks.words import (
     is_balanced,
     to_strings,
 )
+from .text_files import printable
 
 
 class Codebook:
@@ -322,11 +323,9 @@ class Codebook:
 
     def __str__(self) -> str:
         """The table of classes and codewords, with its distances and column loads."""
-        width = max(map(len, self._class_names))
-        rows = [
-            f"{name:<{width}}  {word}"
-            for name, word in zip(self._class_names, self.words, strict=True)
-        ]
+        names = [printable(name) for name in self._class_names]
+        width = max(map(len, names))
+        rows = [f"{name:<{width}}  {word}" for name, word in zip(names, self.words, strict=True)]
         loads = self.column_loads
         return "\n".join(
             [

@@ -54,3 +54,8 @@ def printable(text: object) -> str:
         c.encode("unicode_escape").decode("ascii") if unicodedata.category(c) in _HIDDEN else c
         for c in str(text)
     )
+
+
+def printable_lines(text: object) -> str:
+    """A message for a terminal: as `printable`, but for its line ends."""
+    return "\n".join(map(printable, str(text).split("\n")))

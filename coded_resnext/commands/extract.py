@@ -15,7 +15,7 @@ from ..extract import class_index, extract_classifier, extract_subset
 from ..extracted import ExtractedClassifier, ExtractedNetwork
 from ..extracted_files import INDEX_FILE, extract_all, file_name, save_extracted
 from ..models import CodedResNeXt
-from ..text_files import read_json
+from ..text_files import printable, read_json
 
 FOLDER = "classifiers"
 EVALUATION_FILE = "evaluation.json"
@@ -192,7 +192,7 @@ def _sentences(content: dict[str, Any]) -> str:
         )
     elif len(content["class_names"]) == 1:
         lines.append(
-            f"class {content['class_names'][0]}, "
+            f"class {printable(content['class_names'][0])}, "
             + (
                 "no threshold (evaluate the run, or give --threshold)"
                 if content["threshold"] is None
