@@ -13,8 +13,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from coded_resnext.kernels import configs
 from coded_resnext.kernels.configs import BlockSizes, LaunchRow, Variant
+from coded_resnext.kernels.energy_configs import energy_backward, energy_forward
+from coded_resnext.kernels.expand_configs import expand_forward
+from coded_resnext.kernels.shipped_rows import PAPER_SIZES, shipped_rows
 
 UNCODED_STAGES = {
     "32x4d c2 160px": BlockSizes(32, 4, 256, 1600),
@@ -27,15 +29,15 @@ REJECTED = "(rejected)"
 
 def rows(arch: str) -> Iterator[tuple[str, LaunchRow]]:
     """Names and rows for an architecture."""
-    yield from configs.shipped_rows(arch)
+    yield from shipped_rows(arch)
     for place, sizes in UNCODED_STAGES.items():
-        for make in (configs.energy_forward, configs.energy_backward):
+        for make in (energy_forward, energy_backward):
             row = make(sizes, Variant("bf16", arch=arch))
             yield f"{row.kernel.split(':')[1]} {place} bf16", row
     variant = Variant("bf16", affine=True, drop=True, arch=arch)
     for place in CODED_STAGES:
-        sizes = configs.PAPER_SIZES[place]
-        yield f"expand_forward {place} bf16", configs.expand_forward(sizes, variant, sums=True)
+        sizes = PAPER_SIZES[place]
+        yield f"expand_forward {place} bf16", expand_forward(sizes, variant, sums=True)
         if arch == "sm90":
-            row = configs.expand_forward(sizes, variant, sums=True, energy=True)
+            row = expand_forward(sizes, variant, sums=True, energy=True)
             yield f"expand_forward with energies {place} {REJECTED}", row

@@ -369,8 +369,9 @@ def _checked_words(codewords: Tensor | Sequence[Sequence[int]]) -> Words:
 def _checked_names(class_names: Sequence[str] | None, classes: int) -> tuple[str, ...]:
     if class_names is None:
         return tuple(map(str, range(classes)))
-    names = tuple(class_names)
-    if isinstance(class_names, str) or not all(isinstance(name, str) for name in names):
+    several = isinstance(class_names, Iterable) and not isinstance(class_names, str)
+    names = tuple(class_names) if several else ()
+    if not several or not all(isinstance(name, str) for name in names):
         raise ValueError(f"class_names: expected {classes} strings, got {class_names!r:.80}")
     if len(names) != classes:
         raise ValueError(f"class_names: expected {classes} names, got {len(names)}")

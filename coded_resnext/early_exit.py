@@ -174,8 +174,8 @@ def predict_early(
         return_energies: also return the energies of the blocks that were computed.
 
     Raises:
-        ValueError: the network is plain or in training mode, the criterion is for another number of
-            coded blocks, or `x` has the wrong shape.
+        ValueError: the network is plain, does not normalise its energies or is in training mode,
+            the criterion is for another number of coded blocks, or `x` has the wrong shape.
     """
     check(model, criterion, x)
     batch = len(x)
@@ -245,6 +245,11 @@ def check(model: CodedResNeXt, criterion: EarlyExit | None = None, x: Tensor | N
     if not blocks:
         raise ValueError(
             "model: expected at least one coded block, got a plain network, which has no codebook"
+        )
+    if not all(block.normalize for block in model.coded_blocks):
+        raise ValueError(
+            "model: expected normalised energies, which margins are measured in, got a network "
+            "made with normalize=False"
         )
     if model.training:
         raise ValueError("model: expected evaluation mode, got training mode; call model.eval()")

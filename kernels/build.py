@@ -21,7 +21,7 @@ from typing import Any
 
 from .prebuilt import FOLDERS_VARIABLE, INDEX, read_index, toolchain
 
-SHIPPED_ROWS = "coded_resnext.kernels.configs:shipped_rows"
+SHIPPED_ROWS = "coded_resnext.kernels.shipped_rows:shipped_rows"
 ROWS_OF_A_STEP = 12
 # Variables that change what Triton compiles or where it puts it. A process that sets one at run
 # time compiles for itself, since they are a part of the cache key.

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import configs, gram
+from . import expand_configs, gram
 from .launch import Launch, channels_last, empty_rows, on_device, runs_kernels
 from .operators import behind_activation, branch_energy, branch_energy_backward, split_sums
 from .reference import accumulation_dtype
@@ -71,8 +71,8 @@ def coded_expand(
         return channels_last(y.to(z.dtype)), sums, energy
     launch = Launch(z, _per_branch(weight, branches), scale, bias, drop_mask, keep_mask)
     sizes, variant = launch.sizes, launch.variant
-    fused = energies and from_tiles and configs.takes_energy(sizes, variant)
-    row = configs.expand_forward(
+    fused = energies and from_tiles and expand_configs.takes_energy(sizes, variant)
+    row = expand_configs.expand_forward(
         sizes, variant, sums=moments, energy=fused, factor=factor is not None
     )
     settings = dict(row.constexprs)

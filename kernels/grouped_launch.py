@@ -9,14 +9,8 @@ import torch
 from torch import Tensor
 
 from . import grouped_configs as configs
-from .configs import Dtype
 from .grouped_configs import LANES, MOST_ROWS, REDUCED, GroupedSizes, GroupedVariant, GroupedWindows
-
-DTYPES: dict[torch.dtype, Dtype] = {
-    torch.bfloat16: "bf16",
-    torch.float16: "fp16",
-    torch.float32: "fp32",
-}
+from .launch import DTYPES
 
 
 def forward(
@@ -165,7 +159,7 @@ def _parts(rows: Tensor, *, pairs: bool) -> tuple[int, int]:
 
 
 def _floats(like: Tensor, *shape: int) -> Tensor:
-    return torch.empty(shape, dtype=torch.float32, device=like.device)
+    return like.new_empty(shape, dtype=torch.float32)
 
 
 def _pack(weight: Tensor, sizes: GroupedSizes, *, backward: bool) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import gram, grouped_configs, grouped_launch
 from .grouped_configs import GroupedSizes
-from .launch import channels_last, interpreted, on_device
+from .launch import DTYPES, channels_last, interpreted, on_device
 from .operators import behind_activation, split_sums
 from .reference import accumulation_dtype
 
@@ -26,7 +26,7 @@ def unsupported(x: Tensor, weight: Tensor, stride: int) -> str | None:
     """Why the kernels cannot run here on `x [B, N*D, H, W]`; None if they can."""
     if not (x.is_cuda or interpreted()):
         return f"the kernels run on CUDA tensors, not on {x.device.type}"
-    if x.dtype not in grouped_launch.DTYPES:
+    if x.dtype not in DTYPES:
         return f"the kernels take float32, float16 and bfloat16, not {x.dtype}"
     if weight.shape[1] > grouped_configs.WIDEST_WINDOW:
         return (

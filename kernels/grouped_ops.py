@@ -19,7 +19,7 @@ from torch import Tensor
 
 from . import grouped_operators
 from .grouped_configs import GroupedSizes, winning_passes
-from .launch import _architecture
+from .launch import architecture
 
 ConvBackend = Literal["auto", "torch", "triton"]
 
@@ -57,7 +57,7 @@ def select_passes(x: Tensor, weight: Tensor, stride: int, backend: ConvBackend) 
         return ""
     width = weight.shape[1]
     sizes = GroupedSizes(weight.shape[0] // width, width, stride)
-    passes, why = winning_passes(_architecture(x.device.index), sizes)
+    passes, why = winning_passes(architecture(x.device.index), sizes)
     _report(f"grouped 3x3 convolution, {sizes}: kernels for {passes or 'no pass'}: {why}")
     return passes
 

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import configs, gram
+from . import configs, energy_configs, gram
 
-_DTYPES: dict[torch.dtype, configs.Dtype] = {
+DTYPES: dict[torch.dtype, configs.Dtype] = {
     torch.bfloat16: "bf16",
     torch.float16: "fp16",
     torch.float32: "fp32",
@@ -33,7 +33,7 @@ def interpreted() -> bool:
 
 def unsupported(h: Tensor, width: int) -> str | None:
     """Why the kernels do not take these activations `[B, N*D, H, W]`; None if they do."""
-    if h.dtype not in _DTYPES:
+    if h.dtype not in DTYPES:
         return f"the kernels take float32, float16 and bfloat16, not {h.dtype}"
     if width > configs.WIDEST_BRANCH:
         return f"the kernels take branches of up to {configs.WIDEST_BRANCH} channels, not {width}"
@@ -51,14 +51,14 @@ def variant_of(
     z: Tensor, scale: Tensor | None, drop_mask: Tensor | None, keep_mask: Tensor | None
 ) -> configs.Variant:
     """What a compiled kernel depends on beside sizes."""
-    dtype = _DTYPES[z.dtype]
+    dtype = DTYPES[z.dtype]
     return configs.Variant(
         dtype=dtype,
         affine=scale is not None,
         drop=drop_mask is not None,
         keep=keep_mask is not None,
         tf32=dtype == "fp32" and _tf32_allowed(),
-        arch=_architecture(z.device.index) if z.is_cuda else "cpu",
+        arch=architecture(z.device.index) if z.is_cuda else "cpu",
     )
 
 
@@ -70,7 +70,8 @@ def _tf32_allowed() -> bool:
 
 
 @cache
-def _architecture(device: int) -> str:
+def architecture(device: int) -> str:
+    """The name of a CUDA device's architecture, as settings and tables have it: `sm90`."""
     if torch.version.hip:
         return str(torch.cuda.get_device_properties(device).gcnArchName).split(":")[0]
     major, minor = torch.cuda.get_device_capability(device)
@@ -135,7 +136,7 @@ class Launch:
 
     def weight_gradient(self, coefficient: Tensor, branch_weight: Tensor) -> Tensor:
         """(17) without the part that the convolution computes."""
-        row = configs.weighted_gram(self.sizes, self.variant)
+        row = energy_configs.weighted_gram(self.sizes, self.variant)
         grid = self.over_windows(row)
         branches, width = self.sizes.branches, self.sizes.width
         parts = self.form.new_empty((grid[0], branches, width, width))

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import configs
+from . import loss_configs
 from .launch import interpreted, on_device
 
 
@@ -37,14 +37,12 @@ def coding_loss(
     blocks, batch, branches = energies.shape
     classes = codewords.shape[1]
     soft = targets.ndim == 2
-    sizes = configs.LossSizes(branches, classes, soft, float(exponent), decode)
-    row = configs.coding_loss(sizes)
+    sizes = loss_configs.LossSizes(branches, classes, soft, float(exponent), decode)
+    row = loss_configs.coding_loss(sizes)
     programs = -(-batch // int(dict(row.constexprs)["BLOCK_B"]))
     parts = energies.new_empty((blocks, programs))
     grad = energies.new_empty((blocks, batch, branches))
-    decoded = torch.empty(
-        (blocks, batch) if decode else (0,), dtype=torch.int64, device=energies.device
-    )
+    decoded = energies.new_empty((blocks, batch) if decode else (0,), dtype=torch.int64)
     with on_device(energies):
         row.launch(
             (programs, blocks),

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import configs, gram
+from . import aggregate_configs, energy_configs, gram
 from .launch import Launch, as_rows, channels_last, empty_rows, on_device, runs_kernels
 from .reference import accumulation_dtype
 
@@ -53,7 +53,7 @@ def branch_energy(
         return gram.energies_and_grams(h, branch_weight, keep_mask)[0].contiguous()
     launch = Launch(z, branch_weight, scale, bias, None, keep_mask)
     energy = launch.form.new_empty((launch.batch, launch.sizes.branches))
-    row = configs.energy_forward(launch.sizes, launch.variant)
+    row = energy_configs.energy_forward(launch.sizes, launch.variant)
     with on_device(z):
         row.launch(
             launch.over_windows(row),
@@ -100,7 +100,7 @@ def branch_energy_backward(
         return grad_z, grad_weight.to(branch_weight.dtype), sums
     launch = Launch(z, branch_weight, scale, bias, None, None)
     coefficient = (grad_energy * (2.0 * launch.inverse_size)).contiguous()
-    row = configs.energy_backward(launch.sizes, launch.variant)
+    row = energy_configs.energy_backward(launch.sizes, launch.variant)
     grid = launch.over_windows(row)
     grad = empty_rows(z)
     parts = None if scale is None else coefficient.new_empty((grid[0], 2, z.shape[1]))
@@ -188,7 +188,7 @@ def normalize_branches(
     normalized = launch.form.new_empty((launch.batch, launch.sizes.branches))
     energy, inverse = torch.empty_like(normalized), normalized.new_empty((launch.batch,))
     with on_device(z):
-        configs.aggregate_forward(launch.sizes, launch.variant).launch(
+        aggregate_configs.aggregate_forward(launch.sizes, launch.variant).launch(
             (launch.batch,),
             scaled,
             normalized,
@@ -249,7 +249,7 @@ def normalize_branches_backward(
     grad, coefficient = empty_rows(z), torch.empty_like(normalized)
     parts = None if scale is None else normalized.new_empty((launch.batch, 2, z.shape[1]))
     with on_device(z):
-        configs.aggregate_backward(launch.sizes, launch.variant).launch(
+        aggregate_configs.aggregate_backward(launch.sizes, launch.variant).launch(
             (launch.batch,),
             grad,
             parts,

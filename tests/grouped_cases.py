@@ -1,17 +1,13 @@
-"""Named cases of the grouped 3x3 convolution, its float64 definition, and guarded memory."""
+"""Named cases of the grouped 3x3 convolution, and its float64 definition."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from coded_resnext.kernels import reference
 from torch import Tensor
-
-GUARD = 64
 
 
 @dataclass(frozen=True)
@@ -81,46 +77,3 @@ def defined(case: GroupedCase, inputs: dict[str, Tensor], *, rounded: bool) -> d
     gradients = torch.autograd.grad(loss, list(wide.values()))
     results |= {f"grad_{name}": g for name, g in zip(wide, gradients, strict=True)}
     return {name: value.detach() for name, value in results.items()}
-
-
-class GuardedMemory:
-    """Uninitialised memory that is full of NaN, between guards that are, and must stay, NaN."""
-
-    def __init__(self) -> None:
-        self.buffers: list[tuple[Tensor, int]] = []
-
-    def allocate(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """A tensor of NaN between two guards, at an address as good as that of any other."""
-        size = math.prod(shape)
-        buffer = torch.full((size + 2 * GUARD,), torch.nan, dtype=dtype)
-        self.buffers.append((buffer, size))
-        return buffer[GUARD : GUARD + size].view(shape)
-
-    def guarded(self, tensor: Tensor) -> Tensor:
-        """A copy of a channels-last tensor between guards, which a read must not reach."""
-        rows = tensor.permute(0, 2, 3, 1)
-        copy = self.allocate(tuple(rows.shape), tensor.dtype)
-        copy.copy_(rows)
-        return copy.permute(0, 3, 1, 2)
-
-    def check(self) -> None:
-        """Nothing was written outside the tensors."""
-        for buffer, size in self.buffers:
-            assert buffer[:GUARD].isnan().all()
-            assert buffer[GUARD + size :].isnan().all()
-
-    def replaces(self, original: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        """`torch.empty` or `Tensor.new_empty` on this memory."""
-        is_method = original is not torch.empty
-
-        def empty(*args: Any, dtype: torch.dtype | None = None, device: Any = None) -> Tensor:
-            if is_method:
-                like, *shape = args
-                dtype = dtype or like.dtype
-            else:
-                shape = list(args)
-            if len(shape) == 1 and not isinstance(shape[0], int):
-                shape = list(shape[0])
-            return self.allocate(tuple(shape), dtype or torch.get_default_dtype())
-
-        return empty

@@ -85,7 +85,7 @@ def make_kinds(folder: Path) -> list[Kind]:
             same_weights,
         ),
         Kind("safetensors alone", weights, lambda: load_model(weights), fits),
-        Kind("description of a network", config, lambda: from_pretrained(config.parent), fits),
+        Kind("description of a network", config, lambda: from_pretrained(shared), fits),
         Kind("JSON codebook", book, lambda: Codebook.load(book), _is_codebook),
         Kind("YAML recipe", recipe, lambda: load_recipe(recipe), _is_recipe),
     ]

@@ -17,9 +17,9 @@ from typing import Any
 import pytest
 import static
 import static_limits
-from coded_resnext.kernels import configs
 from coded_resnext.kernels.build import build
 from coded_resnext.kernels.prebuilt import FOLDERS_VARIABLE
+from coded_resnext.kernels.shipped_rows import shipped_rows
 from sass import Code, Instruction
 from static_limits import Limits
 
@@ -64,7 +64,7 @@ def test_shipped_kernels_keep_their_limits(compiled: Path, tmp_path: Path) -> No
     assert "0 limits broken" in result.stdout
     rows = json.loads(out.read_text())["rows"]
     counted = Counter(row["kernel"] for row in rows)
-    assert {row.kernel.partition(":")[2] for _, row in configs.shipped_rows("sm90")} <= set(counted)
+    assert {row.kernel.partition(":")[2] for _, row in shipped_rows("sm90")} <= set(counted)
     for row in rows:
         assert 16 <= row["registers"] <= 255
         assert row["instructions"] >= row["loop_instructions"] > 10
@@ -89,7 +89,7 @@ def test_the_jit_finds_the_shipped_kernels(compiled: Path, tmp_path: Path) -> No
 
 def test_every_shipped_kernel_has_limits() -> None:
     for arch in static.ARCHS:
-        for name, row in configs.shipped_rows(arch):
+        for name, row in shipped_rows(arch):
             assert static.limits_for(row.kernel.partition(":")[2], row) is not None, name
 
 

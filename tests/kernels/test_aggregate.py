@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from cases import CASES, KERNEL_CASES, Case, outputs_and_gradients
-from coded_resnext.kernels import coded_aggregate, configs, operators
+from coded_resnext.kernels import aggregate_configs, coded_aggregate, configs, operators
 from helpers import TOLERANCES, relative_error
 from holes import Holes
 from torch import Tensor
@@ -203,11 +203,11 @@ def test_offsets_past_two_to_the_31st_elements(
     kernel: str, monkeypatch: pytest.MonkeyPatch, memory: Any
 ) -> None:
     """Program 2^20 reads and writes what program 0 does, 2^31 elements further on."""
-    memory.empty((1,), torch.float32, "cpu")
+    memory.empty((1,), torch.float32)
     sizes = configs.BlockSizes(branches=4, width=8, channels=8, pixels=64)
     activations, sample = 4 * 8 * 64, 2**20
     assert sample * activations == 2**31
-    row = getattr(configs, kernel)(sizes, configs.Variant("fp16", arch="cpu"))
+    row = getattr(aggregate_configs, kernel)(sizes, configs.Variant("fp16", arch="cpu"))
     generator = torch.Generator().manual_seed(0)
     builder = interpreter.interpreter_builder
     form = torch.rand(4 * 8 * 8, generator=generator)

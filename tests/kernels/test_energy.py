@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from cases import KERNEL_CASES, Case
-from coded_resnext.kernels import branch_energy, configs
+from coded_resnext.kernels import branch_energy, configs, energy_configs
 from helpers import TOLERANCES, relative_error
 from holes import Holes
 from torch import Tensor
@@ -86,7 +86,7 @@ def test_offsets_past_two_to_the_31st_elements(kernel: str, device: torch.device
     h = torch.stack([z.at(offset, 16) for offset in pixels]).double()
     form, per_branch = (Holes(sizes.branches * 256, torch.float32) for _ in range(2))
     form.at(0, 256)[:] = torch.eye(16).flatten()
-    row = getattr(configs, kernel)(sizes, configs.Variant("fp16", arch="cpu"))
+    row = getattr(energy_configs, kernel)(sizes, configs.Variant("fp16", arch="cpu"))
     of_last = per_branch.at((batch - 1) * sizes.branches)
     if kernel == "energy_forward":
         row.launch((1, 1), per_branch.at(0), z.at(0), None, None, form.at(0, 256), None, 1.0, batch)

@@ -172,7 +172,7 @@ def test_nothing_is_chosen_that_was_not_measured(
     assert "pad" in winning_passes("sm90", GroupedSizes(10, 11))[1]
 
     # What the rule does with a CUDA tensor, on a machine that has none.
-    monkeypatch.setattr(grouped_ops, "_architecture", lambda _index: "sm90")
+    monkeypatch.setattr(grouped_ops, "architecture", lambda _index: "sm90")
     on_gpu = SimpleNamespace(
         is_cuda=True, dtype=torch.bfloat16, device=SimpleNamespace(type="cuda", index=0)
     )

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from coded_resnext.kernels import configs, grouped_conv3x3, grouped_launch
@@ -14,7 +12,8 @@ from coded_resnext.kernels.grouped_configs import (
     merge_statistics,
 )
 from coded_resnext.kernels.launch import interpreted
-from grouped_cases import GroupedCase, GuardedMemory, defined
+from grouped_cases import GroupedCase, defined
+from guarded_memory import GuardedMemory, guarded_memory
 from helpers import relative_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -75,16 +74,6 @@ REGIMES = [
 @pytest.fixture(autouse=True)
 def _interpreter() -> None:
     assert interpreted(), "set TRITON_INTERPRET=1 before the first kernel is imported"
-
-
-@pytest.fixture
-def memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[GuardedMemory]:
-    """What the launches allocate is full of NaN and guarded."""
-    guarded = GuardedMemory()
-    monkeypatch.setattr(torch, "empty", guarded.replaces(torch.empty))
-    monkeypatch.setattr(Tensor, "new_empty", guarded.replaces(Tensor.new_empty))
-    yield guarded
-    guarded.check()
 
 
 def launched(
@@ -165,13 +154,9 @@ def test_half_precision_rounds_operands_and_results_only(
 def test_any_sizes(
     N: int, D: int, B: int, H: int, W: int, stride: int, affine: bool, statistics: bool
 ) -> None:
-    memory = GuardedMemory()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch, "empty", memory.replaces(torch.empty))
-        patch.setattr(Tensor, "new_empty", memory.replaces(Tensor.new_empty))
+    with guarded_memory() as memory:
         case = GroupedCase("any", N, D, B, H, W, stride, affine, statistics)
         found = errors(case, torch.float32, memory)
-    memory.check()
     assert max(found.values()) < 1, found
 
 

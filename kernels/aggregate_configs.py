@@ -1,0 +1,86 @@
+"""Launch settings of the kernels that scale the branches, aggregate.py."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+
+from .configs import ITEM_BYTES, BlockSizes, LaunchRow, Variant, Windows, next_power_of_2
+
+
+def _aggregate_constexprs(
+    sizes: BlockSizes, variant: Variant, windows: int, block_p: int
+) -> tuple[tuple[str, int | str], ...]:
+    cut = Windows.of(sizes)
+    return (
+        *cut.constexprs(sizes, windows=windows, block_p=block_p),
+        ("STEPS", -(-cut.count // windows)),
+        ("BRANCHES_P", next_power_of_2(sizes.branches)),
+        ("PRECISION", variant.precision),
+    )
+
+
+def _windows_per_program(sizes: BlockSizes) -> int:
+    """Windows that a program of `aggregate` holds at once: eight, or four where fewer idle."""
+    count = Windows.of(sizes).count
+    if count <= 4:
+        return next_power_of_2(count)
+    return min((8, 4), key=lambda windows: -(-count // windows) * windows)
+
+
+@cache
+def aggregate_forward(sizes: BlockSizes, variant: Variant) -> LaunchRow:
+    """Settings of `aggregate.aggregate_forward`: a program a sample, a warp a window.
+
+    Windows of 64 channels take two warps each, for their registers.
+    """
+    cut = Windows.of(sizes)
+    windows = _windows_per_program(sizes)
+    item = ITEM_BYTES[variant.dtype]
+    return LaunchRow(
+        kernel="aggregate:aggregate_forward",
+        args=(
+            variant.pointer(),
+            "*fp32",
+            "*fp32",
+            "*fp32",
+            variant.pointer(),
+            *variant.affine_map,
+            "*fp32",
+            variant.pointer(variant.drop, "fp32"),
+            variant.pointer(variant.keep, "fp32"),
+            0.5,
+        ),
+        constexprs=_aggregate_constexprs(sizes, variant, windows, 16),
+        num_warps=windows * (2 if cut.block_k > 32 else 1),
+        trip_bytes=windows * 16 * cut.group * sizes.width * item,
+        sample_bytes=sizes.branches * (2 * sizes.width * sizes.pixels * item + 8),
+    )
+
+
+@cache
+def aggregate_backward(sizes: BlockSizes, variant: Variant) -> LaunchRow:
+    """Settings of `aggregate.aggregate_backward`: as forward."""
+    forward = aggregate_forward(sizes, variant)
+    return replace(
+        forward,
+        kernel="aggregate:aggregate_backward",
+        args=(
+            variant.pointer(),
+            variant.pointer(variant.affine, "fp32"),
+            "*fp32",
+            variant.pointer(),
+            variant.pointer(),
+            *variant.affine_map,
+            "*fp32",
+            variant.pointer(variant.drop, "fp32"),
+            variant.pointer(variant.keep, "fp32"),
+            "*fp32",
+            "*fp32",
+            "*fp32",
+            0.5,
+        ),
+        trip_bytes=3 * forward.trip_bytes,
+        sample_bytes=sizes.branches
+        * (3 * sizes.width * sizes.pixels * ITEM_BYTES[variant.dtype] + 12),
+    )

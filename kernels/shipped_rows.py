@@ -1,0 +1,52 @@
+"""The launch settings that training the paper's networks needs: what is compiled ahead of time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from . import grouped_configs
+from .aggregate_configs import aggregate_backward, aggregate_forward
+from .configs import BlockSizes, Dtype, LaunchRow, Variant
+from .energy_configs import energy_backward, energy_forward, weighted_gram
+from .loss_configs import LossSizes, coding_loss
+
+# Outputs of the expand convolution's input in the paper's networks, coded stages only: the map
+# sizes are those of 32-pixel CIFAR images and of ImageNet at 160 and 224 pixels.
+PAPER_SIZES = {
+    "20x6d c3": BlockSizes(20, 12, 512, 256),
+    "20x6d c4": BlockSizes(20, 24, 1024, 64),
+    "10x11d c3": BlockSizes(10, 22, 512, 256),
+    "10x11d c4": BlockSizes(10, 44, 1024, 64),
+    "32x4d c4 160px": BlockSizes(32, 16, 1024, 100),
+    "32x4d c5 160px": BlockSizes(32, 32, 2048, 25),
+    "32x4d c4 224px": BlockSizes(32, 16, 1024, 196),
+    "32x4d c5 224px": BlockSizes(32, 32, 2048, 49),
+}
+
+RowMaker = Callable[[BlockSizes, Variant], LaunchRow]
+ROW_MAKERS: tuple[RowMaker, ...] = (
+    energy_forward,
+    energy_backward,
+    weighted_gram,
+    aggregate_forward,
+    aggregate_backward,
+)
+
+
+def shipped_rows(arch: str) -> Iterator[tuple[str, LaunchRow]]:
+    """Every row that training the paper's networks launches, each with a name of its own.
+
+    Training draws a DropSubNNs mask and removes no branches; the affine map of BatchNorm is applied
+    by PyTorch.
+    """
+    dtypes: tuple[Dtype, ...] = ("bf16", "fp16", "fp32")
+    for place, sizes in PAPER_SIZES.items():
+        for dtype in dtypes:
+            for make in ROW_MAKERS:
+                row = make(sizes, Variant(dtype, drop=True, arch=arch))
+                yield f"{row.kernel.split(':')[1]} {place} {dtype}", row
+    for branches, classes in ((10, 10), (20, 100), (32, 1000)):
+        for soft in (False, True):
+            sizes_of_loss = LossSizes(branches, classes, soft)
+            yield f"coding_loss {branches} of {classes} soft={soft}", coding_loss(sizes_of_loss)
+    yield from grouped_configs.shipped_rows(arch)

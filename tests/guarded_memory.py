@@ -1,0 +1,79 @@
+"""Memory that shows what a kernel did not write, and what it wrote or read where nothing is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+# Elements before and behind every tensor; a multiple of 16 bytes for every dtype.
+GUARD = 64
+# What two bytes of a guard are. Repeated it is a NaN in every floating dtype, one of its own: a NaN
+# that a computation gives is another.
+WORD = 0x7FFD
+
+
+class GuardedMemory:
+    """Stands in for PyTorch's allocations of uninitialised tensors.
+
+    A tensor comes filled with NaN (the largest number for integers), so that a missing store shows.
+    Its guards are NaN too, so that a read outside shows, and of a kind that shows any store.
+    """
+
+    def __init__(self) -> None:
+        self.buffers: list[tuple[Tensor, int]] = []
+
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype, device: Any = "cpu") -> Tensor:
+        """A tensor between two guards, at an address as good as that of any other."""
+        size = math.prod(shape)
+        buffer = torch.zeros(size + 2 * GUARD, dtype=dtype, device=device)
+        inside = buffer[GUARD : GUARD + size]
+        inside.fill_(math.nan if dtype.is_floating_point else torch.iinfo(dtype).max)
+        for guard in (buffer[:GUARD], buffer[GUARD + size :]):
+            guard.view(torch.int16).fill_(WORD)
+        self.buffers.append((buffer, size))
+        return inside.view(shape)
+
+    def guarded(self, tensor: Tensor) -> Tensor:
+        """A copy of a channels-last tensor between guards."""
+        rows = tensor.permute(0, 2, 3, 1)
+        copy = self.empty(tuple(rows.shape), tensor.dtype, tensor.device)
+        copy.copy_(rows)
+        return copy.permute(0, 3, 1, 2)
+
+    def check(self) -> None:
+        """Nothing was stored outside the tensors."""
+        assert self.buffers, "nothing was allocated through the guard"
+        for buffer, size in self.buffers:
+            for guard, where in ((buffer[:GUARD], "before"), (buffer[GUARD + size :], "behind")):
+                assert (guard.view(torch.int16) == WORD).all(), f"a store {where} a tensor"
+
+
+@contextmanager
+def guarded_memory() -> Iterator[GuardedMemory]:
+    """Guards the tensors that operators allocate meanwhile, and checks them at the end."""
+    guarded = GuardedMemory()
+    new_empty, empty_like = Tensor.new_empty, torch.empty_like
+
+    def replaced(like: Tensor, *shape: Any, **options: Any) -> Tensor:
+        # Fakes and Triton's own allocations stay PyTorch's.
+        if type(like) is not Tensor or "device" in options:
+            return new_empty(like, *shape, **options)
+        sizes = shape if isinstance(shape[0], int) else tuple(shape[0])
+        return guarded.empty(sizes, options.get("dtype", like.dtype), like.device)
+
+    def replaced_like(like: Tensor, **options: Any) -> Tensor:
+        if options or type(like) is not Tensor or not like.is_contiguous():
+            return empty_like(like, **options)
+        return guarded.empty(tuple(like.shape), like.dtype, like.device)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Tensor, "new_empty", replaced)
+        patch.setattr(torch, "empty_like", replaced_like)
+        yield guarded
+    guarded.check()
