@@ -56,7 +56,6 @@ def write_results(
     dead = run.path / DEAD_FILE
     if dead.is_file():
         summary["dead_branches"] = read_json(dead)["blocks"]
-    figures = save_figures(evaluation, model.codebooks, run.path / "figures")
     run.write_json("evaluation.json", evaluation.to_dict())
     run.write_json(
         SUMMARY_FILE,

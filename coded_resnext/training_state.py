@@ -71,8 +71,8 @@ def load_state(run: Path) -> dict[str, Any] | None:
             state = load_tensors(io.BytesIO(content))
             if not isinstance(state, dict):
                 raise ValueError(f"expected a checkpoint, got {type(state).__name__}")
-        # What loading raises depends on what the file is.
-        except Exception as error:
+        # A disk that cannot read a file has damaged it too.
+        except (ValueError, OSError) as error:
             print(f"{path}: damaged checkpoint ({error}); using the one before it", file=sys.stderr)
             path.rename(path.with_suffix(".damaged"))
             continue

@@ -82,11 +82,8 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
         # Scripts store their command line; a namespace is attributes and no code.
         with path.open("rb") as file:
             content = load_tensors(file, [argparse.Namespace])
-    except Exception as error:
-        raise ValueError(
-            f"{path}: expected a checkpoint of tensors and plain values, which is all that is "
-            f"loaded, since anything else could run code; got: {str(error).splitlines()[0]}"
-        ) from error
+    except ValueError as error:
+        raise ValueError(f"{path}: not a readable checkpoint: {error}") from error
     for name in _CONTAINERS:
         if isinstance(content, dict) and isinstance(content.get(name), dict):
             content = content[name]

@@ -77,13 +77,9 @@ def make_kinds(folder: Path) -> list[Kind]:
             torch.equal(state[name], value) for name, value in expected.items()
         )
 
+    shared = weights.parent
     return [
-        Kind(
-            "safetensors with its sum",
-            weights,
-            lambda: from_pretrained(weights.parent),
-            same_weights,
-        ),
+        Kind("safetensors with its sum", weights, lambda: from_pretrained(shared), same_weights),
         Kind("safetensors alone", weights, lambda: load_model(weights), fits),
         Kind("description of a network", config, lambda: from_pretrained(shared), fits),
         Kind("JSON codebook", book, lambda: Codebook.load(book), _is_codebook),
