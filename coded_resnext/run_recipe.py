@@ -27,7 +27,7 @@ from .models import CodedResNeXt
 from .recipe import Command, ModelConfig, Recipe, parse_command
 from .registry import create_model
 from .run_folder import RunFolder
-from .run_results import write_results
+from .run_results import require_packages, write_results
 from .warm_start import load_plain_weights, read_state_dict, recalibrate_batch_norm
 
 RECIPE_FILE = "recipe.yaml"
@@ -164,6 +164,8 @@ def run_recipe(command: Command) -> None:
     """
     start = time.perf_counter()
     recipe = command.recipe
+    if command.evaluation:
+        require_packages()
     with training_session(command.device) as world:
         # The processes that do not divide the batch are a quicker answer than the data are.
         recipe.training.local_batch_size(world.size)
