@@ -85,6 +85,25 @@ class Draws:
         return torch.tensor(rows, dtype=torch.float64)
 
 
+class Normalize:
+    """From intensities to a network's input, as `Preprocessing.normalize`; the host does not wait.
+
+    Args:
+        preprocessing: mean and deviation.
+        device: where the images are.
+    """
+
+    def __init__(self, preprocessing: Preprocessing, device: torch.device) -> None:
+        self._mean, self._std = (
+            torch.tensor(values, device=device)[:, None, None]
+            for values in (preprocessing.mean, preprocessing.std)
+        )
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """`[B, 3, H, W]`, uint8 to float32."""
+        return (images.float() / 255 - self._mean) / self._std
+
+
 class DeviceAugment:
     """Makes a network's input of images that are in the device's memory; the host does not wait.
 
@@ -98,10 +117,7 @@ class DeviceAugment:
         self, preprocessing: Preprocessing, fill: Sequence[int], device: torch.device
     ) -> None:
         self._fill = torch.tensor(fill, dtype=torch.uint8, device=device)
-        self._mean, self._std = (
-            torch.tensor(values, device=device)[:, None, None]
-            for values in (preprocessing.mean, preprocessing.std)
-        )
+        self._normalize = Normalize(preprocessing, device)
 
     def __call__(self, pixels: Tensor, indices: Tensor, draws: Tensor) -> Tensor:
         """The chosen images, augmented and normalised.
@@ -117,7 +133,7 @@ class DeviceAugment:
         images = crop_and_flip(pixels, indices, draws[:, :PLACE])
         for start in range(PLACE, draws.shape[1], NUMBERS):
             images = apply_operation(images, draws[:, start : start + NUMBERS], self._fill)
-        return (images.float() / 255 - self._mean) / self._std
+        return self._normalize(images)
 
 
 def crop_and_flip(pixels: Tensor, indices: Tensor, places: Tensor) -> Tensor:

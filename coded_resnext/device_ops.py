@@ -169,7 +169,7 @@ def affine(images: Tensor, coefficients: Tensor, cubic: Tensor, fill: Tensor) ->
     Returns:
         `[B, 3, H, W]`, uint8.
     """
-    batch, channels, height, width = images.shape
+    channels, height, width = images.shape[1:]
     a, b, c, d, e, f = (part[:, None, None] for part in coefficients.unbind(1))
     columns = torch.arange(width, device=images.device, dtype=torch.float64) + 0.5
     rows = torch.arange(height, device=images.device, dtype=torch.float64)[:, None] + 0.5
