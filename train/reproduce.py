@@ -85,9 +85,9 @@ class Scale:
 SCALES = {
     "small": Scale(
         (
-            *("--config", "cifar10_small", "--train-images", "3000", "--test-images", "1000"),
-            *("--epochs", "4", "--augment-on", "device", "--threshold-images", "500"),
-            *("--repeats", "1", "--budget", "3m", "--device", "cpu"),
+            *("--config", "cifar10_small", "--train-images", "2500", "--test-images", "1000"),
+            *("--epochs", "4", "--batch-size", "64", "--augment-on", "device"),
+            *("--threshold-images", "300", "--repeats", "1", "--budget", "20m", "--device", "cpu"),
         ),
         (*PUBLISHED_ROWS, "concatenation", "DropSubNNs 0", "coding weight 1"),
         "fourteen runs of one to two minutes on one CPU core",
