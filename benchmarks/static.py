@@ -28,10 +28,11 @@ from typing import Any
 
 from coded_resnext.kernels.build import BuildError, build, load_rows
 from gpus import GPUS
-from machine import describe_machine
 from sass import Code, Instruction, load_widths, moved_bytes, read_code
 from static_limits import Limits, limits_of
 from static_rows import REJECTED, one_of_each
+
+from coded_resnext.machine import describe_machine
 
 ARCHS = ("sm80", "sm90", "sm100", "gfx942")
 ROWS = "static_rows:rows"

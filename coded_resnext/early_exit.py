@@ -23,6 +23,7 @@ from .cost import stem_macs, stem_size
 from .layers import check_images
 from .models import CodedResNeXt
 from .sizes import BlockSizes, halved
+from .text_files import read_json
 
 FORMAT_VERSION = 1
 EXIT_FILE = "early_exit.json"
@@ -117,7 +118,7 @@ class EarlyExit:
             OSError: the file cannot be read.
         """
         try:
-            return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
+            return cls.from_dict(read_json(path))
         except ValueError as error:
             raise ValueError(f"{path}: not an early-exit file: {error}") from error
 
@@ -173,8 +174,8 @@ def predict_early(
         return_energies: also return the energies of the blocks that were computed.
 
     Raises:
-        ValueError: the network is plain or in training mode, the criterion is for another number of
-            coded blocks, or `x` has the wrong shape.
+        ValueError: the network is plain, does not normalise its energies or is in training mode,
+            the criterion is for another number of coded blocks, or `x` has the wrong shape.
     """
     check(model, criterion, x)
     batch = len(x)
@@ -244,6 +245,11 @@ def check(model: CodedResNeXt, criterion: EarlyExit | None = None, x: Tensor | N
     if not blocks:
         raise ValueError(
             "model: expected at least one coded block, got a plain network, which has no codebook"
+        )
+    if not all(block.normalize for block in model.coded_blocks):
+        raise ValueError(
+            "model: expected normalised energies, which margins are measured in, got a network "
+            "made with normalize=False"
         )
     if model.training:
         raise ValueError("model: expected evaluation mode, got training mode; call model.eval()")

@@ -5,13 +5,32 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from typing import Any
 
 from .commands.report import write_report
 from .data import Preprocessing
 from .interpret import Evaluation, Loader, save_figures, save_pictures
 from .models import CodedResNeXt
-from .run_folder import SUMMARY_FILE, RunFolder, versions
+from .run_folder import DEAD_FILE, SUMMARY_FILE, RunFolder, versions
+from .text_files import read_json
+
+# What evaluation, figures and report need beyond the training: module and package.
+NEEDED = {"jinja2": "jinja2", "matplotlib": "matplotlib", "sklearn": "scikit-learn"}
+
+
+def require_packages() -> None:
+    """Refuse to start a training whose evaluation could not be finished.
+
+    Raises:
+        ImportError: a package that `write_results` or the experiments need is missing.
+    """
+    missing = [package for module, package in NEEDED.items() if find_spec(module) is None]
+    if missing:
+        raise ImportError(
+            f"the evaluation after the training needs {' and '.join(missing)}; "
+            "install coded-resnext[report]"
+        )
 
 
 def write_results(
@@ -34,7 +53,9 @@ def write_results(
         history: rows of `fit`.
         summary: further entries of the summary, JSON-ready.
     """
-    figures = save_figures(evaluation, model.codebooks, run.path / "figures")
+    dead = run.path / DEAD_FILE
+    if dead.is_file():
+        summary["dead_branches"] = read_json(dead)["blocks"]
     run.write_json("evaluation.json", evaluation.to_dict())
     run.write_json(
         SUMMARY_FILE,
@@ -47,6 +68,7 @@ def write_results(
             **summary,
         },
     )
+    figures = save_figures(evaluation, model.codebooks, run.path / "figures")
     if evaluation.samples is not None:
         save_pictures(evaluation.samples.positions, test_loader, preprocessing, run.path)
     print(f"\n{evaluation}\n\nsummary: {run.path / SUMMARY_FILE}")

@@ -166,6 +166,8 @@ def test_bad_arguments(network, images):
     plain = create_model("resnext_digits").eval()
     with pytest.raises(ValueError, match="got a plain network"):
         plain.predict_early(torch.zeros(1, 1, 8, 8), EarlyExit(()))
+    with pytest.raises(ValueError, match="expected normalised energies"):
+        predict_early(make_network(normalize=False).double(), images, CRITERIA[0])
     with pytest.raises(ValueError, match="margin for each of 3 coded blocks, got 1"):
         predict_early(network, images, EarlyExit((0.1,)))
     for wrong in (images[:0], images[0], images.expand(60, 3, 6, 6)):

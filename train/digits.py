@@ -31,7 +31,7 @@ from coded_resnext.distributed import run_script
 from coded_resnext.engine import fit
 from coded_resnext.interpret import evaluate
 from coded_resnext.run_folder import RunFolder
-from coded_resnext.run_results import write_results
+from coded_resnext.run_results import require_packages, write_results
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -105,6 +105,7 @@ def training_config(arguments: argparse.Namespace) -> TrainingConfig:
 def train(arguments: argparse.Namespace, digits: DigitsSplit) -> None:
     """Train, evaluate and write the folder."""
     start = time.perf_counter()
+    require_packages()
     model = make_model(arguments)
     config = training_config(arguments)
     run = RunFolder(

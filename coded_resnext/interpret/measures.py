@@ -46,7 +46,10 @@ class Curve:
 
 
 def average_precision(scores: Scores, positive: Flags) -> float | None:
-    """Average precision; None unless there are positives and negatives.
+    """Average precision; None unless there are two positives and a negative.
+
+    Of a single positive it would be one over its rank: a statement about one image, not about a
+    classifier.
 
     Args:
         scores: `[n]`.
@@ -56,11 +59,13 @@ def average_precision(scores: Scores, positive: Flags) -> float | None:
         ImportError: scikit-learn is not installed.
     """
     metrics = _metrics()
-    return float(metrics.average_precision_score(positive, scores)) if _both(positive) else None
+    if positive.sum() < 2 or not _both(positive):
+        return None
+    return float(metrics.average_precision_score(positive, scores))
 
 
 def sweep(scores: Scores, positive: Flags, points: int = MOST_POINTS) -> Curve | None:
-    """Precision and recall at many thresholds; None as `average_precision`.
+    """Precision and recall at many thresholds; None unless there are positives and negatives.
 
     Args:
         scores, positive: as `average_precision`.

@@ -64,9 +64,9 @@ class OneClassClassifier:
     negatives: int = 0
     """Test images of other classes that were scored."""
     average_precision: float | None = None
-    """On the test images; None unless there are positives and negatives."""
+    """On the test images; None unless there are two positives and a negative."""
     curve: Curve | None = None
-    """On the test images; None likewise."""
+    """On the test images; None unless there are positives and negatives."""
     threshold: float | None = None
     """Scores of at least this say yes: best F1 on the threshold images (of equal ones the lowest);
     None unless those have positives and negatives."""

@@ -129,6 +129,23 @@ def test_a_class_without_images_has_no_numbers(network, data):
     json.dumps(untested.to_dict(), allow_nan=False)
 
 
+def test_one_image_of_a_class_gives_no_average_precision(network, data):
+    """One over the rank of one image says nothing of a classifier; two images do."""
+    others = (data.targets != 1).nonzero()[:, 0]
+    own = (data.targets == 1).nonzero()[:, 0]
+    for images in (1, 2):
+        rows = torch.cat([others, own[:images]])
+        test = batches(data.images[rows], data.targets[rows])
+        result = one_class(network, data, test, outside_loader=data)
+        found = result.classifiers[1]
+        assert found.positives == images
+        # What is counted at the threshold stands, whatever the number of images.
+        assert found.recall in (0, 0.5, 1)
+        known = [found.average_precision, found.outside.average_precision]
+        assert [value is None for value in known] == [images == 1] * 2
+        assert result.average_precisions.count(None) == (images == 1)
+
+
 def test_the_same_loader_is_scored_once(network, data):
     class Counting(list):
         passes = 0

@@ -9,6 +9,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from helpers import relative_error
 from small_networks import make_network
 
 from coded_resnext.data import batches
@@ -66,6 +67,34 @@ def test_all_removed_is_keeping_by_hand(network, data):
     assert different >= 4
     assert found.accuracy == accuracy(network, data, None) == 0.8
     assert found.samples == 50
+
+
+def test_every_number_of_removed_branches_is_that_of_the_definition(data):
+    """Random masks in all blocks, by (10): logits, energies, and the curves made of them."""
+    network, reference = (
+        make_network(backend=backend).double().eval() for backend in ("torch", "reference")
+    )
+    reference.load_state_dict(network.state_dict())
+    generator = torch.Generator().manual_seed(0)
+    images = data.images.double()
+    for _ in range(5):
+        keep = [
+            torch.randint(2, (50, block.branches), generator=generator).double()
+            for block in network.coded_blocks
+        ]
+        with torch.no_grad():
+            logits, energies = network(images, keep=keep, return_energies=True)
+            expected, defined = reference(images, keep=keep, return_energies=True)
+        assert relative_error(logits, expected) < 1e-10
+        for found, wanted, mask in zip(energies, defined, keep, strict=True):
+            assert relative_error(found, wanted) < 1e-10
+            assert not found[mask == 0].any()
+    loader = batches(images, data.targets)
+    found, wanted = (remove_branches(one, loader, repeats=2) for one in (network, reference))
+    for block, twin in zip(found.blocks, wanted.blocks, strict=True):
+        for curve, other in ((block.active, twin.active), (block.inactive, twin.inactive)):
+            assert curve.accuracy == other.accuracy
+            assert curve.energy == pytest.approx(other.energy, rel=1e-9)
 
 
 def test_some_removed_is_the_mean_over_random_orders(network, data):
