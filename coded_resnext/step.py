@@ -97,7 +97,7 @@ class TrainStep:
                 gradient_as_bucket_view=True,
             )
         forward: Any = self._parallel or model
-        self._forward = _compiled(forward, config.torchcompile)
+        self._forward = compiled(forward, config.torchcompile)
         # After the processes have been given the same weights.
         self.average: WeightAverage | None = None
         if config.model_ema:
@@ -286,7 +286,12 @@ class TrainStep:
         return [(found == targets).float().mean() for found in (logits.argmax(1), *decoded)]
 
 
-def _compiled(forward: Any, backend: str) -> Any:
+def compiled(forward: Any, backend: str) -> Any:
+    """A function compiled by a backend of `torch.compile`, or as it is where there is none.
+
+    Raises:
+        ValueError: there is no such backend.
+    """
     if not backend:
         return forward
     known = torch.compiler.list_backends(exclude_tags=())

@@ -6,6 +6,7 @@ if not __name__.startswith("coded_resnext."):
     )
 
 from .checks import Aggregation
+from .conv1x1_ops import conv1x1, join_conv1x1
 from .grouped_ops import ConvBackend, check_conv_backend, grouped_conv3x3
 from .ops import (
     Backend,
@@ -33,6 +34,8 @@ __all__ = [
     "coded_expand",
     "coding_loss",
     "coding_losses",
+    "conv1x1",
     "grouped_conv3x3",
+    "join_conv1x1",
     "select_backend",
 ]

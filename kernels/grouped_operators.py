@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import gram, grouped_configs, grouped_launch
+from .batch_statistics import follow, statistics_gradient, statistics_of
 from .grouped_configs import GroupedSizes
 from .launch import DTYPES, channels_last, interpreted, on_device
 from .operators import behind_activation, split_sums
@@ -70,12 +71,7 @@ def grouped_conv3x3(
             return grouped_launch.forward(x, weight, sizes, scale, bias, statistics)
     activated = gram.activate(x, scale, bias)
     y = channels_last(F.conv2d(activated, weight, None, stride, 1, 1, sizes.groups))
-    if not statistics:
-        return y, y.new_empty((0,), dtype=accumulation_dtype(y.dtype))
-    wide = y.to(accumulation_dtype(y.dtype))
-    m2, mean = torch.var_mean(wide, (0, 2, 3), correction=0)
-    count = y.numel() // y.shape[1]
-    return y, torch.stack([torch.full_like(mean, count), mean * count, m2 * count])
+    return y, statistics_of(y, statistics)
 
 
 @grouped_conv3x3.register_fake
@@ -130,9 +126,7 @@ def grouped_conv3x3_backward(
             dweight = grouped_launch.weight_gradient(grad, sizes, y, curve, level, x, scale, bias)
     mask = [need_input and "input" not in chosen, need_weight and "weight" not in chosen, False]
     if any(mask):
-        if y is not None and curve is not None and level is not None:
-            wide = grad.to(accumulate) + curve[:, None, None] * y + level[:, None, None]
-            grad = wide.to(grad.dtype)
+        grad = follow(grad, y, None, curve, level)
         activated = gram.activate(x, scale, bias)
         plain = (None, [stride] * 2, [1, 1], [1, 1], False, [0, 0], sizes.groups)
         found = torch.ops.aten.convolution_backward(grad, activated, weight, *plain, mask)
@@ -178,9 +172,7 @@ def _gradients(ctx: Any, grad: Tensor, grad_statistics: Tensor) -> Any:
     x, weight, scale, bias, y, statistics = ctx.saved_tensors
     curve = level = None
     if ctx.statistics:
-        # The derivative of M2 by a value is twice its deviation from the mean.
-        curve = 2 * grad_statistics[2]
-        level = grad_statistics[1] - curve * (statistics[1] / statistics[0])
+        curve, level = statistics_gradient(grad_statistics, statistics)
     need_input = any(ctx.needs_input_grad[i] for i in (0, 2, 3))
     dx, sums, dweight = grouped_conv3x3_backward(
         grad,

@@ -44,25 +44,33 @@ def rectify(x):
 
 
 @triton.jit
+def rectify_real(h, real, dtype: tl.constexpr, MASKED: tl.constexpr = True):
+    """`relu(h)` in another dtype; with MASKED 0 in rows that are not real.
+
+    Rounding before the ReLU gives the same numbers and lets two of them share an instruction; the
+    interpreter would compare the bits of bfloat16.
+    """
+    if INTERPRETED:
+        h = rectify(h)
+        return round_to(tl.where(real, h, 0.0) if MASKED else h, dtype)
+    h = rectify(round_to(h, dtype))
+    if MASKED:
+        # The smaller of the two: a select would unpack pairs of 16-bit numbers.
+        limit = tl.where(real, float("inf"), 0.0).to(dtype)
+        h = tl.minimum(h, tl.broadcast_to(limit, h.shape), propagate_nan=tl.PropagateNan.ALL)
+    return h
+
+
+@triton.jit
 def activate(z, scale, bias, real, AFFINE: tl.constexpr, MASKED: tl.constexpr):
     """`relu(scale z + bias)` in the dtype of `z`, 0 in rows that are not real; `z` without AFFINE.
 
-    The affine map is float32. Rounding before the ReLU gives the same numbers and lets two of them
-    share an instruction; the interpreter would compare the bits of bfloat16. A row that is not
-    real is 0 in `z`, but its image under the map need not be; padded channels have a map of 0.
+    The affine map is float32. A row that is not real is 0 in `z`, but its image under the map need
+    not be; padded channels have a map of 0.
     """
     if not AFFINE:
         return z
-    h = z.to(tl.float32) * scale + bias
-    if INTERPRETED:
-        h = rectify(h)
-        return round_to(tl.where(real, h, 0.0) if MASKED else h, z.dtype)
-    h = rectify(round_to(h, z.dtype))
-    if MASKED:
-        # The smaller of the two: a select would unpack pairs of 16-bit numbers.
-        limit = tl.where(real, float("inf"), 0.0).to(z.dtype)
-        h = tl.minimum(h, tl.broadcast_to(limit, h.shape), propagate_nan=tl.PropagateNan.ALL)
-    return h
+    return rectify_real(z.to(tl.float32) * scale + bias, real, z.dtype, MASKED)
 
 
 @triton.jit

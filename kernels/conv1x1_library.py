@@ -1,0 +1,38 @@
+"""The products of a 1x1 convolution by PyTorch: cuBLAS on a GPU.
+
+`x [B, I, H, W]`, `weight [O, I, 1, 1]`, `y [B, O, H, W]`. A channels-last map is a matrix with a
+row for each pixel, so that each pass is one product; other layouts are copied. Results of the size
+of a map are channels-last.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .launch import as_rows
+
+
+def _matrix(x: Tensor) -> Tensor:
+    """`[B, C, H, W]` as `[B*H*W, C]`."""
+    return as_rows(x).flatten(0, 2)
+
+
+def _images(rows: Tensor, like: Tensor) -> Tensor:
+    """`[B*H*W, C]` as `[B, C, H, W]`, with the map of another tensor."""
+    batch, _, height, width = like.shape
+    return rows.view(batch, height, width, rows.shape[1]).permute(0, 3, 1, 2)
+
+
+def forward(x: Tensor, weight: Tensor) -> Tensor:
+    """`y = W x` at every pixel."""
+    return _images(_matrix(x) @ weight.flatten(1).t(), x)
+
+
+def input_gradient(grad: Tensor, weight: Tensor) -> Tensor:
+    """`W^T grad` at every pixel."""
+    return _images(_matrix(grad) @ weight.flatten(1), grad)
+
+
+def weight_gradient(grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """`grad x^T`, summed over the pixels, in the shape of the weight."""
+    return (_matrix(grad).t() @ _matrix(x)).view_as(weight)
