@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from machine import describe_machine
+
+from coded_resnext.machine import describe_machine
 
 ROWS = pytest.StashKey[list[dict[str, Any]]]()
 

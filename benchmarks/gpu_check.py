@@ -24,8 +24,9 @@ from typing import Any
 
 import torch
 from gpus import find_gpu
-from machine import describe_machine
 from torch._functorch import config as functorch_config
+
+from coded_resnext.machine import describe_machine
 
 RESULTS = "gpu_check.json"
 MINUTES = 8.0

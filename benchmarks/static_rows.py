@@ -12,6 +12,7 @@ more with the energies taken from its tiles, which is the form that was rejected
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 
 from coded_resnext.kernels.configs import BlockSizes, LaunchRow, Variant
 from coded_resnext.kernels.energy_configs import energy_backward, energy_forward
@@ -25,6 +26,32 @@ UNCODED_STAGES = {
 CODED_STAGES = ("32x4d c4 160px", "32x4d c5 160px")
 # How the names of rows end that are compiled to be counted, and need not keep a limit.
 REJECTED = "(rejected)"
+
+
+# Compile-time sizes of tensors: they end in addresses, masks and numbers of trips. Rows of a kernel
+# that differ in nothing else are one piece of code in several sizes.
+SIZES = frozenset(
+    {
+        *("BRANCHES", "BRANCHES_P", "WIDTH", "PIXELS", "CHANNELS", "CHANNELS_OUT", "CLASSES"),
+        *("GROUPS", "GROUP", "GROUP_P", "PADDED", "STEPS", "WINDOWS"),
+    }
+)
+
+
+@cache
+def one_of_each(arch: str) -> frozenset[str]:
+    """Names of rows, one for each piece of code, in the dtype of training.
+
+    Of several sizes the one with the least bytes, to which all that a kernel does once is added.
+    """
+    chosen: dict[object, tuple[int, str]] = {}
+    for name, row in rows(arch):
+        if not name.endswith(("fp16", "fp32", REJECTED)):
+            tiles = tuple(item for item in row.constexprs if item[0] not in SIZES)
+            code = (row.kernel, row.args, tiles, row.num_warps, row.num_stages)
+            size = (row.sample_bytes, name)
+            chosen[code] = min(size, chosen.get(code, size))
+    return frozenset(name for _, name in chosen.values())
 
 
 def rows(arch: str) -> Iterator[tuple[str, LaunchRow]]:

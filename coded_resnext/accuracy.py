@@ -13,6 +13,8 @@ from .distributed import World
 from .kernels.checks import check_targets
 from .models import CodedResNeXt
 
+# Of the mean energy of a sample's branches, which is 1: what is less is nothing but rounding.
+DEAD_SHARE = 1e-12
 EvaluationLoader = Iterable[tuple[Tensor, Tensor]]
 
 
@@ -25,6 +27,8 @@ class Accuracy:
     """Of early decoding (9), for every coded block."""
     samples: int
     """How many were predicted, over all processes."""
+    dead_branches: tuple[tuple[int, ...], ...] = ()
+    """Of every coded block, the branches without energy for any of the samples."""
 
     def row(self, prefix: str = "") -> dict[str, float]:
         """By the names under which they are logged."""
@@ -62,11 +66,14 @@ def measure_until_stopped(
     was_training = model.training
     model.eval()
     codewords = [book.codewords.to(device) for book in model.codebooks]
+    largest = [torch.zeros(book.branches, device=device) for book in model.codebooks]
     # The last entry counts the samples.
     counts = torch.zeros(2 + len(codewords), dtype=torch.int64, device=device)
     for images, targets in loader:
         check_targets(targets, len(images), model.num_classes)
         logits, energies = model(images.to(device), return_energies=True)
+        for most, values in zip(largest, energies, strict=True):
+            torch.maximum(most, values.amax(0).to(most), out=most)
         early = [decode(e, words) for e, words in zip(energies, codewords, strict=True)]
         correct = torch.stack([logits.argmax(1), *early]) == targets.to(device)
         counts[:-1] += correct.sum(1)
@@ -79,4 +86,7 @@ def measure_until_stopped(
     if samples == 0:
         raise ValueError("loader: expected at least one sample, got none")
     final, *shares = (count / samples for count in correct_counts)
-    return Accuracy(final, tuple(shares), samples), stop
+    dead = [
+        tuple((world.maximum(most) <= DEAD_SHARE).nonzero().flatten().tolist()) for most in largest
+    ]
+    return Accuracy(final, tuple(shares), samples, tuple(dead)), stop

@@ -10,7 +10,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -20,7 +20,9 @@ from .data import Preprocessing, resize_and_cut
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+    from timm.data.auto_augment import RandAugment
 
+AugmentOn = Literal["cpu", "device"]
 Interpolation = Literal["random", "bilinear", "bicubic"]
 EraseMode = Literal["const", "rand", "pixel"]
 
@@ -50,6 +52,9 @@ class Augmentation:
     """What fills the erased parts: black, one random colour, or noise."""
     recount: int = 1
     """Largest number of parts that are erased."""
+    augment_on: AugmentOn = "cpu"
+    """Where: `device` keeps the images in the memory of the network's device and augments whole
+    batches there, by the draws that `cpu` makes."""
 
     def __post_init__(self) -> None:
         if self.crop_padding is not None and self.crop_padding < 0:
@@ -67,6 +72,7 @@ class Augmentation:
         for name, choice, choices in (
             ("train_interpolation", self.train_interpolation, get_args(Interpolation)),
             ("remode", self.remode, get_args(EraseMode)),
+            ("augment_on", self.augment_on, get_args(AugmentOn)),
         ):
             if choice not in choices:
                 raise ValueError(f"{name}: expected one of {', '.join(choices)}; got {choice!r}")
@@ -106,10 +112,10 @@ class TrainTransform:
             )
             self._steps.append(part)
         else:
-            self._steps.append(_PaddedCrop(preprocessing.size, augmentation.crop_padding))
-        self._steps.append(_Flips(augmentation.hflip, augmentation.vflip))
+            self._steps.append(PaddedCrop(preprocessing.size, augmentation.crop_padding))
+        self._steps.append(Flips(augmentation.hflip, augmentation.vflip))
         if augmentation.aa:
-            self._steps.append(_rand_augment(augmentation.aa, preprocessing))
+            self._steps.append(make_rand_augment(augmentation.aa, preprocessing))
         self._erase: Callable[[Tensor], Tensor] | None = None
         if augmentation.reprob:
             make_erasing: Callable[..., Callable[[Tensor], Tensor]] = RandomErasing
@@ -122,10 +128,10 @@ class TrainTransform:
 
     def __call__(self, images: Sequence[Image], seeds: Sequence[int]) -> Tensor:
         """RGB images of any size, each with its seed, to `[B, 3, size, size]`, normalised."""
-        with _generators_kept():
+        with generators_kept():
             augmented = []
             for image, seed in zip(images, seeds, strict=True):
-                _seed_generators(seed)
+                seed_generators(seed)
                 for step in self._steps:
                     image = step(image)
                 augmented.append(np.asarray(image))
@@ -133,12 +139,12 @@ class TrainTransform:
             pixels = self.preprocessing.normalize(pixels.float() / 255)
             if self._erase is not None:
                 for row, seed in zip(pixels, seeds, strict=True):
-                    _seed_generators(seed + 1)
+                    seed_generators(seed + 1)
                     self._erase(row)
         return pixels
 
 
-class _PaddedCrop:
+class PaddedCrop:
     """Cuts a square out of the image, padded with black on all sides, at a random place."""
 
     def __init__(self, size: int, padding: int) -> None:
@@ -146,13 +152,18 @@ class _PaddedCrop:
 
     def __call__(self, image: Image) -> Image:
         image = resize_and_cut(image, self.size)
+        left, top = self.draw()
         # Pixels outside an image are black to PIL's crop.
-        left = random.randint(-self.padding, self.padding)  # noqa: S311
-        top = random.randint(-self.padding, self.padding)  # noqa: S311
         return image.crop((left, top, left + self.size, top + self.size))
 
+    def draw(self) -> tuple[int, int]:
+        """Where the square begins, from the left and from the top; below 0 in the padding."""
+        left = random.randint(-self.padding, self.padding)  # noqa: S311
+        top = random.randint(-self.padding, self.padding)  # noqa: S311
+        return left, top
 
-class _Flips:
+
+class Flips:
     """Flips from left to right and from top to bottom with given probabilities."""
 
     def __init__(self, horizontal: float, vertical: float) -> None:
@@ -161,31 +172,57 @@ class _Flips:
     def __call__(self, image: Image) -> Image:
         from PIL import ImageOps
 
-        if random.random() < self.horizontal:  # noqa: S311
+        mirrored, flipped = self.draw()
+        if mirrored:
             image = ImageOps.mirror(image)
-        if random.random() < self.vertical:  # noqa: S311
-            image = ImageOps.flip(image)
-        return image
+        return ImageOps.flip(image) if flipped else image
+
+    def draw(self) -> tuple[bool, bool]:
+        """Whether to flip from left to right, and from top to bottom."""
+        horizontal = random.random() < self.horizontal  # noqa: S311
+        return horizontal, random.random() < self.vertical  # noqa: S311
 
 
-def _rand_augment(config: str, preprocessing: Preprocessing) -> Callable[[Image], Image]:
-    """timm's RandAugment with the settings of timm's own training: fill colour, largest shift."""
-    from timm.data.auto_augment import rand_augment_transform
+def make_rand_augment(config: str, preprocessing: Preprocessing) -> RandAugment:
+    """timm's RandAugment with the settings of timm's own training: fill colour, largest shift.
+
+    Raises:
+        ValueError: timm knows no such RandAugment.
+        ImportError: timm is missing.
+    """
+    from timm.data.auto_augment import posterize, rand_augment_transform
 
     settings = {
         "translate_const": int(preprocessing.size * 0.45),
         "img_mean": tuple(min(255, round(255 * value)) for value in preprocessing.mean),
     }
     try:
-        augment: Callable[[Image], Image] = rand_augment_transform(config, settings)
+        augment: RandAugment = rand_augment_transform(config, settings)
     except (AssertionError, ValueError, KeyError) as error:
         raise ValueError(
             f"aa: expected a RandAugment of timm such as rand-m9-n2-mstd0.5, got {config!r}"
         ) from error
+    for operation in augment.ops:
+        if operation.aug_fn is posterize:
+            operation.aug_fn = posterize_to_black
     return augment
 
 
-def _seed_generators(seed: int) -> None:
+def posterize_to_black(image: Image, bits_to_keep: int, **settings: Any) -> Image:
+    """timm's posterize; of no bits at all it makes a black image.
+
+    Magnitudes below 2.5 ask for none. Pillow gave black when the published networks were trained,
+    and raises an error since.
+    """
+    from timm.data.auto_augment import posterize
+
+    if bits_to_keep < 1:
+        return image.point([0] * 256 * len(image.getbands()))
+    posterized: Image = posterize(image, bits_to_keep, **settings)
+    return posterized
+
+
+def seed_generators(seed: int) -> None:
     """Seed what augmentation draws from: the global generators, since timm knows no others."""
     random.seed(seed)
     np.random.seed(seed % 2**32)  # noqa: NPY002
@@ -193,7 +230,7 @@ def _seed_generators(seed: int) -> None:
 
 
 @contextmanager
-def _generators_kept() -> Iterator[None]:
+def generators_kept() -> Iterator[None]:
     """Afterwards the global generators of Python, NumPy and PyTorch's CPU are as they were."""
     python, numpy, torch_state = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
     try:

@@ -10,6 +10,9 @@ from torch import Tensor
 
 from .data import derive_seed
 
+# Epoch, and positions of a batch.
+Key = tuple[int, list[int]]
+
 
 class Batch(NamedTuple):
     """The samples of one optimizer step on one process."""
@@ -54,7 +57,65 @@ class BatchAugment(Protocol):
         """`[B, C, H, W]` and uniform numbers `[B, draws]` in [0, 1) to images of the same shape."""
 
 
-class TrainingBatches:
+class ShuffledSamples:
+    """The order of training samples, anew in every epoch and shared by the processes.
+
+    Batches are full: samples left over in one epoch come in another.
+
+    Args:
+        samples: how many there are.
+        batch_size: samples of an optimizer step, over all processes.
+        seed: of the order.
+        rank: this process, counted from 0.
+        world_size: how many processes share a batch.
+
+    Raises:
+        ValueError: fewer samples than a batch, or a batch that the processes do not divide.
+    """
+
+    def __init__(
+        self, samples: int, batch_size: int, *, seed: int, rank: int = 0, world_size: int = 1
+    ) -> None:
+        if not 1 <= batch_size <= samples:
+            raise ValueError(
+                f"batch_size: expected 1 to {samples} (the samples there are), got {batch_size}"
+            )
+        if batch_size % world_size:
+            raise ValueError(
+                f"batch_size: expected a multiple of {world_size} processes, got {batch_size}"
+            )
+        self.samples, self.batch_size, self.seed = samples, batch_size, seed
+        self.rank, self.world_size = rank, world_size
+        self.epoch, self.start_step = 1, 0
+
+    def __len__(self) -> int:
+        return self.samples // self.batch_size
+
+    def set_epoch(self, epoch: int, start_step: int = 0) -> None:
+        """Choose order and draws of the next pass, and its first step."""
+        self.epoch, self.start_step = epoch, start_step
+
+    def generator(self) -> torch.Generator:
+        """Of the epoch, the same on all processes; the order is its first draw."""
+        return torch.Generator().manual_seed(derive_seed(self.seed, self.epoch))
+
+    def chosen(self, generator: torch.Generator) -> Iterator[Tensor]:
+        """Positions `[B]` of this process's samples, step by step; the order is drawn at once."""
+        order = torch.randperm(self.samples, generator=generator)
+        return (
+            order[step * self.batch_size : (step + 1) * self.batch_size][
+                self.rank :: self.world_size
+            ]
+            for step in range(self.start_step, len(self))
+        )
+
+    def keys(self) -> Iterator[Key]:
+        """What makes this process's batches where nothing else is drawn in their order."""
+        for positions in self.chosen(self.generator()):
+            yield self.epoch, positions.tolist()
+
+
+class TrainingBatches(ShuffledSamples):
     """A training loader over tensors in memory.
 
     The order follows from (seed, epoch), what an image's augmentation draws from
@@ -91,34 +152,16 @@ class TrainingBatches:
                 f"images: expected as many as targets, got {len(images)} images and "
                 f"{len(targets)} targets"
             )
-        if not 1 <= batch_size <= len(images):
-            raise ValueError(
-                f"batch_size: expected 1 to {len(images)} (the samples there are), got {batch_size}"
-            )
-        if batch_size % world_size:
-            raise ValueError(
-                f"batch_size: expected a multiple of {world_size} processes, got {batch_size}"
-            )
-        self.images, self.targets, self.batch_size = images, targets, batch_size
-        self.seed, self.augment, self.rank, self.world_size = seed, augment, rank, world_size
-        self.epoch, self.start_step = 1, 0
-
-    def __len__(self) -> int:
-        return len(self.images) // self.batch_size
-
-    def set_epoch(self, epoch: int, start_step: int = 0) -> None:
-        """Choose order and draws of the next pass, and its first step."""
-        self.epoch, self.start_step = epoch, start_step
+        super().__init__(len(images), batch_size, seed=seed, rank=rank, world_size=world_size)
+        self.images, self.targets, self.augment = images, targets, augment
 
     def __iter__(self) -> Iterator[Batch]:
-        generator = torch.Generator().manual_seed(derive_seed(self.seed, self.epoch))
-        order = torch.randperm(len(self.images), generator=generator)
+        generator = self.generator()
+        steps = self.chosen(generator)
         augment, draws = self.augment, torch.empty(0)
         if augment is not None:
             draws = torch.rand(len(self.images), augment.draws, generator=generator)
-        for step in range(self.start_step, len(self)):
-            whole = order[step * self.batch_size : (step + 1) * self.batch_size]
-            chosen = whole[self.rank :: self.world_size]
+        for chosen in steps:
             images = self.images[chosen]
             if augment is not None:
                 images = augment(images, draws[chosen])

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
@@ -20,10 +21,21 @@ from torch import Tensor, nn
 from .codebook import Codebook
 from .data import Preprocessing
 from .models import CodedResNeXt
+from .text_files import parse_json
 
 FORMAT_VERSION = 1
 MODEL_FILE = "model.safetensors"
 _HEADER = "coded_resnext"
+# What code that was written for sound values raises for others.
+UNFIT = (
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    RecursionError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 
 
 @dataclass(frozen=True)
@@ -97,19 +109,55 @@ def load_model(path: str | Path, *, codebooks: Sequence[Codebook] | None = None)
         )
     try:
         stored = [Codebook.from_dict(data) for data in description["codebooks"]]
-        model = CodedResNeXt.from_config(
-            description["config"], stored, class_names=description["class_names"]
-        )
-        model.to(state["head.weight"].dtype)
-        model.load_state_dict(state)
+        model = _build(description, stored, state)
         preprocessing = description["preprocessing"]
         if preprocessing is not None:
             preprocessing = Preprocessing.from_dict(preprocessing)
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        training = description["training"]
+        if not isinstance(training, dict):
+            raise ValueError(f"training: expected an object, got {type(training).__name__}")
+    except UNFIT as error:
         raise ValueError(f"{path}: damaged or incomplete model file: {error}") from error
     if codebooks is not None:
         check_codebooks(stored, codebooks)
-    return LoadedModel(model.eval(), preprocessing, description["training"])
+    return LoadedModel(model.eval(), preprocessing, training)
+
+
+def _build(
+    description: dict[str, Any], codebooks: Sequence[Codebook], state: dict[str, Tensor]
+) -> CodedResNeXt:
+    """The network of a description with these weights.
+
+    No memory is taken before it is known that the network is as large as the file's tensors.
+    """
+    names, config = description["class_names"], description["config"]
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError("class_names: expected a list of text")
+    depths = [stage["depth"] for stage in config["stages"]]
+    if sum(depths) > len(state):
+        raise ValueError(f"stages: {sum(depths)} blocks, and tensors for {len(state)} at most")
+    with torch.device("meta"):
+        shape = CodedResNeXt.from_config(config, codebooks, class_names=names)
+    dtype = state["head.weight"].dtype
+    check_tensors(shape.to(dtype).state_dict(), state)
+    model = CodedResNeXt.from_config(config, codebooks, class_names=names)
+    model.to(dtype).load_state_dict(state)
+    return model
+
+
+def check_tensors(expected: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
+    """Refuse tensors of other names, shapes or types; a ValueError names them."""
+    odd = sorted(expected.keys() ^ state.keys())
+    if odd:
+        said = [f"{'no' if name in expected else 'an unknown'} {name!r:.80}" for name in odd[:8]]
+        raise ValueError(f"tensors: expected those of the network, got {', '.join(said)}")
+    for name, value in expected.items():
+        found = state[name]
+        if found.shape != value.shape or found.dtype != value.dtype:
+            raise ValueError(
+                f"tensors: {name}: expected {list(value.shape)} {value.dtype}, "
+                f"got {list(found.shape)} {found.dtype}"
+            )
 
 
 def write_tensors(
@@ -132,10 +180,10 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise FileNotFoundError(f"{path}: expected a model file, found none")
     try:
         with safe_open(path, framework="pt") as file:
-            description = json.loads((file.metadata() or {}).get(_HEADER, "null"))
+            description = parse_json((file.metadata() or {}).get(_HEADER, "null"))
             # A safe_open handle is no mapping; it has keys() alone.
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, json.JSONDecodeError) as error:
+    except (SafetensorError, *UNFIT) as error:
         raise ValueError(f"{path}: not a readable model file: {error}") from error
     if not isinstance(description, dict):
         raise ValueError(f"{path}: a safetensors file, but not one of a Coded ResNeXt")

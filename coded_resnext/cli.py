@@ -10,6 +10,7 @@ from . import doctor
 from .codebooks import command as codebook
 from .commands import build_kernels, convert, export, extract, info, predict, report
 from .interpret import command as evaluate
+from .text_files import printable_lines
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -42,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         code: int = arguments.run(arguments)
     except (ValueError, OSError, ImportError) as error:
-        print(f"coded-resnext: {error}", file=sys.stderr)
+        print(f"coded-resnext: {printable_lines(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("coded-resnext: interrupted", file=sys.stderr)

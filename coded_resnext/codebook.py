@@ -34,6 +34,7 @@ from .codebooks.words import (
     is_balanced,
     to_strings,
 )
+from .text_files import printable
 
 
 class Codebook:
@@ -322,11 +323,9 @@ class Codebook:
 
     def __str__(self) -> str:
         """The table of classes and codewords, with its distances and column loads."""
-        width = max(map(len, self._class_names))
-        rows = [
-            f"{name:<{width}}  {word}"
-            for name, word in zip(self._class_names, self.words, strict=True)
-        ]
+        names = [printable(name) for name in self._class_names]
+        width = max(map(len, names))
+        rows = [f"{name:<{width}}  {word}" for name, word in zip(names, self.words, strict=True)]
         loads = self.column_loads
         return "\n".join(
             [
@@ -370,8 +369,9 @@ def _checked_words(codewords: Tensor | Sequence[Sequence[int]]) -> Words:
 def _checked_names(class_names: Sequence[str] | None, classes: int) -> tuple[str, ...]:
     if class_names is None:
         return tuple(map(str, range(classes)))
-    names = tuple(class_names)
-    if isinstance(class_names, str) or not all(isinstance(name, str) for name in names):
+    several = isinstance(class_names, Iterable) and not isinstance(class_names, str)
+    names = tuple(class_names) if several else ()
+    if not several or not all(isinstance(name, str) for name in names):
         raise ValueError(f"class_names: expected {classes} strings, got {class_names!r:.80}")
     if len(names) != classes:
         raise ValueError(f"class_names: expected {classes} names, got {len(names)}")

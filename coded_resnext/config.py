@@ -77,6 +77,8 @@ class TrainingConfig:
     """Steps between two readings of the losses: the progress bar and TensorBoard."""
     recovery_interval: int = 0
     """Steps between checkpoints within an epoch; 0 saves at the ends of epochs only."""
+    detect_dead_branches: bool = False
+    """After every epoch, name the branches that have no energy for any test image of any class."""
     log_wandb: bool = False
     """Log to Weights & Biases too."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from math import isfinite
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,6 +17,8 @@ from .pixels import to_channels
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+# Of a network's input in pixels: no description of unknown origin asks for more memory.
+LARGEST_SIZE = 8192
 SPLIT_SEED = 0
 TEST_SHARE = 0.2
 
@@ -43,6 +46,9 @@ class Preprocessing:
     def __post_init__(self) -> None:
         if self.size < 1:
             raise ValueError(f"size: expected a positive number of pixels, got {self.size}")
+        largest = max(self.size, self.resize or 0)
+        if largest > LARGEST_SIZE:
+            raise ValueError(f"size: expected at most {LARGEST_SIZE} pixels, got {largest}")
         if self.resize is not None and self.resize < self.size:
             raise ValueError(
                 f"resize: expected at least the size, {self.size} pixels, got {self.resize}"
@@ -52,6 +58,8 @@ class Preprocessing:
         for name, values in (("mean", self.mean), ("std", self.std)):
             if len(values) != self.channels:
                 raise ValueError(f"{name}: expected {self.channels} numbers, got {len(values)}")
+            if not all(isinstance(value, (int, float)) and isfinite(value) for value in values):
+                raise ValueError(f"{name}: expected finite numbers, got {values}")
         if min(self.std) <= 0:
             raise ValueError(f"std: expected positive numbers, got {self.std}")
 

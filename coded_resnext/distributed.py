@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .signals import StopSignals, TrainingStopped
+from .text_files import printable_lines
 
 Value = TypeVar("Value")
 
@@ -141,10 +142,10 @@ def run_script(name: str, body: Callable[[], None]) -> int:
             print(f"\n{stopped}", file=sys.stderr)
         return stopped.exit_code
     except FloatingPointError as error:
-        print(f"{speaker}: {error}", file=sys.stderr)
+        print(f"{speaker}: {printable_lines(error)}", file=sys.stderr)
         return 1
     except (ValueError, OSError, ImportError) as error:
-        print(f"{speaker}: {error}", file=sys.stderr)
+        print(f"{speaker}: {printable_lines(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"\n{speaker}: interrupted", file=sys.stderr)

@@ -23,6 +23,7 @@ from .cost import stem_macs, stem_size
 from .layers import check_images
 from .models import CodedResNeXt
 from .sizes import BlockSizes, halved
+from .text_files import read_json
 
 FORMAT_VERSION = 1
 EXIT_FILE = "early_exit.json"
@@ -117,7 +118,7 @@ class EarlyExit:
             OSError: the file cannot be read.
         """
         try:
-            return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
+            return cls.from_dict(read_json(path))
         except ValueError as error:
             raise ValueError(f"{path}: not an early-exit file: {error}") from error
 

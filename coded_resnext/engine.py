@@ -20,6 +20,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -34,7 +35,7 @@ from .guard import NonFiniteError
 from .logging import RunLog
 from .models import CodedResNeXt
 from .rng import get_rng_state, set_rng_state
-from .run_folder import AVERAGE_FILE, BEST_FILE, RunFolder, differences
+from .run_folder import AVERAGE_FILE, BEST_FILE, DEAD_FILE, RunFolder, differences
 from .signals import TrainingStopped
 from .step import TrainStep
 
@@ -156,7 +157,7 @@ class _Training:
             self.make_step.join_statistics()
             self.joined = True
         accuracy, stop = measure_until_stopped(self.model, self.test_loader, self.world)
-        row = accuracy.row()
+        row, dead = accuracy.row(), accuracy.dead_branches
         if self.make_step.average is not None and not stop:
             accuracy, stop = measure_until_stopped(
                 self.make_step.average.model, self.test_loader, self.world
@@ -173,10 +174,25 @@ class _Training:
             "peak_memory_mib": max(self.world.gather(_peak_memory_mib(self.world.device))),
             "seconds": self._elapsed(),
         }
+        if self.config.detect_dead_branches:
+            row["dead_branches"] = sum(map(len, dead))
         self.history.append(row)
         self.seconds, self.started = 0.0, time.perf_counter()
         self._save(models=True)
         self.log.epoch(_describe(row, self.config.total_epochs), row, self.step)
+        if self.config.detect_dead_branches:
+            self.world.on_main(lambda: self._report_dead(dead))
+
+    def _report_dead(self, dead: Sequence[Sequence[int]]) -> None:
+        """Name the branches that no test image reaches; branches count from 0, blocks from 1."""
+        blocks = {str(block): list(branches) for block, branches in enumerate(dead, 1) if branches}
+        self.run.write_json(DEAD_FILE, {"epoch": len(self.history), "blocks": blocks})
+        for block, branches in blocks.items():
+            print(
+                f"dead branches of coded block {block}, without energy for all classes: "
+                f"{', '.join(map(str, branches))}",
+                file=sys.stderr,
+            )
 
     def _steps(self) -> None:
         """The steps that are left of an epoch."""

@@ -11,7 +11,14 @@ from typing import Any
 
 import torch
 
-from .checkpoint import FORMAT_VERSION, read_tensors, write_atomically, write_tensors
+from .checkpoint import (
+    FORMAT_VERSION,
+    UNFIT,
+    check_tensors,
+    read_tensors,
+    write_atomically,
+    write_tensors,
+)
 from .data import Preprocessing
 from .extract import extract_classifier
 from .extracted import ExtractedClassifier, ExtractedConfig, ExtractedNetwork
@@ -72,11 +79,12 @@ def load_extracted(path: str | Path) -> LoadedExtract:
                 if description["single"]
                 else ExtractedNetwork(config, names)
             )
+        check_tensors(network.to(state["head.weight"].dtype).state_dict(), state)
         network.load_state_dict(state, assign=True)
         preprocessing = description["preprocessing"]
         if preprocessing is not None:
             preprocessing = Preprocessing.from_dict(preprocessing)
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+    except UNFIT as error:
         raise ValueError(f"{path}: damaged or incomplete classifier file: {error}") from error
     return LoadedExtract(network.eval(), preprocessing)
 

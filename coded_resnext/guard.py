@@ -46,7 +46,8 @@ class StepGuard:
     """Decides on the device whether a step counts, and carries a stop signal to all processes.
 
     Args:
-        names: of the flags, in the order of the computation; the last is the gradient's.
+        names: of the flags, in the order of the computation; the last two are the gradient's and
+            the optimizer's.
         tensors: what a step changes outside the optimizer (running statistics, sums). After a
             step that is not finite they are put back.
         world: the processes; they share the flags.
@@ -111,8 +112,9 @@ class StepGuard:
             return int(stop)
         copy_all(self._tensors, self._copies[pending.turn])
         terms = [name for name, flag in zip(self._names, shared, strict=True) if flag]
-        # The gradient is that of all processes together: only the losses tell whose images it was.
-        gathered = self._world.gather((any(local[:-1]), pending.indices.tolist()))
+        # Gradient and optimizer are those of all processes: only the losses tell whose images it
+        # was.
+        gathered = self._world.gather((any(local[:-2]), pending.indices.tolist()))
         at_fault = [indices for found, indices in gathered if found]
         named = at_fault or [indices for _, indices in gathered]
         raise NonFiniteError(pending.step, terms, [i for indices in named for i in indices])

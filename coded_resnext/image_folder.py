@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
@@ -74,7 +75,8 @@ def list_images(
 
     Raises:
         NotADirectoryError: `root` is no folder.
-        ValueError: a class has no image, or a class folder holds another folder.
+        ValueError: a class has no image, or a class folder holds another folder, a link to
+            nothing, or a file that may not be read.
     """
     found = class_folders(root)
     listed: list[tuple[Path, int]] = []
@@ -87,6 +89,12 @@ def list_images(
         for path in files:
             if path.is_dir():
                 raise ValueError(f"{path}: expected an image, got a folder")
+            # A pipe would be waited for; a link that leads nowhere is noticed before days of work.
+            if not path.is_file():
+                kind = "something else" if path.exists() else "a link to nothing"
+                raise ValueError(f"{path}: expected an image, got {kind}")
+            if not os.access(path, os.R_OK):
+                raise ValueError(f"{path}: expected an image, got a file that may not be read")
         listed += [(path, index) for path in files]
     return listed
 
@@ -138,8 +146,11 @@ def find_images(paths: Sequence[str | Path]) -> list[Path]:
     found: list[Path] = []
     for path in map(Path, paths):
         if not path.is_dir():
-            if not path.exists():
-                raise FileNotFoundError(f"{path}: expected an image or a folder, found none")
+            if not path.is_file():
+                found_there = "something else" if path.exists() else "none"
+                raise FileNotFoundError(
+                    f"{path}: expected an image or a folder, found {found_there}"
+                )
             found.append(path)
             continue
         inside = sorted(

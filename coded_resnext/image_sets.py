@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .data import SPLIT_SEED, derive_seed
 from .image_folder import open_image
+from .text_files import printable
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -144,7 +145,7 @@ class DamagedImages:
         if name in self.reasons:
             return
         self.reasons[name] = reason
-        print(f"skipped in training: {reason}", file=sys.stderr)
+        print(f"skipped in training: {printable(reason)}", file=sys.stderr)
         if len(self.reasons) > self.limit:
             raise ValueError(
                 f"max_damaged: expected at most {self.limit} damaged training images, got more: "

@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .codebook import Codebook
+from .fused import fused_block, is_fused
+from .fused_values import ready
 from .kernels import Aggregation, Backend, coded_aggregate, select_backend
 from .unnormalized import unnormalized_aggregate
 
@@ -186,16 +188,19 @@ class CodedBottleneck(nn.Module):
                 shape, or is given to a plain block.
         """
         check_images(x, self.in_channels)
-        h = F.relu(self.reduce_bn(self.reduce(x)), inplace=True)
-        h = F.relu(self.grouped_bn(self.grouped(h)), inplace=True)
-        energies: Tensor | None = None
-        if self.is_coded:
-            if drop_mask is None:
-                drop_mask = self.draw_drop_mask(x)
-            y, energies = self._aggregate(h, drop_mask, keep_mask)
-        elif drop_mask is not None or keep_mask is not None:
+        if not self.is_coded and (drop_mask is not None or keep_mask is not None):
             name = "drop_mask" if keep_mask is None else "keep_mask"
             raise ValueError(f"{name}: expected None, since this block has no codebook")
+        if self.is_coded and drop_mask is None:
+            drop_mask = self.draw_drop_mask(x)
+        energies: Tensor | None = None
+        if is_fused(self, x):
+            joined, energies = fused_block(self, x, drop_mask=drop_mask, keep_mask=keep_mask)
+            return ready(joined), energies
+        h = F.relu(self.reduce_bn(self.reduce(x)), inplace=True)
+        h = F.relu(self.grouped_bn(self.grouped(h)), inplace=True)
+        if self.is_coded:
+            y, energies = self._aggregate(h, drop_mask, keep_mask)
         else:
             y = self.expand(h)
         return F.relu(self.expand_bn(y) + self.skip(x)), energies

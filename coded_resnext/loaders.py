@@ -7,15 +7,14 @@ processes or ranks, nor from where a run was resumed.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from .augment import TrainTransform
-from .batch import Batch
+from .batch import Batch, Key, ShuffledSamples
 from .data import Preprocessing, derive_seed
 from .image_sets import DamagedImages, ImageSet
 from .signals import ignore_signals
@@ -23,14 +22,11 @@ from .signals import ignore_signals
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-# Epoch and positions of a batch.
-_Key = tuple[int, list[int]]
 _Transform = Callable[[Sequence["Image"], Sequence[int]], Tensor]
 
 
-@dataclass(frozen=True)
-class _Read:
-    """What a process that reads hands back."""
+class _Read(NamedTuple):
+    """What a process that reads hands back; of a named tuple PyTorch pins the tensors."""
 
     batch: Batch | None
     """None when it failed."""
@@ -60,7 +56,7 @@ class _Reader(Dataset[_Read]):
         self.images, self.transform = images, transform
         self.seed, self.most_damaged = seed, most_damaged
 
-    def __getitem__(self, key: _Key) -> _Read:
+    def __getitem__(self, key: Key) -> _Read:
         epoch, positions = key
         damaged: dict[str, str] = {}
         found, indices = [], []
@@ -83,7 +79,7 @@ class _Reader(Dataset[_Read]):
         return _Read(Batch(pixels, self.images.targets[chosen], chosen), damaged, "")
 
 
-class TrainImages:
+class TrainImages(ShuffledSamples):
     """A training loader: augmented, shuffled, full batches, and their files by name.
 
     Damaged images are skipped: the next image in the set takes the place, so that the batches of
@@ -116,38 +112,15 @@ class TrainImages:
         workers: int = 0,
         max_damaged: float = 0.01,
     ) -> None:
-        if not 1 <= batch_size <= len(images):
-            raise ValueError(
-                f"batch_size: expected 1 to {len(images)} (the images there are), got {batch_size}"
-            )
-        if batch_size % world_size:
-            raise ValueError(
-                f"batch_size: expected a multiple of {world_size} processes, got {batch_size}"
-            )
-        self.images, self.batch_size, self.seed = images, batch_size, seed
-        self.rank, self.world_size = rank, world_size
+        super().__init__(len(images), batch_size, seed=seed, rank=rank, world_size=world_size)
+        self.images = images
         self.damaged = DamagedImages(len(images), max_damaged)
         """The images that could not be read so far, by this rank."""
-        self.epoch, self.start_step = 1, 0
         reader = _Reader(images, transform, seed, self.damaged.limit)
-        self._loader = _make_loader(reader, _Plan(self._keys), workers)
-
-    def __len__(self) -> int:
-        return len(self.images) // self.batch_size
-
-    def set_epoch(self, epoch: int, start_step: int = 0) -> None:
-        """Choose order and draws of the next pass, and its first step."""
-        self.epoch, self.start_step = epoch, start_step
-
-    def _keys(self) -> Iterator[_Key]:
-        generator = torch.Generator().manual_seed(derive_seed(self.seed, self.epoch))
-        order = torch.randperm(len(self.images), generator=generator)
-        for step in range(self.start_step, len(self)):
-            whole = order[step * self.batch_size : (step + 1) * self.batch_size]
-            yield self.epoch, whole[self.rank :: self.world_size].tolist()
+        self._loader = make_loader(reader, Plan(self.keys), workers)
 
     def __iter__(self) -> Iterator[Batch]:
-        for read in _passing(self._loader):
+        for read in passing(self._loader):
             for name, reason in read.damaged.items():
                 self.damaged.add(name, reason)
             yield _batch(read)
@@ -192,17 +165,17 @@ class EvalImages:
         self.images, self.batch_size = images, batch_size
         self._mine = range(rank, len(images), world_size)
         reader = _Reader(images, _Plain(preprocessing), 0, 0)
-        self._loader = _make_loader(reader, _Plan(self._keys), workers)
+        self._loader = make_loader(reader, Plan(self._keys), workers)
 
     def __len__(self) -> int:
         return -(-len(self._mine) // self.batch_size)
 
-    def _keys(self) -> Iterator[_Key]:
+    def _keys(self) -> Iterator[Key]:
         for start in range(0, len(self._mine), self.batch_size):
             yield 0, list(self._mine[start : start + self.batch_size])
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for read in _passing(self._loader):
+        for read in passing(self._loader):
             batch = _batch(read)
             yield batch.images, batch.targets
 
@@ -217,17 +190,18 @@ class _Plain:
         return torch.stack([self.preprocessing(image) for image in images])
 
 
-class _Plan(Sampler[_Key]):
+class Plan(Sampler[Key]):
     """What to read in the next pass, asked for when it begins."""
 
-    def __init__(self, keys: Callable[[], Iterator[_Key]]) -> None:
+    def __init__(self, keys: Callable[[], Iterator[Key]]) -> None:
         self._keys = keys
 
-    def __iter__(self) -> Iterator[_Key]:
+    def __iter__(self) -> Iterator[Key]:
         return self._keys()
 
 
-def _make_loader(reader: _Reader, plan: _Plan, workers: int) -> DataLoader[Any]:
+def make_loader(reader: Dataset[Any], plan: Plan, workers: int) -> DataLoader[Any]:
+    """Reads what a plan asks for, batch by batch, in worker processes or (0) in this one."""
     if workers < 0:
         raise ValueError(f"workers: expected at least 0, got {workers}")
     return DataLoader(
@@ -242,7 +216,7 @@ def _make_loader(reader: _Reader, plan: _Plan, workers: int) -> DataLoader[Any]:
     )
 
 
-def _passing(loader: DataLoader[Any]) -> Iterator[_Read]:
+def passing(loader: DataLoader[Any]) -> Iterator[Any]:
     """One pass; its workers end with it, however it ends.
 
     Workers that live until the interpreter exits would be sent a signal that they ignore.

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from .codebook import Codebook
+from .fused import apply_block
+from .fused_values import Map, like, ready
 from .kernels import Aggregation, Backend
 from .layers import CodedBottleneck, check_images
 from .stages import Stage, assign_codebooks, check_class_names
@@ -258,6 +260,8 @@ class CodedResNeXt(nn.Module):
             x = layer(x)
             if maps is not None and isinstance(layer, nn.ReLU):
                 maps.append(x)
+        # What one block leaves to be computed, the next does on the way.
+        y: Map = x
         all_energies: list[Tensor] = []
         drop_mask: Tensor | None = None
         previous: Codebook | None = None
@@ -266,18 +270,21 @@ class CodedResNeXt(nn.Module):
                 break
             for block in stage:  # type: ignore[attr-defined]
                 if not block.is_coded:
-                    x, _ = block(x)
+                    y, _ = apply_block(block, y)
                     previous = None
                     continue
                 # Consecutive blocks of one codebook silence the same branches.
                 if block.codebook is not previous:
-                    drop_mask = block.draw_drop_mask(x)
+                    drop_mask = block.draw_drop_mask(like(y))
                     previous = block.codebook
-                x, energies = block(x, drop_mask=drop_mask, keep_mask=next(keep_masks))
+                masks = {"drop_mask": drop_mask, "keep_mask": next(keep_masks)}
+                y, energies = apply_block(block, y, **masks)
+                assert energies is not None
                 all_energies.append(energies)
             if maps is not None:
-                maps.append(x)
-        return x, all_energies
+                y = ready(y)
+                maps.append(y)
+        return ready(y), all_energies
 
     def predict_early(self, x: Tensor, criterion: EarlyExit) -> EarlyPrediction:
         """Classify images, each no further than it needs: see `early_exit.predict_early`."""

@@ -14,11 +14,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import MODEL_FILE, load_model, save_model, write_atomically
+from .checkpoint import MODEL_FILE, UNFIT, load_model, save_model, write_atomically
 from .data import Preprocessing
 from .early_exit import EarlyExit
 from .model_card import model_card
 from .models import CodedResNeXt
+from .text_files import read_json
 
 FORMAT_VERSION = 1
 CONFIG_FILE = "config.json"
@@ -144,7 +145,7 @@ def from_pretrained(
         if not needed.is_file():
             raise FileNotFoundError(f"{needed}: expected a file of save_pretrained, found none")
     try:
-        description = json.loads(path.read_text(encoding="utf-8"))
+        description = read_json(path)
         version = description["format_version"]
         expected = description["sha256"][MODEL_FILE]
     except (ValueError, KeyError, TypeError) as error:
@@ -172,7 +173,7 @@ def from_pretrained(
         for key, value in _architecture(found).items():
             if description[key] != value:
                 raise ValueError(f"{key}: expected what {MODEL_FILE} has, got another")
-    except (KeyError, TypeError, ValueError) as error:
+    except UNFIT as error:
         raise ValueError(f"{path}: damaged or incomplete description: {error}") from error
     return found
 

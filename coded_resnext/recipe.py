@@ -149,7 +149,10 @@ class Recipe:
 
 
 _GROUPS = (DataConfig, Augmentation, ModelConfig, TrainingConfig, LearningRateRule)
-_OWN_FLAGS = ("config", "out", "resume", "evaluation", "budget", "device")
+_OWN_FLAGS = (
+    *("config", "out", "resume", "evaluation", "budget", "device"),
+    *("outside", "threshold_images", "repeats"),
+)
 SETTINGS = tuple(field.name for group in _GROUPS for field in fields(group))
 
 
@@ -220,6 +223,12 @@ class Command:
     budget: float
     """Seconds that the evaluation may take."""
     device: str
+    outside: str | None = None
+    """Images of none of the classes, see `outside.open_outside`."""
+    threshold_images: int | None = None
+    """Training images on which the one-class classifiers choose their thresholds; None for all."""
+    repeats: int = 5
+    """Of the random branch removals."""
 
 
 def parse_command(
@@ -259,6 +268,21 @@ def parse_command(
     parser.add_argument(
         "--budget", default="30m", help="time for the evaluation, such as 90s or 1h (%(default)s)"
     )
+    parser.add_argument(
+        "--outside",
+        metavar="IMAGES",
+        help="of none of the classes, for the one-class classifiers: rotated (the test images, "
+        "turned by a quarter), cifar10, cifar100, or a folder of images",
+    )
+    parser.add_argument(
+        "--threshold-images",
+        type=int,
+        metavar="N",
+        help="choose the thresholds of the one-class classifiers on about so many training images",
+    )
+    parser.add_argument(
+        "--repeats", type=int, default=5, help="of the random branch removals (%(default)s)"
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (%(default)s)")
     for group in _GROUPS:
         add_flags(parser, group, leave_out=())
@@ -269,4 +293,14 @@ def parse_command(
     recipe = load_recipe(path, arguments)
     out = own["out"] or Path("runs") / path.stem
     budget = parse_duration(own["budget"])
-    return Command(recipe, out, own["resume"], own["evaluation"], budget, own["device"])
+    return Command(
+        recipe,
+        out,
+        own["resume"],
+        own["evaluation"],
+        budget,
+        own["device"],
+        own["outside"],
+        own["threshold_images"],
+        own["repeats"],
+    )

@@ -15,6 +15,8 @@ import torch
 
 from .checkpoint import MODEL_FILE, write_atomically
 from .distributed import World
+from .run_lock import lock_folder
+from .text_files import read_json
 from .training_state import load_state, save_state
 
 CONFIG_FILE = "config.json"
@@ -22,8 +24,9 @@ METRICS_FILE = "metrics.csv"
 SUMMARY_FILE = "summary.json"
 BEST_FILE = "best.safetensors"
 AVERAGE_FILE = "model_ema.safetensors"
+DEAD_FILE = "dead_branches.json"
 # These change what is shown and how often it is saved, not what comes out.
-FREE_SETTINGS = ("log_interval", "recovery_interval", "log_wandb")
+FREE_SETTINGS = ("log_interval", "recovery_interval", "log_wandb", "detect_dead_branches")
 
 
 class RunFolder:
@@ -36,8 +39,8 @@ class RunFolder:
         world: the processes of the run; the main one alone looks at the folder and writes to it.
 
     Raises:
-        ValueError: the folder holds a run and `resume` is not set, or one of another
-            configuration; the message says what differs.
+        ValueError: another process trains in the folder; it holds a run and `resume` is not set,
+            or one of another configuration; the message says what differs.
         OSError: the folder cannot be made or written.
     """
 
@@ -56,6 +59,7 @@ class RunFolder:
 
     def _open(self, *, resume: bool) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
+        lock_folder(self.path)
         config_path = self.path / CONFIG_FILE
         if not config_path.exists():
             self.write_json(CONFIG_FILE, self.config)
@@ -65,7 +69,10 @@ class RunFolder:
                 f"out: {self.path} holds a run already; resume it (--resume) or choose "
                 "another folder"
             )
-        stored = json.loads(config_path.read_text(encoding="utf-8"))
+        try:
+            stored = read_json(config_path)
+        except ValueError as error:
+            raise ValueError(f"{config_path}: not the configuration of a run: {error}") from error
         differing = differences(stored, self.config, ignore=FREE_SETTINGS)
         if differing:
             raise ValueError(
@@ -89,7 +96,9 @@ class RunFolder:
     def write_metrics(self, history: Sequence[Mapping[str, float]]) -> None:
         """Write the CSV log: one row for every epoch."""
         buffer = io.StringIO()
-        writer = csv.DictWriter(buffer, fieldnames=list(history[0]), lineterminator="\n")
+        # Settings that may change within a run add columns.
+        columns = list(dict.fromkeys(name for row in history for name in row))
+        writer = csv.DictWriter(buffer, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(history)
         write_atomically(self.path / METRICS_FILE, buffer.getvalue().encode())

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -17,17 +18,21 @@ from .augment import TrainTransform
 from .checkpoint import MODEL_FILE, load_model
 from .codebook import Codebook
 from .datasets import load_dataset
+from .device_images import DeviceEvalImages, DeviceTrainImages
 from .distributed import World, run_script, training_session
 from .engine import fit
 from .image_sets import ImageSet, ImageSplits
 from .interpret import evaluate
 from .interpret.budget import Budget
 from .loaders import EvalImages, TrainImages
+from .machine import describe_machine
 from .models import CodedResNeXt
+from .outside import open_outside
 from .recipe import Command, ModelConfig, Recipe, parse_command
 from .registry import create_model
 from .run_folder import RunFolder
 from .run_results import require_packages, write_results
+from .step import compiled
 from .warm_start import load_plain_weights, read_state_dict, recalibrate_batch_norm
 
 RECIPE_FILE = "recipe.yaml"
@@ -153,8 +158,19 @@ def start_from(model: CodedResNeXt, settings: ModelConfig, calibration: EvalImag
     return text
 
 
-def run_recipe(command: Command) -> None:
+def identity(recipe: Recipe) -> dict[str, Any]:
+    """The settings that decide what comes of a run; it is resumed under the same ones only."""
+    return {k: v for k, v in recipe.settings().items() if k not in INCIDENTAL}
+
+
+def run_recipe(
+    command: Command, vary: Callable[[CodedResNeXt], CodedResNeXt] | None = None
+) -> None:
     """Train, evaluate and write the folder; torchrun starts this on many processes.
+
+    Args:
+        command: what is asked for.
+        vary: makes another network of the recipe's, with fresh weights.
 
     Raises:
         ValueError: the recipe, the data or the folder is at fault.
@@ -173,10 +189,11 @@ def run_recipe(command: Command) -> None:
             world.on_main(lambda: len(open_data(recipe).train))
         splits = open_data(recipe)
         model = make_model(recipe, splits.class_names)
-        identity = {k: v for k, v in recipe.settings().items() if k not in INCIDENTAL}
+        if vary is not None:
+            model = vary(model)
         run = RunFolder(
             command.out,
-            {"recipe": identity, "network": model.config},
+            {"recipe": identity(recipe), "network": model.config},
             resume=command.resume,
             world=world,
         )
@@ -196,15 +213,26 @@ def run_recipe(command: Command) -> None:
             run,
             world=world,
             preprocessing=recipe.data.preprocessing,
-            notes={"data": splits.name, "recipe": identity},
+            notes={"data": splits.name, "recipe": identity(recipe)},
         )
         damaged = {
             k: v for part in world.gather(loaders.train.damaged.reasons) for k, v in part.items()
         }
     if not world.is_main or not command.evaluation:
         return
+    outside = None
+    if command.outside is not None:
+        outside = in_order(recipe, open_outside(command.outside, splits, recipe))
+    thresholds = loaders.train_in_order
+    if command.threshold_images is not None:
+        thresholds = in_order(recipe, splits.slice(train_images=command.threshold_images).train)
     evaluation = evaluate(
-        model, loaders.train_in_order, loaders.test, budget=Budget(command.budget)
+        model,
+        thresholds,
+        loaders.test,
+        outside_loader=outside,
+        repeats=command.repeats,
+        budget=Budget(command.budget),
     )
     write_results(
         run,
@@ -216,6 +244,7 @@ def run_recipe(command: Command) -> None:
         seconds_with_evaluation=time.perf_counter() - start,
         seed=recipe.training.seed,
         damaged_images=damaged,
+        machine=describe_machine(),
     )
 
 
@@ -223,8 +252,8 @@ def run_recipe(command: Command) -> None:
 class Loaders:
     """The loaders of a run on one process."""
 
-    train: TrainImages
-    test_share: EvalImages
+    train: TrainImages | DeviceTrainImages
+    test_share: EvalImages | DeviceEvalImages
     """This process's test images."""
     train_in_order: EvalImages
     """All training images as they are in evaluation."""
@@ -234,33 +263,48 @@ class Loaders:
 
 def make_loaders(recipe: Recipe, splits: ImageSplits, world: World) -> Loaders:
     """The loaders that a recipe asks for; raises as they do."""
-    data, training = recipe.data, recipe.training
-
-    def in_order(images: ImageSet, rank: int = 0, size: int = 1) -> EvalImages:
-        return EvalImages(
-            images,
+    data, training, augmentation = recipe.data, recipe.training, recipe.augmentation
+    share: dict[str, Any] = {"rank": world.rank, "world_size": world.size}
+    train: TrainImages | DeviceTrainImages
+    test: EvalImages | DeviceEvalImages
+    if augmentation.augment_on == "device":
+        train = DeviceTrainImages(
+            splits.train,
+            augmentation,
+            data.preprocessing,
+            training.batch_size,
+            device=world.device,
+            seed=training.seed,
+            workers=data.workers,
+            around=partial(compiled, backend=training.torchcompile),
+            **share,
+        )
+        test = DeviceEvalImages(
+            splits.test,
             data.preprocessing,
             data.validation_batch_size,
-            rank=rank,
-            world_size=size,
-            workers=data.workers,
+            device=world.device,
+            **share,
         )
+    else:
+        train = TrainImages(
+            splits.train,
+            TrainTransform(augmentation, data.preprocessing),
+            training.batch_size,
+            seed=training.seed,
+            workers=data.workers,
+            max_damaged=data.max_damaged,
+            **share,
+        )
+        test = in_order(recipe, splits.test, **share)
+    return Loaders(train, test, in_order(recipe, splits.train), in_order(recipe, splits.test))
 
-    train = TrainImages(
-        splits.train,
-        TrainTransform(recipe.augmentation, data.preprocessing),
-        training.batch_size,
-        seed=training.seed,
-        rank=world.rank,
-        world_size=world.size,
-        workers=data.workers,
-        max_damaged=data.max_damaged,
-    )
-    return Loaders(
-        train,
-        in_order(splits.test, world.rank, world.size),
-        in_order(splits.train),
-        in_order(splits.test),
+
+def in_order(recipe: Recipe, images: ImageSet, **share: int) -> EvalImages:
+    """Images as a recipe evaluates them; all of them, or a rank's share."""
+    data = recipe.data
+    return EvalImages(
+        images, data.preprocessing, data.validation_batch_size, workers=data.workers, **share
     )
 
 

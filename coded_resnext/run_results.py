@@ -12,7 +12,8 @@ from .commands.report import write_report
 from .data import Preprocessing
 from .interpret import Evaluation, Loader, save_figures, save_pictures
 from .models import CodedResNeXt
-from .run_folder import SUMMARY_FILE, RunFolder, versions
+from .run_folder import DEAD_FILE, SUMMARY_FILE, RunFolder, versions
+from .text_files import read_json
 
 # What evaluation, figures and report need beyond the training: module and package.
 NEEDED = {"jinja2": "jinja2", "matplotlib": "matplotlib", "sklearn": "scikit-learn"}
@@ -52,6 +53,9 @@ def write_results(
         history: rows of `fit`.
         summary: further entries of the summary, JSON-ready.
     """
+    dead = run.path / DEAD_FILE
+    if dead.is_file():
+        summary["dead_branches"] = read_json(dead)["blocks"]
     run.write_json("evaluation.json", evaluation.to_dict())
     run.write_json(
         SUMMARY_FILE,

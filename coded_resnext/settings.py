@@ -17,7 +17,12 @@ from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from .text_files import read_text
+
 Group = TypeVar("Group")
+# Settings are a few kilobytes; what YAML is read into takes a hundred times its size.
+LARGEST_YAML = 256 * 2**10
+DEEPEST_YAML = 20
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
@@ -25,20 +30,41 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: it is no YAML, or no mapping; the message names the file.
+        ValueError: it is larger than 256 KiB, no YAML, or no mapping; the message names the file.
         ImportError: PyYAML is missing.
     """
     yaml = _yaml()
     path = Path(path)
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = read_text(path, LARGEST_YAML)
+        _check_tokens(yaml, text)
+        content = yaml.safe_load(text)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"config: expected a file, found none: {path}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except OSError:
+        raise
+    # PyYAML's own errors are not all that odd values and tags raise in it.
+    except Exception as error:
         raise ValueError(f"{path}: not a readable YAML file: {error}") from error
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise ValueError(f"{path}: expected settings, one 'name: value' in a line")
     return content
+
+
+def _check_tokens(yaml: types.ModuleType, text: str) -> None:
+    """Refuse what takes PyYAML hours or all memory; a ValueError says what."""
+    depth = 0
+    for token in yaml.scan(text):
+        # A few lines of aliases can stand for more values than there is memory.
+        if isinstance(token, yaml.AliasToken):
+            raise ValueError("expected no aliases (*name)")
+        # The scanner takes a time that grows as the square of the depth.
+        opens = (yaml.FlowSequenceStartToken, yaml.FlowMappingStartToken)
+        opens += (yaml.BlockSequenceStartToken, yaml.BlockMappingStartToken)
+        closes = (yaml.FlowSequenceEndToken, yaml.FlowMappingEndToken, yaml.BlockEndToken)
+        depth += isinstance(token, opens) - isinstance(token, closes)
+        if depth > DEEPEST_YAML:
+            raise ValueError(f"expected at most {DEEPEST_YAML} levels of lists and mappings")
 
 
 def write_yaml(settings: Mapping[str, Any]) -> str:

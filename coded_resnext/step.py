@@ -97,7 +97,7 @@ class TrainStep:
                 gradient_as_bucket_view=True,
             )
         forward: Any = self._parallel or model
-        self._forward = _compiled(forward, config.torchcompile)
+        self._forward = compiled(forward, config.torchcompile)
         # After the processes have been given the same weights.
         self.average: WeightAverage | None = None
         if config.model_ema:
@@ -115,7 +115,7 @@ class TrainStep:
         self.stop = 0
         terms = [f"coding loss of coded block {i}" for i in blocks]
         self._guard = StepGuard(
-            [*terms, "cross-entropy", "total loss", "gradient"],
+            [*terms, "cross-entropy", "total loss", "gradient", "optimizer state"],
             [*_batch_norm_buffers(model), self.sums],
             world,
         )
@@ -156,7 +156,10 @@ class TrainStep:
         overflow = ~norm.isfinite()
         # A float16 gradient may overflow while the scale is being found.
         scale = self.scaler.scale(torch.ones((), device=self.device))
-        bad = torch.cat([~losses.isfinite(), (overflow & (scale <= 1))[None]])
+        # Finite norms of both leave the momentum that follows from them finite.
+        momenta = [values["momentum_buffer"] for values in self.optimizer.state.values()]
+        state = ~get_total_norm(momenta).isfinite()
+        bad = torch.cat([~losses.isfinite(), torch.stack([overflow & (scale <= 1), state])])
         gate = self._guard.post(step, bad, self.world.signals.received, batch.indices)
         self._unsettled = step
         self.latest = values
@@ -283,7 +286,12 @@ class TrainStep:
         return [(found == targets).float().mean() for found in (logits.argmax(1), *decoded)]
 
 
-def _compiled(forward: Any, backend: str) -> Any:
+def compiled(forward: Any, backend: str) -> Any:
+    """A function compiled by a backend of `torch.compile`, or as it is where there is none.
+
+    Raises:
+        ValueError: there is no such backend.
+    """
     if not backend:
         return forward
     known = torch.compiler.list_backends(exclude_tags=())

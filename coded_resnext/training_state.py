@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from .checkpoint import write_atomically
+from .tensor_files import load_tensors
 
 FOLDER = "checkpoints"
 STATE_VERSION = 1
@@ -67,11 +68,11 @@ def load_state(run: Path) -> dict[str, Any] | None:
     for path in paths:
         try:
             content = _read(path)
-            state: dict[str, Any] = torch.load(
-                io.BytesIO(content), map_location="cpu", weights_only=True
-            )
-        # What loading raises depends on what the file is.
-        except Exception as error:
+            state = load_tensors(io.BytesIO(content))
+            if not isinstance(state, dict):
+                raise ValueError(f"expected a checkpoint, got {type(state).__name__}")
+        # A disk that cannot read a file has damaged it too.
+        except (ValueError, OSError) as error:
             print(f"{path}: damaged checkpoint ({error}); using the one before it", file=sys.stderr)
             path.rename(path.with_suffix(".damaged"))
             continue

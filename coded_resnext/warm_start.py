@@ -16,7 +16,6 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -24,6 +23,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from .models import CodedResNeXt
+from .tensor_files import load_tensors
 
 # Where training scripts put the weights when they store more than these.
 _CONTAINERS = ("state_dict", "model")
@@ -80,13 +80,10 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
             raise ValueError(f"{path}: not a readable safetensors file: {error}") from error
     try:
         # Scripts store their command line; a namespace is attributes and no code.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            content: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise ValueError(
-            f"{path}: expected a checkpoint of tensors and plain values, which is all that is "
-            f"loaded, since anything else could run code; got: {str(error).splitlines()[0]}"
-        ) from error
+        with path.open("rb") as file:
+            content = load_tensors(file, [argparse.Namespace])
+    except ValueError as error:
+        raise ValueError(f"{path}: not a readable checkpoint: {error}") from error
     for name in _CONTAINERS:
         if isinstance(content, dict) and isinstance(content.get(name), dict):
             content = content[name]

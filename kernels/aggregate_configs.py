@@ -6,6 +6,7 @@ from dataclasses import replace
 from functools import cache
 
 from .configs import ITEM_BYTES, BlockSizes, LaunchRow, Variant, Windows, next_power_of_2
+from .tuned import tuned
 
 
 def _aggregate_constexprs(
@@ -28,12 +29,8 @@ def _windows_per_program(sizes: BlockSizes) -> int:
     return min((8, 4), key=lambda windows: -(-count // windows) * windows)
 
 
-@cache
-def aggregate_forward(sizes: BlockSizes, variant: Variant) -> LaunchRow:
-    """Settings of `aggregate.aggregate_forward`: a program a sample, a warp a window.
-
-    Windows of 64 channels take two warps each, for their registers.
-    """
+def _forward(sizes: BlockSizes, variant: Variant) -> LaunchRow:
+    """A program a sample, a warp a window; two where windows of 64 channels need the registers."""
     cut = Windows.of(sizes)
     windows = _windows_per_program(sizes)
     item = ITEM_BYTES[variant.dtype]
@@ -59,10 +56,16 @@ def aggregate_forward(sizes: BlockSizes, variant: Variant) -> LaunchRow:
 
 
 @cache
+def aggregate_forward(sizes: BlockSizes, variant: Variant) -> LaunchRow:
+    """Settings of `aggregate.aggregate_forward`."""
+    return tuned(_forward(sizes, variant), variant.arch)
+
+
+@cache
 def aggregate_backward(sizes: BlockSizes, variant: Variant) -> LaunchRow:
-    """Settings of `aggregate.aggregate_backward`: as forward."""
-    forward = aggregate_forward(sizes, variant)
-    return replace(
+    """Settings of `aggregate.aggregate_backward`: the rules are those of the forward pass."""
+    forward = _forward(sizes, variant)
+    row = replace(
         forward,
         kernel="aggregate:aggregate_backward",
         args=(
@@ -84,3 +87,4 @@ def aggregate_backward(sizes: BlockSizes, variant: Variant) -> LaunchRow:
         sample_bytes=sizes.branches
         * (3 * sizes.width * sizes.pixels * ITEM_BYTES[variant.dtype] + 12),
     )
+    return tuned(row, variant.arch)

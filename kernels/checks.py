@@ -115,6 +115,9 @@ def check_loss(energies: Tensor, codewords: Tensor, exponent: float, threshold: 
             "energies: expected [B, N] for codewords [K, N], got "
             f"{list(energies.shape)} for {list(codewords.shape)}"
         )
+    if len(energies) == 0:
+        # A mean over no sample would be NaN.
+        raise ValueError(f"energies: expected at least one sample, got {list(energies.shape)}")
     if not (math.isfinite(exponent) and exponent >= 1):
         raise ValueError(f"exponent: expected a number of at least 1, got {exponent}")
     if not (math.isfinite(threshold) and threshold >= 0):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import cache
 
 from .configs import ITEM_BYTES, Argument, BlockSizes, LaunchRow, Variant, Windows, block_pixels
+from .tuned import tuned
 
 # Samples that share one load of the branch matrices and of the affine map.
 SAMPLES_PER_PROGRAM = 8
@@ -26,7 +27,7 @@ def _energy_row(
     windows = Windows.of(sizes)
     block_p = block_pixels(sizes, pixels.get(windows.block_k, 16))
     item = ITEM_BYTES[variant.dtype]
-    return LaunchRow(
+    row = LaunchRow(
         kernel=kernel,
         args=args,
         constexprs=(
@@ -38,6 +39,7 @@ def _energy_row(
         trip_bytes=passes * block_p * windows.group * sizes.width * item,
         sample_bytes=sizes.branches * (passes * sizes.width * sizes.pixels * item + 4),
     )
+    return tuned(row, variant.arch)
 
 
 @cache

@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import cache
 
 from .configs import ITEM_BYTES, BlockSizes, LaunchRow, Variant, block_pixels, next_power_of_2
+from .tuned import tuned
 
 
 def _expand_block_k(variant: Variant) -> int:
@@ -45,7 +46,7 @@ def expand_forward(
     block_c = min(256 if wide else 64 if single else 128, next_power_of_2(max(16, sizes.channels)))
     item = ITEM_BYTES[variant.dtype]
     channels = sizes.branches * sizes.width
-    return LaunchRow(
+    row = LaunchRow(
         kernel="expand:expand_forward",
         args=(
             variant.pointer(),
@@ -76,3 +77,4 @@ def expand_forward(
         trip_bytes=(rows + block_c) * block_k * item,
         sample_bytes=(channels + sizes.channels) * sizes.pixels * item,
     )
+    return tuned(row, variant.arch)

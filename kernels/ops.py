@@ -3,7 +3,11 @@
 Backends:
     `reference`  the unfused definition; any floating dtype; for checks.
     `torch`      the exact Gram form in plain PyTorch; every device.
-    `triton`     the kernels, on CUDA devices; on CPU tensors in Triton's interpreter.
+    `fused`      for a block the fused data flow (coded_resnext/fused.py), each of its operators by
+                 kernels where they have been seen to win and by PyTorch elsewhere; every device.
+                 For an operation alone, `torch`.
+    `triton`     the kernels, for a block in the fused data flow, on CUDA devices; on CPU tensors in
+                 Triton's interpreter.
     `auto`       `torch`: no measurement on a GPU has shown yet where the kernels win.
 
 The environment variable CODED_RESNEXT_BACKEND replaces `auto`; an explicit argument wins over it.
@@ -37,7 +41,7 @@ from .checks import (
     checked_mask,
 )
 
-Backend = Literal["auto", "reference", "torch", "triton"]
+Backend = Literal["auto", "reference", "torch", "fused", "triton"]
 
 BACKEND_VARIABLE = "CODED_RESNEXT_BACKEND"
 _LOG = logging.getLogger("coded_resnext")
@@ -50,7 +54,7 @@ def backends() -> dict[str, str | None]:
         reason = "Triton is not installed"
     elif not torch.cuda.is_available() and not launch.interpreted():
         reason = "no CUDA device was found (on a CPU: TRITON_INTERPRET=1, for checks only)"
-    return {"reference": None, "torch": None, "triton": reason}
+    return {"reference": None, "torch": None, "fused": None, "triton": reason}
 
 
 def select_backend(backend: Backend = "auto") -> str:
@@ -60,6 +64,12 @@ def select_backend(backend: Backend = "auto") -> str:
         ValueError: no such backend.
         RuntimeError: the backend was asked for by name and cannot run here.
     """
+    requested = requested_backend(backend)
+    return "torch" if requested == "auto" else requested
+
+
+def requested_backend(backend: Backend) -> str:
+    """As `select_backend`, with `auto` where neither the call nor the environment names one."""
     source = "backend"
     requested: str = backend
     if requested == "auto":
@@ -68,8 +78,8 @@ def select_backend(backend: Backend = "auto") -> str:
     if requested not in get_args(Backend):
         expected = ", ".join(get_args(Backend))
         raise ValueError(f"{source}: expected one of {expected}; got {requested!r}")
-    if requested in ("auto", "torch", "reference"):
-        return "torch" if requested == "auto" else requested
+    if requested != "triton":
+        return requested
     reason = backends()[requested]
     if reason is not None:
         raise RuntimeError(f"{source}: {requested!r} was asked for but cannot run: {reason}")
@@ -80,7 +90,7 @@ def _select_for(h: Tensor, width: int, backend: Backend) -> str:
     """The backend for activations; what the kernels do not take goes to `torch`."""
     chosen = select_backend(backend)
     if chosen != "triton":
-        return chosen
+        return "torch" if chosen == "fused" else chosen
     if not h.is_cuda and not launch.interpreted():
         raise RuntimeError(f"backend: 'triton' was asked for but h is on {h.device}")
     reason = launch.unsupported(h, width)

@@ -36,7 +36,7 @@ def test_leftovers_of_a_killed_process_go(tmp_path: Path) -> None:
     RunFolder(tmp_path, CONFIG)
     (tmp_path / ".model.safetensors.123.tmp").write_bytes(b"half")
     RunFolder(tmp_path, CONFIG, resume=True)
-    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+    assert {path.name for path in tmp_path.iterdir()} == {"config.json", ".lock"}
 
 
 def test_a_file_in_the_place_of_the_folder(tmp_path: Path) -> None:

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_training import IMAGES, TARGETS, assert_same, make_config, make_model
+from tiny_training import BOOK, IMAGES, TARGETS, assert_same, make_config, make_model
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from coded_resnext import CodedLoss, CodedResNeXt
+from coded_resnext import CodedLoss, CodedResNeXt, Stage
 from coded_resnext.batch import Batch
 from coded_resnext.config import TrainingConfig
 from coded_resnext.distributed import World
@@ -224,6 +224,45 @@ def test_a_gradient_alone_may_be_what_is_not_finite() -> None:
         step.finish()
     assert caught.value.terms == ["gradient"]
     assert_same(parameters(step.model), before)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, 1e30])
+def test_an_optimizer_state_alone_may_be_what_is_not_finite(value: float) -> None:
+    """Of a damaged checkpoint, or so large that its square overflows: as its next sum may."""
+    step = run(2)
+    step.optimizer.state[step.model.head.weight]["momentum_buffer"][0, 0] = value
+    before = {k: v.clone() for k, v in step.model.state_dict().items()}
+    step(BATCH, 2)
+    assert_same(parameters(step.model), [before[name] for name, _ in step.model.named_parameters()])
+    with pytest.raises(NonFiniteError) as caught:
+        step.finish()
+    assert caught.value.terms == ["optimizer state"]
+    assert_same(dict(step.model.state_dict()), before)
+
+
+@pytest.mark.parametrize("place", ["input", "block 1", "block 2", "block 3"])
+def test_the_first_place_that_is_not_finite_is_named(place: str) -> None:
+    """Three coded blocks: an image, or the activations before the energies of one of them."""
+    torch.manual_seed(0)
+    stages = [Stage(1, 8, 2, 4, 4), Stage(3, 8, 2, 4, 2)]
+    model = CodedResNeXt(stages, 3, codebooks=[BOOK], in_channels=1, stem_channels=8)
+    step = make_step(model)
+    step(BATCH, 0)
+    step.finish()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    images = BATCH.images.clone()
+    number = 1
+    if place == "input":
+        images[3, 0, 0, 0] = torch.nan
+    else:
+        number = int(place[-1])
+        block = model.coded_blocks[number - 1]
+        block.grouped_bn.register_forward_hook(lambda _, __, y: y + torch.inf)
+    step(BATCH._replace(images=images), 1)
+    with pytest.raises(NonFiniteError) as caught:
+        step.finish()
+    assert caught.value.terms[0] == f"coding loss of coded block {number}"
+    assert_same(dict(model.state_dict()), before)
 
 
 def test_a_loss_alone_may_be_what_is_not_finite() -> None:

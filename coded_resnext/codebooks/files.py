@@ -9,12 +9,11 @@
 from __future__ import annotations
 
 import csv
-import json
 import re
 from pathlib import Path
 from typing import Any
 
-LARGEST_FILE = 16 * 1024 * 1024
+from ..text_files import parse_json, read_text
 
 
 def read_document(path: str | Path) -> dict[str, Any]:
@@ -26,24 +25,14 @@ def read_document(path: str | Path) -> dict[str, Any]:
         ValueError: the file is too large, is not text, or holds no list of words.
         OSError: the file cannot be read.
     """
-    with Path(path).open("rb") as file:
-        content = file.read(LARGEST_FILE + 1)
-    if len(content) > LARGEST_FILE:
-        raise ValueError(f"expected at most {LARGEST_FILE >> 20} MiB, the file is larger")
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        raise ValueError("expected text in UTF-8, got other bytes") from None
+    text = read_text(path)
     if text.lstrip()[:1] in ("{", "["):
         return _from_json(text)
     return _from_lines(text)
 
 
 def _from_json(text: str) -> dict[str, Any]:
-    try:
-        data = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"expected JSON: {error}") from None
+    data = parse_json(text)
     document = data if isinstance(data, dict) else {"codewords": data}
     words = document.get("codewords")
     if not isinstance(words, list):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from safetensors.torch import save_file
 from ..checkpoint import MODEL_FILE, load_model, save_model
 from ..convert import published_model, published_model_state
 from ..registry import create_model, list_models
+from ..text_files import read_json
 from ..warm_start import load_plain_weights, read_state_dict
 
 
@@ -86,7 +86,7 @@ def run(arguments: argparse.Namespace) -> int:
     state = read_state_dict(arguments.source)
     if arguments.architecture is not None:
         try:
-            architecture = json.loads(arguments.architecture.read_text(encoding="utf-8"))
+            architecture = read_json(arguments.architecture)
         except ValueError as error:
             raise ValueError(f"{arguments.architecture}: not JSON: {error}") from error
         model = published_model(state, architecture, class_names=names)

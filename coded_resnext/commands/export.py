@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from ..image_folder import find_images, read_image
 from ..onnx_files import quantize_onnx
 from ..pretrained import Pretrained, push_to_hub, save_pretrained
 from ..run_folder import SUMMARY_FILE
+from ..text_files import read_json
 from .extract import parse_class, stored_thresholds
 
 FOLDER = "export"
@@ -142,7 +142,7 @@ def pretrained_run(
     results: dict[str, Any] = {}
     if summary.is_file():
         try:
-            content = json.loads(summary.read_text(encoding="utf-8"))
+            content = read_json(summary)
             results = {key: content[key] for key in RESULTS if key in content}
         except (ValueError, TypeError) as error:
             raise ValueError(f"{summary}: not a readable summary: {error}") from error

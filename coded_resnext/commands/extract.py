@@ -15,6 +15,7 @@ from ..extract import class_index, extract_classifier, extract_subset
 from ..extracted import ExtractedClassifier, ExtractedNetwork
 from ..extracted_files import INDEX_FILE, extract_all, file_name, save_extracted
 from ..models import CodedResNeXt
+from ..text_files import printable, read_json
 
 FOLDER = "classifiers"
 EVALUATION_FILE = "evaluation.json"
@@ -119,7 +120,7 @@ def stored_thresholds(run_folder: Path) -> dict[str, float | None]:
     if not path.is_file():
         return {}
     try:
-        one_class = json.loads(path.read_text(encoding="utf-8")).get("one_class") or {}
+        one_class = read_json(path).get("one_class") or {}
         return {row["class_name"]: row["threshold"] for row in one_class.get("classifiers", [])}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: not a readable evaluation: {error}") from error
@@ -191,7 +192,7 @@ def _sentences(content: dict[str, Any]) -> str:
         )
     elif len(content["class_names"]) == 1:
         lines.append(
-            f"class {content['class_names'][0]}, "
+            f"class {printable(content['class_names'][0])}, "
             + (
                 "no threshold (evaluate the run, or give --threshold)"
                 if content["threshold"] is None

@@ -13,6 +13,7 @@ from ..checkpoint import LoadedModel, load_model
 from ..cost import measure_latency, network_cost
 from ..early_exit import EXIT_FILE, EarlyExit
 from ..extract import extract_classifier, extract_subset
+from ..text_files import printable
 from .extract import DEFAULT_IMAGE_SIZE
 
 SHOWN_CLASSES = 10
@@ -113,7 +114,8 @@ def describe(
 
 def _sentences(content: dict[str, Any]) -> str:
     names, cost = content["class_names"], content["cost"]
-    shown = ", ".join(names[:SHOWN_CLASSES]) + (", .." if len(names) > SHOWN_CLASSES else "")
+    shown = ", ".join(map(printable, names[:SHOWN_CLASSES]))
+    shown += ", .." if len(names) > SHOWN_CLASSES else ""
     lines = [f"{len(names)} classes: {shown}"]
     for number, stage in enumerate(content["stages"], 1):
         active, branches = stage["active"], stage["branches"]

@@ -18,6 +18,7 @@ from ..image_folder import find_images, read_image
 from ..interpret.running import evaluating, with_progress
 from ..interpret.tracing import strongest
 from ..models import CodedResNeXt
+from ..text_files import printable
 
 
 def add_parser(commands: Any) -> None:
@@ -149,15 +150,14 @@ def classify(
 
 def _table(loaded: LoadedModel, rows: list[dict[str, Any]], criterion: EarlyExit | None) -> str:
     blocks = len(loaded.model.coded_blocks)
-    file_width = max(len(row["file"]) for row in rows)
-    name_width = max(len(row["class_name"]) for row in rows)
+    files = [printable(row["file"]) for row in rows]
+    names = [printable(row["class_name"]) for row in rows]
+    file_width, name_width = max(map(len, files)), max(map(len, names))
     lines = []
-    for row in rows:
+    for file, name, row in zip(files, names, rows, strict=True):
         where = "classifier" if row["exit_block"] is None else f"block {row['exit_block']}/{blocks}"
         path = " | ".join(" ".join(map(str, branches)) for branches in row["path"])
-        lines.append(
-            f"{row['file']:<{file_width}}  {row['class_name']:<{name_width}}  {where:<10}  {path}"
-        )
+        lines.append(f"{file:<{file_width}}  {name:<{name_width}}  {where:<10}  {path}")
     if criterion is not None:
         assert loaded.preprocessing is not None
         whole = network_cost(loaded.model, loaded.preprocessing.size).macs

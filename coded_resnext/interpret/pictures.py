@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..checkpoint import write_atomically
 from ..data import Preprocessing
+from ..text_files import read_json
 from .running import Loader
 
 FORMAT_VERSION = 1
@@ -69,7 +70,7 @@ def load_pictures(path: str | Path) -> dict[int, str]:
         OSError: it cannot be read.
     """
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        content = read_json(path)
         if content["format_version"] != FORMAT_VERSION:
             raise ValueError(
                 f"format_version: expected {FORMAT_VERSION}, got {content['format_version']!r}"

@@ -7,6 +7,7 @@ import io
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+from ..text_files import printable
 from .evaluation import Evaluation
 from .one_class import OneClass, OneClassClassifier
 from .removal import KINDS, RemovalCurve
@@ -191,7 +192,9 @@ def _class_table(result: OneClass) -> Iterator[str]:
     for one in shown:
         numbers = (one.average_precision, one.precision, one.recall, one.f1)
         yield _row(
-            f"  {one.class_name}"[:_LABEL], [str(one.positives), *map(_fraction, numbers)], width
+            f"  {printable(one.class_name)}"[:_LABEL],
+            [str(one.positives), *map(_fraction, numbers)],
+            width,
         )
     known = [one for one in result.classifiers if one.average_precision is not None]
     yield _row(

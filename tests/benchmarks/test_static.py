@@ -9,7 +9,6 @@ import json
 import os
 import subprocess
 import sys
-from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,13 +16,16 @@ from typing import Any
 import pytest
 import static
 import static_limits
+import static_rows
 from coded_resnext.kernels.build import build
 from coded_resnext.kernels.prebuilt import FOLDERS_VARIABLE
 from coded_resnext.kernels.shipped_rows import shipped_rows
 from sass import Code, Instruction
 from static_limits import Limits
+from static_rows import one_of_each
 
 HERE = Path(static.__file__).parent
+ARCHS = ("sm80", "sm90", "sm100")
 LAUNCH = HERE.parent / "tests" / "kernels" / "launch_rows.py"
 
 
@@ -40,15 +42,15 @@ def run(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The kernels of the quick rows, for sm_90."""
+    """One row of each piece of code, for every architecture that the limits hold for."""
     folder = tmp_path_factory.mktemp("kernels")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(HERE), prepend=os.pathsep)
         build(
-            ["sm90"],
+            ARCHS,
             folder,
             source=static.ROWS,
-            wanted=lambda name, _arch: name.endswith(static.QUICK),
+            wanted=lambda name, arch: name in one_of_each(arch),
         )
     return folder
 
@@ -57,25 +59,32 @@ def test_shipped_kernels_keep_their_limits(compiled: Path, tmp_path: Path) -> No
     out = tmp_path / "static.json"
     result = run(
         str(HERE / "static.py"),
-        *("--quick", "--arch", "sm90", "--folder", str(compiled), "--out", str(out)),
+        *("--quick", *(option for arch in ARCHS for option in ("--arch", arch))),
+        *("--folder", str(compiled), "--out", str(out)),
     )
     assert result.returncode == 0, result.stdout + result.stderr
     assert "no work to do" in result.stdout
     assert "0 limits broken" in result.stdout
-    rows = json.loads(out.read_text())["rows"]
-    counted = Counter(row["kernel"] for row in rows)
-    assert {row.kernel.partition(":")[2] for _, row in shipped_rows("sm90")} <= set(counted)
+    rows = static.read_rows(out.read_text())
+    settings = {arch: dict(static_rows.rows(arch)) for arch in ARCHS}
+    kernels = {row["row"]: settings[row["arch"]][row["row"]].kernel for row in rows}
+    for arch in ARCHS:
+        compiled_here = {kernels[row["row"]] for row in rows if row["arch"] == arch}
+        assert compiled_here >= {row.kernel for _, row in shipped_rows(arch)}
     for row in rows:
         assert 16 <= row["registers"] <= 255
         assert row["instructions"] >= row["loop_instructions"] > 10
         assert row["spilled"] == 0
-        if static_limits.LIMITS.get(row["kernel"], Limits(0)).per_byte is not None:
+        limits = static.limits_for(
+            kernels[row["row"]].partition(":")[2], settings[row["arch"]][row["row"]]
+        )
+        if limits.per_byte is not None:
             assert row["instructions_per_byte"] > 0.01
 
 
 def test_the_jit_finds_the_shipped_kernels(compiled: Path, tmp_path: Path) -> None:
     result = run(
-        *(str(LAUNCH), "sm90", static.ROWS, *static.QUICK),
+        *(str(LAUNCH), "sm90", static.ROWS, *one_of_each("sm90")),
         PYTHONPATH=os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")]),
         TRITON_CACHE_DIR=str(tmp_path / "cache"),
         **{FOLDERS_VARIABLE: str(compiled)},

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from coded_resnext.codebooks.files import LARGEST_FILE, read_document
+from coded_resnext.codebooks.files import read_document
+from coded_resnext.text_files import LARGEST_TEXT
 
 WORDS = ["0110", "1001", "0011"]
 
@@ -38,7 +39,7 @@ def test_formats(tmp_path, text, names):
         (b"\xff\xfe\x00", "expected text in UTF-8"),
         (b'{"words": []}', 'a list "codewords"'),
         (b'{"codewords": [', "expected JSON"),
-        (b"0" * (LARGEST_FILE + 1), "at most 16 MiB, the file is larger"),
+        (b"0" * (LARGEST_TEXT + 1), "at most 16 MiB, the file is larger"),
     ],
 )
 def test_bad_files(tmp_path, content, message):

@@ -1,0 +1,229 @@
+"""Augmentation of whole batches in the memory of a device, by the draws of the CPU's pipeline.
+
+The host makes the draws of `augment.TrainTransform`, with its generators and timm's own code, and
+writes them down as numbers; the device does to the pixels what they say. B images of H x W pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .augment import (
+    Augmentation,
+    Flips,
+    PaddedCrop,
+    generators_kept,
+    make_rand_augment,
+    posterize_to_black,
+    seed_generators,
+)
+from .data import Preprocessing
+from .device_ops import NUMBERS, OPERATIONS, apply_operation
+
+# Numbers of an image before those of its operations: left, top, mirrored, flipped.
+PLACE = 4
+
+
+class Draws:
+    """What becomes of images, as numbers; what a seed gives is what `TrainTransform` does with it.
+
+    Args:
+        augmentation: what happens.
+        preprocessing: size and colours.
+
+    Raises:
+        ValueError: a setting that the device does not know.
+        ImportError: timm or Pillow is missing.
+
+    Attributes:
+        layers: RandAugment's operations for an image.
+        fill: colour that its shifts and turns bring in.
+    """
+
+    def __init__(self, augmentation: Augmentation, preprocessing: Preprocessing) -> None:
+        if augmentation.crop_padding is None or augmentation.reprob:
+            name, given = (
+                ("crop_padding", None)
+                if augmentation.crop_padding is None
+                else ("reprob", augmentation.reprob)
+            )
+            wanted = "a number of pixels" if given is None else "0"
+            raise ValueError(
+                f"{name}: expected {wanted} with augment_on device, which has no resized crops and "
+                f"no erasing, got {given}; leave it to augment_on cpu"
+            )
+        self._crop = PaddedCrop(preprocessing.size, augmentation.crop_padding)
+        self._flips = Flips(augmentation.hflip, augmentation.vflip)
+        self.layers, self.fill = 0, (0, 0, 0)
+        self._augment: Callable[[Any], Any] | None = None
+        if augmentation.aa:
+            rand_augment = make_rand_augment(augmentation.aa, preprocessing)
+            for operation in rand_augment.ops:
+                operation.aug_fn = _noted(operation.name, operation.aug_fn)
+                self.fill = operation.kwargs["fillcolor"]
+            self.layers, self._augment = rand_augment.num_layers, rand_augment
+        self._notes = _make_notes(preprocessing.size)
+
+    def __call__(self, seeds: Sequence[int]) -> Tensor:
+        """`[B, PLACE + layers * NUMBERS]`, float64."""
+        rows = []
+        with generators_kept():
+            for seed in seeds:
+                seed_generators(seed)
+                row = [float(number) for number in (*self._crop.draw(), *self._flips.draw())]
+                if self._augment is not None:
+                    self._notes.rows = []
+                    self._augment(self._notes)
+                    for operation in self._notes.rows:
+                        row += operation
+                rows.append(row + [0.0] * (PLACE + self.layers * NUMBERS - len(row)))
+        return torch.tensor(rows, dtype=torch.float64)
+
+
+class Normalize:
+    """From intensities to a network's input, as `Preprocessing.normalize`; the host does not wait.
+
+    Args:
+        preprocessing: mean and deviation.
+        device: where the images are.
+    """
+
+    def __init__(self, preprocessing: Preprocessing, device: torch.device) -> None:
+        self._mean, self._std = (
+            torch.tensor(values, device=device)[:, None, None]
+            for values in (preprocessing.mean, preprocessing.std)
+        )
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """`[B, 3, H, W]`, uint8 to float32."""
+        return (images.float() / 255 - self._mean) / self._std
+
+
+class DeviceAugment:
+    """Makes a network's input of images that are in the device's memory; the host does not wait.
+
+    Args:
+        preprocessing: size and normalisation.
+        fill: of `Draws`.
+        device: where the images are.
+    """
+
+    def __init__(
+        self, preprocessing: Preprocessing, fill: Sequence[int], device: torch.device
+    ) -> None:
+        self._fill = torch.tensor(fill, dtype=torch.uint8, device=device)
+        self._normalize = Normalize(preprocessing, device)
+
+    def __call__(self, pixels: Tensor, indices: Tensor, draws: Tensor) -> Tensor:
+        """The chosen images, augmented and normalised.
+
+        Args:
+            pixels: all images `[n, 3, H, W]`, uint8.
+            indices: which, `[B]`.
+            draws: of these, see `Draws`.
+
+        Returns:
+            `[B, 3, H, W]`, float32.
+        """
+        images = crop_and_flip(pixels, indices, draws[:, :PLACE])
+        for start in range(PLACE, draws.shape[1], NUMBERS):
+            images = apply_operation(images, draws[:, start : start + NUMBERS], self._fill)
+        return self._normalize(images)
+
+
+def crop_and_flip(pixels: Tensor, indices: Tensor, places: Tensor) -> Tensor:
+    """Shifted images, black where they end, then flipped.
+
+    Args:
+        pixels: `[n, 3, H, W]`, uint8.
+        indices: which of them, `[B]`.
+        places: `[B, PLACE]`: first column and row of the part that is cut out, below 0 outside the
+            image, and whether to flip from left to right and from top to bottom.
+    """
+    height, width = pixels.shape[2:]
+    left, top, mirrored, flipped = places.long().unbind(1)
+    rows, inside_rows = _line(height, top, flipped)
+    columns, inside_columns = _line(width, left, mirrored)
+    images = pixels[indices[:, None, None], :, rows[:, :, None], columns[:, None, :]]
+    inside = inside_rows[:, :, None] & inside_columns[:, None, :]
+    return torch.where(inside[..., None], images, 0).permute(0, 3, 1, 2)
+
+
+def _line(length: int, start: Tensor, is_reversed: Tensor) -> tuple[Tensor, Tensor]:
+    """Places `[B, length]` along one axis, held inside the image, and whether they were in it."""
+    steps = torch.arange(length, device=start.device)
+    steps = torch.where(is_reversed[:, None] > 0, length - 1 - steps, steps)
+    places = start[:, None] + steps
+    return places.clamp(0, length - 1), (places >= 0) & (places < length)
+
+
+def _noted(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """In place of one of timm's operations: writes down what it was asked for."""
+    from timm.data import auto_augment
+
+    # Shifts and turns stay: they hand their coefficients to the image that they change.
+    moving = (
+        auto_augment.shear_x,
+        auto_augment.shear_y,
+        auto_augment.translate_x_abs,
+        auto_augment.translate_y_abs,
+        auto_augment.translate_x_rel,
+        auto_augment.translate_y_rel,
+        auto_augment.rotate,
+    )
+    if function in moving:
+        return function
+    known = {
+        auto_augment.auto_contrast: "autocontrast",
+        auto_augment.equalize: "equalize",
+        auto_augment.invert: "invert",
+        posterize_to_black: "posterize",
+        auto_augment.solarize: "solarize",
+        auto_augment.solarize_add: "solarize_add",
+        auto_augment.brightness: "brightness",
+        auto_augment.contrast: "contrast",
+        auto_augment.color: "color",
+        auto_augment.sharpness: "sharpness",
+    }
+    if function not in known:
+        raise ValueError(
+            f"aa: expected operations that augment_on device knows, got {name}; leave it to "
+            "augment_on cpu"
+        )
+    return partial(_note, OPERATIONS.index(known[function]))
+
+
+def _note(operation: int, notes: Any, amount: float = 0.0, **_: Any) -> Any:
+    notes.rows.append([float(operation), 0.0, float(amount), *[0.0] * (NUMBERS - 3)])
+    return notes
+
+
+def _make_notes(size: int) -> Any:
+    """Stands for an image of a size; its list `rows` gets what an operation would do to it."""
+    from PIL import Image
+
+    class Notes(Image.Image):
+        """Takes the coefficients that Pillow's own code works out for turns and shifts."""
+
+        rows: list[list[float]]
+
+        @property
+        def size(self) -> tuple[int, int]:
+            return size, size
+
+        def copy(self) -> Notes:  # type: ignore[override]
+            return self
+
+        def transform(  # type: ignore[override]
+            self, size: Any, method: Any, data: Sequence[float], resample: int, **_: Any
+        ) -> Notes:
+            cubic = float(resample == Image.Resampling.BICUBIC)
+            self.rows.append([float(OPERATIONS.index("affine")), cubic, *map(float, data)])
+            return self
+
+    return Notes()

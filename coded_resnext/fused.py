@@ -1,0 +1,183 @@
+"""The fused data flow of a block: BatchNorm, ReLU and addition inside the convolutions around them.
+
+Every tensor between two convolutions is kept *raw*, as the convolution wrote it, together with the
+map of each channel that BatchNorm makes of its statistics; who reads it applies the map. Gradients
+are autograd's, operator by operator. Parameters and results are those of the block as layers.py
+writes it. Letters as in docs/math.md; the data flow is told in docs/fused_block.md.
+"""
+
+from __future__ import annotations
+
+import logging
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from .fused_norm import affine_of, uses_batch
+from .fused_operators import FusedOperators
+from .fused_values import Affine, Deferred, Map, like, ready
+from .kernels.checks import check_debug, checked_mask
+from .kernels.gram import split_weight
+from .kernels.launch import architecture
+from .kernels.operators import normalize_branches
+from .kernels.ops import requested_backend
+from .kernels.reference import accumulation_dtype
+
+if TYPE_CHECKING:
+    from .layers import CodedBottleneck
+
+logger = logging.getLogger("coded_resnext")
+
+# Architectures on which the fused data flow has been measured to train faster than layer by layer.
+# Empty, since no GPU has timed it: it runs where it is asked for by name.
+WINS: frozenset[str] = frozenset()
+
+
+def apply_block(
+    block: CodedBottleneck,
+    x: Map,
+    *,
+    drop_mask: Tensor | None = None,
+    keep_mask: Tensor | None = None,
+) -> tuple[Map, Tensor | None]:
+    """The block, fused with the next where its backend says so.
+
+    Args:
+        block: what to apply.
+        x: `[B, C_in, H_in, W_in]`, or what the block before has left to be computed.
+        drop_mask, keep_mask: as for the block, which draws none here.
+
+    Returns:
+        `y [B, C, H, W]`, perhaps still to be computed, and the energies.
+    """
+    if is_fused(block, like(x)):
+        return fused_block(block, x, drop_mask=drop_mask, keep_mask=keep_mask)
+    y, energies = block(ready(x), drop_mask=drop_mask, keep_mask=keep_mask)
+    return y, energies
+
+
+def fused_block(
+    block: CodedBottleneck, x: Map, *, drop_mask: Tensor | None, keep_mask: Tensor | None
+) -> tuple[Deferred, Tensor | None]:
+    """`CodedBottleneck.forward` on raw tensors; arguments as for `apply_block`."""
+    run = FusedOperators.of(_chosen(block, like(x)), like(x))
+    bn1, bn2, bn3 = block.reduce_bn, block.grouped_bn, block.expand_bn
+    last = {"statistics": uses_batch(bn3), "deferred": _is_deferred(block)}
+    # What the operators are given has its dtype; autocast would round what they keep in float32.
+    with torch.autocast(like(x).device.type, enabled=False):
+        x, y1, sums1 = run.join_conv1x1(x, block.reduce, statistics=uses_batch(bn1))
+        map1 = affine_of(bn1, sums1, _values(y1))
+        y2, sums2 = run.grouped(y1, block.grouped, map1, statistics=uses_batch(bn2))
+        map2 = affine_of(bn2, sums2, _values(y2))
+        energies: Tensor | None = None
+        if block.is_coded:
+            h, energies = _normalized(block, y2, map2, drop_mask, keep_mask)
+            y3, sums3 = run.conv1x1(h, block.expand, **last)
+        else:
+            y3, sums3 = run.conv1x1(y2, block.expand, map2, **last)
+        map3 = affine_of(bn3, sums3, _values(y3), deferred=last["deferred"])
+        residual, residual_map = _skip(block, run, x, deferred=last["deferred"])
+    return Deferred(y3, map3, residual, residual_map, last["deferred"], run.joins(y3)), energies
+
+
+def _normalized(
+    block: CodedBottleneck,
+    y2: Tensor,
+    affine: Affine,
+    drop_mask: Tensor | None,
+    keep_mask: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """`s h` and `Ebar`, (2)-(5) and (10)-(12), of `h = relu(scale y2 + bias)`."""
+    accumulate = accumulation_dtype(y2.dtype)
+    drop_mask = checked_mask("drop_mask", drop_mask, y2, block.branches, accumulate)
+    keep_mask = checked_mask("keep_mask", keep_mask, y2, block.branches, accumulate)
+    check_debug(h=y2, weight=block.expand.weight)
+    per_branch = split_weight(block.expand.weight, block.branches, concatenate=False)
+    scaled, energies, _ = normalize_branches(y2, per_branch, *affine, drop_mask, keep_mask)
+    return scaled, energies
+
+
+def _skip(
+    block: CodedBottleneck, run: FusedOperators, x: Tensor, *, deferred: bool
+) -> tuple[Tensor, Affine | None]:
+    """The skip connection: `x` itself, or the raw output of its convolution and the map behind."""
+    if isinstance(block.skip, nn.Identity):
+        return x, None
+    conv, bn = block.skip
+    y, sums = run.conv1x1(x, conv, statistics=uses_batch(bn), deferred=deferred)
+    return y, affine_of(bn, sums, _values(y), deferred=deferred)
+
+
+def _values(y: Tensor) -> int:
+    """The values of a channel of `[B, C, H, W]`."""
+    return y.shape[0] * y.shape[2] * y.shape[3]
+
+
+def _is_deferred(block: CodedBottleneck) -> bool:
+    """Whether the gradients of the tensors that are joined leave the join without their scales.
+
+    The scales travel with the gradients of the statistics, so that there must be some.
+    """
+    layers = [block.expand_bn]
+    if not isinstance(block.skip, nn.Identity):
+        layers.append(block.skip[1])
+    return all(uses_batch(bn) for bn in layers)
+
+
+def is_fused(block: CodedBottleneck, x: Tensor) -> bool:
+    """Whether the block takes the fused data flow for activations like `x`."""
+    chosen = _chosen(block, x)
+    if chosen not in ("fused", "triton"):
+        return False
+    reason = unfused_reason(block)
+    if reason is not None and not torch.compiler.is_compiling():
+        _report(f"a block runs layer by layer: {reason}")
+    return reason is None
+
+
+def _chosen(block: CodedBottleneck, x: Tensor) -> str:
+    """The backend of the block for these activations."""
+    chosen = requested_backend(block.backend)
+    if chosen == "auto":
+        arch = architecture(x.device.index) if x.is_cuda else "cpu"
+        if arch in WINS:
+            return "fused"
+        if x.is_cuda and not torch.compiler.is_compiling():
+            _report(f"blocks run layer by layer: the fused data flow was not timed on {arch}")
+        return "torch"
+    return chosen
+
+
+def unfused_reason(block: CodedBottleneck) -> str | None:
+    """What about a block keeps it from being fused; None if nothing does."""
+    if block.is_coded and block.aggregation == "concat":
+        return "its branches are concatenated"
+    if block.is_coded and not block.normalize:
+        return "its energies are not normalised"
+    pairs: list[tuple[Any, Any]] = [
+        (block.reduce, block.reduce_bn),
+        (block.grouped, block.grouped_bn),
+        (block.expand, block.expand_bn),
+    ]
+    skip: tuple[Any, ...] = () if isinstance(block.skip, nn.Identity) else tuple(block.skip)
+    if len(skip) not in (0, 2):
+        return "its skip connection is not a convolution and a BatchNorm"
+    for conv, bn in [*pairs, *([skip] if skip else [])]:
+        if not isinstance(conv, nn.Conv2d) or conv.bias is not None:
+            return f"{type(conv).__name__} stands in the place of a convolution without a bias"
+        if type(bn) not in (nn.BatchNorm2d, nn.SyncBatchNorm):
+            return f"{type(bn).__name__} stands in the place of BatchNorm"
+    for module in (block, block.skip, *(layer for pair in (*pairs, skip) for layer in pair)):
+        if module._forward_hooks or module._forward_pre_hooks:
+            return "there is a hook on the output or the input of a layer"
+        if module._backward_hooks or module._backward_pre_hooks:
+            return "there is a hook on the gradient of a layer"
+    return None
+
+
+@cache
+def _report(choice: str) -> None:
+    """Say a choice once."""
+    logger.info(choice)

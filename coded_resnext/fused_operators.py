@@ -1,0 +1,124 @@
+"""The convolutions of a fused block: who computes them, in which dtype, with what in front."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from functools import cache
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from .fused_values import Affine, Deferred, Map
+from .kernels import backends, conv1x1_ops, grouped_ops
+from .kernels.conv1x1_join_operators import join_conv1x1
+from .kernels.conv1x1_operators import conv1x1, unsupported
+from .kernels.grouped_operators import grouped_conv3x3
+from .kernels.grouped_operators import unsupported as grouped_unsupported
+from .kernels.launch import DTYPES
+
+logger = logging.getLogger("coded_resnext")
+
+NO_MAP = (None, None)
+
+
+@dataclass(frozen=True)
+class FusedOperators:
+    """The operators between the BatchNorms of a block, on raw tensors and the maps behind them."""
+
+    backend: Literal["auto", "triton"]
+    """Kernels where they have been measured to win, or wherever they can run."""
+    dtype: torch.dtype | None
+    """Of autocast, which turns activations and weights to it; None without."""
+
+    @classmethod
+    def of(cls, chosen: str, x: Tensor) -> FusedOperators:
+        """For a backend, `fused` or `triton`, and the present autocast on the device of `x`."""
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        return cls("triton" if chosen == "triton" else "auto", dtype)
+
+    def cast(self, x: Tensor) -> Tensor:
+        """The tensor in the dtype of autocast."""
+        return x if self.dtype is None else x.to(self.dtype)
+
+    def joins(self, x: Tensor) -> bool:
+        """Whether the Triton kernels compute the sum that ends a block."""
+        if x.dtype not in DTYPES:
+            return False
+        return self.backend == "triton" or (x.is_cuda and backends()["triton"] is None)
+
+    def conv1x1(
+        self,
+        x: Tensor,
+        conv: nn.Conv2d,
+        affine: Affine | None = None,
+        *,
+        statistics: bool,
+        deferred: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """`y = W relu(scale x + bias)`, raw, and its statistics `[3, O]` or `[0]`.
+
+        Args:
+            x: `[B, I, H, W]`, raw where there is a map, else the operand itself.
+            conv: a 1x1 convolution, whose stride picks pixels of `x`.
+            affine: the map; None leaves `x` as it is, without a ReLU.
+            statistics: whether to take them.
+            deferred: see `fused_norm.affine_of`.
+        """
+        weight = self.cast(conv.weight)
+        step = conv.stride[0]
+        if step > 1:
+            x = x[:, :, ::step, ::step]
+        passes = conv1x1_ops.select_products(x, weight, self._backend(unsupported(x)))
+        y, sums = conv1x1(x, weight, *(affine or NO_MAP), statistics, deferred, passes)
+        return y, sums
+
+    def join_conv1x1(
+        self, x: Map, conv: nn.Conv2d, *, statistics: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The map `x` itself, `y = W x`, raw, and its statistics."""
+        if isinstance(x, Tensor):
+            x = self.cast(x)
+            return x, *self.conv1x1(x, conv, statistics=statistics)
+        weight = self.cast(conv.weight)
+        backend = self._backend(unsupported(x.raw))
+        passes = conv1x1_ops.select_products(x.raw, weight, backend, join=True)
+        signs = {"forward", "input"} <= set(passes.split()) and torch.is_grad_enabled()
+        joined, y, sums, _ = join_conv1x1(
+            x.raw,
+            *x.affine,
+            x.residual,
+            *(x.residual_affine or NO_MAP),
+            weight,
+            statistics,
+            signs,
+            x.deferred,
+            passes,
+        )
+        return joined, y, sums
+
+    def grouped(
+        self, x: Tensor, conv: nn.Conv2d, affine: Affine, *, statistics: bool
+    ) -> tuple[Tensor, Tensor]:
+        """The grouped 3x3 convolution of `relu(scale x + bias)`, raw, and its statistics."""
+        weight, stride = self.cast(conv.weight), conv.stride[0]
+        backend = self._backend(grouped_unsupported(x, weight, stride))
+        passes = grouped_ops.select_passes(x, weight, stride, backend)
+        y, sums = grouped_conv3x3(x, weight, *affine, stride, statistics, passes)
+        return y, sums
+
+    def _backend(self, reason: str | None) -> Literal["auto", "torch", "triton"]:
+        """`torch` in place of `triton` where the kernels cannot run, which is said once."""
+        if self.backend == "triton" and reason is not None:
+            if not torch.compiler.is_compiling():
+                report_fallback(reason)
+            return "torch"
+        return self.backend
+
+
+@cache
+def report_fallback(reason: str) -> None:
+    """Say once why PyTorch computes something in the place of the kernels."""
+    logger.warning("a fused operator runs on PyTorch in place of 'triton': %s", reason)

@@ -1,0 +1,88 @@
+"""Launch settings of the pointwise kernels at the end of a residual block.
+
+The number of rows is a run-time number. No imports of PyTorch or Triton here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cache
+
+from .configs import ITEM_BYTES, Dtype, LaunchRow, next_power_of_2
+
+# A tile of 16 x 128 numbers is 16 for each thread of four warps: two wide loads of a tensor.
+ROWS = 16
+COLUMNS = 128
+# Rows of a part: what a lane sums in float32 before sums are merged.
+TRIPS = 16
+
+
+def parts_of(rows: int) -> int:
+    """Parts of a map of so many rows."""
+    return -(-rows // (ROWS * TRIPS))
+
+
+def grid_of(rows: int, channels: int) -> tuple[int]:
+    """One program for each part and block of channels."""
+    return (parts_of(rows) * -(-channels // _columns(channels)),)
+
+
+def _columns(channels: int) -> int:
+    return min(COLUMNS, max(16, next_power_of_2(channels)))
+
+
+def _row(
+    kernel: str, channels: int, dtype: Dtype, args: tuple[str | None, ...], moved: int
+) -> LaunchRow:
+    columns, item = _columns(channels), ITEM_BYTES[dtype]
+    return LaunchRow(
+        kernel=f"join:{kernel}",
+        args=(*args, 4096),
+        constexprs=(
+            ("CHANNELS", channels),
+            ("TRIPS", TRIPS),
+            ("BLOCK_P", ROWS),
+            ("BLOCK_C", columns),
+        ),
+        num_warps=4,
+        trip_bytes=moved * ROWS * columns * item,
+        sample_bytes=moved * channels * item,
+    )
+
+
+@cache
+def join_forward(channels: int, dtype: Dtype, *, mapped: bool) -> LaunchRow:
+    """Settings of `join.join_forward`; `mapped`: the residual has a map of its own."""
+    wide, vector = f"*{dtype}", "*fp32"
+    own = vector if mapped else None
+    args = (wide, wide, vector, vector, wide, own, own)
+    return _row("join_forward", channels, dtype, args, 3)
+
+
+@cache
+def join_backward(channels: int, dtype: Dtype, *, mapped: bool) -> LaunchRow:
+    """Settings of `join.join_backward`."""
+    wide = f"*{dtype}"
+    args = (wide, "*fp32", wide, wide, wide, wide if mapped else None)
+    return _row("join_backward", channels, dtype, args, 5 if mapped else 4)
+
+
+@cache
+def column_statistics(channels: int, dtype: Dtype) -> LaunchRow:
+    """Settings of `join.column_statistics`."""
+    return _row("column_statistics", channels, dtype, ("*fp32", f"*{dtype}"), 1)
+
+
+# Channels of the blocks of the paper's networks, and of what is inside them.
+PAPER_CHANNELS = (256, 512, 1024, 2048)
+
+
+def shipped_rows() -> Iterator[tuple[str, LaunchRow]]:
+    """Every row that a step of training in bfloat16 launches."""
+    for channels in PAPER_CHANNELS:
+        for mapped in (False, True):
+            kind = "mapped" if mapped else "identity"
+            for make in (join_forward, join_backward):
+                row = make(channels, "bf16", mapped=mapped)
+                yield f"{row.kernel.split(':')[1]} {channels} {kind}", row
+        yield f"column_statistics {channels}", column_statistics(channels, "bf16")

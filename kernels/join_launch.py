@@ -1,0 +1,102 @@
+"""The end of a residual block by the Triton kernels or by PyTorch: tensors in, tensors out.
+
+Nothing is checked here. Maps are `[B, C, H, W]`, channels-last ones are not copied; results of
+their size are channels-last. Vectors are `[C]`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import join_configs as configs
+from .batch_statistics import statistics_of
+from .grouped_configs import merge_statistics
+
+from .launch import DTYPES, _float32, as_rows, channels_last, empty_rows, on_device
+from .reference import accumulation_dtype
+
+
+def forward(
+    y: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    residual: Tensor,
+    residual_scale: Tensor | None,
+    residual_bias: Tensor | None,
+    kernels: bool,
+) -> Tensor:
+    """`relu(scale y + bias + residual)`, a residual with a map of its own mapped first."""
+    if not kernels:
+        wide = y.to(accumulation_dtype(y.dtype)) * scale[:, None, None] + bias[:, None, None]
+        if residual_scale is not None and residual_bias is not None:
+            mapped = residual.to(wide.dtype) * residual_scale[:, None, None]
+            residual = mapped + residual_bias[:, None, None]
+        return channels_last((wide + residual).relu().to(y.dtype))
+    rows = as_rows(y)
+    x = empty_rows(y)
+    count, channels = rows.numel() // rows.shape[3], rows.shape[3]
+    row = configs.join_forward(channels, DTYPES[y.dtype], mapped=residual_scale is not None)
+    with on_device(y):
+        row.launch(
+            configs.grid_of(count, channels),
+            x,
+            rows,
+            _float32(scale),
+            _float32(bias),
+            as_rows(residual),
+            _float32(residual_scale),
+            _float32(residual_bias),
+            count,
+        )
+    return x.permute(0, 3, 1, 2)
+
+
+def backward(
+    grad: Tensor, x: Tensor, y: Tensor, residual: Tensor | None, kernels: bool
+) -> tuple[Tensor, Tensor]:
+    """The gradient behind the ReLU, `g = grad` where `x > 0`, and sums of it `[2 or 3, C]`.
+
+    The sums are those of `g`, `g y` and, with a `residual`, `g residual`.
+    """
+    if not kernels:
+        g = torch.where(x > 0, grad, 0.0)
+        wide = g.to(accumulation_dtype(x.dtype))
+        factors = [y] if residual is None else [y, residual]
+        products = [wide, *(wide * factor for factor in factors)]
+        return channels_last(g), torch.stack([each.sum((0, 2, 3)) for each in products])
+    rows = as_rows(x)
+    g = empty_rows(x)
+    count, channels = rows.numel() // rows.shape[3], rows.shape[3]
+    shape = (configs.parts_of(count), 2 if residual is None else 3, channels)
+    partial = x.new_empty(shape, dtype=torch.float32)
+    row = configs.join_backward(channels, DTYPES[x.dtype], mapped=residual is not None)
+    with on_device(x):
+        row.launch(
+            configs.grid_of(count, channels),
+            g,
+            partial,
+            as_rows(grad),
+            rows,
+            as_rows(y),
+            None if residual is None else as_rows(residual),
+            count,
+        )
+    return g.permute(0, 3, 1, 2), partial.sum(0)
+
+
+def statistics(y: Tensor, kernels: bool) -> Tensor:
+    """(count, sum, M2) of each channel, `[3, C]` in the accumulation dtype."""
+    if not kernels:
+        return statistics_of(y)
+    rows = as_rows(y)
+    count, channels = rows.numel() // rows.shape[3], rows.shape[3]
+    parts = configs.parts_of(count)
+    partial = y.new_empty((parts, 3, channels), dtype=torch.float32)
+    total = y.new_empty((3, channels), dtype=torch.float32)
+    with on_device(y):
+        configs.column_statistics(channels, DTYPES[y.dtype]).launch(
+            configs.grid_of(count, channels), partial, rows, count
+        )
+        merge_statistics(channels).launch((-(-channels // 8),), total, partial, parts)
+    return total

@@ -1,0 +1,267 @@
+"""Calls of the coded operators against their definitions in float64: results and gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+from coded_resnext.kernels import (
+    branch_energy,
+    coded_aggregate,
+    coded_expand,
+    coding_losses,
+    grouped_conv3x3,
+    reference,
+)
+from helpers import TOLERANCES
+from strategies import Call
+from torch import Tensor
+
+from coded_resnext import Codebook, CodedBottleneck
+
+# Sums of up to 70,000 terms, where the table is for some hundred.
+LONGER_SUMS = 4.0
+# A block rounds behind each of its three convolutions, their BatchNorms, and back again.
+SEVERAL_LAYERS = 4.0
+Results = dict[str, Tensor]
+
+
+def check(operator: str, call: Call, backend: str, device: str = "cpu") -> None:
+    """Refused with a sentence for no samples; otherwise the numbers of the definition."""
+    run = RUNS[operator]
+    inputs = {k: v.to(device) for k, v in INPUTS[operator](call).items()}
+    if call.B == 0:
+        with pytest.raises(ValueError, match=r"expected (at least one sample|\[B, \d+, H, W\])"):
+            run(call, backend, inputs)
+        return
+    kept = {name: value.clone() for name, value in inputs.items()}
+    found = gradients(call, inputs, lambda leaves: run(call, backend, leaves))
+    for name, value in kept.items():
+        assert torch.equal(inputs[name], value), f"{name} was written to"
+    exact = {k: v.double() if v.is_floating_point() else v for k, v in inputs.items()}
+    expected = gradients(call, exact, lambda leaves: run(call, "reference", leaves))
+    with patch.object(reference, "coded_aggregate", held):
+        scales = gradients(call, exact, lambda leaves: run(call, "reference", leaves))
+    limit = LONGER_SUMS * TOLERANCES[call.dtype]
+    if operator == "CodedBottleneck":
+        limit *= SEVERAL_LAYERS
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        actual = found[name].double()
+        assert actual.shape == value.shape, name
+        if value.abs().max() > torch.finfo(found[name].dtype).max:
+            # What half precision cannot hold is infinite, and so is found by whoever looks.
+            assert not actual.isfinite().all(), name
+            continue
+        assert actual.isfinite().all(), name
+        scale = max(float(value.abs().max()), float(scales[name].abs().max()), 1e-300)
+        error = float((actual - value).abs().max()) / scale
+        assert error <= limit, f"{name}: error {error:.2g} in {call}"
+
+
+def gradients(call: Call, inputs: Results, run: Callable[[Results], Results]) -> Results:
+    """Outputs, and the gradients of their sums weighted by positive numbers."""
+    leaves = {
+        name: value.detach().requires_grad_(value.is_floating_point() and name not in NO_GRADIENT)
+        for name, value in inputs.items()
+    }
+    outputs = run(leaves)
+    chosen = [v for v in outputs.values() if v.requires_grad]
+    weights = [
+        call.positive(*value.shape, place=index).to(value) for index, value in enumerate(chosen)
+    ]
+    wanted = {k: v for k, v in leaves.items() if v.requires_grad}
+    found = torch.autograd.grad(chosen, list(wanted.values()), weights)
+    results = {k: v.detach() for k, v in outputs.items()}
+    return results | {f"gradient of {k}": g for k, g in zip(wanted, found, strict=True)}
+
+
+def held(
+    h: Tensor,
+    branch_weight: Tensor,
+    drop_mask: Tensor | None = None,
+    keep_mask: Tensor | None = None,
+    *,
+    concatenate: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """The definition with `M` held: gradients of the size of those that are subtracted in (14)."""
+    outputs = reference.branch_outputs(h, branch_weight)
+    if keep_mask is not None:
+        outputs = outputs * keep_mask.to(outputs)[:, :, None, None, None]
+    energy = outputs.square().mean((2, 3, 4))
+    mean = energy.mean(1, keepdim=True).detach()
+    normalized = outputs / mean.sqrt()[:, :, None, None, None]
+    if drop_mask is not None:
+        normalized = normalized * drop_mask.to(outputs)[:, :, None, None, None]
+    y = normalized.flatten(1, 2) if concatenate else normalized.sum(1)
+    return y, energy / mean
+
+
+NO_GRADIENT = ("drop_mask", "keep_mask", "codewords", "targets")
+
+
+def _weighted(call: Call) -> Results:
+    columns = call.D if call.concat else call.N * call.D
+    weight = call.positive(call.C, columns, 1, 1, place=1).to(call.dtype)
+    return {"h": call.activations(), "weight": weight}
+
+
+def _affine(call: Call) -> Results:
+    if not call.affine:
+        return {}
+    wide = reference.accumulation_dtype(call.dtype)
+    return {
+        name: call.positive(call.N * call.D, place=place).to(wide)
+        for name, place in (("scale", 2), ("bias", 3))
+    }
+
+
+def _energy_inputs(call: Call) -> Results:
+    masks = {k: v for k, v in call.masks().items() if k == "keep_mask"}
+    return _weighted(call) | _affine(call) | masks
+
+
+def _aggregate_inputs(call: Call) -> Results:
+    return _weighted(call) | call.masks()
+
+
+def _expand_inputs(call: Call) -> Results:
+    return _weighted(call) | _affine(call) | call.masks()
+
+
+def _loss_inputs(call: Call) -> Results:
+    generator = torch.Generator().manual_seed(call.seed)
+    codewords = torch.rand(call.K, call.N, generator=generator).argsort(1) < max(1, call.N // 2)
+    targets: Tensor = torch.randint(call.K, (call.B,), generator=generator)
+    if call.affine:
+        targets = call.positive(call.B, call.K, place=4)
+        targets = (targets / targets.sum(1, keepdim=True)).float()
+    energies = call.positive(call.B, call.N, low=0.0).to(call.dtype) * 2
+    return {"energies": energies, "codewords": codewords, "targets": targets}
+
+
+def _conv_inputs(call: Call) -> Results:
+    channels = call.N * call.D
+    weight = call.positive(channels, call.D, 3, 3, place=1).to(call.dtype)
+    return {"x": call.activations(), "weight": weight} | _affine(call)
+
+
+def _block_inputs(call: Call) -> Results:
+    return {"x": call.activations()} | call.masks()
+
+
+def _energy(call: Call, backend: str, x: Results) -> Results:
+    return {"energies": branch_energy(branches=call.N, backend=backend, **x)}
+
+
+def _aggregate(call: Call, backend: str, x: Results) -> Results:
+    aggregation = "concat" if call.concat else "sum"
+    y, energies = coded_aggregate(branches=call.N, aggregation=aggregation, backend=backend, **x)
+    return {"y": y, "energies": energies}
+
+
+def _expand(call: Call, backend: str, x: Results) -> Results:
+    """The definition is the branch sum of docs/math.md with neither factor nor energies."""
+    if backend != "reference":
+        found = coded_expand(branches=call.N, moments=True, energies=True, backend=backend, **x)
+        assert found.moments is not None
+        assert found.energies is not None
+        return {"y": found.y, "moments": found.moments, "energies": found.energies}
+    h = x["h"]
+    if "scale" in x:
+        h = (x["scale"][:, None, None] * h + x["bias"][:, None, None]).relu()
+    weight = x["weight"][:, :, 0, 0].unflatten(1, (call.N, call.D)).transpose(0, 1)
+    outputs = reference.branch_outputs(h, weight)
+    kept = outputs
+    if "keep_mask" in x:
+        kept = outputs * x["keep_mask"][:, :, None, None, None]
+    y = kept
+    if "drop_mask" in x:
+        y = kept * x["drop_mask"][:, :, None, None, None]
+    y = y.sum(1)
+    moments = torch.stack([y.sum((2, 3)), y.square().sum((2, 3))])
+    return {"y": y, "moments": moments, "energies": kept.square().mean((2, 3, 4))}
+
+
+def _loss(call: Call, backend: str, x: Results) -> Results:
+    energies, codewords, targets = x["energies"], x["codewords"], x["targets"]
+    found = coding_losses([energies], [codewords], targets, decode=True, backend=backend)
+    return {"loss": found.losses[0]}
+
+
+def _conv(call: Call, backend: str, x: Results) -> Results:
+    if backend == "reference":
+        affine = (x.get("scale"), x.get("bias"))
+        y = reference.grouped_conv3x3(x["x"], x["weight"], call.N, call.stride, *affine)
+        return {"y": y, "sum": y.sum((0, 2, 3))}
+    y, statistics = grouped_conv3x3(
+        groups=call.N, stride=call.stride, statistics=True, backend=backend, **x
+    )
+    assert statistics is not None
+    count, total, squares = statistics
+    assert (count == y.numel() // y.shape[1]).all()
+    exact = y.detach().double()
+    largest = float(exact.square().sum((0, 2, 3)).max())
+    m2 = (exact - exact.mean((0, 2, 3), keepdim=True)).square().sum((0, 2, 3))
+    # The statistics are those of the sums before they are rounded to the dtype of y; squares of
+    # the smallest numbers are zero in float32.
+    limit = TOLERANCES[call.dtype] * largest + torch.finfo(torch.float32).tiny
+    assert not exact.isfinite().all() or float((squares.detach() - m2).abs().max()) <= limit
+    return {"y": y, "sum": total}
+
+
+def _block(call: Call, backend: str, x: Results) -> Results:
+    """A block in evaluation mode, with positive weights and BatchNorms, in the dtype of `x`."""
+    words = [[(k + n) % call.N < max(1, call.N // 2) for n in range(call.N)] for k in range(call.K)]
+    block = CodedBottleneck(
+        call.N * call.D, call.C, 2, call.N, Codebook(words), stride=call.stride, backend=backend
+    )
+    with torch.no_grad():
+        for index, value in enumerate(block.state_dict().values()):
+            if value.is_floating_point():
+                fan = value[0].numel() if value.ndim == 4 else 1
+                value.copy_(call.positive(*value.shape, place=index) / fan)
+    block.eval().to(x["x"].dtype).to(x["x"].device)
+    y, energies = block(x["x"], **{k: v for k, v in x.items() if k.endswith("mask")})
+    assert energies is not None
+    return {"y": y, "energies": energies}
+
+
+INPUTS: dict[str, Callable[[Call], Results]] = {
+    "branch_energy": _energy_inputs,
+    "coded_aggregate": _aggregate_inputs,
+    "coded_expand": _expand_inputs,
+    "coding_loss": _loss_inputs,
+    "grouped_conv3x3": _conv_inputs,
+    "CodedBottleneck": _block_inputs,
+}
+RUNS: dict[str, Callable[[Call, Any, Results], Results]] = {
+    "branch_energy": _energy,
+    "coded_aggregate": _aggregate,
+    "coded_expand": _expand,
+    "coding_loss": _loss,
+    "grouped_conv3x3": _conv,
+    "CodedBottleneck": _block,
+}
+
+
+def check_extreme(operator: str, call: Call, backend: str, value: float) -> None:
+    """Activations of one magnitude: everything is finite, but what half precision cannot hold."""
+    run = RUNS[operator]
+    inputs = INPUTS[operator](call)
+    first = next(iter(inputs))
+    inputs[first] = (inputs[first].double() * value).clamp(max=value).to(call.dtype)
+    found = gradients(call, inputs, lambda leaves: run(call, backend, leaves))
+    exact = {k: v.double() if v.is_floating_point() else v for k, v in inputs.items()}
+    expected = gradients(call, exact, lambda leaves: run(call, "reference", leaves))
+    most = torch.finfo(call.dtype).max
+    largest = max(float(value.abs().max()) for value in expected.values())
+    finite = {name: bool(actual.isfinite().all()) for name, actual in found.items()}
+    said = f"{finite}, {largest:.3g} expected of {value} in {call}"
+    if call.dtype != torch.float16 or largest < most / 16:
+        assert all(finite.values()), said
+    elif any(float(expected[k].abs().max()) > torch.finfo(v.dtype).max for k, v in found.items()):
+        assert not all(finite.values()), said

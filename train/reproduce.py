@@ -1,0 +1,357 @@
+"""Train coded and plain networks and ablations on CIFAR-10 over several seeds, into one table.
+
+Three scales: `small`, reduced to fit a CPU; `short`, the published recipe with 60 epochs, and
+`full`, its 300, both as a GPU wants them (bfloat16, compiled, images and augmentation on the GPU).
+Results: docs/reproduce.md.
+
+    python train/reproduce.py --scale small --out runs/reproduce-small
+    python train/reproduce.py --scale short --out runs/reproduce-short
+    python train/reproduce.py --scale short --out runs/reproduce-short --plan
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import re
+import shlex
+import shutil
+import statistics
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import compare
+import torch
+
+from coded_resnext.commands.report import REPORT_FILE
+from coded_resnext.distributed import run_script
+from coded_resnext.interpret.ablations import (
+    BASE,
+    PLAIN,
+    Ablation,
+    find,
+    markdown,
+    measure,
+    summarize,
+    vary,
+)
+from coded_resnext.interpret.reproduction import (
+    FinishedRun,
+    accuracy_table,
+    best,
+    class_table,
+    removal_table,
+)
+from coded_resnext.interpret.results import load_evaluation
+from coded_resnext.machine import describe_machine
+from coded_resnext.outside import ROTATED
+from coded_resnext.recipe import Command, parse_command
+from coded_resnext.run_folder import (
+    CONFIG_FILE,
+    FREE_SETTINGS,
+    METRICS_FILE,
+    SUMMARY_FILE,
+    differences,
+)
+from coded_resnext.run_recipe import identity, run_recipe
+
+TABLE_FILE, RESULTS_FILE = "reproduce.md", "reproduce.json"
+RECIPES = Path(__file__).parent / "recipes"
+# Test accuracy after the published training, percent; exponent 1 is the absolute value.
+PAPER = {BASE: 94.41, PLAIN: 93.66, "exponent 2": 93.1, "exponent 1": 87.1}
+PUBLISHED_ROWS = (BASE, PLAIN, "exponent 2", "exponent 1")
+CIFAR_IMAGES = 50_000
+GPU = (
+    *("--amp", "--amp-dtype", "bfloat16", "--torchcompile", "inductor"),
+    *("--augment-on", "device", "--workers", "8", "--device", "cuda"),
+)
+
+
+@dataclass(frozen=True)
+class Scale:
+    """A budget: which recipe, and what is changed in it."""
+
+    flags: tuple[str, ...]
+    """Of train/cifar.py."""
+    rows: tuple[str, ...]
+    cost: str
+
+
+SCALES = {
+    "small": Scale(
+        (
+            *("--config", "cifar10_small", "--train-images", "2500", "--test-images", "1000"),
+            *("--epochs", "4", "--batch-size", "64", "--augment-on", "device"),
+            *("--threshold-images", "300", "--repeats", "1", "--budget", "20m", "--device", "cpu"),
+        ),
+        (*PUBLISHED_ROWS, "concatenation", "DropSubNNs 0", "coding weight 1"),
+        "fourteen runs of one to two minutes on one CPU core",
+    ),
+    "short": Scale(
+        ("--config", "cifar10", "--epochs", "60", *GPU),
+        PUBLISHED_ROWS,
+        "8 runs of 60 epochs; seconds an epoch on a GPU: not measured (the aim is at most 6)",
+    ),
+    "full": Scale(
+        ("--config", "cifar10", *GPU),
+        PUBLISHED_ROWS,
+        "8 runs of 300 epochs; seconds an epoch on a GPU: not measured (the aim is at most 6)",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """One training."""
+
+    ablation: Ablation
+    seed: int
+    command: Command
+
+    @property
+    def images(self) -> int:
+        """That it goes through in training."""
+        recipe = self.command.recipe
+        return (recipe.data.train_images or CIFAR_IMAGES) * recipe.training.total_epochs
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the folder holds the results of this run.
+
+        Raises:
+            ValueError: it holds those of another one.
+        """
+        folder = self.command.out
+        if not (folder / SUMMARY_FILE).exists():
+            return False
+        stored = _read(folder / CONFIG_FILE)["recipe"]
+        wanted = json.loads(json.dumps(identity(self.command.recipe)))
+        if differing := differences(stored, wanted, ignore=FREE_SETTINGS):
+            raise ValueError(f"out: {folder} holds a run of another kind: {'; '.join(differing)}")
+        return True
+
+    def result(self) -> FinishedRun:
+        """Of a finished run."""
+        folder = self.command.out
+        with (folder / METRICS_FILE).open(encoding="utf-8") as file:
+            epochs = list(csv.DictReader(file))
+        return FinishedRun(
+            self.ablation.name,
+            self.seed,
+            load_evaluation(folder),
+            _read(folder / SUMMARY_FILE)["seconds"],
+            statistics.median(float(epoch["images_per_second"]) for epoch in epochs),
+            max(float(epoch["peak_memory_mib"]) for epoch in epochs),
+        )
+
+
+def parse_arguments(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
+    """The command line: its own flags, and those that are handed on to the recipe."""
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").split("\n\n")[0],
+        epilog="Other flags are those of train/cifar.py, and hold for all runs: --epochs, "
+        "--data-dir, --device, --workers, --budget .. Finished runs are not run again, and the "
+        "command goes on with one that was interrupted, on this machine or on one that OUT was "
+        f"copied to. OUT/{TABLE_FILE} and OUT/{RESULTS_FILE} hold the results, OUT/{REPORT_FILE} "
+        "the report of the coded run with the best test accuracy.",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--scale",
+        choices=SCALES,
+        default="small",
+        help="; ".join(f"{name}: {scale.cost}" for name, scale in SCALES.items()),
+    )
+    parser.add_argument("--out", type=Path, help="folder of the runs (runs/reproduce-SCALE)")
+    parser.add_argument("--rows", nargs="+", metavar="ROW", help="these, and the base")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1], help="(%(default)s)")
+    parser.add_argument(
+        "--outside",
+        default=ROTATED,
+        help="images of none of the classes: rotated, cifar100 or a folder (%(default)s)",
+    )
+    parser.add_argument("--plan", action="store_true", help="run nothing, print the runs and costs")
+    parser.add_argument(
+        "--table", action="store_true", help="run nothing, print what the folder holds"
+    )
+    arguments, rest = parser.parse_known_args(argv)
+    arguments.out = arguments.out or Path("runs") / f"reproduce-{arguments.scale}"
+    return arguments, rest
+
+
+def plan(arguments: argparse.Namespace, rest: Sequence[str]) -> list[PlannedRun]:
+    """All runs, seed by seed, so that all rows have some early on.
+
+    Raises:
+        ValueError: an unknown row, or a setting at fault.
+    """
+    scale = SCALES[arguments.scale]
+    runs = []
+    for seed in arguments.seeds:
+        for ablation in find(arguments.rows or scale.rows):
+            name = re.sub("[^a-z0-9.]+", "-", ablation.name.lower())
+            changes = {**ablation.training, "seed": seed}
+            flags = [f"--{key.replace('_', '-')}={value}" for key, value in changes.items()]
+            own = ["--out", str(arguments.out / f"{name}-{seed}"), "--outside", arguments.outside]
+            command = parse_command(
+                [*scale.flags, *rest, *own, "--resume", *flags],
+                description=__doc__ or "",
+                recipes=RECIPES,
+                default="cifar10",
+            )
+            runs.append(PlannedRun(ablation, seed, command))
+    return runs
+
+
+def describe_plan(runs: Sequence[PlannedRun], cost: str) -> str:
+    """The runs and what they cost, by the speed of finished ones where there are some."""
+    lines, left, speeds = [], 0.0, _speeds(runs)
+    for run in runs:
+        speed, state = speeds.get(run.ablation.name), "finished"
+        if not run.is_finished:
+            state = "training: time not measured"
+            if speed:
+                left += run.images / speed
+                state = f"training: about {run.images / speed:.0f} s"
+        training = run.command.recipe.training
+        lines.append(
+            f"{run.command.out}: {run.ablation.name}, seed {run.seed}, "
+            f"{training.total_epochs} epochs, {run.images} images; {state}"
+        )
+    known = f"; trainings left whose speed is known: about {left / 60:.0f} minutes" if left else ""
+    images = sum(run.images for run in runs if not run.is_finished)
+    return "\n".join([*lines, f"{cost}; {images} images left to train on{known}"])
+
+
+def _speeds(runs: Sequence[PlannedRun]) -> dict[str, float]:
+    found: dict[str, list[float]] = {}
+    for run in runs:
+        if run.is_finished:
+            found.setdefault(run.ablation.name, []).append(run.result().images_per_second)
+    return {name: statistics.fmean(speeds) for name, speeds in found.items()}
+
+
+def carry_out(runs: Sequence[PlannedRun]) -> None:
+    """Train and evaluate what is not finished."""
+    for number, run in enumerate(runs, 1):
+        if run.is_finished:
+            continue
+        print(
+            f"run {number} of {len(runs)}: {run.ablation.name}, seed {run.seed}: {run.command.out}",
+            file=sys.stderr,
+        )
+        # Compiled code of the networks before would count against the limit of recompilations.
+        torch.compiler.reset()
+        run_recipe(run.command, partial(vary, ablation=run.ablation, seed=run.seed))
+
+
+def report(runs: Sequence[PlannedRun], arguments: argparse.Namespace) -> str:
+    """Write and return the tables of the finished runs.
+
+    Raises:
+        ValueError: no run is finished.
+    """
+    finished = [run for run in runs if run.is_finished]
+    coded = [run for run in finished if run.ablation.name == BASE]
+    if not coded:
+        raise ValueError(f"out: {arguments.out} holds no finished run of the base")
+    results = {run.command.out: run.result() for run in finished}
+    by_row: dict[str, dict[int, Any]] = {}
+    groups: dict[str, list[dict[str, float]]] = {}
+    summaries = {run.command.out: _read(run.command.out / SUMMARY_FILE) for run in finished}
+    for run in finished:
+        name = run.ablation.name
+        by_row.setdefault(name, {})[run.seed] = measure(results[run.command.out].evaluation)
+        groups.setdefault(name, []).append(compare.columns(summaries[run.command.out]))
+    order = dict.fromkeys(run.ablation.name for run in runs)
+    every = sorted(results.values(), key=lambda result: [*order].index(result.row))
+    of_base = [results[run.command.out] for run in coded]
+    chosen = coded[of_base.index(best(of_base))].command.out
+    shutil.copyfile(chosen / REPORT_FILE, arguments.out / REPORT_FILE)
+    machines = [summary["machine"] for summary in summaries.values()]
+    outside = of_base[0].evaluation.outside_samples
+    compared = summarize({name: by_row[name] for name in order if name in by_row})
+    parts = [
+        describe_budget(coded[0]),
+        accuracy_table(every, PAPER),
+        "By block:",
+        compare.table({name: groups[name] for name in order if name in groups}),
+        "Ablations:",
+        markdown(compared),
+        f"One-class classifiers of the base; outside: {outside} images, {arguments.outside}:",
+        class_table(of_base),
+        "Accuracy of the base, in percent, with so many branches of a block removed:",
+        removal_table(of_base),
+        f"Report of the best coded run: {arguments.out / REPORT_FILE}",
+        where(machines),
+    ]
+    text = "\n\n".join(parts) + "\n"
+    (arguments.out / TABLE_FILE).write_text(text, encoding="utf-8")
+    content = {
+        "scale": arguments.scale,
+        "paper": PAPER,
+        "measures": by_row,
+        "summaries": {str(path): summary for path, summary in summaries.items()},
+        "machine": describe_machine(),
+        "command": shlex.join(["python", *sys.argv]),
+    }
+    text_json = json.dumps(content, indent=1, allow_nan=False) + "\n"
+    (arguments.out / RESULTS_FILE).write_text(text_json, encoding="utf-8")
+    return text
+
+
+def describe_budget(run: PlannedRun) -> str:
+    """Network, data, epochs and how a step is computed."""
+    recipe = run.command.recipe
+    data, training = recipe.data, recipe.training
+    precision = training.amp_dtype if training.amp else "float32"
+    return (
+        f"{recipe.model.model}, {training.total_epochs} epochs of "
+        f"{data.train_images or 'all'} training images in batches of {training.batch_size}, tested "
+        f"on {data.test_images or 'all'} images; augmentation on "
+        f"{recipe.augmentation.augment_on} ({recipe.augmentation.aa or 'crops and flips alone'}), "
+        f"{precision}, {training.torchcompile or 'not compiled'}. Mean ± standard deviation "
+        "(n - 1) over the seeds."
+    )
+
+
+def where(machines: Sequence[dict[str, Any]]) -> str:
+    """The machines, versions, commits and dates of the runs, each once."""
+    texts = [
+        f"{machine.get('gpu', machine['cpu'])}, {machine['threads']} threads, "
+        f"torch {machine['versions']['torch']}, Python {machine['versions']['python']}, "
+        f"commit {machine['commit']}, {machine['date']}."
+        for machine in machines
+    ]
+    return " ".join(dict.fromkeys(texts))
+
+
+def _read(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def run(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
+    """Print the plan, or train what is missing and print the tables."""
+    runs = plan(arguments, rest)
+    if arguments.plan:
+        print(describe_plan(runs, SCALES[arguments.scale].cost))
+        return
+    if not arguments.table:
+        carry_out(runs)
+    print(f"\n{report(runs, arguments)}")
+    print(f"written to {arguments.out / TABLE_FILE}", file=sys.stderr)
+
+
+def main() -> int:
+    """Run the command; 2 when the input is at fault, 130 or 143 when a signal ended it."""
+    arguments, rest = parse_arguments()
+    return run_script("reproduce.py", lambda: run(arguments, rest))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
