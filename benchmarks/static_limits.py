@@ -66,6 +66,10 @@ LIMITS = {
     "weight_gradient_stride2 16": Limits(registers=192, per_byte=0.17),
     "weight_gradient_stride2 24": Limits(registers=255, per_byte=0.18),
     "weight_gradient_stride2 32": Limits(registers=255, per_byte=0.20),
+    # The end of a residual block, element by element.
+    "join_forward": Limits(registers=128, matrix=False),
+    "join_backward": Limits(registers=168, matrix=False),
+    "column_statistics": Limits(registers=128, matrix=False),
     "pack_weights": Limits(registers=128, matrix=False, wide_loads=False),
     "reduce_weight_gradient": Limits(registers=128, matrix=False),
     "merge_statistics": Limits(registers=128, matrix=False),
