@@ -23,14 +23,17 @@ BATCH = 6
 
 
 def network() -> CodedResNeXt:
-    """In the fused data flow, with SyncBatchNorm, in float64."""
+    """In the fused data flow, in float64."""
     model = make_network(drop_branches=0.0).double()
-    nn.SyncBatchNorm.convert_sync_batchnorm(model)
     for block in model.blocks:
         block.backend = "fused"
-    # PyTorch's own SyncBatchNorm, which runs in the stem, refuses tensors of a CPU.
-    model.stem[1] = nn.BatchNorm2d(8).double()
     return model.train()
+
+
+def synchronised(model: CodedResNeXt) -> CodedResNeXt:
+    """With SyncBatchNorm in the blocks; PyTorch's own, which the stem would run, needs a GPU."""
+    nn.SyncBatchNorm.convert_sync_batchnorm(model.stages)
+    return model
 
 
 def step(model: CodedResNeXt, call: nn.Module, images: Tensor) -> dict[str, Tensor]:
@@ -48,8 +51,11 @@ def run(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
     model = network()
+    # It refuses SyncBatchNorm on a CPU, whoever runs it, so that this comes second.
+    parallel = DistributedDataParallel(model, broadcast_buffers=False)
+    synchronised(model)
     images = make_images(BATCH, seed=4).double()[rank::2]
-    found = step(model, DistributedDataParallel(model), images)
+    found = step(model, parallel, images)
     torch.save(found, Path(folder) / f"{rank}.pt")
     dist.destroy_process_group()
 

@@ -18,14 +18,15 @@ from coded_resnext.convert import (
     published_model_state,
 )
 
-pytestmark = pytest.mark.usefixtures("memory")
-
 BLOCKS = sorted(path.stem for path in GOLDEN.glob("block_*.npz"))
 # float32 against float64: energies and losses are sums of a few thousand rounded terms; gradients
 # went through three convolutions and BatchNorms.
 ENERGIES, GRADIENTS = 1e-5, 1e-4
+# Of float64, after the sums of three stages.
+EXACT = 1e-12
 
 
+@pytest.mark.usefixtures("memory")
 @pytest.mark.parametrize(
     ("name", "backend"),
     [*((name, "fused") for name in BLOCKS), ("block_imagenet_16of32_train", "triton")],
@@ -58,31 +59,32 @@ def test_golden_block(name: str, backend: str) -> None:
 
 
 def test_golden_network() -> None:
+    """In float64: in float32 a sum that is 0 but for rounding changes its sign before a ReLU."""
     meta, golden = load_golden("net_cifar10")
-    model = published_model(below(golden, "state."), meta["architecture"]).float()
+    model = published_model(below(golden, "state."), meta["architecture"])
     for block in model.blocks:
         block.backend = "fused"
-    x, targets = golden["x"].float(), golden["targets"]
+    x, targets = golden["x"], golden["targets"]
     with torch.no_grad():
         logits, energies = model.eval()(x, return_energies=True)
         alone = model(x, keep=int(golden["single_class"]))
-    assert relative_error(logits.double(), golden["eval_logits"]) < ENERGIES
-    assert relative_error(alone.double(), golden["single_class_logits"]) < ENERGIES
+    assert relative_error(logits.double(), golden["eval_logits"]) < EXACT
+    assert relative_error(alone.double(), golden["single_class_logits"]) < EXACT
     for index, value in enumerate(energies):
-        assert relative_error(value.double(), golden[f"eval_energies.{index}"]) < ENERGIES
+        assert relative_error(value.double(), golden[f"eval_energies.{index}"]) < EXACT
 
     weight, exponent = meta["coding_loss_weight"], meta["exponent"]
-    loss = CodedLoss(model.codebooks, weight=weight, exponent=exponent, backend="triton")
+    loss = CodedLoss(model.codebooks, weight=weight, exponent=exponent)
     logits, energies = model.train()(x, return_energies=True)
     terms = loss(logits, energies, targets)
     terms.total.backward()
-    assert relative_error(terms.total.double(), golden["train_loss"]) < ENERGIES
-    assert relative_error(sum(terms.coding).double(), golden["train_coding_loss"]) < ENERGIES
+    assert relative_error(terms.total.double(), golden["train_loss"]) < EXACT
+    assert relative_error(sum(terms.coding).double(), golden["train_coding_loss"]) < EXACT
     for parameter in model.parameters():
         parameter.data = parameter.grad
     grads = published_model_state(model)
     for key, expected in below(golden, "grad.").items():
-        assert relative_error(grads[key].double(), expected) < GRADIENTS, key
+        assert relative_error(grads[key].double(), expected) < EXACT, key
 
 
 def train(backend: str, steps: int) -> list[float]:
@@ -109,6 +111,7 @@ def train(backend: str, steps: int) -> list[float]:
     return losses
 
 
+@pytest.mark.usefixtures("memory")
 def test_ten_steps_give_the_losses_of_pytorch() -> None:
     found, expected = train("triton", 10), train("torch", 10)
     assert found == pytest.approx(expected, rel=1e-4)
