@@ -90,12 +90,9 @@ def _map_tile(reduced: int, columns: int, variant: ProductVariant, *, backward: 
     if variant.dtype == "fp32":
         k = min(_SINGLE.k, max(16, next_power_of_2(reduced)))
         return _fitted(replace(_SINGLE, k=k), 0, columns)
-    if max(reduced, columns) <= _RESIDENT and reduced * columns <= 128 * 256:
-        k = max(16, next_power_of_2(reduced))
-        tile = Tile(m=64, k=k, n=256, warps=8, stages=2, chunks=2, programs=1)
-        return _fitted(tile, 0, columns)
-    chunks = 2 if backward else 1
-    tile = Tile(m=128, k=64, n=256, warps=8, stages=2, chunks=chunks, programs=1)
+    resident = max(reduced, columns) <= _RESIDENT and reduced * columns <= 128 * 256
+    k = max(16, next_power_of_2(reduced)) if resident else 64
+    tile = Tile(m=64, k=k, n=256, warps=8, stages=2, chunks=2 if backward else 1)
     return _fitted(tile, 0, columns)
 
 

@@ -15,8 +15,7 @@ from . import conv1x1_configs as configs
 from .configs import LaunchRow
 from .conv1x1_configs import ProductSizes, ProductVariant, Tile
 from .grouped_configs import merge_statistics
-from .grouped_launch import DTYPES
-from .launch import architecture, _tf32_allowed, as_rows, empty_rows
+from .launch import DTYPES, architecture, as_rows, empty_rows, tf32_allowed
 
 Row = Callable[[ProductSizes, ProductVariant], LaunchRow]
 # Processors of the machine that the interpreter stands in for: programs have several tiles there.
@@ -77,7 +76,7 @@ def join_forward(
     parts, columns = _parts(rows, tile, sizes.outputs)
     partial = _floats(y, parts, 3, sizes.outputs) if statistics else None
     shape = (*rows.shape[:3], sizes.inputs // 8) if keep_signs else (0,)
-    signs = torch.empty(shape, dtype=torch.uint8, device=y.device)
+    signs = y.new_empty(shape, dtype=torch.uint8)
     configs.join_forward(sizes, variant).launch(
         (parts * columns,),
         x,
@@ -226,7 +225,7 @@ def _variant(x: Tensor, **options: bool) -> ProductVariant:
     dtype = DTYPES[x.dtype]
     return ProductVariant(
         dtype=dtype,
-        tf32=dtype == "fp32" and _tf32_allowed(),
+        tf32=dtype == "fp32" and tf32_allowed(),
         arch=architecture(x.device.index) if x.is_cuda else "cpu",
         **options,
     )
@@ -254,7 +253,7 @@ def _pixels(rows: Tensor) -> int:
 
 
 def _floats(like: Tensor, *shape: int) -> Tensor:
-    return torch.empty(shape, dtype=torch.float32, device=like.device)
+    return like.new_empty(shape, dtype=torch.float32)
 
 
 def _aligned(x: Tensor) -> Tensor:

@@ -57,12 +57,13 @@ def variant_of(
         affine=scale is not None,
         drop=drop_mask is not None,
         keep=keep_mask is not None,
-        tf32=dtype == "fp32" and _tf32_allowed(),
+        tf32=dtype == "fp32" and tf32_allowed(),
         arch=architecture(z.device.index) if z.is_cuda else "cpu",
     )
 
 
-def _tf32_allowed() -> bool:
+def tf32_allowed() -> bool:
+    """Whether PyTorch lets float32 products round their inputs to TF32."""
     # A property of the module, which type checkers do not see.
     default: str = torch.backends.fp32_precision  # type: ignore[attr-defined]
     precision = torch.backends.cuda.matmul.fp32_precision

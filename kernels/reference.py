@@ -138,6 +138,36 @@ def grouped_conv3x3(
     return y
 
 
+def conv1x1(
+    x: Tensor, weight: Tensor, scale: Tensor | None = None, bias: Tensor | None = None
+) -> Tensor:
+    """The 1x1 convolution of `relu(scale x + bias)`, `[B, O, H, W]`.
+
+    Args:
+        x: `[B, I, H, W]`.
+        weight: `[O, I, 1, 1]`.
+        scale, bias: `[I]`; without them `x` itself is convolved.
+    """
+    if scale is not None and bias is not None:
+        x = torch.relu(scale[:, None, None] * x + bias[:, None, None])
+    return torch.einsum("oi,bihw->bohw", weight[:, :, 0, 0], x)
+
+
+def join(
+    y: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    residual: Tensor,
+    residual_scale: Tensor | None = None,
+    residual_bias: Tensor | None = None,
+) -> Tensor:
+    """The end of a residual block: `relu(scale y + bias + residual)`, the residual through a map of
+    its own where it has one. Maps `[B, C, H, W]`, vectors `[C]`."""
+    if residual_scale is not None and residual_bias is not None:
+        residual = residual_scale[:, None, None] * residual + residual_bias[:, None, None]
+    return torch.relu(scale[:, None, None] * y + bias[:, None, None] + residual)
+
+
 def channel_statistics(y: Tensor) -> Tensor:
     """Count, sum and sum of squared deviations from the mean of each channel: `[3, C]`."""
     values = y.transpose(0, 1).flatten(1)

@@ -13,9 +13,9 @@ from torch import Tensor
 
 # Elements before and behind every tensor; a multiple of 16 bytes for every dtype.
 GUARD = 64
-# What two bytes of a guard are. Repeated it is a NaN in every floating dtype, one of its own: a NaN
-# that a computation gives is another.
-WORD = 0x7FFD
+# What the bytes of a guard are, in turn. Repeated they are a NaN in every floating dtype, one of its
+# own: a NaN that a computation gives is another.
+BYTES = (0xFD, 0x7F)
 
 
 class GuardedMemory:
@@ -35,7 +35,8 @@ class GuardedMemory:
         inside = buffer[GUARD : GUARD + size]
         inside.fill_(math.nan if dtype.is_floating_point else torch.iinfo(dtype).max)
         for guard in (buffer[:GUARD], buffer[GUARD + size :]):
-            guard.view(torch.int16).fill_(WORD)
+            for index, byte in enumerate(BYTES):
+                guard.view(torch.uint8)[index :: len(BYTES)] = byte
         self.buffers.append((buffer, size))
         return inside.view(shape)
 
@@ -51,7 +52,8 @@ class GuardedMemory:
         assert self.buffers, "nothing was allocated through the guard"
         for buffer, size in self.buffers:
             for guard, where in ((buffer[:GUARD], "before"), (buffer[GUARD + size :], "behind")):
-                assert (guard.view(torch.int16) == WORD).all(), f"a store {where} a tensor"
+                found = guard.view(torch.uint8).view(-1, len(BYTES))
+                assert (found == torch.tensor(BYTES)).all(), f"a store {where} a tensor"
 
 
 @contextmanager
