@@ -68,9 +68,11 @@ def activate(z, scale, bias, real, AFFINE: tl.constexpr, MASKED: tl.constexpr):
     The affine map is float32. A row that is not real is 0 in `z`, but its image under the map need
     not be; padded channels have a map of 0.
     """
-    if not AFFINE:
-        return z
-    return rectify_real(z.to(tl.float32) * scale + bias, real, z.dtype, MASKED)
+    # Triton 3.6 compiles what follows a return, too: one return, at the end.
+    h = z
+    if AFFINE:
+        h = rectify_real(z.to(tl.float32) * scale + bias, real, z.dtype, MASKED)
+    return h
 
 
 @triton.jit
