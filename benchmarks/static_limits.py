@@ -66,6 +66,18 @@ LIMITS = {
     "weight_gradient_stride2 16": Limits(registers=192, per_byte=0.17),
     "weight_gradient_stride2 24": Limits(registers=255, per_byte=0.18),
     "weight_gradient_stride2 32": Limits(registers=255, per_byte=0.20),
+    # The 1x1 convolutions between BatchNorms, by the channels of a step: a weight that stays with
+    # its program takes one, the wider ones go in steps of 64. From 256 to 512 channels two programs
+    # share the input, whose activation each computes: the forward kernel misses the 0.17 by that.
+    "product_forward": Limits(registers=224, per_byte=0.14),
+    "product_forward 64": Limits(registers=224, per_byte=0.25),
+    "join_forward": Limits(registers=224, per_byte=0.10),
+    "join_forward 64": Limits(registers=240, per_byte=0.12),
+    "product_input_gradient": Limits(registers=200, per_byte=0.085),
+    "product_input_gradient 64": Limits(registers=240, per_byte=0.11),
+    "join_input_gradient": Limits(registers=200, per_byte=0.11),
+    "join_input_gradient 64": Limits(registers=240, per_byte=0.15),
+    "product_weight_gradient": Limits(registers=160, per_byte=0.17),
     "pack_weights": Limits(registers=128, matrix=False, wide_loads=False),
     "reduce_weight_gradient": Limits(registers=128, matrix=False),
     "merge_statistics": Limits(registers=128, matrix=False),
