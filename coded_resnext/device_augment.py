@@ -232,7 +232,7 @@ def _make_notes(size: int) -> Any:
         def size(self) -> tuple[int, int]:
             return size, size
 
-        def copy(self) -> Notes:  # type: ignore[override]
+        def copy(self) -> Notes:
             return self
 
         def transform(  # type: ignore[override]

@@ -120,7 +120,7 @@ def test_every_part_is_there(finished: Path, reproduce: ModuleType) -> None:
 
 
 def test_finished_runs_are_not_run_again_and_others_go_on(finished: Path, tmp_path: Path) -> None:
-    """A copied folder, as on another machine: one run lacks its results, one its second half."""
+    """A copied folder, as on another machine: one run lacks its evaluation, one is not there."""
     out = tmp_path / "moved"
     shutil.copytree(finished, out)
     before = {path: path.stat().st_mtime_ns for path in out.glob("*/model.safetensors")}
@@ -128,7 +128,7 @@ def test_finished_runs_are_not_run_again_and_others_go_on(finished: Path, tmp_pa
     (out / "base-0" / "summary.json").unlink()
     shutil.rmtree(out / "exponent-2-0")
     stopped = command(out, "--seeds", 0, "--plan")
-    assert stopped.stdout.count("finished") == 1
+    assert stopped.stdout.count("; finished\n") == 1
     result = command(out, "--seeds", 0)
     assert result.returncode == 0, result.stderr
     assert "run 1 of 3: base" in result.stderr
