@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint type bench torture kernels timm-tests clean
+.PHONY: demo test lint type bench torture matrix audit kernels timm-tests clean
 
 demo: .venv/train.stamp
 	$(BIN)/python train/digits.py --out runs/digits --resume
@@ -24,9 +24,18 @@ type: .venv/dev.stamp
 bench: .venv/dev.stamp
 	$(BIN)/python -m pytest benchmarks --benchmark-only
 
-# Kills, signals and flipped bits by the hundred; docs/reliability.md has the figures of a run.
+# Kills, signals, tampered files and random calls; docs/reliability.md has the table of a run.
 torture: .venv/dev.stamp
 	OMP_NUM_THREADS=1 $(BIN)/python tests/torture.py
+
+# The oldest supported versions, the newest, and those without Triton: 5 GB and an hour each.
+matrix: .venv/dev.stamp
+	$(BIN)/python tests/version_matrix.py --out benchmarks/results/version_matrix.json
+
+# Known weaknesses of what is installed. What the advisory service does not know is an error.
+audit: .venv/dev.stamp
+	$(BIN)/python -m pip install --quiet pip-audit
+	$(BIN)/python -m pip_audit --local --skip-editable --strict
 
 # Compute capabilities, with spaces between them.
 ARCHS ?= 80 90 100

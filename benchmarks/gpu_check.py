@@ -41,6 +41,13 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="of the results")
     parser.add_argument("--minutes", type=float, default=MINUTES, help="stop timing after these")
     parser.add_argument("--dry-run", action="store_true", help="tiny sizes on the CPU")
+    parser.add_argument(
+        "--random-calls",
+        type=int,
+        default=0,
+        metavar="N",
+        help="also try so many random sizes, layouts and types (5000: hours, since each compiles)",
+    )
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     path = arguments.out / (f"dry_run_{RESULTS}" if arguments.dry_run else RESULTS)
@@ -56,6 +63,7 @@ def main() -> int:
     # The same graph is run backward many times, which compiled graphs allow only without this.
     functorch_config.donated_buffer = False
     results = check(dry=arguments.dry_run, minutes=arguments.minutes)
+    add_random_calls(results, arguments.random_calls)
     write(path, results)
     print(report(results))
     return int(bool(results["wrong"]))
@@ -73,6 +81,8 @@ def check(*, dry: bool, minutes: float) -> dict[str, Any]:
     device = torch.device("cpu" if dry else "cuda")
     places = TINY if dry else PLACES
     compiler = "aot_eager" if dry else "inductor"
+    # Whatever a kernel is compared with is the library's best.
+    torch.backends.cudnn.benchmark = True
     results: dict[str, Any] = {"machine": describe_machine(), "dry_run": dry}
 
     compiled_kernels = watch_compilation()
@@ -147,6 +157,17 @@ def check(*, dry: bool, minutes: float) -> dict[str, Any]:
         for name, reason in row["left_out"].items()
     ]
     return results
+
+
+def add_random_calls(results: dict[str, Any], count: int) -> None:
+    """Calls of every operator that hypothesis draws, in the GPU's kernels or the interpreter."""
+    if count:
+        sys.path.append(str(Path(__file__).parents[1] / "tests"))
+        from torture_fuzz import fuzz_count
+
+        found = fuzz_count(count, device="cpu" if results["dry_run"] else "cuda")
+        results["random_calls"] = {"tried": found.tried, "seeds": found.seeds}
+        results["wrong"] += found.wrong
 
 
 def watch_compilation() -> list[bool]:

@@ -124,18 +124,13 @@ def read_code(folder: Path) -> Code:
 
 
 def _read_cubin(path: Path) -> Code:
-    sass = _cuobjdump("-sass", path)
-    usage = re.search(r"REG:(\d+) STACK:(\d+)", _cuobjdump("-res-usage", path))
+    command = [str(TOOL), "-sass", "-res-usage", str(path)]
+    text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    usage = re.search(r"REG:(\d+) STACK:(\d+)", text)
     assert usage is not None, path
-    instructions = list(_parse_sass(sass))
+    instructions = list(_parse_sass(text))
     spilled = sum(item.name.startswith(("LDL", "STL")) for item in instructions)
     return Code(instructions, int(usage[1]), spilled, LANES)
-
-
-def _cuobjdump(option: str, path: Path) -> str:
-    return subprocess.run(
-        [str(TOOL), option, str(path)], check=True, capture_output=True, text=True
-    ).stdout
 
 
 def _parse_sass(text: str) -> Iterator[Instruction]:

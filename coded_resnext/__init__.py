@@ -13,6 +13,7 @@ from .models import CodedResNeXt
 from .pretrained import Pretrained, from_pretrained, push_to_hub, save_pretrained
 from .registry import create_model, list_models
 from .stages import Stage
+from .warm_up import WarmUp, warm_up
 
 __all__ = [
     "Codebook",
@@ -29,6 +30,7 @@ __all__ = [
     "LossTerms",
     "Pretrained",
     "Stage",
+    "WarmUp",
     "calibrate",
     "create_model",
     "decode",
@@ -40,4 +42,5 @@ __all__ = [
     "push_to_hub",
     "save_pretrained",
     "use_grouped_kernels",
+    "warm_up",
 ]

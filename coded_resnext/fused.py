@@ -20,7 +20,7 @@ from .fused_operators import FusedOperators
 from .fused_values import Affine, Deferred, Map, like, ready
 from .kernels.checks import check_debug, checked_mask
 from .kernels.gram import split_weight
-from .kernels.launch import architecture
+from .kernels.launch import architecture, interpreted
 from .kernels.operators import normalize_branches
 from .kernels.ops import requested_backend
 from .kernels.reference import accumulation_dtype
@@ -147,6 +147,8 @@ def _chosen(block: CodedBottleneck, x: Tensor) -> str:
         if x.is_cuda and not torch.compiler.is_compiling():
             _report(f"blocks run layer by layer: the fused data flow was not timed on {arch}")
         return "torch"
+    if chosen == "triton" and not (x.is_cuda or interpreted()):
+        raise RuntimeError(f"backend: 'triton' was asked for but x is on {x.device}")
     return chosen
 
 

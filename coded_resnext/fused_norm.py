@@ -123,17 +123,13 @@ class _CarryScale(torch.autograd.Function):
     """The identity on `scale` and `bias`; the gradient of the count becomes the scale."""
 
     @staticmethod
-    def forward(
-        ctx: Any, statistics: Tensor, scale: Tensor, bias: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, statistics: Tensor, scale: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(scale)
         return scale.clone(), bias.clone()
 
     @staticmethod
     @once_differentiable
-    def backward(
-        ctx: Any, grad_scale: Tensor, grad_bias: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(ctx: Any, grad_scale: Tensor, grad_bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         (scale,) = ctx.saved_tensors
         nothing = torch.zeros_like(scale)
         return torch.stack([scale, nothing, nothing]), grad_scale, grad_bias

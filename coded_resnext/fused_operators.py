@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from .fused_values import Affine, Deferred, Map
+from .fused_values import Affine, Map
 from .kernels import backends, conv1x1_ops, grouped_ops
 from .kernels.conv1x1_join_operators import join_conv1x1
 from .kernels.conv1x1_operators import conv1x1, unsupported

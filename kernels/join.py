@@ -1,5 +1,5 @@
-"""Triton: the end of a residual block, `x = relu(scale y + bias + residual)`, element by element, and
-the statistics of what a plain matrix product leaves behind.
+"""Triton: the end of a residual block, `x = relu(scale y + bias + residual)`, element by element,
+and the statistics of what a plain matrix product leaves behind.
 
 Maps are matrices of rows of channels, `[ROWS, CHANNELS]`: channels-last. A program takes BLOCK_C
 channels of TRIPS * BLOCK_P rows. They serve the 1x1 convolutions that a library computes; kernels
@@ -17,8 +17,9 @@ from .tile import hash_in_order, rectify, round_to
 
 
 @triton.jit
-def locate_tile(rows, CHANNELS: tl.constexpr, TRIPS: tl.constexpr, BLOCK_P: tl.constexpr,
-                BLOCK_C: tl.constexpr):
+def locate_tile(
+    rows, CHANNELS: tl.constexpr, TRIPS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr
+):
     """The part of the rows that a program takes, its first row, and its channels."""
     COLUMNS: tl.constexpr = (CHANNELS + BLOCK_C - 1) // BLOCK_C
     part = tl.program_id(0) // COLUMNS
@@ -61,14 +62,14 @@ def join_forward(
     Grid: parts * column blocks. `x`, `y`, `residual [ROWS, CHANNELS]` in one dtype; the maps
     `[CHANNELS]` float32, those of the residual may be None.
     """
-    _, first, channel = locate_tile(rows, CHANNELS, TRIPS, BLOCK_P, BLOCK_C)
+    _part, first, channel = locate_tile(rows, CHANNELS, TRIPS, BLOCK_P, BLOCK_C)
     real = channel < CHANNELS
     scale = load_channels(scale_ptr, channel, real, 1.0)
     bias = load_channels(bias_ptr, channel, real, 0.0)
     residual_scale = load_channels(residual_scale_ptr, channel, real, 1.0)
     residual_bias = load_channels(residual_bias_ptr, channel, real, 0.0)
     for trip in range(TRIPS):
-        at, _, inside = tile_offsets(
+        at, _exists, inside = tile_offsets(
             first + trip * BLOCK_P, rows, channel, CHANNELS, BLOCK_P, BLOCK_C
         )
         value = tl.load(y_ptr + at, mask=inside, other=0.0).to(tl.float32) * scale + bias
@@ -106,7 +107,7 @@ def join_backward(
     of_y = zero
     of_residual = zero
     for trip in range(TRIPS):
-        at, _, inside = tile_offsets(
+        at, _exists, inside = tile_offsets(
             first + trip * BLOCK_P, rows, channel, CHANNELS, BLOCK_P, BLOCK_C
         )
         grad = tl.load(grad_ptr + at, mask=inside, other=0.0).to(tl.float32)

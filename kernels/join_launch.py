@@ -12,7 +12,6 @@ from torch import Tensor
 from . import join_configs as configs
 from .batch_statistics import statistics_of
 from .grouped_configs import merge_statistics
-
 from .launch import DTYPES, _float32, as_rows, channels_last, empty_rows, on_device
 from .reference import accumulation_dtype
 

@@ -10,9 +10,6 @@ import sys
 import time
 from dataclasses import dataclass, field
 
-# Decided when a kernel is first imported.
-os.environ.setdefault("TRITON_INTERPRET", "1")
-
 import torch
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from operator_fuzz import check
@@ -46,13 +43,14 @@ def fuzz(seconds: float, *, first_seed: int, backend: str, device: str = "cpu") 
     return found
 
 
-def fuzz_gpu(count: int, first_seed: int = 0) -> Fuzzed:
-    """So many calls of the kernels in all, on the current GPU; `benchmarks/gpu_check.py` asks."""
+def fuzz_count(count: int, *, device: str, first_seed: int = 0) -> Fuzzed:
+    """So many calls of the kernels or a few more; `benchmarks/gpu_check.py` asks for them."""
     found = Fuzzed()
+    most = max(1, min(ROUND, count // len(OPERATORS)))
     while sum(found.tried.values()) < count:
         found.seeds.append(first_seed + len(found.seeds))
         for operator in OPERATORS:
-            _round(found, operator, found.seeds[-1], ROUND, "triton", "cuda")
+            _round(found, operator, found.seeds[-1], most, "triton", device)
     return found
 
 
@@ -80,6 +78,8 @@ def _round(found: Fuzzed, operator: str, number: int, most: int, backend: str, d
 
 
 if __name__ == "__main__":
+    # Decided when a kernel is first imported.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
     torch.set_num_threads(1)
     given_seed = int(sys.argv[2]) if len(sys.argv) > 2 else 0
     chosen = sys.argv[3] if len(sys.argv) > 3 else "torch"

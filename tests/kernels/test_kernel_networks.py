@@ -1,4 +1,8 @@
-"""Whole blocks and networks through the Triton path: golden tensors, and ten steps of training."""
+"""Whole blocks and networks in the fused data flow: golden tensors, and ten steps of training.
+
+Blocks and networks of the golden tensors' sizes take the kernels of the coded operations from the
+interpreter and PyTorch's convolutions; one golden block and the training take every kernel.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,7 @@ import pytest
 import torch
 from helpers import GOLDEN, below, load_golden, relative_error
 
-from coded_resnext import CodedLoss, CodedResNeXt, create_model
+from coded_resnext import CodedLoss, CodedResNeXt, Stage
 from coded_resnext.convert import (
     published_block,
     published_block_state,
@@ -22,15 +26,14 @@ BLOCKS = sorted(path.stem for path in GOLDEN.glob("block_*.npz"))
 ENERGIES, GRADIENTS = 1e-5, 1e-4
 
 
-def use_triton(block: torch.nn.Module) -> None:
-    block.backend = "triton"
-
-
-@pytest.mark.parametrize("name", BLOCKS)
-def test_golden_block(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "backend"),
+    [*((name, "fused") for name in BLOCKS), ("block_imagenet_16of32_train", "triton")],
+)
+def test_golden_block(name: str, backend: str) -> None:
     meta, golden = load_golden(name)
     block = published_block(below(golden, "state."), stride=meta["stride"]).float()
-    use_triton(block)
+    block.backend = backend
     block.train(meta["train"])
     x = golden["x"].float().requires_grad_()
     y, energies = block(x)
@@ -58,7 +61,7 @@ def test_golden_network() -> None:
     meta, golden = load_golden("net_cifar10")
     model = published_model(below(golden, "state."), meta["architecture"]).float()
     for block in model.blocks:
-        use_triton(block)
+        block.backend = "fused"
     x, targets = golden["x"].float(), golden["targets"]
     with torch.no_grad():
         logits, energies = model.eval()(x, return_energies=True)
@@ -83,16 +86,19 @@ def test_golden_network() -> None:
 
 
 def train(backend: str, steps: int) -> list[float]:
-    """Losses of the digits network from one initialisation on the same small random batches."""
+    """Losses of a network like that of the digits, in little, on the same small random batches."""
     torch.manual_seed(0)
-    model: CodedResNeXt = create_model("coded_resnext_digits", drop_branches=0.1, backend=backend)
+    stages = [Stage(1, 16, 2, 8, 8), Stage(1, 16, 2, 10, 5, stride=2)]
+    model = CodedResNeXt(
+        stages, 10, stem_channels=8, in_channels=1, drop_branches=0.1, backend=backend
+    )
     model = model.to(memory_format=torch.channels_last).train()
     loss = CodedLoss(model.codebooks, weight=6.0, backend=backend)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     generator = torch.Generator().manual_seed(1)
     losses = []
     for _ in range(steps):
-        images = torch.rand(4, 1, 8, 8, generator=generator)
+        images = torch.rand(4, 1, 5, 5, generator=generator)
         targets = torch.randint(10, (4,), generator=generator)
         logits, energies = model(images, return_energies=True)
         total = loss(logits, energies, targets).total
@@ -103,7 +109,7 @@ def train(backend: str, steps: int) -> list[float]:
     return losses
 
 
-def test_ten_steps_of_digits_give_the_losses_of_pytorch() -> None:
+def test_ten_steps_give_the_losses_of_pytorch() -> None:
     found, expected = train("triton", 10), train("torch", 10)
     assert found == pytest.approx(expected, rel=1e-4)
     # The losses differ from step to step by far more than that.
