@@ -300,17 +300,20 @@ JOINS = {
 }
 WIDER = Plan("", "predicted: from 1024 channels on cuBLAS is as fast, 92 to 90 and 70 to 82")
 OTHERS = Plan("", "not predicted")
-# Architectures for which the kernels of the table compile without a register in memory, and the
-# interpreter.
-ARCHITECTURES = ("sm80", "sm90", "sm100", "cpu")
+# Elements of the largest weight for which the kernels of the table have been compiled without a
+# register in memory, by architecture; the interpreter takes all.
+COMPILED = {"sm80": 128 * 256, "sm90": 512 * 256, "sm100": 512 * 256, "cpu": 512 * 256}
 
 
 def planned(arch: str, sizes: ProductSizes) -> Plan:
     """The line of the selection table for an architecture and a convolution."""
-    if arch not in ARCHITECTURES:
+    if arch not in COMPILED:
         return Plan("", f"the kernels have no settings for {arch}")
     other = WIDER if max(sizes.inputs, sizes.outputs) >= 1024 else OTHERS
-    return (JOINS if sizes.join else CONVOLUTIONS).get((sizes.inputs, sizes.outputs), other)
+    plan = (JOINS if sizes.join else CONVOLUTIONS).get((sizes.inputs, sizes.outputs), other)
+    if plan.passes and sizes.inputs * sizes.outputs > COMPILED[arch]:
+        return Plan("", f"the kernels for weights of this size were not compiled for {arch}")
+    return plan
 
 
 # Where the ImageNet network has the convolutions of the table; the join at the end of a stage's
@@ -327,15 +330,19 @@ PAPER_JOINS = {
 
 def shipped_rows(arch: str) -> Iterator[tuple[str, LaunchRow]]:
     """Every row that a step of training in bfloat16 launches."""
-    if arch not in ARCHITECTURES:
+    if arch not in COMPILED:
         return
     # The gradient of what ends a block comes without its factor.
     between = ProductVariant(affine=True, statistics=True, gain=True, moved=True, arch=arch)
     for place, (inputs, outputs) in PAPER_CONVOLUTIONS.items():
+        if not planned(arch, ProductSizes(inputs, outputs)).passes:
+            continue
         for make in (forward, input_gradient, weight_gradient):
             row = make(ProductSizes(inputs, outputs), between)
             yield f"1x1 {row.kernel.split(':')[1]} {place}", row
     for place, (inputs, outputs) in PAPER_JOINS.items():
+        if not planned(arch, ProductSizes(inputs, outputs, join=True)).passes:
+            continue
         mapped = place.endswith("mapped")
         variant = replace(between, affine=mapped, gain=False, signs=True)
         for make in (join_forward, join_input_gradient):
