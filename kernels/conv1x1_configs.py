@@ -300,9 +300,15 @@ JOINS = {
 }
 WIDER = Plan("", "predicted: from 1024 channels on cuBLAS is as fast, 92 to 90 and 70 to 82")
 OTHERS = Plan("", "not predicted")
-# Elements of the largest weight for which the kernels of the table have been compiled without a
-# register in memory, by architecture; the interpreter takes all.
-COMPILED = {"sm80": 128 * 256, "sm90": 512 * 256, "sm100": 512 * 256, "cpu": 512 * 256}
+# What has been compiled without a register in memory, by architecture: elements of the largest
+# weight, and passes. On sm80 the gradient of the input spills 4416 instructions. The interpreter
+# takes all.
+COMPILED = {
+    "sm80": (128 * 256, "forward"),
+    "sm90": (512 * 256, "forward input weight"),
+    "sm100": (512 * 256, "forward input weight"),
+    "cpu": (512 * 256, "forward input weight"),
+}
 
 
 def planned(arch: str, sizes: ProductSizes) -> Plan:
@@ -311,9 +317,10 @@ def planned(arch: str, sizes: ProductSizes) -> Plan:
         return Plan("", f"the kernels have no settings for {arch}")
     other = WIDER if max(sizes.inputs, sizes.outputs) >= 1024 else OTHERS
     plan = (JOINS if sizes.join else CONVOLUTIONS).get((sizes.inputs, sizes.outputs), other)
-    if plan.passes and sizes.inputs * sizes.outputs > COMPILED[arch]:
+    largest, passes = COMPILED[arch]
+    if plan.passes and sizes.inputs * sizes.outputs > largest:
         return Plan("", f"the kernels for weights of this size were not compiled for {arch}")
-    return plan
+    return replace(plan, passes=" ".join(p for p in plan.passes.split() if p in passes.split()))
 
 
 # Where the ImageNet network has the convolutions of the table; the join at the end of a stage's
@@ -330,21 +337,19 @@ PAPER_JOINS = {
 
 def shipped_rows(arch: str) -> Iterator[tuple[str, LaunchRow]]:
     """Every row that a step of training in bfloat16 launches."""
-    if arch not in COMPILED:
-        return
     # The gradient of what ends a block comes without its factor.
     between = ProductVariant(affine=True, statistics=True, gain=True, moved=True, arch=arch)
+    makers = {"forward": forward, "input": input_gradient, "weight": weight_gradient}
     for place, (inputs, outputs) in PAPER_CONVOLUTIONS.items():
-        if not planned(arch, ProductSizes(inputs, outputs)).passes:
-            continue
-        for make in (forward, input_gradient, weight_gradient):
-            row = make(ProductSizes(inputs, outputs), between)
+        sizes = ProductSizes(inputs, outputs)
+        for which in planned(arch, sizes).passes.split():
+            row = makers[which](sizes, between)
             yield f"1x1 {row.kernel.split(':')[1]} {place}", row
+    makers = {"forward": join_forward, "input": join_input_gradient}
     for place, (inputs, outputs) in PAPER_JOINS.items():
-        if not planned(arch, ProductSizes(inputs, outputs, join=True)).passes:
-            continue
-        mapped = place.endswith("mapped")
-        variant = replace(between, affine=mapped, gain=False, signs=True)
-        for make in (join_forward, join_input_gradient):
-            row = make(ProductSizes(inputs, outputs, join=True), variant)
+        sizes = ProductSizes(inputs, outputs, join=True)
+        passes = planned(arch, sizes).passes.split()
+        mapped, signs = place.endswith("mapped"), "input" in passes
+        for which in passes:
+            row = makers[which](sizes, replace(between, affine=mapped, gain=False, signs=signs))
             yield f"1x1 {row.kernel.split(':')[1]} {place}", row
