@@ -304,7 +304,7 @@ OTHERS = Plan("", "not predicted")
 # weight, and passes. On sm80 the gradient of the input spills 4416 instructions. The interpreter
 # takes all.
 COMPILED = {
-    "sm80": (128 * 256, "forward"),
+    "sm80": (128 * 256, "forward weight"),
     "sm90": (512 * 256, "forward input weight"),
     "sm100": (512 * 256, "forward input weight"),
     "cpu": (512 * 256, "forward input weight"),
