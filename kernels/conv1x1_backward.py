@@ -296,10 +296,12 @@ def join_input_gradient(
             if MAPPED:
                 residual = load_tile(residual_ptr + here, real, inside, WHOLE_N).to(tl.float32)
                 of_residual += tl.where(mine, tl.sum(g * residual, 0)[None, :], 0.0)
-    sums = (tl.reshape(of_bias, (BLOCK_N,)), tl.reshape(of_scale, (BLOCK_N,)))
+    two = (tl.reshape(of_bias, (BLOCK_N,)), tl.reshape(of_scale, (BLOCK_N,)))
     if MAPPED:
-        sums = (sums[0], sums[1], tl.reshape(of_residual, (BLOCK_N,)))
-    store_vectors(partial_ptr, part, n, n < INPUTS, sums, INPUTS)
+        three = (two[0], two[1], tl.reshape(of_residual, (BLOCK_N,)))
+        store_vectors(partial_ptr, part, n, n < INPUTS, three, INPUTS)
+    else:
+        store_vectors(partial_ptr, part, n, n < INPUTS, two, INPUTS)
 
 
 hash_in_order(globals())

@@ -300,17 +300,27 @@ JOINS = {
 }
 WIDER = Plan("", "predicted: from 1024 channels on cuBLAS is as fast, 92 to 90 and 70 to 82")
 OTHERS = Plan("", "not predicted")
-# Architectures for which the kernels of the table compile without a register in memory, and the
-# interpreter.
-ARCHITECTURES = ("sm80", "sm90", "sm100", "cpu")
+# What has been compiled without a register in memory, by architecture: elements of the largest
+# weight, and passes. On sm80 the gradient of the input spills 4416 instructions. The interpreter
+# takes all.
+COMPILED = {
+    "sm80": (128 * 256, "forward weight"),
+    "sm90": (512 * 256, "forward input weight"),
+    "sm100": (512 * 256, "forward input weight"),
+    "cpu": (512 * 256, "forward input weight"),
+}
 
 
 def planned(arch: str, sizes: ProductSizes) -> Plan:
     """The line of the selection table for an architecture and a convolution."""
-    if arch not in ARCHITECTURES:
+    if arch not in COMPILED:
         return Plan("", f"the kernels have no settings for {arch}")
     other = WIDER if max(sizes.inputs, sizes.outputs) >= 1024 else OTHERS
-    return (JOINS if sizes.join else CONVOLUTIONS).get((sizes.inputs, sizes.outputs), other)
+    plan = (JOINS if sizes.join else CONVOLUTIONS).get((sizes.inputs, sizes.outputs), other)
+    largest, passes = COMPILED[arch]
+    if plan.passes and sizes.inputs * sizes.outputs > largest:
+        return Plan("", f"the kernels for weights of this size were not compiled for {arch}")
+    return replace(plan, passes=" ".join(p for p in plan.passes.split() if p in passes.split()))
 
 
 # Where the ImageNet network has the convolutions of the table; the join at the end of a stage's
@@ -327,17 +337,19 @@ PAPER_JOINS = {
 
 def shipped_rows(arch: str) -> Iterator[tuple[str, LaunchRow]]:
     """Every row that a step of training in bfloat16 launches."""
-    if arch not in ARCHITECTURES:
-        return
     # The gradient of what ends a block comes without its factor.
     between = ProductVariant(affine=True, statistics=True, gain=True, moved=True, arch=arch)
+    makers = {"forward": forward, "input": input_gradient, "weight": weight_gradient}
     for place, (inputs, outputs) in PAPER_CONVOLUTIONS.items():
-        for make in (forward, input_gradient, weight_gradient):
-            row = make(ProductSizes(inputs, outputs), between)
+        sizes = ProductSizes(inputs, outputs)
+        for which in planned(arch, sizes).passes.split():
+            row = makers[which](sizes, between)
             yield f"1x1 {row.kernel.split(':')[1]} {place}", row
+    makers = {"forward": join_forward, "input": join_input_gradient}
     for place, (inputs, outputs) in PAPER_JOINS.items():
-        mapped = place.endswith("mapped")
-        variant = replace(between, affine=mapped, gain=False, signs=True)
-        for make in (join_forward, join_input_gradient):
-            row = make(ProductSizes(inputs, outputs, join=True), variant)
+        sizes = ProductSizes(inputs, outputs, join=True)
+        passes = planned(arch, sizes).passes.split()
+        mapped, signs = place.endswith("mapped"), "input" in passes
+        for which in passes:
+            row = makers[which](sizes, replace(between, affine=mapped, gain=False, signs=signs))
             yield f"1x1 {row.kernel.split(':')[1]} {place}", row

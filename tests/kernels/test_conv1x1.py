@@ -237,6 +237,8 @@ def test_the_selection_table(
         assert plan.reason
         assert not plan.measured
     assert planned("sm75", ProductSizes(128, 256)).passes == ""
+    assert planned("sm80", ProductSizes(256, 128, join=True)).passes == "forward"
+    assert planned("sm80", ProductSizes(512, 256, join=True)).passes == ""
 
     # What the rule does with a CUDA tensor, on a machine that has none.
     monkeypatch.setattr(conv1x1_ops, "architecture", lambda _index: "sm90")
