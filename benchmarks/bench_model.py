@@ -23,13 +23,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from coded_resnext.kernels import backends
 from contenders import Contender, Runner, contenders
 from gpus import find_gpu
 from model_bytes import least_bytes
 from torch import Tensor
 
 from coded_resnext import CodedResNeXt, Stage, create_model
-from coded_resnext.kernels import backends
 from coded_resnext.machine import describe_machine
 
 # Image size and batch of each network.

@@ -62,7 +62,8 @@ class BlockMaps:
 
 def maps_of(model: CodedResNeXt, batch: int, size: int) -> list[BlockMaps]:
     """The blocks of a network for a batch of square images."""
-    size = size if model.config["stem"] == "conv3x3" else -(-(-(-size // 2)) // 2)
+    if model.config["stem"] != "conv3x3":
+        size = (size + 3) // 4
     found: list[BlockMaps] = []
     before: CodedBottleneck | None = None
     for block in model.blocks:

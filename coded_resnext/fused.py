@@ -64,7 +64,7 @@ def fused_block(
     """`CodedBottleneck.forward` on raw tensors; arguments as for `apply_block`."""
     run = FusedOperators.of(_chosen(block, like(x)), like(x))
     bn1, bn2, bn3 = block.reduce_bn, block.grouped_bn, block.expand_bn
-    last = {"statistics": uses_batch(bn3), "deferred": _is_deferred(block)}
+    deferred = _is_deferred(block)
     # What the operators are given has its dtype; autocast would round what they keep in float32.
     with torch.autocast(like(x).device.type, enabled=False):
         x, y1, sums1 = run.join_conv1x1(x, block.reduce, statistics=uses_batch(bn1))
@@ -72,14 +72,18 @@ def fused_block(
         y2, sums2 = run.grouped(y1, block.grouped, map1, statistics=uses_batch(bn2))
         map2 = affine_of(bn2, sums2, _values(y2))
         energies: Tensor | None = None
+        map_before: Affine | None
         if block.is_coded:
             h, energies = _normalized(block, y2, map2, drop_mask, keep_mask)
-            y3, sums3 = run.conv1x1(h, block.expand, **last)
+            operand, map_before = h, None
         else:
-            y3, sums3 = run.conv1x1(y2, block.expand, map2, **last)
-        map3 = affine_of(bn3, sums3, _values(y3), deferred=last["deferred"])
-        residual, residual_map = _skip(block, run, x, deferred=last["deferred"])
-    return Deferred(y3, map3, residual, residual_map, last["deferred"], run.joins(y3)), energies
+            operand, map_before = y2, map2
+        y3, sums3 = run.conv1x1(
+            operand, block.expand, map_before, statistics=uses_batch(bn3), deferred=deferred
+        )
+        map3 = affine_of(bn3, sums3, _values(y3), deferred=deferred)
+        residual, residual_map = _skip(block, run, x, deferred=deferred)
+    return Deferred(y3, map3, residual, residual_map, deferred, run.joins(y3)), energies
 
 
 def _normalized(
@@ -103,9 +107,10 @@ def _skip(
     block: CodedBottleneck, run: FusedOperators, x: Tensor, *, deferred: bool
 ) -> tuple[Tensor, Affine | None]:
     """The skip connection: `x` itself, or the raw output of its convolution and the map behind."""
-    if isinstance(block.skip, nn.Identity):
+    layers = _layers(block.skip)
+    if not layers:
         return x, None
-    conv, bn = block.skip
+    conv, bn = layers
     y, sums = run.conv1x1(x, conv, statistics=uses_batch(bn), deferred=deferred)
     return y, affine_of(bn, sums, _values(y), deferred=deferred)
 
@@ -120,10 +125,12 @@ def _is_deferred(block: CodedBottleneck) -> bool:
 
     The scales travel with the gradients of the statistics, so that there must be some.
     """
-    layers = [block.expand_bn]
-    if not isinstance(block.skip, nn.Identity):
-        layers.append(block.skip[1])
-    return all(uses_batch(bn) for bn in layers)
+    return all(uses_batch(bn) for bn in (block.expand_bn, *_layers(block.skip)[1:]))
+
+
+def _layers(skip: nn.Module) -> tuple[Any, ...]:
+    """The convolution and the BatchNorm of a skip connection; none for the identity."""
+    return tuple(skip) if isinstance(skip, nn.Sequential) else ()
 
 
 def is_fused(block: CodedBottleneck, x: Tensor) -> bool:
@@ -163,8 +170,8 @@ def unfused_reason(block: CodedBottleneck) -> str | None:
         (block.grouped, block.grouped_bn),
         (block.expand, block.expand_bn),
     ]
-    skip: tuple[Any, ...] = () if isinstance(block.skip, nn.Identity) else tuple(block.skip)
-    if len(skip) not in (0, 2):
+    skip = _layers(block.skip)
+    if len(skip) != 2 and not isinstance(block.skip, nn.Identity):
         return "its skip connection is not a convolution and a BatchNorm"
     for conv, bn in [*pairs, *([skip] if skip else [])]:
         if not isinstance(conv, nn.Conv2d) or conv.bias is not None:

@@ -54,6 +54,8 @@ def affine_of(
             with torch.no_grad():
                 _follow(bn, mean, m2 / (values - 1))
     else:
+        assert bn.running_mean is not None
+        assert bn.running_var is not None
         dtype = torch.promote_types(bn.running_mean.dtype, torch.float32)
         mean, variance = bn.running_mean.to(dtype), bn.running_var.to(dtype)
     scale = torch.rsqrt(variance + bn.eps)
