@@ -116,7 +116,8 @@ def test_every_part_is_there(finished: Path, reproduce: ModuleType) -> None:
     assert (finished / "report.html").read_bytes() == (finished / "base-0/report.html").read_bytes()
     results = json.loads((finished / "reproduce.json").read_text())
     assert results["measures"]["base"]["0"]["accuracy"] == evaluation.test_accuracy
-    assert results["machine"]["commit"] in text
+    [summary] = [s for path, s in results["summaries"].items() if path.endswith("base-0")]
+    assert f"commit {summary['machine']['commit']}, " in text
 
 
 def test_finished_runs_are_not_run_again_and_others_go_on(finished: Path, tmp_path: Path) -> None:
