@@ -32,10 +32,10 @@ torture: .venv/dev.stamp
 matrix: .venv/dev.stamp
 	$(BIN)/python tests/version_matrix.py --out benchmarks/results/version_matrix.json
 
-# Known weaknesses of what is installed; asks an advisory service.
+# Known weaknesses of what is installed. What the advisory service does not know is an error.
 audit: .venv/dev.stamp
 	$(BIN)/python -m pip install --quiet pip-audit
-	$(BIN)/python -m pip_audit --local --skip-editable
+	$(BIN)/python -m pip_audit --local --skip-editable --strict
 
 # Compute capabilities, with spaces between them.
 ARCHS ?= 80 90 100

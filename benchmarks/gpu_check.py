@@ -72,6 +72,7 @@ def main() -> int:
 def check(*, dry: bool, minutes: float) -> dict[str, Any]:
     """All checks and times, JSON-ready."""
     from agreement import compare, compiled, registration, repeats
+    from conv1x1_check import check_products
     from grouped_check import check_grouped
     from operators import IMAGENET, OPERATORS, PLACES, TINY
     from timing import Deadline, measure, median_ms
@@ -80,6 +81,8 @@ def check(*, dry: bool, minutes: float) -> dict[str, Any]:
     device = torch.device("cpu" if dry else "cuda")
     places = TINY if dry else PLACES
     compiler = "aot_eager" if dry else "inductor"
+    # Whatever a kernel is compared with is the library's best.
+    torch.backends.cudnn.benchmark = True
     results: dict[str, Any] = {"machine": describe_machine(), "dry_run": dry}
 
     compiled_kernels = watch_compilation()
@@ -137,16 +140,17 @@ def check(*, dry: bool, minutes: float) -> dict[str, Any]:
     results["kernels_found"] = compiled_kernels.count(True)
     results["kernels_compiled"] = compiled_kernels.count(False)
     results["criteria"] = criteria(results["times"])
-    print("grouped convolutions")
-    results["grouped"] = check_grouped(
-        device,
-        dry=dry,
-        bandwidth=bandwidth,
-        compiler=compiler,
-        deadline=deadline,
-        repeats=3 if dry else REPEATS,
-    )
-    results["wrong"] += [fault for row in results["grouped"]["checks"] for fault in row["wrong"]]
+    for section, check_section in (("grouped", check_grouped), ("products", check_products)):
+        print({"grouped": "grouped convolutions", "products": "1x1 convolutions"}[section])
+        results[section] = check_section(
+            device,
+            dry=dry,
+            bandwidth=bandwidth,
+            compiler=compiler,
+            deadline=deadline,
+            repeats=3 if dry else REPEATS,
+        )
+        results["wrong"] += [fault for row in results[section]["checks"] for fault in row["wrong"]]
     results["left_out"] = [
         f"{row['operator']} {row['place']} {row['dtype']} {row['pass']}: {name}: {reason}"
         for row in results["times"]
@@ -245,6 +249,7 @@ def _figure(row: dict[str, Any], name: str) -> float | None:
 
 def report(results: dict[str, Any]) -> str:
     """The results as text."""
+    from conv1x1_check import report_products
     from grouped_check import report_grouped
 
     lines = [
@@ -269,6 +274,7 @@ def report(results: dict[str, Any]) -> str:
             f"{item['bound']}: {verdict}"
         )
     lines += report_grouped(results["grouped"])
+    lines += report_products(results["products"])
     lines += [*(f"left out: {text}" for text in results["left_out"])]
     lines += [*(f"WRONG: {text}" for text in results["wrong"])]
     lines.append(

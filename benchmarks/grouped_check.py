@@ -132,14 +132,14 @@ class Call:
         other.__dict__ = {**self.__dict__, "layer": layer, "weight": weight}
         return other
 
-    def fused(self, backend: str) -> Callable[[], tuple[Tensor, ...]]:
+    def fused(self, backend: str) -> Callable[..., tuple[Tensor, ...]]:
         """Between BatchNorms: the affine map and ReLU before, the statistics after."""
 
-        def run() -> tuple[Tensor, ...]:
+        def run(x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
             if backend == "triton":
                 y, statistics = grouped_conv3x3(
-                    self.x,
-                    self.weight,
+                    x,
+                    weight,
                     self.layer.groups,
                     stride=self.layer.stride,
                     scale=self.scale,
@@ -149,12 +149,22 @@ class Call:
                 )
                 assert statistics is not None
                 return y, statistics
-            wide = self.x * self.scale[:, None, None] + self.bias[:, None, None]
-            h = wide.relu().to(self.x.dtype)
-            y = F.conv2d(h, self.weight, None, self.layer.stride, 1, 1, self.layer.groups)
+            wide = x * self.scale[:, None, None] + self.bias[:, None, None]
+            h = wide.relu().to(x.dtype)
+            y = F.conv2d(h, weight, None, self.layer.stride, 1, 1, self.layer.groups)
             return y, *torch.var_mean(y.float(), (0, 2, 3), correction=0)
 
         return run
+
+    def time_fused(self, form: Callable[..., tuple[Tensor, ...]]) -> tuple[float, float]:
+        """Milliseconds of a fused form, forward, and backward to input and weight together."""
+        x, weight = (value.detach().requires_grad_() for value in (self.x, self.weight))
+        y = form(x, weight)[0]
+        forward = median_ms(lambda: form(x, weight), x.device)
+        backward = median_ms(
+            lambda: torch.autograd.grad(y, (x, weight), self.grad, retain_graph=True), x.device
+        )
+        return forward, backward
 
 
 def error(found: Tensor, exact: Tensor) -> float:
@@ -208,10 +218,9 @@ def time_layer(
         row["ms"][which] = times
     if compiler is not None:
         form = torch.compile(call.fused("torch"), backend=compiler, dynamic=False)
-        row["ms"]["fused forward"] = {
-            "kernel": median_ms(call.fused("triton"), device),
-            "compiled": median_ms(form, device),
-        }
+        kernel, compiled = call.time_fused(call.fused("triton")), call.time_fused(form)
+        for index, which in enumerate(("fused forward", "fused backward")):
+            row["ms"][which] = {"kernel": kernel[index], "compiled": compiled[index]}
     if bandwidth is not None:
         moved = 2 * (call.x.numel() + call.grad.numel())
         row["forward_over_floor"] = row["ms"]["forward"]["kernel"] / (1000 * moved / bandwidth)
@@ -258,7 +267,6 @@ def check_grouped(
 ) -> dict[str, Any]:
     """All of it, JSON-ready; layers that the time does not suffice for are named."""
     layers = TINY if dry else LAYERS
-    torch.backends.cudnn.benchmark = True
     checks = [check_layer(layer, torch.bfloat16, device, repeats) for layer in layers]
     # What differs by dtype is the rounding alone, so that one layer of each stride shows it.
     checks += [check_layer(layer, torch.float16, device, 2) for layer in layers[:2]]

@@ -162,7 +162,12 @@ def instructions_per_byte(code: Code, row: Any) -> float:
     if "PIXELS" not in sizes:
         # Maps of any size: the main loop alone, which is all that a large one costs. Its trips are
         # counted when it runs, so that it holds one; what it reads twice is no reason to doubt it.
-        return len(code.main_loop()) * row.num_warps / row.trip_bytes if row.trip_bytes else 0.0
+        loop = code.main_loop()
+        count = (row.steps - 1) * len(loop)
+        # With steps, what the loop around them issues; its first steps may stand in front of them.
+        around = (body for body in code.loops() if row.steps > 1 and _is_inside(loop, body))
+        count += max(map(len, around), default=len(loop))
+        return count * row.num_warps / row.trip_bytes if row.trip_bytes else 0.0
     trips = math.ceil(sizes["PIXELS"] / sizes["BLOCK_P"])
     steps, samples = sizes.get("STEPS", 1), sizes.get("SAMPLES", 1)
     # The loops of the source from the outside in; those of one pass are not in the code.

@@ -33,6 +33,7 @@ REJECTED = "(rejected)"
 SIZES = frozenset(
     {
         *("BRANCHES", "BRANCHES_P", "WIDTH", "PIXELS", "CHANNELS", "CHANNELS_OUT", "CLASSES"),
+        *("INPUTS", "OUTPUTS"),
         *("GROUPS", "GROUP", "GROUP_P", "PADDED", "STEPS", "WINDOWS"),
     }
 )

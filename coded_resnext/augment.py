@@ -218,8 +218,8 @@ def posterize_to_black(image: Image, bits_to_keep: int, **settings: Any) -> Imag
 
     if bits_to_keep < 1:
         return image.point([0] * 256 * len(image.getbands()))
-    posterized: Image = posterize(image, bits_to_keep, **settings)
-    return posterized
+    untyped: Callable[..., Image] = posterize
+    return untyped(image, bits_to_keep, **settings)
 
 
 def seed_generators(seed: int) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -24,6 +24,9 @@ from .augment import (
 )
 from .data import Preprocessing
 from .device_ops import NUMBERS, OPERATIONS, apply_operation
+
+if TYPE_CHECKING:
+    from timm.data.auto_augment import RandAugment
 
 # Numbers of an image before those of its operations: left, top, mirrored, flipped.
 PLACE = 4
@@ -60,7 +63,7 @@ class Draws:
         self._crop = PaddedCrop(preprocessing.size, augmentation.crop_padding)
         self._flips = Flips(augmentation.hflip, augmentation.vflip)
         self.layers, self.fill = 0, (0, 0, 0)
-        self._augment: Callable[[Any], Any] | None = None
+        self._augment: RandAugment | None = None
         if augmentation.aa:
             rand_augment = make_rand_augment(augmentation.aa, preprocessing)
             for operation in rand_augment.ops:
@@ -82,6 +85,19 @@ class Draws:
                     for operation in self._notes.rows:
                         row += operation
                 rows.append(row + [0.0] * (PLACE + self.layers * NUMBERS - len(row)))
+        return torch.tensor(rows, dtype=torch.float64)
+
+    def of_operation(self, name: str, seeds: Sequence[int]) -> Tensor:
+        """Draws of one of RandAugment's operations alone, `[B, NUMBERS]`, by timm's name."""
+        assert self._augment is not None
+        [operation] = [each for each in self._augment.ops if each.name == name]
+        rows = []
+        with generators_kept():
+            for seed in seeds:
+                seed_generators(seed)
+                self._notes.rows = []
+                operation(self._notes)
+                rows.append((self._notes.rows or [[0.0] * NUMBERS])[0])
         return torch.tensor(rows, dtype=torch.float64)
 
 
@@ -216,7 +232,7 @@ def _make_notes(size: int) -> Any:
         def size(self) -> tuple[int, int]:
             return size, size
 
-        def copy(self) -> Notes:  # type: ignore[override]
+        def copy(self) -> Notes:
             return self
 
         def transform(  # type: ignore[override]

@@ -59,10 +59,9 @@ def _check_tokens(yaml: types.ModuleType, text: str) -> None:
         if isinstance(token, yaml.AliasToken):
             raise ValueError("expected no aliases (*name)")
         # The scanner takes a time that grows as the square of the depth.
-        opens = (yaml.FlowSequenceStartToken, yaml.FlowMappingStartToken)
-        opens += (yaml.BlockSequenceStartToken, yaml.BlockMappingStartToken)
-        closes = (yaml.FlowSequenceEndToken, yaml.FlowMappingEndToken, yaml.BlockEndToken)
-        depth += isinstance(token, opens) - isinstance(token, closes)
+        kind = type(token).__name__
+        depth += kind.endswith(("SequenceStartToken", "MappingStartToken"))
+        depth -= kind.endswith(("SequenceEndToken", "MappingEndToken", "BlockEndToken"))
         if depth > DEEPEST_YAML:
             raise ValueError(f"expected at most {DEEPEST_YAML} levels of lists and mappings")
 

@@ -88,6 +88,8 @@ class LaunchRow:
     """The least that one sample costs in memory traffic: each tensor moved once."""
     num_stages: int = 1
     enable_fp_fusion: bool = True
+    steps: int = 1
+    """Trips of the innermost loop for one of the loop around it, of which `trip_bytes` then are."""
 
     @property
     def keywords(self) -> dict[str, Any]:

@@ -109,9 +109,9 @@ def join_forward(
 ):
     """`x = relu(scale y + bias + residual)`, `z = W x`; the first column of tiles writes `x`.
 
-    Grid as for `product_forward`. `x`, `y`, `residual [rows, INPUTS]`, `z [rows, OUTPUTS]`; `signs
-    [rows, INPUTS / 8]` bytes or None; the vectors `[INPUTS]` float32, those of the residual or None;
-    `weight`, `partial` as there.
+    Grid, `weight` and `partial` as for `product_forward`. `x`, `y`, `residual [rows, INPUTS]`, `z
+    [rows, OUTPUTS]`; `signs [rows, INPUTS / 8]` bytes or None; the vectors `[INPUTS]` float32,
+    those of the residual or None.
     """
     MAPPED: tl.constexpr = residual_scale_ptr is not None
     STATISTICS: tl.constexpr = partial_ptr is not None

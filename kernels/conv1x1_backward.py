@@ -92,14 +92,16 @@ def resident_weight(
     """What `gradient_product` needs for all output channels at once; nothing if it takes steps."""
     WHOLE_K: tl.constexpr = OUTPUTS % BLOCK_K == 0
     if OUTPUTS > BLOCK_K:
-        return 0.0, 0.0, 0.0, 0.0
+        resident = (0.0, 0.0, 0.0, 0.0)
     else:
         k = tl.arange(0, BLOCK_K)
-        weight = load_weight(weight_ptr, k, n, INPUTS, OUTPUTS, WHOLE_K and WHOLE_N)
-        gain = load_vector(gain_ptr, k, k < OUTPUTS, 0.0, WHOLE_K)
-        curve = load_vector(curve_ptr, k, k < OUTPUTS, 0.0, WHOLE_K)
-        level = load_vector(level_ptr, k, k < OUTPUTS, 0.0, WHOLE_K)
-        return weight, gain, curve, level
+        resident = (
+            load_weight(weight_ptr, k, n, INPUTS, OUTPUTS, WHOLE_K and WHOLE_N),
+            load_vector(gain_ptr, k, k < OUTPUTS, 0.0, WHOLE_K),
+            load_vector(curve_ptr, k, k < OUTPUTS, 0.0, WHOLE_K),
+            load_vector(level_ptr, k, k < OUTPUTS, 0.0, WHOLE_K),
+        )
+    return resident
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -130,7 +132,8 @@ def product_input_gradient(
     Grid: parts * ceil(INPUTS / BLOCK_N). `dx`, `x [rows, INPUTS]`, `grad`, `y`, `moved
     [rows, OUTPUTS]`: `moved` receives `d`; `y`, `moved` may be None. `gain`, `curve`, `level
     [OUTPUTS]` float32 or None. `scale`, `bias [INPUTS]` float32 or None, and with them `x` and
-    `partial [parts, 2, INPUTS]` float32, the gradients of bias and scale. `weight [OUTPUTS, INPUTS]`.
+    `partial [parts, 2, INPUTS]` float32, the gradients of bias and scale. `weight` is `[OUTPUTS,
+    INPUTS]`.
     """
     AFFINE: tl.constexpr = scale_ptr is not None
     COLUMNS: tl.constexpr = (INPUTS + BLOCK_N - 1) // BLOCK_N
@@ -293,10 +296,12 @@ def join_input_gradient(
             if MAPPED:
                 residual = load_tile(residual_ptr + here, real, inside, WHOLE_N).to(tl.float32)
                 of_residual += tl.where(mine, tl.sum(g * residual, 0)[None, :], 0.0)
-    sums = (tl.reshape(of_bias, (BLOCK_N,)), tl.reshape(of_scale, (BLOCK_N,)))
+    two = (tl.reshape(of_bias, (BLOCK_N,)), tl.reshape(of_scale, (BLOCK_N,)))
     if MAPPED:
-        sums = (sums[0], sums[1], tl.reshape(of_residual, (BLOCK_N,)))
-    store_vectors(partial_ptr, part, n, n < INPUTS, sums, INPUTS)
+        three = (two[0], two[1], tl.reshape(of_residual, (BLOCK_N,)))
+        store_vectors(partial_ptr, part, n, n < INPUTS, three, INPUTS)
+    else:
+        store_vectors(partial_ptr, part, n, n < INPUTS, two, INPUTS)
 
 
 hash_in_order(globals())

@@ -121,11 +121,15 @@ def _row(
         sizes, variant, tile: what it is compiled for.
         wide: tensors of the batch with `I` channels that it reads or writes.
         narrow: those with `O`.
-        chunked: whether the kernel works on pieces of the columns.
+        chunked: whether it is a gradient of the input, which works on pieces of the columns.
     """
     item = ITEM_BYTES[variant.dtype]
     pixel_bytes = int(item * (wide * sizes.inputs + narrow * sizes.outputs))
-    pixels = tile.k if "weight" in kernel else tile.m
+    pixels, steps = tile.m, -(-(sizes.outputs if chunked else sizes.inputs) // tile.k)
+    columns = -(-(sizes.inputs if chunked else sizes.outputs) // tile.n)
+    if "weight" in kernel:
+        pixels, steps = tile.k, 1
+        columns = -(-sizes.outputs // tile.m) * -(-sizes.inputs // tile.n)
     return LaunchRow(
         kernel=kernel,
         args=(*tensors, 4096),
@@ -140,7 +144,9 @@ def _row(
         ),
         num_warps=tile.warps,
         num_stages=tile.stages,
-        trip_bytes=pixels * pixel_bytes,
+        # A tensor that several columns of tiles read counts once.
+        trip_bytes=pixels * pixel_bytes // columns,
+        steps=steps,
         sample_bytes=EXAMPLE_PIXELS * pixel_bytes,
     )
 
@@ -279,11 +285,71 @@ class Plan:
     """Whether it was timed, and not only predicted."""
 
 
+# The selection table: where kernels are worth their launch. Nothing was timed yet. The prediction
+# is of microseconds on an H200 for a batch of 256 images of 160 pixels in bfloat16: kernel, and in
+# its place cuBLAS, one pass over the maps and one for the sums. By channels in and out.
+CONVOLUTIONS = {
+    (128, 256): Plan("forward input weight", "predicted: forward 114 for 199, input 220 for 332"),
+    (256, 512): Plan("forward input weight", "predicted: forward 88 for 102, input 137 for 169"),
+}
+# The gradient of a join's weight is a product of two maps as they are, which cuBLAS has.
+JOINS = {
+    (256, 128): Plan("forward input", "predicted: forward 190 for 278, input 255 for 438"),
+    (256, 256): Plan("forward input", "predicted by its neighbours, at either end of the stage"),
+    (512, 256): Plan("forward input", "predicted: forward 118 for 142, input 163 for 222"),
+}
+WIDER = Plan("", "predicted: from 1024 channels on cuBLAS is as fast, 92 to 90 and 70 to 82")
+OTHERS = Plan("", "not predicted")
+# What has been compiled without a register in memory, by architecture: elements of the largest
+# weight, and passes. On sm80 the gradient of the input spills 4416 instructions. The interpreter
+# takes all.
+COMPILED = {
+    "sm80": (128 * 256, "forward weight"),
+    "sm90": (512 * 256, "forward input weight"),
+    "sm100": (512 * 256, "forward input weight"),
+    "cpu": (512 * 256, "forward input weight"),
+}
+
+
 def planned(arch: str, sizes: ProductSizes) -> Plan:
     """The line of the selection table for an architecture and a convolution."""
-    return Plan("", f"no kernel is planned on {arch}")
+    if arch not in COMPILED:
+        return Plan("", f"the kernels have no settings for {arch}")
+    other = WIDER if max(sizes.inputs, sizes.outputs) >= 1024 else OTHERS
+    plan = (JOINS if sizes.join else CONVOLUTIONS).get((sizes.inputs, sizes.outputs), other)
+    largest, passes = COMPILED[arch]
+    if plan.passes and sizes.inputs * sizes.outputs > largest:
+        return Plan("", f"the kernels for weights of this size were not compiled for {arch}")
+    return replace(plan, passes=" ".join(p for p in plan.passes.split() if p in passes.split()))
+
+
+# Where the ImageNet network has the convolutions of the table; the join at the end of a stage's
+# first block has a residual with a map.
+PAPER_CONVOLUTIONS = {"32x4d c2": (128, 256), "32x4d c3": (256, 512)}
+PAPER_JOINS = {
+    "32x4d c2 mapped": (256, 128),
+    "32x4d c2 identity": (256, 128),
+    "32x4d c2 to c3 identity": (256, 256),
+    "32x4d c3 mapped": (512, 256),
+    "32x4d c3 identity": (512, 256),
+}
 
 
 def shipped_rows(arch: str) -> Iterator[tuple[str, LaunchRow]]:
     """Every row that a step of training in bfloat16 launches."""
-    yield from ()
+    # The gradient of what ends a block comes without its factor.
+    between = ProductVariant(affine=True, statistics=True, gain=True, moved=True, arch=arch)
+    makers = {"forward": forward, "input": input_gradient, "weight": weight_gradient}
+    for place, (inputs, outputs) in PAPER_CONVOLUTIONS.items():
+        sizes = ProductSizes(inputs, outputs)
+        for which in planned(arch, sizes).passes.split():
+            row = makers[which](sizes, between)
+            yield f"1x1 {row.kernel.split(':')[1]} {place}", row
+    makers = {"forward": join_forward, "input": join_input_gradient}
+    for place, (inputs, outputs) in PAPER_JOINS.items():
+        sizes = ProductSizes(inputs, outputs, join=True)
+        passes = planned(arch, sizes).passes.split()
+        mapped, signs = place.endswith("mapped"), "input" in passes
+        for which in passes:
+            row = makers[which](sizes, replace(between, affine=mapped, gain=False, signs=signs))
+            yield f"1x1 {row.kernel.split(':')[1]} {place}", row

@@ -23,7 +23,8 @@ from .reference import accumulation_dtype
 def pack_signs(x: Tensor) -> Tensor:
     """The signs `[B, H, W, I / 8]` of `[B, I, H, W]`."""
     weights = 2 ** torch.arange(8, device=x.device)
-    bits = (as_rows(x) > 0).unflatten(-1, (-1, 8))
+    rows = as_rows(x)
+    bits = (rows > 0).view(*rows.shape[:3], x.shape[1] // 8, 8)
     return (bits * weights).sum(-1).to(torch.uint8)
 
 

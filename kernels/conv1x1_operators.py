@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import conv1x1_launch, conv1x1_library, gram
 from .batch_statistics import follow, statistics_gradient, statistics_of
-from .launch import empty_rows, interpreted, on_device
+from .launch import DTYPES, empty_rows, interpreted, on_device
 from .operators import behind_activation, split_sums
 from .reference import accumulation_dtype
 
@@ -25,7 +25,7 @@ def unsupported(x: Tensor) -> str | None:
     """Why the kernels cannot run here on `x [B, I, H, W]`; None if they can."""
     if not (x.is_cuda or interpreted()):
         return f"the kernels run on CUDA tensors, not on {x.device.type}"
-    if x.dtype not in conv1x1_launch.DTYPES:
+    if x.dtype not in DTYPES:
         return f"the kernels take float32, float16 and bfloat16, not {x.dtype}"
     return None
 

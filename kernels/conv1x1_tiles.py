@@ -17,20 +17,18 @@ from .tile import hash_in_order, rectify_real, round_to
 def load_vector(ptr, channel, inside, default, WHOLE: tl.constexpr):
     """One float32 number for each channel, `[1, channels]`; `default` where there are none."""
     if ptr is None:
-        return default
+        value = default
     elif WHOLE:
-        return tl.load(ptr + channel)[None, :]
+        value = tl.load(ptr + channel)[None, :]
     else:
-        return tl.load(ptr + channel, mask=inside, other=0.0)[None, :]
+        value = tl.load(ptr + channel, mask=inside, other=0.0)[None, :]
+    return value
 
 
 @triton.jit
 def load_tile(ptrs, real, inside, WHOLE: tl.constexpr):
     """A tile, 0 outside; WHOLE says that all its channels are inside."""
-    if WHOLE:
-        return tl.load(ptrs, mask=real, other=0.0)
-    else:
-        return tl.load(ptrs, mask=real & inside[None, :], other=0.0)
+    return tl.load(ptrs, mask=real if WHOLE else real & inside[None, :], other=0.0)
 
 
 @triton.jit
@@ -49,11 +47,11 @@ def load_weight(
     """A block `[first, second]` of a weight `[FIRSTS, SECONDS]`, 0 outside."""
     ptrs = ptr + first[:, None] * SECONDS + second[None, :]
     if WHOLE:
-        return tl.load(ptrs)
+        block = tl.load(ptrs)
     else:
-        return tl.load(
-            ptrs, mask=(first < FIRSTS)[:, None] & (second < SECONDS)[None, :], other=0.0
-        )
+        inside = (first < FIRSTS)[:, None] & (second < SECONDS)[None, :]
+        block = tl.load(ptrs, mask=inside, other=0.0)
+    return block
 
 
 @triton.jit
@@ -87,14 +85,12 @@ def unpack_bits(signs, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
 def follow(grad, y, gain, curve, level, GAIN: tl.constexpr, FOLLOWED: tl.constexpr):
     """`gain grad + curve y + level` in the dtype of `grad`. Rows that are not real come out as
     `level`: what is computed from them is never stored, and the caller clears what it sums."""
-    if not GAIN and not FOLLOWED:
-        return grad
-    d = grad.to(tl.float32)
+    d = grad
     if GAIN:
-        d *= gain
+        d = d.to(tl.float32) * gain
     if FOLLOWED:
-        d += y.to(tl.float32) * curve + level
-    return round_to(d, grad.dtype)
+        d = d.to(tl.float32) + (y.to(tl.float32) * curve + level)
+    return round_to(d, grad.dtype) if GAIN or FOLLOWED else d
 
 
 @triton.jit

@@ -20,12 +20,12 @@ def load_gradient(ptrs, row, rows, valid, inside, terms, FOLLOWED: tl.constexpr)
     convolution's output. Without FOLLOWED it is `grad` itself."""
     valid = at_row(valid, row, rows)
     grad = tl.load(ptrs[0], mask=valid & inside, other=0.0)
-    if not FOLLOWED:
-        return grad
-    y = tl.load(ptrs[1], mask=valid & inside, other=0.0)
-    # The others are 0 outside the map; only the constant has to be taken away there.
-    rest = y.to(tl.float32) * terms[0] + tl.where(valid, terms[1], 0.0)
-    return round_to(grad.to(tl.float32) + rest, grad.dtype)
+    if FOLLOWED:
+        y = tl.load(ptrs[1], mask=valid & inside, other=0.0)
+        # The others are 0 outside the map; only the constant has to be taken away there.
+        rest = y.to(tl.float32) * terms[0] + tl.where(valid, terms[1], 0.0)
+        grad = round_to(grad.to(tl.float32) + rest, grad.dtype)
+    return grad
 
 
 @triton.jit

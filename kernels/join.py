@@ -43,7 +43,7 @@ def tile_offsets(
 
 
 @triton.jit(do_not_specialize=["rows"])
-def join_forward(
+def pointwise_join(
     x_ptr,
     y_ptr,
     scale_ptr,
@@ -81,7 +81,7 @@ def join_forward(
 
 
 @triton.jit(do_not_specialize=["rows"])
-def join_backward(
+def pointwise_join_backward(
     g_ptr,
     partial_ptr,
     grad_ptr,

@@ -51,20 +51,20 @@ def _row(
 
 
 @cache
-def join_forward(channels: int, dtype: Dtype, *, mapped: bool) -> LaunchRow:
-    """Settings of `join.join_forward`; `mapped`: the residual has a map of its own."""
+def pointwise_join(channels: int, dtype: Dtype, *, mapped: bool) -> LaunchRow:
+    """Settings of `join.pointwise_join`; `mapped`: the residual has a map of its own."""
     wide, vector = f"*{dtype}", "*fp32"
     own = vector if mapped else None
     args = (wide, wide, vector, vector, wide, own, own)
-    return _row("join_forward", channels, dtype, args, 3)
+    return _row("pointwise_join", channels, dtype, args, 3)
 
 
 @cache
-def join_backward(channels: int, dtype: Dtype, *, mapped: bool) -> LaunchRow:
-    """Settings of `join.join_backward`."""
+def pointwise_join_backward(channels: int, dtype: Dtype, *, mapped: bool) -> LaunchRow:
+    """Settings of `join.pointwise_join_backward`."""
     wide = f"*{dtype}"
     args = (wide, "*fp32", wide, wide, wide, wide if mapped else None)
-    return _row("join_backward", channels, dtype, args, 5 if mapped else 4)
+    return _row("pointwise_join_backward", channels, dtype, args, 5 if mapped else 4)
 
 
 @cache
@@ -82,7 +82,7 @@ def shipped_rows() -> Iterator[tuple[str, LaunchRow]]:
     for channels in PAPER_CHANNELS:
         for mapped in (False, True):
             kind = "mapped" if mapped else "identity"
-            for make in (join_forward, join_backward):
+            for make in (pointwise_join, pointwise_join_backward):
                 row = make(channels, "bf16", mapped=mapped)
                 yield f"{row.kernel.split(':')[1]} {channels} {kind}", row
         yield f"column_statistics {channels}", column_statistics(channels, "bf16")

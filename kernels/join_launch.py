@@ -35,7 +35,7 @@ def forward(
     rows = as_rows(y)
     x = empty_rows(y)
     count, channels = rows.numel() // rows.shape[3], rows.shape[3]
-    row = configs.join_forward(channels, DTYPES[y.dtype], mapped=residual_scale is not None)
+    row = configs.pointwise_join(channels, DTYPES[y.dtype], mapped=residual_scale is not None)
     with on_device(y):
         row.launch(
             configs.grid_of(count, channels),
@@ -69,7 +69,7 @@ def backward(
     count, channels = rows.numel() // rows.shape[3], rows.shape[3]
     shape = (configs.parts_of(count), 2 if residual is None else 3, channels)
     partial = x.new_empty(shape, dtype=torch.float32)
-    row = configs.join_backward(channels, DTYPES[x.dtype], mapped=residual is not None)
+    row = configs.pointwise_join_backward(channels, DTYPES[x.dtype], mapped=residual is not None)
     with on_device(x):
         row.launch(
             configs.grid_of(count, channels),

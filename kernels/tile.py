@@ -53,11 +53,13 @@ def rectify_real(h, real, dtype: tl.constexpr, MASKED: tl.constexpr = True):
     if INTERPRETED:
         h = rectify(h)
         return round_to(tl.where(real, h, 0.0) if MASKED else h, dtype)
-    h = rectify(round_to(h, dtype))
+    # Triton 3.6 takes bfloat16 through float32 here; for 3.9 the casts are nothing.
+    h = rectify(round_to(h, dtype)).to(dtype)
     if MASKED:
         # The smaller of the two: a select would unpack pairs of 16-bit numbers.
         limit = tl.where(real, float("inf"), 0.0).to(dtype)
-        h = tl.minimum(h, tl.broadcast_to(limit, h.shape), propagate_nan=tl.PropagateNan.ALL)
+        limit = tl.broadcast_to(limit, h.shape)
+        h = tl.minimum(h, limit, propagate_nan=tl.PropagateNan.ALL).to(dtype)
     return h
 
 
@@ -68,9 +70,11 @@ def activate(z, scale, bias, real, AFFINE: tl.constexpr, MASKED: tl.constexpr):
     The affine map is float32. A row that is not real is 0 in `z`, but its image under the map need
     not be; padded channels have a map of 0.
     """
-    if not AFFINE:
-        return z
-    return rectify_real(z.to(tl.float32) * scale + bias, real, z.dtype, MASKED)
+    # Triton 3.6 compiles what follows a return, too: one return, at the end.
+    h = z
+    if AFFINE:
+        h = rectify_real(z.to(tl.float32) * scale + bias, real, z.dtype, MASKED)
+    return h
 
 
 @triton.jit

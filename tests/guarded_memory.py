@@ -13,8 +13,8 @@ from torch import Tensor
 
 # Elements before and behind every tensor; a multiple of 16 bytes for every dtype.
 GUARD = 64
-# What the bytes of a guard are, in turn. Repeated they are a NaN in every floating dtype, one of its
-# own: a NaN that a computation gives is another.
+# What the bytes of a guard are, in turn. Repeated they are a NaN in every floating dtype, one of
+# its own: a NaN that a computation gives is another.
 BYTES = (0xFD, 0x7F)
 
 

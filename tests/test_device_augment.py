@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,20 +13,18 @@ from PIL import Image
 from torch import Tensor
 
 from coded_resnext.augment import Augmentation, TrainTransform, make_rand_augment
+from coded_resnext.augment_agreement import compare_operations
+from coded_resnext.checkpoint import load_model
 from coded_resnext.data import Preprocessing
 from coded_resnext.device_augment import PLACE, DeviceAugment, Draws
 from coded_resnext.device_images import DeviceEvalImages, DeviceTrainImages
-from coded_resnext.device_ops import NUMBERS, apply_operation
 from coded_resnext.image_sets import MemoryImages
 from coded_resnext.loaders import EvalImages, TrainImages
+from coded_resnext.recipe import parse_command
+from coded_resnext.run_recipe import run_recipe
 
 CPU = torch.device("cpu")
 PREP = Preprocessing(32, 3, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
-OPERATIONS = [
-    operation.name
-    for config in ("rand-m4-n1-p1.0", "rand-m4-n1-p1.0-inc1")
-    for operation in make_rand_augment(config, PREP).ops
-]
 
 
 def pictures(count: int = 24, size: int = 32) -> MemoryImages:
@@ -52,38 +51,16 @@ def pictures(count: int = 24, size: int = 32) -> MemoryImages:
     return MemoryImages(np.stack(found), torch.arange(count) % 10, names)
 
 
-def operation_pair(name: str, magnitude: int) -> tuple[Any, Draws, Any]:
-    """timm's operation, and the draws of one that is asked for in its place."""
-    config = f"rand-m{magnitude}-n1-p1.0" + ("-inc1" if name.endswith("Increasing") else "")
-    draws = Draws(Augmentation(crop_padding=0, aa=config), PREP)
-    own: Any = draws._augment
-    ours = next(each for each in own.ops if each.name == name)
-    timms = next(each for each in make_rand_augment(config, PREP).ops if each.name == name)
-    return timms, draws, ours
-
-
-@pytest.mark.parametrize("magnitude", [2, 4, 9])
-@pytest.mark.parametrize("name", OPERATIONS)
-def test_every_operation_gives_what_timms_gives_on_the_same_draws(
-    name: str, magnitude: int
-) -> None:
-    """The limit is nothing: on a CPU every pixel agrees."""
-    images = pictures()
-    timms, draws, ours = operation_pair(name, magnitude)
-    rows, expected = [], []
-    for index in range(len(images)):
-        random.seed(index)
-        expected.append(np.array(timms(images.image(index))))
-        random.seed(index)
-        draws._notes.rows = []
-        ours(draws._notes)
-        rows.append((draws._notes.rows or [[0.0] * NUMBERS])[0])
-    fill = torch.tensor(draws.fill, dtype=torch.uint8)
-    found = apply_operation(images.pixels, torch.tensor(rows, dtype=torch.float64), fill)
-    wanted = torch.from_numpy(np.stack(expected)).permute(0, 3, 1, 2)
-    assert int((found.int() - wanted.int()).abs().max()) == 0
+@pytest.mark.parametrize("config", ["rand-m2-n1", "rand-m4-n3", "rand-m9-n2-mstd0.5-inc1"])
+def test_every_operation_gives_what_timms_gives_on_the_same_draws(config: str) -> None:
+    """The limit of every operation is nothing: on a CPU all pixels agree."""
+    found = list(compare_operations(pictures(), config, PREP, CPU))
+    assert len({one.operation for one in found}) == 15
+    assert {one.operation: one.largest_difference for one in found} == dict.fromkeys(
+        (one.operation for one in found), 0
+    )
     # That an operation changes nothing would be agreement too.
-    assert not torch.equal(wanted, images.pixels)
+    assert min(one.change for one in found) > 0.2
 
 
 def test_both_interpolations_and_both_signs_occur() -> None:
@@ -231,3 +208,25 @@ def test_posterize_of_no_bits_is_black() -> None:
     posterize = next(operation for operation in ops if operation.name == "Posterize")
     white = Image.new("RGB", (32, 32), "white")
     assert not np.array(posterize(white)).any()
+
+
+def test_a_training_is_the_same_wherever_the_images_are_augmented(tmp_path: Path) -> None:
+    """Order, draws and pixels agree, so that the weights do, bit for bit."""
+    recipes = Path(__file__).parent.parent / "train" / "recipes"
+    for place in ("cpu", "device"):
+        line = f"--dataset synthetic --train-images 20 --test-images 10 --epochs 2 --aa rand-m4-n2 \
+            --warmup-epochs 0 --batch-size 10 --no-evaluation --augment-on {place}".split()
+        command = parse_command(
+            [*line, "--out", str(tmp_path / place), "--device", "cpu"],
+            description="",
+            recipes=recipes,
+            default="cifar10_small",
+        )
+        run_recipe(command)
+    first, second = (load_model(tmp_path / place).model.state_dict() for place in ("cpu", "device"))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    rows = [(tmp_path / place / "metrics.csv").read_text() for place in ("cpu", "device")]
+    losses = [[line.split(",")[:9] for line in text.splitlines()] for text in rows]
+    assert losses[0] == losses[1]
+    # Going on under the other setting would change the run's pixels on a GPU.
+    assert "augment_on: device" in (tmp_path / "device" / "recipe.yaml").read_text()

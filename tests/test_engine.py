@@ -288,3 +288,40 @@ def test_a_plain_network_has_no_coding_columns(tmp_path: Path) -> None:
     _, history = train(tmp_path, config, model=model)
     assert {"ema_test_accuracy", "train_accuracy"} < history[0].keys()
     assert not [name for name in history[0] if "coding" in name]
+
+
+def test_dead_branches_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A branch whose weights are zero stays so: for all classes, in all epochs, by its number."""
+    model = make_model(drop_branches=0.0)
+    block = model.coded_blocks[0]
+    with torch.no_grad():
+        # Branch 2 of width 2; without decay and gradient it stays at zero.
+        block.expand.weight[:, 4:6] = 0
+    config = make_config(epochs=2, detect_dead_branches=True, weight_decay=0.0)
+    block.expand.weight.register_hook(
+        lambda g: g * (torch.arange(8) // 2 != 2)[:, None, None].float()
+    )
+    _, history = train(tmp_path, config, model=model)
+    model.eval()
+    _, (energies,) = model(IMAGES, return_energies=True)
+    dead = (energies.amax(0) <= 1e-12).nonzero().flatten().tolist()
+    assert 2 in dead
+    assert len(dead) < 4
+    assert history[-1]["dead_branches"] == len(dead)
+    said = capsys.readouterr().err
+    names = ", ".join(map(str, dead))
+    assert f"dead branches of coded block 1, without energy for all classes: {names}\n" in said
+    found = json.loads((tmp_path / "dead_branches.json").read_text())
+    assert found == {"epoch": 2, "blocks": {"1": dead}}
+    # It may be switched off when the run is resumed.
+    train(tmp_path, replace(config, detect_dead_branches=False), model=model, resume=True)
+    assert "dead branches" not in capsys.readouterr().err
+
+
+def test_branches_that_live_for_one_class_are_not_dead() -> None:
+    """A share of the energy that is small, and one sample of many, count."""
+    model = make_model().eval()
+    found = measure_accuracy(model, batches(IMAGES, TARGETS))
+    _, (energies,) = model(IMAGES, return_energies=True)
+    assert float(energies.amax(0).min()) > 1e-12
+    assert found.dead_branches == ((),)

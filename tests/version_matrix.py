@@ -91,7 +91,17 @@ def test(environment: Environment, python: Path, tests: list[str]) -> dict[str, 
     versions = subprocess.run(
         [str(python), "-c", VERSIONS], capture_output=True, text=True, check=True
     )
-    command = [str(python), "-m", "pytest", "-q", "-p", "no:cacheprovider", *environment.options]
+    # Without -P the checkout, which lacks coded_resnext.kernels, would be in front of the package.
+    command = [
+        str(python),
+        "-P",
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        *environment.options,
+    ]
     done = subprocess.run(
         [*command, *tests],
         cwd=ROOT,

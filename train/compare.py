@@ -17,6 +17,8 @@ from typing import Any
 
 from coded_resnext.run_folder import SUMMARY_FILE
 
+PRECISION = "one-class mean average precision"
+
 
 def columns(summary: dict[str, Any]) -> dict[str, float]:
     """The numbers of a summary by column: percent, but for average precision and seconds."""
@@ -25,7 +27,7 @@ def columns(summary: dict[str, Any]) -> dict[str, float]:
         row[f"early decoding {block}"] = 100 * accuracy
     precision = [p for p in summary["single_class_average_precision"] if p is not None]
     if precision:
-        row["one-class mean average precision"] = statistics.fmean(precision)
+        row[PRECISION] = statistics.fmean(precision)
     for kind in ("inactive", "active"):
         for block, accuracy in enumerate(summary[f"remove_{kind}_accuracy"], 1):
             if accuracy is None:  # not computed within the budget
@@ -43,16 +45,18 @@ def table(groups: dict[str, list[dict[str, float]]]) -> str:
         "|---|" + "---|" * len(groups),
     ]
     for name in names:
-        cells = [describe([row[name] for row in rows if name in row]) for rows in groups.values()]
+        digits = 4 if name == PRECISION else 2
+        cells = [
+            describe([row[name] for row in rows if name in row], digits) for rows in groups.values()
+        ]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def describe(values: list[float]) -> str:
+def describe(values: list[float], digits: int) -> str:
     """Mean, standard deviation (n - 1) and range of the runs."""
     if not values:
         return ""
-    digits = 4 if max(map(abs, values)) <= 1 and min(values) > 0 else 2
     spread = statistics.stdev(values) if len(values) > 1 else 0.0
     mean = statistics.fmean(values)
     return (

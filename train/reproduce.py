@@ -59,6 +59,7 @@ from coded_resnext.run_folder import (
     differences,
 )
 from coded_resnext.run_recipe import identity, run_recipe
+from coded_resnext.text_files import read_json
 
 TABLE_FILE, RESULTS_FILE = "reproduce.md", "reproduce.json"
 RECIPES = Path(__file__).parent / "recipes"
@@ -129,7 +130,7 @@ class PlannedRun:
         folder = self.command.out
         if not (folder / SUMMARY_FILE).exists():
             return False
-        stored = _read(folder / CONFIG_FILE)["recipe"]
+        stored = read_json(folder / CONFIG_FILE)["recipe"]
         wanted = json.loads(json.dumps(identity(self.command.recipe)))
         if differing := differences(stored, wanted, ignore=FREE_SETTINGS):
             raise ValueError(f"out: {folder} holds a run of another kind: {'; '.join(differing)}")
@@ -144,7 +145,7 @@ class PlannedRun:
             self.ablation.name,
             self.seed,
             load_evaluation(folder),
-            _read(folder / SUMMARY_FILE)["seconds"],
+            read_json(folder / SUMMARY_FILE)["seconds"],
             statistics.median(float(epoch["images_per_second"]) for epoch in epochs),
             max(float(epoch["peak_memory_mib"]) for epoch in epochs),
         )
@@ -263,7 +264,7 @@ def report(runs: Sequence[PlannedRun], arguments: argparse.Namespace) -> str:
     results = {run.command.out: run.result() for run in finished}
     by_row: dict[str, dict[int, Any]] = {}
     groups: dict[str, list[dict[str, float]]] = {}
-    summaries = {run.command.out: _read(run.command.out / SUMMARY_FILE) for run in finished}
+    summaries = {run.command.out: read_json(run.command.out / SUMMARY_FILE) for run in finished}
     for run in finished:
         name = run.ablation.name
         by_row.setdefault(name, {})[run.seed] = measure(results[run.command.out].evaluation)
@@ -329,10 +330,6 @@ def where(machines: Sequence[dict[str, Any]]) -> str:
         for machine in machines
     ]
     return " ".join(dict.fromkeys(texts))
-
-
-def _read(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def run(arguments: argparse.Namespace, rest: Sequence[str]) -> None:

@@ -162,9 +162,11 @@ def test_when_time_is_up_the_rest_is_named() -> None:
     results = {**empty, "times": rows, "criteria": [], "wrong": [], "dry_run": False}
     results |= {"kernels_found": 3, "kernels_compiled": 0}
     results["grouped"] = {"checks": [], "times": [], "verdicts": [], "left_out": ["a layer"]}
+    results["products"] = {"checks": [], "times": [], "left_out": ["another layer"]}
     text = gpu_check.report({**results, "left_out": ["the kernel: time was up"]})
     assert "left out: the kernel: time was up" in text
     assert "left out, time was up: a layer" in text
+    assert "left out, time was up: another layer" in text
 
 
 def test_ratios_and_the_least_time() -> None:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conv1x1_cases import ALL_PASSES, ProductCase, called, defined
 from coded_resnext.kernels import conv1x1_launch
 from coded_resnext.kernels.configs import LaunchRow
 from coded_resnext.kernels.launch import interpreted
+from conv1x1_cases import ALL_PASSES, ProductCase, called, defined
 from guarded_memory import guarded_memory
 from helpers import relative_error
 from hypothesis import given, settings
@@ -64,7 +64,9 @@ def errors(case: ProductCase, dtype: torch.dtype) -> dict[str, float]:
     scaled = {}
     for name, value in expected.items():
         exact = name == "statistics"
-        assert found[name].dtype == inputs.get(name.removeprefix("grad_"), found["y"]).dtype or exact
+        assert (
+            found[name].dtype == inputs.get(name.removeprefix("grad_"), found["y"]).dtype or exact
+        )
         tolerance = STATISTICS_TOLERANCES[dtype] if exact else TOLERANCES[dtype]
         parts = zip(found[name], value, strict=True) if exact else [(found[name], value)]
         scaled[name] = max(relative_error(a.double(), b) / tolerance for a, b in parts)
@@ -94,8 +96,8 @@ def test_half_precision_in_steps_over_channels() -> None:
 
 @settings(max_examples=20, deadline=None, derandomize=True)
 @given(
-    I=st.integers(1, 80),
-    O=st.integers(1, 80),
+    inputs=st.integers(1, 80),
+    outputs=st.integers(1, 80),
     B=st.integers(1, 3),
     H=st.integers(1, 5),
     W=st.integers(1, 5),
@@ -104,10 +106,17 @@ def test_half_precision_in_steps_over_channels() -> None:
     statistics=st.booleans(),
 )
 def test_any_sizes(
-    I: int, O: int, B: int, H: int, W: int, join: bool, affine: bool, statistics: bool
+    inputs: int,
+    outputs: int,
+    B: int,
+    H: int,
+    W: int,
+    join: bool,
+    affine: bool,
+    statistics: bool,
 ) -> None:
-    signs = I % 8 == 0
-    case = ProductCase("any", I, O, B, H, W, join, affine, statistics, signs=signs)
+    signs = inputs % 8 == 0
+    case = ProductCase("any", inputs, outputs, B, H, W, join, affine, statistics, signs=signs)
     found = errors(case, torch.float32)
     assert max(found.values()) < 1, found
 
@@ -145,9 +154,7 @@ def test_any_layout_is_read_right(layout: str) -> None:
         flat = torch.zeros(x.numel() + 1)
         flat[1:] = x.permute(0, 2, 3, 1).flatten()
         changed = flat[1:].view(case.B, case.H, case.W, -1).permute(0, 3, 1, 2)
-    y, _ = conv1x1_launch.forward(
-        changed, inputs["weight"], inputs["scale"], inputs["bias"], False
-    )
+    y, _ = conv1x1_launch.forward(changed, inputs["weight"], inputs["scale"], inputs["bias"], False)
     assert y.is_contiguous(memory_format=torch.channels_last)
     assert relative_error(y.double(), defined(case, inputs)["y"]) < 1e-6
 
