@@ -56,7 +56,7 @@ def warm_up(
         twin = copy.deepcopy(model)
         few = images[:SAMPLES].detach()
         total = twin(few).float().sum() if loss is None else loss(twin, few)
-        total.backward()  # type: ignore[no-untyped-call]
+        total.backward()
         if images.is_cuda:
             torch.cuda.synchronize(images.device)
     return WarmUp(found.count(True), found.count(False), time.perf_counter() - start)
