@@ -45,6 +45,7 @@ AGREEMENT = {torch.bfloat16: 0.1, torch.float32: 1e-3}
 # Stages, image size and batch of a dry run: a plain one, coded ones, a projection, a stride.
 TINY_STAGES = (Stage(1, 16, 2, 8, 8), Stage(2, 16, 2, 10, 5, stride=2))
 TINY = (8, 2)
+TINY_CLASSES = 10
 
 
 def main() -> int:
@@ -58,6 +59,13 @@ def main() -> int:
     parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile")
     parser.add_argument("--tiny", action="store_true", help="tiny networks, for a CPU")
     arguments = parser.parse_args()
+    for name in ("batch", "size", "steps"):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            parser.error(f"--{name}: expected at least 1, got {value}")
+    for path in filter(None, (arguments.out, arguments.plot)):
+        if not path.parent.is_dir():
+            parser.error(f"{path}: expected a folder that exists")
     if not torch.cuda.is_available() and not arguments.tiny:
         print("bench_model: no GPU was available: nothing was timed; see --tiny", file=sys.stderr)
         return 2
@@ -103,7 +111,7 @@ def bench_network(
     batch, size = batch or default_batch, size or default_size
     overrides: dict[str, Any] = {}
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    classes = create_model(network).num_classes
+    classes = TINY_CLASSES if tiny else create_model(network).num_classes
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(batch, 3, size, size, generator=generator).to(device)
     targets = torch.randint(classes, (batch,), generator=generator).to(device)
@@ -155,9 +163,13 @@ def tiny_overrides(contender: Contender) -> dict[str, Any]:
         )
         for stage in TINY_STAGES
     ]
-    return {"stages": stages, "num_classes": 10, "stem": "conv3x3", "stem_channels": 8} | (
-        {"codebooks": None}
-    )
+    return {
+        "stages": stages,
+        "num_classes": TINY_CLASSES,
+        "stem": "conv3x3",
+        "stem_channels": 8,
+        "codebooks": None,
+    }
 
 
 def measure(
@@ -178,9 +190,11 @@ def measure(
         if device.type == "cuda":
             found[f"{name}_peak_mib"] = torch.cuda.max_memory_allocated() / 2**20
             found[f"{name}_kernels"] = kernels_of(run)
-        if gpu is not None and isinstance(runner.model, CodedResNeXt):
+        if isinstance(runner.model, CodedResNeXt):
             moved = least_bytes(runner.model, batch, size, item, training=name == "train")
-            found[f"{name}_floor_share"] = gpu.floor(moved) / seconds
+            found[f"{name}_least_bytes"] = moved
+            if gpu is not None:
+                found[f"{name}_floor_share"] = gpu.floor(moved) / seconds
     return found
 
 

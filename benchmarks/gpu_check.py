@@ -74,6 +74,7 @@ def check(*, dry: bool, minutes: float) -> dict[str, Any]:
     from agreement import compare, compiled, registration, repeats
     from conv1x1_check import check_products
     from grouped_check import check_grouped
+    from model_check import check_models
     from operators import IMAGENET, OPERATORS, PLACES, TINY
     from timing import Deadline, measure, median_ms
 
@@ -151,6 +152,9 @@ def check(*, dry: bool, minutes: float) -> dict[str, Any]:
             repeats=3 if dry else REPEATS,
         )
         results["wrong"] += [fault for row in results[section]["checks"] for fault in row["wrong"]]
+    print("whole networks")
+    results["models"] = check_models(dry=dry, deadline=deadline)
+    results["wrong"] += results["models"]["wrong"]
     results["left_out"] = [
         f"{row['operator']} {row['place']} {row['dtype']} {row['pass']}: {name}: {reason}"
         for row in results["times"]
@@ -251,6 +255,7 @@ def report(results: dict[str, Any]) -> str:
     """The results as text."""
     from conv1x1_check import report_products
     from grouped_check import report_grouped
+    from model_check import report_models
 
     lines = [
         "",
@@ -275,6 +280,7 @@ def report(results: dict[str, Any]) -> str:
         )
     lines += report_grouped(results["grouped"])
     lines += report_products(results["products"])
+    lines += report_models(results["models"])
     lines += [*(f"left out: {text}" for text in results["left_out"])]
     lines += [*(f"WRONG: {text}" for text in results["wrong"])]
     lines.append(

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from .codebook import Codebook
 from .data import Preprocessing
+from .kernels import Backend, check_backend
 from .models import CodedResNeXt
 from .text_files import parse_json
 
@@ -87,18 +88,25 @@ def describe_network(model: CodedResNeXt) -> dict[str, Any]:
     }
 
 
-def load_model(path: str | Path, *, codebooks: Sequence[Codebook] | None = None) -> LoadedModel:
+def load_model(
+    path: str | Path,
+    *,
+    codebooks: Sequence[Codebook] | None = None,
+    backend: Backend = "auto",
+) -> LoadedModel:
     """Read a network written by `save_model`.
 
     Args:
         path: the file, or the folder of a run that has one.
         codebooks: the codebooks that the caller expects, one for each coded stage.
+        backend: of the network; a file does not say who computed it.
 
     Raises:
         FileNotFoundError: no such file.
         ValueError: not a model file, one of another format version, or one whose codewords or
-            class order differ from those expected.
+            class order differ from those expected; or the backend cannot run here.
     """
+    check_backend(backend)
     path = Path(path)
     if path.is_dir():
         path = path / MODEL_FILE
@@ -109,7 +117,7 @@ def load_model(path: str | Path, *, codebooks: Sequence[Codebook] | None = None)
         )
     try:
         stored = [Codebook.from_dict(data) for data in description["codebooks"]]
-        model = _build(description, stored, state)
+        model = _build(description, stored, state, backend)
         preprocessing = description["preprocessing"]
         if preprocessing is not None:
             preprocessing = Preprocessing.from_dict(preprocessing)
@@ -124,7 +132,10 @@ def load_model(path: str | Path, *, codebooks: Sequence[Codebook] | None = None)
 
 
 def _build(
-    description: dict[str, Any], codebooks: Sequence[Codebook], state: dict[str, Tensor]
+    description: dict[str, Any],
+    codebooks: Sequence[Codebook],
+    state: dict[str, Tensor],
+    backend: Backend,
 ) -> CodedResNeXt:
     """The network of a description with these weights.
 
@@ -140,7 +151,7 @@ def _build(
         shape = CodedResNeXt.from_config(config, codebooks, class_names=names)
     dtype = state["head.weight"].dtype
     check_tensors(shape.to(dtype).state_dict(), state)
-    model = CodedResNeXt.from_config(config, codebooks, class_names=names)
+    model = CodedResNeXt.from_config(config, codebooks, class_names=names, backend=backend)
     model.to(dtype).load_state_dict(state)
     return model
 

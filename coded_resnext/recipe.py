@@ -14,6 +14,7 @@ from .config import TrainingConfig
 from .data import Preprocessing
 from .datasets import Storage
 from .interpret.budget import parse_duration
+from .kernels import Backend
 from .settings import add_flags, check_names, make_group, read_yaml, write_yaml
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -77,6 +78,8 @@ class ModelConfig:
     """Codebook files, one for each coded stage; unset, they are made for the classes."""
     bn_momentum: float = 0.1
     """Share of a new batch in the running statistics of BatchNorm."""
+    backend: Backend = "auto"
+    """Who computes the blocks: auto, torch (layer by layer), fused, triton, or reference."""
     initial_checkpoint: str | None = None
     """Start from these weights: a run or model file of this library, or the state dict of a plain
     ResNeXt of timm or torchvision."""

@@ -24,6 +24,7 @@ from .engine import fit
 from .image_sets import ImageSet, ImageSplits
 from .interpret import evaluate
 from .interpret.budget import Budget
+from .kernels import check_backend
 from .loaders import EvalImages, TrainImages
 from .machine import describe_machine
 from .models import CodedResNeXt
@@ -69,11 +70,14 @@ def make_model(recipe: Recipe, class_names: Sequence[str]) -> CodedResNeXt:
     """The network for the classes, with weights of the recipe's seed, on the CPU.
 
     Raises:
-        ValueError: there is no such network, or a codebook does not fit it or the classes.
+        ValueError: there is no such network, its backend cannot run here, or a codebook does not
+            fit it or the classes.
         OSError: a codebook file cannot be read.
     """
     settings = recipe.model
+    check_backend(settings.backend)
     arguments: dict[str, Any] = {
+        "backend": settings.backend,
         "class_names": class_names,
         "in_channels": 3,
         "drop_branches": settings.drop_branches,
@@ -160,7 +164,11 @@ def start_from(model: CodedResNeXt, settings: ModelConfig, calibration: EvalImag
 
 def identity(recipe: Recipe) -> dict[str, Any]:
     """The settings that decide what comes of a run; it is resumed under the same ones only."""
-    return {k: v for k, v in recipe.settings().items() if k not in INCIDENTAL}
+    found = {k: v for k, v in recipe.settings().items() if k not in INCIDENTAL}
+    # Backends round differently. Runs that began before there was a choice are those of auto.
+    if found["backend"] == "auto":
+        del found["backend"]
+    return found
 
 
 def run_recipe(

@@ -68,6 +68,7 @@ class TrainStep:
             threshold=config.threshold,
             label_smoothing=config.smoothing,
             check_values=False,
+            backend=model.blocks[0].backend,
         ).to(self.device)
         self.parameters = list(model.parameters())
         self.optimizer = torch.optim.SGD(

@@ -68,6 +68,18 @@ def select_backend(backend: Backend = "auto") -> str:
     return "torch" if requested == "auto" else requested
 
 
+def check_backend(backend: Backend) -> None:
+    """For commands, which say in one sentence what about their input is at fault.
+
+    Raises:
+        ValueError: no such backend, or it cannot run here.
+    """
+    try:
+        select_backend(backend)
+    except RuntimeError as error:
+        raise ValueError(str(error)) from error
+
+
 def requested_backend(backend: Backend) -> str:
     """As `select_backend`, with `auto` where neither the call nor the environment names one."""
     source = "backend"

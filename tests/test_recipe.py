@@ -170,6 +170,10 @@ def test_unknown_flags_end_the_command(capsys: pytest.CaptureFixture[str]) -> No
         ({"lr_base": 0.1, "batch_size": "8"}, "batch_size: expected a whole number, since lr_base"),
         ({"lr_base": -1}, "lr_base: expected a number above 0, got -1"),
         ({"about": "text"}, "about: expected texts by name, got 'text'"),
+        (
+            {"backend": "cuda"},
+            "^backend: expected one of auto, reference, torch, fused, triton, got 'cuda'$",
+        ),
         ({"bn_momentum": 0}, "bn_momentum: expected 0 < value <= 1, got 0"),
         ({"mean": [0.5]}, "mean: expected 3 numbers, got 1"),
         ({"test_resize": 8}, "resize: expected at least the size, 224 pixels, got 8"),

@@ -18,8 +18,11 @@ from image_data import REAL_DATA, needs_cifar10, needs_photographs, write_images
 
 from coded_resnext import Codebook, create_model
 from coded_resnext.checkpoint import load_model, save_model
+from coded_resnext.distributed import World
 from coded_resnext.recipe import load_recipe
-from coded_resnext.run_recipe import make_model, start_from
+from coded_resnext.run_folder import differences
+from coded_resnext.run_recipe import identity, make_model, start_from
+from coded_resnext.step import TrainStep
 
 TRAIN = Path(__file__).parent.parent / "train"
 SMALL = ("--epochs", 2, "--warmup-epochs", 0, "--batch-size", 16, "--img-size", 12, "--workers", 0)
@@ -222,9 +225,38 @@ def test_the_model_is_made_as_the_recipe_says(tmp_path: Path) -> None:
     assert model.codebooks[0].words == Codebook.shipped(10, 10, 5).words
 
 
+@pytest.mark.parametrize("backend", ["auto", "torch", "fused", "reference"])
+def test_the_backend_reaches_every_block_and_the_loss(tmp_path: Path, backend: str) -> None:
+    recipe = recipe_for(tmp_path, backend=backend)
+    model = make_model(recipe, ["ant", "bee", "cat"])
+    assert {block.backend for block in model.blocks} == {backend}
+    step = TrainStep(model, recipe.training, World(), steps_per_epoch=1)
+    assert step.loss.backend == backend
+    # Another backend rounds differently: it is another run. Older ones, without one, are auto's.
+    assert identity(recipe).get("backend", "auto") == backend
+    assert ("backend" in identity(recipe)) == (backend != "auto")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels can run")
+def test_a_backend_that_cannot_run_is_refused(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ValueError, match="backend: 'triton' was asked for but cannot run: "):
+        make_model(recipe_for(tmp_path, backend="triton"), ["ant", "bee", "cat"])
+
+
+def test_a_run_goes_on_under_its_own_backend_only(tmp_path: Path) -> None:
+    stored, current = (identity(recipe_for(tmp_path, backend=b)) for b in ("fused", "auto"))
+    assert differences(stored, current) == ["backend was 'fused', is None"]
+    assert differences(current, identity(recipe_for(tmp_path))) == []
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (
+            ("--config", "folder", "--backend", "cuda"),
+            "backend: expected one of auto, reference, torch, fused, triton, got 'cuda'",
+        ),
         (("--config", "nowhere"), "config: expected a file, found none: nowhere"),
         (("--data-dir", "nowhere"), "nowhere: expected a folder test or val beside train"),
         (("--data-dir", "nowhere", "--model", "resnet"), "expected a folder"),

@@ -14,8 +14,10 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import get_args
 
 import torch
+from coded_resnext.kernels import Backend, check_backend
 
 from coded_resnext import CodedResNeXt, create_model
 from coded_resnext.batch import TrainingBatches
@@ -70,17 +72,22 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         action="store_true",
         help="the ablation that concatenates the branches instead of summing them",
     )
+    parser.add_argument(
+        "--backend", choices=get_args(Backend), default="auto", help="who computes the blocks"
+    )
     return parser.parse_args(argv)
 
 
 def make_model(arguments: argparse.Namespace) -> CodedResNeXt:
     """The network that the command line asks for, with weights of the seed."""
+    check_backend(arguments.backend)
     torch.manual_seed(arguments.seed)
     if arguments.plain:
-        model = create_model("resnext_digits")
+        model = create_model("resnext_digits", backend=arguments.backend)
     else:
         model = create_model(
             "coded_resnext_digits",
+            backend=arguments.backend,
             drop_branches=arguments.drop_branches,
             aggregation="concat" if arguments.concat else "sum",
         )
@@ -115,6 +122,8 @@ def train(arguments: argparse.Namespace, digits: DigitsSplit) -> None:
             "split_seed": SPLIT_SEED,
             "network": model.config,
             "training": config.to_dict(),
+            # Runs that began before there was a choice are those of auto.
+            **({} if arguments.backend == "auto" else {"backend": arguments.backend}),
         },
         resume=arguments.resume,
     )

@@ -112,7 +112,9 @@ def vary(base: CodedResNeXt, ablation: Ablation, *, seed: int) -> CodedResNeXt:
     if ablation.near_codewords:
         books = [near_codebook(book) for book in books]
     torch.manual_seed(seed)
-    model = CodedResNeXt.from_config(config, books, class_names=base.class_names)
+    model = CodedResNeXt.from_config(
+        config, books, class_names=base.class_names, backend=base.blocks[0].backend
+    )
     norms = [
         [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
         for network in (model, base)

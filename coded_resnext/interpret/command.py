@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from torch import Tensor
 from ..checkpoint import LoadedModel, load_model
 from ..data import SPLIT_SEED, Preprocessing, batches, load_digits_split
 from ..image_folder import find_images, find_splits, image_folder, read_image
+from ..kernels import Backend
 from .budget import Budget, parse_duration
 from .evaluate import evaluate
 from .pictures import save_pictures
@@ -80,6 +81,12 @@ def add_parser(commands: Any) -> None:
         type=int,
         help=f"images at a time (default {DIGITS_BATCH} for digits, {FOLDER_BATCH} for folders)",
     )
+    parser.add_argument(
+        "--backend",
+        choices=get_args(Backend),
+        default="auto",
+        help="who computes the blocks (%(default)s); with triton the network runs on the GPU",
+    )
     parser.set_defaults(run=run)
 
 
@@ -96,7 +103,10 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.csv and out is None:
         raise ValueError("--csv: expected --out DIR beside it, where the tables go")
     negatives = _negatives(arguments.negatives)
-    loaded = load_model(arguments.checkpoint)
+    loaded = load_model(arguments.checkpoint, backend=arguments.backend)
+    # The kernels run there, or without one in Triton's interpreter.
+    if arguments.backend == "triton" and torch.cuda.is_available():
+        loaded.model.cuda()
     batch_size = arguments.batch_size
     if batch_size is None:
         batch_size = DIGITS_BATCH if arguments.data == DIGITS else FOLDER_BATCH

@@ -104,6 +104,7 @@ def evaluate(
         progress,
         {
             "network": _fingerprint(model),
+            "backend": model.blocks[0].backend,
             "seed": seed,
             "repeats": repeats,
             "negatives_per_positive": negatives_per_positive,

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import agreement
 import gpu_check
+import model_check
 import pytest
 import timing
 import torch
@@ -65,6 +66,9 @@ def test_a_dry_run_takes_every_path(tmp_path: Path) -> None:
     assert {row["operator"] for row in content["compilation"]} == names
     assert len(content["registration"]) >= 4
     assert content["left_out"] == []
+    assert content["models"]["left_out"] == []
+    assert {row["contender"] for row in content["models"]["rows"]} >= {"coded, fused, eager, nhwc"}
+    assert content["models"]["guard"]["fused"] > 0
 
 
 def altered(factor: float) -> agreement.Form:
@@ -163,10 +167,16 @@ def test_when_time_is_up_the_rest_is_named() -> None:
     results |= {"kernels_found": 3, "kernels_compiled": 0}
     results["grouped"] = {"checks": [], "times": [], "verdicts": [], "left_out": ["a layer"]}
     results["products"] = {"checks": [], "times": [], "left_out": ["another layer"]}
+    results["models"] = model_check.check_models(dry=True, deadline=timing.Deadline(minutes=-1))
+    assert results["models"]["rows"] == []
+    assert "coded, fused, eager, nhwc" in results["models"]["left_out"]
     text = gpu_check.report({**results, "left_out": ["the kernel: time was up"]})
     assert "left out: the kernel: time was up" in text
     assert "left out, time was up: a layer" in text
     assert "left out, time was up: another layer" in text
+    assert "left out, time was up: coded, fused, eager, nhwc" in text
+    assert "training beside plain, compiled: at least 1.25: not measured" in text
+    assert "accuracy guard left out: time was up" in text
 
 
 def test_ratios_and_the_least_time() -> None:
@@ -197,3 +207,35 @@ def test_criteria_are_judged() -> None:
     assert judged["definition"]["kept"] is False
     missing = gpu_check.criteria([{**row, "over_kernel": {}}])
     assert [item["kept"] for item in missing] == [None, None]
+
+
+def test_criteria_of_networks_are_judged() -> None:
+    def row(contender: str, train: float, infer: float, memory: float) -> dict[str, object]:
+        figures = (model_check.TRAIN, model_check.INFER, model_check.MEMORY)
+        return {
+            "contender": contender,
+            "wrong": None,
+            **dict(zip(figures, (train, infer, memory), strict=True)),
+        }
+
+    rows = [
+        row("plain, torch, eager, nchw", 60, 200, 900),
+        row("plain, torch, compiled default, nhwc", 100, 300, 800),
+        row("plain, fused, eager, nhwc", 130, 420, 700),
+        row("coded, fused, eager, nhwc", 126, 440, 901),
+        row("coded, torch, eager, nhwc", 50, 460, 600),
+        row("coded, reference, eager, nhwc", 10, 30, 5000),
+        {"contender": "plain, triton, eager, nhwc", "wrong": "logits are apart"},
+    ]
+    found = model_check.judge(rows)
+    measured = [1.26, 126 / 130, 12.6, 901 / 900, 460 / 300]
+    assert [item["measured"] for item in found] == pytest.approx(measured)
+    assert [item["kept"] for item in found] == [True, False, True, False, True]
+    assert {item["kept"] for item in model_check.judge([])} == {None}
+
+
+def test_the_guard_misses_what_trains_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    losses = iter([1.0, 1.2, 0.9, 1.4, 1.0, 1.2, 0.9, 1.2])
+    monkeypatch.setattr(model_check, "final_loss", lambda *_: next(losses))
+    assert model_check.guard(dry=True)["kept"] is False
+    assert model_check.guard(dry=True)["kept"] is True

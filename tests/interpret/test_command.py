@@ -113,3 +113,32 @@ def test_data_that_do_not_fit(model, checkpoint, tmp_path):
     save_model(tmp_path / "bare.safetensors", model)
     with pytest.raises(ValueError, match="CHECKPOINT: expected a model with a preprocessing"):
         run(tmp_path / "bare.safetensors", tmp_path / "two")
+
+
+def test_the_backend_that_is_asked_for_computes(checkpoint, tmp_path, monkeypatch):
+    write_images(tmp_path / "data")
+    seen = []
+    original = command.evaluate
+
+    def watched(model, *rest, **options):
+        seen.append({block.backend for block in model.blocks})
+        return original(model, *rest, **options)
+
+    monkeypatch.setattr(command, "evaluate", watched)
+    for backend in ("torch", "fused", "reference"):
+        arguments = ("--json", "--repeats", 1, "--backend", backend)
+        assert run(checkpoint, tmp_path / "data", *arguments) == 0
+    assert seen == [{"torch"}, {"fused"}, {"reference"}]
+
+
+def test_a_backend_that_there_is_not(checkpoint, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        run(checkpoint, "digits", "--backend", "cuda")
+    assert "--backend: invalid choice: 'cuda'" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels can run")
+def test_a_backend_that_cannot_run_is_not_a_damaged_file(checkpoint, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ValueError, match=r"^backend: 'triton' was asked for but cannot run: "):
+        run(checkpoint, "digits", "--backend", "triton")

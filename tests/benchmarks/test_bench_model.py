@@ -1,0 +1,112 @@
+"""The comparison of networks where there is no GPU: every contender at tiny sizes."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import bench_model
+import pytest
+from contenders import Contender
+from gpus import find_gpu
+from PIL import Image
+
+from coded_resnext import create_model
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *options: object) -> int:
+    monkeypatch.setattr(sys, "argv", ["bench_model.py", *map(str, options)])
+    monkeypatch.setattr(bench_model.torch.cuda, "is_available", lambda: False)
+    return bench_model.main()
+
+
+def test_every_contender_is_right_and_timed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, picture = tmp_path / "model.json", tmp_path / "model.png"
+    options = ("--tiny", "--no-compile", "--steps", 1, "--out", out, "--plot", picture)
+    networks = ("--network", "resnext50_32x4d", "--network", "resnext29_20x6d")
+    assert run(monkeypatch, *options, *networks) == 0
+    content = json.loads(out.read_text())
+    assert content["tiny"] is True
+    assert content["machine"]["versions"]["torch"]
+    names = {(row["network"], row["contender"]) for row in content["rows"]}
+    ours = {
+        "plain, torch, eager, nchw",
+        "plain, torch, eager, nhwc",
+        "plain, fused, eager, nhwc",
+        "coded, torch, eager, nhwc",
+        "coded, fused, eager, nhwc",
+        "coded, reference, eager, nhwc",
+    }
+    assert names == {
+        *(("resnext50_32x4d", name) for name in {*ours, "timm, torch, eager, nhwc"}),
+        *(("resnext29_20x6d", name) for name in ours),
+    }
+    for row in content["rows"]:
+        assert row["wrong"] is None
+        assert row["apart"] <= 1e-3
+        assert row["train_images_per_second"] > 0
+        assert row["infer_images_per_second"] == pytest.approx(2 / (row["infer_ms"] / 1000))
+        if not row["contender"].startswith("timm"):
+            assert 0 < 2 * row["infer_least_bytes"] < row["train_least_bytes"]
+    assert "coded, fused, eager, nhwc" in capsys.readouterr().out
+    with Image.open(picture) as image:
+        assert len(image.convert("RGB").getcolors(2**24) or []) > 10
+
+
+def test_logits_that_differ_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    build = Contender.build
+
+    def wrong(self: Contender, *arguments: object) -> object:
+        model = build(self, *arguments)  # type: ignore[arg-type]
+        if self.backend == "fused":
+            model.head.weight.data.mul_(1.01)
+        return model
+
+    monkeypatch.setattr(Contender, "build", wrong)
+    monkeypatch.setattr(bench_model.torch.cuda, "is_available", lambda: False)
+    content = bench_model.bench_models(["resnext29_10x11d"], steps=1, compiled=False, tiny=True)
+    for row in content["rows"]:
+        assert (row["wrong"] is not None) == (", fused," in row["contender"])
+        assert ("train_ms" in row) == (row["wrong"] is None)
+    assert "apart from those of the first plain" in bench_model.table(content["rows"])
+
+
+def test_the_share_of_the_least_time() -> None:
+    gpu = find_gpu("NVIDIA H200")
+    assert gpu is not None
+    model = create_model("coded_resnext50_32x4d")
+    moved = bench_model.least_bytes(model, 256, 160, 2, training=True)
+    assert moved == 2 * bench_model.least_bytes(model, 128, 160, 2, training=True)
+    assert gpu.floor(moved) == pytest.approx(moved / gpu.bandwidth)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--steps", 0), "--steps: expected at least 1, got 0"),
+        (("--batch", -1), "--batch: expected at least 1, got -1"),
+        (("--network", "resnet18"), "invalid choice: 'resnet18'"),
+        (("--plot", "nowhere/model.png"), "nowhere/model.png: expected a folder that exists"),
+    ],
+)
+def test_bad_arguments(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    options: tuple[object, ...],
+    message: str,
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        run(monkeypatch, "--tiny", "--out", tmp_path / "model.json", *options)
+    assert message in capsys.readouterr().err
+
+
+def test_without_a_gpu_it_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(monkeypatch, "--out", tmp_path / "model.json") == 2
+    assert "no GPU was available: nothing was timed" in capsys.readouterr().err
+    assert not (tmp_path / "model.json").exists()
