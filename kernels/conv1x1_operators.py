@@ -3,7 +3,8 @@
 A pass (`forward`, `input`, `weight`) that the argument `kernels` names runs the Triton kernels, on
 CUDA tensors and in Triton's interpreter; the others run PyTorch's products. Beside those the word
 `pointwise` lets kernels compute the end of a block, its gradient and the statistics, where PyTorch
-goes through the map several times. Results of the size of the activations are channels-last. B samples, I channels in, O channels out.
+goes through the map several times. Results of the size of the activations are channels-last. B
+samples, I channels in, O channels out.
 """
 
 from __future__ import annotations

@@ -68,9 +68,7 @@ def pointwise_join(
     residual_scale = load_channels(residual_scale_ptr, channel, real, 1.0)
     residual_bias = load_channels(residual_bias_ptr, channel, real, 0.0)
     for trip in range(TRIPS):
-        at, inside = tile_offsets(
-            first + trip * BLOCK_P, rows, channel, CHANNELS, BLOCK_P, BLOCK_C
-        )
+        at, inside = tile_offsets(first + trip * BLOCK_P, rows, channel, CHANNELS, BLOCK_P, BLOCK_C)
         value = tl.load(y_ptr + at, mask=inside, other=0.0).to(tl.float32) * scale + bias
         residual = tl.load(residual_ptr + at, mask=inside, other=0.0).to(tl.float32)
         if residual_scale_ptr is not None:
@@ -106,9 +104,7 @@ def pointwise_join_backward(
     of_y = zero
     of_residual = zero
     for trip in range(TRIPS):
-        at, inside = tile_offsets(
-            first + trip * BLOCK_P, rows, channel, CHANNELS, BLOCK_P, BLOCK_C
-        )
+        at, inside = tile_offsets(first + trip * BLOCK_P, rows, channel, CHANNELS, BLOCK_P, BLOCK_C)
         grad = tl.load(grad_ptr + at, mask=inside, other=0.0).to(tl.float32)
         x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
         g = tl.where(x > 0, grad, 0.0)
@@ -148,9 +144,7 @@ def column_statistics(
     totals = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
     squares = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
     for trip in range(TRIPS):
-        at, inside = tile_offsets(
-            first + trip * BLOCK_P, rows, channel, CHANNELS, BLOCK_P, BLOCK_C
-        )
+        at, inside = tile_offsets(first + trip * BLOCK_P, rows, channel, CHANNELS, BLOCK_P, BLOCK_C)
         y = tl.load(y_ptr + at, mask=inside, other=0.0).to(tl.float32)
         deviation = tl.where(inside, y - near[None, :], 0.0)
         totals += deviation
