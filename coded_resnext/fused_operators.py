@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .fused_values import Affine, Map
 from .kernels import backends, conv1x1_ops, grouped_ops
 from .kernels.conv1x1_join_operators import join_conv1x1
-from .kernels.conv1x1_operators import conv1x1, unsupported
+from .kernels.conv1x1_operators import POINTWISE, conv1x1, unsupported
 from .kernels.grouped_operators import grouped_conv3x3
 from .kernels.grouped_operators import unsupported as grouped_unsupported
 from .kernels.launch import DTYPES
@@ -44,7 +44,7 @@ class FusedOperators:
         return x if self.dtype is None else x.to(self.dtype)
 
     def joins(self, x: Tensor) -> bool:
-        """Whether the Triton kernels compute the sum that ends a block."""
+        """Whether Triton kernels compute the sum that ends a block, and what else is pointwise."""
         if x.dtype not in DTYPES:
             return False
         return self.backend == "triton" or (x.is_cuda and backends()["triton"] is None)
@@ -71,7 +71,7 @@ class FusedOperators:
         step = conv.stride[0]
         if step > 1:
             x = x[:, :, ::step, ::step]
-        passes = conv1x1_ops.select_products(x, weight, self._backend(unsupported(x)))
+        passes = self._products(x, weight)
         y, sums = conv1x1(x, weight, *(affine or NO_MAP), statistics, deferred, passes)
         return y, sums
 
@@ -83,8 +83,7 @@ class FusedOperators:
             x = self.cast(x)
             return x, *self.conv1x1(x, conv, statistics=statistics)
         weight = self.cast(conv.weight)
-        backend = self._backend(unsupported(x.raw))
-        passes = conv1x1_ops.select_products(x.raw, weight, backend, join=True)
+        passes = self._products(x.raw, weight, join=True)
         signs = {"forward", "input"} <= set(passes.split()) and torch.is_grad_enabled()
         joined, y, sums, _ = join_conv1x1(
             x.raw,
@@ -108,6 +107,12 @@ class FusedOperators:
         passes = grouped_ops.select_passes(x, weight, stride, backend)
         y, sums = grouped_conv3x3(x, weight, *affine, stride, statistics, passes)
         return y, sums
+
+    def _products(self, x: Tensor, weight: Tensor, *, join: bool = False) -> str:
+        """The passes of a 1x1 convolution that run kernels, and whether what is around it does."""
+        backend = self._backend(unsupported(x))
+        passes = conv1x1_ops.select_products(x, weight, backend, join=join)
+        return f"{passes} {POINTWISE}" if self.joins(x) else passes
 
     def _backend(self, reason: str | None) -> Literal["auto", "torch", "triton"]:
         """`torch` in place of `triton` where the kernels cannot run, which is said once."""

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import conv1x1_launch, conv1x1_library
-from .batch_statistics import follow, statistics_gradient, statistics_of
-from .conv1x1_operators import fake_outputs
-from .launch import as_rows, channels_last, empty_rows, on_device
+from . import conv1x1_launch, conv1x1_library, join_launch
+from .batch_statistics import follow, statistics_gradient
+from .conv1x1_operators import POINTWISE, fake_outputs
+from .launch import as_rows, empty_rows, on_device
 from .reference import accumulation_dtype
 
 
@@ -26,12 +26,6 @@ def pack_signs(x: Tensor) -> Tensor:
     rows = as_rows(x)
     bits = (rows > 0).view(*rows.shape[:3], x.shape[1] // 8, 8)
     return (bits * weights).sum(-1).to(torch.uint8)
-
-
-def unpack_signs(signs: Tensor) -> Tensor:
-    """Where `[B, I, H, W]` was above 0."""
-    bits = (signs[..., None] >> torch.arange(8, device=signs.device)) & 1
-    return bits.flatten(-2).bool().permute(0, 3, 1, 2)
 
 
 @torch.library.custom_op("coded_resnext::join_conv1x1", mutates_args=())
@@ -72,17 +66,11 @@ def join_conv1x1(
                 statistics,
                 keep_signs,
             )
-    accumulate = accumulation_dtype(y.dtype)
-    wide = y.to(accumulate) * scale[:, None, None] + bias[:, None, None]
-    if residual_scale is not None and residual_bias is not None:
-        wide = wide + residual_bias[:, None, None]
-        wide = wide + residual.to(accumulate) * residual_scale[:, None, None]
-    else:
-        wide = wide + residual
-    x = channels_last(wide.to(y.dtype).relu())
+    pointwise = POINTWISE in kernels.split()
+    x = join_launch.forward(y, scale, bias, residual, residual_scale, residual_bias, pointwise)
     z = conv1x1_library.forward(x, weight)
     signs = pack_signs(x) if keep_signs else y.new_empty((0,), dtype=torch.uint8)
-    return x, z, statistics_of(z, statistics), signs
+    return x, z, join_launch.statistics(z, pointwise, statistics), signs
 
 
 @join_conv1x1.register_fake
@@ -125,7 +113,8 @@ def join_conv1x1_backward(
     """Gradients for that of `z`, `gain grad + curve z + level`, and `grad_x` for that of `x`.
 
     `grad`, `z [B, O, H, W]`; `gain`, `curve`, `level [O]`; `grad_x`, `x`, `y`, `residual
-    [B, I, H, W]`. `signs` in place of `x`, where there are some; `residual` where it has a map.
+    [B, I, H, W]`. `signs`, where there are some, are read by the kernel in place of `x`; `residual`
+    where it has a map.
 
     Returns:
         `g [B, I, H, W]`, the gradient behind the ReLU, which is that of `y` without the factor
@@ -133,9 +122,8 @@ def join_conv1x1_backward(
         `[2 or 3, I]`: the gradients of `bias`, `scale`, `residual_scale`. And the gradient of
         `weight`. `[0]` in place of what is not needed.
     """
-    accumulate = accumulation_dtype(x.dtype)
     g, dweight = x.new_empty((0,)), x.new_empty((0,))
-    sums = x.new_empty((0,), dtype=accumulate)
+    sums = x.new_empty((0,), dtype=accumulation_dtype(x.dtype))
     chosen = kernels.split()
     with on_device(x):
         if need_input and "input" in chosen:
@@ -147,13 +135,8 @@ def join_conv1x1_backward(
         if need_weight and "weight" in chosen:
             dweight = conv1x1_launch.weight_gradient(grad, x, weight, None, None)
     if need_input and "input" not in chosen:
-        wide = conv1x1_library.input_gradient(grad, weight).to(accumulate)
-        if grad_x is not None:
-            wide = wide + grad_x
-        wide = torch.where(unpack_signs(signs) if signs is not None else x > 0, wide, 0.0)
-        products = [wide, wide * y] + ([] if residual is None else [wide * residual])
-        sums = torch.stack([product.sum((0, 2, 3)) for product in products])
-        g = channels_last(wide.to(x.dtype))
+        of_x = conv1x1_library.input_gradient(grad, weight, grad_x)
+        g, sums = join_launch.backward(of_x, x, y, residual, POINTWISE in chosen)
     if need_weight and "weight" not in chosen:
         dweight = conv1x1_library.weight_gradient(grad, x, weight)
     return g, sums, dweight

@@ -7,6 +7,7 @@ of a map are channels-last.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from .launch import as_rows
@@ -28,9 +29,11 @@ def forward(x: Tensor, weight: Tensor) -> Tensor:
     return _images(_matrix(x) @ weight.flatten(1).t(), x)
 
 
-def input_gradient(grad: Tensor, weight: Tensor) -> Tensor:
-    """`W^T grad` at every pixel."""
-    return _images(_matrix(grad) @ weight.flatten(1), grad)
+def input_gradient(grad: Tensor, weight: Tensor, more: Tensor | None = None) -> Tensor:
+    """`W^T grad` at every pixel, with another gradient `[B, I, H, W]` added by the product."""
+    if more is None:
+        return _images(_matrix(grad) @ weight.flatten(1), grad)
+    return _images(torch.addmm(_matrix(more), _matrix(grad), weight.flatten(1)), grad)
 
 
 def weight_gradient(grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:

@@ -1,8 +1,10 @@
 """The 1x1 convolution between two BatchNorms as PyTorch operators `coded_resnext::conv1x1*`.
 
 A pass (`forward`, `input`, `weight`) that the argument `kernels` names runs the Triton kernels, on
-CUDA tensors and in Triton's interpreter; the others run PyTorch's products. Results of the size of
-the activations are channels-last. B samples, I channels in, O channels out.
+CUDA tensors and in Triton's interpreter; the others run PyTorch's products. Beside those the word
+`pointwise` lets kernels compute the end of a block, its gradient and the statistics, where PyTorch
+goes through the map several times. Results of the size of the activations are channels-last. B
+samples, I channels in, O channels out.
 """
 
 from __future__ import annotations
@@ -12,13 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import conv1x1_launch, conv1x1_library, gram
-from .batch_statistics import follow, statistics_gradient, statistics_of
+from . import conv1x1_launch, conv1x1_library, gram, join_launch
+from .batch_statistics import follow, statistics_gradient
 from .launch import DTYPES, empty_rows, interpreted, on_device
 from .operators import behind_activation, split_sums
 from .reference import accumulation_dtype
 
 PASSES = "forward input weight"
+POINTWISE = "pointwise"
 
 
 def unsupported(x: Tensor) -> str | None:
@@ -54,7 +57,7 @@ def conv1x1(
         with on_device(x):
             return conv1x1_launch.forward(x, weight, scale, bias, statistics)
     y = conv1x1_library.forward(gram.activate(x, scale, bias), weight)
-    return y, statistics_of(y, statistics)
+    return y, join_launch.statistics(y, POINTWISE in kernels.split(), statistics)
 
 
 @conv1x1.register_fake

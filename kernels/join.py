@@ -11,7 +11,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .grouped_conv import merge_lanes
 from .grouped_tiles import load_channels
 from .tile import hash_in_order, rectify, round_to
 
@@ -32,14 +31,14 @@ def locate_tile(
 def tile_offsets(
     row, rows, channel, CHANNELS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr
 ):
-    """Offsets of a tile that begins at a row, which of its rows exist, and which elements do."""
+    """Offsets of a tile that begins at a row, and which of its elements exist."""
     p = row + tl.arange(0, BLOCK_P)
     exists = p < rows
     if CHANNELS % BLOCK_C == 0:
         inside = exists[:, None]
     else:
         inside = exists[:, None] & (channel < CHANNELS)[None, :]
-    return p.to(tl.int64)[:, None] * CHANNELS + channel[None, :], exists, inside
+    return p.to(tl.int64)[:, None] * CHANNELS + channel[None, :], inside
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -69,9 +68,7 @@ def pointwise_join(
     residual_scale = load_channels(residual_scale_ptr, channel, real, 1.0)
     residual_bias = load_channels(residual_bias_ptr, channel, real, 0.0)
     for trip in range(TRIPS):
-        at, _exists, inside = tile_offsets(
-            first + trip * BLOCK_P, rows, channel, CHANNELS, BLOCK_P, BLOCK_C
-        )
+        at, inside = tile_offsets(first + trip * BLOCK_P, rows, channel, CHANNELS, BLOCK_P, BLOCK_C)
         value = tl.load(y_ptr + at, mask=inside, other=0.0).to(tl.float32) * scale + bias
         residual = tl.load(residual_ptr + at, mask=inside, other=0.0).to(tl.float32)
         if residual_scale_ptr is not None:
@@ -107,9 +104,7 @@ def pointwise_join_backward(
     of_y = zero
     of_residual = zero
     for trip in range(TRIPS):
-        at, _exists, inside = tile_offsets(
-            first + trip * BLOCK_P, rows, channel, CHANNELS, BLOCK_P, BLOCK_C
-        )
+        at, inside = tile_offsets(first + trip * BLOCK_P, rows, channel, CHANNELS, BLOCK_P, BLOCK_C)
         grad = tl.load(grad_ptr + at, mask=inside, other=0.0).to(tl.float32)
         x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
         g = tl.where(x > 0, grad, 0.0)
@@ -138,32 +133,29 @@ def column_statistics(
 ):
     """Each part's (count, sum, M2) of `y [ROWS, CHANNELS]`, `partial [parts, 3, CHANNELS]` float32.
 
-    Grid: parts * column blocks. What `merge_statistics` of batch_norm.py makes one of.
+    Grid: parts * column blocks. What `merge_statistics` of batch_norm.py makes one of. Deviations
+    from the part's first row are what is summed: of a mean that is large beside the spread, sums of
+    squares would leave nothing.
     """
     part, first, channel = locate_tile(rows, CHANNELS, TRIPS, BLOCK_P, BLOCK_C)
-    zero = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
-    total = zero
-    squares = zero
-    count = tl.zeros((BLOCK_P, 1), tl.float32)
+    real = channel < CHANNELS
+    near = tl.load(y_ptr + first.to(tl.int64) * CHANNELS + channel, mask=real, other=0.0)
+    near = near.to(tl.float32)
+    totals = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
+    squares = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
     for trip in range(TRIPS):
-        at, exists, inside = tile_offsets(
-            first + trip * BLOCK_P, rows, channel, CHANNELS, BLOCK_P, BLOCK_C
-        )
+        at, inside = tile_offsets(first + trip * BLOCK_P, rows, channel, CHANNELS, BLOCK_P, BLOCK_C)
         y = tl.load(y_ptr + at, mask=inside, other=0.0).to(tl.float32)
-        total += y
-        squares += y * y
-        count += tl.where(exists, 1.0, 0.0)[:, None]
-    merge_lanes(
-        partial_ptr,
-        part,
-        channel,
-        channel < CHANNELS,
-        (total, squares),
-        count,
-        (zero, zero),
-        0.0 * count,
-        CHANNELS,
-    )
+        deviation = tl.where(inside, y - near[None, :], 0.0)
+        totals += deviation
+        squares += deviation * deviation
+    count = tl.minimum(rows - first, TRIPS * BLOCK_P).to(tl.float32)
+    total = tl.sum(totals, 0)
+    m2 = rectify(tl.sum(squares, 0) - total * (total / count))
+    out = partial_ptr + part.to(tl.int64) * (3 * CHANNELS) + channel
+    tl.store(out, tl.broadcast_to(count, total.shape), mask=real)
+    tl.store(out + CHANNELS, total + count * near, mask=real)
+    tl.store(out + 2 * CHANNELS, m2, mask=real)
 
 
 hash_in_order(globals())

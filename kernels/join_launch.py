@@ -84,10 +84,10 @@ def backward(
     return g.permute(0, 3, 1, 2), partial.sum(0)
 
 
-def statistics(y: Tensor, kernels: bool) -> Tensor:
-    """(count, sum, M2) of each channel, `[3, C]` in the accumulation dtype."""
-    if not kernels:
-        return statistics_of(y)
+def statistics(y: Tensor, kernels: bool, wanted: bool = True) -> Tensor:
+    """(count, sum, M2) of each channel, `[3, C]` in the accumulation dtype; `[0]` if not wanted."""
+    if not kernels or not wanted:
+        return statistics_of(y, wanted)
     rows = as_rows(y)
     count, channels = rows.numel() // rows.shape[3], rows.shape[3]
     parts = configs.parts_of(count)

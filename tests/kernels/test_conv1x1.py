@@ -215,9 +215,9 @@ def test_signs_are_those_of_the_output() -> None:
     signs = conv1x1_join_operators.pack_signs(x)
     assert signs.shape == (2, 3, 5, 3)
     assert signs.dtype == torch.uint8
-    assert torch.equal(conv1x1_join_operators.unpack_signs(signs), x > 0)
     # The lowest bit is the first channel.
-    assert int(signs[1, 0, 0, 0]) & 1 == int(x[1, 0, 0, 0] > 0)
+    bits = (signs[..., None] >> torch.arange(8)) & 1
+    assert torch.equal(bits.flatten(3).permute(0, 3, 1, 2) == 1, x > 0)
 
 
 def test_the_selection_table(

@@ -177,7 +177,10 @@ def test_the_operators_run_the_kernels(join: bool, monkeypatch: pytest.MonkeyPat
         "input": [f"{name}_input_gradient"],
         "weight": ["product_weight_gradient"],
         "": [],
+        # Around PyTorch's products.
+        "pointwise": ["pointwise_join"] * join + ["column_statistics", "merge_statistics"],
     }
+    kernels["pointwise"] += ["pointwise_join_backward"] * join
     # Whoever computes a pass, all give the same.
     expected = defined(case, inputs)
     for passes in (*kernels, "input weight"):
