@@ -225,6 +225,7 @@ def test_criteria_of_networks_are_judged() -> None:
         row("coded, fused, eager, nhwc", 126, 440, 901),
         row("coded, torch, eager, nhwc", 50, 460, 600),
         row("coded, reference, eager, nhwc", 10, 30, 5000),
+        row("coded, reference, compiled default, nhwc", 150, 500, 500),
         {"contender": "plain, triton, eager, nhwc", "wrong": "logits are apart"},
     ]
     found = model_check.judge(rows)
