@@ -166,7 +166,11 @@ def nested(unrolled: int) -> Code:
 def row_of(**sizes: int) -> SimpleNamespace:
     """A row of one warp whose trips move 512 bytes, as one wide load of 32 lanes does."""
     return SimpleNamespace(
-        constexprs=tuple(sizes.items()), num_warps=1, trip_bytes=512, sample_bytes=4096
+        constexprs=tuple(sizes.items()),
+        num_warps=1,
+        trip_bytes=512,
+        sample_bytes=4096,
+        steps=1,
     )
 
 

@@ -90,7 +90,7 @@ function showClassifier(one, index) {
   classifierShown = index;
   const panel = byId("classifier");
   const heading = html("h3", {}, "Class ", nameOf(index));
-  if (!known(one.average_precision)) {
+  if (!one.curve) {
     const why = !one.computed ? "was not computed" : "has no precision and recall: it needs test images of the class and of others";
     panel.replaceChildren(heading, html("p", { class: "absent", text: `This classifier ${why}.` }));
     return;
