@@ -25,7 +25,7 @@ def thousand(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return thousand_run(tmp_path_factory.mktemp("report") / "thousand")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     """One headless Chromium; skipped where there is none."""
     with chromium() as started:
@@ -51,7 +51,7 @@ class Reports(Pages):
         return self.open(self.write(run_folder), **options)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def pages(browser: Any, tmp_path_factory: pytest.TempPathFactory) -> Reports:
     """The pages of this session."""
     return Reports(browser, tmp_path_factory.mktemp("pages"))
