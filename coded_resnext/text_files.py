@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 LARGEST_TEXT = 16 * 2**20
+# The results of a thousand classes are 24 MiB.
+LARGEST_RESULTS = 256 * 2**20
 # Control and format characters (among them the marks of writing direction), separators of lines
 # and paragraphs, and what a file name has that is no UTF-8.
 _HIDDEN = ("Cc", "Cf", "Zl", "Zp", "Cs")

@@ -15,7 +15,7 @@ from ..extract import class_index, extract_classifier, extract_subset
 from ..extracted import ExtractedClassifier, ExtractedNetwork
 from ..extracted_files import INDEX_FILE, extract_all, file_name, save_extracted
 from ..models import CodedResNeXt
-from ..text_files import printable, read_json
+from ..text_files import LARGEST_RESULTS, printable, read_json
 
 FOLDER = "classifiers"
 EVALUATION_FILE = "evaluation.json"
@@ -120,7 +120,7 @@ def stored_thresholds(run_folder: Path) -> dict[str, float | None]:
     if not path.is_file():
         return {}
     try:
-        one_class = read_json(path).get("one_class") or {}
+        one_class = read_json(path, LARGEST_RESULTS).get("one_class") or {}
         return {row["class_name"]: row["threshold"] for row in one_class.get("classifiers", [])}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: not a readable evaluation: {error}") from error

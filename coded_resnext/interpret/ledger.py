@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint import write_atomically
-from ..text_files import read_json
+from ..text_files import LARGEST_RESULTS, read_json
 
 FORMAT_VERSION = 1
 SECONDS_BETWEEN_WRITES = 10.0
@@ -63,7 +63,7 @@ class Ledger:
 
     def _read(self, path: Path) -> None:
         try:
-            stored = read_json(path)
+            stored = read_json(path, LARGEST_RESULTS)
             good = stored["format_version"] == FORMAT_VERSION and isinstance(stored["steps"], dict)
             found = stored["fingerprint"]
         except (ValueError, KeyError, TypeError) as error:

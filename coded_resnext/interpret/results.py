@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..checkpoint import write_atomically
 from ..codebook import Codebook
-from ..text_files import read_json
+from ..text_files import LARGEST_RESULTS, read_json
 from .evaluation import Evaluation
 from .figures import save_figures
 from .tables import csv_tables
@@ -67,6 +67,6 @@ def load_evaluation(path: str | Path) -> Evaluation:
     if path.is_dir():
         path = path / EVALUATION_FILE
     try:
-        return Evaluation.from_dict(read_json(path))
+        return Evaluation.from_dict(read_json(path, LARGEST_RESULTS))
     except ValueError as error:
         raise ValueError(f"{path}: not an evaluation: {error}") from error
