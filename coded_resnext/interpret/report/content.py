@@ -15,7 +15,7 @@ from ...cost import network_cost
 from ...early_exit import EXIT_FILE, EarlyExit
 from ...extract import extract_classifier
 from ...run_folder import CONFIG_FILE, METRICS_FILE, SUMMARY_FILE
-from ...text_files import LARGEST_RESULTS, read_json
+from ...text_files import read_json
 from ..evaluation import Evaluation
 from ..pictures import PICTURES_FILE, load_pictures
 from ..results import EVALUATION_FILE, load_evaluation
@@ -119,7 +119,7 @@ def gather(folder: str | Path) -> dict[str, Any]:
 
 
 def _read_object(path: Path) -> dict[str, Any]:
-    content = read_json(path, LARGEST_RESULTS)
+    content = read_json(path)
     if not isinstance(content, dict):
         raise ValueError(f"expected a JSON object, got {type(content).__name__}")
     return content
