@@ -138,6 +138,22 @@ def test_programs_that_share_the_tiles_give_the_same(
             assert relative_error(found[name].double(), value) < 1e-6, (processors, name)
 
 
+@pytest.mark.parametrize("processors", [1, 4, 100])
+def test_shares_of_a_weight_gradient_of_several_blocks(
+    processors: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Integers add up exactly, so that a tile of pixels lost, or taken twice, shows."""
+    monkeypatch.setattr(conv1x1_launch, "INTERPRETED_PROCESSORS", processors)
+    generator = torch.Generator().manual_seed(0)
+    x, grad = (
+        torch.randint(-8, 9, (1, channels, 9, 17), generator=generator).float()
+        for channels in (72, 136)
+    )
+    found = conv1x1_launch.weight_gradient(grad, x, torch.empty(136, 72, 1, 1), None, None)
+    expected = torch.einsum("bohw,bihw->oi", grad.double(), x.double())
+    assert torch.equal(found[:, :, 0, 0].double(), expected)
+
+
 @pytest.mark.parametrize("layout", ["contiguous", "sliced", "expanded", "unaligned"])
 def test_any_layout_is_read_right(layout: str) -> None:
     case = ProductCase("layout", H=3, W=4)
