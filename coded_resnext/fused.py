@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from .fused_inference import can_infer, inferred_block
 from .fused_norm import affine_of, uses_batch
 from .fused_operators import FusedOperators
-from .fused_values import Affine, Deferred, Map, like, ready
+from .fused_values import Affine, Deferred, Map, layers_of, like, ready
 from .kernels.checks import check_debug, checked_mask
 from .kernels.gram import split_weight
 from .kernels.launch import architecture, interpreted
@@ -60,13 +61,15 @@ def apply_block(
 
 def fused_block(
     block: CodedBottleneck, x: Map, *, drop_mask: Tensor | None, keep_mask: Tensor | None
-) -> tuple[Deferred, Tensor | None]:
+) -> tuple[Map, Tensor | None]:
     """`CodedBottleneck.forward` on raw tensors; arguments as for `apply_block`."""
     run = FusedOperators.of(_chosen(block, like(x)), like(x))
     bn1, bn2, bn3 = block.reduce_bn, block.grouped_bn, block.expand_bn
     deferred = _is_deferred(block)
     # What the operators are given has its dtype; autocast would round what they keep in float32.
     with torch.autocast(like(x).device.type, enabled=False):
+        if can_infer(block, drop_mask):
+            return inferred_block(block, ready(x), run, keep_mask=keep_mask)
         x, y1, sums1 = run.join_conv1x1(x, block.reduce, statistics=uses_batch(bn1))
         map1 = affine_of(bn1, sums1, _values(y1))
         y2, sums2 = run.grouped(y1, block.grouped, map1, statistics=uses_batch(bn2))
@@ -107,7 +110,7 @@ def _skip(
     block: CodedBottleneck, run: FusedOperators, x: Tensor, *, deferred: bool
 ) -> tuple[Tensor, Affine | None]:
     """The skip connection: `x` itself, or the raw output of its convolution and the map behind."""
-    layers = _layers(block.skip)
+    layers = layers_of(block.skip)
     if not layers:
         return x, None
     conv, bn = layers
@@ -125,12 +128,7 @@ def _is_deferred(block: CodedBottleneck) -> bool:
 
     The scales travel with the gradients of the statistics, so that there must be some.
     """
-    return all(uses_batch(bn) for bn in (block.expand_bn, *_layers(block.skip)[1:]))
-
-
-def _layers(skip: nn.Module) -> tuple[Any, ...]:
-    """The convolution and the BatchNorm of a skip connection; none for the identity."""
-    return tuple(skip) if isinstance(skip, nn.Sequential) else ()
+    return all(uses_batch(bn) for bn in (block.expand_bn, *layers_of(block.skip)[1:]))
 
 
 def is_fused(block: CodedBottleneck, x: Tensor) -> bool:
@@ -170,7 +168,7 @@ def unfused_reason(block: CodedBottleneck) -> str | None:
         (block.grouped, block.grouped_bn),
         (block.expand, block.expand_bn),
     ]
-    skip = _layers(block.skip)
+    skip = layers_of(block.skip)
     if len(skip) != 2 and not isinstance(block.skip, nn.Identity):
         return "its skip connection is not a convolution and a BatchNorm"
     for conv, bn in [*pairs, *([skip] if skip else [])]:

@@ -39,33 +39,42 @@ def affine_of(
     Raises:
         ValueError: training with a single value for each channel, as in PyTorch.
     """
-    if uses_batch(bn):
-        group = _shared_by(bn)
-        if count == 1 and group is None:
-            raise ValueError(
-                "x: expected more than 1 value per channel when training, got 1 "
-                f"for each of {statistics.shape[1]} channels"
-            )
-        total = statistics if group is None else _Shared.apply(statistics, group)
-        values, sums, m2 = total.unbind()
-        values = values.detach()
-        mean, variance = sums / values, m2 / values
-        if bn.training and bn.track_running_stats:
-            with torch.no_grad():
-                _follow(bn, mean, m2 / (values - 1))
-    else:
-        assert bn.running_mean is not None
-        assert bn.running_var is not None
-        dtype = torch.promote_types(bn.running_mean.dtype, torch.float32)
-        mean, variance = bn.running_mean.to(dtype), bn.running_var.to(dtype)
+    if not uses_batch(bn):
+        return running_affine(bn)
+    group = _shared_by(bn)
+    if count == 1 and group is None:
+        raise ValueError(
+            "x: expected more than 1 value per channel when training, got 1 "
+            f"for each of {statistics.shape[1]} channels"
+        )
+    total = statistics if group is None else _Shared.apply(statistics, group)
+    values, sums, m2 = total.unbind()
+    values = values.detach()
+    mean, variance = sums / values, m2 / values
+    if bn.training and bn.track_running_stats:
+        with torch.no_grad():
+            _follow(bn, mean, m2 / (values - 1))
+    scale, bias = _affine(bn, mean, variance)
+    if deferred:
+        scale, bias = _CarryScale.apply(statistics, scale, bias)
+    return Affine(scale, bias)
+
+
+def running_affine(bn: nn.modules.batchnorm._BatchNorm) -> Affine:
+    """The map `scale y + bias` that a BatchNorm is by its running statistics."""
+    assert bn.running_mean is not None
+    assert bn.running_var is not None
+    dtype = torch.promote_types(bn.running_mean.dtype, torch.float32)
+    return _affine(bn, bn.running_mean.to(dtype), bn.running_var.to(dtype))
+
+
+def _affine(bn: nn.modules.batchnorm._BatchNorm, mean: Tensor, variance: Tensor) -> Affine:
     scale = torch.rsqrt(variance + bn.eps)
     if bn.weight is not None:
         scale = bn.weight.to(scale.dtype) * scale
     bias = -mean * scale
     if bn.bias is not None:
         bias = bn.bias.to(bias.dtype) + bias
-    if deferred:
-        scale, bias = _CarryScale.apply(statistics, scale, bias)
     return Affine(scale, bias)
 
 

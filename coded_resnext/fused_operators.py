@@ -10,10 +10,12 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from .fused_folding import Folded
 from .fused_values import Affine, Map
 from .kernels import backends, conv1x1_ops, grouped_ops
 from .kernels.conv1x1_join_operators import join_conv1x1
 from .kernels.conv1x1_operators import POINTWISE, conv1x1, unsupported
+from .kernels.folded_operators import folded_conv1x1, folded_grouped_conv3x3
 from .kernels.grouped_operators import grouped_conv3x3
 from .kernels.grouped_operators import unsupported as grouped_unsupported
 from .kernels.launch import DTYPES
@@ -103,10 +105,40 @@ class FusedOperators:
     ) -> tuple[Tensor, Tensor]:
         """The grouped 3x3 convolution of `relu(scale x + bias)`, raw, and its statistics."""
         weight, stride = self.cast(conv.weight), conv.stride[0]
-        backend = self._backend(grouped_unsupported(x, weight, stride))
-        passes = grouped_ops.select_passes(x, weight, stride, backend)
+        passes = self._grouped_passes(x, weight, stride)
         y, sums = grouped_conv3x3(x, weight, *affine, stride, statistics, passes)
         return y, sums
+
+    def folded_conv1x1(
+        self,
+        x: Tensor,
+        conv: Folded,
+        *,
+        residual: Tensor | None = None,
+        factor: Tensor | None = None,
+        rectify: bool = True,
+    ) -> Tensor:
+        """`relu(factor W x + bias + residual)`; `factor [B]`, and with neither perhaps no ReLU."""
+        passes = self._products(x, conv.weight)
+        y: Tensor = folded_conv1x1(x, *conv, residual, factor, rectify, passes)
+        return y
+
+    def folded_grouped(
+        self,
+        x: Tensor,
+        conv: Folded,
+        stride: int,
+        branch_weight: Tensor | None,
+        keep_mask: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """`keep relu(W x + bias)` of the grouped 3x3 convolution, and its energies `[B, N]`."""
+        passes = self._grouped_passes(x, conv.weight, stride)
+        h, energy = folded_grouped_conv3x3(x, *conv, branch_weight, keep_mask, stride, passes)
+        return h, energy
+
+    def _grouped_passes(self, x: Tensor, weight: Tensor, stride: int) -> str:
+        backend = self._backend(grouped_unsupported(x, weight, stride))
+        return grouped_ops.select_passes(x, weight, stride, backend)
 
     def _products(self, x: Tensor, weight: Tensor, *, join: bool = False) -> str:
         """The passes of a 1x1 convolution that run kernels, and whether what is around it does."""

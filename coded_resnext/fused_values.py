@@ -5,9 +5,9 @@ B samples, C channels, H x W maps.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from .kernels.join_operator import join
 
@@ -56,3 +56,8 @@ def ready(x: Map) -> Tensor:
 def like(x: Map) -> Tensor:
     """A tensor with the map's shape, dtype and device."""
     return x if isinstance(x, Tensor) else x.raw
+
+
+def layers_of(skip: nn.Module) -> tuple[Any, ...]:
+    """The convolution and the BatchNorm of a skip connection; none for the identity."""
+    return tuple(skip) if isinstance(skip, nn.Sequential) else ()

@@ -43,6 +43,12 @@ class ProductVariant:
     """Whether the gradient of the output is written as it enters the product, for the weight's."""
     joined: bool = True
     """Whether the output of a join has a gradient of its own."""
+    residual: bool = False
+    """Whether a residual is added, in evaluation."""
+    factor: bool = False
+    """Whether there is a factor for each sample, in evaluation."""
+    rectify: bool = True
+    """Whether the output goes through a ReLU, in evaluation."""
     tf32: bool = False
     """Whether float32 products may round their inputs to TF32."""
     arch: str = "sm90"
@@ -208,6 +214,28 @@ def join_forward(sizes: ProductSizes, variant: ProductVariant) -> LaunchRow:
     return _row("conv1x1:join_forward", tensors, sizes, variant, tile, wide, narrow=1)
 
 
+@cache
+def folded(sizes: ProductSizes, variant: ProductVariant) -> LaunchRow:
+    """Settings of `conv1x1_folded.product_folded`."""
+    tensors = (
+        variant.pointer(),
+        variant.pointer(),
+        variant.pointer(),
+        "*fp32",
+        variant.pointer(variant.residual),
+        "*fp32" if variant.factor else None,
+    )
+    tile = forward_tile(sizes, variant)
+    narrow = 1 + variant.residual
+    kernel = "conv1x1_folded:product_folded"
+    row = _row(kernel, tensors, sizes, variant, tile, wide=1, narrow=narrow)
+    inputs, outputs, *others = row.constexprs
+    rectify = ("RECTIFY", variant.rectify)
+    return replace(
+        row, args=(*row.args, EXAMPLE_PIXELS), constexprs=(inputs, outputs, rectify, *others)
+    )
+
+
 def _moved(variant: ProductVariant) -> tuple[tuple[Argument, ...], int]:
     """The pointers around the gradient of the output, and how many tensors of its size they are."""
     vector = "*fp32" if variant.statistics else None
@@ -336,7 +364,10 @@ PAPER_JOINS = {
 
 
 def shipped_rows(arch: str) -> Iterator[tuple[str, LaunchRow]]:
-    """Every row that a step of training in bfloat16 launches."""
+    """Every row that a step of training, or evaluation, in bfloat16 launches."""
+    for place, (inputs, outputs) in PAPER_CONVOLUTIONS.items():
+        ends = ProductVariant(residual=True, arch=arch)
+        yield f"1x1 product_folded {place}", folded(ProductSizes(inputs, outputs), ends)
     # The gradient of what ends a block comes without its factor.
     between = ProductVariant(affine=True, statistics=True, gain=True, moved=True, arch=arch)
     makers = {"forward": forward, "input": input_gradient, "weight": weight_gradient}

@@ -52,6 +52,36 @@ def forward(
     return y.permute(0, 3, 1, 2), _merged(x, partial)
 
 
+def folded_forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    residual: Tensor | None,
+    factor: Tensor | None,
+    rectify: bool,
+) -> Tensor:
+    """`y = factor W x + bias + residual [B, O, H, W]`, with `rectify` behind a ReLU.
+
+    Arguments as for the operator `folded_conv1x1`.
+    """
+    sizes = ProductSizes(weight.shape[1], weight.shape[0])
+    variant = _variant(x, residual=residual is not None, factor=factor is not None, rectify=rectify)
+    rows, y = _aligned(x), empty_rows(x, sizes.outputs)
+    parts, columns = _parts(rows, configs.forward_tile(sizes, variant), sizes.outputs)
+    configs.folded(sizes, variant).launch(
+        (parts * columns,),
+        y,
+        rows,
+        _weight(weight),
+        _vector(bias),
+        None if residual is None else _aligned(residual),
+        _vector(factor),
+        _pixels(rows),
+        rows.shape[1] * rows.shape[2],
+    )
+    return y.permute(0, 3, 1, 2)
+
+
 def join_forward(
     y: Tensor,
     scale: Tensor,

@@ -103,15 +103,20 @@ class Normalized(NamedTuple):
     """`[B, N, D, D]`."""
 
 
+def inverse_mean(energy: Tensor) -> Tensor:
+    """`1/M` of (3), `[B, N]` to `[B, 1]`; 0 for a dead sample."""
+    mean = energy.mean(1, keepdim=True)
+    dead = is_dead(mean)
+    return torch.where(dead, 0.0, 1.0 / torch.where(dead, 1.0, mean))
+
+
 def normalize(
     h: Tensor, branch_weight: Tensor, drop_mask: Tensor | None, keep_mask: Tensor | None
 ) -> Normalized:
     """(2)-(5), (10)-(12) up to the convolution."""
     wide = h.to(accumulation_dtype(h.dtype))
     energy, grams = energies_and_grams(wide, branch_weight, keep_mask)
-    mean = energy.mean(1, keepdim=True)
-    dead = is_dead(mean)
-    inverse = torch.where(dead, 0.0, 1.0 / torch.where(dead, 1.0, mean))
+    inverse = inverse_mean(energy)
     scale = inverse.sqrt()
     for mask in (drop_mask, keep_mask):
         if mask is not None:

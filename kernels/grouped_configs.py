@@ -56,6 +56,12 @@ class GroupedVariant:
     """Whether `relu(scale x + bias)` is convolved instead of `x`."""
     statistics: bool = False
     """Whether statistics of the output are taken, and their gradient flows back."""
+    folded: bool = False
+    """Whether a bias and a ReLU are behind the convolution, as in evaluation."""
+    keep: bool = False
+    """Whether there is a removal mask (10), of a folded convolution."""
+    energies: bool = False
+    """Whether energies are taken, of a folded convolution."""
     tf32: bool = False
     """Whether float32 products may round their inputs to TF32."""
 
@@ -174,15 +180,22 @@ def forward(sizes: GroupedSizes, variant: GroupedVariant) -> LaunchRow:
     tensors = (
         variant.pointer(),
         "*fp32" if variant.statistics else None,
+        "*fp32" if variant.energies else None,
         variant.pointer(),
         vector,
         vector,
         variant.pointer(),
+        "*fp32" if variant.folded else None,
+        "*fp32" if variant.keep else None,
+        variant.pointer(variant.energies),
     )
     row = _row("grouped_conv:forward", sizes, variant, tensors, inputs=1, outputs=1)
+    channels, *others = row.constexprs
+    padded = ("PADDED", GroupedWindows.of(sizes).padded)
+    row = replace(row, constexprs=(channels, padded, *others))
     # With two warps for 24 channels the compiler for sm100 keeps two registers in memory.
     partly_filled = GroupedWindows.of(sizes).channels == 24
-    plain = not (variant.affine or variant.statistics)
+    plain = not (variant.affine or variant.statistics or variant.energies)
     return replace(row, num_warps=1) if sizes.stride == 2 and partly_filled and plain else row
 
 
@@ -302,11 +315,12 @@ PAPER_CONVOLUTIONS: dict[str, tuple[int, tuple[tuple[int, int], ...]]] = {
     "20x6d c3": (20, ((12, 2), (12, 1))),
     "20x6d c4": (20, ((24, 2), (24, 1))),
 }
+CODED = ("32x4d c4", "32x4d c5", "20x6d c3", "20x6d c4")
 
 
 def shipped_rows(arch: str) -> Iterator[tuple[str, LaunchRow]]:
-    """Every row that a step of training in bfloat16 launches: alone (`plain`), and between
-    BatchNorms (`fused`). Nothing here depends on the architecture."""
+    """Every row that a step of training in bfloat16 launches, alone (`plain`) and between
+    BatchNorms (`fused`), and evaluation (`folded`). Nothing here depends on the architecture."""
     for place, (groups, layers) in PAPER_CONVOLUTIONS.items():
         yield f"grouped merge_statistics {place}", merge_statistics(groups * layers[0][0])
         for width, stride in layers:
@@ -317,6 +331,9 @@ def shipped_rows(arch: str) -> Iterator[tuple[str, LaunchRow]]:
                 for make in (forward, input_gradient, weight_gradient):
                     row = make(sizes, variant)
                     yield f"grouped {row.kernel.split(':')[1]} {place} {kind}", row
+            folded = GroupedVariant("bf16", folded=True, energies=place in CODED)
+            row = forward(sizes, folded)
+            yield f"grouped {row.kernel.split(':')[1]} {place} folded", row
             for backward in (False, True):
                 name = f"grouped pack_weights_{'backward' if backward else 'forward'}"
                 row = pack_weights(sizes, "bf16", backward=backward)

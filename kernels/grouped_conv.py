@@ -1,5 +1,4 @@
 """Triton: the grouped 3x3 convolution, forward, with BatchNorm's affine map and ReLU on the way in
-and the partial statistics of the next BatchNorm on the way out.
 
 Letters and windows as in grouped_tiles.py; OH x OW maps out. The kernels are row-stationary: each
 input row is read once, activated once, and added to the three output rows that it touches. With
@@ -11,6 +10,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .grouped_epilogue import (
+    add_energies,
+    finish,
+    first_sums,
+    load_forms,
+    load_kept,
+    store_energies,
+)
 from .grouped_tiles import (
     add_six,
     add_three,
@@ -21,7 +28,7 @@ from .grouped_tiles import (
     load_three_inputs,
     locate,
 )
-from .tile import hash_in_order, round_to
+from .tile import hash_in_order
 
 
 @triton.jit
@@ -58,15 +65,20 @@ def merge_lanes(ptr, part, channel, inside, left, n_left, right, n_right, CHANNE
 def forward_stride1(
     y_ptr,
     partial_ptr,
+    energy_ptr,
     x_ptr,
     scale_ptr,
     bias_ptr,
     weight_ptr,
+    after_ptr,
+    keep_ptr,
+    form_ptr,
     batch,
     H,
     W,
     part_rows,
     CHANNELS: tl.constexpr,
+    PADDED: tl.constexpr,
     WINDOW: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -77,9 +89,17 @@ def forward_stride1(
     Grid: windows * parts, parts = ceil(H / part_rows) * ceil(B ceil(W / 2) / BLOCK_M). `y`,
     `x [B, H, W, CHANNELS]`; `scale`, `bias [CHANNELS]` float32 or None; `weight [windows, 9,
     BLOCK_K, BLOCK_K]` in the dtype of `x`; `partial [parts, 3, CHANNELS]` float32 or None.
+
+    With `after [CHANNELS]` float32 it is `y = keep relu(conv(x) + after)`, `keep [B, CHANNELS]`
+    float32 or None; and with `form [windows, 1 or 2, BLOCK_K, BLOCK_K]` in the dtype of `x`, two
+    for 16 bits, the part of every lane in the energies, `energy [ceil(H / part_rows), B,
+    ceil(W / 2), N]` float32. PADDED is the channels of a branch.
     """
     AFFINE: tl.constexpr = scale_ptr is not None
     STATISTICS: tl.constexpr = partial_ptr is not None
+    FOLDED: tl.constexpr = after_ptr is not None
+    ENERGIES: tl.constexpr = form_ptr is not None
+    TERMS: tl.constexpr = 1 if x_ptr.dtype.element_ty == tl.float32 else 2
     window = tl.program_id(0) % (CHANNELS // WINDOW)
     part = tl.program_id(0) // (CHANNELS // WINDOW)
     sample, column, first, real = locate(part, batch, (W + 1) // 2, H, part_rows, BLOCK_M)
@@ -91,6 +111,9 @@ def forward_stride1(
         load_channels(bias_ptr, channel, k < WINDOW, 0.0),
     )
     top, middle, bottom = load_taps(weight_ptr, window, BLOCK_K)
+    forms = load_forms(form_ptr, window, BLOCK_K, TERMS)
+    kept = load_kept(keep_ptr, sample, real, channel, k < WINDOW, CHANNELS)
+    lane = ((first // part_rows) * batch.to(tl.int64) + sample) * ((W + 1) // 2) + column
     column = column * 2
     valid = around_pair(column, W, real)
     step = W.to(tl.int64) * CHANNELS
@@ -98,47 +121,67 @@ def forward_stride1(
     x = x_ptr + at - step
     y = y_ptr + at
     zero = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
+    start = first_sums(after_ptr, channel, k < WINDOW, BLOCK_M, BLOCK_K)
 
     a = load_four_inputs(x, first - 1, H, valid, inside, affine, CHANNELS, AFFINE)
-    acc = add_six(a, top, (zero, zero), PRECISION)
+    acc = add_six(a, top, (start, start), PRECISION)
     x += step
     a = load_four_inputs(x, first, H, valid, inside, affine, CHANNELS, AFFINE)
     acc = add_six(a, middle, acc, PRECISION)
-    below = add_six(a, top, (zero, zero), PRECISION)
+    below = add_six(a, top, (start, start), PRECISION)
     left = (zero, zero)
     right = (zero, zero)
+    energies = (zero, zero)
     rows = tl.minimum(part_rows, H - first)
     for i in range(rows):
         x += step
         a = load_four_inputs(x, first + 1 + i, H, valid, inside, affine, CHANNELS, AFFINE)
         acc = add_six(a, bottom, acc, PRECISION)
-        tl.store(y, round_to(acc[0], y_ptr.dtype.element_ty), mask=valid[1] & inside)
-        tl.store(y + CHANNELS, round_to(acc[1], y_ptr.dtype.element_ty), mask=valid[2] & inside)
+        one = finish(acc[0], kept, y_ptr.dtype.element_ty, FOLDED)
+        other = finish(acc[1], kept, y_ptr.dtype.element_ty, FOLDED)
+        tl.store(y, one, mask=valid[1] & inside)
+        tl.store(y + CHANNELS, other, mask=valid[2] & inside)
         y += step
         if STATISTICS:
             left = add_moments(left, acc[0])
             right = add_moments(right, acc[1])
+        if ENERGIES:
+            energies = (
+                add_energies(one, forms, energies[0], TERMS, PRECISION),
+                add_energies(other, forms, energies[1], TERMS, PRECISION),
+            )
         acc = add_six(a, middle, below, PRECISION)
-        below = add_six(a, top, (zero, zero), PRECISION)
+        below = add_six(a, top, (start, start), PRECISION)
     if STATISTICS:
         n_left = tl.where(valid[1], rows, 0).to(tl.float32)
         n_right = tl.where(valid[2], rows, 0).to(tl.float32)
         merge_lanes(partial_ptr, part, channel, k < WINDOW, left, n_left, right, n_right, CHANNELS)
+    if ENERGIES:
+        # Columns outside the map have sums of what is next to them.
+        both = tl.where(valid[1], energies[0], 0.0) + tl.where(valid[2], energies[1], 0.0)
+        BRANCHES: tl.constexpr = CHANNELS // PADDED
+        GROUP: tl.constexpr = WINDOW // PADDED
+        store_energies(energy_ptr, both, lane, real, window, BRANCHES, GROUP, PADDED, BLOCK_K)
 
 
 @triton.jit(do_not_specialize=["batch", "H", "W", "part_rows"])
 def forward_stride2(
     y_ptr,
     partial_ptr,
+    energy_ptr,
     x_ptr,
     scale_ptr,
     bias_ptr,
     weight_ptr,
+    after_ptr,
+    keep_ptr,
+    form_ptr,
     batch,
     H,
     W,
     part_rows,
     CHANNELS: tl.constexpr,
+    PADDED: tl.constexpr,
     WINDOW: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -146,10 +189,14 @@ def forward_stride2(
 ):
     """As `forward_stride1` with stride 2: one output column a lane, two input rows a step.
 
-    parts = ceil(OH / part_rows) * ceil(B OW / BLOCK_M); `y [B, OH, OW, CHANNELS]`.
+    parts = ceil(OH / part_rows) * ceil(B OW / BLOCK_M); `y [B, OH, OW, CHANNELS]`; `energy
+    [ceil(OH / part_rows), B, OW, N]`.
     """
     AFFINE: tl.constexpr = scale_ptr is not None
     STATISTICS: tl.constexpr = partial_ptr is not None
+    FOLDED: tl.constexpr = after_ptr is not None
+    ENERGIES: tl.constexpr = form_ptr is not None
+    TERMS: tl.constexpr = 1 if x_ptr.dtype.element_ty == tl.float32 else 2
     OH = (H + 1) // 2
     OW = (W + 1) // 2
     window = tl.program_id(0) % (CHANNELS // WINDOW)
@@ -163,16 +210,21 @@ def forward_stride2(
         load_channels(bias_ptr, channel, k < WINDOW, 0.0),
     )
     top, middle, bottom = load_taps(weight_ptr, window, BLOCK_K)
+    forms = load_forms(form_ptr, window, BLOCK_K, TERMS)
+    kept = load_kept(keep_ptr, sample, real, channel, k < WINDOW, CHANNELS)
+    lane = ((first // part_rows) * batch.to(tl.int64) + sample) * OW + column
     valid = around_pair(2 * column, W, real)
     step = W.to(tl.int64) * CHANNELS
     row = 2 * first - 1
     x = x_ptr + ((sample * H + row) * W + 2 * column)[:, None] * CHANNELS + channel[None, :]
     y = y_ptr + ((sample * OH + first) * OW + column)[:, None] * CHANNELS + channel[None, :]
     zero = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
+    start = first_sums(after_ptr, channel, k < WINDOW, BLOCK_M, BLOCK_K)
 
     a = load_three_inputs(x, row, H, valid, inside, affine, CHANNELS, AFFINE)
-    acc = add_three(a[0], a[1], a[2], top, zero, PRECISION)
+    acc = add_three(a[0], a[1], a[2], top, start, PRECISION)
     moments = (zero, zero)
+    energies = zero
     rows = tl.minimum(part_rows, OH - first)
     for i in range(rows):
         a = load_three_inputs(x + step, row + 2 * i + 1, H, valid, inside, affine, CHANNELS, AFFINE)
@@ -180,11 +232,15 @@ def forward_stride2(
         x += 2 * step
         a = load_three_inputs(x, row + 2 * i + 2, H, valid, inside, affine, CHANNELS, AFFINE)
         acc = add_three(a[0], a[1], a[2], bottom, acc, PRECISION)
-        tl.store(y, round_to(acc, y_ptr.dtype.element_ty), mask=valid[1] & inside)
+        h = finish(acc, kept, y_ptr.dtype.element_ty, FOLDED)
+        tl.store(y, h, mask=valid[1] & inside)
         y += OW.to(tl.int64) * CHANNELS
         if STATISTICS:
             moments = add_moments(moments, acc)
-        acc = add_three(a[0], a[1], a[2], top, zero, PRECISION)
+        acc = add_three(a[0], a[1], a[2], top, start, PRECISION)
+        # Behind the next sums: in front of them the compiler for sm90 keeps registers in memory.
+        if ENERGIES:
+            energies = add_energies(h, forms, energies, TERMS, PRECISION)
     if STATISTICS:
         count = tl.where(valid[1], rows, 0).to(tl.float32)
         merge_lanes(
@@ -198,6 +254,10 @@ def forward_stride2(
             0.0 * count,
             CHANNELS,
         )
+    if ENERGIES:
+        BRANCHES: tl.constexpr = CHANNELS // PADDED
+        GROUP: tl.constexpr = WINDOW // PADDED
+        store_energies(energy_ptr, energies, lane, real, window, BRANCHES, GROUP, PADDED, BLOCK_K)
 
 
 hash_in_order(globals())

@@ -5,6 +5,8 @@ Nothing is checked here. B samples, N groups of width D, H x W maps in, OH x OW 
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -40,10 +42,12 @@ def forward(
         (GroupedWindows.of(sizes).count * parts,),
         y,
         partial,
+        None,
         rows,
         scale,
         bias,
         _pack(weight, sizes, backward=False),
+        *(None, None, None),
         batch,
         height,
         width,
@@ -55,6 +59,88 @@ def forward(
     row = configs.merge_statistics(channels)
     row.launch((-(-channels // 8),), total, partial, parts)
     return _images(y, sizes), _channels(total, sizes)
+
+
+def folded_forward(
+    x: Tensor,
+    weight: Tensor,
+    sizes: GroupedSizes,
+    after: Tensor,
+    keep: Tensor | None,
+    form: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """`h = keep relu(conv(x) + after)`, channels-last, and the sums over pixels of `h^T Q_n h`.
+
+    Args:
+        x, weight, sizes: as for `forward`.
+        after: `[N*D]`.
+        keep: `[B, N]` or None.
+        form: `Q [N, D, D]` float32, or None.
+
+    Returns:
+        `h [B, N*D, OH, OW]`, and `[B, N]` float32, or `[0]` without a form.
+    """
+    rows, (after_rows,) = _rows(x, sizes), _vectors(sizes, after)
+    batch, height, width, channels = rows.shape
+    h = rows.new_empty(batch, -(-height // sizes.stride), -(-width // sizes.stride), channels)
+    parts, part_rows = _parts(h, pairs=sizes.stride == 1)
+    kept = None
+    if keep is not None:
+        (kept,) = _vectors(sizes, keep.repeat_interleave(sizes.width, 1))
+    energy = None if form is None else _floats(x, *_energy_shape(h, sizes, part_rows))
+    scaled, peak = (None, None) if form is None else _pack_form(form, sizes, x.dtype)
+    variant = replace(
+        _variant(x, False, False), folded=True, keep=keep is not None, energies=form is not None
+    )
+    configs.forward(sizes, variant).launch(
+        (GroupedWindows.of(sizes).count * parts,),
+        h,
+        None,
+        energy,
+        rows,
+        None,
+        None,
+        _pack(weight, sizes, backward=False),
+        after_rows,
+        kept,
+        scaled,
+        batch,
+        height,
+        width,
+        part_rows,
+    )
+    if energy is None or peak is None:
+        return _images(h, sizes), _floats(x, 0)
+    return _images(h, sizes), energy.sum((0, 2))[:, : sizes.groups] * peak
+
+
+def _energy_shape(h: Tensor, sizes: GroupedSizes, part_rows: int) -> tuple[int, ...]:
+    """Segments of rows, samples, lanes of a row and branches, those that fill up windows too."""
+    windows = GroupedWindows.of(sizes)
+    batch, height, width, _ = h.shape
+    columns = -(-width // 2) if sizes.stride == 1 else width
+    return -(-height // part_rows), batch, columns, windows.count * windows.group
+
+
+def _pack_form(form: Tensor, sizes: GroupedSizes, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The forms as the kernel reads them, `[windows, 1 or 2, BLOCK_K, BLOCK_K]`, and `[N]`, the
+    largest element of each, by which they are divided.
+
+    A second term has what 16 bits leave of the first, so that the sum has twice their precision.
+    """
+    windows = GroupedWindows.of(sizes)
+    peak = form.abs().amax((1, 2))
+    unit = form / torch.where(peak > 0, peak, 1.0)[:, None, None]
+    wide = unit.new_zeros(windows.count * windows.group, windows.padded, windows.padded)
+    wide[: sizes.groups, : sizes.width, : sizes.width] = unit
+    blocks = unit.new_zeros(windows.count, windows.block_k, windows.block_k)
+    for place, one in enumerate(wide.view(windows.count, windows.group, *wide.shape[1:]).unbind(1)):
+        channels = slice(place * windows.padded, (place + 1) * windows.padded)
+        blocks[:, channels, channels] = one
+    terms = [blocks.to(dtype)]
+    if dtype != torch.float32:
+        terms.append((blocks - terms[0].float()).to(dtype))
+    return torch.stack(terms, 1).contiguous(), peak
 
 
 def input_gradient(

@@ -39,11 +39,13 @@ def unsupported(x: Tensor, weight: Tensor, stride: int) -> str | None:
     return None
 
 
-def _sizes(weight: Tensor, stride: int) -> GroupedSizes:
+def sizes_of(weight: Tensor, stride: int) -> GroupedSizes:
+    """Of a convolution with a weight `[N*D, D, 3, 3]`."""
     return GroupedSizes(weight.shape[0] // weight.shape[1], weight.shape[1], stride)
 
 
-def _output_size(size: int, stride: int) -> int:
+def output_size(size: int, stride: int) -> int:
+    """Rows, or columns, of a map behind the convolution."""
     return -(-size // stride)
 
 
@@ -65,7 +67,7 @@ def grouped_conv3x3(
         `y [B, N*D, OH, OW]`, and its (count, sum, M2) `[3, N*D]` in the accumulation dtype, which
         a kernel takes before `y` is rounded; `[0]` without `statistics`.
     """
-    sizes = _sizes(weight, stride)
+    sizes = sizes_of(weight, stride)
     if "forward" in kernels.split():
         with on_device(x):
             return grouped_launch.forward(x, weight, sizes, scale, bias, statistics)
@@ -85,7 +87,7 @@ def _(
     kernels: str,
 ) -> tuple[Tensor, Tensor]:
     batch, channels, height, width = x.shape
-    rows = x.new_empty(batch, _output_size(height, stride), _output_size(width, stride), channels)
+    rows = x.new_empty(batch, output_size(height, stride), output_size(width, stride), channels)
     shape = (3, channels) if statistics else (0,)
     return rows.permute(0, 3, 1, 2), x.new_empty(shape, dtype=accumulation_dtype(x.dtype))
 
@@ -111,7 +113,7 @@ def grouped_conv3x3_backward(
         The gradient of `x` and `[2, N*D]`, those of `bias` and `scale`, and the gradient of
         `weight`; `[0]` in place of what is not needed or not there.
     """
-    sizes = _sizes(weight, stride)
+    sizes = sizes_of(weight, stride)
     accumulate = accumulation_dtype(x.dtype)
     dx, dweight = x.new_empty((0,)), x.new_empty((0,))
     sums = x.new_empty((0,), dtype=accumulate)

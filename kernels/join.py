@@ -41,7 +41,7 @@ def tile_offsets(
     return p.to(tl.int64)[:, None] * CHANNELS + channel[None, :], inside
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows", "pixels"])
 def pointwise_join(
     x_ptr,
     y_ptr,
@@ -50,16 +50,19 @@ def pointwise_join(
     residual_ptr,
     residual_scale_ptr,
     residual_bias_ptr,
+    factor_ptr,
     rows,
+    pixels,
     CHANNELS: tl.constexpr,
     TRIPS: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """`x = relu(scale y + bias + residual)`; a residual may have a map of its own.
+    """`x = relu(factor scale y + bias + residual)`; a residual may have a map of its own.
 
     Grid: parts * column blocks. `x`, `y`, `residual [ROWS, CHANNELS]` in one dtype; the maps
-    `[CHANNELS]` float32, those of the residual may be None.
+    `[CHANNELS]` float32, of which `scale` and those of the residual may be None. `factor
+    [ROWS / pixels]`, one number a sample, float32 or None.
     """
     _part, first, channel = locate_tile(rows, CHANNELS, TRIPS, BLOCK_P, BLOCK_C)
     real = channel < CHANNELS
@@ -69,7 +72,12 @@ def pointwise_join(
     residual_bias = load_channels(residual_bias_ptr, channel, real, 0.0)
     for trip in range(TRIPS):
         at, inside = tile_offsets(first + trip * BLOCK_P, rows, channel, CHANNELS, BLOCK_P, BLOCK_C)
-        value = tl.load(y_ptr + at, mask=inside, other=0.0).to(tl.float32) * scale + bias
+        value = tl.load(y_ptr + at, mask=inside, other=0.0).to(tl.float32) * scale
+        if factor_ptr is not None:
+            row = first + trip * BLOCK_P + tl.arange(0, BLOCK_P)
+            factor = tl.load(factor_ptr + row // pixels, mask=row < rows, other=0.0)
+            value *= factor[:, None]
+        value += bias
         residual = tl.load(residual_ptr + at, mask=inside, other=0.0).to(tl.float32)
         if residual_scale_ptr is not None:
             residual = residual * residual_scale + residual_bias

@@ -6,6 +6,7 @@ The number of rows is a run-time number. No imports of PyTorch or Triton here.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cache
 
 from .configs import ITEM_BYTES, Dtype, LaunchRow, next_power_of_2
@@ -15,6 +16,8 @@ ROWS = 16
 COLUMNS = 128
 # Rows of a part: what a lane sums in float32 before sums are merged.
 TRIPS = 16
+# Of a sample of the example.
+EXAMPLE_PIXELS = 100
 
 
 def parts_of(rows: int) -> int:
@@ -51,12 +54,22 @@ def _row(
 
 
 @cache
-def pointwise_join(channels: int, dtype: Dtype, *, mapped: bool) -> LaunchRow:
-    """Settings of `join.pointwise_join`; `mapped`: the residual has a map of its own."""
+def pointwise_join(
+    channels: int, dtype: Dtype, *, mapped: bool, folded: bool = False, factor: bool = False
+) -> LaunchRow:
+    """Settings of `join.pointwise_join`.
+
+    Args:
+        channels, dtype: of the map.
+        mapped: whether the residual has a map of its own.
+        folded: whether the scale is in the weights of what made the map.
+        factor: whether there is a factor for each sample.
+    """
     wide, vector = f"*{dtype}", "*fp32"
     own = vector if mapped else None
-    args = (wide, wide, vector, vector, wide, own, own)
-    return _row("pointwise_join", channels, dtype, args, 3)
+    args = (wide, wide, None if folded else vector, vector, wide, own, own)
+    row = _row("pointwise_join", channels, dtype, (*args, vector if factor else None), 3)
+    return replace(row, args=(*row.args, EXAMPLE_PIXELS))
 
 
 @cache
@@ -78,8 +91,12 @@ PAPER_CHANNELS = (256, 512, 1024, 2048)
 
 
 def shipped_rows() -> Iterator[tuple[str, LaunchRow]]:
-    """Every row that a step of training in bfloat16 launches."""
+    """Every row that a step of training, or evaluation, in bfloat16 launches."""
     for channels in PAPER_CHANNELS:
+        for factor in (False, True):
+            row = pointwise_join(channels, "bf16", mapped=False, folded=True, factor=factor)
+            kind = "folded, factor" if factor else "folded"
+            yield f"pointwise_join {channels} {kind}", row
         for mapped in (False, True):
             kind = "mapped" if mapped else "identity"
             for make in (pointwise_join, pointwise_join_backward):

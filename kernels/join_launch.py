@@ -18,16 +18,25 @@ from .reference import accumulation_dtype
 
 def forward(
     y: Tensor,
-    scale: Tensor,
+    scale: Tensor | None,
     bias: Tensor,
     residual: Tensor,
     residual_scale: Tensor | None,
     residual_bias: Tensor | None,
     kernels: bool,
+    factor: Tensor | None = None,
 ) -> Tensor:
-    """`relu(scale y + bias + residual)`, a residual with a map of its own mapped first."""
+    """`relu(factor scale y + bias + residual)`, a residual with a map of its own mapped first.
+
+    `factor [B]` is one number a sample; without it, or without `scale`, they are 1.
+    """
     if not kernels:
-        wide = y.to(accumulation_dtype(y.dtype)) * scale[:, None, None] + bias[:, None, None]
+        wide = y.to(accumulation_dtype(y.dtype))
+        if scale is not None:
+            wide = wide * scale[:, None, None]
+        if factor is not None:
+            wide = wide * factor[:, None, None, None]
+        wide = wide + bias[:, None, None]
         if residual_scale is not None and residual_bias is not None:
             mapped = residual.to(wide.dtype) * residual_scale[:, None, None]
             residual = mapped + residual_bias[:, None, None]
@@ -35,7 +44,13 @@ def forward(
     rows = as_rows(y)
     x = empty_rows(y)
     count, channels = rows.numel() // rows.shape[3], rows.shape[3]
-    row = configs.pointwise_join(channels, DTYPES[y.dtype], mapped=residual_scale is not None)
+    row = configs.pointwise_join(
+        channels,
+        DTYPES[y.dtype],
+        mapped=residual_scale is not None,
+        folded=scale is None,
+        factor=factor is not None,
+    )
     with on_device(y):
         row.launch(
             configs.grid_of(count, channels),
@@ -46,7 +61,9 @@ def forward(
             as_rows(residual),
             _float32(residual_scale),
             _float32(residual_bias),
+            _float32(factor),
             count,
+            rows.shape[1] * rows.shape[2],
         )
     return x.permute(0, 3, 1, 2)
 

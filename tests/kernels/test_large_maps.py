@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from coded_resnext.kernels import conv1x1_configs, join_configs
@@ -23,20 +25,22 @@ ROWS = {
     "product_input_gradient": conv1x1_configs.input_gradient(SIZES, VARIANT),
     "join_input_gradient": conv1x1_configs.join_input_gradient(SIZES, VARIANT),
     "product_weight_gradient": conv1x1_configs.weight_gradient(SIZES, VARIANT),
-    "pointwise_join": join_configs.pointwise_join(WIDE, "fp16", mapped=True),
+    "product_folded": conv1x1_configs.folded(SIZES, replace(VARIANT, residual=True, factor=True)),
+    "pointwise_join": join_configs.pointwise_join(WIDE, "fp16", mapped=True, factor=True),
     "pointwise_join_backward": join_configs.pointwise_join_backward(WIDE, "fp16", mapped=True),
     "column_statistics": join_configs.column_statistics(WIDE, "fp16"),
 }
 # What a part of the work has of every tensor, those that it writes in front of the semicolon: `x`
 # and `y` are maps of the input's and the output's channels, a number and a letter so many vectors,
-# `w` a weight; `-` is shared by all parts, or absent.
+# `w` a weight, `p` a number, a part being a sample; `-` is shared by all parts, or absent.
 TENSORS = {
     "product_forward": "y 3y ; x - - -",
     "join_forward": "x - y 3y ; x - - x - - -",
     "product_input_gradient": "x y 2x ; y y - - - x - - -",
     "join_input_gradient": "x y 3x ; y y - - - x x - x x -",
     "product_weight_gradient": "w ; y x - -",
-    "pointwise_join": "x ; x - - x - -",
+    "product_folded": "y ; x - - y p",
+    "pointwise_join": "x ; x - - x - - p",
     "pointwise_join_backward": "x 3x ; x x x x",
     "column_statistics": "3x ; x",
 }
@@ -62,8 +66,8 @@ def programs_of(row: LaunchRow) -> int:
 
 def elements_of(word: str, pixels: int) -> int:
     """Of a part, in the tensor that a word stands for."""
-    if word == "w":
-        return WIDE * NARROW
+    if word in ("w", "p"):
+        return WIDE * NARROW if word == "w" else 1
     channels = WIDE if word[-1] == "x" else NARROW
     return channels * (int(word[:-1]) if word[:-1] else pixels)
 
@@ -80,7 +84,7 @@ def test_the_last_part_does_what_the_first_does(
     counts = [0 if word == "-" else elements_of(word, pixels) for word in words]
     # Vectors of a part are no more than the GPU holds programs.
     last = 2**31 // min(elements_of(word, pixels) for word in words if word in ("w", "x", "y"))
-    types = [word if isinstance(word, str) else None for word in row.args[:-1]]
+    types = [word if isinstance(word, str) else None for word in row.args[: len(words)]]
     memories = [
         Holes((last + 1) * count, DTYPES[word]) if count and word else None
         for count, word in zip(counts, types, strict=True)
@@ -108,7 +112,8 @@ def test_the_last_part_does_what_the_first_does(
                     builder, "grid_idx", (part * programs + x, y, z)
                 ),
             )
-            row.launch((programs,), *args, (part + 1) * pixels)
+            sizes = ((part + 1) * pixels, pixels)[: len(row.args) - len(words)]
+            row.launch((programs,), *args, *sizes)
         results.append(
             [
                 memory.at(part * count, count).clone()
