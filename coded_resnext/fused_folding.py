@@ -18,6 +18,10 @@ class Folded(NamedTuple):
     bias: Tensor
     """`[C]` in float32 or float64."""
 
+    def beside(self, other: Folded) -> Folded:
+        """This convolution and another one, added: one convolution of both inputs side by side."""
+        return Folded(torch.cat([self.weight, other.weight], 1), self.bias + other.bias)
+
 
 def fold(conv: nn.Conv2d, bn: nn.modules.batchnorm._BatchNorm, dtype: torch.dtype | None) -> Folded:
     """`bn(conv(x))` as one convolution; the arithmetic is float32, or float64 for such layers.

@@ -2,7 +2,8 @@
 
 BatchNorm is folded into the convolutions. The grouped convolution writes `h` itself and takes the
 energies on its way; the last convolution, or the pass behind it, applies `1/sqrt(M)`, adds the
-residual and applies the ReLU. Letters as in docs/math.md; docs/fused_block.md has the bytes.
+residual and applies the ReLU. A projection is added by the last convolution itself, whose operand
+are then `h` and `x` side by side. Letters as in docs/math.md; docs/fused_block.md has the bytes.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from .fused_norm import uses_batch
 from .fused_operators import FusedOperators
 from .fused_values import layers_of
 from .kernels.checks import check_debug, checked_mask
+from .kernels.folded_operators import side_by_side
 from .kernels.gram import inverse_mean, split_weight
 from .kernels.reference import accumulation_dtype
 
@@ -48,11 +50,9 @@ def inferred_block(
         check_debug(h=h, weight=block.expand.weight)
         inverse = inverse_mean(energy)
         energies, factor = energy * inverse, inverse[:, 0].sqrt()
-    residual = x
-    if layers := layers_of(block.skip):
-        step = layers[0].stride[0]
-        residual = run.folded_conv1x1(
-            x[:, :, ::step, ::step], fold(*layers, run.dtype), rectify=False
-        )
     expand = fold(block.expand, block.expand_bn, run.dtype)
-    return run.folded_conv1x1(h, expand, residual=residual, factor=factor), energies
+    if not (layers := layers_of(block.skip)):
+        return run.folded_conv1x1(h, expand, residual=x, factor=factor), energies
+    step = layers[0].stride[0]
+    both = side_by_side(h, factor, x[:, :, ::step, ::step])
+    return run.folded_conv1x1(both, expand.beside(fold(*layers, run.dtype))), energies

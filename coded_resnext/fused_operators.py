@@ -116,11 +116,10 @@ class FusedOperators:
         *,
         residual: Tensor | None = None,
         factor: Tensor | None = None,
-        rectify: bool = True,
     ) -> Tensor:
-        """`relu(factor W x + bias + residual)`; `factor [B]`, and with neither perhaps no ReLU."""
+        """`relu(factor W x + bias + residual)`; `factor [B]`, with a residual alone."""
         passes = self._products(x, conv.weight)
-        y: Tensor = folded_conv1x1(x, *conv, residual, factor, rectify, passes)
+        y: Tensor = folded_conv1x1(x, *conv, residual, factor, passes)
         return y
 
     def folded_grouped(

@@ -47,8 +47,6 @@ class ProductVariant:
     """Whether a residual is added, in evaluation."""
     factor: bool = False
     """Whether there is a factor for each sample, in evaluation."""
-    rectify: bool = True
-    """Whether the output goes through a ReLU, in evaluation."""
     tf32: bool = False
     """Whether float32 products may round their inputs to TF32."""
     arch: str = "sm90"
@@ -229,11 +227,7 @@ def folded(sizes: ProductSizes, variant: ProductVariant) -> LaunchRow:
     narrow = 1 + variant.residual
     kernel = "conv1x1_folded:product_folded"
     row = _row(kernel, tensors, sizes, variant, tile, wide=1, narrow=narrow)
-    inputs, outputs, *others = row.constexprs
-    rectify = ("RECTIFY", variant.rectify)
-    return replace(
-        row, args=(*row.args, EXAMPLE_PIXELS), constexprs=(inputs, outputs, rectify, *others)
-    )
+    return replace(row, args=(*row.args, EXAMPLE_PIXELS))
 
 
 def _moved(variant: ProductVariant) -> tuple[tuple[Argument, ...], int]:
@@ -366,8 +360,10 @@ PAPER_JOINS = {
 def shipped_rows(arch: str) -> Iterator[tuple[str, LaunchRow]]:
     """Every row that a step of training, or evaluation, in bfloat16 launches."""
     for place, (inputs, outputs) in PAPER_CONVOLUTIONS.items():
-        ends = ProductVariant(residual=True, arch=arch)
-        yield f"1x1 product_folded {place}", folded(ProductSizes(inputs, outputs), ends)
+        sizes = ProductSizes(inputs, outputs)
+        if "forward" in planned(arch, sizes).passes.split():
+            ends = ProductVariant(residual=True, arch=arch)
+            yield f"1x1 product_folded {place}", folded(sizes, ends)
     # The gradient of what ends a block comes without its factor.
     between = ProductVariant(affine=True, statistics=True, gain=True, moved=True, arch=arch)
     makers = {"forward": forward, "input": input_gradient, "weight": weight_gradient}

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from .conv1x1_tiles import load_tile, load_vector, load_weight, store_tile
-from .tile import dot, hash_in_order, rectify_real, round_to
+from .tile import dot, hash_in_order, rectify_real
 
 
 @triton.jit(do_not_specialize=["rows", "pixels"])
@@ -24,13 +24,12 @@ def product_folded(
     pixels,
     INPUTS: tl.constexpr,
     OUTPUTS: tl.constexpr,
-    RECTIFY: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """`y = factor W x + bias + residual`, with RECTIFY behind a ReLU.
+    """`y = relu(factor W x + bias + residual)`.
 
     Grid: parts * ceil(OUTPUTS / BLOCK_N). `y`, `residual [rows, OUTPUTS]`, `x [rows, INPUTS]` and
     `weight [OUTPUTS, INPUTS]` in one dtype; `bias [OUTPUTS]` and `factor [rows / pixels]`, one
@@ -67,10 +66,7 @@ def product_folded(
         at = first * OUTPUTS + m[:, None] * OUTPUTS + n[None, :]
         if residual_ptr is not None:
             h += load_tile(residual_ptr + at, real, n < OUTPUTS, WHOLE_N).to(tl.float32)
-        if RECTIFY:
-            y = rectify_real(h, real, y_ptr.dtype.element_ty, False)
-        else:
-            y = round_to(h, y_ptr.dtype.element_ty)
+        y = rectify_real(h, real, y_ptr.dtype.element_ty, False)
         store_tile(y_ptr + at, y, real, n < OUTPUTS, WHOLE_N)
 
 

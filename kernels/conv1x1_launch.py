@@ -58,14 +58,13 @@ def folded_forward(
     bias: Tensor,
     residual: Tensor | None,
     factor: Tensor | None,
-    rectify: bool,
 ) -> Tensor:
-    """`y = factor W x + bias + residual [B, O, H, W]`, with `rectify` behind a ReLU.
+    """`y = relu(factor W x + bias + residual)`, `[B, O, H, W]`.
 
     Arguments as for the operator `folded_conv1x1`.
     """
     sizes = ProductSizes(weight.shape[1], weight.shape[0])
-    variant = _variant(x, residual=residual is not None, factor=factor is not None, rectify=rectify)
+    variant = _variant(x, residual=residual is not None, factor=factor is not None)
     rows, y = _aligned(x), empty_rows(x, sizes.outputs)
     parts, columns = _parts(rows, configs.forward_tile(sizes, variant), sizes.outputs)
     configs.folded(sizes, variant).launch(

@@ -29,11 +29,10 @@ def forward(x: Tensor, weight: Tensor) -> Tensor:
     return _images(_matrix(x) @ weight.flatten(1).t(), x)
 
 
-def biased(x: Tensor, weight: Tensor, bias: Tensor, rectify: bool) -> Tensor:
-    """`W x + bias` at every pixel, with `rectify` behind a ReLU; `bias [O]` in the dtype of `x`."""
-    operands = (bias, _matrix(x), weight.flatten(1).t())
+def activated(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """`relu(W x + bias)` at every pixel; `bias [O]` in the dtype of `x`."""
     # cuBLAS adds the bias and applies the ReLU to what it has in registers.
-    return _images(torch._addmm_activation(*operands) if rectify else torch.addmm(*operands), x)
+    return _images(torch._addmm_activation(bias, _matrix(x), weight.flatten(1).t()), x)
 
 
 def input_gradient(grad: Tensor, weight: Tensor, more: Tensor | None = None) -> Tensor:

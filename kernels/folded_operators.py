@@ -27,19 +27,18 @@ def folded_conv1x1(
     bias: Tensor,
     residual: Tensor | None,
     factor: Tensor | None,
-    rectify: bool,
     kernels: str,
 ) -> Tensor:
-    """`y = factor W x + bias + residual`, with `rectify` behind a ReLU, which a residual has.
+    """`y = relu(factor W x + bias + residual)`.
 
     `x [B, I, H, W]`, `weight [O, I, 1, 1]`, `residual [B, O, H, W]`; `bias [O]` and `factor [B]`
     in the accumulation dtype. A factor needs a residual.
     """
     if "forward" in kernels.split():
         with on_device(x):
-            return conv1x1_launch.folded_forward(x, weight, bias, residual, factor, rectify)
+            return conv1x1_launch.folded_forward(x, weight, bias, residual, factor)
     if residual is None:
-        return conv1x1_library.biased(x, weight, bias.to(x.dtype), rectify)
+        return conv1x1_library.activated(x, weight, bias.to(x.dtype))
     y = conv1x1_library.forward(x, weight)
     pointwise = POINTWISE in kernels.split()
     return join_launch.forward(y, None, bias, residual, None, None, pointwise, factor)
@@ -52,7 +51,6 @@ def _(
     bias: Tensor,
     residual: Tensor | None,
     factor: Tensor | None,
-    rectify: bool,
     kernels: str,
 ) -> Tensor:
     return empty_rows(x, weight.shape[0]).permute(0, 3, 1, 2)
@@ -110,3 +108,24 @@ def _(
     h = x.new_empty(batch, output_size(height, stride), output_size(width, stride), channels)
     shape = (0,) if branch_weight is None else (batch, branch_weight.shape[0])
     return h.permute(0, 3, 1, 2), x.new_empty(shape, dtype=accumulation_dtype(x.dtype))
+
+
+@torch.library.custom_op("coded_resnext::side_by_side", mutates_args=())
+def side_by_side(h: Tensor, factor: Tensor | None, x: Tensor) -> Tensor:
+    """`[factor h, x]`, `[B, N*D + I, H, W]`: the operand of two 1x1 convolutions that are added.
+
+    `h [B, N*D, H, W]`, `x [B, I, H, W]`, which may be strided; `factor [B]` or None.
+    """
+    both = empty_rows(h, h.shape[1] + x.shape[1])
+    left, right = both.permute(0, 3, 1, 2).split([h.shape[1], x.shape[1]], 1)
+    if factor is None:
+        left.copy_(h)
+    else:
+        torch.mul(h, factor[:, None, None, None], out=left)
+    right.copy_(x)
+    return both.permute(0, 3, 1, 2)
+
+
+@side_by_side.register_fake
+def _(h: Tensor, factor: Tensor | None, x: Tensor) -> Tensor:
+    return empty_rows(h, h.shape[1] + x.shape[1]).permute(0, 3, 1, 2)

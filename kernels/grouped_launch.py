@@ -291,4 +291,4 @@ def _channels(values: Tensor, sizes: GroupedSizes) -> Tensor:
 
 def _images(rows: Tensor, sizes: GroupedSizes) -> Tensor:
     """Rows of padded channels as `[B, N*D, H, W]`, channels-last."""
-    return _channels(rows, sizes).permute(0, 3, 1, 2)
+    return _channels(rows, sizes).contiguous().permute(0, 3, 1, 2)

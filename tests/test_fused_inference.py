@@ -1,0 +1,207 @@
+"""Blocks and networks in evaluation without gradients, against the block as it is written."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import replace
+from unittest import mock
+
+import pytest
+import torch
+from coded_resnext.kernels import conv1x1_operators, conv1x1_ops
+from coded_resnext.kernels.conv1x1_configs import Plan
+from fused_cases import CASES, BlockCase
+from helpers import relative_error
+from small_networks import make_images, make_network
+from torch import Tensor, nn
+
+from coded_resnext import CodedBottleneck, CodedResNeXt
+from coded_resnext import fused as fused_module
+from coded_resnext.fused_folding import fold
+
+EVALUATED = [
+    replace(case, train=False, keep=keep)
+    for case in CASES
+    if case.train and not case.keep
+    for keep in ((True, False) if case.coded else (False,))
+]
+NAMES = [f"{case.name}{', keeping some branches' * case.keep}" for case in EVALUATED]
+
+
+def evaluated(
+    block: CodedBottleneck, case: BlockCase, backend: str, dtype: torch.dtype
+) -> list[Tensor]:
+    """Output and energies of a copy."""
+    block = copy.deepcopy(block).to(dtype)
+    block.backend = backend  # type: ignore[assignment]
+    inputs = case.inputs()
+    masks = {"keep_mask": inputs["keep_mask"]} if case.keep else {}
+    with (
+        torch.no_grad(),
+        mock.patch.object(
+            fused_module, "inferred_block", wraps=fused_module.inferred_block
+        ) as inferred,
+    ):
+        found = block(inputs["x"].to(dtype), **masks)
+    assert inferred.called == (backend != "reference")
+    return [value for value in found if value is not None]
+
+
+def compare(case: BlockCase, backend: str, dtype: torch.dtype, tolerance: float) -> None:
+    block = case.make()
+    expected = evaluated(block, case, "reference", torch.float64)
+    found = evaluated(block, case, backend, dtype)
+    assert len(found) == len(expected) == 1 + case.coded
+    for one, other in zip(found, expected, strict=True):
+        assert one.dtype == dtype
+        assert relative_error(one.double(), other) < tolerance
+
+
+@pytest.mark.parametrize("case", EVALUATED, ids=NAMES)
+def test_in_float64_it_is_the_block_to_rounding(case: BlockCase) -> None:
+    compare(case, "fused", torch.float64, 1e-12)
+
+
+@pytest.mark.parametrize("products", ["", conv1x1_operators.PASSES], ids=["library", "kernels"])
+@pytest.mark.parametrize("case", EVALUATED, ids=NAMES)
+def test_kernels_in_float32(
+    case: BlockCase, products: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(conv1x1_ops, "planned", lambda *_: Plan(products, "for this test"))
+    compare(case, "triton", torch.float32, 1e-5)
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"eps": 0.5}, {"affine": False}], ids=["as it is", "epsilon", "no weights"]
+)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_a_folded_convolution_is_the_two_layers(
+    settings: dict[str, object], dtype: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    conv, bn = nn.Conv2d(6, 4, 3, groups=2, bias=False), nn.BatchNorm2d(4, **settings)
+    for value in [*bn.parameters(), bn.running_mean, bn.running_var]:
+        nn.init.uniform_(value, 0.5, 1.5)
+    pair = nn.Sequential(conv, bn).to(dtype).eval()
+    x = torch.randn(2, 6, 5, 5).to(dtype)
+    with torch.no_grad():
+        weight, bias = fold(pair[0], pair[1], None)
+        found = torch.conv2d(x, weight, bias.to(dtype), groups=2)
+        expected = copy.deepcopy(pair).double()(x.double())
+    assert weight.dtype == dtype
+    assert bias.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    tolerance = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 2e-2}[dtype]
+    assert relative_error(found.double(), expected) < tolerance
+    # Rounded once, from float32 arithmetic on layers of half precision too.
+    exact = fold(pair[0].double(), pair[1].double(), None).weight
+    assert (weight.double() - exact).abs().max() <= exact.abs().max() * torch.finfo(dtype).eps / 1.9
+
+
+def network(backend: str, **arguments: object) -> CodedResNeXt:
+    """The small network in float64 and in evaluation, its running statistics those of some data."""
+    model = make_network(**arguments).double()
+    for block in model.blocks:
+        block.backend = backend  # type: ignore[assignment]
+    with torch.no_grad():
+        for seed in range(3):
+            model.train()(make_images(8, seed=seed).double())
+    return model.eval()
+
+
+def outcomes(model: nn.Module, x: Tensor) -> list[Tensor]:
+    logits, energies = model(x, return_energies=True)
+    return [logits, *energies]
+
+
+def assert_same(found: list[Tensor], expected: list[Tensor], tolerance: float) -> None:
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance)
+
+
+CHANGES: dict[str, Callable[[CodedResNeXt], object]] = {
+    "as it is": lambda _: None,
+    "statistics of all processes": nn.SyncBatchNorm.convert_sync_batchnorm,
+    "channels-last": lambda model: model.to(memory_format=torch.channels_last),
+    "a layer by the batch's statistics": lambda model: model.blocks[1].grouped_bn.train(),
+    "a layer without running statistics": lambda model: setattr(
+        model.blocks[2], "grouped_bn", nn.BatchNorm2d(8, track_running_stats=False).double()
+    ),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_a_network_is_itself_layer_by_layer(change: Callable[[CodedResNeXt], object]) -> None:
+    x = make_images(5, seed=9).double()
+    found = []
+    for backend in ("fused", "reference"):
+        model = network(backend)
+        change(model)
+        with torch.inference_mode():
+            found.append([*outcomes(model, x), model(x, keep=2)])
+    assert_same(*found, 1e-12)
+
+
+def test_with_gradients_it_keeps_what_they_need() -> None:
+    """The maps of training; the same numbers, and gradients of the inputs."""
+    model, x = network("fused"), make_images(3, seed=4).double()
+    with torch.no_grad():
+        expected = outcomes(model, x)
+    assert not expected[0].requires_grad
+    found = outcomes(model, x.requires_grad_())
+    assert_same(found, expected, 1e-12)
+    (gradient,) = torch.autograd.grad(found[0].square().sum(), x)
+    plain = outcomes(network("reference"), x)
+    (other,) = torch.autograd.grad(plain[0].square().sum(), x)
+    torch.testing.assert_close(gradient, other, rtol=1e-10, atol=1e-10)
+
+
+def test_autocast_and_half_precision_are_as_near_as_layer_by_layer() -> None:
+    x = make_images(6, seed=3)
+    exact = outcomes(network("torch"), x.double())
+    errors = []
+    for backend in ("fused", "torch"):
+        model = network(backend).float()
+        with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+            by_autocast = outcomes(model, x)
+        with torch.no_grad():
+            whole = outcomes(model.bfloat16(), x.bfloat16())
+        for found in (by_autocast, whole):
+            assert all(energies.dtype == torch.float32 for energies in found[1:])
+            errors.append(
+                [relative_error(a.double(), b) for a, b in zip(found, exact, strict=True)]
+            )
+    for fused, plain in zip(errors[:2], errors[2:], strict=True):
+        assert max(fused) < 2 * max(plain) + 1e-3
+
+
+def test_dead_samples_are_zero() -> None:
+    case = next(case for case in EVALUATED if case.name == "coded" and not case.keep)
+    block, x = case.make(), case.inputs()["x"].double()
+    block.backend = "fused"
+    block.grouped_bn.weight.data.zero_()
+    block.grouped_bn.bias.data.zero_()
+    with torch.no_grad():
+        y, energies = block(x)
+        expected, _ = copy.deepcopy(block).requires_grad_(True)(x)
+    assert torch.equal(energies, torch.zeros(len(x), 10, dtype=torch.float64))
+    torch.testing.assert_close(y, expected)
+    assert y.isfinite().all()
+    assert y.max() > 0
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["evaluation", "training"])
+def test_inductor_compiles_the_fused_network(training: bool) -> None:
+    """One graph by the default compiler; results, gradients and buffers are those of eager."""
+    x = make_images(4, seed=2).double()
+    found: list[list[Tensor]] = []
+    for compiled in (False, True):
+        model = network("fused", drop_branches=0.0).train(training)
+        call = torch.compile(model, fullgraph=True, backend="inductor") if compiled else model
+        with torch.set_grad_enabled(training):
+            values = outcomes(call, x)
+        if training:
+            total = values[0].square().sum() + sum(e.pow(3).sum() for e in values[1:])
+            values += torch.autograd.grad(total, list(model.parameters()))
+        found.append([*values, *model.buffers()])
+    assert_same(*found, 1e-9)
