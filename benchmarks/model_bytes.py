@@ -31,8 +31,20 @@ class BlockMaps:
     mapped: bool
     """Whether the residual of that block has a BatchNorm of its own."""
 
+    def evaluation(self) -> dict[str, int]:
+        """Elements that each operator moves where no gradients are wanted."""
+        found = {
+            "folded_conv1x1": self.x + self.y1,
+            "folded_grouped_conv3x3": self.y1 + self.y2,
+            "expand folded_conv1x1": self.y2 + 2 * self.y3,
+        }
+        if self.projection:
+            both = self.y2 + self.x // self.stride**2
+            found |= {"side_by_side": 2 * both, "expand folded_conv1x1": both + self.y3}
+        return found
+
     def forward(self) -> dict[str, int]:
-        """Elements that each operator moves."""
+        """Elements that each operator moves on the way to a backward pass."""
         found = {
             "join_conv1x1": 3 * self.x + self.y1 if self.joined else self.x + self.y1,
             "grouped_conv3x3": self.y1 + self.y2,
@@ -91,20 +103,17 @@ def _projects(block: CodedBottleneck) -> bool:
 
 
 def least_bytes(model: CodedResNeXt, batch: int, size: int, item: int, *, training: bool) -> int:
-    """Bytes that a pass, or a training step, moves through the blocks; stem and head left out.
+    """Bytes that evaluation, or a training step, moves through the blocks, not stem and head.
 
     Args:
         model: the network.
         batch, size: of the images.
         item: bytes of an element.
-        training: whether there is a backward pass.
+        training: whether it is a training step; evaluation without gradients otherwise.
     """
-    elements = 0
-    for maps in maps_of(model, batch, size):
-        elements += sum(maps.forward().values())
-        if training:
-            elements += sum(maps.backward().values())
-    last = maps_of(model, batch, size)[-1]
+    blocks = maps_of(model, batch, size)
+    if not training:
+        return item * sum(sum(maps.evaluation().values()) for maps in blocks)
+    elements = sum(sum((maps.forward() | maps.backward()).values()) for maps in blocks)
     # The map behind the last block, and its gradient.
-    elements += 3 * last.y3 + (4 * last.y3 if training else 0)
-    return elements * item
+    return item * (elements + 7 * blocks[-1].y3)

@@ -13,10 +13,10 @@ from coded_resnext.kernels import conv1x1_operators, conv1x1_ops
 from coded_resnext.kernels.conv1x1_configs import Plan
 from fused_cases import CASES, BlockCase
 from helpers import relative_error
-from small_networks import make_images, make_network
+from small_networks import WIDE, make_images, make_network
 from torch import Tensor, nn
 
-from coded_resnext import CodedBottleneck, CodedResNeXt
+from coded_resnext import CodedBottleneck, CodedResNeXt, Stage
 from coded_resnext import fused as fused_module
 from coded_resnext.fused_folding import fold
 
@@ -93,9 +93,10 @@ def test_a_folded_convolution_is_the_two_layers(
     assert bias.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     tolerance = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 2e-2}[dtype]
     assert relative_error(found.double(), expected) < tolerance
-    # Rounded once, from float32 arithmetic on layers of half precision too.
-    exact = fold(pair[0].double(), pair[1].double(), None).weight
-    assert (weight.double() - exact).abs().max() <= exact.abs().max() * torch.finfo(dtype).eps / 1.9
+    if dtype == torch.bfloat16:
+        # Rounded once, from float32 arithmetic.
+        exact = fold(pair[0].double(), pair[1].double(), None).weight
+        assert ((weight.double() - exact).abs() <= exact.abs() * torch.finfo(dtype).eps / 1.9).all()
 
 
 def network(backend: str, **arguments: object) -> CodedResNeXt:
@@ -125,7 +126,7 @@ CHANGES: dict[str, Callable[[CodedResNeXt], object]] = {
     "channels-last": lambda model: model.to(memory_format=torch.channels_last),
     "a layer by the batch's statistics": lambda model: model.blocks[1].grouped_bn.train(),
     "a layer without running statistics": lambda model: setattr(
-        model.blocks[2], "grouped_bn", nn.BatchNorm2d(8, track_running_stats=False).double()
+        model.blocks[2], "grouped_bn", nn.BatchNorm2d(10, track_running_stats=False).double()
     ),
 }
 
@@ -191,12 +192,28 @@ def test_dead_samples_are_zero() -> None:
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["evaluation", "training"])
-def test_inductor_compiles_the_fused_network(training: bool) -> None:
-    """One graph by the default compiler; results, gradients and buffers are those of eager."""
+def test_inductor_compiles_the_fused_blocks(training: bool) -> None:
+    """One graph by the default compiler; results, gradients and buffers are those of eager.
+
+    A plain block with a projection before a coded one: what one leaves to the other is in it.
+    """
     x = make_images(4, seed=2).double()
     found: list[list[Tensor]] = []
     for compiled in (False, True):
-        model = network("fused", drop_branches=0.0).train(training)
+        torch.manual_seed(0)
+        stages = [Stage(1, 12, 2, 5, 5), Stage(1, 12, 2, 5, 3)]
+        model = CodedResNeXt(
+            stages,
+            4,
+            codebooks=[WIDE],
+            stem_channels=8,
+            in_channels=1,
+            drop_branches=0.0,
+            backend="fused",
+        )
+        model.double().train(training)
+        for block in model.blocks:
+            nn.init.uniform_(block.expand_bn.weight, 0.5, 1.5)
         call = torch.compile(model, fullgraph=True, backend="inductor") if compiled else model
         with torch.set_grad_enabled(training):
             values = outcomes(call, x)

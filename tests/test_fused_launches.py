@@ -1,4 +1,4 @@
-"""What a training step of a fused block launches: the table of docs/fused_block.md."""
+"""What training and evaluation of a fused block launch: the table of docs/fused_block.md."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ from coded_resnext.fused_values import Map, ready
 
 TABLE = Path(__file__).parents[1] / "docs" / "fused_block.md"
 # What PyTorch hands to cuBLAS and cuDNN.
-LIBRARY = {"aten::mm", "aten::addmm", "aten::convolution", "aten::convolution_backward"}
+LIBRARY = {
+    *("aten::mm", "aten::addmm", "aten::_addmm_activation"),
+    *("aten::convolution", "aten::convolution_backward"),
+}
 KINDS = {
     f"{kind}, {skip}": (kind == "coded", outputs)
     for kind in ("plain", "coded")
@@ -63,6 +66,15 @@ def counted(blocks: list[CodedBottleneck], launched: list[str]) -> dict[str, Cou
         products = Counter(e.name for e in record.events() if e.name in LIBRARY)
         found[name] = Counter(launched) + products
     return found
+
+
+def evaluated(block: CodedBottleneck, launched: list[str]) -> Counter[str]:
+    """Kernels and products of a block in evaluation."""
+    x = torch.randn(2, 16, 3, 3).contiguous(memory_format=torch.channels_last)
+    launched.clear()
+    with torch.no_grad(), profile(activities=[ProfilerActivity.CPU]) as record:
+        apply_block(block.eval(), x)
+    return Counter(launched) + Counter(e.name for e in record.events() if e.name in LIBRARY)
 
 
 def numbers(count: Counter[str]) -> str:
@@ -110,5 +122,13 @@ def test_launches_of_a_block(backend: str, launched: list[str]) -> None:
         for name, other in alone.items():
             both[name].subtract(other)
         assert all(n >= 0 for count in both.values() for n in count.values())
-        cells = row_of(kind)[:2] if backend == "fused" else row_of(kind)[2:]
+        cells = row_of(kind)[:2] if backend == "fused" else row_of(kind)[3:5]
         assert [numbers(count) for count in both.values()] == cells, (kind, both)
+
+
+@pytest.mark.parametrize("backend", ["fused", "triton"])
+def test_launches_of_evaluation(backend: str, launched: list[str]) -> None:
+    for kind, arguments in KINDS.items():
+        count = evaluated(make_blocks(*arguments, backend)[1], launched)
+        cell = row_of(kind)[2] if backend == "fused" else row_of(kind)[5]
+        assert numbers(count) == cell, (kind, count)
