@@ -45,14 +45,16 @@ def inferred_block(
         accumulate = accumulation_dtype(x.dtype)
         keep_mask = checked_mask("keep_mask", keep_mask, x, block.branches, accumulate)
         branch_weight = split_weight(block.expand.weight, block.branches, concatenate=False)
-    h, energy = run.folded_grouped(a, grouped, block.stride, branch_weight, keep_mask)
+    stride = block.grouped.stride[0]
+    h, energy = run.folded_grouped(a, grouped, stride, branch_weight, keep_mask)
     if block.is_coded:
         check_debug(h=h, weight=block.expand.weight)
         inverse = inverse_mean(energy)
         energies, factor = energy * inverse, inverse[:, 0].sqrt()
     expand = fold(block.expand, block.expand_bn, run.dtype)
-    if not (layers := layers_of(block.skip)):
+    if not layers_of(block.skip):
         return run.folded_conv1x1(h, expand, residual=x, factor=factor), energies
-    step = layers[0].stride[0]
+    conv, bn = layers_of(block.skip)
+    step = conv.stride[0]
     both = side_by_side(h, factor, x[:, :, ::step, ::step])
-    return run.folded_conv1x1(both, expand.beside(fold(*layers, run.dtype))), energies
+    return run.folded_conv1x1(both, expand.beside(fold(conv, bn, run.dtype))), energies

@@ -116,14 +116,14 @@ def side_by_side(h: Tensor, factor: Tensor | None, x: Tensor) -> Tensor:
 
     `h [B, N*D, H, W]`, `x [B, I, H, W]`, which may be strided; `factor [B]` or None.
     """
-    both = empty_rows(h, h.shape[1] + x.shape[1])
-    left, right = both.permute(0, 3, 1, 2).split([h.shape[1], x.shape[1]], 1)
+    both = empty_rows(h, h.shape[1] + x.shape[1]).permute(0, 3, 1, 2)
+    left, right = both[:, : h.shape[1]], both[:, h.shape[1] :]
     if factor is None:
         left.copy_(h)
     else:
         torch.mul(h, factor[:, None, None, None], out=left)
     right.copy_(x)
-    return both.permute(0, 3, 1, 2)
+    return both
 
 
 @side_by_side.register_fake

@@ -10,13 +10,15 @@ from unittest import mock
 import pytest
 import torch
 from coded_resnext.kernels import conv1x1_operators, conv1x1_ops
+from coded_resnext.kernels.configs import LaunchRow
 from coded_resnext.kernels.conv1x1_configs import Plan
+from coded_resnext.kernels.shipped_rows import shipped_rows
 from fused_cases import CASES, BlockCase
 from helpers import relative_error
 from small_networks import WIDE, make_images, make_network
 from torch import Tensor, nn
 
-from coded_resnext import CodedBottleneck, CodedResNeXt, Stage
+from coded_resnext import CodedBottleneck, CodedResNeXt, Stage, create_model
 from coded_resnext import fused as fused_module
 from coded_resnext.fused_folding import fold
 
@@ -189,6 +191,34 @@ def test_dead_samples_are_zero() -> None:
     torch.testing.assert_close(y, expected)
     assert y.isfinite().all()
     assert y.max() > 0
+
+
+def test_a_hook_sees_its_layer() -> None:
+    model, x = network("fused"), make_images(2, seed=1).double()
+    seen: list[Tensor] = []
+    model.blocks[1].grouped.register_forward_hook(lambda *args: seen.append(args[2]))
+    with torch.no_grad():
+        assert_same(outcomes(model, x), outcomes(network("reference"), x), 1e-12)
+    assert len(seen) == 1
+
+
+@pytest.mark.parametrize("name", ["coded_resnext50_32x4d", "coded_resnext29_20x6d"])
+def test_what_it_launches_is_built_ahead_of_time(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every row of a whole network on an H200 in bfloat16; nothing is computed here."""
+    launched: list[LaunchRow] = []
+    monkeypatch.setattr(LaunchRow, "launch", lambda row, *_: launched.append(row))
+    planned = conv1x1_ops.planned
+    monkeypatch.setattr(conv1x1_ops, "planned", lambda _, sizes: planned("sm90", sizes))
+    model = create_model(name, backend="triton").bfloat16().eval()
+    with torch.no_grad():
+        model(torch.zeros(1, 3, 32, 32, dtype=torch.bfloat16))
+    shipped = {row: name for name, row in shipped_rows("sm90")}
+    kinds = {shipped[row].split()[1] for row in launched}
+    assert kinds >= {"forward_stride1", "forward_stride2", "pack_weights_forward"}
+    # The convolutions of the CIFAR network have the channels of none of the 1x1 kernels.
+    assert ("product_folded" in kinds) == ("50" in name)
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["evaluation", "training"])
