@@ -16,6 +16,7 @@ import platform
 import re
 import subprocess
 import sys
+import time
 from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
@@ -100,8 +101,10 @@ def test(environment: Environment, python: Path, tests: list[str]) -> dict[str, 
         "-q",
         "-p",
         "no:cacheprovider",
+        *("-n", "auto", "--maxprocesses", "4", "--dist", "loadfile"),
         *environment.options,
     ]
+    begun = time.monotonic()
     done = subprocess.run(
         [*command, *tests],
         cwd=ROOT,
@@ -119,6 +122,7 @@ def test(environment: Environment, python: Path, tests: list[str]) -> dict[str, 
     return {
         **asdict(environment),
         "versions": json.loads(versions.stdout),
+        "seconds": round(time.monotonic() - begun),
         "passed": counts.get("passed", 0),
         "skipped": counts.get("skipped", 0),
         "failed": failed,
