@@ -92,7 +92,7 @@ SCALES = {
             *("--threshold-images", "300", "--repeats", "1", "--budget", "20m", "--device", "cpu"),
         ),
         (*PUBLISHED_ROWS, "concatenation", "DropSubNNs 0", "coding weight 1"),
-        "fourteen runs of one to two minutes on one CPU core",
+        "fourteen runs of about a minute each on two CPU cores",
     ),
     "short": Scale(
         ("--config", "cifar10", "--epochs", "60", *GPU),
