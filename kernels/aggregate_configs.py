@@ -5,7 +5,15 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import cache
 
-from .configs import ITEM_BYTES, BlockSizes, LaunchRow, Variant, Windows, next_power_of_2
+from .configs import (
+    ITEM_BYTES,
+    BlockSizes,
+    LaunchRow,
+    Variant,
+    Windows,
+    next_power_of_2,
+    with_registers,
+)
 from .tuned import tuned
 
 
@@ -87,4 +95,4 @@ def aggregate_backward(sizes: BlockSizes, variant: Variant) -> LaunchRow:
         sample_bytes=sizes.branches
         * (3 * sizes.width * sizes.pixels * ITEM_BYTES[variant.dtype] + 12),
     )
-    return tuned(row, variant.arch)
+    return tuned(with_registers(row, sizes, variant), variant.arch)
