@@ -29,8 +29,6 @@ from coded_resnext import Codebook, CodedBottleneck
 
 # Sums of up to 70,000 terms, where the table is for some hundred.
 LONGER_SUMS = 4.0
-# A block rounds behind each of its three convolutions, their BatchNorms, and back again.
-SEVERAL_LAYERS = 4.0
 Results = dict[str, Tensor]
 
 
@@ -51,8 +49,6 @@ def check(operator: str, call: Call, backend: str, device: str = "cpu") -> None:
     with patch.object(reference, "coded_aggregate", held):
         scales = gradients(call, exact, lambda leaves: run(call, "reference", leaves))
     limit = LONGER_SUMS * TOLERANCES[call.dtype]
-    if operator == "CodedBottleneck":
-        limit *= SEVERAL_LAYERS
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         actual = found[name].double()
@@ -277,10 +273,12 @@ def _block(call: Call, backend: str, x: Results) -> Results:
         call.N * call.D, call.C, 2, call.N, Codebook(words), stride=call.stride, backend=backend
     )
     with torch.no_grad():
-        for index, value in enumerate(block.state_dict().values()):
+        for index, (name, value) in enumerate(block.state_dict().items()):
             if value.is_floating_point():
                 fan = value[0].numel() if value.ndim == 4 else 1
-                value.copy_(call.positive(*value.shape, place=index) / fan)
+                # Nothing comes near a ReLU's kink, where rounding decides a whole gradient.
+                sign = -1 if name.endswith("running_mean") else 1
+                value.copy_(sign * call.positive(*value.shape, place=index) / fan)
     block.eval().to(x["x"].dtype).to(x["x"].device)
     y, energies = block(x["x"], **{k: v for k, v in x.items() if k.endswith("mask")})
     assert energies is not None
