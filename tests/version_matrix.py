@@ -46,8 +46,8 @@ class Environment:
 
 ENVIRONMENTS = (
     Environment("oldest", "oldest", ("torch==2.11.*", "torchvision==0.26.*", "numpy==2.0.*")),
-    Environment("newest", "newest", ()),
     Environment("newest, Triton absent", "newest", (), ("-p", "without_triton", *WITHOUT_TRITON)),
+    Environment("newest", "newest", ()),
 )
 
 
@@ -67,13 +67,14 @@ def main() -> int:
             python = install(environment, arguments.folder / environment.folder)
         rows.append(test(environment, python, arguments.tests))
         print(describe(rows[-1]), flush=True)
-    content = {
-        "date": str(date.today()),
-        "platform": platform.platform(),
-        "tests": arguments.tests,
-        "rows": rows,
-    }
-    arguments.out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        content = {
+            "date": str(date.today()),
+            "platform": platform.platform(),
+            "tests": arguments.tests,
+            "rows": rows,
+        }
+        # After every row, since each takes long.
+        arguments.out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     return int(any(row["failed"] for row in rows))
 
 
