@@ -7,7 +7,6 @@ preprocessing and how the network was trained. Nothing in such a file is execute
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from .atomic_file import write_atomically
 from .codebook import Codebook
 from .data import Preprocessing
 from .kernels import Backend, check_backend
@@ -228,33 +228,3 @@ def check_codebooks(stored: Sequence[Codebook], expected: Sequence[Codebook]) ->
             raise ValueError(
                 f"codebooks: the codewords of coded stage {stage} differ from the checkpoint's"
             )
-
-
-def write_atomically(path: str | Path, content: bytes) -> None:
-    """Write a file so that a reader sees the old content or the new, never a part.
-
-    Raises:
-        OSError: names the file; what it held before is intact.
-    """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        if os.name == "posix":
-            folder = os.open(path.parent, os.O_RDONLY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
-    except OSError as error:
-        raise OSError(
-            error.errno,
-            f"cannot write ({error.strerror or error}); older files are intact",
-            str(path),
-        ) from error
-    finally:
-        temporary.unlink(missing_ok=True)

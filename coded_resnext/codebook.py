@@ -19,6 +19,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from .atomic_file import write_atomically
 from .codebooks.assignment import Assignment, assign
 from .codebooks.bounds import Bounds, codebook_bounds
 from .codebooks.files import read_document
@@ -294,8 +295,12 @@ class Codebook:
         return codebook
 
     def save(self, path: str | Path) -> None:
-        """Write the codebook as JSON."""
-        Path(path).write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
+        """Write the codebook as JSON.
+
+        Raises:
+            OSError: names the file; what it held before is intact.
+        """
+        write_atomically(path, (json.dumps(self.to_dict(), indent=1) + "\n").encode())
 
     @classmethod
     def load(cls, path: str | Path) -> Codebook:

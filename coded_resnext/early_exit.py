@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checkpoint import write_atomically
+from .atomic_file import write_atomically
 from .cost import stem_macs, stem_size
 from .layers import check_images
 from .models import CodedResNeXt

@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 
+from .atomic_file import write_atomically
 from .checkpoint import (
     FORMAT_VERSION,
     UNFIT,
     check_tensors,
     read_tensors,
-    write_atomically,
     write_tensors,
 )
 from .data import Preprocessing

@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import MODEL_FILE, UNFIT, load_model, save_model, write_atomically
+from .atomic_file import write_atomically
+from .checkpoint import MODEL_FILE, UNFIT, load_model, save_model
 from .data import Preprocessing
 from .early_exit import EarlyExit
 from .model_card import model_card

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from .checkpoint import MODEL_FILE, write_atomically
+from .atomic_file import write_atomically
+from .checkpoint import MODEL_FILE
 from .distributed import World
 from .run_lock import lock_folder
 from .text_files import read_json

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .atomic_file import write_atomically
 from .augment import TrainTransform
 from .checkpoint import MODEL_FILE, load_model
 from .codebook import Codebook
@@ -206,7 +207,7 @@ def run_recipe(
             world=world,
         )
         if world.is_main:
-            (run.path / RECIPE_FILE).write_text(recipe.to_yaml(), encoding="utf-8")
+            write_atomically(run.path / RECIPE_FILE, recipe.to_yaml().encode())
             print(f"{splits}\n{settings_in_words(recipe)}", file=sys.stderr)
         loaders = make_loaders(recipe, splits, world)
         if recipe.model.initial_checkpoint and world.on_main(lambda: run.load_state() is None):

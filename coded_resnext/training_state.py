@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from .checkpoint import write_atomically
+from .atomic_file import write_atomically
 from .tensor_files import load_tensors
 
 FOLDER = "checkpoints"

@@ -5,7 +5,15 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import cache
 
-from .configs import ITEM_BYTES, BlockSizes, LaunchRow, Variant, Windows, next_power_of_2
+from .configs import (
+    ITEM_BYTES,
+    BlockSizes,
+    LaunchRow,
+    Variant,
+    Windows,
+    next_power_of_2,
+    with_registers,
+)
 from .tuned import tuned
 
 
@@ -29,10 +37,9 @@ def _windows_per_program(sizes: BlockSizes) -> int:
     return min((8, 4), key=lambda windows: -(-count // windows) * windows)
 
 
-def _forward(sizes: BlockSizes, variant: Variant) -> LaunchRow:
+def _forward(sizes: BlockSizes, variant: Variant, windows: int) -> LaunchRow:
     """A program a sample, a warp a window; two where windows of 64 channels need the registers."""
     cut = Windows.of(sizes)
-    windows = _windows_per_program(sizes)
     item = ITEM_BYTES[variant.dtype]
     return LaunchRow(
         kernel="aggregate:aggregate_forward",
@@ -58,13 +65,17 @@ def _forward(sizes: BlockSizes, variant: Variant) -> LaunchRow:
 @cache
 def aggregate_forward(sizes: BlockSizes, variant: Variant) -> LaunchRow:
     """Settings of `aggregate.aggregate_forward`."""
-    return tuned(_forward(sizes, variant), variant.arch)
+    return tuned(_forward(sizes, variant, _windows_per_program(sizes)), variant.arch)
 
 
 @cache
 def aggregate_backward(sizes: BlockSizes, variant: Variant) -> LaunchRow:
-    """Settings of `aggregate.aggregate_backward`: the rules are those of the forward pass."""
-    forward = _forward(sizes, variant)
+    """Settings of `aggregate.aggregate_backward`: the rules are those of the forward pass.
+
+    But for float32, of which eight windows would spill.
+    """
+    windows = _windows_per_program(sizes)
+    forward = _forward(sizes, variant, min(windows, 4) if variant.dtype == "fp32" else windows)
     row = replace(
         forward,
         kernel="aggregate:aggregate_backward",
@@ -87,4 +98,4 @@ def aggregate_backward(sizes: BlockSizes, variant: Variant) -> LaunchRow:
         sample_bytes=sizes.branches
         * (3 * sizes.width * sizes.pixels * ITEM_BYTES[variant.dtype] + 12),
     )
-    return tuned(row, variant.arch)
+    return tuned(with_registers(row, sizes, variant), variant.arch)

@@ -10,7 +10,7 @@ any of these files.
 from __future__ import annotations
 
 import importlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, Literal
 
@@ -155,6 +155,16 @@ class Windows:
             ("BLOCK_K", self.block_k),
             ("BLOCK_P", block_p),
         )
+
+
+def with_registers(row: LaunchRow, sizes: BlockSizes, variant: Variant) -> LaunchRow:
+    """A gradient's row with twice the warps where its own would spill.
+
+    In float32 the compiler for sm_80 leaves 32 registers to a thread that works on 64 channels.
+    """
+    wide = Windows.of(sizes).block_k > 32
+    starved = wide and variant.dtype == "fp32" and variant.arch == "sm80"
+    return replace(row, num_warps=2 * row.num_warps) if starved else row
 
 
 def block_pixels(sizes: BlockSizes, most: int) -> int:

@@ -187,7 +187,7 @@ def forward(sizes: ProductSizes, variant: ProductVariant) -> LaunchRow:
         variant.pointer(),
     )
     tile = forward_tile(sizes, variant)
-    return _row("conv1x1:product_forward", tensors, sizes, variant, tile, wide=1, narrow=1)
+    return _row("conv1x1_forward:product_forward", tensors, sizes, variant, tile, wide=1, narrow=1)
 
 
 @cache
@@ -209,7 +209,7 @@ def join_forward(sizes: ProductSizes, variant: ProductVariant) -> LaunchRow:
     )
     tile = forward_tile(sizes, variant)
     wide = 3 + variant.signs / 8 / ITEM_BYTES[variant.dtype]
-    return _row("conv1x1:join_forward", tensors, sizes, variant, tile, wide, narrow=1)
+    return _row("conv1x1_forward:join_forward", tensors, sizes, variant, tile, wide, narrow=1)
 
 
 @cache

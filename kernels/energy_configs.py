@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from functools import cache
 
-from .configs import ITEM_BYTES, Argument, BlockSizes, LaunchRow, Variant, Windows, block_pixels
+from .configs import (
+    ITEM_BYTES,
+    Argument,
+    BlockSizes,
+    LaunchRow,
+    Variant,
+    Windows,
+    block_pixels,
+    with_registers,
+)
 from .tuned import tuned
 
 # Samples that share one load of the branch matrices and of the affine map.
@@ -39,6 +48,8 @@ def _energy_row(
         trip_bytes=passes * block_p * windows.group * sizes.width * item,
         sample_bytes=sizes.branches * (passes * sizes.width * sizes.pixels * item + 4),
     )
+    if kernel.endswith("backward"):
+        row = with_registers(row, sizes, variant)
     return tuned(row, variant.arch)
 
 

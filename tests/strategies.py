@@ -18,6 +18,8 @@ OPERATORS = (
     "coded_expand",
     "coding_loss",
     "grouped_conv3x3",
+    "conv1x1",
+    "join_conv1x1",
     "CodedBottleneck",
 )
 LAYOUTS = ("contiguous", "channels_last", "sliced", "transposed", "expanded", "offset")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,6 @@ from coded_resnext import Codebook, create_model
 from coded_resnext.checkpoint import (
     load_model,
     save_model,
-    write_atomically,
 )
 from coded_resnext.data import Preprocessing
 
@@ -126,17 +124,3 @@ def test_missing_fields_and_tensors(path: Path) -> None:
     save_file(tensors, path, metadata)
     with pytest.raises(ValueError, match=r"(?s)damaged or incomplete.*stem\.0\.weight"):
         load_model(path)
-
-
-def test_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "file"
-    write_atomically(path, b"old")
-
-    def fail(_: int) -> None:
-        raise OSError("no space left on device")
-
-    monkeypatch.setattr(os, "fsync", fail)
-    with pytest.raises(OSError, match="no space"):
-        write_atomically(path, b"new and longer")
-    assert path.read_bytes() == b"old"
-    assert list(tmp_path.iterdir()) == [path]

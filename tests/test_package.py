@@ -56,6 +56,23 @@ def test_exports_are_sorted_and_exist() -> None:
         assert all(hasattr(module, name) for name in module.__all__)
 
 
+def test_no_submodule_hides_what_a_package_exports() -> None:
+    """Python binds a submodule to its package when it is first imported, which may be late."""
+    code = (
+        "import importlib, pkgutil, types, coded_resnext.interpret, coded_resnext.kernels\n"
+        "for name in ('coded_resnext', 'coded_resnext.interpret', 'coded_resnext.kernels'):\n"
+        "    package = sys.modules[name]\n"
+        "    for module in pkgutil.iter_modules(package.__path__):\n"
+        "        if not module.name.startswith('_'):\n"
+        "            importlib.import_module(f'{name}.{module.name}')\n"
+        "    exported = {e: getattr(package, e) for e in package.__all__}\n"
+        "    print(*(e for e, it in exported.items() if isinstance(it, types.ModuleType)))"
+    )
+    result = python(f"import sys\n{code}")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split() == []
+
+
 def test_shipped_data_is_installed() -> None:
     result = python(
         "import coded_resnext as c; print(c.Codebook.shipped(1000, 32, 8).min_distance)", cwd="/"

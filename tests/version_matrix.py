@@ -16,6 +16,7 @@ import platform
 import re
 import subprocess
 import sys
+import time
 from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
@@ -45,8 +46,8 @@ class Environment:
 
 ENVIRONMENTS = (
     Environment("oldest", "oldest", ("torch==2.11.*", "torchvision==0.26.*", "numpy==2.0.*")),
-    Environment("newest", "newest", ()),
     Environment("newest, Triton absent", "newest", (), ("-p", "without_triton", *WITHOUT_TRITON)),
+    Environment("newest", "newest", ()),
 )
 
 
@@ -66,13 +67,14 @@ def main() -> int:
             python = install(environment, arguments.folder / environment.folder)
         rows.append(test(environment, python, arguments.tests))
         print(describe(rows[-1]), flush=True)
-    content = {
-        "date": str(date.today()),
-        "platform": platform.platform(),
-        "tests": arguments.tests,
-        "rows": rows,
-    }
-    arguments.out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        content = {
+            "date": str(date.today()),
+            "platform": platform.platform(),
+            "tests": arguments.tests,
+            "rows": rows,
+        }
+        # After every row, since each takes long.
+        arguments.out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     return int(any(row["failed"] for row in rows))
 
 
@@ -100,8 +102,10 @@ def test(environment: Environment, python: Path, tests: list[str]) -> dict[str, 
         "-q",
         "-p",
         "no:cacheprovider",
+        *("-n", "auto", "--maxprocesses", "4", "--dist", "loadfile"),
         *environment.options,
     ]
+    begun = time.monotonic()
     done = subprocess.run(
         [*command, *tests],
         cwd=ROOT,
@@ -119,6 +123,7 @@ def test(environment: Environment, python: Path, tests: list[str]) -> dict[str, 
     return {
         **asdict(environment),
         "versions": json.loads(versions.stdout),
+        "seconds": round(time.monotonic() - begun),
         "passed": counts.get("passed", 0),
         "skipped": counts.get("skipped", 0),
         "failed": failed,

@@ -26,6 +26,7 @@ import digits
 import torch
 
 from coded_resnext import CodedResNeXt
+from coded_resnext.atomic_file import write_atomically
 from coded_resnext.augment import TrainTransform
 from coded_resnext.batch import TrainingBatches, TrainLoader
 from coded_resnext.config import TrainingConfig
@@ -212,7 +213,7 @@ def report(arguments: argparse.Namespace, rows: list[Ablation]) -> None:
         "command": shlex.join(["python", *sys.argv]),
     }
     text = json.dumps(content, indent=1, allow_nan=False)
-    (arguments.out / RESULTS_FILE).write_text(text + "\n", encoding="utf-8")
+    write_atomically(arguments.out / RESULTS_FILE, f"{text}\n".encode())
     print(markdown(summaries))
 
 

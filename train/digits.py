@@ -75,6 +75,11 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--backend", choices=get_args(Backend), default="auto", help="who computes the blocks"
     )
+    parser.add_argument(
+        "--detect-dead-branches",
+        action="store_true",
+        help="name, after every epoch, branches without energy for every test image",
+    )
     return parser.parse_args(argv)
 
 
@@ -106,6 +111,7 @@ def training_config(arguments: argparse.Namespace) -> TrainingConfig:
         exponent=arguments.exponent,
         smoothing=0.1,
         seed=arguments.seed,
+        detect_dead_branches=arguments.detect_dead_branches,
     )
 
 

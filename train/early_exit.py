@@ -24,6 +24,7 @@ from sklearn.model_selection import StratifiedKFold
 from torch import Tensor
 
 from coded_resnext import CodedResNeXt, EarlyExit, ExitScores, calibrate, exit_scores
+from coded_resnext.atomic_file import write_atomically
 from coded_resnext.batch import TrainingBatches
 from coded_resnext.checkpoint import LoadedModel, load_model
 from coded_resnext.config import TrainingConfig
@@ -185,7 +186,7 @@ def calibrate_runs(arguments: argparse.Namespace) -> None:
         row = measure(model, criterion, split.test_images, split.test_targets, arguments.rounds)
         content = {**row, "threads": torch.get_num_threads(), "versions": versions()}
         text = json.dumps(content, indent=1) + "\n"
-        (path / MEASUREMENT_FILE).write_text(text, encoding="utf-8")
+        write_atomically(path / MEASUREMENT_FILE, text.encode())
         print(
             f"{path}: accuracy {row['accuracy']:.4f}, with early exit {row['early_accuracy']:.4f} "
             f"at {row['macs_saved']:.1%} fewer MACs; time {row['early_over_full_batch_1']:.2f} at "

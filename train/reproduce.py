@@ -28,6 +28,7 @@ from typing import Any
 import compare
 import torch
 
+from coded_resnext.atomic_file import write_atomically
 from coded_resnext.commands.report import REPORT_FILE
 from coded_resnext.distributed import run_script
 from coded_resnext.interpret.ablations import (
@@ -91,7 +92,7 @@ SCALES = {
             *("--threshold-images", "300", "--repeats", "1", "--budget", "20m", "--device", "cpu"),
         ),
         (*PUBLISHED_ROWS, "concatenation", "DropSubNNs 0", "coding weight 1"),
-        "fourteen runs of one to two minutes on one CPU core",
+        "fourteen runs of about a minute each on two CPU cores",
     ),
     "short": Scale(
         ("--config", "cifar10", "--epochs", "60", *GPU),
@@ -292,7 +293,7 @@ def report(runs: Sequence[PlannedRun], arguments: argparse.Namespace) -> str:
         where(machines),
     ]
     text = "\n\n".join(parts) + "\n"
-    (arguments.out / TABLE_FILE).write_text(text, encoding="utf-8")
+    write_atomically(arguments.out / TABLE_FILE, text.encode())
     content = {
         "scale": arguments.scale,
         "paper": PAPER,
@@ -302,7 +303,7 @@ def report(runs: Sequence[PlannedRun], arguments: argparse.Namespace) -> str:
         "command": shlex.join(["python", *sys.argv]),
     }
     text_json = json.dumps(content, indent=1, allow_nan=False) + "\n"
-    (arguments.out / RESULTS_FILE).write_text(text_json, encoding="utf-8")
+    write_atomically(arguments.out / RESULTS_FILE, text_json.encode())
     return text
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from ..atomic_file import write_atomically
 from ..codebook import Codebook
 from .figure import draw
 from .files import read_document
@@ -163,10 +164,10 @@ def _export(args: argparse.Namespace) -> int:
     elif ending == ".csv":
         lines = io.StringIO()
         csv.writer(lines, lineterminator="\n").writerows([name, *word] for name, word in named)
-        args.output.write_text(lines.getvalue(), encoding="utf-8")
+        write_atomically(args.output, lines.getvalue().encode())
     elif ending == ".txt":
         lines_of_text = [f"{name} {word}\n" for name, word in named]
-        args.output.write_text("".join(lines_of_text), encoding="utf-8")
+        write_atomically(args.output, "".join(lines_of_text).encode())
     else:
         raise ValueError(
             f"output: expected a name that ends in .json, .csv or .txt, got {ending!r}"

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint import write_atomically
+from ..atomic_file import write_atomically
 from ..codebook import Codebook
 from ..interpret.evaluation import Evaluation
 from ..interpret.figures import save_figures

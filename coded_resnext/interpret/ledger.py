@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint import write_atomically
+from ..atomic_file import write_atomically
 from ..text_files import LARGEST_RESULTS, read_json
 
 FORMAT_VERSION = 1

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checkpoint import write_atomically
+from ..atomic_file import write_atomically
 from ..data import Preprocessing
 from ..text_files import read_json
 from .running import Loader

@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..checkpoint import write_atomically
+from ..atomic_file import write_atomically
 from ..codebook import Codebook
 from ..text_files import LARGEST_RESULTS, read_json
 from .evaluation import Evaluation

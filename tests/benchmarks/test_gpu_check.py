@@ -13,6 +13,7 @@ import agreement
 import gpu_check
 import model_check
 import pytest
+import strategies
 import timing
 import torch
 from operators import OPERATORS, TINY, Place, Tensors, aggregate_by
@@ -48,7 +49,7 @@ def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
 
 
 def test_a_dry_run_takes_every_path(tmp_path: Path) -> None:
-    result = run("--out", str(tmp_path), "--dry-run")
+    result = run("--out", str(tmp_path), "--dry-run", "--random-calls", "8")
     assert result.returncode == 0, result.stdout + result.stderr
     assert "this was a dry run" in result.stdout
     assert "0 wrong" in result.stdout
@@ -66,6 +67,8 @@ def test_a_dry_run_takes_every_path(tmp_path: Path) -> None:
     assert {row["operator"] for row in content["compilation"]} == names
     assert len(content["registration"]) >= 4
     assert content["left_out"] == []
+    tried = dict.fromkeys(strategies.OPERATORS, 1)
+    assert content["random_calls"] == {"tried": tried, "seeds": [0]}
     assert content["models"]["left_out"] == []
     assert {row["contender"] for row in content["models"]["rows"]} >= {"coded, fused, eager, nhwc"}
     assert content["models"]["guard"]["fused"] > 0
