@@ -66,9 +66,10 @@ def one_of_each(arch: str) -> frozenset[str]:
 
 
 def window_of(row: LaunchRow) -> object:
-    """Channels of a window of a row's tiles, by which limits differ."""
+    """Channels of a window of a row's tiles, and whether it is evaluation's: limits differ."""
     sizes = dict(row.constexprs)
-    return sizes.get("WINDOW", sizes.get("BLOCK_K"))
+    window = sizes.get("WINDOW", sizes.get("BLOCK_K"))
+    return f"{window} folded" if sizes.get("FOLDED") else window
 
 
 def rows(arch: str) -> Iterator[tuple[str, LaunchRow]]:

@@ -1,6 +1,6 @@
 """Triton: the 1x1 convolution in evaluation, with all that stands behind it on the way out.
 
-Tiles as in conv1x1_tiles.py; weights stay with a program as in conv1x1.py.
+Tiles as in conv1x1_tiles.py; weights stay with a program as in conv1x1_forward.py.
 """
 
 from __future__ import annotations

@@ -191,8 +191,8 @@ def forward(sizes: GroupedSizes, variant: GroupedVariant) -> LaunchRow:
     )
     row = _row("grouped_conv:forward", sizes, variant, tensors, inputs=1, outputs=1)
     channels, *others = row.constexprs
-    padded = ("PADDED", GroupedWindows.of(sizes).padded)
-    row = replace(row, constexprs=(channels, padded, *others))
+    more = (("PADDED", GroupedWindows.of(sizes).padded), ("FOLDED", variant.folded))
+    row = replace(row, constexprs=(channels, *more, *others))
     # With two warps for 24 channels the compiler for sm100 keeps two registers in memory.
     partly_filled = GroupedWindows.of(sizes).channels == 24
     plain = not (variant.affine or variant.statistics or variant.energies)

@@ -79,6 +79,7 @@ def forward_stride1(
     part_rows,
     CHANNELS: tl.constexpr,
     PADDED: tl.constexpr,
+    FOLDED: tl.constexpr,
     WINDOW: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -90,14 +91,13 @@ def forward_stride1(
     `x [B, H, W, CHANNELS]`; `scale`, `bias [CHANNELS]` float32 or None; `weight [windows, 9,
     BLOCK_K, BLOCK_K]` in the dtype of `x`; `partial [parts, 3, CHANNELS]` float32 or None.
 
-    With `after [CHANNELS]` float32 it is `y = keep relu(conv(x) + after)`, `keep [B, CHANNELS]`
-    float32 or None; and with `form [windows, 1 or 2, BLOCK_K, BLOCK_K]` in the dtype of `x`, two
-    for 16 bits, the part of every lane in the energies, `energy [ceil(H / part_rows), B,
-    ceil(W / 2), N]` float32. PADDED is the channels of a branch.
+    FOLDED is of evaluation: `y = keep relu(conv(x) + after)`, `after [CHANNELS]` and `keep
+    [B, CHANNELS]` float32, `keep` or None; and with `form [windows, 1 or 2, BLOCK_K, BLOCK_K]` in
+    the dtype of `x`, two for 16 bits, the part of every lane in the energies, `energy
+    [ceil(H / part_rows), B, ceil(W / 2), N]` float32. PADDED is the channels of a branch.
     """
     AFFINE: tl.constexpr = scale_ptr is not None
     STATISTICS: tl.constexpr = partial_ptr is not None
-    FOLDED: tl.constexpr = after_ptr is not None
     ENERGIES: tl.constexpr = form_ptr is not None
     TERMS: tl.constexpr = 1 if x_ptr.dtype.element_ty == tl.float32 else 2
     window = tl.program_id(0) % (CHANNELS // WINDOW)
@@ -182,6 +182,7 @@ def forward_stride2(
     part_rows,
     CHANNELS: tl.constexpr,
     PADDED: tl.constexpr,
+    FOLDED: tl.constexpr,
     WINDOW: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -194,7 +195,6 @@ def forward_stride2(
     """
     AFFINE: tl.constexpr = scale_ptr is not None
     STATISTICS: tl.constexpr = partial_ptr is not None
-    FOLDED: tl.constexpr = after_ptr is not None
     ENERGIES: tl.constexpr = form_ptr is not None
     TERMS: tl.constexpr = 1 if x_ptr.dtype.element_ty == tl.float32 else 2
     OH = (H + 1) // 2
