@@ -28,7 +28,8 @@ def interpreted() -> bool:
         return False
     from .tile import INTERPRETED
 
-    return bool(INTERPRETED)
+    # The value: the compiler of torch 2.11 cannot see through a constexpr.
+    return bool(INTERPRETED.value)
 
 
 def unsupported(h: Tensor, width: int) -> str | None:
