@@ -37,7 +37,7 @@ def shipped_rows(arch: str) -> Iterator[tuple[str, LaunchRow]]:
     """Every row that training the paper's networks launches, each with a name of its own.
 
     Training draws a DropSubNNs mask and removes no branches; the affine map of BatchNorm is applied
-    by PyTorch.
+    by PyTorch. Fused blocks have rows in bfloat16, for training and for evaluation.
     """
     dtypes: tuple[Dtype, ...] = ("bf16", "fp16", "fp32")
     for place, sizes in PAPER_SIZES.items():
