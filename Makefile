@@ -34,7 +34,7 @@ matrix: .venv/dev.stamp
 
 # Known weaknesses of what is installed. What the advisory service does not know is an error.
 audit: .venv/dev.stamp
-	$(BIN)/python -m pip install --quiet pip-audit
+	$(BIN)/python -m pip install --quiet --upgrade pip pip-audit
 	$(BIN)/python -m pip_audit --local --skip-editable --strict
 
 # Compute capabilities, with spaces between them.

@@ -194,6 +194,7 @@ def run_recipe(
     with training_session(command.device) as world:
         # The processes that do not divide the batch are a quicker answer than the data are.
         recipe.training.local_batch_size(world.size)
+        check_backend(recipe.model.backend, world.device)
         if recipe.data.download:
             world.on_main(lambda: len(open_data(recipe).train))
         splits = open_data(recipe)

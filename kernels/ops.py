@@ -68,16 +68,26 @@ def select_backend(backend: Backend = "auto") -> str:
     return "torch" if requested == "auto" else requested
 
 
-def check_backend(backend: Backend) -> None:
+def check_backend(backend: Backend, device: str | torch.device | None = None) -> None:
     """For commands, which say in one sentence what about their input is at fault.
 
+    Args:
+        backend: that was asked for.
+        device: that the network will be on, where this is known.
+
     Raises:
-        ValueError: no such backend, or it cannot run here.
+        ValueError: no such backend, or it cannot run here or on this device.
     """
     try:
-        select_backend(backend)
+        requested = requested_backend(backend)
     except RuntimeError as error:
         raise ValueError(str(error)) from error
+    on_gpu = device is None or torch.device(device).type == "cuda"
+    if requested == "triton" and not (on_gpu or launch.interpreted()):
+        raise ValueError(
+            f"backend: 'triton' was asked for but its kernels do not run on the device {device}; "
+            "choose a GPU, or another backend"
+        )
 
 
 def requested_backend(backend: Backend) -> str:

@@ -85,7 +85,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def make_model(arguments: argparse.Namespace) -> CodedResNeXt:
     """The network that the command line asks for, with weights of the seed."""
-    check_backend(arguments.backend)
+    check_backend(arguments.backend, "cpu")
     torch.manual_seed(arguments.seed)
     if arguments.plain:
         model = create_model("resnext_digits", backend=arguments.backend)

@@ -10,10 +10,12 @@ from cases import Case
 from coded_resnext.kernels import (
     backends,
     branch_energy,
+    check_backend,
     coded_aggregate,
     coded_expand,
     coding_loss,
     launch,
+    ops,
     select_backend,
 )
 from coded_resnext.kernels.ops import BACKEND_VARIABLE
@@ -73,6 +75,17 @@ def test_what_the_kernels_do_not_take_runs_elsewhere_and_is_logged_once(
     assert len(reasons) == 2
     assert "not torch.float64" in reasons[0]
     assert "up to 64 channels, not 65" in reasons[1]
+
+
+def test_a_command_refuses_kernels_on_another_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops, "backends", lambda: {"triton": None})
+    check_backend("triton", "cpu")
+    monkeypatch.setattr(launch, "interpreted", lambda: False)
+    check_backend("triton")
+    check_backend("triton", torch.device("cuda", 1))
+    check_backend("torch", "cpu")
+    with pytest.raises(ValueError, match=r"backend: 'triton' .* do not run on the device cpu"):
+        check_backend("triton", "cpu")
 
 
 def test_unknown_backend_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
