@@ -1,8 +1,9 @@
 """What compiled kernels may cost: one line for each kernel, checked by static.py.
 
 A kernel without a line fails. A name may end in the channels of a window, where tiles come in
-several sizes, and in `folded` for what evaluation launches. A limit is the measured figure with little to spare, so that a change which makes a
-kernel worse is seen; where a figure misses what was hoped for, the line says so.
+several sizes, and in `folded` for what evaluation launches. A limit is the measured figure with
+little to spare, so that a change which makes a kernel worse is seen; where a figure misses what was
+hoped for, the line says so.
 """
 
 from __future__ import annotations
