@@ -232,7 +232,7 @@ def weight_gradient(
 
 def _variant(x: Tensor, affine: bool, statistics: bool) -> GroupedVariant:
     tf32 = x.dtype == torch.float32 and torch.backends.cudnn.allow_tf32
-    return GroupedVariant(DTYPES[x.dtype], affine, statistics, tf32)
+    return GroupedVariant(DTYPES[x.dtype], affine, statistics, tf32=tf32)
 
 
 def _parts(rows: Tensor, *, pairs: bool) -> tuple[int, int]:

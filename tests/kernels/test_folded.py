@@ -8,8 +8,9 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from coded_resnext.kernels import folded_operators, gram, reference
-from coded_resnext.kernels.grouped_configs import MOST_ROWS
+from coded_resnext.kernels import folded_operators, gram, grouped_launch, reference
+from coded_resnext.kernels.configs import LaunchRow
+from coded_resnext.kernels.grouped_configs import MOST_ROWS, GroupedSizes
 from coded_resnext.kernels.launch import interpreted
 from conv1x1_cases import ProductCase
 from grouped_cases import GroupedCase
@@ -230,3 +231,18 @@ def test_opcheck(kernels: str) -> None:
             (i["x"], i["weight"], i["bias"], residual, factor, kernels),
         )
     torch.library.opcheck(folded_operators.side_by_side, (i["residual"], i["factor"], i["x"]))
+
+
+@pytest.mark.parametrize("allowed", [False, True])
+def test_tf32_where_pytorch_allows_it(allowed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In training and in evaluation, and nothing else changes with it."""
+    rows: list[LaunchRow] = []
+    monkeypatch.setattr(LaunchRow, "launch", lambda row, *_: rows.append(row))
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", allowed)
+    i = grouped_inputs(GroupedCase("tf32"), torch.float32)
+    sizes = GroupedSizes(4, 4)
+    grouped_launch.forward(i["x"], i["weight"], sizes, None, None, True)
+    grouped_launch.folded_forward(i["x"], i["weight"], sizes, i["bias"], None, None)
+    settings = [dict(row.constexprs) for row in rows if "forward_stride1" in row.kernel]
+    assert [s["PRECISION"] for s in settings] == ["tf32" if allowed else "ieee"] * 2
+    assert [s["FOLDED"] for s in settings] == [False, True]
