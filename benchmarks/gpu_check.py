@@ -72,6 +72,7 @@ def main() -> int:
 def check(*, dry: bool, minutes: float) -> dict[str, Any]:
     """All checks and times, JSON-ready."""
     from agreement import compare, compiled, registration, repeats
+    from block_check import check_blocks
     from conv1x1_check import check_products
     from grouped_check import check_grouped
     from model_check import check_models
@@ -152,6 +153,9 @@ def check(*, dry: bool, minutes: float) -> dict[str, Any]:
             repeats=3 if dry else REPEATS,
         )
         results["wrong"] += [fault for row in results[section]["checks"] for fault in row["wrong"]]
+    print("blocks in evaluation")
+    results["blocks"] = check_blocks(device, dry=dry, repeats=3 if dry else REPEATS)
+    results["wrong"] += [fault for row in results["blocks"]["checks"] for fault in row["wrong"]]
     print("whole networks")
     results["models"] = check_models(dry=dry, deadline=deadline)
     results["wrong"] += results["models"]["wrong"]
@@ -287,8 +291,9 @@ def report(results: dict[str, Any]) -> str:
         f"{results['kernels_found']} kernels were found compiled, "
         f"{results['kernels_compiled']} were compiled now"
     )
-    count = sum(len(results[name]) for name in ("agreement", "repeats", "registration"))
-    lines.append(f"{count + len(results['compilation'])} checks, {len(results['wrong'])} wrong")
+    count = sum(len(results[n]) for n in ("agreement", "repeats", "registration", "compilation"))
+    count += sum(len(results[name]["checks"]) for name in ("grouped", "products", "blocks"))
+    lines.append(f"{count} checks, {len(results['wrong'])} wrong")
     if results["dry_run"]:
         lines.append("this was a dry run: the times above are those of an interpreter")
     return "\n".join(lines)

@@ -8,8 +8,10 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import agreement
+import block_check
 import gpu_check
 import model_check
 import pytest
@@ -18,6 +20,8 @@ import timing
 import torch
 from operators import OPERATORS, TINY, Place, Tensors, aggregate_by
 from torch import Tensor
+
+from coded_resnext import fused_inference
 
 SCRIPT = Path(gpu_check.__file__)
 CPU = torch.device("cpu")
@@ -67,6 +71,8 @@ def test_a_dry_run_takes_every_path(tmp_path: Path) -> None:
     assert {row["operator"] for row in content["compilation"]} == names
     assert len(content["registration"]) >= 4
     assert content["left_out"] == []
+    blocks = {(row["block"], row["backend"]) for row in content["blocks"]["checks"]}
+    assert blocks == {(b.name, name) for b in block_check.TINY for name in ("fused", "triton")}
     tried = dict.fromkeys(strategies.OPERATORS, 1)
     assert content["random_calls"] == {"tried": tried, "seeds": [0]}
     assert content["models"]["left_out"] == []
@@ -170,6 +176,7 @@ def test_when_time_is_up_the_rest_is_named() -> None:
     results |= {"kernels_found": 3, "kernels_compiled": 0}
     results["grouped"] = {"checks": [], "times": [], "verdicts": [], "left_out": ["a layer"]}
     results["products"] = {"checks": [], "times": [], "left_out": ["another layer"]}
+    results["blocks"] = {"checks": []}
     results["models"] = model_check.check_models(dry=True, deadline=timing.Deadline(minutes=-1))
     assert results["models"]["rows"] == []
     assert "coded, fused, eager, nhwc" in results["models"]["left_out"]
@@ -180,6 +187,24 @@ def test_when_time_is_up_the_rest_is_named() -> None:
     assert "left out, time was up: coded, fused, eager, nhwc" in text
     assert "training beside plain, compiled: at least 1.25: not measured" in text
     assert "accuracy guard left out: time was up" in text
+
+
+@pytest.mark.parametrize("block", block_check.TINY, ids=lambda block: block.name)
+def test_a_block_that_evaluates_otherwise_is_wrong(
+    block: block_check.EvaluatedBlock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row = block_check.check_block(block, torch.bfloat16, "fused", CPU, repeats=2)
+    assert row["wrong"] == []
+    assert set(row["errors"]) == ({"y", "energies"} if block.active else {"y"})
+    fold = fused_inference.fold
+
+    def faulty(*arguments: Any) -> Any:
+        folded = fold(*arguments)
+        return folded._replace(bias=folded.bias + 0.2)
+
+    monkeypatch.setattr(fused_inference, "fold", faulty)
+    row = block_check.check_block(block, torch.bfloat16, "fused", CPU, repeats=2)
+    assert any("y: error" in fault for fault in row["wrong"])
 
 
 def test_ratios_and_the_least_time() -> None:
