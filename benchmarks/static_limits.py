@@ -63,7 +63,7 @@ LIMITS = {
     "forward_stride1 24 folded": Limits(registers=216, per_byte=0.17),
     "forward_stride1 32 folded": Limits(registers=216, per_byte=0.13),
     "forward_stride2 16 folded": Limits(registers=104, per_byte=0.065),
-    "forward_stride2 24 folded": Limits(registers=136, per_byte=0.11),
+    "forward_stride2 24 folded": Limits(registers=144, per_byte=0.11),
     "forward_stride2 32 folded": Limits(registers=144, per_byte=0.085),
     "input_gradient_stride1 16": Limits(registers=192, per_byte=0.17),
     "input_gradient_stride1 24": Limits(registers=255, per_byte=0.19),

@@ -84,7 +84,8 @@ def install(environment: Environment, folder: Path) -> Path:
     if not python.exists():
         subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
         pip = [str(python), "-m", "pip", "install", "--quiet"]
-        subprocess.run([*pip, *environment.requirements, f"{ROOT}[test]"], check=True)
+        # Editable, since processes that tests start in the checkout find the checkout first.
+        subprocess.run([*pip, *environment.requirements, "-e", f"{ROOT}[test]"], check=True)
     return python
 
 
