@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -22,9 +23,13 @@ DTYPES: dict[torch.dtype, configs.Dtype] = {
 }
 
 
+# Looked for once: the compiler of torch 2.11 does not follow the search.
+HAS_TRITON = find_spec("triton") is not None
+
+
 def interpreted() -> bool:
     """Whether the kernels run in Triton's interpreter, which is decided when they are imported."""
-    if not os.environ.get("TRITON_INTERPRET"):
+    if not (HAS_TRITON and os.environ.get("TRITON_INTERPRET")):
         return False
     from .tile import INTERPRETED
 

@@ -17,7 +17,6 @@ logged once for each reason.
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import os
 from collections.abc import Sequence
@@ -44,15 +43,13 @@ from .checks import (
 Backend = Literal["auto", "reference", "torch", "fused", "triton"]
 
 BACKEND_VARIABLE = "CODED_RESNEXT_BACKEND"
-# Looked for once: torch.compile of PyTorch 2.11 does not follow the search.
-_HAS_TRITON = importlib.util.find_spec("triton") is not None
 _LOG = logging.getLogger("coded_resnext")
 
 
 def backends() -> dict[str, str | None]:
     """Every backend by name, with the reason why it cannot run here, or None if it can."""
     reason = None
-    if not _HAS_TRITON:
+    if not launch.HAS_TRITON:
         reason = "Triton is not installed"
     elif not torch.cuda.is_available() and not launch.interpreted():
         reason = "no CUDA device was found (on a CPU: TRITON_INTERPRET=1, for checks only)"

@@ -7,8 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
+from coded_resnext.kernels.launch import HAS_TRITON
 from torch import Tensor
+
+needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
 
 # Of results in a dtype against float64 for inputs that are exact in it. Inputs of products and
 # outputs are rounded to the dtype (half a unit in the last place is 5e-4 and 4e-3 for the half

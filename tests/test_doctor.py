@@ -11,10 +11,12 @@ import pytest
 import torch
 from coded_resnext.kernels import gram, launch
 from coded_resnext.kernels.prebuilt import toolchain
+from helpers import needs_triton
 
 from coded_resnext import cli, doctor
 
 
+@needs_triton
 def test_all_is_well_in_under_ten_seconds(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -30,6 +32,7 @@ def test_all_is_well_in_under_ten_seconds(
     assert "all operations agree" in output
 
 
+@needs_triton
 def test_the_kernels_are_checked_where_they_run(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["doctor"]) == 0
     output = capsys.readouterr().out

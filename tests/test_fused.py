@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from fused_cases import CASES, BlockCase, step_of
-from helpers import relative_error
+from helpers import needs_triton, relative_error
 
 # What issue-sized promises need: float32 against float64 after three convolutions and BatchNorms.
 SINGLE = 1e-5
@@ -27,6 +27,7 @@ def test_in_float64_it_is_the_block_to_rounding(case: BlockCase) -> None:
     compare(case, "fused", torch.float64, 1e-12)
 
 
+@needs_triton
 @pytest.mark.parametrize("case", CASES, ids=NAMES)
 def test_kernels_in_float32(case: BlockCase) -> None:
     compare(case, "triton", torch.float32, SINGLE)

@@ -14,7 +14,7 @@ from coded_resnext.kernels.configs import LaunchRow
 from coded_resnext.kernels.conv1x1_configs import Plan
 from coded_resnext.kernels.shipped_rows import shipped_rows
 from fused_cases import CASES, BlockCase
-from helpers import relative_error
+from helpers import needs_triton, relative_error
 from small_networks import WIDE, make_images, make_network
 from torch import Tensor, nn
 
@@ -65,6 +65,7 @@ def test_in_float64_it_is_the_block_to_rounding(case: BlockCase) -> None:
     compare(case, "fused", torch.float64, 1e-12)
 
 
+@needs_triton
 @pytest.mark.parametrize("products", ["", conv1x1_operators.PASSES], ids=["library", "kernels"])
 @pytest.mark.parametrize("case", EVALUATED, ids=NAMES)
 def test_kernels_in_float32(
@@ -202,6 +203,7 @@ def test_a_hook_sees_its_layer() -> None:
     assert len(seen) == 1
 
 
+@needs_triton
 @pytest.mark.parametrize("name", ["coded_resnext50_32x4d", "coded_resnext29_20x6d"])
 def test_what_it_launches_is_built_ahead_of_time(
     name: str, monkeypatch: pytest.MonkeyPatch

@@ -10,6 +10,7 @@ import torch
 from coded_resnext.kernels import conv1x1_operators, conv1x1_ops
 from coded_resnext.kernels.configs import LaunchRow
 from coded_resnext.kernels.conv1x1_configs import Plan
+from helpers import needs_triton
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
@@ -113,6 +114,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return names
 
 
+@needs_triton
 @pytest.mark.parametrize("backend", ["fused", "triton"])
 def test_launches_of_a_block(backend: str, launched: list[str]) -> None:
     """A block behind another costs what the two cost without what the other costs."""
@@ -126,6 +128,7 @@ def test_launches_of_a_block(backend: str, launched: list[str]) -> None:
         assert [numbers(count) for count in both.values()] == cells, (kind, both)
 
 
+@needs_triton
 @pytest.mark.parametrize("backend", ["fused", "triton"])
 def test_launches_of_evaluation(backend: str, launched: list[str]) -> None:
     for kind, arguments in KINDS.items():

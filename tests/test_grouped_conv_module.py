@@ -11,7 +11,7 @@ import timm
 import torch
 import torchvision
 from coded_resnext.kernels import grouped_launch
-from helpers import relative_error
+from helpers import needs_triton, relative_error
 from torch import nn
 
 from coded_resnext import GroupedConv2d, use_grouped_kernels
@@ -54,6 +54,7 @@ def test_swapped_into_a_network_nothing_changes(name: str) -> None:
         assert torch.equal(found[key], value), key
 
 
+@needs_triton
 @pytest.mark.parametrize(
     ("name", "layer"),
     [
@@ -78,6 +79,7 @@ def test_a_layer_of_a_network_by_the_kernels_agrees_to_rounding(name: str, layer
     assert 0 < max(errors.values()) < 1e-5, errors
 
 
+@needs_triton
 @pytest.mark.parametrize("stride", [1, 2])
 def test_with_the_kernels_results_agree_to_rounding(stride: int) -> None:
     """Forward and backward through the kernels, in the interpreter, inside a small network."""
@@ -106,6 +108,7 @@ def test_a_regnet_has_them_too() -> None:
     assert use_grouped_kernels(network) == grouped > 0
 
 
+@needs_triton
 def test_the_kernels_run_only_when_they_are_to(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
     forward = grouped_launch.forward

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from coded_resnext.kernels.configs import LaunchRow
+from helpers import needs_triton
 from torch import Tensor, nn
 
 from coded_resnext import CodedLoss, WarmUp, create_model, warm_up
@@ -54,6 +55,7 @@ def test_a_step_after_it_compiles_nothing(tmp_path: Path) -> None:
     assert (again["found"], again["compiled"]) == (4, 0)
 
 
+@needs_triton
 def test_everything_stays_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     model = create_model("coded_resnext_digits", drop_branches=0.1, backend="triton").train()
     images = torch.rand(3, 1, 8, 8)
