@@ -83,6 +83,21 @@ def test_shipped_kernels_keep_their_limits(compiled: Path, tmp_path: Path) -> No
             assert row["instructions_per_byte"] > 0.01
 
 
+def test_float32_gradients_keep_their_registers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows that spilled; `--quick` takes none in float32."""
+    spilled = {
+        ("energy_backward 10x11d c4 fp32", "sm80"),
+        ("aggregate_backward 10x11d c4 fp32", "sm80"),
+        ("aggregate_backward 32x4d c5 160px fp32", "sm90"),
+    }
+    monkeypatch.setenv("PYTHONPATH", str(HERE), prepend=os.pathsep)
+    figures = static.measure(["sm80", "sm90"], tmp_path, lambda *row: row in spilled, None)
+    assert {(row["row"], row["arch"]) for row in figures} == spilled
+    assert [row["spilled"] for row in figures] == [0, 0, 0]
+
+
 def test_the_jit_finds_the_shipped_kernels(compiled: Path, tmp_path: Path) -> None:
     result = run(
         *(str(LAUNCH), "sm90", static.ROWS, *one_of_each("sm90")),
