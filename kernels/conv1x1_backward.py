@@ -25,6 +25,7 @@ from .tile import dot, hash_in_order, round_to
 
 @triton.jit
 def gradient_product(
+    acc,
     moved_ptr,
     grad_ptr,
     y_ptr,
@@ -40,12 +41,12 @@ def gradient_product(
     writes,
     INPUTS: tl.constexpr,
     OUTPUTS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One tile of `W^T d`, float32, with `d = gain grad + curve y + level` written on the way.
+    """Add a tile of `W^T d` to `acc [BLOCK_N, BLOCK_M]`, with `d = gain grad + curve y + level`
+    written on the way; `[BLOCK_M, BLOCK_N]`.
 
     `resident` are the weight and the three vectors where they are the same for all tiles.
     """
@@ -54,7 +55,6 @@ def gradient_product(
     RESIDENT: tl.constexpr = OUTPUTS <= BLOCK_K
     GAIN: tl.constexpr = gain_ptr is not None
     FOLLOWED: tl.constexpr = y_ptr is not None
-    acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     for start in range(0, OUTPUTS, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
         inside = k < OUTPUTS
@@ -102,6 +102,44 @@ def resident_weight(
             load_vector(level_ptr, k, k < OUTPUTS, 0.0, WHOLE_K),
         )
     return resident
+
+
+@triton.jit
+def finish_input_gradient(
+    dx_row,
+    x_row,
+    scale_ptr,
+    bias_ptr,
+    of_bias,
+    of_scale,
+    column,
+    real,
+    INPUTS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    CHUNKS: tl.constexpr,
+):
+    """Read back what every thread stored of a tile, put the ReLU and the scale before it, and add
+    to the gradients of bias and scale, `[CHUNKS, channels of a chunk]`.
+
+    `dx_row` and `x_row` point to channel 0 of the tile's rows.
+    """
+    WIDTH: tl.constexpr = BLOCK_N // CHUNKS
+    WHOLE_N: tl.constexpr = INPUTS % BLOCK_N == 0
+    tl.debug_barrier()
+    for chunk in tl.static_range(CHUNKS):
+        c = column * BLOCK_N + chunk * WIDTH + tl.arange(0, WIDTH)
+        inside = c < INPUTS
+        d = load_tile(dx_row + c[None, :], real, inside, WHOLE_N).to(tl.float32)
+        x = load_tile(x_row + c[None, :], real, inside, WHOLE_N).to(tl.float32)
+        scale = load_vector(scale_ptr, c, inside, 0.0, WHOLE_N)
+        bias = load_vector(bias_ptr, c, inside, 0.0, WHOLE_N)
+        d = tl.where(x * scale + bias > 0, d, 0.0)
+        mine = (tl.arange(0, CHUNKS) == chunk)[:, None]
+        of_bias += tl.where(mine, tl.sum(d, 0)[None, :], 0.0)
+        of_scale += tl.where(mine, tl.sum(d * x, 0)[None, :], 0.0)
+        d = round_to(d * scale, dx_row.dtype.element_ty)
+        store_tile(dx_row + c[None, :], d, real, inside, WHOLE_N)
+    return of_bias, of_scale
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -153,6 +191,7 @@ def product_input_gradient(
         left = tl.minimum(rows - tile * BLOCK_M, BLOCK_M)
         real = (m < left)[:, None]
         acc = gradient_product(
+            tl.zeros((BLOCK_N, BLOCK_M), tl.float32),
             moved_ptr,
             grad_ptr,
             y_ptr,
@@ -168,7 +207,6 @@ def product_input_gradient(
             real if COLUMNS == 1 else (m < left - column * BLOCK_M)[:, None],
             INPUTS,
             OUTPUTS,
-            BLOCK_M,
             BLOCK_K,
             BLOCK_N,
             PRECISION,
@@ -177,20 +215,19 @@ def product_input_gradient(
         at = first * INPUTS + m[:, None] * INPUTS
         store_tile(dx_ptr + at + n[None, :], rounded, real, n < INPUTS, WHOLE_N)
         if AFFINE:
-            tl.debug_barrier()
-            for chunk in tl.static_range(CHUNKS):
-                c = column * BLOCK_N + chunk * WIDTH + tl.arange(0, WIDTH)
-                inside = c < INPUTS
-                d = load_tile(dx_ptr + at + c[None, :], real, inside, WHOLE_N).to(tl.float32)
-                x = load_tile(x_ptr + at + c[None, :], real, inside, WHOLE_N).to(tl.float32)
-                scale = load_vector(scale_ptr, c, inside, 0.0, WHOLE_N)
-                bias = load_vector(bias_ptr, c, inside, 0.0, WHOLE_N)
-                d = tl.where(x * scale + bias > 0, d, 0.0)
-                mine = (tl.arange(0, CHUNKS) == chunk)[:, None]
-                of_bias += tl.where(mine, tl.sum(d, 0)[None, :], 0.0)
-                of_scale += tl.where(mine, tl.sum(d * x, 0)[None, :], 0.0)
-                d = round_to(d * scale, dx_ptr.dtype.element_ty)
-                store_tile(dx_ptr + at + c[None, :], d, real, inside, WHOLE_N)
+            of_bias, of_scale = finish_input_gradient(
+                dx_ptr + at,
+                x_ptr + at,
+                scale_ptr,
+                bias_ptr,
+                of_bias,
+                of_scale,
+                column,
+                real,
+                INPUTS,
+                BLOCK_N,
+                CHUNKS,
+            )
     if AFFINE:
         sums = (tl.reshape(of_bias, (BLOCK_N,)), tl.reshape(of_scale, (BLOCK_N,)))
         store_vectors(partial_ptr, part, n, n < INPUTS, sums, INPUTS)
@@ -224,10 +261,11 @@ def join_input_gradient(
     """`g = W^T d + grad_x` where `x > 0`, with `d = gain grad + curve z + level`.
 
     Grid and `moved` as for `product_input_gradient`. `g`, `grad_x`, `x`, `y`, `residual
-    [rows, INPUTS]`, `grad`, `z [rows, OUTPUTS]`; `grad_x`, `residual`, `z` may be None, and one of
-    `x` and `signs [rows, INPUTS / 8]` is. `partial [parts, 2 or 3, INPUTS]` float32: the sums of
-    `g`, `g y` and, with a residual, `g residual`.
+    [rows, INPUTS]`, `grad`, `z [rows, OUTPUTS]`; `grad_x`, `y`, `residual`, `z` may be None, and
+    one of `x` and `signs [rows, INPUTS / 8]` is. `partial [parts, 1 to 3, INPUTS]` float32: the
+    sums of `g`, of `g y` and of `g residual` where there are these.
     """
+    RAW: tl.constexpr = y_ptr is not None
     MAPPED: tl.constexpr = residual_ptr is not None
     COLUMNS: tl.constexpr = (INPUTS + BLOCK_N - 1) // BLOCK_N
     WHOLE_N: tl.constexpr = INPUTS % BLOCK_N == 0
@@ -248,6 +286,7 @@ def join_input_gradient(
         left = tl.minimum(rows - tile * BLOCK_M, BLOCK_M)
         real = (m < left)[:, None]
         acc = gradient_product(
+            tl.zeros((BLOCK_N, BLOCK_M), tl.float32),
             moved_ptr,
             grad_ptr,
             z_ptr,
@@ -263,7 +302,6 @@ def join_input_gradient(
             real if COLUMNS == 1 else (m < left - column * BLOCK_M)[:, None],
             INPUTS,
             OUTPUTS,
-            BLOCK_M,
             BLOCK_K,
             BLOCK_N,
             PRECISION,
@@ -289,19 +327,20 @@ def join_input_gradient(
                 g = tl.where(x.to(tl.float32) > 0, g, 0.0)
             g = tl.where(real, g, 0.0)
             store_tile(g_ptr + here, round_to(g, g_ptr.dtype.element_ty), real, inside, WHOLE_N)
-            y = load_tile(y_ptr + here, real, inside, WHOLE_N).to(tl.float32)
             mine = (tl.arange(0, CHUNKS) == chunk)[:, None]
             of_bias += tl.where(mine, tl.sum(g, 0)[None, :], 0.0)
-            of_scale += tl.where(mine, tl.sum(g * y, 0)[None, :], 0.0)
+            if RAW:
+                y = load_tile(y_ptr + here, real, inside, WHOLE_N).to(tl.float32)
+                of_scale += tl.where(mine, tl.sum(g * y, 0)[None, :], 0.0)
             if MAPPED:
                 residual = load_tile(residual_ptr + here, real, inside, WHOLE_N).to(tl.float32)
                 of_residual += tl.where(mine, tl.sum(g * residual, 0)[None, :], 0.0)
-    two = (tl.reshape(of_bias, (BLOCK_N,)), tl.reshape(of_scale, (BLOCK_N,)))
+    sums = (tl.reshape(of_bias, (BLOCK_N,)),)
+    if RAW:
+        sums = (*sums, tl.reshape(of_scale, (BLOCK_N,)))
     if MAPPED:
-        three = (two[0], two[1], tl.reshape(of_residual, (BLOCK_N,)))
-        store_vectors(partial_ptr, part, n, n < INPUTS, three, INPUTS)
-    else:
-        store_vectors(partial_ptr, part, n, n < INPUTS, two, INPUTS)
+        sums = (*sums, tl.reshape(of_residual, (BLOCK_N,)))
+    store_vectors(partial_ptr, part, n, n < INPUTS, sums, INPUTS)
 
 
 hash_in_order(globals())

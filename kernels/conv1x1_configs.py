@@ -44,13 +44,25 @@ class ProductVariant:
     joined: bool = True
     """Whether the output of a join has a gradient of its own."""
     residual: bool = False
-    """Whether a residual is added, in evaluation."""
+    """Whether a residual is added to a product."""
     factor: bool = False
     """Whether there is a factor for each sample, in evaluation."""
     tf32: bool = False
     """Whether float32 products may round their inputs to TF32."""
     arch: str = "sm90"
     """`sm80`, `sm90`, `sm100` and so on; `cpu` in Triton's interpreter."""
+    raw: bool = True
+    """Whether the map that a join adds the residual to is there, and the gradient of its scale is
+    taken; of an algebraic BatchNorm it is not."""
+    scaled: bool = False
+    """Whether a product has a scale for each output channel."""
+    mapped: bool = False
+    """Whether the residual that is added to a product has a map."""
+
+    @property
+    def precision(self) -> str:
+        """Triton's name of the precision of float32 products."""
+        return "tf32" if self.tf32 else "ieee"
 
     def pointer(self, present: bool = True) -> str | None:
         """A row's word for a tensor in the dtype of the activations, None for an absent one."""
@@ -77,36 +89,36 @@ class Tile:
 
 # float32 products have no tensor cores that keep their precision; small tiles serve checks.
 _SINGLE = Tile(m=32, k=32, n=64, warps=4, chunks=2, programs=4)
-_SINGLE_WEIGHT = Tile(m=64, k=32, n=64, warps=4, programs=2)
+SINGLE_WEIGHT = Tile(m=64, k=32, n=64, warps=4, programs=2)
 # Channels of a weight's longer side up to which a block of it stays with a program.
 _RESIDENT = 256
 
 
-def _fitted(tile: Tile, rows: int, columns: int) -> Tile:
+def fitted(tile: Tile, rows: int, columns: int) -> Tile:
     """A tile no larger than what there is, and no smaller than a product of tensor cores."""
     m = tile.m if rows == 0 else min(tile.m, max(16, next_power_of_2(rows)))
     n = min(tile.n, max(16, next_power_of_2(columns)))
     return replace(tile, m=m, n=n, chunks=tile.chunks if n == tile.n else 1)
 
 
-def _map_tile(reduced: int, columns: int, variant: ProductVariant, *, backward: bool) -> Tile:
+def map_tile(reduced: int, columns: int, variant: ProductVariant, *, backward: bool) -> Tile:
     """The tile of a pass over the pixels that sums over channels, given the sizes of the weight."""
     if variant.dtype == "fp32":
         k = min(_SINGLE.k, max(16, next_power_of_2(reduced)))
-        return _fitted(replace(_SINGLE, k=k), 0, columns)
+        return fitted(replace(_SINGLE, k=k), 0, columns)
     resident = max(reduced, columns) <= _RESIDENT and reduced * columns <= 128 * 256
     k = max(16, next_power_of_2(reduced)) if resident else 64
     tile = Tile(m=64, k=k, n=256, warps=8, stages=2, chunks=2 if backward else 1)
-    return _fitted(tile, 0, columns)
+    return fitted(tile, 0, columns)
 
 
 def _weight_tile(sizes: ProductSizes, variant: ProductVariant) -> Tile:
     tile = Tile(m=128, k=64, n=128, warps=8, stages=2, programs=2)
     single = variant.dtype == "fp32"
-    return _fitted(_SINGLE_WEIGHT if single else tile, sizes.outputs, sizes.inputs)
+    return fitted(SINGLE_WEIGHT if single else tile, sizes.outputs, sizes.inputs)
 
 
-def _row(
+def row_of(
     kernel: str,
     tensors: tuple[Argument, ...],
     sizes: ProductSizes,
@@ -144,7 +156,7 @@ def _row(
             ("BLOCK_K", tile.k),
             ("BLOCK_N", tile.n),
             *((("CHUNKS", tile.chunks),) if chunked else ()),
-            ("PRECISION", "tf32" if variant.tf32 else "ieee"),
+            ("PRECISION", variant.precision),
         ),
         num_warps=tile.warps,
         num_stages=tile.stages,
@@ -157,12 +169,12 @@ def _row(
 
 def forward_tile(sizes: ProductSizes, variant: ProductVariant) -> Tile:
     """Of both forward kernels."""
-    return _map_tile(sizes.inputs, sizes.outputs, variant, backward=False)
+    return map_tile(sizes.inputs, sizes.outputs, variant, backward=False)
 
 
 def gradient_tile(sizes: ProductSizes, variant: ProductVariant) -> Tile:
     """Of both kernels for the gradient of the input."""
-    return _map_tile(sizes.outputs, sizes.inputs, variant, backward=True)
+    return map_tile(sizes.outputs, sizes.inputs, variant, backward=True)
 
 
 def weight_tile(sizes: ProductSizes, variant: ProductVariant) -> Tile:
@@ -187,7 +199,9 @@ def forward(sizes: ProductSizes, variant: ProductVariant) -> LaunchRow:
         variant.pointer(),
     )
     tile = forward_tile(sizes, variant)
-    return _row("conv1x1_forward:product_forward", tensors, sizes, variant, tile, wide=1, narrow=1)
+    return row_of(
+        "conv1x1_forward:product_forward", tensors, sizes, variant, tile, wide=1, narrow=1
+    )
 
 
 @cache
@@ -209,25 +223,7 @@ def join_forward(sizes: ProductSizes, variant: ProductVariant) -> LaunchRow:
     )
     tile = forward_tile(sizes, variant)
     wide = 3 + variant.signs / 8 / ITEM_BYTES[variant.dtype]
-    return _row("conv1x1_forward:join_forward", tensors, sizes, variant, tile, wide, narrow=1)
-
-
-@cache
-def folded(sizes: ProductSizes, variant: ProductVariant) -> LaunchRow:
-    """Settings of `conv1x1_folded.product_folded`."""
-    tensors = (
-        variant.pointer(),
-        variant.pointer(),
-        variant.pointer(),
-        "*fp32",
-        variant.pointer(variant.residual),
-        "*fp32" if variant.factor else None,
-    )
-    tile = forward_tile(sizes, variant)
-    narrow = 1 + variant.residual
-    kernel = "conv1x1_folded:product_folded"
-    row = _row(kernel, tensors, sizes, variant, tile, wide=1, narrow=narrow)
-    return replace(row, args=(*row.args, EXAMPLE_PIXELS))
+    return row_of("conv1x1_forward:join_forward", tensors, sizes, variant, tile, wide, narrow=1)
 
 
 def _moved(variant: ProductVariant) -> tuple[tuple[Argument, ...], int]:
@@ -261,7 +257,7 @@ def input_gradient(sizes: ProductSizes, variant: ProductVariant) -> LaunchRow:
     kernel = "conv1x1_backward:product_input_gradient"
     tile = gradient_tile(sizes, variant)
     wide = 1 + variant.affine
-    return _row(kernel, tensors, sizes, variant, tile, wide, narrow, chunked=True)
+    return row_of(kernel, tensors, sizes, variant, tile, wide, narrow, chunked=True)
 
 
 @cache
@@ -276,15 +272,15 @@ def join_input_gradient(sizes: ProductSizes, variant: ProductVariant) -> LaunchR
         variant.pointer(variant.joined),
         variant.pointer(not variant.signs),
         "*u8" if variant.signs else None,
-        variant.pointer(),
+        variant.pointer(variant.raw),
         variant.pointer(variant.affine),
         variant.pointer(),
     )
     kernel = "conv1x1_backward:join_input_gradient"
     tile = gradient_tile(sizes, variant)
     mask = 1 / 8 / ITEM_BYTES[variant.dtype] if variant.signs else 1
-    wide = 2 + variant.joined + variant.affine + mask
-    return _row(kernel, tensors, sizes, variant, tile, wide, narrow, chunked=True)
+    wide = 1 + variant.joined + variant.raw + variant.affine + mask
+    return row_of(kernel, tensors, sizes, variant, tile, wide, narrow, chunked=True)
 
 
 @cache
@@ -293,7 +289,7 @@ def weight_gradient(sizes: ProductSizes, variant: ProductVariant) -> LaunchRow:
     vector = "*fp32" if variant.affine else None
     tensors = ("*fp32", variant.pointer(), variant.pointer(), vector, vector)
     kernel = "conv1x1_weight:product_weight_gradient"
-    return _row(kernel, tensors, sizes, variant, weight_tile(sizes, variant), wide=1, narrow=1)
+    return row_of(kernel, tensors, sizes, variant, weight_tile(sizes, variant), wide=1, narrow=1)
 
 
 @dataclass(frozen=True)
@@ -358,12 +354,7 @@ PAPER_JOINS = {
 
 
 def shipped_rows(arch: str) -> Iterator[tuple[str, LaunchRow]]:
-    """Every row that a step of training, or evaluation, in bfloat16 launches."""
-    for place, (inputs, outputs) in PAPER_CONVOLUTIONS.items():
-        sizes = ProductSizes(inputs, outputs)
-        if "forward" in planned(arch, sizes).passes.split():
-            ends = ProductVariant(residual=True, arch=arch)
-            yield f"1x1 product_folded {place}", folded(sizes, ends)
+    """Every row that a step of training in bfloat16 launches."""
     # The gradient of what ends a block comes without its factor.
     between = ProductVariant(affine=True, statistics=True, gain=True, moved=True, arch=arch)
     makers = {"forward": forward, "input": input_gradient, "weight": weight_gradient}

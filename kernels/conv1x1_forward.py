@@ -12,15 +12,17 @@ import triton.language as tl
 
 from .conv1x1_tiles import (
     add_moments,
+    add_product,
     join,
     load_tile,
     load_vector,
     load_weight,
     pack_bits,
+    resident_operands,
     store_tile,
     store_vectors,
 )
-from .tile import activate, dot, hash_in_order, round_to
+from .tile import dot, hash_in_order, round_to
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -45,38 +47,38 @@ def product_forward(
     [INPUTS]` float32 or None; `weight [OUTPUTS, INPUTS]` in the dtype of `x`; `partial
     [parts, 3, OUTPUTS]` float32 or None.
     """
-    AFFINE: tl.constexpr = scale_ptr is not None
     STATISTICS: tl.constexpr = partial_ptr is not None
     COLUMNS: tl.constexpr = (OUTPUTS + BLOCK_N - 1) // BLOCK_N
-    RESIDENT: tl.constexpr = INPUTS <= BLOCK_K
-    WHOLE_K: tl.constexpr = INPUTS % BLOCK_K == 0
     WHOLE_N: tl.constexpr = OUTPUTS % BLOCK_N == 0
     part = tl.program_id(0) // COLUMNS
     n = (tl.program_id(0) % COLUMNS) * BLOCK_N + tl.arange(0, BLOCK_N)
-    k = tl.arange(0, BLOCK_K)
     m = tl.arange(0, BLOCK_M)
-    if RESIDENT:
-        # Else they change from step to step.
-        weight = load_weight(weight_ptr, n, k, INPUTS, OUTPUTS, WHOLE_K and WHOLE_N)
-        scale = load_vector(scale_ptr, k, k < INPUTS, 0.0, WHOLE_K)
-        bias = load_vector(bias_ptr, k, k < INPUTS, 0.0, WHOLE_K)
+    resident = resident_operands(
+        scale_ptr, bias_ptr, weight_ptr, n, INPUTS, OUTPUTS, BLOCK_K, WHOLE_N
+    )
     zero = tl.zeros((BLOCK_N,), tl.float32)
     moments = (0.0, zero, zero)
     for tile in range(part, tl.cdiv(rows, BLOCK_M), tl.num_programs(0) // COLUMNS):
         first = tl.full((), 0, tl.int64) + tile * BLOCK_M
         left = tl.minimum(rows - tile * BLOCK_M, BLOCK_M)
         real = (m < left)[:, None]
-        x = x_ptr + first * INPUTS + m[:, None] * INPUTS
-        acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-        for start in range(0, INPUTS, BLOCK_K):
-            kk = start + k
-            if not RESIDENT:
-                weight = load_weight(weight_ptr, n, kk, INPUTS, OUTPUTS, WHOLE_K and WHOLE_N)
-                scale = load_vector(scale_ptr, kk, kk < INPUTS, 0.0, WHOLE_K)
-                bias = load_vector(bias_ptr, kk, kk < INPUTS, 0.0, WHOLE_K)
-            a = load_tile(x + kk[None, :], real, kk < INPUTS, WHOLE_K)
-            a = activate(a, scale, bias, real, AFFINE, True)
-            acc = dot(weight, tl.trans(a), acc, PRECISION)
+        acc = add_product(
+            tl.zeros((BLOCK_N, BLOCK_M), tl.float32),
+            x_ptr,
+            scale_ptr,
+            bias_ptr,
+            weight_ptr,
+            resident,
+            first,
+            m,
+            n,
+            real,
+            INPUTS,
+            OUTPUTS,
+            BLOCK_K,
+            BLOCK_N,
+            PRECISION,
+        )
         y = y_ptr + first * OUTPUTS + m[:, None] * OUTPUTS + n[None, :]
         store_tile(y, tl.trans(round_to(acc, y_ptr.dtype.element_ty)), real, n < OUTPUTS, WHOLE_N)
         if STATISTICS:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .tile import hash_in_order, rectify_real, round_to
+from .tile import activate, dot, hash_in_order, rectify_real, round_to
 
 
 @triton.jit
@@ -55,14 +55,85 @@ def load_weight(
 
 
 @triton.jit
+def resident_operands(
+    scale_ptr,
+    bias_ptr,
+    weight_ptr,
+    n,
+    INPUTS: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    WHOLE_N: tl.constexpr,
+):
+    """What `add_product` needs for all input channels at once; nothing if it takes steps."""
+    WHOLE_K: tl.constexpr = INPUTS % BLOCK_K == 0
+    if INPUTS > BLOCK_K:
+        resident = (0.0, 0.0, 0.0)
+    else:
+        k = tl.arange(0, BLOCK_K)
+        resident = (
+            load_weight(weight_ptr, n, k, INPUTS, OUTPUTS, WHOLE_K and WHOLE_N),
+            load_vector(scale_ptr, k, k < INPUTS, 0.0, WHOLE_K),
+            load_vector(bias_ptr, k, k < INPUTS, 0.0, WHOLE_K),
+        )
+    return resident
+
+
+@triton.jit
+def add_product(
+    acc,
+    x_ptr,
+    scale_ptr,
+    bias_ptr,
+    weight_ptr,
+    resident,
+    first,
+    m,
+    n,
+    real,
+    INPUTS: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Add a tile of `W relu(scale x + bias)` to `acc [BLOCK_N, BLOCK_M]`.
+
+    `resident` are the weight and the two vectors where they are the same for all tiles.
+    """
+    WHOLE_K: tl.constexpr = INPUTS % BLOCK_K == 0
+    WHOLE: tl.constexpr = WHOLE_K and OUTPUTS % BLOCK_N == 0
+    x = x_ptr + first * INPUTS + m[:, None] * INPUTS
+    for start in range(0, INPUTS, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        inside = k < INPUTS
+        if INPUTS <= BLOCK_K:
+            weight, scale, bias = resident
+        else:
+            weight = load_weight(weight_ptr, n, k, INPUTS, OUTPUTS, WHOLE)
+            scale = load_vector(scale_ptr, k, inside, 0.0, WHOLE_K)
+            bias = load_vector(bias_ptr, k, inside, 0.0, WHOLE_K)
+        a = load_tile(x + k[None, :], real, inside, WHOLE_K)
+        a = activate(a, scale, bias, real, scale_ptr is not None, True)
+        acc = dot(weight, tl.trans(a), acc, PRECISION)
+    return acc
+
+
+@triton.jit
+def add_residual(h, residual, scale, bias, MAPPED: tl.constexpr):
+    """`h + residual`, float32; the residual has a map if MAPPED."""
+    residual = residual.to(tl.float32)
+    if MAPPED:
+        residual = residual * scale + bias
+    return h + residual
+
+
+@triton.jit
 def join(y, residual, scale, bias, residual_scale, residual_bias, real, MAPPED: tl.constexpr):
     """`relu(scale y + bias + residual)` in the dtype of `y`, 0 in rows that are not real; the
     residual has a map if MAPPED."""
     h = y.to(tl.float32) * scale + bias
-    if MAPPED:
-        h += residual.to(tl.float32) * residual_scale + residual_bias
-    else:
-        h += residual.to(tl.float32)
+    h = add_residual(h, residual, residual_scale, residual_bias, MAPPED)
     return rectify_real(h, real, y.dtype)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from coded_resnext.kernels import conv1x1_launch
+from coded_resnext.kernels import conv1x1_arguments, conv1x1_launch
 from coded_resnext.kernels.configs import LaunchRow
 from coded_resnext.kernels.launch import interpreted
 from conv1x1_cases import ALL_PASSES, ProductCase, called, defined
@@ -130,7 +130,7 @@ def test_programs_that_share_the_tiles_give_the_same(
     inputs = case.inputs(torch.float32)
     expected = defined(case, inputs)
     for processors in (1, 2, 100):
-        monkeypatch.setattr(conv1x1_launch, "INTERPRETED_PROCESSORS", processors)
+        monkeypatch.setattr(conv1x1_arguments, "INTERPRETED_PROCESSORS", processors)
         found = called(case, inputs, ALL_PASSES)
         again = called(case, inputs, ALL_PASSES)
         for name, value in expected.items():
@@ -143,7 +143,7 @@ def test_shares_of_a_weight_gradient_of_several_blocks(
     processors: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Integers add up exactly, so that a tile of pixels lost, or taken twice, shows."""
-    monkeypatch.setattr(conv1x1_launch, "INTERPRETED_PROCESSORS", processors)
+    monkeypatch.setattr(conv1x1_arguments, "INTERPRETED_PROCESSORS", processors)
     generator = torch.Generator().manual_seed(0)
     x, grad = (
         torch.randint(-8, 9, (1, channels, 9, 17), generator=generator).float()

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from coded_resnext.kernels import conv1x1_configs, join_configs
+from coded_resnext.kernels import conv1x1_configs, join_configs, product_join_configs
 from coded_resnext.kernels.configs import LaunchRow
 from coded_resnext.kernels.conv1x1_configs import ProductSizes, ProductVariant
 from coded_resnext.kernels.launch import interpreted
@@ -25,7 +25,9 @@ ROWS = {
     "product_input_gradient": conv1x1_configs.input_gradient(SIZES, VARIANT),
     "join_input_gradient": conv1x1_configs.join_input_gradient(SIZES, VARIANT),
     "product_weight_gradient": conv1x1_configs.weight_gradient(SIZES, VARIANT),
-    "product_folded": conv1x1_configs.folded(SIZES, replace(VARIANT, residual=True, factor=True)),
+    "product_join": product_join_configs.product_join(
+        SIZES, replace(VARIANT, residual=True, factor=True, scaled=True, mapped=True, signs=True)
+    ),
     "pointwise_join": join_configs.pointwise_join(WIDE, "fp16", mapped=True, factor=True),
     "pointwise_join_backward": join_configs.pointwise_join_backward(WIDE, "fp16", mapped=True),
     "column_statistics": join_configs.column_statistics(WIDE, "fp16"),
@@ -39,7 +41,7 @@ TENSORS = {
     "product_input_gradient": "x y 2x ; y y - - - x - - -",
     "join_input_gradient": "x y 3x ; y y - - - x x - x x -",
     "product_weight_gradient": "w ; y x - -",
-    "product_folded": "y ; x - - y p",
+    "product_join": "y s ; x - - - - - y - - p",
     "pointwise_join": "x ; x - - x - - p",
     "pointwise_join_backward": "x 3x ; x x x x",
     "column_statistics": "3x ; x",

@@ -1,0 +1,130 @@
+"""Launch settings of the kernels for a 1x1 convolution at the end of a residual block whose output
+is not stored: its BatchNorm has statistics from the moments of what is multiplied, or is folded
+into the weight.
+
+The size of the map and of the batch are run-time numbers. No imports of PyTorch or Triton here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import cache
+
+from .configs import ITEM_BYTES, LaunchRow
+from .conv1x1_configs import (
+    EXAMPLE_PIXELS,
+    PAPER_CONVOLUTIONS,
+    SINGLE_WEIGHT,
+    ProductSizes,
+    ProductVariant,
+    Tile,
+    fitted,
+    forward_tile,
+    gradient_tile,
+    map_tile,
+    planned,
+    row_of,
+)
+
+
+@cache
+def product_join(sizes: ProductSizes, variant: ProductVariant) -> LaunchRow:
+    """Settings of `conv1x1_product_join.product_join`."""
+    before = "*fp32" if variant.affine else None
+    own = "*fp32" if variant.mapped else None
+    tensors = (
+        variant.pointer(),
+        "*u8" if variant.signs else None,
+        variant.pointer(),
+        before,
+        before,
+        variant.pointer(),
+        "*fp32" if variant.scaled else None,
+        "*fp32",
+        variant.pointer(variant.residual),
+        own,
+        own,
+        "*fp32" if variant.factor else None,
+    )
+    tile = forward_tile(sizes, variant)
+    narrow = 1 + variant.residual + variant.signs / 8 / ITEM_BYTES[variant.dtype]
+    kernel = "conv1x1_product_join:product_join"
+    row = row_of(kernel, tensors, sizes, variant, tile, wide=1, narrow=narrow)
+    return replace(row, args=(*row.args, EXAMPLE_PIXELS))
+
+
+def moments_tile(channels: int, variant: ProductVariant) -> Tile:
+    """Of the kernel for the moments, whose tiles have as many rows as columns."""
+    tile = Tile(m=128, k=64, n=128, warps=8, stages=2, programs=2)
+    return fitted(SINGLE_WEIGHT if variant.dtype == "fp32" else tile, channels, channels)
+
+
+def moments_blocks(channels: int, tile: Tile) -> int:
+    """Blocks of the scatter on and above its diagonal."""
+    columns = -(-channels // tile.n)
+    return columns * (columns + 1) // 2
+
+
+@cache
+def moments(channels: int, variant: ProductVariant) -> LaunchRow:
+    """Settings of `conv1x1_moments.activation_moments`."""
+    tile = moments_tile(channels, variant)
+    vector = "*fp32" if variant.affine else None
+    pixel_bytes = ITEM_BYTES[variant.dtype] * channels
+    return LaunchRow(
+        kernel="conv1x1_moments:activation_moments",
+        args=("*fp32", "*fp32", "*fp32", variant.pointer(), vector, vector, 4096),
+        constexprs=(
+            ("CHANNELS", channels),
+            ("BLOCK_K", tile.k),
+            ("BLOCK_N", tile.n),
+            ("PRECISION", variant.precision),
+        ),
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+        trip_bytes=tile.k * pixel_bytes // moments_blocks(channels, tile),
+        sample_bytes=EXAMPLE_PIXELS * pixel_bytes,
+    )
+
+
+@cache
+def moments_gradient(sizes: ProductSizes, variant: ProductVariant) -> LaunchRow:
+    """Settings of `conv1x1_moments_backward.moments_input_gradient`."""
+    tensors = (
+        variant.pointer(),
+        "*fp32",
+        variant.pointer(),
+        variant.pointer(),
+        variant.pointer(),
+        "*fp32",
+        variant.pointer(),
+        "*fp32",
+        "*fp32",
+    )
+    tile = gradient_tile(sizes, variant)
+    # Of the square matrix as much at a time as of the weight: all of it, or as long a step.
+    resident = tile.k >= sizes.outputs
+    step = map_tile(sizes.inputs, sizes.inputs, variant, backward=True).k if resident else tile.k
+    kernel = "conv1x1_moments_backward:moments_input_gradient"
+    row = row_of(kernel, tensors, sizes, variant, tile, wide=2, narrow=1, chunked=True)
+    steps = row.steps + -(-sizes.inputs // step) - 1
+    return replace(row, constexprs=(*row.constexprs, ("BLOCK_H", step)), steps=steps)
+
+
+def shipped_rows(arch: str) -> Iterator[tuple[str, LaunchRow]]:
+    """Every row that a step of training, or evaluation, in bfloat16 launches."""
+    for place, (inputs, outputs) in PAPER_CONVOLUTIONS.items():
+        sizes = ProductSizes(inputs, outputs)
+        passes = planned(arch, sizes).passes.split()
+        if "forward" in passes:
+            ends = ProductVariant(residual=True, arch=arch)
+            yield f"1x1 product_join {place} folded", product_join(sizes, ends)
+            between = replace(ends, affine=True, scaled=True, signs="input" in passes)
+            yield f"1x1 product_join {place} identity", product_join(sizes, between)
+            mapped = replace(between, mapped=True)
+            yield f"1x1 product_join {place} mapped", product_join(sizes, mapped)
+            yield f"1x1 activation_moments {place}", moments(inputs, between)
+        if "input" in passes:
+            row = moments_gradient(sizes, ProductVariant(arch=arch))
+            yield f"1x1 moments_input_gradient {place}", row
