@@ -73,7 +73,7 @@ def _(
 
 
 def fake_sums(x: Tensor, *factors: Tensor | None) -> Tensor:
-    """What the sums of a gradient like `x`, and of it times the factors that are there, are like."""
+    """What the sums of a gradient like `x` are like, and of it times the factors that are there."""
     count = 1 + sum(factor is not None for factor in factors)
     return x.new_empty((count, x.shape[1]), dtype=accumulation_dtype(x.dtype))
 

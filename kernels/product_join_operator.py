@@ -138,9 +138,7 @@ def product_sums(
 
 
 @product_sums.register_fake
-def _(
-    grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor, kernels: str
-) -> Tensor:
+def _(grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor, kernels: str) -> Tensor:
     return x.new_empty(tuple(weight.shape[:2]), dtype=accumulation_dtype(x.dtype))
 
 

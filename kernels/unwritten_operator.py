@@ -1,5 +1,5 @@
-"""The 1x1 convolution whose output is not written, as the PyTorch operator
-`coded_resnext::unwritten_conv1x1*`: what BatchNorm needs of it follows from the moments of its input.
+"""The 1x1 convolution whose output is not written, as the PyTorch operators
+`coded_resnext::unwritten_conv1x1*`: what BatchNorm needs follows from the moments of its input.
 
 For `a = relu(scale x + bias)` and `y = W a`, over n pixels with the mean m of `a` and its scatter
 `S = sum (a - m)(a - m)^T`, the sum of `y` is `n W m`, and its M2 the diagonal of `W S W^T`. What
