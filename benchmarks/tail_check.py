@@ -1,5 +1,5 @@
-"""The last convolution of plain blocks, which is not written, on the GPU at hand: right, repeatable,
-how fast.
+"""The last convolution of plain blocks, which is not written, on the GPU at hand: is it right, does
+it repeat, how fast is it.
 
 A part of conv1x1_check.py. The moments of what is multiplied, the sum that ends the block, the sums
 of gradient and input over the pixels, and the gradient of the input are checked and timed by the
