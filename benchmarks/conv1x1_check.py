@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 from coded_resnext.kernels import conv1x1_configs, conv1x1_join_operators, conv1x1_operators
-from grouped_check import ROUNDING, error
+from pass_check import check_call
+from tail_check import check_tails
 from timing import Deadline, median_ms
 from torch import Tensor
 
@@ -137,31 +138,6 @@ class Call:
         return {name: value for name, value in found.items() if value.numel()}
 
 
-def check_layer(
-    layer: Layer, dtype: torch.dtype, device: torch.device, repeats: int
-) -> dict[str, Any]:
-    """Errors of the passes beside those of PyTorch's products, and whether bits repeat."""
-    call = Call(layer, dtype, device)
-    row: dict[str, Any] = {"layer": layer.name, "dtype": str(dtype), "errors": {}, "wrong": []}
-    for which in PASSES:
-        exact, eager = call.wide().run(which, ""), call.run(which, "")
-        found = call.run(which, conv1x1_operators.PASSES)
-        for name, value in exact.items():
-            mine, theirs = error(found[name], value), error(eager[name], value)
-            limit = 2 * max(theirs, ROUNDING[dtype])
-            row["errors"][f"{which} {name}"] = {"kernel": mine, "eager": theirs, "limit": limit}
-            # Written so that a NaN is wrong.
-            if not mine <= limit:
-                fault = f"{layer.name} {which} {name}: error {mine:.1e}, at most {limit:.1e}"
-                row["wrong"].append(fault)
-        for _ in range(repeats - 1):
-            again = call.run(which, conv1x1_operators.PASSES)
-            if not all(torch.equal(value, again[name]) for name, value in found.items()):
-                row["wrong"].append(f"{layer.name} {which}: other bits in one of {repeats} runs")
-                break
-    return row
-
-
 def least_bytes(layer: Layer, which: str, item: int) -> float:
     """What a pass has to move: each map once, signs an eighth of a byte."""
     pixels = layer.batch * layer.size**2
@@ -255,7 +231,8 @@ def check_products(
 ) -> dict[str, Any]:
     """All of it, JSON-ready; layers that the time does not suffice for are named."""
     chosen = TINY if dry else LAYERS
-    checks = [check_layer(layer, torch.bfloat16, device, repeats) for layer in chosen]
+    calls = (Call(layer, torch.bfloat16, device) for layer in chosen)
+    checks = [check_call(call, PASSES, repeats) for call in calls]
     wrong = {row["layer"] for row in checks if row["wrong"]}
     times, left_out = [], []
     for index, layer in enumerate(chosen):
@@ -267,7 +244,12 @@ def check_products(
         # Compiling is what takes the minutes.
         worth = compiler if index < len(chosen) // 2 else None
         times.append(time_layer(layer, device, bandwidth, worth))
-    return {"checks": checks, "times": times, "left_out": left_out}
+    tails = check_tails(device, dry=dry, bandwidth=bandwidth, deadline=deadline, repeats=repeats)
+    return {
+        "checks": checks + tails["checks"],
+        "times": times + tails["times"],
+        "left_out": left_out + tails["left_out"],
+    }
 
 
 def report_products(results: dict[str, Any]) -> list[str]:

@@ -1,7 +1,7 @@
-"""The least memory traffic of a network's blocks: what the operators of the fused data flow move.
+"""The memory traffic of a network's blocks: what the kernels of the fused data flow move.
 
-Every tensor of the size of a map is counted once for each operator that reads or writes it; vectors
-and weights are not. The table is that of docs/fused_block.md.
+Every tensor of the size of a map is counted once for each kernel that reads or writes it; vectors,
+weights, partial sums and the bits of signs are not. The table is that of docs/fused_block.md.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from coded_resnext import CodedBottleneck, CodedResNeXt
+from coded_resnext.fused_operators import UNWRITTEN
 
 
 @dataclass(frozen=True)
@@ -26,10 +27,10 @@ class BlockMaps:
     stride: int
     coded: bool
     projection: bool
-    joined: bool
-    """Whether its input is what another block has left to be computed."""
-    mapped: bool
-    """Whether the residual of that block has a BatchNorm of its own."""
+    before: BlockMaps | None
+    """The block whose output is still to be computed; None for a first block."""
+    unwritten: bool
+    """Whether its last convolution is computed where it is read."""
 
     def evaluation(self) -> dict[str, int]:
         """Elements that each operator moves where no gradients are wanted."""
@@ -44,32 +45,52 @@ class BlockMaps:
         return found
 
     def forward(self) -> dict[str, int]:
-        """Elements that each operator moves on the way to a backward pass."""
-        found = {
-            "join_conv1x1": 3 * self.x + self.y1 if self.joined else self.x + self.y1,
-            "grouped_conv3x3": self.y1 + self.y2,
-            "conv1x1": self.y2 + self.y3,
-        }
+        """Elements that each operator's kernels move on the way to a backward pass."""
+        found = {"reduce": self.x + self.y1, "grouped": self.y1 + self.y2}
+        if self.before is not None:
+            found |= {"join": self.before.joining()}
+            # Where the sum is not a kernel of its own, it is the prologue of the convolution.
+            found["reduce"] -= 0 if self.before.unwritten else self.x
         if self.coded:
-            found["normalize_branches"] = 2 * self.y2
+            found["normalize"] = 2 * self.y2
+        found["expand"] = self.y2 if self.unwritten else self.y2 + self.y3
         if self.projection:
-            found["skip conv1x1"] = self.x // self.stride**2 + self.y3
+            found["skip"] = self.x // self.stride**2 + self.y3
         return found
 
+    def joining(self) -> int:
+        """Elements that the sum at the block's end takes and gives."""
+        return (self.y2 if self.unwritten else self.y3) + 2 * self.y3
+
     def backward(self) -> dict[str, int]:
-        """Elements that each operator moves."""
-        # The gradient of x from where else it goes, x itself, the raw tensor before it, and g.
-        of_x = 4 * self.x + (self.x if self.mapped else 0) if self.joined else 2 * self.x
+        """Elements that each operator's kernels move.
+
+        The gradient of a convolution's output is written once as BatchNorm behind it makes it, for
+        the gradient of the weight.
+        """
+        of_input = self.y2 if self.coded else 2 * self.y2
         found = {
-            "conv1x1_backward": 2 * self.y3 + 2 * self.y2,
-            "grouped_conv3x3_backward": 2 * self.y2 + 2 * self.y1,
-            "join_conv1x1_backward": 2 * self.y1 + of_x,
+            "expand input": 3 * self.y3 + of_input,
+            "expand weight": self.y3 + self.y2,
+            "grouped": 4 * self.y2 + 3 * self.y1,
+            "reduce input": 3 * self.y1 + self.x,
+            "reduce weight": self.y1 + self.x,
         }
+        if self.unwritten:
+            found["expand input"] = self.y3 + 2 * self.y2
+        if self.before is not None:
+            found["reduce input"] += self.before.parting() - self.x
         if self.coded:
-            found["normalize_branches_backward"] = 3 * self.y2
+            found["normalize"] = 4 * self.y2
         if self.projection:
-            found["skip conv1x1_backward"] = 2 * self.y3 + 2 * (self.x // self.stride**2)
+            strided = self.x // self.stride**2
+            found |= {"skip input": 3 * self.y3 + strided, "skip weight": self.y3 + strided}
         return found
+
+    def parting(self) -> int:
+        """Elements at the sum's gradient, which the next block's first convolution adds to another
+        one: that one, the result, and what the sums for the BatchNorms before it need."""
+        return (2 + (not self.unwritten) + self.projection) * self.y3
 
 
 def maps_of(model: CodedResNeXt, batch: int, size: int) -> list[BlockMaps]:
@@ -77,7 +98,6 @@ def maps_of(model: CodedResNeXt, batch: int, size: int) -> list[BlockMaps]:
     if model.config["stem"] != "conv3x3":
         size = (size + 3) // 4
     found: list[BlockMaps] = []
-    before: CodedBottleneck | None = None
     for block in model.blocks:
         out = -(-size // block.stride)
         wide = block.reduce.out_channels
@@ -90,11 +110,11 @@ def maps_of(model: CodedResNeXt, batch: int, size: int) -> list[BlockMaps]:
                 block.stride,
                 block.is_coded,
                 _projects(block),
-                before is not None,
-                before is not None and _projects(before),
+                found[-1] if found else None,
+                not block.is_coded and block.expand.in_channels <= UNWRITTEN,
             )
         )
-        before, size = block, out
+        size = out
     return found
 
 
@@ -114,6 +134,9 @@ def least_bytes(model: CodedResNeXt, batch: int, size: int, item: int, *, traini
     blocks = maps_of(model, batch, size)
     if not training:
         return item * sum(sum(maps.evaluation().values()) for maps in blocks)
-    elements = sum(sum((maps.forward() | maps.backward()).values()) for maps in blocks)
-    # The map behind the last block, and its gradient.
-    return item * (elements + 7 * blocks[-1].y3)
+    elements = sum(
+        sum(each.values()) for maps in blocks for each in (maps.forward(), maps.backward())
+    )
+    # The map behind the last block is written by itself; its gradient's ReLU reads it.
+    last = blocks[-1]
+    return item * (elements + last.joining() + last.parting() + last.y3)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from .fused_inference import can_infer, inferred_block
 from .fused_norm import affine_of, uses_batch
 from .fused_operators import FusedOperators
-from .fused_values import Affine, Deferred, Map, layers_of, like, ready
+from .fused_values import Affine, Deferred, Map, Product, layers_of, like, ready
 from .kernels.checks import check_debug, checked_mask
 from .kernels.gram import split_weight
 from .kernels.launch import architecture, interpreted
@@ -76,17 +76,21 @@ def fused_block(
         map2 = affine_of(bn2, sums2, _values(y2))
         energies: Tensor | None = None
         map_before: Affine | None
-        if block.is_coded:
-            h, energies = _normalized(block, y2, map2, drop_mask, keep_mask)
-            operand, map_before = h, None
+        y3: Tensor | Product
+        if not block.is_coded and deferred and run.leaves_unwritten(y2, block.expand):
+            y3, sums3 = run.unwritten(y2, block.expand, map2)
         else:
-            operand, map_before = y2, map2
-        y3, sums3 = run.conv1x1(
-            operand, block.expand, map_before, statistics=uses_batch(bn3), deferred=deferred
-        )
-        map3 = affine_of(bn3, sums3, _values(y3), deferred=deferred)
+            if block.is_coded:
+                operand, energies = _normalized(block, y2, map2, drop_mask, keep_mask)
+                map_before = None
+            else:
+                operand, map_before = y2, map2
+            y3, sums3 = run.conv1x1(
+                operand, block.expand, map_before, statistics=uses_batch(bn3), deferred=deferred
+            )
+        map3 = affine_of(bn3, sums3, _values(y2), deferred=deferred)
         residual, residual_map = _skip(block, run, x, deferred=deferred)
-    return Deferred(y3, map3, residual, residual_map, deferred, run.joins(y3)), energies
+    return Deferred(y3, map3, residual, residual_map, deferred, run.joins(y2)), energies
 
 
 def _normalized(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .fused_folding import Folded
-from .fused_values import Affine, Map
+from .fused_values import Affine, Map, Product, joined_product, like
 from .kernels import backends, conv1x1_ops, grouped_ops
 from .kernels.conv1x1_join_operators import join_conv1x1
 from .kernels.conv1x1_operators import POINTWISE, conv1x1, unsupported
@@ -19,10 +19,14 @@ from .kernels.folded_operators import folded_conv1x1, folded_grouped_conv3x3
 from .kernels.grouped_operators import grouped_conv3x3
 from .kernels.grouped_operators import unsupported as grouped_unsupported
 from .kernels.launch import DTYPES
+from .kernels.unwritten_operator import unwritten_conv1x1
 
 logger = logging.getLogger("coded_resnext")
 
 NO_MAP = (None, None)
+# Input channels up to which a convolution is computed twice rather than written: the scatter of its
+# input costs a product of as many channels by as many, which beyond them is no longer free.
+UNWRITTEN = 256
 
 
 @dataclass(frozen=True)
@@ -77,6 +81,18 @@ class FusedOperators:
         y, sums = conv1x1(x, weight, *(affine or NO_MAP), statistics, deferred, passes)
         return y, sums
 
+    def leaves_unwritten(self, x: Tensor, conv: nn.Conv2d) -> bool:
+        """Whether a 1x1 convolution of `x [B, I, H, W]` is computed where it is read."""
+        # Its statistics are worked out in float64.
+        return conv.in_channels <= UNWRITTEN and x.device.type != "mps"
+
+    def unwritten(self, x: Tensor, conv: nn.Conv2d, affine: Affine) -> tuple[Product, Tensor]:
+        """`W relu(scale x + bias)`, to be computed by who reads it, and its statistics `[3, O]`."""
+        weight = self.cast(conv.weight)
+        passes = self._products(x, weight)
+        place, of_sums, statistics, _, _ = unwritten_conv1x1(x, weight, *affine, passes)
+        return Product(place, of_sums, x, affine, weight, passes), statistics
+
     def join_conv1x1(
         self, x: Map, conv: nn.Conv2d, *, statistics: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -85,7 +101,14 @@ class FusedOperators:
             x = self.cast(x)
             return x, *self.conv1x1(x, conv, statistics=statistics)
         weight = self.cast(conv.weight)
-        passes = self._products(x.raw, weight, join=True)
+        passes = self._products(like(x), weight, join=True)
+        if isinstance(x.raw, Product):
+            # Signs are written by a kernel of one convolution, and read by one of the other.
+            both = "forward" in x.raw.passes.split() and "input" in passes.split()
+            signs = both and conv.in_channels % 8 == 0 and torch.is_grad_enabled()
+            return joined_product(
+                x, x.raw, weight, statistics=statistics, signs=signs, passes=passes
+            )
         signs = {"forward", "input"} <= set(passes.split()) and torch.is_grad_enabled()
         joined, y, sums, _ = join_conv1x1(
             x.raw,

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from .kernels.join_operator import join
+from .kernels.product_join_operator import product_join
 
 
 class Affine(NamedTuple):
@@ -19,14 +20,31 @@ class Affine(NamedTuple):
     bias: Tensor
 
 
+class Product(NamedTuple):
+    """A 1x1 convolution `W relu(scale x + bias)` whose statistics are known and that is computed
+    where it is read. Its gradients go to whoever took the statistics, in two places."""
+
+    place: Tensor
+    """Like what the convolution gives, `[B, O, H, W]`, but without memory."""
+    place_of_sums: Tensor
+    """`[O, I]`, also without memory."""
+    operand: Tensor
+    """`x [B, I, H, W]`, raw."""
+    affine: Affine
+    weight: Tensor
+    """`[O, I, 1, 1]`."""
+    passes: str
+    """Those that run kernels."""
+
+
 class Deferred(NamedTuple):
     """The output of a block, `x = relu(scale raw + bias + residual)`, not yet computed.
 
     Who reads it applies the maps while loading, and writes `x` once.
     """
 
-    raw: Tensor
-    """`[B, C, H, W]`, what the last convolution gave."""
+    raw: Tensor | Product
+    """`[B, C, H, W]`, what the last convolution gave, or what will give it."""
     affine: Affine
     """Of the last BatchNorm."""
     residual: Tensor
@@ -48,14 +66,53 @@ def ready(x: Map) -> Tensor:
     """The map itself, `[B, C, H, W]`."""
     if isinstance(x, Tensor):
         return x
+    if isinstance(x.raw, Product):
+        return joined_product(x, x.raw)[0]
     of_residual = x.residual_affine or (None, None)
     applied: Tensor = join(x.raw, *x.affine, x.residual, *of_residual, x.deferred, x.kernels)
     return applied
 
 
+def joined_product(
+    x: Deferred,
+    product: Product,
+    next_weight: Tensor | None = None,
+    *,
+    statistics: bool = False,
+    signs: bool = False,
+    passes: str = "",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A map whose raw tensor is a product, the next 1x1 convolution of it, and its statistics.
+
+    Args:
+        x, product: the map, and the product in it.
+        next_weight: of the next convolution; without it the two others are empty.
+        statistics, signs: whether they are taken, and kept.
+        passes: of the next convolution, those that run kernels.
+    """
+    joined, y, sums, _ = product_join(
+        product.place,
+        product.place_of_sums,
+        product.operand,
+        *product.affine,
+        product.weight,
+        *x.affine,
+        x.residual,
+        *(x.residual_affine or (None, None)),
+        next_weight,
+        statistics,
+        signs,
+        product.passes,
+        passes,
+    )
+    return joined, y, sums
+
+
 def like(x: Map) -> Tensor:
     """A tensor with the map's shape, dtype and device."""
-    return x if isinstance(x, Tensor) else x.raw
+    if isinstance(x, Tensor):
+        return x
+    return x.raw.place if isinstance(x.raw, Product) else x.raw
 
 
 def layers_of(skip: nn.Module) -> tuple[Any, ...]:

@@ -16,6 +16,7 @@ from torch import Tensor
 from . import conv1x1_launch, conv1x1_library, join_launch
 from .batch_statistics import follow, statistics_gradient
 from .conv1x1_operators import POINTWISE, fake_outputs
+from .join_operator import fake_sums
 from .launch import as_rows, empty_rows, on_device
 from .reference import accumulation_dtype
 
@@ -99,7 +100,7 @@ def join_conv1x1_backward(
     grad_x: Tensor | None,
     x: Tensor,
     signs: Tensor | None,
-    y: Tensor,
+    y: Tensor | None,
     residual: Tensor | None,
     weight: Tensor,
     z: Tensor | None,
@@ -114,12 +115,12 @@ def join_conv1x1_backward(
 
     `grad`, `z [B, O, H, W]`; `gain`, `curve`, `level [O]`; `grad_x`, `x`, `y`, `residual
     [B, I, H, W]`. `signs`, where there are some, are read by the kernel in place of `x`; `residual`
-    where it has a map.
+    where it has a map, and `y` where it was written.
 
     Returns:
         `g [B, I, H, W]`, the gradient behind the ReLU, which is that of `y` without the factor
-        `scale`. Then the sums of `g`, of `g y` and, given a `residual`, of `g residual`,
-        `[2 or 3, I]`: the gradients of `bias`, `scale`, `residual_scale`. And the gradient of
+        `scale`. Then the sums of `g`, given a `y` of `g y`, given a `residual` of `g residual`,
+        `[1 to 3, I]`: the gradients of `bias`, `scale`, `residual_scale`. And the gradient of
         `weight`. `[0]` in place of what is not needed.
     """
     g, dweight = x.new_empty((0,)), x.new_empty((0,))
@@ -148,7 +149,7 @@ def _(
     grad_x: Tensor | None,
     x: Tensor,
     signs: Tensor | None,
-    y: Tensor,
+    y: Tensor | None,
     residual: Tensor | None,
     weight: Tensor,
     z: Tensor | None,
@@ -160,8 +161,7 @@ def _(
     kernels: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     g = empty_rows(x).permute(0, 3, 1, 2) if need_input else x.new_empty((0,))
-    shape = (2 if residual is None else 3, x.shape[1]) if need_input else (0,)
-    sums = x.new_empty(shape, dtype=accumulation_dtype(x.dtype))
+    sums = fake_sums(x, y, residual) if need_input else fake_sums(x).new_empty((0,))
     dweight = weight.new_empty(tuple(weight.shape)) if need_weight else x.new_empty((0,))
     return g, sums, dweight
 

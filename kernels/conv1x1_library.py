@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .launch import as_rows
+from .reference import accumulation_dtype
 
 
 def _matrix(x: Tensor) -> Tensor:
@@ -45,3 +46,41 @@ def input_gradient(grad: Tensor, weight: Tensor, more: Tensor | None = None) -> 
 def weight_gradient(grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     """`grad x^T`, summed over the pixels, in the shape of the weight."""
     return (_matrix(grad).t() @ _matrix(x)).view_as(weight)
+
+
+def wide_sums(grad: Tensor, x: Tensor) -> Tensor:
+    """`grad x^T`, summed over the pixels, `[O, I]` in the accumulation dtype."""
+    return _wide_product(_matrix(grad), _matrix(x))
+
+
+def moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Of `[B, I, H, W]`, over all pixels: the mean `[I]`, and the sums of the products of the
+    deviations from it, `[I, I]`, both in the accumulation dtype."""
+    rows = _matrix(x)
+    wide = rows.to(accumulation_dtype(x.dtype))
+    mean = wide.mean(0)
+    deviations = (wide - mean).to(x.dtype)
+    return mean, _wide_product(deviations, deviations)
+
+
+def moments_gradient(
+    grad: Tensor, weight: Tensor, square: Tensor, shift: Tensor, x: Tensor
+) -> Tensor:
+    """`W^T grad + Q x + t` at every pixel, `[B, I, H, W]`.
+
+    `grad [B, O, H, W]`; in the accumulation dtype `weight [O, I]`, symmetric `square [I, I]`,
+    `shift [I]`.
+    """
+    # Divided by its largest element, since in float16 a matrix of tiny numbers is one of zeros.
+    largest = square.abs().amax().clamp_min(torch.finfo(square.dtype).tiny)
+    more = _matrix(x) @ (square / largest).to(x.dtype)
+    more = (more.to(shift.dtype) * largest + shift).to(x.dtype)
+    return _images(torch.addmm(more, _matrix(grad), weight.to(x.dtype)), grad)
+
+
+def _wide_product(left: Tensor, right: Tensor) -> Tensor:
+    """`left^T right` of matrices with a row for each pixel, in the accumulation dtype."""
+    wide = accumulation_dtype(left.dtype)
+    if left.is_cuda and wide != left.dtype and torch.version.hip is None:
+        return torch.mm(left.t(), right, out_dtype=wide)
+    return left.t().to(wide) @ right.to(wide)

@@ -101,11 +101,12 @@ def pointwise_join_backward(
 ):
     """`g = grad` where `x > 0`, and each part's sums of `g`, `g y` and `g residual`.
 
-    Grid: parts * column blocks. `partial [parts, 2 or 3, CHANNELS]` float32; the third sum is there
-    with a `residual`, which is None for one without a map.
+    Grid: parts * column blocks. `partial [parts, 1 to 3, CHANNELS]` float32. `y` is None where it
+    was not written, `residual` where it has no map; their sums are then left out.
     """
+    RAW: tl.constexpr = y_ptr is not None
     MAPPED: tl.constexpr = residual_ptr is not None
-    SUMS: tl.constexpr = 3 if MAPPED else 2
+    SUMS: tl.constexpr = 1 + RAW + MAPPED
     part, first, channel = locate_tile(rows, CHANNELS, TRIPS, BLOCK_P, BLOCK_C)
     zero = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
     of_g = zero
@@ -118,15 +119,17 @@ def pointwise_join_backward(
         g = tl.where(x > 0, grad, 0.0)
         tl.store(g_ptr + at, round_to(g, g_ptr.dtype.element_ty), mask=inside)
         of_g += g
-        of_y += g * tl.load(y_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        if RAW:
+            of_y += g * tl.load(y_ptr + at, mask=inside, other=0.0).to(tl.float32)
         if MAPPED:
             of_residual += g * tl.load(residual_ptr + at, mask=inside, other=0.0).to(tl.float32)
     out = partial_ptr + part.to(tl.int64) * (SUMS * CHANNELS) + channel
     real = channel < CHANNELS
     tl.store(out, tl.sum(of_g, 0), mask=real)
-    tl.store(out + CHANNELS, tl.sum(of_y, 0), mask=real)
+    if RAW:
+        tl.store(out + CHANNELS, tl.sum(of_y, 0), mask=real)
     if MAPPED:
-        tl.store(out + 2 * CHANNELS, tl.sum(of_residual, 0), mask=real)
+        tl.store(out + (SUMS - 1) * CHANNELS, tl.sum(of_residual, 0), mask=real)
 
 
 @triton.jit(do_not_specialize=["rows"])

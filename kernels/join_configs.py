@@ -73,11 +73,19 @@ def pointwise_join(
 
 
 @cache
-def pointwise_join_backward(channels: int, dtype: Dtype, *, mapped: bool) -> LaunchRow:
-    """Settings of `join.pointwise_join_backward`."""
+def pointwise_join_backward(
+    channels: int, dtype: Dtype, *, mapped: bool, raw: bool = True
+) -> LaunchRow:
+    """Settings of `join.pointwise_join_backward`.
+
+    Args:
+        channels, dtype: of the map.
+        mapped: whether the residual has a map of its own.
+        raw: whether what was mapped and added to it is there.
+    """
     wide = f"*{dtype}"
-    args = (wide, "*fp32", wide, wide, wide, wide if mapped else None)
-    return _row("pointwise_join_backward", channels, dtype, args, 5 if mapped else 4)
+    args = (wide, "*fp32", wide, wide, wide if raw else None, wide if mapped else None)
+    return _row("pointwise_join_backward", channels, dtype, args, 3 + raw + mapped)
 
 
 @cache

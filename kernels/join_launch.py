@@ -69,24 +69,26 @@ def forward(
 
 
 def backward(
-    grad: Tensor, x: Tensor, y: Tensor, residual: Tensor | None, kernels: bool
+    grad: Tensor, x: Tensor, y: Tensor | None, residual: Tensor | None, kernels: bool
 ) -> tuple[Tensor, Tensor]:
-    """The gradient behind the ReLU, `g = grad` where `x > 0`, and sums of it `[2 or 3, C]`.
+    """The gradient behind the ReLU, `g = grad` where `x > 0`, and sums of it `[1 to 3, C]`.
 
-    The sums are those of `g`, `g y` and, with a `residual`, `g residual`.
+    The sums are those of `g`, with a `y` of `g y` and with a `residual` of `g residual`.
     """
+    factors = [each for each in (y, residual) if each is not None]
     if not kernels:
         g = torch.where(x > 0, grad, 0.0)
         wide = g.to(accumulation_dtype(x.dtype))
-        factors = [y] if residual is None else [y, residual]
         products = [wide, *(wide * factor for factor in factors)]
         return channels_last(g), torch.stack([each.sum((0, 2, 3)) for each in products])
     rows = as_rows(x)
     g = empty_rows(x)
     count, channels = rows.numel() // rows.shape[3], rows.shape[3]
-    shape = (configs.parts_of(count), 2 if residual is None else 3, channels)
+    shape = (configs.parts_of(count), 1 + len(factors), channels)
     partial = x.new_empty(shape, dtype=torch.float32)
-    row = configs.pointwise_join_backward(channels, DTYPES[x.dtype], mapped=residual is not None)
+    row = configs.pointwise_join_backward(
+        channels, DTYPES[x.dtype], mapped=residual is not None, raw=y is not None
+    )
     with on_device(x):
         row.launch(
             configs.grid_of(count, channels),
@@ -94,7 +96,7 @@ def backward(
             partial,
             as_rows(grad),
             rows,
-            as_rows(y),
+            None if y is None else as_rows(y),
             None if residual is None else as_rows(residual),
             count,
         )

@@ -58,20 +58,24 @@ def _(
 
 @torch.library.custom_op("coded_resnext::join_backward", mutates_args=())
 def join_backward(
-    grad: Tensor, x: Tensor, y: Tensor, residual: Tensor | None, kernels: bool
+    grad: Tensor, x: Tensor, y: Tensor | None, residual: Tensor | None, kernels: bool
 ) -> tuple[Tensor, Tensor]:
-    """The gradient behind the ReLU, and the sums of it, of it times `y` and times `residual`."""
+    """The gradient behind the ReLU, and the sums of it, of it times `y` and times `residual`, the
+    last two where those are there."""
     return join_launch.backward(grad, x, y, residual, kernels)
 
 
 @join_backward.register_fake
 def _(
-    grad: Tensor, x: Tensor, y: Tensor, residual: Tensor | None, kernels: bool
+    grad: Tensor, x: Tensor, y: Tensor | None, residual: Tensor | None, kernels: bool
 ) -> tuple[Tensor, Tensor]:
-    sums = x.new_empty(
-        (2 if residual is None else 3, x.shape[1]), dtype=accumulation_dtype(x.dtype)
-    )
-    return empty_rows(x).permute(0, 3, 1, 2), sums
+    return empty_rows(x).permute(0, 3, 1, 2), fake_sums(x, y, residual)
+
+
+def fake_sums(x: Tensor, *factors: Tensor | None) -> Tensor:
+    """What the sums of a gradient like `x` are like, and of it times the factors that are there."""
+    count = 1 + sum(factor is not None for factor in factors)
+    return x.new_empty((count, x.shape[1]), dtype=accumulation_dtype(x.dtype))
 
 
 def _save(ctx: Any, inputs: Any, output: Any) -> None:

@@ -25,6 +25,9 @@ LIBRARY = {
     *("aten::mm", "aten::addmm", "aten::_addmm_activation"),
     *("aten::convolution", "aten::convolution_backward"),
 }
+SHAPE = (2, 16, 3, 3)
+# A number that no weight has for a side.
+PIXELS = 2 * 3 * 3
 KINDS = {
     f"{kind}, {skip}": (kind == "coded", outputs)
     for kind in ("plain", "coded")
@@ -45,7 +48,7 @@ def make_blocks(coded: bool, outputs: int, backend: str) -> list[CodedBottleneck
 
 def counted(blocks: list[CodedBottleneck], launched: list[str]) -> dict[str, Counter[str]]:
     """Kernels and products of the forward and the backward pass; energies have gradients."""
-    x = torch.randn(2, 16, 3, 3).contiguous(memory_format=torch.channels_last).requires_grad_()
+    x = torch.randn(SHAPE).contiguous(memory_format=torch.channels_last).requires_grad_()
     found = {}
 
     def forward() -> Tensor:
@@ -59,23 +62,32 @@ def counted(blocks: list[CodedBottleneck], launched: list[str]) -> dict[str, Cou
     result = torch.zeros(())
     for name in ("forward", "backward"):
         launched.clear()
-        with profile(activities=[ProfilerActivity.CPU]) as record:
+        with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as record:
             if name == "forward":
                 result = forward()
             else:
                 result.backward()
-        products = Counter(e.name for e in record.events() if e.name in LIBRARY)
-        found[name] = Counter(launched) + products
+        found[name] = Counter(launched) + products_of(record)
     return found
+
+
+def products_of(record: profile) -> Counter[str]:
+    """Products and convolutions of maps by PyTorch; not those of weights alone."""
+    events = [e for e in record.events() if e.name in LIBRARY]
+    of_maps = [
+        e for e in events if any(PIXELS in shape or len(shape) == 4 for shape in e.input_shapes)
+    ]
+    return Counter(e.name for e in of_maps)
 
 
 def evaluated(block: CodedBottleneck, launched: list[str]) -> Counter[str]:
     """Kernels and products of a block in evaluation."""
-    x = torch.randn(2, 16, 3, 3).contiguous(memory_format=torch.channels_last)
+    x = torch.randn(SHAPE).contiguous(memory_format=torch.channels_last)
     launched.clear()
-    with torch.no_grad(), profile(activities=[ProfilerActivity.CPU]) as record:
+    kinds = [ProfilerActivity.CPU]
+    with torch.no_grad(), profile(activities=kinds, record_shapes=True) as record:
         apply_block(block.eval(), x)
-    return Counter(launched) + Counter(e.name for e in record.events() if e.name in LIBRARY)
+    return Counter(launched) + products_of(record)
 
 
 def numbers(count: Counter[str]) -> str:

@@ -1,4 +1,4 @@
-"""The count of a network's memory traffic, against the tensors that its operators take and give."""
+"""The count of a network's memory traffic, against the tensors that operators and kernels take."""
 
 from __future__ import annotations
 
@@ -8,12 +8,17 @@ from typing import Any
 
 import pytest
 import torch
+from coded_resnext.kernels import conv1x1_operators, conv1x1_ops
+from coded_resnext.kernels.configs import LaunchRow
+from coded_resnext.kernels.conv1x1_configs import Plan
+from helpers import needs_triton
 from model_bytes import least_bytes, maps_of
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from coded_resnext import CodedResNeXt, Stage
+from coded_resnext.fused_operators import FusedOperators
 
 # As many samples as no weight has channels: what tells maps from weights.
 BATCH, SIZE = 7, 8
@@ -50,8 +55,8 @@ def network(stages: list[Stage]) -> CodedResNeXt:
     return CodedResNeXt(stages, 10, stem_channels=16, drop_branches=0.0, backend="fused").double()
 
 
-def images() -> Tensor:
-    return torch.rand(BATCH, 3, SIZE, SIZE, dtype=torch.float64)
+def images(size: int = SIZE) -> Tensor:
+    return torch.rand(BATCH, 3, size, size, dtype=torch.float64)
 
 
 @pytest.mark.parametrize("stages", STAGES.values(), ids=STAGES)
@@ -70,23 +75,37 @@ def test_it_counts_what_evaluation_calls_operators_with(stages: list[Stage]) -> 
     assert total == 2 * sum(moved.elements.values())
 
 
-@pytest.mark.parametrize("stages", STAGES.values(), ids=STAGES)
-def test_it_counts_what_training_calls_operators_with(stages: list[Stage]) -> None:
-    model, moved = network(stages), Moved()
-    with moved:
-        logits, energies = model(images(), return_energies=True)
-        (logits.square().sum() + sum(e.pow(2).sum() for e in energies)).backward()
-    expected: Counter[str] = Counter()
-    for maps in maps_of(model, BATCH, SIZE):
-        for name, elements in (maps.forward() | maps.backward()).items():
-            expected[name.removeprefix("skip ")] += elements
-    # The first block's input is there already; the last block's output is written by itself.
-    first = maps_of(model, BATCH, SIZE)[0]
-    for suffix, elements in (("", first.x + first.y1), ("_backward", 2 * first.x + 2 * first.y1)):
-        expected[f"join_conv1x1{suffix}"] -= elements
-        expected[f"conv1x1{suffix}"] += elements
-    last = maps_of(model, BATCH, SIZE)[-1]
-    expected |= {"join": 3 * last.y3, "join_backward": 4 * last.y3}
-    assert moved.elements == expected
-    total = least_bytes(model, BATCH, SIZE, 2, training=True)
-    assert total == 2 * sum(moved.elements.values())
+# Widths that fill the windows of the grouped convolution's kernels; elsewhere those are padded.
+FULL = {
+    "coded and plain, stride 2": [
+        Stage(2, 16, 2, 8, 8),
+        Stage(2, 24, 8, 10, 5, stride=2),
+    ],
+    "plain, the second stage too wide": [Stage(1, 16, 2, 8, 8), Stage(1, 24, 16, 18, 18, stride=2)],
+}
+
+
+@needs_triton
+@pytest.mark.parametrize("stages", FULL.values(), ids=FULL)
+def test_it_counts_what_training_launches_kernels_with(
+    stages: list[Stage], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moved: Counter[str] = Counter()
+    launch = LaunchRow.launch
+
+    def note(row: LaunchRow, grid: Any, *arguments: Any) -> None:
+        for value in arguments:
+            if isinstance(value, Tensor) and value.ndim == 4 and len(value) == BATCH:
+                moved[row.kernel.partition(":")[2]] += value.numel() * value.is_floating_point()
+        launch(row, grid, *arguments)
+
+    monkeypatch.setattr(LaunchRow, "launch", note)
+    monkeypatch.setattr(FusedOperators, "joins", lambda *_: True)
+    every = Plan(conv1x1_operators.PASSES, "all of them")
+    monkeypatch.setattr(conv1x1_ops, "planned", lambda *_: every)
+    model = network(stages).float()
+    for block in model.blocks:
+        block.backend = "triton"
+    logits, energies = model(images(4).float(), return_energies=True)
+    (logits.square().sum() + sum(e.pow(2).sum() for e in energies)).backward()
+    assert sum(moved.values()) * 2 == least_bytes(model, BATCH, 4, 2, training=True), moved
