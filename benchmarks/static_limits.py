@@ -83,8 +83,11 @@ LIMITS = {
     # Products of sm_80 take more instructions, and all registers.
     "product_forward": Limits(registers=255, per_byte=0.17),
     "product_forward 64": Limits(registers=224, per_byte=0.25),
-    "product_folded": Limits(registers=200, per_byte=0.09),
-    "product_folded 64": Limits(registers=176, per_byte=0.15),
+    "product_join": Limits(registers=255, per_byte=0.5),
+    "product_join 64": Limits(registers=255, per_byte=0.5),
+    "activation_moments": Limits(registers=255, per_byte=0.5),
+    "moments_input_gradient": Limits(registers=255, per_byte=0.5),
+    "moments_input_gradient 64": Limits(registers=255, per_byte=0.5),
     "join_forward": Limits(registers=255, per_byte=0.12),
     "join_forward 64": Limits(registers=240, per_byte=0.13),
     "product_input_gradient": Limits(registers=255, per_byte=0.10),

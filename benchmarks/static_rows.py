@@ -66,8 +66,11 @@ def one_of_each(arch: str) -> frozenset[str]:
 
 
 def window_of(row: LaunchRow) -> object:
-    """Channels of a window of a row's tiles, and whether it is evaluation's: limits differ."""
+    """Channels of a window of a row's tiles, and whether it is evaluation's; of the moments all
+    channels, which are one block or several: limits differ."""
     sizes = dict(row.constexprs)
+    if "moments:" in row.kernel:
+        return sizes["CHANNELS"]
     window = sizes.get("WINDOW", sizes.get("BLOCK_K"))
     return f"{window} folded" if sizes.get("FOLDED") else window
 

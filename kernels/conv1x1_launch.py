@@ -219,9 +219,15 @@ def join_input_gradient(
 
 
 def weight_gradient(
-    grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """The gradient of the weight `[O, I, 1, 1]`: `grad relu(scale x + bias)^T` over all pixels."""
+    """The gradient of the weight `[O, I, 1, 1]`: `grad relu(scale x + bias)^T` over all pixels, in
+    the dtype of the weight or another one."""
     sizes = ProductSizes(weight.shape[1], weight.shape[0])
     variant = variant_of(x, affine=scale is not None)
     tile = configs.weight_tile(sizes, variant)
@@ -238,7 +244,7 @@ def weight_gradient(
         vector_of(bias),
         pixels_of(rows),
     )
-    return partial.sum(0).to(weight.dtype).view(weight.shape)
+    return partial.sum(0).to(weight.dtype if dtype is None else dtype).view(weight.shape)
 
 
 def _merged(like: Tensor, partial: Tensor | None) -> Tensor:

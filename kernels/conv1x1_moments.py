@@ -4,7 +4,8 @@ follow; the first of two stages.
 With mean `m` and scatter `S = sum (a - m)(a - m)^T` over n pixels, `y = W a` has the sum `n W m`
 and the sums of squared deviations `diag(W S W^T)`. `E[a a^T] - m m^T` would lose what is small
 beside the mean; here a centre that all programs share is subtracted before the product, and the
-launch corrects for what is left of the mean.
+launch corrects for what is left of the mean. The sums of deviations, as they are multiplied, come
+from tensor cores too, by a product with ones.
 """
 
 from __future__ import annotations
@@ -12,8 +13,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .conv1x1_tiles import load_tile, load_vector
-from .tile import activate, dot, hash_in_order, round_to
+from .conv1x1_tiles import load_tile, load_vector, store_vectors
+from .tile import INTERPRETED, activate, dot, hash_in_order, round_to
+
+# Rows of the sums of activations, and columns of ones.
+SUMS = tl.constexpr(16)
 
 
 @triton.jit
@@ -21,19 +25,23 @@ def activations(
     x_ptr,
     scale,
     bias,
-    first,
+    row,
     real,
     n,
     CHANNELS: tl.constexpr,
-    BLOCK_K: tl.constexpr,
     WHOLE_N: tl.constexpr,
     AFFINE: tl.constexpr,
 ):
-    """A tile of `relu(scale x + bias)` from row `first` on, rounded, as float32."""
-    k = tl.arange(0, BLOCK_K)
-    at = first * CHANNELS + k[:, None] * CHANNELS + n[None, :]
-    a = load_tile(x_ptr + at, real, n < CHANNELS, WHOLE_N)
-    return activate(a, scale, bias, real, AFFINE, False).to(tl.float32)
+    """`relu(scale x + bias)` in the rows `row [rows, 1]`, in the dtype of `x`."""
+    a = load_tile(x_ptr + row * CHANNELS + n[None, :], real, n < CHANNELS, WHOLE_N)
+    return activate(a, scale, bias, real, AFFINE, False)
+
+
+@triton.jit
+def deviations(a, middle):
+    """`a - middle`, rounded once; on a GPU two of 16 bits in one instruction."""
+    d = a.to(tl.float32) - middle.to(tl.float32) if INTERPRETED else a - middle
+    return round_to(d, a.dtype) if INTERPRETED else d
 
 
 @triton.jit
@@ -48,24 +56,91 @@ def centre(
     WHOLE_N: tl.constexpr,
     AFFINE: tl.constexpr,
 ):
-    """The mean of the activations in the first BLOCK_K rows, `[1, channels]` float32.
+    """The mean of the activations in up to BLOCK_K rows far apart, `[1, channels]`.
 
-    It is rounded to the dtype of the activations, so that a deviation from it is rounded where an
-    activation differs from it in size alone: all that the ReLU has set to 0 deviate exactly.
+    It has the dtype of the activations, so that all that the ReLU has set to 0 deviate from it by a
+    number of that dtype.
     """
     count = tl.minimum(rows, BLOCK_K)
-    real = (tl.arange(0, BLOCK_K) < count)[:, None]
-    first = tl.full((), 0, tl.int64)
-    a = activations(x_ptr, scale, bias, first, real, n, CHANNELS, BLOCK_K, WHOLE_N, AFFINE)
-    mean = tl.sum(tl.where(real, a, 0.0), 0) / count.to(tl.float32)
-    return round_to(mean, x_ptr.dtype.element_ty).to(tl.float32)[None, :]
+    k = tl.arange(0, BLOCK_K)[:, None]
+    row = k.to(tl.int64) * (rows // count)
+    a = activations(x_ptr, scale, bias, row, k < count, n, CHANNELS, WHOLE_N, AFFINE)
+    mean = tl.sum(tl.where(k < count, a.to(tl.float32), 0.0), 0) / count.to(tl.float32)
+    return round_to(mean, a.dtype)[None, :]
+
+
+@triton.jit
+def add_rows(sums, tile):
+    """Add the rows of a tile to `sums [SUMS, channels]`, without an exchange between threads."""
+    parts = tl.reshape(tile.to(tl.float32), (tile.shape[0] // SUMS, SUMS, tile.shape[1]))
+    return sums + tl.sum(parts, 0)
+
+
+@triton.jit
+def add_tile(
+    totals,
+    x_ptr,
+    tile,
+    rows,
+    columns,
+    others,
+    CHANNELS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    WHOLE: tl.constexpr,
+    WHOLE_N: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Add a tile of rows, all of them real if WHOLE, to the sums and the product.
+
+    `columns` and `others` are channels with their scale, bias and centre; the latter None if they
+    are the same.
+    """
+    of_all, of_deviations, acc = totals
+    n, scale, bias, middle = columns
+    AFFINE: tl.constexpr = scale is not None
+    k = tl.arange(0, BLOCK_K)[:, None]
+    real = k >= 0 if WHOLE else k < rows - tile * BLOCK_K
+    row = (tl.full((), 0, tl.int64) + tile * BLOCK_K) + k
+    a = activations(x_ptr, scale, bias, row, real, n, CHANNELS, WHOLE_N, AFFINE)
+    d = deviations(a, middle)
+    if not WHOLE:
+        a = tl.where(real, a, 0.0).to(a.dtype)
+        d = tl.where(real, d, 0.0).to(a.dtype)
+    of_all = add_rows(of_all, a)
+    other = d
+    if others is not None:
+        # Zeros in one of the two are enough.
+        m, scale, bias, middle = others
+        a = activations(x_ptr, scale, bias, row, real, m, CHANNELS, WHOLE_N, AFFINE)
+        other = deviations(a, middle)
+    acc = dot(tl.trans(d), other, acc, PRECISION)
+    ones = tl.full((BLOCK_K, SUMS), 1.0, a.dtype)
+    return of_all, dot(tl.trans(d), ones, of_deviations, PRECISION), acc
+
+
+@triton.jit
+def columns_of(
+    x_ptr,
+    scale_ptr,
+    bias_ptr,
+    rows,
+    n,
+    CHANNELS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    WHOLE_N: tl.constexpr,
+):
+    """Channels with their scale, bias and centre."""
+    scale = load_vector(scale_ptr, n, n < CHANNELS, None, WHOLE_N)
+    bias = load_vector(bias_ptr, n, n < CHANNELS, None, WHOLE_N)
+    AFFINE: tl.constexpr = scale_ptr is not None
+    middle = centre(x_ptr, scale, bias, rows, n, CHANNELS, BLOCK_K, WHOLE_N, AFFINE)
+    return n, scale, bias, middle
 
 
 @triton.jit(do_not_specialize=["rows"])
 def activation_moments(
     partial_ptr,
     sums_ptr,
-    centre_ptr,
     x_ptr,
     scale_ptr,
     bias_ptr,
@@ -75,76 +150,63 @@ def activation_moments(
     BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Partial sums of `d` and of `d d^T`, with `d = a - centre` and `a = relu(scale x + bias)`.
+    """Partial sums of `a = relu(scale x + bias)`, of `d = a - centre` and of `d d^T`.
 
     Grid: shares * blocks of the product on and above its diagonal, of BLOCK_N by BLOCK_N channels;
     what is below stays unwritten. `x [rows, CHANNELS]` in tiles of BLOCK_K rows; float32: `scale`,
-    `bias [CHANNELS]` or None, `partial [shares, CHANNELS, CHANNELS]`, `centre [CHANNELS]`, and
-    `sums [shares, 2, CHANNELS]`, of `d` and of `d` as the product multiplies it, rounded.
+    `bias [CHANNELS]` or None, `partial [shares, CHANNELS, CHANNELS]`, and `sums [shares, 2,
+    CHANNELS]`, of `a` and of `d`, both rounded to the dtype of `x`.
     """
-    AFFINE: tl.constexpr = scale_ptr is not None
     COLUMNS: tl.constexpr = (CHANNELS + BLOCK_N - 1) // BLOCK_N
     BLOCKS: tl.constexpr = COLUMNS * (COLUMNS + 1) // 2
     WHOLE_N: tl.constexpr = CHANNELS % BLOCK_N == 0
-    DTYPE: tl.constexpr = x_ptr.dtype.element_ty
     share = tl.program_id(0) // BLOCKS
+    shares = tl.num_programs(0) // BLOCKS
     # Blocks are counted along the rows of the triangle.
-    row = 0
+    upper = 0
     column = tl.program_id(0) % BLOCKS
     for _ in tl.static_range(COLUMNS - 1):
-        beyond = (column >= COLUMNS - row).to(tl.int32)
-        column -= beyond * (COLUMNS - row)
-        row += beyond
-    column += row
-    k = tl.arange(0, BLOCK_K)
-    n = column * BLOCK_N + tl.arange(0, BLOCK_N)
-    scale = load_vector(scale_ptr, n, n < CHANNELS, 0.0, WHOLE_N)
-    bias = load_vector(bias_ptr, n, n < CHANNELS, 0.0, WHOLE_N)
-    middle = centre(x_ptr, scale, bias, rows, n, CHANNELS, BLOCK_K, WHOLE_N, AFFINE)
+        beyond = (column >= COLUMNS - upper).to(tl.int32)
+        column -= beyond * (COLUMNS - upper)
+        upper += beyond
+    column += upper
+    m = column * BLOCK_N + tl.arange(0, BLOCK_N)
+    n = upper * BLOCK_N + tl.arange(0, BLOCK_N)
+    columns = columns_of(x_ptr, scale_ptr, bias_ptr, rows, n, CHANNELS, BLOCK_K, WHOLE_N)
+    others = None
     if COLUMNS > 1:
-        m = row * BLOCK_N + tl.arange(0, BLOCK_N)
-        other_scale = load_vector(scale_ptr, m, m < CHANNELS, 0.0, WHOLE_N)
-        other_bias = load_vector(bias_ptr, m, m < CHANNELS, 0.0, WHOLE_N)
-        other_middle = centre(
-            x_ptr, other_scale, other_bias, rows, m, CHANNELS, BLOCK_K, WHOLE_N, AFFINE
+        others = columns_of(x_ptr, scale_ptr, bias_ptr, rows, m, CHANNELS, BLOCK_K, WHOLE_N)
+    totals = (
+        tl.zeros((SUMS, BLOCK_N), tl.float32),
+        tl.zeros((BLOCK_N, SUMS), tl.float32),
+        tl.zeros((BLOCK_N, BLOCK_N), tl.float32),
+    )
+    whole = rows // BLOCK_K
+    for tile in range(share, whole, shares):
+        totals = add_tile(
+            totals, x_ptr, tile, rows, columns, others, CHANNELS, BLOCK_K, True, WHOLE_N, PRECISION
         )
-    exact = tl.zeros((BLOCK_N,), tl.float32)
-    rounded = tl.zeros((BLOCK_N,), tl.float32)
-    acc = tl.zeros((BLOCK_N, BLOCK_N), tl.float32)
-    for tile in range(share, tl.cdiv(rows, BLOCK_K), tl.num_programs(0) // BLOCKS):
-        first = tl.full((), 0, tl.int64) + tile * BLOCK_K
-        real = (k < rows - tile * BLOCK_K)[:, None]
-        d = activations(x_ptr, scale, bias, first, real, n, CHANNELS, BLOCK_K, WHOLE_N, AFFINE)
-        d = tl.where(real, d - middle, 0.0)
-        product = round_to(d, DTYPE)
-        exact += tl.sum(d, 0)
-        rounded += tl.sum(product.to(tl.float32), 0)
-        other = product
-        if COLUMNS > 1:
-            # Zeros in one of the two are enough.
-            other = activations(
-                x_ptr,
-                other_scale,
-                other_bias,
-                first,
-                real,
-                m,
-                CHANNELS,
-                BLOCK_K,
-                WHOLE_N,
-                AFFINE,
-            )
-            other = round_to(other - other_middle, DTYPE)
-        acc = dot(tl.trans(other), product, acc, PRECISION)
-    m = row * BLOCK_N + tl.arange(0, BLOCK_N)
+    if (whole * BLOCK_K < rows) & (whole % shares == share):
+        totals = add_tile(
+            totals,
+            x_ptr,
+            whole,
+            rows,
+            columns,
+            others,
+            CHANNELS,
+            BLOCK_K,
+            False,
+            WHOLE_N,
+            PRECISION,
+        )
+    of_all, of_deviations, acc = totals
     out = partial_ptr + share.to(tl.int64) * (CHANNELS * CHANNELS)
-    out += m[:, None] * CHANNELS + n[None, :]
-    tl.store(out, acc, mask=(m < CHANNELS)[:, None] & (n < CHANNELS)[None, :])
-    if row == column:
-        out = sums_ptr + share.to(tl.int64) * (2 * CHANNELS) + n
-        tl.store(out, exact, mask=n < CHANNELS)
-        tl.store(out + CHANNELS, rounded, mask=n < CHANNELS)
-        tl.store(centre_ptr + n, tl.reshape(middle, (BLOCK_N,)), mask=n < CHANNELS)
+    out += n[:, None] * CHANNELS + m[None, :]
+    tl.store(out, acc, mask=(n < CHANNELS)[:, None] & (m < CHANNELS)[None, :])
+    if upper == column:
+        sums = (tl.sum(of_all, 0), tl.sum(of_deviations, 1) / SUMS)
+        store_vectors(sums_ptr, share, n, n < CHANNELS, sums, CHANNELS)
 
 
 hash_in_order(globals())

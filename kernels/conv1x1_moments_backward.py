@@ -28,6 +28,7 @@ def moments_input_gradient(
     grad_ptr,
     weight_ptr,
     square_ptr,
+    size_ptr,
     shift_ptr,
     x_ptr,
     scale_ptr,
@@ -42,13 +43,13 @@ def moments_input_gradient(
     CHUNKS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """`dx = scale (V^T grad + Q relu(scale x + bias) + t)` where `scale x + bias > 0`.
+    """`dx = scale (V^T grad + size Q relu(scale x + bias) + t)` where `scale x + bias > 0`.
 
     Grid: parts * ceil(INPUTS / BLOCK_N). `dx`, `x [rows, INPUTS]`, `grad [rows, OUTPUTS]`; V is
-    `weight [OUTPUTS, INPUTS]`, Q the symmetric `square [INPUTS, INPUTS]`; float32: t is `shift
-    [INPUTS]`, as are `scale` and `bias`, and `partial [parts, 2, INPUTS]`, the gradients of bias
-    and scale. The first product takes BLOCK_K output channels a step, the second BLOCK_H of the
-    input's.
+    `weight [OUTPUTS, INPUTS]`, Q the symmetric `square [INPUTS, INPUTS]`; float32: `size` is one
+    number, t is `shift [INPUTS]`, as are `scale` and `bias`, and `partial [parts, 2, INPUTS]`, the
+    gradients of bias and scale. The first product takes BLOCK_K output channels a step, the second
+    BLOCK_H of the input's.
     """
     COLUMNS: tl.constexpr = (INPUTS + BLOCK_N - 1) // BLOCK_N
     WHOLE_N: tl.constexpr = INPUTS % BLOCK_N == 0
@@ -57,6 +58,7 @@ def moments_input_gradient(
     column = tl.program_id(0) % COLUMNS
     n = column * BLOCK_N + tl.arange(0, BLOCK_N)
     m = tl.arange(0, BLOCK_M)
+    size = tl.load(size_ptr)
     shift = load_vector(shift_ptr, n, n < INPUTS, 0.0, WHOLE_N)
     of_output = resident_weight(None, None, None, weight_ptr, n, INPUTS, OUTPUTS, BLOCK_K, WHOLE_N)
     of_input = resident_operands(
@@ -86,7 +88,7 @@ def moments_input_gradient(
             PRECISION,
         )
         d = gradient_product(
-            acc,
+            acc * size,
             None,
             grad_ptr,
             None,

@@ -15,13 +15,16 @@ from .configs import ITEM_BYTES, LaunchRow
 from .conv1x1_configs import (
     EXAMPLE_PIXELS,
     PAPER_CONVOLUTIONS,
+    PAPER_JOINS,
     SINGLE_WEIGHT,
     ProductSizes,
     ProductVariant,
     Tile,
     fitted,
+    forward,
     forward_tile,
     gradient_tile,
+    join_input_gradient,
     map_tile,
     planned,
     row_of,
@@ -56,7 +59,7 @@ def product_join(sizes: ProductSizes, variant: ProductVariant) -> LaunchRow:
 
 def moments_tile(channels: int, variant: ProductVariant) -> Tile:
     """Of the kernel for the moments, whose tiles have as many rows as columns."""
-    tile = Tile(m=128, k=64, n=128, warps=8, stages=2, programs=2)
+    tile = Tile(m=128, k=64, n=128, warps=8, stages=3)
     return fitted(SINGLE_WEIGHT if variant.dtype == "fp32" else tile, channels, channels)
 
 
@@ -72,14 +75,16 @@ def moments(channels: int, variant: ProductVariant) -> LaunchRow:
     tile = moments_tile(channels, variant)
     vector = "*fp32" if variant.affine else None
     pixel_bytes = ITEM_BYTES[variant.dtype] * channels
+    # TF32 alone would round away what makes small variances.
+    precision = "tf32x3" if variant.tf32 else variant.precision
     return LaunchRow(
         kernel="conv1x1_moments:activation_moments",
-        args=("*fp32", "*fp32", "*fp32", variant.pointer(), vector, vector, 4096),
+        args=("*fp32", "*fp32", variant.pointer(), vector, vector, 4096),
         constexprs=(
             ("CHANNELS", channels),
             ("BLOCK_K", tile.k),
             ("BLOCK_N", tile.n),
-            ("PRECISION", variant.precision),
+            ("PRECISION", precision),
         ),
         num_warps=tile.warps,
         num_stages=tile.stages,
@@ -98,6 +103,7 @@ def moments_gradient(sizes: ProductSizes, variant: ProductVariant) -> LaunchRow:
         variant.pointer(),
         variant.pointer(),
         "*fp32",
+        "*fp32",
         variant.pointer(),
         "*fp32",
         "*fp32",
@@ -113,18 +119,30 @@ def moments_gradient(sizes: ProductSizes, variant: ProductVariant) -> LaunchRow:
 
 
 def shipped_rows(arch: str) -> Iterator[tuple[str, LaunchRow]]:
-    """Every row that a step of training, or evaluation, in bfloat16 launches."""
+    """Every row that a step of training, or evaluation, in bfloat16 launches, beside those of
+    conv1x1_configs.py."""
     for place, (inputs, outputs) in PAPER_CONVOLUTIONS.items():
         sizes = ProductSizes(inputs, outputs)
         passes = planned(arch, sizes).passes.split()
         if "forward" in passes:
             ends = ProductVariant(residual=True, arch=arch)
             yield f"1x1 product_join {place} folded", product_join(sizes, ends)
-            between = replace(ends, affine=True, scaled=True, signs="input" in passes)
-            yield f"1x1 product_join {place} identity", product_join(sizes, between)
-            mapped = replace(between, mapped=True)
+            trained = replace(ends, affine=True, scaled=True, signs="input" in passes)
+            yield f"1x1 product_join {place} identity", product_join(sizes, trained)
+            mapped = replace(trained, mapped=True)
             yield f"1x1 product_join {place} mapped", product_join(sizes, mapped)
-            yield f"1x1 activation_moments {place}", moments(inputs, between)
+            yield f"1x1 activation_moments {place}", moments(inputs, trained)
         if "input" in passes:
             row = moments_gradient(sizes, ProductVariant(arch=arch))
             yield f"1x1 moments_input_gradient {place}", row
+    # What stands behind such a join: a convolution of it as it is.
+    behind = ProductVariant(statistics=True, moved=True, raw=False, arch=arch)
+    for place, (inputs, outputs) in PAPER_JOINS.items():
+        sizes = ProductSizes(inputs, outputs, join=True)
+        passes, mapped = planned(arch, sizes).passes.split(), place.endswith("mapped")
+        if "forward" in passes and not mapped:
+            row = forward(ProductSizes(inputs, outputs), replace(behind, moved=False, raw=True))
+            yield f"1x1 product_forward {place} behind a product_join", row
+        if "input" in passes:
+            row = join_input_gradient(sizes, replace(behind, affine=mapped, signs=True))
+            yield f"1x1 join_input_gradient {place} of a product_join", row

@@ -103,21 +103,19 @@ def moments(x: Tensor, scale: Tensor | None, bias: Tensor | None) -> tuple[Tenso
     blocks = configs.moments_blocks(channels, tile)
     shares = share_of(-(-pixels_of(rows) // tile.k), blocks, tile, x)
     partial = floats(x, shares, channels, channels)
-    sums, centre = floats(x, shares, 2, channels), floats(x, channels)
+    sums = floats(x, shares, 2, channels)
     configs.moments(channels, variant).launch(
         (shares * blocks,),
         partial,
         sums,
-        centre,
         rows,
         vector_of(scale),
         vector_of(bias),
         pixels_of(rows),
     )
-    exact, rounded = sums.sum(0, dtype=torch.float64) / pixels_of(rows)
-    upper = partial.sum(0, dtype=torch.float64) - pixels_of(rows) * rounded[:, None] * rounded
-    scatter = upper.triu() + upper.triu(1).mT
-    return (centre + exact).float(), scatter.float()
+    mean, apart = sums.sum(0, dtype=torch.float64) / pixels_of(rows)
+    upper = partial.sum(0, dtype=torch.float64) - pixels_of(rows) * apart[:, None] * apart
+    return mean.float(), (upper.triu() + upper.triu(1).mT).float()
 
 
 def moments_gradient(
@@ -134,7 +132,8 @@ def moments_gradient(
 
     Args:
         grad: `[B, O, H, W]`.
-        weight, square: V, `[O, I]`, and the symmetric Q, `[I, I]`, in the dtype of `x`.
+        weight, square: V, `[O, I]`, and the symmetric Q, `[I, I]`, in float32. They are multiplied
+            in the dtype of `x`, Q in units of its largest element: in float16 it would end in 0.
         shift: t, `[I]`.
         x, scale, bias: as for the forward pass.
     """
@@ -143,13 +142,15 @@ def moments_gradient(
     rows, dx = aligned_rows(x), empty_rows(x)
     parts, columns = parts_of(rows, gradient_tile(sizes, variant), sizes.inputs)
     partial = floats(x, parts, 2, sizes.inputs)
+    size = square.abs().amax().clamp_min(torch.finfo(torch.float32).tiny)
     configs.moments_gradient(sizes, variant).launch(
         (parts * columns,),
         dx,
         partial,
         aligned_rows(grad),
-        aligned_weight(weight),
-        aligned_weight(square),
+        aligned_weight(weight.to(x.dtype)),
+        aligned_weight((square / size).to(x.dtype)),
+        size,
         vector_of(shift),
         rows,
         vector_of(scale),
