@@ -109,12 +109,17 @@ def unwritten_conv1x1_backward(
         return x.new_empty((0,)), mean.new_empty((0,)), dweight
     square = wide.t() @ curved
     shift = level @ wide - square @ mean.double()
-    terms = [each.to(mean.dtype) for each in (gain[:, None] * wide, square, shift)]
+    of_output, square, shift = (
+        each.to(mean.dtype) for each in (gain[:, None] * wide, square, shift)
+    )
     if "input" in kernels.split():
         with on_device(x):
-            dx, sums = product_join_launch.moments_gradient(grad, *terms, x, scale, bias)
+            dx, sums = product_join_launch.moments_gradient(
+                grad, of_output, square, shift, x, scale, bias
+            )
     else:
-        found = conv1x1_library.moments_gradient(grad, *terms, gram.activate(x, scale, bias))
+        h = gram.activate(x, scale, bias)
+        found = conv1x1_library.moments_gradient(grad, of_output, square, shift, h)
         dx, sums = behind_activation(found.to(mean.dtype), x, scale, bias)
     return dx, sums, dweight
 
