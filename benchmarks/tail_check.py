@@ -129,7 +129,19 @@ class Call:
         maps = self.out_vectors[2:] if self.layer.mapped else [None, None]
         joined, _, _, signs = product_join(
             *(self.grad, self.grad_sums, self.x, self.scale, self.bias, self.weight),
-            *(*self.out_vectors[:2], self.residual, *maps, None, False, bool(kernels), kernels, ""),
+            *(
+                *self.out_vectors[:2],
+                self.residual,
+                *maps,
+                None,
+                None,
+                None,
+                None,
+                False,
+                bool(kernels),
+                kernels,
+                "",
+            ),
         )
         if kernels:
             assert torch.equal(signs, pack_signs(joined))

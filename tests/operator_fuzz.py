@@ -307,6 +307,7 @@ def _product_join(call: Call, backend: str, x: Results) -> Results:
         *_CarryScale.apply(statistics, *vectors),
         residual,
         *maps,
+        *(None, None, None),
         x["next_weight"],
         True,
         False,
