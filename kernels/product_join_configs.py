@@ -118,6 +118,10 @@ def moments_gradient(sizes: ProductSizes, variant: ProductVariant) -> LaunchRow:
     return replace(row, constexprs=(*row.constexprs, ("BLOCK_H", step)), steps=steps)
 
 
+# The stage behind has no kernels, whose gradients would read signs.
+LAST = ("32x4d c3",)
+
+
 def shipped_rows(arch: str) -> Iterator[tuple[str, LaunchRow]]:
     """Every row that a step of training, or evaluation, in bfloat16 launches, beside those of
     conv1x1_configs.py."""
@@ -131,6 +135,9 @@ def shipped_rows(arch: str) -> Iterator[tuple[str, LaunchRow]]:
             yield f"1x1 product_join {place} identity", product_join(sizes, trained)
             mapped = replace(trained, mapped=True)
             yield f"1x1 product_join {place} mapped", product_join(sizes, mapped)
+            if trained.signs and place in LAST:
+                last = replace(trained, signs=False)
+                yield f"1x1 product_join {place} last", product_join(sizes, last)
             yield f"1x1 activation_moments {place}", moments(inputs, trained)
         if "input" in passes:
             row = moments_gradient(sizes, ProductVariant(arch=arch))

@@ -28,13 +28,17 @@ ROWS = {
     "product_join": product_join_configs.product_join(
         SIZES, replace(VARIANT, residual=True, factor=True, scaled=True, mapped=True, signs=True)
     ),
+    "moments_input_gradient": product_join_configs.moments_gradient(
+        ProductSizes(NARROW, WIDE), VARIANT
+    ),
     "pointwise_join": join_configs.pointwise_join(WIDE, "fp16", mapped=True, factor=True),
     "pointwise_join_backward": join_configs.pointwise_join_backward(WIDE, "fp16", mapped=True),
     "column_statistics": join_configs.column_statistics(WIDE, "fp16"),
 }
 # What a part of the work has of every tensor, those that it writes in front of the semicolon: `x`
 # and `y` are maps of the input's and the output's channels, a number and a letter so many vectors,
-# `w` a weight, `p` a number, a part being a sample; `-` is shared by all parts, or absent.
+# `w` a weight, `s` the signs of a `y`, `p` a number, a part being a sample; `-` is shared by all
+# parts, or absent.
 TENSORS = {
     "product_forward": "y 3y ; x - - -",
     "join_forward": "x - y 3y ; x - - x - - -",
@@ -42,6 +46,7 @@ TENSORS = {
     "join_input_gradient": "x y 3x ; y y - - - x x - x x -",
     "product_weight_gradient": "w ; y x - -",
     "product_join": "y s ; x - - - - - y - - p",
+    "moments_input_gradient": "y 2y ; x - - - - y - -",
     "pointwise_join": "x ; x - - x - - p",
     "pointwise_join_backward": "x 3x ; x x x x",
     "column_statistics": "3x ; x",
@@ -61,16 +66,15 @@ def programs_of(row: LaunchRow) -> int:
     sizes = dict(row.constexprs)
     if "TRIPS" in sizes:
         return -(-WIDE // int(sizes["BLOCK_C"]))
-    if "weight" in row.kernel:
-        return -(-WIDE // int(sizes["BLOCK_N"]))
-    return -(-(WIDE if "gradient" in row.kernel else NARROW) // int(sizes["BLOCK_N"]))
+    channels = sizes["INPUTS" if "gradient" in row.kernel else "OUTPUTS"]
+    return -(-int(channels) // int(sizes["BLOCK_N"]))
 
 
 def elements_of(word: str, pixels: int) -> int:
     """Of a part, in the tensor that a word stands for."""
     if word in ("w", "p"):
         return WIDE * NARROW if word == "w" else 1
-    channels = WIDE if word[-1] == "x" else NARROW
+    channels = {"x": WIDE, "y": NARROW, "s": NARROW // 8}[word[-1]]
     return channels * (int(word[:-1]) if word[:-1] else pixels)
 
 
@@ -103,7 +107,8 @@ def test_the_last_part_does_what_the_first_does(
         args = list(shared)
         for n, (memory, count) in enumerate(zip(memories, counts, strict=True)):
             if memory is not None:
-                values = torch.rand(count, generator=generator) - 0.5
+                # The factor of a sample is above 0: the ReLU behind it must leave something.
+                values = torch.rand(count, generator=generator) - (words[n] != "p") / 2
                 memory.at(part * count, count)[:] = values.to(memory.dtype)
                 args[n] = memory.at(0)
         with monkeypatch.context() as patch:
