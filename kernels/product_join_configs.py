@@ -96,17 +96,18 @@ def moments(channels: int, variant: ProductVariant) -> LaunchRow:
 @cache
 def moments_gradient(sizes: ProductSizes, variant: ProductVariant) -> LaunchRow:
     """Settings of `conv1x1_moments_backward.moments_input_gradient`."""
+    vector = "*fp32" if variant.affine else None
     tensors = (
         variant.pointer(),
-        "*fp32",
+        vector,
         variant.pointer(),
         variant.pointer(),
         variant.pointer(),
         "*fp32",
         "*fp32",
         variant.pointer(),
-        "*fp32",
-        "*fp32",
+        vector,
+        vector,
     )
     tile = gradient_tile(sizes, variant)
     # Of the square matrix as much at a time as of the weight: all of it, or as long a step.
@@ -140,16 +141,16 @@ def shipped_rows(arch: str) -> Iterator[tuple[str, LaunchRow]]:
                 yield f"1x1 product_join {place} last", product_join(sizes, last)
             yield f"1x1 activation_moments {place}", moments(inputs, trained)
         if "input" in passes:
-            row = moments_gradient(sizes, ProductVariant(arch=arch))
+            row = moments_gradient(sizes, ProductVariant(affine=True, arch=arch))
             yield f"1x1 moments_input_gradient {place}", row
     # What stands behind such a join: a convolution of it as it is.
     behind = ProductVariant(statistics=True, moved=True, raw=False, arch=arch)
     for place, (inputs, outputs) in PAPER_JOINS.items():
         sizes = ProductSizes(inputs, outputs, join=True)
-        passes, mapped = planned(arch, sizes).passes.split(), place.endswith("mapped")
-        if "forward" in passes and not mapped:
+        passes, own = planned(arch, sizes).passes.split(), place.endswith("mapped")
+        if "forward" in passes and not own:
             row = forward(ProductSizes(inputs, outputs), replace(behind, moved=False, raw=True))
             yield f"1x1 product_forward {place} behind a product_join", row
         if "input" in passes:
-            row = join_input_gradient(sizes, replace(behind, affine=mapped, signs=True))
+            row = join_input_gradient(sizes, replace(behind, affine=own, signs=True))
             yield f"1x1 join_input_gradient {place} of a product_join", row
