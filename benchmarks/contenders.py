@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
 
-from coded_resnext import CodedLoss, CodedResNeXt, create_model
+from coded_resnext import CodedLoss, CodedResNeXt, create_model, fused_operators
 
 Layout = Literal["nchw", "nhwc"]
 FORMATS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
@@ -27,12 +28,15 @@ class Contender:
     compile: str | None = None
     """Mode of `torch.compile`, or None for eager."""
     layout: Layout = "nhwc"
+    written: bool = False
+    """Whether the fused data flow writes the last convolution of every block, which it otherwise
+    leaves out of plain blocks."""
 
     @property
     def name(self) -> str:
         """Kind, backend, mode and layout."""
         mode = "eager" if self.compile is None else f"compiled {self.compile}"
-        return f"{self.kind}, {self.backend}, {mode}, {self.layout}"
+        return f"{self.kind}, {self.backend}, {mode}, {self.layout}" + ", written" * self.written
 
     def build(self, network: str, overrides: dict[str, Any]) -> nn.Module:
         """The network `coded_NAME`, its plain twin, or timm's."""
@@ -71,6 +75,8 @@ def contenders(network: str, *, kernels: bool, compiled: bool) -> Iterator[Conte
             for mode in modes[:2]:
                 if (kind, backend) != ("plain", "torch"):
                     yield Contender(kind, backend, mode)  # type: ignore[arg-type]
+                if kind == "coded" and backend != "torch":
+                    yield Contender("coded", backend, mode, written=True)
     for mode in modes[:2]:
         yield Contender("coded", "reference", mode)
         if network.endswith(TIMM):
@@ -97,6 +103,7 @@ class Runner:
         dtype: torch.dtype,
         overrides: dict[str, Any],
     ) -> None:
+        self.contender = contender
         self.model = contender.build(network, overrides).to(images.device)
         self.images = images.contiguous(memory_format=FORMATS[contender.layout])
         self.targets, self.dtype = targets, dtype
@@ -113,7 +120,8 @@ class Runner:
     def train(self) -> Tensor:
         """One step; its loss."""
         self.model.train()
-        with self._autocast():
+        limit = 0 if self.contender.written else fused_operators.UNWRITTEN
+        with self._autocast(), patch.object(fused_operators, "UNWRITTEN", limit):
             if self.loss is None:
                 total = nn.functional.cross_entropy(self.call(self.images), self.targets)
             else:

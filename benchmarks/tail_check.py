@@ -1,5 +1,5 @@
-"""The last convolution of plain blocks, which is not written, on the GPU at hand: right, repeatable,
-how fast.
+"""The last convolution of plain blocks, which is not written, on the GPU at hand: is it right, does
+it repeat, how fast is it.
 
 A part of conv1x1_check.py. The moments of what is multiplied, the sum that ends the block, the sums
 of gradient and input over the pixels, and the gradient of the input are checked and timed by the
@@ -129,7 +129,19 @@ class Call:
         maps = self.out_vectors[2:] if self.layer.mapped else [None, None]
         joined, _, _, signs = product_join(
             *(self.grad, self.grad_sums, self.x, self.scale, self.bias, self.weight),
-            *(*self.out_vectors[:2], self.residual, *maps, None, False, bool(kernels), kernels, ""),
+            *(
+                *self.out_vectors[:2],
+                self.residual,
+                *maps,
+                None,
+                None,
+                None,
+                None,
+                False,
+                bool(kernels),
+                kernels,
+                "",
+            ),
         )
         if kernels:
             assert torch.equal(signs, pack_signs(joined))

@@ -77,7 +77,8 @@ def fused_block(
         energies: Tensor | None = None
         map_before: Affine | None
         y3: Tensor | Product
-        if not block.is_coded and deferred and run.leaves_unwritten(y2, block.expand):
+        unwritten = not block.is_coded and deferred and run.leaves_unwritten(y2, block.expand)
+        if unwritten:
             y3, sums3 = run.unwritten(y2, block.expand, map2)
         else:
             if block.is_coded:
@@ -89,7 +90,7 @@ def fused_block(
                 operand, block.expand, map_before, statistics=uses_batch(bn3), deferred=deferred
             )
         map3 = affine_of(bn3, sums3, _values(y2), deferred=deferred)
-        residual, residual_map = _skip(block, run, x, deferred=deferred)
+        residual, residual_map = _skip(block, run, x, deferred=deferred, unwritten=unwritten)
     return Deferred(y3, map3, residual, residual_map, deferred, run.joins(y2)), energies
 
 
@@ -111,13 +112,20 @@ def _normalized(
 
 
 def _skip(
-    block: CodedBottleneck, run: FusedOperators, x: Tensor, *, deferred: bool
-) -> tuple[Tensor, Affine | None]:
-    """The skip connection: `x` itself, or the raw output of its convolution and the map behind."""
+    block: CodedBottleneck, run: FusedOperators, x: Tensor, *, deferred: bool, unwritten: bool
+) -> tuple[Tensor | Product, Affine | None]:
+    """The skip connection: `x` itself, or the raw output of its convolution and the map behind.
+
+    Where the block's last convolution is not written, that of the skip connection need not be.
+    """
     layers = layers_of(block.skip)
     if not layers:
         return x, None
     conv, bn = layers
+    y: Tensor | Product
+    if unwritten and run.leaves_unwritten(x, conv):
+        y, sums = run.unwritten(x, conv)
+        return y, affine_of(bn, sums, _values(y.place), deferred=True)
     y, sums = run.conv1x1(x, conv, statistics=uses_batch(bn), deferred=deferred)
     return y, affine_of(bn, sums, _values(y), deferred=deferred)
 

@@ -18,7 +18,7 @@ from .kernels.conv1x1_operators import POINTWISE, conv1x1, unsupported
 from .kernels.folded_operators import folded_conv1x1, folded_grouped_conv3x3
 from .kernels.grouped_operators import grouped_conv3x3
 from .kernels.grouped_operators import unsupported as grouped_unsupported
-from .kernels.launch import DTYPES
+from .kernels.launch import DTYPES, channels_last
 from .kernels.unwritten_operator import unwritten_conv1x1
 
 logger = logging.getLogger("coded_resnext")
@@ -74,9 +74,7 @@ class FusedOperators:
             deferred: see `fused_norm.affine_of`.
         """
         weight = self.cast(conv.weight)
-        step = conv.stride[0]
-        if step > 1:
-            x = x[:, :, ::step, ::step]
+        x = _picked(x, conv)
         passes = self._products(x, weight)
         y, sums = conv1x1(x, weight, *(affine or NO_MAP), statistics, deferred, passes)
         return y, sums
@@ -86,11 +84,19 @@ class FusedOperators:
         # Its statistics are worked out in float64.
         return conv.in_channels <= UNWRITTEN and x.device.type != "mps"
 
-    def unwritten(self, x: Tensor, conv: nn.Conv2d, affine: Affine) -> tuple[Product, Tensor]:
-        """`W relu(scale x + bias)`, to be computed by who reads it, and its statistics `[3, O]`."""
+    def unwritten(
+        self, x: Tensor, conv: nn.Conv2d, affine: Affine | None = None
+    ) -> tuple[Product, Tensor]:
+        """A 1x1 convolution, to be computed by who reads it, and its statistics `[3, O]`.
+
+        Arguments as for `conv1x1`.
+        """
         weight = self.cast(conv.weight)
+        # It is read four times, of which each would copy what a stride picks.
+        x = channels_last(_picked(x, conv))
         passes = self._products(x, weight)
-        place, of_sums, statistics, _, _ = unwritten_conv1x1(x, weight, *affine, passes)
+        arguments = (x, weight, *(affine or NO_MAP), passes)
+        place, of_sums, statistics, _, _ = unwritten_conv1x1(*arguments)
         return Product(place, of_sums, x, affine, weight, passes), statistics
 
     def join_conv1x1(
@@ -109,6 +115,7 @@ class FusedOperators:
             return joined_product(
                 x, x.raw, weight, statistics=statistics, signs=signs, passes=passes
             )
+        assert isinstance(x.residual, Tensor)
         signs = {"forward", "input"} <= set(passes.split()) and torch.is_grad_enabled()
         joined, y, sums, _ = join_conv1x1(
             x.raw,
@@ -175,6 +182,12 @@ class FusedOperators:
                 report_fallback(reason)
             return "torch"
         return self.backend
+
+
+def _picked(x: Tensor, conv: nn.Conv2d) -> Tensor:
+    """The pixels that a 1x1 convolution takes."""
+    step = conv.stride[0]
+    return x if step == 1 else x[:, :, ::step, ::step]
 
 
 @cache

@@ -21,8 +21,8 @@ class Affine(NamedTuple):
 
 
 class Product(NamedTuple):
-    """A 1x1 convolution `W relu(scale x + bias)` whose statistics are known and that is computed
-    where it is read. Its gradients go to whoever took the statistics, in two places."""
+    """A 1x1 convolution `W relu(scale x + bias)`, or `W x`, whose statistics are known and that is
+    computed where it is read. Its gradients go to whoever took the statistics, in two places."""
 
     place: Tensor
     """Like what the convolution gives, `[B, O, H, W]`, but without memory."""
@@ -30,7 +30,7 @@ class Product(NamedTuple):
     """`[O, I]`, also without memory."""
     operand: Tensor
     """`x [B, I, H, W]`, raw."""
-    affine: Affine
+    affine: Affine | None
     weight: Tensor
     """`[O, I, 1, 1]`."""
     passes: str
@@ -47,8 +47,9 @@ class Deferred(NamedTuple):
     """`[B, C, H, W]`, what the last convolution gave, or what will give it."""
     affine: Affine
     """Of the last BatchNorm."""
-    residual: Tensor
-    """`[B, C, H, W]`: the block's input, or what the convolution of its skip connection gave."""
+    residual: Tensor | Product
+    """`[B, C, H, W]`: the block's input, or what the convolution of its skip connection gave; what
+    will give it, only where that is so of `raw`."""
     residual_affine: Affine | None
     """Of the BatchNorm of the skip connection; None for the identity."""
     deferred: bool
@@ -69,6 +70,7 @@ def ready(x: Map) -> Tensor:
     if isinstance(x.raw, Product):
         return joined_product(x, x.raw)[0]
     of_residual = x.residual_affine or (None, None)
+    assert isinstance(x.residual, Tensor)
     applied: Tensor = join(x.raw, *x.affine, x.residual, *of_residual, x.deferred, x.kernels)
     return applied
 
@@ -90,6 +92,11 @@ def joined_product(
         statistics, signs: whether they are taken, and kept.
         passes: of the next convolution, those that run kernels.
     """
+    residual, convolution = x.residual, (None, None, None)
+    if isinstance(residual, Product):
+        convolution = (residual.place, residual.place_of_sums, residual.weight)  # type: ignore
+        residual = residual.operand
+    assert product.affine is not None
     joined, y, sums, _ = product_join(
         product.place,
         product.place_of_sums,
@@ -97,8 +104,9 @@ def joined_product(
         *product.affine,
         product.weight,
         *x.affine,
-        x.residual,
+        residual,
         *(x.residual_affine or (None, None)),
+        *convolution,
         next_weight,
         statistics,
         signs,

@@ -35,6 +35,9 @@ def product_join(
     residual: Tensor,
     residual_scale: Tensor | None,
     residual_bias: Tensor | None,
+    residual_place: Tensor | None,
+    residual_place_of_sums: Tensor | None,
+    residual_weight: Tensor | None,
     next_weight: Tensor | None,
     statistics: bool,
     keep_signs: bool,
@@ -48,9 +51,11 @@ def product_join(
             the gradients in the place of `x`, its map and `weight`, which get none here.
         x, x_scale, x_bias, weight: `[B, I, H, W]`, `[I]`, `[O, I, 1, 1]`.
         scale, bias: `[O]`, the BatchNorm behind the product.
-        residual: `[B, O, H, W]`.
+        residual: `[B, O, H, W]`, or the operand of the convolution that is to give it.
         residual_scale, residual_bias: `[O]`, both or neither: the BatchNorm behind the residual,
             whose gradient then goes out without its factor, to whoever made it with `deferred`.
+        residual_place, residual_place_of_sums, residual_weight: of the residual's convolution,
+            which has no map before it; all or none. PyTorch multiplies.
         next_weight: V, `[P, O, 1, 1]`, or None.
         statistics, keep_signs: as for `join_conv1x1`, of `z` and of `joined`.
         kernels, next_kernels: as for `conv1x1`, of the two convolutions.
@@ -59,6 +64,8 @@ def product_join(
         `joined [B, O, H, W]`, `z [B, P, H, W]`, its statistics and the signs; `[0]` for what is not
         wanted.
     """
+    if residual_weight is not None:
+        residual = conv1x1_library.forward(residual, residual_weight)
     if "forward" in kernels.split():
         with on_device(x):
             joined, signs = product_join_launch.product_join(
@@ -104,13 +111,16 @@ def _(
     residual: Tensor,
     residual_scale: Tensor | None,
     residual_bias: Tensor | None,
+    residual_place: Tensor | None,
+    residual_place_of_sums: Tensor | None,
+    residual_weight: Tensor | None,
     next_weight: Tensor | None,
     statistics: bool,
     keep_signs: bool,
     kernels: str,
     next_kernels: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    batch, channels, height, width = residual.shape
+    batch, channels, height, width = place.shape
     shape = (batch, height, width, channels // 8) if keep_signs else (0,)
     signs = x.new_empty(shape, dtype=torch.uint8)
     joined = empty_rows(x, channels).permute(0, 3, 1, 2)
@@ -125,7 +135,12 @@ def _no_statistics(x: Tensor) -> Tensor:
 
 @torch.library.custom_op("coded_resnext::product_sums", mutates_args=())
 def product_sums(
-    grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor, kernels: str
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    kernels: str,
 ) -> Tensor:
     """The sums over the pixels of `grad relu(scale x + bias)^T`, `[O, I]`, not rounded to the dtype
     of `weight`, which is there for its shape."""
@@ -144,12 +159,11 @@ def _(grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor, kern
 
 def _save(ctx: Any, inputs: Any, output: Any) -> None:
     _, _, x, x_scale, x_bias, weight, scale, _, residual, residual_scale = inputs[:10]
-    _, next_weight, ctx.statistics, _, ctx.kernels, ctx.next_kernels = inputs[10:]
+    _, _, _, residual_weight, next_weight, ctx.statistics, _ = inputs[10:17]
+    ctx.kernels, ctx.next_kernels = inputs[17:]
     joined, z, statistics, signs = output
     ctx.mark_non_differentiable(signs)
     ctx.scale_dtype = scale.dtype
-    mapped = residual if residual_scale is not None else None
-    kept = (z, statistics) if ctx.statistics else (None, None)
     ctx.save_for_backward(
         x,
         x_scale,
@@ -157,19 +171,22 @@ def _save(ctx: Any, inputs: Any, output: Any) -> None:
         weight,
         joined,
         signs if signs.numel() else None,
-        mapped,
+        residual if residual_scale is not None else None,
+        residual_weight,
         next_weight,
-        *kept,
+        *((z, statistics) if ctx.statistics else (None, None)),
     )
 
 
 def _gradients(ctx: Any, grad_joined: Tensor, grad: Tensor, grad_statistics: Tensor, _: Any) -> Any:
-    saved = ctx.saved_tensors
-    x, x_scale, x_bias, weight, joined, signs, residual, next_weight, z, statistics = saved
+    x, x_scale, x_bias, weight, joined, signs, *others = ctx.saved_tensors
+    residual, residual_weight, next_weight, z, statistics = others
+    # Of a residual that was written, the sum of it times the gradient is taken on the way.
+    written = residual if residual_weight is None else None
     dnext = None
     if next_weight is None:
         pointwise = POINTWISE in ctx.kernels.split()
-        g, sums = join_backward(grad_joined, joined, None, residual, pointwise)
+        g, sums = join_backward(grad_joined, joined, None, written, pointwise)
     else:
         curve = level = None
         if ctx.statistics:
@@ -180,24 +197,37 @@ def _gradients(ctx: Any, grad_joined: Tensor, grad: Tensor, grad_statistics: Ten
             joined,
             signs,
             None,
-            residual,
+            written,
             next_weight,
             z,
             None,
             curve,
             level,
             True,
-            ctx.needs_input_grad[11],
+            ctx.needs_input_grad[14],
             ctx.next_kernels,
         )
+
+    def of_scale(of_product: Tensor, factor: Tensor) -> Tensor:
+        return (of_product * factor.flatten(1)).sum(1).to(ctx.scale_dtype)
+
     of_product = product_sums(g, x, weight, x_scale, x_bias, ctx.kernels)
-    dscale = (of_product * weight.flatten(1)).sum(1).to(ctx.scale_dtype)
     sums = sums.to(ctx.scale_dtype)
-    of_map = (None, None) if residual is None else (sums[1], sums[0])
-    found = [g, of_product, None, None, None, None, dscale, sums[0], g, *of_map]
-    if not ctx.needs_input_grad[11]:
-        dnext = None
-    return *found, dnext, None, None, None, None
+    found: list[Tensor | None] = [None] * 19
+    found[0], found[1] = g, of_product
+    found[6], found[7] = of_scale(of_product, weight), sums[0]
+    if residual is not None:
+        found[10] = sums[0]
+    if residual_weight is None:
+        found[8], found[9] = g, None if residual is None else sums[1]
+    else:
+        # These are sums of maps as they are, which cuBLAS has.
+        of_residual = product_sums(g, residual, residual_weight, None, None, "")
+        found[9] = of_scale(of_residual, residual_weight)
+        found[11], found[12] = g, of_residual
+    if ctx.needs_input_grad[14]:
+        found[14] = dnext
+    return tuple(found)
 
 
 product_join.register_autograd(_gradients, setup_context=_save)

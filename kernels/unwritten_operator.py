@@ -21,9 +21,9 @@ from .reference import accumulation_dtype
 
 @torch.library.custom_op("coded_resnext::unwritten_conv1x1", mutates_args=())
 def unwritten_conv1x1(
-    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor, kernels: str
+    x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, kernels: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The statistics of `y = W relu(scale x + bias)`.
+    """The statistics of `y = W relu(scale x + bias)`; without `scale` and `bias`, of `y = W x`.
 
     `x [B, I, H, W]`, `weight [O, I, 1, 1]`, `scale` and `bias [I]`; `kernels` as for `conv1x1`.
 
@@ -46,7 +46,7 @@ def unwritten_conv1x1(
 
 @unwritten_conv1x1.register_fake
 def _(
-    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor, kernels: str
+    x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, kernels: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     outputs, inputs = weight.shape[:2]
     wide = accumulation_dtype(x.dtype)
@@ -86,15 +86,15 @@ def unwritten_conv1x1_backward(
     grad_statistics: Tensor,
     x: Tensor,
     weight: Tensor,
-    scale: Tensor,
-    bias: Tensor,
+    scale: Tensor | None,
+    bias: Tensor | None,
     mean: Tensor,
     scatter: Tensor,
     need_input: bool,
     kernels: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradient of `x`, `[2, I]`, those of `bias` and `scale`, and the gradient of `weight`;
-    `[0]` in place of the first two if they are not needed.
+    `[0]` in place of the first two if they are not needed, or not there.
 
     With the gradients of the statistics, gain, level and half the curve of each channel, that of
     `a = relu(scale x + bias)` is `(gain W)^T grad + W^T curve W (a - m) + W^T level`.
@@ -109,12 +109,18 @@ def unwritten_conv1x1_backward(
         return x.new_empty((0,)), mean.new_empty((0,)), dweight
     square = wide.t() @ curved
     shift = level @ wide - square @ mean.double()
-    terms = [each.to(mean.dtype) for each in (gain[:, None] * wide, square, shift)]
-    if "input" in kernels.split():
+    of_output, square, shift = (
+        each.to(mean.dtype) for each in (gain[:, None] * wide, square, shift)
+    )
+    # The kernel's sums are those behind a map.
+    if "input" in kernels.split() and scale is not None and bias is not None:
         with on_device(x):
-            dx, sums = product_join_launch.moments_gradient(grad, *terms, x, scale, bias)
+            dx, sums = product_join_launch.moments_gradient(
+                grad, of_output, square, shift, x, scale, bias
+            )
     else:
-        found = conv1x1_library.moments_gradient(grad, *terms, gram.activate(x, scale, bias))
+        h = gram.activate(x, scale, bias)
+        found = conv1x1_library.moments_gradient(grad, of_output, square, shift, h)
         dx, sums = behind_activation(found.to(mean.dtype), x, scale, bias)
     return dx, sums, dweight
 
@@ -126,21 +132,21 @@ def _(
     grad_statistics: Tensor,
     x: Tensor,
     weight: Tensor,
-    scale: Tensor,
-    bias: Tensor,
+    scale: Tensor | None,
+    bias: Tensor | None,
     mean: Tensor,
     scatter: Tensor,
     need_input: bool,
     kernels: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dx = empty_rows(x).permute(0, 3, 1, 2) if need_input else x.new_empty((0,))
-    sums = mean.new_empty((2, x.shape[1]) if need_input else (0,))
+    sums = mean.new_empty((2, x.shape[1]) if need_input and scale is not None else (0,))
     return dx, sums, weight.new_empty(tuple(weight.shape))
 
 
 def _save(ctx: Any, inputs: Any, output: Any) -> None:
     *tensors, ctx.kernels = inputs
-    _, _, _, mean, scatter = output
+    mean, scatter = output[3:]
     ctx.mark_non_differentiable(mean, scatter)
     ctx.save_for_backward(*tensors, mean, scatter)
 

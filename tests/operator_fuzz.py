@@ -21,11 +21,14 @@ from coded_resnext.kernels import (
     reference,
 )
 from coded_resnext.kernels.conv1x1_operators import POINTWISE
+from coded_resnext.kernels.product_join_operator import product_join
+from coded_resnext.kernels.unwritten_operator import unwritten_conv1x1
 from helpers import TOLERANCES
 from strategies import Call
 from torch import Tensor
 
 from coded_resnext import Codebook, CodedBottleneck
+from coded_resnext.fused_norm import _CarryScale
 
 # Sums of up to 70,000 terms, where the table is for some hundred.
 LONGER_SUMS = 4.0
@@ -169,6 +172,25 @@ def _join_inputs(call: Call) -> Results:
     return joined | {"weight": operands["weight"]}
 
 
+def _product_join_inputs(call: Call) -> Results:
+    """The last convolution of a block, with a map of the residual where others have one of `x`."""
+    wide = reference.accumulation_dtype(call.dtype)
+    weight = call.positive(call.C, call.N * call.D, 1, 1, place=1).to(call.dtype)
+    vectors = {"scale": call.N * call.D, "bias": call.N * call.D}
+    vectors |= {"out_scale": call.C, "out_bias": call.C}
+    if call.affine:
+        vectors |= {"residual_scale": call.C, "residual_bias": call.C}
+    found = {"x": call.activations(), "weight": weight}
+    for place, (name, channels) in enumerate(vectors.items()):
+        found[name] = call.positive(channels, place=2 + place).to(wide)
+    residual = call.positive(call.B, call.C, call.H, call.W, place=8)
+    next_weight = call.positive(call.K, call.C, 1, 1, place=9)
+    return found | {
+        name: value.to(call.dtype)
+        for name, value in (("residual", residual), ("next_weight", next_weight))
+    }
+
+
 def _block_inputs(call: Call) -> Results:
     return {"x": call.activations()} | call.masks()
 
@@ -257,13 +279,55 @@ def _join_conv1x1(call: Call, backend: str, x: Results) -> Results:
     return {"x": joined, "z": z, "sum": _checked_sum(call, z, statistics)}
 
 
+def _product_join(call: Call, backend: str, x: Results) -> Results:
+    """The operators behind the end of a plain block, and the sum among the statistics."""
+    operands = [x[name] for name in ("x", "scale", "bias")]
+    vectors = (x["out_scale"], x["out_bias"])
+    maps = [x.get("residual_scale"), x.get("residual_bias")]
+    if backend == "reference":
+        y = reference.conv1x1(x["x"], x["weight"], *operands[1:])
+        joined = reference.join(y, *vectors, x["residual"], *maps)
+        z = reference.conv1x1(joined, x["next_weight"])
+        return {"x": joined, "z": z, "sum": z.sum((0, 2, 3)), "sum of y": y.sum((0, 2, 3))}
+    passes = _chosen(call) if backend == "triton" else ""
+    place, of_sums, statistics, _, _ = unwritten_conv1x1(
+        operands[0], x["weight"], *operands[1:], passes
+    )
+    exact = [value.detach().double() for value in (operands[0], x["weight"], *operands[1:])]
+    of_y = _checked_sum(call, reference.conv1x1(*exact), statistics)
+    residual = x["residual"].view_as(x["residual"])
+    if maps[0] is not None:
+        # Whoever made it multiplies by this factor.
+        residual.register_hook(lambda g: (g * x["residual_scale"].detach()[:, None, None]).to(g))
+    joined, z, of_z, _ = product_join(
+        place,
+        of_sums,
+        *operands,
+        x["weight"],
+        *_CarryScale.apply(statistics, *vectors),
+        residual,
+        *maps,
+        *(None, None, None),
+        x["next_weight"],
+        True,
+        False,
+        passes,
+        passes,
+    )
+    return {"x": joined, "z": z, "sum": _checked_sum(call, z, of_z), "sum of y": of_y}
+
+
 def _passes(call: Call, backend: str) -> AbstractContextManager[object]:
-    """Kernels for sizes that the selection table leaves to PyTorch: all of them, or only some."""
+    """Kernels for sizes that the selection table leaves to PyTorch."""
     if backend != "triton":
         return nullcontext()
+    return patch.object(conv1x1_ops, "select_products", return_value=_chosen(call))
+
+
+def _chosen(call: Call) -> str:
+    """All passes of a 1x1 convolution, or only some."""
     wanted = {"forward": True, "input": not call.drop, "weight": not call.keep, POINTWISE: True}
-    passes = " ".join(name for name, runs in wanted.items() if runs)
-    return patch.object(conv1x1_ops, "select_products", return_value=passes)
+    return " ".join(name for name, runs in wanted.items() if runs)
 
 
 def _block(call: Call, backend: str, x: Results) -> Results:
@@ -293,6 +357,7 @@ INPUTS: dict[str, Callable[[Call], Results]] = {
     "grouped_conv3x3": _conv_inputs,
     "conv1x1": _conv1x1_inputs,
     "join_conv1x1": _join_inputs,
+    "product_join": _product_join_inputs,
     "CodedBottleneck": _block_inputs,
 }
 RUNS: dict[str, Callable[[Call, Any, Results], Results]] = {
@@ -303,6 +368,7 @@ RUNS: dict[str, Callable[[Call, Any, Results], Results]] = {
     "grouped_conv3x3": _conv,
     "conv1x1": _conv1x1,
     "join_conv1x1": _join_conv1x1,
+    "product_join": _product_join,
     "CodedBottleneck": _block,
 }
 

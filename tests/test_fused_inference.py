@@ -220,7 +220,7 @@ def test_what_it_launches_is_built_ahead_of_time(
     kinds = {shipped[row].split()[1] for row in launched}
     assert kinds >= {"forward_stride1", "forward_stride2", "pack_weights_forward"}
     # The convolutions of the CIFAR network have the channels of none of the 1x1 kernels.
-    assert ("product_folded" in kinds) == ("50" in name)
+    assert ("product_join" in kinds) == ("50" in name)
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["evaluation", "training"])

@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import bench_model
 import pytest
-from contenders import Contender
+import torch
+from contenders import Contender, Runner
 from gpus import find_gpu
 from PIL import Image
 
 from coded_resnext import create_model
+from coded_resnext.fused_operators import FusedOperators
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *options: object) -> int:
@@ -38,6 +41,7 @@ def test_every_contender_is_right_and_timed(
         "plain, fused, eager, nhwc",
         "coded, torch, eager, nhwc",
         "coded, fused, eager, nhwc",
+        "coded, fused, eager, nhwc, written",
         "coded, reference, eager, nhwc",
     }
     assert names == {
@@ -72,6 +76,29 @@ def test_logits_that_differ_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> No
         assert (row["wrong"] is not None) == (", fused," in row["contender"])
         assert ("train_ms" in row) == (row["wrong"] is None)
     assert "apart from those of the first plain" in bench_model.table(content["rows"])
+
+
+def test_who_writes_the_last_convolutions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The two ways to train differ in that alone, and lead to the same loss."""
+    left: list[str] = []
+    unwritten = FusedOperators.unwritten
+
+    def note(self: FusedOperators, *arguments: Any) -> Any:
+        left.append("one")
+        return unwritten(self, *arguments)
+
+    monkeypatch.setattr(FusedOperators, "unwritten", note)
+    images, targets = torch.rand(4, 3, 8, 8), torch.tensor([0, 1, 2, 3])
+    losses = []
+    for written in (True, False):
+        contender = Contender("coded", "fused", written=written)
+        overrides = bench_model.tiny_overrides(contender)
+        overrides |= {"drop_branches": 0.0}
+        runner = Runner(contender, "resnext29_20x6d", images, targets, torch.float32, overrides)
+        left.clear()
+        losses.append([runner.train() for _ in range(3)])
+        assert bool(left) != written
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-4, atol=1e-5)
 
 
 def test_the_share_of_the_least_time() -> None:
