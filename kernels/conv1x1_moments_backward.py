@@ -49,8 +49,8 @@ def moments_input_gradient(
     Grid: parts * ceil(INPUTS / BLOCK_N). `dx`, `x [rows, INPUTS]`, `grad [rows, OUTPUTS]`; V is
     `weight [OUTPUTS, INPUTS]`, Q the symmetric `square [INPUTS, INPUTS]`; float32: `size` is one
     number, t is `shift [INPUTS]`, as are `scale` and `bias` or None, and with them `partial [parts,
-    2, INPUTS]`, the gradients of bias and scale. The first product takes BLOCK_K output channels a step, the second
-    BLOCK_H of the input's.
+    2, INPUTS]`, the gradients of bias and scale. The first product takes BLOCK_K output channels a
+    step, the second BLOCK_H of the input's.
     """
     AFFINE: tl.constexpr = scale_ptr is not None
     COLUMNS: tl.constexpr = (INPUTS + BLOCK_N - 1) // BLOCK_N
