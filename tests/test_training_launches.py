@@ -22,7 +22,6 @@ def test_rows_of_1x1_convolutions_are_those_of_a_step(
     monkeypatch.setattr(LaunchRow, "launch", lambda row, *_: launched.add(row))
     planned = conv1x1_ops.planned
     monkeypatch.setattr(conv1x1_ops, "planned", lambda _, sizes: planned(arch, sizes))
-    # The rows of the interpreter's machine: nothing in them depends on the architecture.
     shipped = {
         row for name, row in shipped_rows(arch) if name.startswith("1x1") and "folded" not in name
     }
@@ -30,4 +29,4 @@ def test_rows_of_1x1_convolutions_are_those_of_a_step(
     y, *_ = model(torch.zeros(2, 3, 32, 32, dtype=torch.bfloat16))
     y.float().square().sum().backward()
     assert shipped == {row for row in launched if "conv1x1" in row.kernel}
-    assert len(shipped) > 5
+    assert len(shipped) >= 5
