@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import cache
 
+from coded_resnext.kernels import conv1x1_configs
 from coded_resnext.kernels.configs import BlockSizes, LaunchRow, Variant
 from coded_resnext.kernels.energy_configs import energy_backward, energy_forward
 from coded_resnext.kernels.expand_configs import expand_forward
@@ -78,6 +79,7 @@ def window_of(row: LaunchRow) -> object:
 def rows(arch: str) -> Iterator[tuple[str, LaunchRow]]:
     """Names and rows for an architecture."""
     yield from shipped_rows(arch)
+    yield from conv1x1_configs.operator_rows(arch)
     for place, sizes in UNCODED_STAGES.items():
         for make in (energy_forward, energy_backward):
             row = make(sizes, Variant("bf16", arch=arch))

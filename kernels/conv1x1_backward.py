@@ -337,9 +337,9 @@ def join_input_gradient(
                 of_residual += tl.where(mine, tl.sum(g * residual, 0)[None, :], 0.0)
     sums = (tl.reshape(of_bias, (BLOCK_N,)),)
     if RAW:
-        sums = (sums[0], tl.reshape(of_scale, (BLOCK_N,)))
+        sums += (tl.reshape(of_scale, (BLOCK_N,)),)
     if MAPPED:
-        sums = sums + (tl.reshape(of_residual, (BLOCK_N,)),)  # noqa: RUF005 (no stars in Triton)
+        sums += (tl.reshape(of_residual, (BLOCK_N,)),)
     store_vectors(partial_ptr, part, n, n < INPUTS, sums, INPUTS)
 
 

@@ -344,7 +344,6 @@ def planned(arch: str, sizes: ProductSizes) -> Plan:
 # Where the ImageNet network has the convolutions of the table; the join at the end of a stage's
 # first block has a residual with a map.
 PAPER_CONVOLUTIONS = {"32x4d c2": (128, 256), "32x4d c3": (256, 512)}
-PAPER_PROJECTIONS = {"32x4d c3 projection": (256, 512)}
 PAPER_JOINS = {
     "32x4d c2 mapped": (256, 128),
     "32x4d c2 identity": (256, 128),
@@ -354,18 +353,17 @@ PAPER_JOINS = {
 }
 
 
-def shipped_rows(arch: str) -> Iterator[tuple[str, LaunchRow]]:
-    """Every row that a step of training in bfloat16 launches."""
-    # The gradient of what ends a block, or its skip, comes without its factor. The projection of a
-    # skip has no activation before it.
+def operator_rows(arch: str) -> Iterator[tuple[str, LaunchRow]]:
+    """Rows that the operators launch for these layers in bfloat16, where BatchNorm has its
+    statistics from the output. Steps of training launch those of product_join_configs.py."""
+    # The gradient of what ends a block comes without its factor.
     between = ProductVariant(affine=True, statistics=True, gain=True, moved=True, arch=arch)
-    alone = replace(between, affine=False)
-    makers = {"forward": forward, "input": input_gradient, "weight": weight_gradient}
-    for layers, variant in ((PAPER_CONVOLUTIONS, between), (PAPER_PROJECTIONS, alone)):
-        for place, (inputs, outputs) in layers.items():
-            sizes = ProductSizes(inputs, outputs)
-            for which in planned(arch, sizes).passes.split():
-                row = makers[which](sizes, variant)
+    makers = {"forward": forward, "input": input_gradient}
+    for place, (inputs, outputs) in PAPER_CONVOLUTIONS.items():
+        sizes = ProductSizes(inputs, outputs)
+        for which in planned(arch, sizes).passes.split():
+            if which in makers:
+                row = makers[which](sizes, between)
                 yield f"1x1 {row.kernel.split(':')[1]} {place}", row
     makers = {"forward": join_forward, "input": join_input_gradient}
     for place, (inputs, outputs) in PAPER_JOINS.items():

@@ -43,14 +43,16 @@ def moments_input_gradient(
     CHUNKS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """`dx = scale (V^T grad + size Q relu(scale x + bias) + t)` where `scale x + bias > 0`.
+    """`dx = scale (V^T grad + size Q relu(scale x + bias) + t)` where `scale x + bias > 0`; without
+    scale and bias `V^T grad + size Q x + t`.
 
     Grid: parts * ceil(INPUTS / BLOCK_N). `dx`, `x [rows, INPUTS]`, `grad [rows, OUTPUTS]`; V is
     `weight [OUTPUTS, INPUTS]`, Q the symmetric `square [INPUTS, INPUTS]`; float32: `size` is one
-    number, t is `shift [INPUTS]`, as are `scale` and `bias`, and `partial [parts, 2, INPUTS]`, the
-    gradients of bias and scale. The first product takes BLOCK_K output channels a step, the second
-    BLOCK_H of the input's.
+    number, t is `shift [INPUTS]`, as are `scale` and `bias` or None, and with them `partial [parts,
+    2, INPUTS]`, the gradients of bias and scale. The first product takes BLOCK_K output channels a
+    step, the second BLOCK_H of the input's.
     """
+    AFFINE: tl.constexpr = scale_ptr is not None
     COLUMNS: tl.constexpr = (INPUTS + BLOCK_N - 1) // BLOCK_N
     WHOLE_N: tl.constexpr = INPUTS % BLOCK_N == 0
     WIDTH: tl.constexpr = BLOCK_N // CHUNKS
@@ -111,21 +113,23 @@ def moments_input_gradient(
         at = first * INPUTS + m[:, None] * INPUTS
         d = round_to(d + shift, dx_ptr.dtype.element_ty)
         store_tile(dx_ptr + at + n[None, :], d, real, n < INPUTS, WHOLE_N)
-        of_bias, of_scale = finish_input_gradient(
-            dx_ptr + at,
-            x_ptr + at,
-            scale_ptr,
-            bias_ptr,
-            of_bias,
-            of_scale,
-            column,
-            real,
-            INPUTS,
-            BLOCK_N,
-            CHUNKS,
-        )
-    sums = (tl.reshape(of_bias, (BLOCK_N,)), tl.reshape(of_scale, (BLOCK_N,)))
-    store_vectors(partial_ptr, part, n, n < INPUTS, sums, INPUTS)
+        if AFFINE:
+            of_bias, of_scale = finish_input_gradient(
+                dx_ptr + at,
+                x_ptr + at,
+                scale_ptr,
+                bias_ptr,
+                of_bias,
+                of_scale,
+                column,
+                real,
+                INPUTS,
+                BLOCK_N,
+                CHUNKS,
+            )
+    if AFFINE:
+        sums = (tl.reshape(of_bias, (BLOCK_N,)), tl.reshape(of_scale, (BLOCK_N,)))
+        store_vectors(partial_ptr, part, n, n < INPUTS, sums, INPUTS)
 
 
 hash_in_order(globals())

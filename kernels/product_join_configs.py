@@ -28,6 +28,7 @@ from .conv1x1_configs import (
     map_tile,
     planned,
     row_of,
+    weight_gradient,
 )
 
 
@@ -96,17 +97,18 @@ def moments(channels: int, variant: ProductVariant) -> LaunchRow:
 @cache
 def moments_gradient(sizes: ProductSizes, variant: ProductVariant) -> LaunchRow:
     """Settings of `conv1x1_moments_backward.moments_input_gradient`."""
+    vector = "*fp32" if variant.affine else None
     tensors = (
         variant.pointer(),
-        "*fp32",
+        vector,
         variant.pointer(),
         variant.pointer(),
         variant.pointer(),
         "*fp32",
         "*fp32",
         variant.pointer(),
-        "*fp32",
-        "*fp32",
+        vector,
+        vector,
     )
     tile = gradient_tile(sizes, variant)
     # Of the square matrix as much at a time as of the weight: all of it, or as long a step.
@@ -120,18 +122,22 @@ def moments_gradient(sizes: ProductSizes, variant: ProductVariant) -> LaunchRow:
 
 # The stage behind has no kernels, whose gradients would read signs.
 LAST = ("32x4d c3",)
+# Its first block has a projection with as many channels as the convolution.
+PROJECTED = ("32x4d c3",)
 
 
 def shipped_rows(arch: str) -> Iterator[tuple[str, LaunchRow]]:
-    """Every row that a step of training, or evaluation, in bfloat16 launches, beside those of
-    conv1x1_configs.py."""
+    """Every row of a 1x1 convolution that a step of training, or evaluation, in bfloat16
+    launches."""
     for place, (inputs, outputs) in PAPER_CONVOLUTIONS.items():
         sizes = ProductSizes(inputs, outputs)
         passes = planned(arch, sizes).passes.split()
+        trained = ProductVariant(
+            residual=True, affine=True, scaled=True, signs="input" in passes, arch=arch
+        )
         if "forward" in passes:
             ends = ProductVariant(residual=True, arch=arch)
             yield f"1x1 product_join {place} folded", product_join(sizes, ends)
-            trained = replace(ends, affine=True, scaled=True, signs="input" in passes)
             yield f"1x1 product_join {place} identity", product_join(sizes, trained)
             mapped = replace(trained, mapped=True)
             yield f"1x1 product_join {place} mapped", product_join(sizes, mapped)
@@ -139,17 +145,22 @@ def shipped_rows(arch: str) -> Iterator[tuple[str, LaunchRow]]:
                 last = replace(trained, signs=False)
                 yield f"1x1 product_join {place} last", product_join(sizes, last)
             yield f"1x1 activation_moments {place}", moments(inputs, trained)
+            if place in PROJECTED:
+                row = moments(inputs, replace(trained, affine=False))
+                yield f"1x1 activation_moments {place} projection", row
         if "input" in passes:
-            row = moments_gradient(sizes, ProductVariant(arch=arch))
-            yield f"1x1 moments_input_gradient {place}", row
+            yield f"1x1 moments_input_gradient {place}", moments_gradient(sizes, trained)
+        if "weight" in passes:
+            yield f"1x1 product_weight_gradient {place}", weight_gradient(sizes, trained)
     # What stands behind such a join: a convolution of it as it is.
-    behind = ProductVariant(statistics=True, moved=True, raw=False, arch=arch)
+    behind = ProductVariant(statistics=True, moved=True, signs=True, raw=False, arch=arch)
     for place, (inputs, outputs) in PAPER_JOINS.items():
-        sizes = ProductSizes(inputs, outputs, join=True)
-        passes, mapped = planned(arch, sizes).passes.split(), place.endswith("mapped")
-        if "forward" in passes and not mapped:
-            row = forward(ProductSizes(inputs, outputs), replace(behind, moved=False, raw=True))
+        if not place.endswith("identity"):
+            continue
+        passes = planned(arch, ProductSizes(inputs, outputs, join=True)).passes.split()
+        if "forward" in passes:
+            row = forward(ProductSizes(inputs, outputs), ProductVariant(statistics=True, arch=arch))
             yield f"1x1 product_forward {place} behind a product_join", row
         if "input" in passes:
-            row = join_input_gradient(sizes, replace(behind, affine=mapped, signs=True))
+            row = join_input_gradient(ProductSizes(inputs, outputs, join=True), behind)
             yield f"1x1 join_input_gradient {place} of a product_join", row

@@ -124,11 +124,11 @@ def moments_gradient(
     square: Tensor,
     shift: Tensor,
     x: Tensor,
-    scale: Tensor,
-    bias: Tensor,
+    scale: Tensor | None,
+    bias: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """The gradient of `x [B, I, H, W]` and those of `bias` and `scale`, `[2, I]` float32, where
-    that of `h = relu(scale x + bias)` is `V^T grad + Q h + t`.
+    that of `h = relu(scale x + bias)` is `V^T grad + Q h + t`; without these `h = x`, and `[0]`.
 
     Args:
         grad: `[B, O, H, W]`.
@@ -138,10 +138,10 @@ def moments_gradient(
         x, scale, bias: as for the forward pass.
     """
     sizes = ProductSizes(weight.shape[1], weight.shape[0])
-    variant = variant_of(x)
+    variant = variant_of(x, affine=scale is not None)
     rows, dx = aligned_rows(x), empty_rows(x)
     parts, columns = parts_of(rows, gradient_tile(sizes, variant), sizes.inputs)
-    partial = floats(x, parts, 2, sizes.inputs)
+    partial = None if scale is None else floats(x, parts, 2, sizes.inputs)
     size = square.abs().amax().clamp_min(torch.finfo(torch.float32).tiny)
     configs.moments_gradient(sizes, variant).launch(
         (parts * columns,),
@@ -157,4 +157,4 @@ def moments_gradient(
         vector_of(bias),
         pixels_of(rows),
     )
-    return dx.permute(0, 3, 1, 2), partial.sum(0)
+    return dx.permute(0, 3, 1, 2), floats(x, 0) if partial is None else partial.sum(0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from . import conv1x1_configs, grouped_configs, join_configs, product_join_configs
+from . import grouped_configs, join_configs, product_join_configs
 from .aggregate_configs import aggregate_backward, aggregate_forward
 from .configs import BlockSizes, Dtype, LaunchRow, Variant
 from .energy_configs import energy_backward, energy_forward, weighted_gram
@@ -50,6 +50,5 @@ def shipped_rows(arch: str) -> Iterator[tuple[str, LaunchRow]]:
             sizes_of_loss = LossSizes(branches, classes, soft)
             yield f"coding_loss {branches} of {classes} soft={soft}", coding_loss(sizes_of_loss)
     yield from grouped_configs.shipped_rows(arch)
-    yield from conv1x1_configs.shipped_rows(arch)
     yield from product_join_configs.shipped_rows(arch)
     yield from join_configs.shipped_rows()

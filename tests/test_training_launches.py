@@ -1,0 +1,32 @@
+"""What training launches is what is built ahead of time."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from coded_resnext.kernels import conv1x1_ops
+from coded_resnext.kernels.configs import LaunchRow
+from coded_resnext.kernels.shipped_rows import shipped_rows
+from helpers import needs_triton
+
+from coded_resnext import create_model
+
+
+@needs_triton
+@pytest.mark.parametrize("arch", ["sm80", "sm90"])
+def test_rows_of_1x1_convolutions_are_those_of_a_step(
+    arch: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No more and no less, of a whole network in bfloat16; nothing is computed here."""
+    launched: set[LaunchRow] = set()
+    monkeypatch.setattr(LaunchRow, "launch", lambda row, *_: launched.add(row))
+    planned = conv1x1_ops.planned
+    monkeypatch.setattr(conv1x1_ops, "planned", lambda _, sizes: planned(arch, sizes))
+    shipped = {
+        row for name, row in shipped_rows(arch) if name.startswith("1x1") and "folded" not in name
+    }
+    model = create_model("coded_resnext50_32x4d", backend="triton").bfloat16().train()
+    y, *_ = model(torch.zeros(2, 3, 32, 32, dtype=torch.bfloat16))
+    y.float().square().sum().backward()
+    assert shipped == {row for row in launched if "conv1x1" in row.kernel}
+    assert len(shipped) >= 5
