@@ -91,7 +91,7 @@ class BlockMaps:
         if self.coded:
             found["normalize"] = 4 * self.y2
         if self.projection:
-            of_skip = 4 * self._picked if self.skip_unwritten else 2 * self.y3 + self._picked
+            of_skip = 2 * self._picked if self.skip_unwritten else 2 * self.y3 + self._picked
             found |= {"skip input": of_skip + self.y3, "skip weight": self.y3 + self._picked}
         return found
 

@@ -114,8 +114,7 @@ def unwritten_conv1x1_backward(
     of_output, square, shift = (
         each.to(mean.dtype) for each in (gain[:, None] * wide, square, shift)
     )
-    # The kernel's sums are those behind a map.
-    if "input" in kernels.split() and scale is not None and bias is not None:
+    if "input" in kernels.split():
         with on_device(x):
             dx, sums = product_join_launch.moments_gradient(
                 grad, of_output, square, shift, x, scale, bias
