@@ -31,6 +31,8 @@ class BlockMaps:
     """The block whose output is still to be computed; None for a first block."""
     unwritten: bool
     """Whether its last convolution is computed where it is read."""
+    skip_unwritten: bool
+    """Whether that of its skip connection is, by PyTorch."""
 
     def evaluation(self) -> dict[str, int]:
         """Elements that each operator moves where no gradients are wanted."""
@@ -55,12 +57,18 @@ class BlockMaps:
             found["normalize"] = 2 * self.y2
         found["expand"] = self.y2 if self.unwritten else self.y2 + self.y3
         if self.projection:
-            found["skip"] = self.x // self.stride**2 + self.y3
+            found["skip"] = self._picked if self.skip_unwritten else self._picked + self.y3
         return found
+
+    @property
+    def _picked(self) -> int:
+        """Elements of the pixels that the skip connection's convolution takes."""
+        return self.x // self.stride**2
 
     def joining(self) -> int:
         """Elements that the sum at the block's end takes and gives."""
-        return (self.y2 if self.unwritten else self.y3) + 2 * self.y3
+        own = (self.y2 if self.unwritten else self.y3) + 2 * self.y3
+        return own + (self._picked + self.y3 if self.skip_unwritten else 0)
 
     def backward(self) -> dict[str, int]:
         """Elements that each operator's kernels move.
@@ -83,14 +91,15 @@ class BlockMaps:
         if self.coded:
             found["normalize"] = 4 * self.y2
         if self.projection:
-            strided = self.x // self.stride**2
-            found |= {"skip input": 3 * self.y3 + strided, "skip weight": self.y3 + strided}
+            of_skip = 4 * self._picked if self.skip_unwritten else 2 * self.y3 + self._picked
+            found |= {"skip input": of_skip + self.y3, "skip weight": self.y3 + self._picked}
         return found
 
     def parting(self) -> int:
         """Elements at the sum's gradient, which the next block's first convolution adds to another
         one: that one, the result, and what the sums for the BatchNorms before it need."""
-        return (2 + (not self.unwritten) + self.projection) * self.y3
+        mapped = self.projection and not self.skip_unwritten
+        return (2 + (not self.unwritten) + mapped) * self.y3
 
 
 def maps_of(model: CodedResNeXt, batch: int, size: int) -> list[BlockMaps]:
@@ -101,6 +110,7 @@ def maps_of(model: CodedResNeXt, batch: int, size: int) -> list[BlockMaps]:
     for block in model.blocks:
         out = -(-size // block.stride)
         wide = block.reduce.out_channels
+        unwritten = not block.is_coded and wide <= UNWRITTEN
         found.append(
             BlockMaps(
                 batch * block.in_channels * size**2,
@@ -111,7 +121,8 @@ def maps_of(model: CodedResNeXt, batch: int, size: int) -> list[BlockMaps]:
                 block.is_coded,
                 _projects(block),
                 found[-1] if found else None,
-                not block.is_coded and block.expand.in_channels <= UNWRITTEN,
+                unwritten,
+                unwritten and _projects(block) and block.in_channels <= UNWRITTEN,
             )
         )
         size = out

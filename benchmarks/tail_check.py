@@ -127,21 +127,11 @@ class Call:
             )
             return dict(zip(("input", "sums", "weight"), found, strict=True))
         maps = self.out_vectors[2:] if self.layer.mapped else [None, None]
+        # Neither a projection's convolution nor a next one, but signs where kernels write them.
+        options = (*[None] * 4, False, bool(kernels), kernels, "")
         joined, _, _, signs = product_join(
             *(self.grad, self.grad_sums, self.x, self.scale, self.bias, self.weight),
-            *(
-                *self.out_vectors[:2],
-                self.residual,
-                *maps,
-                None,
-                None,
-                None,
-                None,
-                False,
-                bool(kernels),
-                kernels,
-                "",
-            ),
+            *(*self.out_vectors[:2], self.residual, *maps, *options),
         )
         if kernels:
             assert torch.equal(signs, pack_signs(joined))

@@ -71,10 +71,14 @@ def moments_gradient(
     `grad [B, O, H, W]`; in the accumulation dtype `weight [O, I]`, symmetric `square [I, I]`,
     `shift [I]`.
     """
-    # Divided by its largest element, since in float16 a matrix of tiny numbers is one of zeros.
-    largest = square.abs().amax().clamp_min(torch.finfo(square.dtype).tiny)
-    more = _matrix(x) @ (square / largest).to(x.dtype)
-    more = (more.to(shift.dtype) * largest + shift).to(x.dtype)
+    rows = _matrix(x)
+    if x.dtype == torch.float16:
+        # A matrix of tiny numbers would be one of zeros; it is divided by its largest.
+        largest = square.abs().amax().clamp_min(torch.finfo(square.dtype).tiny)
+        more = (rows @ (square / largest).to(x.dtype)).to(shift.dtype)
+        more = (more * largest + shift).to(x.dtype)
+    else:
+        more = torch.addmm(shift.to(x.dtype), rows, square.to(x.dtype))
     return _images(torch.addmm(more, _matrix(grad), weight.to(x.dtype)), grad)
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from . import conv1x1_library, gram, product_join_launch
+from .conv1x1_operators import POINTWISE
 from .launch import empty_rows, on_device
 from .operators import behind_activation, split_sums
 from .reference import accumulation_dtype
@@ -35,7 +36,8 @@ def unwritten_conv1x1(
         in `conv1x1`. Then the mean `[I]` and the scatter `[I, I]`, without gradients. All but the
         first are in the accumulation dtype.
     """
-    if "forward" in kernels.split():
+    # They are statistics, and kernels compute those wherever they compute what is pointwise.
+    if {"forward", POINTWISE} & set(kernels.split()):
         with on_device(x):
             mean, scatter = product_join_launch.moments(x, scale, bias)
     else:

@@ -16,9 +16,12 @@ import gpu_check
 import model_check
 import pytest
 import strategies
+import tail_check
 import timing
 import torch
+from coded_resnext.kernels import conv1x1_operators
 from operators import OPERATORS, TINY, Place, Tensors, aggregate_by
+from pass_check import check_call
 from torch import Tensor
 
 from coded_resnext import fused_inference
@@ -187,6 +190,36 @@ def test_when_time_is_up_the_rest_is_named() -> None:
     assert "left out, time was up: coded, fused, eager, nhwc" in text
     assert "training beside plain, compiled: at least 1.25: not measured" in text
     assert "accuracy guard left out: time was up" in text
+
+
+@pytest.mark.parametrize(
+    ("name", "which", "result"),
+    [
+        ("product_sums", "sums", "sums"),
+        ("unwritten_conv1x1", "statistics", "sum"),
+        ("unwritten_conv1x1_backward", "gradient", "input"),
+        ("product_join", "join", "joined"),
+    ],
+)
+def test_a_tail_that_is_wrong_is_found(
+    name: str, which: str, result: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One pass in bfloat16, off by a tenth where kernels run."""
+    call = tail_check.Call(tail_check.TINY[0], torch.bfloat16, CPU)
+    assert check_call(call, tail_check.PASSES, repeats=2)["wrong"] == []
+    right = getattr(tail_check, name)
+
+    def wrong(*arguments: Any) -> Any:
+        found = right(*arguments)
+        if conv1x1_operators.PASSES not in arguments:
+            return found
+        many = (found,) if isinstance(found, Tensor) else found
+        changed = [v * 1.1 if v.is_floating_point() else v for v in many]
+        return changed[0] if isinstance(found, Tensor) else changed
+
+    monkeypatch.setattr(tail_check, name, wrong)
+    faults = check_call(call, [which], repeats=2)["wrong"]
+    assert any(f"{which} {result}: error" in fault for fault in faults), faults
 
 
 @pytest.mark.parametrize("block", block_check.TINY, ids=lambda block: block.name)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 import torch
-from coded_resnext.kernels import conv1x1_operators, conv1x1_ops
+from coded_resnext.kernels import conv1x1_library, conv1x1_operators, conv1x1_ops
 from coded_resnext.kernels.configs import LaunchRow
 from coded_resnext.kernels.conv1x1_configs import Plan
 from helpers import needs_triton
@@ -75,6 +75,25 @@ def test_it_counts_what_evaluation_calls_operators_with(stages: list[Stage]) -> 
     assert total == 2 * sum(moved.elements.values())
 
 
+def counted(name: str, again: int, moved: Counter[str]) -> Callable[..., Tensor]:
+    """A function of the products by PyTorch, its maps counted.
+
+    Args:
+        name: of the function.
+        again: how often more it goes through a map like its result, inside.
+        moved: to what the elements are added.
+    """
+    function = getattr(conv1x1_library, name)
+
+    def call(*arguments: Tensor) -> Tensor:
+        found: Tensor = function(*arguments)
+        maps = [v for v in (*arguments, found) if v.ndim == 4 and len(v) == BATCH]
+        moved[name] += sum(v.numel() for v in maps) + again * found.numel()
+        return found
+
+    return call
+
+
 # Widths that fill the windows of the grouped convolution's kernels; elsewhere those are padded.
 FULL = {
     "coded and plain, stride 2": [
@@ -100,6 +119,8 @@ def test_it_counts_what_training_launches_kernels_with(
         launch(row, grid, *arguments)
 
     monkeypatch.setattr(LaunchRow, "launch", note)
+    for name, again in {"forward": 0, "wide_sums": 0, "moments_gradient": 2}.items():
+        monkeypatch.setattr(conv1x1_library, name, counted(name, again, moved))
     monkeypatch.setattr(FusedOperators, "joins", lambda *_: True)
     every = Plan(conv1x1_operators.PASSES, "all of them")
     monkeypatch.setattr(conv1x1_ops, "planned", lambda *_: every)

@@ -221,13 +221,19 @@ def compare(case: Case, dtype: torch.dtype, kernels: str, tolerance: float) -> N
     assert max(errors.values()) < tolerance, errors
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-def test_equals_what_is_written_out(case: Case, dtype: torch.dtype) -> None:
+# The sum of a projected case cannot be kept away from the kink, on which rounding then decides.
+ROUNDED = [case for case in CASES if not case.projected]
+BY_DTYPE = {torch.float64: CASES, torch.float32: CASES, torch.bfloat16: ROUNDED}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "case"),
+    [(dtype, case) for dtype, cases in BY_DTYPE.items() for case in cases],
+    ids=lambda value: value.name if isinstance(value, Case) else str(value),
+)
+def test_equals_what_is_written_out(dtype: torch.dtype, case: Case) -> None:
     # bfloat16 rounds the gradients that enter a product, of which differences remain.
     tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2}[dtype]
-    if case.projected and dtype == torch.bfloat16:
-        pytest.skip("its sum cannot be kept away from the kink of the ReLU")
     compare(case, dtype, "", tolerance)
 
 
