@@ -335,12 +335,17 @@ def join_input_gradient(
             if MAPPED:
                 residual = load_tile(residual_ptr + here, real, inside, WHOLE_N).to(tl.float32)
                 of_residual += tl.where(mine, tl.sum(g * residual, 0)[None, :], 0.0)
-    sums = (tl.reshape(of_bias, (BLOCK_N,)),)
-    if RAW:
-        sums += (tl.reshape(of_scale, (BLOCK_N,)),)
-    if MAPPED:
-        sums += (tl.reshape(of_residual, (BLOCK_N,)),)
-    store_vectors(partial_ptr, part, n, n < INPUTS, sums, INPUTS)
+    of_g = tl.reshape(of_bias, (BLOCK_N,))
+    of_y = tl.reshape(of_scale, (BLOCK_N,))
+    of_r = tl.reshape(of_residual, (BLOCK_N,))
+    if RAW and MAPPED:
+        store_vectors(partial_ptr, part, n, n < INPUTS, (of_g, of_y, of_r), INPUTS)
+    elif RAW:
+        store_vectors(partial_ptr, part, n, n < INPUTS, (of_g, of_y), INPUTS)
+    elif MAPPED:
+        store_vectors(partial_ptr, part, n, n < INPUTS, (of_g, of_r), INPUTS)
+    else:
+        store_vectors(partial_ptr, part, n, n < INPUTS, (of_g,), INPUTS)
 
 
 hash_in_order(globals())

@@ -86,6 +86,7 @@ def add_tile(
     others,
     CHANNELS: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    AFFINE: tl.constexpr,
     WHOLE: tl.constexpr,
     WHOLE_N: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -97,7 +98,6 @@ def add_tile(
     """
     of_all, of_deviations, acc = totals
     n, scale, bias, middle = columns
-    AFFINE: tl.constexpr = scale is not None
     k = tl.arange(0, BLOCK_K)[:, None]
     real = k >= 0 if WHOLE else k < rows - tile * BLOCK_K
     row = (tl.full((), 0, tl.int64) + tile * BLOCK_K) + k
@@ -130,8 +130,8 @@ def columns_of(
     WHOLE_N: tl.constexpr,
 ):
     """Channels with their scale, bias and centre."""
-    scale = load_vector(scale_ptr, n, n < CHANNELS, None, WHOLE_N)
-    bias = load_vector(bias_ptr, n, n < CHANNELS, None, WHOLE_N)
+    scale = load_vector(scale_ptr, n, n < CHANNELS, 0.0, WHOLE_N)
+    bias = load_vector(bias_ptr, n, n < CHANNELS, 0.0, WHOLE_N)
     AFFINE: tl.constexpr = scale_ptr is not None
     middle = centre(x_ptr, scale, bias, rows, n, CHANNELS, BLOCK_K, WHOLE_N, AFFINE)
     return n, scale, bias, middle
@@ -157,6 +157,7 @@ def activation_moments(
     `bias [CHANNELS]` or None, `partial [shares, CHANNELS, CHANNELS]`, and `sums [shares, 2,
     CHANNELS]`, of `a` and of `d`, both rounded to the dtype of `x`.
     """
+    AFFINE: tl.constexpr = scale_ptr is not None
     COLUMNS: tl.constexpr = (CHANNELS + BLOCK_N - 1) // BLOCK_N
     BLOCKS: tl.constexpr = COLUMNS * (COLUMNS + 1) // 2
     WHOLE_N: tl.constexpr = CHANNELS % BLOCK_N == 0
@@ -184,7 +185,18 @@ def activation_moments(
     whole = rows // BLOCK_K
     for tile in range(share, whole, shares):
         totals = add_tile(
-            totals, x_ptr, tile, rows, columns, others, CHANNELS, BLOCK_K, True, WHOLE_N, PRECISION
+            totals,
+            x_ptr,
+            tile,
+            rows,
+            columns,
+            others,
+            CHANNELS,
+            BLOCK_K,
+            AFFINE,
+            True,
+            WHOLE_N,
+            PRECISION,
         )
     if (whole * BLOCK_K < rows) & (whole % shares == share):
         totals = add_tile(
@@ -196,6 +208,7 @@ def activation_moments(
             others,
             CHANNELS,
             BLOCK_K,
+            AFFINE,
             False,
             WHOLE_N,
             PRECISION,

@@ -13,6 +13,7 @@ from functools import cache
 
 from .configs import ITEM_BYTES, LaunchRow
 from .conv1x1_configs import (
+    COMPILED,
     EXAMPLE_PIXELS,
     PAPER_CONVOLUTIONS,
     PAPER_JOINS,
@@ -122,8 +123,13 @@ def moments_gradient(sizes: ProductSizes, variant: ProductVariant) -> LaunchRow:
 
 # The stage behind has no kernels, whose gradients would read signs.
 LAST = ("32x4d c3",)
-# Its first block has a projection with as many channels as the convolution.
-PROJECTED = ("32x4d c3",)
+# Channels of what has its moments taken, and whether it has a map, on every GPU with settings.
+PAPER_MOMENTS = {
+    "32x4d c2": (128, True),
+    "32x4d c3": (256, True),
+    "32x4d c2 projection": (64, False),
+    "32x4d c3 projection": (256, False),
+}
 
 
 def shipped_rows(arch: str) -> Iterator[tuple[str, LaunchRow]]:
@@ -144,14 +150,14 @@ def shipped_rows(arch: str) -> Iterator[tuple[str, LaunchRow]]:
             if trained.signs and place in LAST:
                 last = replace(trained, signs=False)
                 yield f"1x1 product_join {place} last", product_join(sizes, last)
-            yield f"1x1 activation_moments {place}", moments(inputs, trained)
-            if place in PROJECTED:
-                row = moments(inputs, replace(trained, affine=False))
-                yield f"1x1 activation_moments {place} projection", row
         if "input" in passes:
             yield f"1x1 moments_input_gradient {place}", moments_gradient(sizes, trained)
         if "weight" in passes:
             yield f"1x1 product_weight_gradient {place}", weight_gradient(sizes, trained)
+    for place, (channels, affine) in PAPER_MOMENTS.items():
+        if arch in COMPILED:
+            row = moments(channels, ProductVariant(affine=affine, arch=arch))
+            yield f"1x1 activation_moments {place}", row
     # What stands behind such a join: a convolution of it as it is.
     behind = ProductVariant(statistics=True, moved=True, signs=True, raw=False, arch=arch)
     for place, (inputs, outputs) in PAPER_JOINS.items():
