@@ -10,6 +10,7 @@ from dataclasses import replace
 from functools import cache
 
 from .configs import ITEM_BYTES, Dtype, LaunchRow, next_power_of_2
+from .grouped_configs import merge_statistics
 
 # A tile of 16 x 128 numbers is 16 for each thread of four warps: two wide loads of a tensor.
 ROWS = 16
@@ -111,3 +112,10 @@ def shipped_rows() -> Iterator[tuple[str, LaunchRow]]:
                 row = make(channels, "bf16", mapped=mapped)
                 yield f"{row.kernel.split(':')[1]} {channels} {kind}", row
         yield f"column_statistics {channels}", column_statistics(channels, "bf16")
+    # Inside the first stage; and the end of a block of plain stages, whose products are not there.
+    yield "column_statistics 128", column_statistics(128, "bf16")
+    for channels in PAPER_CHANNELS[:2]:
+        row = pointwise_join_backward(channels, "bf16", mapped=False, raw=False)
+        yield f"pointwise_join_backward {channels} of a product", row
+    # Those of fewer channels come with the grouped convolutions.
+    yield f"merge_statistics {PAPER_CHANNELS[-1]}", merge_statistics(PAPER_CHANNELS[-1])

@@ -13,7 +13,6 @@ from functools import cache
 
 from .configs import ITEM_BYTES, LaunchRow
 from .conv1x1_configs import (
-    COMPILED,
     EXAMPLE_PIXELS,
     PAPER_CONVOLUTIONS,
     PAPER_JOINS,
@@ -123,7 +122,9 @@ def moments_gradient(sizes: ProductSizes, variant: ProductVariant) -> LaunchRow:
 
 # The stage behind has no kernels, whose gradients would read signs.
 LAST = ("32x4d c3",)
-# Channels of what has its moments taken, and whether it has a map, on every GPU with settings.
+# The stage whose projection has the sizes of its last convolutions.
+PROJECTED = ("32x4d c3",)
+# Channels of what has its moments taken, and whether it has a map, on every GPU.
 PAPER_MOMENTS = {
     "32x4d c2": (128, True),
     "32x4d c3": (256, True),
@@ -152,12 +153,14 @@ def shipped_rows(arch: str) -> Iterator[tuple[str, LaunchRow]]:
                 yield f"1x1 product_join {place} last", product_join(sizes, last)
         if "input" in passes:
             yield f"1x1 moments_input_gradient {place}", moments_gradient(sizes, trained)
+            if place in PROJECTED:
+                row = moments_gradient(sizes, replace(trained, affine=False))
+                yield f"1x1 moments_input_gradient {place} projection", row
         if "weight" in passes:
             yield f"1x1 product_weight_gradient {place}", weight_gradient(sizes, trained)
     for place, (channels, affine) in PAPER_MOMENTS.items():
-        if arch in COMPILED:
-            row = moments(channels, ProductVariant(affine=affine, arch=arch))
-            yield f"1x1 activation_moments {place}", row
+        row = moments(channels, ProductVariant(affine=affine, arch=arch))
+        yield f"1x1 activation_moments {place}", row
     # What stands behind such a join: a convolution of it as it is.
     behind = ProductVariant(statistics=True, moved=True, signs=True, raw=False, arch=arch)
     for place, (inputs, outputs) in PAPER_JOINS.items():

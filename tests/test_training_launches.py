@@ -4,12 +4,26 @@ from __future__ import annotations
 
 import pytest
 import torch
-from coded_resnext.kernels import conv1x1_ops
+from coded_resnext.kernels import conv1x1_configs, conv1x1_ops
 from coded_resnext.kernels.configs import LaunchRow
 from coded_resnext.kernels.shipped_rows import shipped_rows
 from helpers import needs_triton
 
 from coded_resnext import create_model
+from coded_resnext.fused_operators import FusedOperators
+
+
+def of_a_step(arch: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> set[LaunchRow]:
+    """Rows that a step of the ImageNet network in bfloat16 launches; nothing is computed here."""
+    launched: set[LaunchRow] = set()
+    monkeypatch.setattr(LaunchRow, "launch", lambda row, *_: launched.add(row))
+    monkeypatch.setattr(FusedOperators, "joins", lambda *_: True)
+    planned = conv1x1_configs.planned
+    monkeypatch.setattr(conv1x1_ops, "planned", lambda _, sizes: planned(arch, sizes))
+    model = create_model("coded_resnext50_32x4d", backend=backend).bfloat16().train()
+    y, *_ = model(torch.zeros(2, 3, 32, 32, dtype=torch.bfloat16))
+    y.float().square().sum().backward()
+    return launched
 
 
 @needs_triton
@@ -17,16 +31,25 @@ from coded_resnext import create_model
 def test_rows_of_1x1_convolutions_are_those_of_a_step(
     arch: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No more and no less, of a whole network in bfloat16; nothing is computed here."""
-    launched: set[LaunchRow] = set()
-    monkeypatch.setattr(LaunchRow, "launch", lambda row, *_: launched.add(row))
-    planned = conv1x1_ops.planned
-    monkeypatch.setattr(conv1x1_ops, "planned", lambda _, sizes: planned(arch, sizes))
+    """No more and no less."""
     shipped = {
         row for name, row in shipped_rows(arch) if name.startswith("1x1") and "folded" not in name
     }
-    model = create_model("coded_resnext50_32x4d", backend="triton").bfloat16().train()
-    y, *_ = model(torch.zeros(2, 3, 32, 32, dtype=torch.bfloat16))
-    y.float().square().sum().backward()
+    launched = of_a_step(arch, "triton", monkeypatch)
     assert shipped == {row for row in launched if "conv1x1" in row.kernel}
     assert len(shipped) >= 5
+
+
+@needs_triton
+@pytest.mark.parametrize("backend", ["fused", "triton"])
+@pytest.mark.parametrize("arch", ["sm80", "sm90", "gfx942"])
+def test_what_stands_around_products_is_built(
+    arch: str, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launched = {
+        row
+        for row in of_a_step(arch, backend, monkeypatch)
+        if row.kernel.startswith(("join:", "batch_norm:", "conv1x1_moments:"))
+    }
+    assert launched <= {row for _, row in shipped_rows(arch)}
+    assert len(launched) > 10
