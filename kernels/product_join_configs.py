@@ -60,7 +60,9 @@ def product_join(sizes: ProductSizes, variant: ProductVariant) -> LaunchRow:
 
 def moments_tile(channels: int, variant: ProductVariant) -> Tile:
     """Of the kernel for the moments, whose tiles have as many rows as columns."""
-    tile = Tile(m=128, k=64, n=128, warps=8, stages=3)
+    # With 64 pixels in a step AMD's compiler keeps registers in memory.
+    pixels = 32 if variant.arch.startswith("gfx") else 64
+    tile = Tile(m=128, k=pixels, n=128, warps=8, stages=3)
     return fitted(SINGLE_WEIGHT if variant.dtype == "fp32" else tile, channels, channels)
 
 
