@@ -85,6 +85,8 @@ def moments_gradient(
 def _wide_product(left: Tensor, right: Tensor) -> Tensor:
     """`left^T right` of matrices with a row for each pixel, in the accumulation dtype."""
     wide = accumulation_dtype(left.dtype)
-    if left.is_cuda and wide != left.dtype and torch.version.hip is None:
-        return torch.mm(left.t(), right, out_dtype=wide)
-    return left.t().to(wide) @ right.to(wide)
+    # Autocast, where a backward pass runs in it, would round what is to be kept.
+    with torch.autocast(left.device.type, enabled=False):
+        if left.is_cuda and wide != left.dtype and torch.version.hip is None:
+            return torch.mm(left.t(), right, out_dtype=wide)
+        return left.t().to(wide) @ right.to(wide)

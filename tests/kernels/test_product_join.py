@@ -257,6 +257,17 @@ def test_statistics_of_a_large_mean() -> None:
     assert relative_error(naive.double(), expected[2]) > 1e-2
 
 
+def test_autocast_does_not_round_sums() -> None:
+    """Where a backward pass runs inside it."""
+    x = torch.rand(2, 8, 5, 5, generator=torch.Generator().manual_seed(0))
+    plain = [conv1x1_library.wide_sums(x, x), *conv1x1_library.moments(x)]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = [conv1x1_library.wide_sums(x, x), *conv1x1_library.moments(x)]
+    for a, b in zip(found, plain, strict=True):
+        assert a.dtype == torch.float32
+        assert torch.equal(a, b)
+
+
 def test_tiny_gradients_in_float16() -> None:
     """The matrix of the curves has numbers that float16 does not hold; what it adds remains."""
     generator = torch.Generator().manual_seed(0)
