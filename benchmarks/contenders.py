@@ -75,12 +75,13 @@ def contenders(network: str, *, kernels: bool, compiled: bool) -> Iterator[Conte
             for mode in modes[:2]:
                 if (kind, backend) != ("plain", "torch"):
                     yield Contender(kind, backend, mode)  # type: ignore[arg-type]
-                if kind == "coded" and backend != "torch":
-                    yield Contender("coded", backend, mode, written=True)
     for mode in modes[:2]:
         yield Contender("coded", "reference", mode)
         if network.endswith(TIMM):
             yield Contender("timm", "torch", mode)
+    for backend in backends[1:]:
+        for mode in modes[:2]:
+            yield Contender("coded", backend, mode, written=True)
 
 
 class Runner:
