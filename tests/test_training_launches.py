@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
-from coded_resnext.kernels import conv1x1_configs, conv1x1_ops
+from coded_resnext.kernels import (
+    conv1x1_configs,
+    conv1x1_launch,
+    conv1x1_ops,
+    product_join_launch,
+)
 from coded_resnext.kernels.configs import LaunchRow
 from coded_resnext.kernels.shipped_rows import shipped_rows
 from helpers import needs_triton
@@ -18,6 +25,12 @@ def of_a_step(arch: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> set[L
     launched: set[LaunchRow] = set()
     monkeypatch.setattr(LaunchRow, "launch", lambda row, *_: launched.add(row))
     monkeypatch.setattr(FusedOperators, "joins", lambda *_: True)
+    # What a tensor on that GPU would make of its variant, on a machine that has none.
+    for module in (conv1x1_launch, product_join_launch):
+        of_cpu = module.variant_of
+        monkeypatch.setattr(
+            module, "variant_of", lambda *a, of=of_cpu, **k: replace(of(*a, **k), arch=arch)
+        )
     planned = conv1x1_configs.planned
     monkeypatch.setattr(conv1x1_ops, "planned", lambda _, sizes: planned(arch, sizes))
     model = create_model("coded_resnext50_32x4d", backend=backend).bfloat16().train()
