@@ -147,7 +147,8 @@ def test_a_broken_limit_is_named(
 ) -> None:
     limits = Limits(registers=128, per_byte=0.17)
     monkeypatch.setitem(static_limits.LIMITS, "some_kernel", limits)
-    row = SimpleNamespace(args=("*bf16",), constexprs=(("WIDTH", 16), ("GROUP", 1)))
+    sizes = (("WIDTH", 16), ("GROUP", 1))
+    row = SimpleNamespace(kernel="some:some_kernel", args=("*bf16",), constexprs=sizes)
     faults = static.faults_of({**GOOD, **change}, row)
     if fault is None:
         assert faults == []
