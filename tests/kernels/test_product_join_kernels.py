@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,155 +13,16 @@ from coded_resnext.kernels.launch import interpreted
 from coded_resnext.kernels.product_join_launch import moments, moments_gradient, product_join
 from guarded_memory import guarded_memory
 from helpers import relative_error
-from holes import Holes
+from product_join_cases import BOTH, CASES, Case, activated, by_channel, check_moments
 from torch import Tensor
-from triton.runtime import interpreter
 
 # Results are rounded once, gradients twice: at the end of the product, and with the scale.
 TOLERANCES = {torch.float32: 1e-6, torch.float16: 8e-4}
-# The mean is that of what is multiplied, of which some lie so near the middle of two numbers that
-# float64 rounds them the other way. Deviations are rounded before they are multiplied.
-MEAN_TOLERANCES = {torch.float32: 1e-6, torch.float16: 2e-5}
-SCATTER_TOLERANCES = {torch.float32: 1e-6, torch.float16: 5e-4}
-
-
-@dataclass(frozen=True)
-class Case:
-    """`I` channels to `O` on `B` maps of `H x W`. Tiles of float32 have 32 pixels and 64 channels,
-    those of float16 64 and 128."""
-
-    name: str
-    I: int = 16  # noqa: E741
-    O: int = 24  # noqa: E741
-    B: int = 2
-    H: int = 4
-    W: int = 5
-
-    def inputs(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        """All arguments of the three functions; vectors, and what a gradient multiplies by, in
-        float32."""
-        generator = torch.Generator().manual_seed(self.I * self.O + self.H)
-
-        def normal(*shape: int) -> Tensor:
-            return torch.randn(shape, generator=generator)
-
-        def image(channels: int) -> Tensor:
-            maps = normal(self.B, channels, self.H, self.W).to(dtype)
-            return maps.contiguous(memory_format=torch.channels_last)
-
-        square = normal(self.I, self.I) / math.sqrt(self.I)
-        return {
-            "x": image(self.I),
-            "scale": normal(self.I),
-            "bias": normal(self.I),
-            "weight": (normal(self.O, self.I, 1, 1) / math.sqrt(self.I)).to(dtype),
-            "out_scale": normal(self.O),
-            "out_bias": normal(self.O),
-            "residual": image(self.O),
-            "residual_scale": normal(self.O),
-            "residual_bias": normal(self.O),
-            "factor": normal(self.B).abs() + 0.5,
-            "grad": image(self.O),
-            "square": square + square.T,
-            "shift": normal(self.I),
-        }
-
-
-CASES = [
-    Case("one_block"),
-    Case("one_pixel", B=1, H=1, W=1),
-    Case("one_channel", I=1, O=1, H=2, W=3),
-    Case("exact_tiles", I=64, O=64, B=1, H=8, W=8),
-    Case("pixels_end_inside_a_tile", I=24, B=3, H=5, W=7),
-    Case("odd_channels", I=7, O=5, B=3, H=3, W=3),
-    Case("steps_and_columns", I=40, O=136, B=1, H=7, W=9),
-    Case("resident", I=128, O=256, B=1, H=5, W=7),
-    Case("three_columns", I=200, O=40, B=1, H=9, W=8),
-    Case("wide", I=256, O=24, B=1, H=3, W=7),
-]
-BOTH = [torch.float32, torch.float16]
 
 
 @pytest.fixture(autouse=True)
 def _interpreter() -> None:
     assert interpreted(), "set TRITON_INTERPRET=1 before the first kernel is imported"
-
-
-def by_channel(vector: Tensor) -> Tensor:
-    return vector.double()[:, None, None]
-
-
-def activated(given: dict[str, Tensor]) -> Tensor:
-    """What the kernels multiply, in float64."""
-    x = given["x"]
-    if "scale" not in given:
-        return x.double()
-    h = torch.relu(by_channel(given["scale"]) * x.double() + by_channel(given["bias"]))
-    return h.to(x.dtype).double()
-
-
-def moments_of(a: Tensor) -> tuple[Tensor, Tensor]:
-    pixels = a.transpose(0, 1).flatten(1)
-    mean = pixels.mean(1)
-    apart = pixels - mean[:, None]
-    return mean, apart @ apart.T
-
-
-def check_moments(given: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    dtype = given["x"].dtype
-    with guarded_memory():
-        mean, scatter = moments(given["x"], given.get("scale"), given.get("bias"))
-    expected_mean, expected = moments_of(activated(given))
-    assert mean.dtype == scatter.dtype == torch.float32
-    assert relative_error(mean.double(), expected_mean) < MEAN_TOLERANCES[dtype]
-    # Of one pixel it is 0, exactly.
-    assert (scatter.double() - expected).norm() <= SCATTER_TOLERANCES[dtype] * expected.norm()
-    assert torch.equal(scatter, scatter.T)
-    return mean, scatter
-
-
-@pytest.mark.parametrize("dtype", BOTH, ids=str)
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_moments(case: Case, dtype: torch.dtype) -> None:
-    given = case.inputs(dtype)
-    check_moments(given)
-    if case.I == 24:
-        check_moments({"x": given["x"]})
-
-
-@pytest.mark.parametrize("dtype", BOTH, ids=str)
-def test_moments_of_activations_far_from_zero(dtype: torch.dtype) -> None:
-    """A mean of 1000 standard deviations, where `E[a a^T] - m m^T` has nothing left."""
-    generator = torch.Generator().manual_seed(0)
-    # In float16 there are three numbers in a standard deviation.
-    x = (1000 + torch.randn(2, 24, 19, 12, generator=generator)).to(dtype)
-    check_moments({"x": x})
-    a = x.float().transpose(0, 1).flatten(1)
-    naive = a @ a.T - a.shape[1] * a.mean(1)[:, None] * a.mean(1)
-    assert relative_error(naive.double(), moments_of(x.double())[1]) > 1e-2
-
-
-def test_moments_where_the_centre_is_far_from_the_mean() -> None:
-    """The rows that it is the mean of are unlike all others."""
-    x = torch.randn(1, 16, 64, 64, generator=torch.Generator().manual_seed(0)).half()
-    assert product_join_configs.moments_tile(16, ProductVariant("fp16", arch="cpu")).k == 64
-    x.view(1, 16, 64, 64)[:, :, :, 0] += 3
-    check_moments({"x": x})
-
-
-def test_moments_of_channels_without_any() -> None:
-    given = Case("dead", I=24).inputs(torch.float16)
-    given["scale"][3], given["bias"][3] = 0.0, -1.0
-    given["scale"][5], given["bias"][5] = 0.0, 0.3
-    mean, scatter = check_moments(given)
-    assert mean[3] == 0
-    assert scatter[3].count_nonzero() == scatter[5].count_nonzero() == 0
-    given["x"][1, 7, 2, 2] = torch.nan
-    mean, scatter = moments(given["x"], given["scale"], given["bias"])
-    touched = torch.zeros(24, dtype=torch.bool)
-    touched[7] = True
-    assert torch.equal(mean.isnan(), touched)
-    assert torch.equal(scatter.isnan(), touched | touched[:, None])
 
 
 def results(case: Case, given: dict[str, Tensor]) -> list[Tensor]:
@@ -416,41 +276,6 @@ def test_moments_are_never_plain_tf32(allowed: bool, monkeypatch: pytest.MonkeyP
         "product_join": "tf32" if allowed else "ieee",
         "moments_input_gradient": "tf32" if allowed else "ieee",
     }
-
-
-def test_moments_past_2_to_the_31_elements(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The last tiles, whole and in part, of a map in memory full of holes, which are zeros."""
-    channels, variant = 1024, ProductVariant("fp16", arch="cpu")
-    tile = product_join_configs.moments_tile(channels, variant)
-    blocks = product_join_configs.moments_blocks(channels, tile)
-    whole = 2**31 // (tile.k * channels) + 1
-    pixels = whole * tile.k + 5
-    x = Holes(pixels * channels, torch.float16)
-    # As many shares as tiles.
-    partial = Holes((whole + 1) * channels**2, torch.float32)
-    sums = Holes((whole + 1) * 2 * channels, torch.float32)
-    values = torch.rand(tile.k + 5, channels, generator=torch.Generator().manual_seed(0)).half()
-    x.at((pixels - len(values)) * channels, values.numel())[:] = values.flatten()
-    builder = interpreter.interpreter_builder
-    monkeypatch.setattr(
-        builder,
-        "set_grid_dim",
-        lambda *_: setattr(builder, "grid_dim", ((whole + 1) * blocks, 1, 1)),
-    )
-    for share, rows in ((whole - 1, values[: tile.k]), (whole, values[tile.k :])):
-        place = (share * blocks, 0, 0)
-        monkeypatch.setattr(
-            builder, "set_grid_idx", lambda *_, place=place: setattr(builder, "grid_idx", place)
-        )
-        product_join_configs.moments(channels, variant).launch(
-            (1,), partial.at(0), sums.at(0), x.at(0), None, None, pixels
-        )
-        a = rows[:, : tile.n].double()
-        for n in range(2):
-            found = sums.at((2 * share + n) * channels, tile.n)
-            assert relative_error(found.double(), a.sum(0)) < 1e-6
-        found = partial.at(share * channels**2, channels * tile.n).view(tile.n, channels)
-        assert relative_error(found[:, : tile.n].double(), a.T @ a) < 1e-6
 
 
 def test_sizes_name_the_steps_of_both_products() -> None:
