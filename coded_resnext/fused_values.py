@@ -92,9 +92,10 @@ def joined_product(
         statistics, signs: whether they are taken, and kept.
         passes: of the next convolution, those that run kernels.
     """
-    residual, convolution = x.residual, (None, None, None)
+    residual = x.residual
+    convolution: tuple[Tensor | None, ...] = (None, None, None)
     if isinstance(residual, Product):
-        convolution = (residual.place, residual.place_of_sums, residual.weight)  # type: ignore
+        convolution = (residual.place, residual.place_of_sums, residual.weight)
         residual = residual.operand
     assert product.affine is not None
     joined, y, sums, _ = product_join(
