@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from torch import Tensor, nn
 
 from coded_resnext import CodedBottleneck
 from coded_resnext.fused import fused_block
-from coded_resnext.fused_operators import UNWRITTEN
+from coded_resnext.fused_operators import UNWRITTEN, FusedOperators
 from coded_resnext.fused_values import Deferred, Product, ready
 
 PLAIN = next(case for case in CASES if case.name == "plain")
@@ -49,6 +51,13 @@ def test_blocks_with_frozen_layers_are_not() -> None:
 def test_blocks_with_many_channels_are_not(channels: int, expected: bool) -> None:
     block = CodedBottleneck(8, 8, channels // 8, 8, None)
     assert unwritten(block, torch.rand(2, 8, 2, 2)) == expected
+
+
+def test_devices_without_float64_write_it() -> None:
+    run, conv = FusedOperators("auto", None), nn.Conv2d(8, 8, 1)
+    for device, expected in (("cuda", True), ("mps", False)):
+        on_device: Any = SimpleNamespace(device=torch.device(device))
+        assert run.leaves_unwritten(on_device, conv) == expected
 
 
 def test_without_gradients_statistics_are_followed() -> None:
