@@ -55,14 +55,19 @@ def _readable(value: Tensor) -> bool:
     return value.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
+def check_filled(name: str, value: Tensor, expected: str = "sample, channel and pixel") -> None:
+    """Refuse a tensor without elements; by default a map `[B, C, H, W]`."""
+    if 0 in value.shape:
+        raise ValueError(f"{name}: expected at least one {expected}, got {list(value.shape)}")
+
+
 def check_activations(h: Tensor, branches: int) -> None:
     """Refuse what is not `[B, N*D, H, W]` for `N` branches."""
     if h.ndim != 4 or not h.is_floating_point():
         raise ValueError(
             f"h: expected a floating-point tensor [B, N*D, H, W], got {h.dtype} {list(h.shape)}"
         )
-    if 0 in h.shape:
-        raise ValueError(f"h: expected at least one sample, channel and pixel, got {list(h.shape)}")
+    check_filled("h", h)
     channels = h.shape[1]
     if branches < 1 or channels % branches:
         raise ValueError(f"branches: expected a divisor of {channels} channels, got {branches}")
@@ -115,9 +120,8 @@ def check_loss(energies: Tensor, codewords: Tensor, exponent: float, threshold: 
             "energies: expected [B, N] for codewords [K, N], got "
             f"{list(energies.shape)} for {list(codewords.shape)}"
         )
-    if len(energies) == 0:
-        # A mean over no sample would be NaN.
-        raise ValueError(f"energies: expected at least one sample, got {list(energies.shape)}")
+    # A mean over no sample would be NaN.
+    check_filled("energies", energies, "sample and branch")
     if not (math.isfinite(exponent) and exponent >= 1):
         raise ValueError(f"exponent: expected a number of at least 1, got {exponent}")
     if not (math.isfinite(threshold) and threshold >= 0):

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from . import conv1x1_launch, conv1x1_library, join_launch
 from .batch_statistics import follow, statistics_gradient
+from .checks import check_filled
 from .conv1x1_operators import POINTWISE, fake_outputs
 from .join_operator import fake_sums
 from .launch import as_rows, empty_rows, on_device
@@ -54,6 +55,7 @@ def join_conv1x1(
         `x [B, I, H, W]`, `z [B, O, H, W]`, its (count, sum, M2) `[3, O]` in the accumulation dtype
         or `[0]` without `statistics`, and the signs of `x`, `[0]` without `keep_signs`.
     """
+    check_filled("y", y)
     if "forward" in kernels.split():
         with on_device(y):
             return conv1x1_launch.join_forward(
@@ -123,6 +125,7 @@ def join_conv1x1_backward(
         `[1 to 3, I]`: the gradients of `bias`, `scale`, `residual_scale`. And the gradient of
         `weight`. `[0]` in place of what is not needed.
     """
+    check_filled("x", x)
     g, dweight = x.new_empty((0,)), x.new_empty((0,))
     sums = x.new_empty((0,), dtype=accumulation_dtype(x.dtype))
     chosen = kernels.split()

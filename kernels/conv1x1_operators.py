@@ -16,6 +16,7 @@ from torch import Tensor
 
 from . import conv1x1_launch, conv1x1_library, gram, join_launch
 from .batch_statistics import follow, statistics_gradient
+from .checks import check_filled
 from .launch import DTYPES, empty_rows, interpreted, on_device
 from .operators import behind_activation, split_sums
 from .reference import accumulation_dtype
@@ -53,6 +54,7 @@ def conv1x1(
         `y [B, O, H, W]`, and its (count, sum, M2) `[3, O]` in the accumulation dtype, which a
         kernel takes before `y` is rounded; `[0]` without `statistics`.
     """
+    check_filled("x", x)
     if "forward" in kernels.split():
         with on_device(x):
             return conv1x1_launch.forward(x, weight, scale, bias, statistics)
@@ -103,6 +105,7 @@ def conv1x1_backward(
         The gradient of `x` and `[2, I]`, those of `bias` and `scale`, and the gradient of
         `weight`; `[0]` in place of what is not needed or not there.
     """
+    check_filled("x", x)
     dx, dweight = x.new_empty((0,)), x.new_empty((0,))
     sums = x.new_empty((0,), dtype=accumulation_dtype(x.dtype))
     chosen = kernels.split()

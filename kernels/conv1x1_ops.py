@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from . import conv1x1_join_operators, conv1x1_operators
+from .checks import check_filled
 from .conv1x1_configs import ProductSizes, planned
 from .grouped_ops import ConvBackend, check_conv_backend
 from .launch import architecture
@@ -169,10 +170,7 @@ def _check_map(name: str, x: Tensor) -> None:
         raise ValueError(
             f"{name}: expected a floating-point tensor [B, I, H, W], got {x.dtype} {list(x.shape)}"
         )
-    if 0 in x.shape:
-        raise ValueError(
-            f"{name}: expected at least one sample, channel and pixel, got {list(x.shape)}"
-        )
+    check_filled(name, x)
 
 
 def _check_weight(x: Tensor, weight: Tensor) -> None:

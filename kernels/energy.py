@@ -51,8 +51,13 @@ def window_gram(
 @triton.jit
 def window_energy(gram, form, inverse_size, WIDTH: tl.constexpr, GROUP_P: tl.constexpr):
     """(11) `<Q, G> / (C P)` of the branches of each window, `[windows, GROUP_P]`."""
+    products = gram * form
+    if GROUP_P > 1:
+        # Between two branches the form is 0, but 0 times a NaN of one of them is NaN.
+        owner = tl.arange(0, gram.shape[1]) // WIDTH
+        products = tl.where((owner[:, None] == owner[None, :])[None, :, :], products, 0.0)
     # Both matrices are symmetric; the sum over rows is the cheaper one.
-    energy = by_branch(tl.sum(gram * form, 1), WIDTH, GROUP_P) * inverse_size
+    energy = by_branch(tl.sum(products, 1), WIDTH, GROUP_P) * inverse_size
     # Both are positive semidefinite; rounding must not make the energy negative.
     return tl.maximum(energy, 0.0, propagate_nan=tl.PropagateNan.ALL)
 

@@ -9,7 +9,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .tile import activate, dot, hash_in_order, load_affine, round_to
+from .tile import (
+    activate,
+    bounded,
+    dot,
+    hash_in_order,
+    infinite_if_negative,
+    load_affine,
+    round_to,
+)
 
 
 @triton.jit
@@ -89,14 +97,17 @@ def expand_forward(
                 high = round_to(form, z.dtype)
                 low = round_to(form - high.to(tl.float32), z.dtype)
                 flat = tl.reshape(h, (ROWS, BLOCK_K))
-                image = dot(flat, high, tl.zeros((ROWS, BLOCK_K), tl.float32), PRECISION)
-                image = dot(flat, low, image, PRECISION)
+                # A NaN or an infinity must not reach other branches through zeros of the form.
+                operand = bounded(flat, not AFFINE) if BLOCK_K > WIDTH else flat
+                image = dot(operand, high, tl.zeros((ROWS, BLOCK_K), tl.float32), PRECISION)
+                image = dot(operand, low, image, PRECISION)
                 parts = tl.reshape(image * flat.to(tl.float32), (SAMPLES, BLOCK_P, BLOCK_K))
                 energy = tl.reshape(tl.sum(parts, 1), (SAMPLES, BLOCK_K // WIDTH, WIDTH))
                 branch = start // WIDTH + tl.arange(0, BLOCK_K // WIDTH)
                 place = (block * batch + sample)[:, None] * BRANCHES + branch[None, :]
                 exists = (sample < batch)[:, None] & (branch < BRANCHES)[None, :]
-                tl.store(energy_ptr + place, tl.sum(energy, 2), mask=exists)
+                total = infinite_if_negative(tl.sum(energy, 2))
+                tl.store(energy_ptr + place, total, mask=exists)
         if drop_ptr is not None:
             drop = branch_mask(drop_ptr, sample, k, batch, BRANCHES, WIDTH)
             h = round_to(h.to(tl.float32) * drop, z.dtype)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from . import expand_configs, gram
+from .checks import check_filled
 from .launch import Launch, channels_last, empty_rows, on_device, runs_kernels
 from .operators import behind_activation, branch_energy, branch_energy_backward, split_sums
 from .reference import accumulation_dtype
@@ -53,6 +54,7 @@ def coded_expand(
         `energies` the energies `[B, N]`, which `from_tiles` takes inside the product. What is not
         asked for is empty.
     """
+    check_filled("z", z)
     accumulate = accumulation_dtype(z.dtype)
     width = z.shape[1] // branches
     if not runs_kernels(z, width):

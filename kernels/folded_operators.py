@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import conv1x1_launch, conv1x1_library, gram, grouped_launch, join_launch
+from .checks import check_filled
 from .conv1x1_operators import POINTWISE
 from .grouped_operators import output_size, sizes_of
 from .launch import channels_last, empty_rows, on_device
@@ -34,6 +35,7 @@ def folded_conv1x1(
     `x [B, I, H, W]`, `weight [O, I, 1, 1]`, `residual [B, O, H, W]`; `bias [O]` and `factor [B]`
     in the accumulation dtype. A factor needs a residual.
     """
+    check_filled("x", x)
     if "forward" in kernels.split():
         with on_device(x):
             return conv1x1_launch.folded_forward(x, weight, bias, residual, factor)
@@ -75,6 +77,7 @@ def folded_grouped_conv3x3(
         `h [B, N*D, OH, OW]` and `E [B, N]` in the accumulation dtype, which is `[0]` without a
         `branch_weight`.
     """
+    check_filled("x", x)
     sizes = sizes_of(weight, stride)
     accumulate = accumulation_dtype(x.dtype)
     if "forward" in kernels.split():
@@ -116,6 +119,7 @@ def side_by_side(h: Tensor, factor: Tensor | None, x: Tensor) -> Tensor:
 
     `h [B, N*D, H, W]`, `x [B, I, H, W]`, which may be strided; `factor [B]` or None.
     """
+    check_filled("h", h)
     both = empty_rows(h, h.shape[1] + x.shape[1]).permute(0, 3, 1, 2)
     left, right = both[:, : h.shape[1]], both[:, h.shape[1] :]
     if factor is None:

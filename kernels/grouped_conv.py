@@ -147,8 +147,8 @@ def forward_stride1(
             right = add_moments(right, acc[1])
         if ENERGIES:
             energies = (
-                add_energies(one, forms, energies[0], TERMS, PRECISION),
-                add_energies(other, forms, energies[1], TERMS, PRECISION),
+                add_energies(one, forms, energies[0], TERMS, WINDOW > PADDED, PRECISION),
+                add_energies(other, forms, energies[1], TERMS, WINDOW > PADDED, PRECISION),
             )
         acc = add_six(a, middle, below, PRECISION)
         below = add_six(a, top, (start, start), PRECISION)
@@ -240,7 +240,7 @@ def forward_stride2(
         acc = add_three(a[0], a[1], a[2], top, start, PRECISION)
         # Behind the next sums: in front of them the compiler for sm90 keeps registers in memory.
         if ENERGIES:
-            energies = add_energies(h, forms, energies, TERMS, PRECISION)
+            energies = add_energies(h, forms, energies, TERMS, WINDOW > PADDED, PRECISION)
     if STATISTICS:
         count = tl.where(valid[1], rows, 0).to(tl.float32)
         merge_lanes(

@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .tile import dot, hash_in_order, rectify_real, round_to
+from .tile import bounded, dot, hash_in_order, infinite_if_negative, rectify_real, round_to
 
 
 @triton.jit
@@ -55,11 +55,15 @@ def finish(acc, kept, dtype: tl.constexpr, RECTIFY: tl.constexpr):
 
 
 @triton.jit
-def add_energies(h, forms, energies, TERMS: tl.constexpr, PRECISION: tl.constexpr):
-    """Add `h_k (Q h)_k` of every lane and channel k."""
-    product = dot(h, forms[0], tl.zeros(h.shape, tl.float32), PRECISION)
+def add_energies(
+    h, forms, energies, TERMS: tl.constexpr, SHARED: tl.constexpr, PRECISION: tl.constexpr
+):
+    """Add `h_k (Q h)_k` of every lane and channel k, `h >= 0`; SHARED are windows of several
+    branches, where a NaN or an infinity of one must not reach the others through zeros of Q."""
+    operand = bounded(h, False) if SHARED else h
+    product = dot(operand, forms[0], tl.zeros(h.shape, tl.float32), PRECISION)
     if TERMS == 2:
-        product = dot(h, forms[1], product, PRECISION)
+        product = dot(operand, forms[1], product, PRECISION)
     return energies + product * h.to(tl.float32)
 
 
@@ -80,7 +84,7 @@ def store_energies(
     out = ptr + row * BRANCHES + window * GROUP
     for branch in tl.static_range(GROUP):
         mine = energies if GROUP == 1 else tl.where((owner == branch)[None, :], energies, 0.0)
-        tl.store(out + branch, tl.sum(mine, 1), mask=exists)
+        tl.store(out + branch, infinite_if_negative(tl.sum(mine, 1)), mask=exists)
 
 
 hash_in_order(globals())

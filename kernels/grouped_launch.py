@@ -1,6 +1,7 @@
 """The grouped 3x3 convolution and its gradients by the Triton kernels: tensors in, tensors out.
 
-Nothing is checked here. B samples, N groups of width D, H x W maps in, OH x OW maps out.
+Nothing is checked here but that maps are not empty. B samples, N groups of width D, H x W maps in,
+OH x OW maps out.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from . import grouped_configs as configs
+from .checks import check_filled
 from .grouped_configs import LANES, MOST_ROWS, REDUCED, GroupedSizes, GroupedVariant, GroupedWindows
 from .launch import DTYPES
 
@@ -164,7 +166,7 @@ def input_gradient(
         y, curve, level: with them the gradient is `grad + curve y + level` per channel.
         x: the input, needed with `scale` and `bias`.
     """
-    rows = _rows(grad, sizes)
+    rows = _rows(grad, sizes, "grad")
     scale, bias, curve, level = _vectors(sizes, scale, bias, curve, level)
     channels = rows.shape[3]
     dx = rows.new_empty(rows.shape[0], *map_size, channels)
@@ -176,7 +178,7 @@ def input_gradient(
         dx,
         partial,
         rows,
-        None if y is None else _rows(y, sizes),
+        None if y is None else _rows(y, sizes, "y"),
         curve,
         level,
         None if scale is None or x is None else _rows(x, sizes),
@@ -203,7 +205,7 @@ def weight_gradient(
     bias: Tensor | None,
 ) -> Tensor:
     """The gradient of the weight, `[N*D, D, 3, 3]`; arguments as for `input_gradient`."""
-    rows, inputs = _rows(grad, sizes), _rows(x, sizes)
+    rows, inputs = _rows(grad, sizes, "grad"), _rows(x, sizes)
     scale, bias, curve, level = _vectors(sizes, scale, bias, curve, level)
     windows = GroupedWindows.of(sizes)
     parts, part_rows = _parts(rows, pairs=False)
@@ -215,7 +217,7 @@ def weight_gradient(
         (windows.count * splits,),
         partial,
         rows,
-        None if y is None else _rows(y, sizes),
+        None if y is None else _rows(y, sizes, "y"),
         curve,
         level,
         inputs,
@@ -257,8 +259,9 @@ def _pack(weight: Tensor, sizes: GroupedSizes, *, backward: bool) -> Tensor:
     return packed
 
 
-def _rows(x: Tensor, sizes: GroupedSizes) -> Tensor:
+def _rows(x: Tensor, sizes: GroupedSizes, name: str = "x") -> Tensor:
     """`[B, N*D, H, W]` as rows of padded channels, `[B, H, W, windows * channels]`, at 16 bytes."""
+    check_filled(name, x)
     rows = x.permute(0, 2, 3, 1).contiguous()
     if not GroupedWindows.of(sizes).fit(sizes):
         return _padded(rows, sizes)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from . import gram, grouped_configs, grouped_launch
 from .batch_statistics import follow, statistics_gradient, statistics_of
+from .checks import check_filled
 from .grouped_configs import GroupedSizes
 from .launch import DTYPES, channels_last, interpreted, on_device
 from .operators import behind_activation, split_sums
@@ -67,6 +68,7 @@ def grouped_conv3x3(
         `y [B, N*D, OH, OW]`, and its (count, sum, M2) `[3, N*D]` in the accumulation dtype, which
         a kernel takes before `y` is rounded; `[0]` without `statistics`.
     """
+    check_filled("x", x)
     sizes = sizes_of(weight, stride)
     if "forward" in kernels.split():
         with on_device(x):
@@ -113,6 +115,7 @@ def grouped_conv3x3_backward(
         The gradient of `x` and `[2, N*D]`, those of `bias` and `scale`, and the gradient of
         `weight`; `[0]` in place of what is not needed or not there.
     """
+    check_filled("x", x)
     sizes = sizes_of(weight, stride)
     accumulate = accumulation_dtype(x.dtype)
     dx, dweight = x.new_empty((0,)), x.new_empty((0,))

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import grouped_operators
+from .checks import check_filled
 from .grouped_configs import GroupedSizes, winning_passes
 from .launch import architecture
 
@@ -116,8 +117,7 @@ def _check(
         raise ValueError(
             f"x: expected a floating-point tensor [B, N*D, H, W], got {x.dtype} {list(x.shape)}"
         )
-    if 0 in x.shape:
-        raise ValueError(f"x: expected at least one sample, channel and pixel, got {list(x.shape)}")
+    check_filled("x", x)
     channels = x.shape[1]
     if groups < 1 or channels % groups:
         raise ValueError(f"groups: expected a divisor of {channels} channels, got {groups}")

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from . import join_launch
+from .checks import check_filled
 from .launch import empty_rows
 from .reference import accumulation_dtype
 
@@ -39,6 +40,7 @@ def join(
     Returns:
         `[B, C, H, W]` in the dtype of `y`, channels-last.
     """
+    check_filled("y", y)
     return join_launch.forward(y, scale, bias, residual, residual_scale, residual_bias, kernels)
 
 
@@ -62,6 +64,7 @@ def join_backward(
 ) -> tuple[Tensor, Tensor]:
     """The gradient behind the ReLU, and the sums of it, of it times `y` and times `residual`, the
     last two where those are there."""
+    check_filled("x", x)
     return join_launch.backward(grad, x, y, residual, kernels)
 
 

@@ -23,7 +23,12 @@ class LossSizes:
 
 @cache
 def coding_loss(sizes: LossSizes) -> LaunchRow:
-    """Settings of `loss.coding_loss`: small tiles, since a batch has few samples."""
+    """Settings of `loss.coding_loss`: small tiles, since a batch has few samples.
+
+    Without fused multiplications and additions: they put one of the powers of a sum unrounded into
+    the other's addition, so that lanes that add the same two numbers come to different sums, and
+    which of them is stored is not defined. A repeated loss would differ in its last bit.
+    """
     branches = max(16, next_power_of_2(sizes.branches))
     return LaunchRow(
         kernel="loss:coding_loss",
@@ -47,6 +52,7 @@ def coding_loss(sizes: LossSizes) -> LaunchRow:
             ("BLOCK_K", 64),
         ),
         num_warps=4,
+        enable_fp_fusion=False,
         trip_bytes=0,
         sample_bytes=sizes.branches * 9 + 8,
     )

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from . import loss_configs
+from .checks import check_filled
 from .launch import interpreted, on_device
 
 
@@ -32,6 +33,7 @@ def coding_loss(
         The losses `[L]`, their gradients `[L, B, N]`, and the decoded classes `[L, B]`, which are
         empty unless asked for.
     """
+    check_filled("energies", energies, "block, sample and branch")
     if not (energies.is_cuda or interpreted()):
         return _in_torch(energies, codewords, targets, exponent, threshold, decode)
     blocks, batch, branches = energies.shape

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from . import aggregate_configs, energy_configs, gram
+from .checks import check_filled
 from .launch import Launch, as_rows, channels_last, empty_rows, on_device, runs_kernels
 from .reference import accumulation_dtype
 
@@ -48,6 +49,7 @@ def branch_energy(
 
     `z [B, N*D, H, W]`, `branch_weight [N, C, D]`, `scale` and `bias [N*D]`, `keep_mask [B, N]`.
     """
+    check_filled("z", z)
     if not runs_kernels(z, branch_weight.shape[2]):
         h = gram.activate(z, scale, bias).to(accumulation_dtype(z.dtype))
         return gram.energies_and_grams(h, branch_weight, keep_mask)[0].contiguous()
@@ -90,6 +92,7 @@ def branch_energy_backward(
     keep_mask: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `z` and `branch_weight`, and the sums of `behind_activation`."""
+    check_filled("z", z)
     if keep_mask is not None:
         grad_energy = grad_energy * keep_mask
     if not runs_kernels(z, branch_weight.shape[2]):
@@ -178,6 +181,7 @@ def normalize_branches(
     Returns:
         `s h` like `z`, `Ebar [B, N]`, and `1/M [B]`, which has no gradient.
     """
+    check_filled("z", z)
     if not runs_kernels(z, branch_weight.shape[2]):
         h = gram.activate(z, scale, bias)
         result = gram.normalize(h, branch_weight, drop_mask, keep_mask)
@@ -237,6 +241,7 @@ def normalize_branches_backward(
     Returns:
         The gradients of `z` and `branch_weight`, and the sums of `behind_activation`.
     """
+    check_filled("z", z)
     if not runs_kernels(z, branch_weight.shape[2]):
         h = gram.activate(z, scale, bias)
         forward = gram.normalize(h, branch_weight, drop_mask, keep_mask)

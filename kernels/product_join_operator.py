@@ -15,6 +15,7 @@ from torch import Tensor
 
 from . import conv1x1_launch, conv1x1_library, gram, join_launch, product_join_launch
 from .batch_statistics import statistics_gradient
+from .checks import check_filled
 from .conv1x1_join_operators import join_conv1x1_backward, pack_signs
 from .conv1x1_operators import POINTWISE, fake_outputs
 from .join_operator import join_backward
@@ -64,6 +65,7 @@ def product_join(
         `joined [B, O, H, W]`, `z [B, P, H, W]`, its statistics and the signs; `[0]` for what is not
         wanted.
     """
+    check_filled("x", x)
     if residual_weight is not None:
         residual = conv1x1_library.forward(residual, residual_weight)
     if "forward" in kernels.split():
@@ -144,6 +146,7 @@ def product_sums(
 ) -> Tensor:
     """The sums over the pixels of `grad relu(scale x + bias)^T`, `[O, I]`, not rounded to the dtype
     of `weight`, which is there for its shape."""
+    check_filled("x", x)
     wide = accumulation_dtype(x.dtype)
     if "weight" in kernels.split():
         with on_device(x):

@@ -64,6 +64,33 @@ def rectify_real(h, real, dtype: tl.constexpr, MASKED: tl.constexpr = True):
 
 
 @triton.jit
+def bounded(h, SIGNED: tl.constexpr):
+    """`h` with the largest number in the place of NaN and infinity, so that 0 times it is 0.
+
+    Without SIGNED nothing is below 0. The smaller of the two: a select would unpack pairs of 16-bit
+    numbers.
+    """
+    # That of float16, or of bfloat16, which TF32 does not round to infinity as it does float32's.
+    LARGEST: tl.constexpr = 65504.0 if h.dtype == tl.float16 else 3.3895313892515355e38
+    x = h
+    if INTERPRETED:
+        x = h.to(tl.float32)
+    x = tl.minimum(x, LARGEST)
+    if SIGNED:
+        x = tl.maximum(x, -LARGEST)
+    return x.to(h.dtype)
+
+
+@triton.jit
+def infinite_if_negative(energy):
+    """What was summed as minus infinity is an infinite energy, and not a small one rounded below 0.
+
+    The product of an infinity with the other channels of its branch may have either sign.
+    """
+    return tl.where(energy == float("-inf"), float("inf"), energy)
+
+
+@triton.jit
 def activate(z, scale, bias, real, AFFINE: tl.constexpr, MASKED: tl.constexpr):
     """`relu(scale z + bias)` in the dtype of `z`, 0 in rows that are not real; `z` without AFFINE.
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from . import conv1x1_library, gram, product_join_launch
+from .checks import check_filled
 from .conv1x1_operators import POINTWISE
 from .launch import empty_rows, on_device
 from .operators import behind_activation, split_sums
@@ -36,6 +37,7 @@ def unwritten_conv1x1(
         in `conv1x1`. Then the mean `[I]` and the scatter `[I, I]`, without gradients. All but the
         first are in the accumulation dtype.
     """
+    check_filled("x", x)
     # They are statistics, and kernels compute those wherever they compute what is pointwise.
     if {"forward", POINTWISE} & set(kernels.split()):
         with on_device(x):
@@ -101,6 +103,7 @@ def unwritten_conv1x1_backward(
     With the gradients of the statistics, gain, level and half the curve of each channel, that of
     `a = relu(scale x + bias)` is `(gain W)^T grad + W^T curve W (a - m) + W^T level`.
     """
+    check_filled("x", x)
     gain, level, half = grad_statistics.double().unbind()
     wide = _precise(weight)
     curved = 2 * half[:, None] * wide
