@@ -1,0 +1,281 @@
+"""Every operator refuses maps without samples or pixels in the words of the public functions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from coded_resnext.kernels import (
+    conv1x1_join_operators,
+    conv1x1_operators,
+    expand_operator,
+    folded_operators,
+    grouped_launch,
+    grouped_operators,
+    join_operator,
+    loss_operator,
+    operators,
+    product_join_operator,
+    unwritten_operator,
+)
+from coded_resnext.kernels.grouped_configs import GroupedSizes
+from torch import Tensor
+
+N, D, OUT = 4, 3, 8
+CHANNELS = N * D
+SHAPES = {"no_sample": (0, 3, 2), "no_row": (2, 0, 3), "no_column": (2, 3, 0)}
+ALL = "forward input weight pointwise"
+Size = tuple[int, int, int]
+
+
+def maps(size: Size, channels: int = CHANNELS) -> Tensor:
+    """A map of ones for a batch, a height and a width."""
+    return torch.ones(size[0], channels, *size[1:])
+
+
+def vector(channels: int = CHANNELS) -> Tensor:
+    return torch.ones(channels)
+
+
+def matrix(outputs: int = OUT, inputs: int = CHANNELS, window: int = 1) -> Tensor:
+    return torch.ones(outputs, inputs, window, window)
+
+
+def of_branches(size: Size) -> tuple[Tensor, ...]:
+    """Map, weight of the branches, affine map and the two masks."""
+    masks = (torch.ones(size[0], N), torch.ones(size[0], N))
+    return maps(size), torch.ones(N, OUT, D), vector(), vector(), *masks
+
+
+def unwritten(size: Size) -> tuple[Tensor, ...]:
+    """What `unwritten_conv1x1_backward` takes in front of its flags."""
+    gradients = (maps(size, OUT), torch.ones(OUT, CHANNELS), torch.ones(3, OUT))
+    return *gradients, maps(size), matrix(), vector(), vector(), vector(), torch.eye(CHANNELS)
+
+
+def joined(size: Size) -> tuple[Any, ...]:
+    """What `product_join` takes in front of its flags."""
+    places = (torch.ones(1).expand(size[0], OUT, *size[1:]), torch.ones(OUT, CHANNELS))
+    product = (maps(size), vector(), vector(), matrix(), vector(OUT), vector(OUT))
+    return *places, *product, maps(size, OUT), *(None,) * 5, matrix(5, OUT)
+
+
+def energies(size: Size) -> Tensor:
+    """Of two blocks; one without branches where a map has no pixels."""
+    return torch.ones(2, size[0], N if size[1] and size[2] else 0)
+
+
+# An operator's name, the argument that its message names, and its call; kernels are words or a
+# boolean where they can be chosen.
+CALLS: dict[str, tuple[str, Callable[[Size, str], Any]]] = {
+    "branch_energy": (
+        "z",
+        lambda size, _: operators.branch_energy(*of_branches(size)[:4], None),
+    ),
+    "branch_energy_backward": (
+        "z",
+        lambda size, _: operators.branch_energy_backward(
+            torch.ones(size[0], N), *of_branches(size)[:4], None
+        ),
+    ),
+    "normalize_branches": ("z", lambda size, _: operators.normalize_branches(*of_branches(size))),
+    "normalize_branches_backward": (
+        "z",
+        lambda size, _: operators.normalize_branches_backward(
+            maps(size),
+            torch.ones(size[0], N),
+            *of_branches(size),
+            torch.ones(size[0], N),
+            torch.ones(size[0]),
+        ),
+    ),
+    "coded_expand": (
+        "z",
+        lambda size, _: expand_operator.coded_expand(
+            maps(size), torch.ones(OUT, CHANNELS), N, *(None,) * 5, True, True, False
+        ),
+    ),
+    "coding_loss": (
+        "energies",
+        lambda size, _: loss_operator.coding_loss(
+            energies(size),
+            torch.ones(2, 5, energies(size).shape[2], dtype=torch.bool),
+            torch.zeros(size[0], dtype=torch.int64),
+            4.0,
+            0.0,
+            True,
+        ),
+    ),
+    "grouped_conv3x3": (
+        "x",
+        lambda size, kernels: grouped_operators.grouped_conv3x3(
+            maps(size), matrix(CHANNELS, D, 3), vector(), vector(), 1, True, kernels
+        ),
+    ),
+    "grouped_conv3x3_backward": (
+        "x",
+        lambda size, kernels: grouped_operators.grouped_conv3x3_backward(
+            maps(size),
+            maps(size),
+            matrix(CHANNELS, D, 3),
+            *(None,) * 5,
+            *(1, True, True, kernels),
+        ),
+    ),
+    "folded_grouped_conv3x3": (
+        "x",
+        lambda size, kernels: folded_operators.folded_grouped_conv3x3(
+            maps(size), matrix(CHANNELS, D, 3), vector(), torch.ones(N, OUT, D), None, 2, kernels
+        ),
+    ),
+    "folded_conv1x1": (
+        "x",
+        lambda size, kernels: folded_operators.folded_conv1x1(
+            maps(size), matrix(), vector(OUT), maps(size, OUT), None, kernels
+        ),
+    ),
+    "side_by_side": (
+        "h",
+        lambda size, _: folded_operators.side_by_side(maps(size), torch.ones(size[0]), maps(size)),
+    ),
+    "conv1x1": (
+        "x",
+        lambda size, kernels: conv1x1_operators.conv1x1(
+            maps(size), matrix(), vector(), vector(), True, False, kernels
+        ),
+    ),
+    "conv1x1_backward": (
+        "x",
+        lambda size, kernels: conv1x1_operators.conv1x1_backward(
+            maps(size, OUT), maps(size), matrix(), *(None,) * 6, *(True, True, kernels)
+        ),
+    ),
+    "join_conv1x1": (
+        "y",
+        lambda size, kernels: conv1x1_join_operators.join_conv1x1(
+            maps(size),
+            vector(),
+            vector(),
+            maps(size),
+            None,
+            None,
+            matrix(),
+            *(True, False, False, kernels),
+        ),
+    ),
+    "join_conv1x1_backward": (
+        "x",
+        lambda size, kernels: conv1x1_join_operators.join_conv1x1_backward(
+            maps(size, OUT),
+            None,
+            maps(size),
+            None,
+            maps(size),
+            None,
+            matrix(),
+            *(None,) * 4,
+            *(True, True, kernels),
+        ),
+    ),
+    "join": (
+        "y",
+        lambda size, kernels: join_operator.join(
+            maps(size), vector(), vector(), maps(size), None, None, False, bool(kernels)
+        ),
+    ),
+    "join_backward": (
+        "x",
+        lambda size, kernels: join_operator.join_backward(
+            maps(size), maps(size), maps(size), None, bool(kernels)
+        ),
+    ),
+    "unwritten_conv1x1": (
+        "x",
+        lambda size, kernels: unwritten_operator.unwritten_conv1x1(
+            maps(size), matrix(), vector(), vector(), kernels
+        ),
+    ),
+    "unwritten_conv1x1_backward": (
+        "x",
+        lambda size, kernels: unwritten_operator.unwritten_conv1x1_backward(
+            *unwritten(size), True, kernels
+        ),
+    ),
+    "product_join": (
+        "x",
+        lambda size, kernels: product_join_operator.product_join(
+            *joined(size), True, False, kernels, kernels
+        ),
+    ),
+    "product_sums": (
+        "x",
+        lambda size, kernels: product_join_operator.product_sums(
+            maps(size, OUT), maps(size), matrix(), vector(), vector(), kernels
+        ),
+    ),
+}
+
+
+def test_every_operator_is_among_them() -> None:
+    registered = {
+        name.partition("::")[2]
+        for name in map(str, torch._C._dispatch_get_all_op_names())
+        if name.startswith("coded_resnext::")
+    }
+    assert CALLS.keys() == {name.partition(".")[0] for name in registered}
+
+
+@pytest.mark.parametrize("kernels", [ALL, ""], ids=["interpreter", "pytorch"])
+@pytest.mark.parametrize("operator", CALLS)
+def test_calls_are_right_but_for_their_size(
+    operator: str, kernels: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a sample and pixels they give what is finite."""
+    _choose(kernels, monkeypatch)
+    found = CALLS[operator][1]((2, 3, 2), kernels)
+    for value in (found,) if isinstance(found, Tensor) else found:
+        assert value.isfinite().all()
+
+
+@pytest.mark.parametrize("kernels", [ALL, ""], ids=["interpreter", "pytorch"])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("operator", CALLS)
+def test_refused_in_words(
+    operator: str, shape: str, kernels: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _choose(kernels, monkeypatch)
+    name, call = CALLS[operator]
+    size = SHAPES[shape]
+    given = list(energies(size).shape if name == "energies" else maps(size).shape)
+    what = "block, sample and branch" if name == "energies" else "sample, channel and pixel"
+    with pytest.raises(ValueError, match=f"^{name}: expected at least one {what}, got ") as error:
+        call(size, kernels)
+    assert str(error.value).endswith(str(given))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_grouped_launches_refuse_them_too(shape: str) -> None:
+    """Their share of the work is a quotient of the sizes."""
+    sizes, x = GroupedSizes(N, D), maps(SHAPES[shape])
+    weight = matrix(CHANNELS, D, 3)
+    size = (x.shape[2], x.shape[3])
+    nothing = (None,) * 6
+    for name, call in (
+        ("x", lambda: grouped_launch.forward(x, weight, sizes, None, None, True)),
+        ("x", lambda: grouped_launch.folded_forward(x, weight, sizes, vector(), None, None)),
+        ("grad", lambda: grouped_launch.input_gradient(x, weight, sizes, size, *nothing)),
+        ("grad", lambda: grouped_launch.weight_gradient(x, sizes, *nothing[:3], x, None, None)),
+    ):
+        with pytest.raises(ValueError, match=rf"^{name}: expected at least one sample"):
+            call()
+
+
+def _choose(kernels: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The energies and the loss run kernels wherever they can; the others are told."""
+    if not kernels:
+        for module in ("launch", "operators", "expand_operator", "loss_operator"):
+            place = f"coded_resnext.kernels.{module}"
+            name = "runs_kernels" if module in ("operators", "expand_operator") else "interpreted"
+            monkeypatch.setattr(f"{place}.{name}", lambda *_: False)
