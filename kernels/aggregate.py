@@ -19,6 +19,7 @@ from .tile import (
     load_affine,
     load_rows,
     round_to,
+    rounded_product,
     store_rows,
     window_channels,
 )
@@ -182,7 +183,7 @@ def aggregate_backward(
     exists = n < BRANCHES
     normalized = tl.load(normalized_ptr + row, mask=exists, other=0.0)
     grad_normalized = tl.load(grad_normalized_ptr + row, mask=exists, other=0.0)
-    through_energies = tl.sum(grad_normalized * normalized, 0)
+    through_energies = tl.sum(rounded_product(grad_normalized, normalized), 0)
     grad_mean = -inverse * (0.5 * through_scale + through_energies)
     grad_energy = grad_normalized * inverse + grad_mean / BRANCHES
     grad_energy *= load_masks(None, keep_ptr, row, exists)

@@ -20,7 +20,7 @@ from .conv1x1_tiles import (
     store_vectors,
     unpack_bits,
 )
-from .tile import dot, hash_in_order, round_to
+from .tile import dot, hash_in_order, round_to, rounded_product
 
 
 @triton.jit
@@ -136,7 +136,7 @@ def finish_input_gradient(
         d = tl.where(x * scale + bias > 0, d, 0.0)
         mine = (tl.arange(0, CHUNKS) == chunk)[:, None]
         of_bias += tl.where(mine, tl.sum(d, 0)[None, :], 0.0)
-        of_scale += tl.where(mine, tl.sum(d * x, 0)[None, :], 0.0)
+        of_scale += tl.where(mine, tl.sum(rounded_product(d, x), 0)[None, :], 0.0)
         d = round_to(d * scale, dx_row.dtype.element_ty)
         store_tile(dx_row + c[None, :], d, real, inside, WHOLE_N)
     return of_bias, of_scale
@@ -331,10 +331,10 @@ def join_input_gradient(
             of_bias += tl.where(mine, tl.sum(g, 0)[None, :], 0.0)
             if RAW:
                 y = load_tile(y_ptr + here, real, inside, WHOLE_N).to(tl.float32)
-                of_scale += tl.where(mine, tl.sum(g * y, 0)[None, :], 0.0)
+                of_scale += tl.where(mine, tl.sum(rounded_product(g, y), 0)[None, :], 0.0)
             if MAPPED:
                 residual = load_tile(residual_ptr + here, real, inside, WHOLE_N).to(tl.float32)
-                of_residual += tl.where(mine, tl.sum(g * residual, 0)[None, :], 0.0)
+                of_residual += tl.where(mine, tl.sum(rounded_product(g, residual), 0)[None, :], 0.0)
     of_g = tl.reshape(of_bias, (BLOCK_N,))
     of_y = tl.reshape(of_scale, (BLOCK_N,))
     of_r = tl.reshape(of_residual, (BLOCK_N,))

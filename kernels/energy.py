@@ -20,6 +20,7 @@ from .tile import (
     load_affine,
     load_rows,
     round_to,
+    rounded_product,
     store_rows,
     window_channels,
 )
@@ -51,7 +52,7 @@ def window_gram(
 @triton.jit
 def window_energy(gram, form, inverse_size, WIDTH: tl.constexpr, GROUP_P: tl.constexpr):
     """(11) `<Q, G> / (C P)` of the branches of each window, `[windows, GROUP_P]`."""
-    products = gram * form
+    products = rounded_product(gram, form)
     if GROUP_P > 1:
         # Between two branches the form is 0, but 0 times a NaN of one of them is NaN.
         owner = tl.arange(0, gram.shape[1]) // WIDTH

@@ -105,6 +105,17 @@ def activate(z, scale, bias, real, AFFINE: tl.constexpr, MASKED: tl.constexpr):
 
 
 @triton.jit
+def rounded_product(a, b):
+    """`a b`, float32, rounded before a sum takes it.
+
+    A product that goes straight into a sum is otherwise fused with the first addition: a lane adds
+    the rounded product of its neighbour to its own unrounded one. The neighbour does the reverse,
+    so that the lanes of a sum hold different last bits, and which of them is stored is undefined.
+    """
+    return tl.fma(a, b, 0.0)
+
+
+@triton.jit
 def by_branch(x, WIDTH: tl.constexpr, GROUP_P: tl.constexpr):
     """Sums over the channels of each branch: `[windows, BLOCK_K]` to `[windows, GROUP_P]`."""
     owner = tl.arange(0, x.shape[1]) // WIDTH
