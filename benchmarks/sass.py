@@ -1,6 +1,7 @@
 """Machine code of a compiled kernel: what its instructions are, and those of its main loop.
 
-NVIDIA's disassembler comes with Triton. AMD code is read from the assembly that Triton keeps.
+NVIDIA's disassembler comes with Triton. AMD code is read from the assembly that Triton keeps, and
+what lanes add up from PTX.
 """
 
 from __future__ import annotations
@@ -171,3 +172,28 @@ def _read_amdgcn(text: str) -> Code:
         number("vgpr_spill_count") + number("sgpr_spill_count"),
         64,
     )
+
+
+def unequal_sums(ptx: str) -> int:
+    """Additions between lanes in PTX that come to different last bits in each of them.
+
+    `fma(a, b, shuffle(a * b))` adds the rounded product of another lane to an unrounded one, while
+    the other lane rounds the one that it keeps. Which lane's sum is stored where several store one
+    address is undefined, so that a repeated launch need not give the same bits.
+    """
+    factors: dict[str, tuple[str, ...]] = {}
+    received: dict[str, tuple[str, ...]] = {}
+    count = 0
+    for name, operands in re.findall(
+        r"^\s*(?:@\S+\s+)?([a-z][\w.:]*)\s+([^;]*);", ptx, re.MULTILINE
+    ):
+        target, *sources = (operand.strip() for operand in operands.split(","))
+        factors.pop(target, None)
+        received.pop(target.partition("|")[0], None)
+        if name.startswith("mul") and name.endswith(".f32"):
+            factors[target] = tuple(sorted(sources))
+        elif name.startswith("shfl.sync") and sources[0] in factors:
+            received[target.partition("|")[0]] = factors[sources[0]]
+        elif name.startswith("fma") and name.endswith(".f32"):
+            count += received.get(sources[2]) == tuple(sorted(sources[:2]))
+    return count

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sass
-from sass import Code, Instruction, load_widths, moved_bytes
+from sass import Code, Instruction, load_widths, moved_bytes, unequal_sums
 
 SASS = """
         /*0000*/                   LDC R1, c[0x0][0x28] ;    /* 0x00000a00ff017b82 */
@@ -90,3 +90,25 @@ def test_amd_code_reads_alike() -> None:
     assert moved_bytes(body) == 18
     assert load_widths(body) == {16: 1}
     assert body[1].is_matrix
+
+
+SUM = """
+	mul.f32 	%r3, %r1, %r2;
+	shfl.sync.bfly.b32 	%r4, %r3, 16, 31, -1;
+	fma.rn.f32 	%r5, %r1, %r2, %r4;
+	shfl.sync.bfly.b32 	%r6, %r5, 8, 31, -1;
+	add.f32 	%r7, %r5, %r6;
+"""
+
+
+def test_a_sum_whose_first_product_is_fused() -> None:
+    assert unequal_sums(SUM) == 1
+    assert unequal_sums(SUM + SUM.replace("bfly.b32 \t%r4,", "bfly.b32 \t%r4|%p1,")) == 2
+    # In another order; and what is no such sum: another factor, a sum that was rounded, another
+    # product in the same register.
+    assert unequal_sums(SUM.replace("%r5, %r1, %r2", "%r5, %r2, %r1")) == 1
+    assert unequal_sums(SUM.replace("%r5, %r1, %r2", "%r5, %r1, %r9")) == 0
+    assert (
+        unequal_sums(SUM.replace("fma.rn.f32 \t%r5, %r1, %r2, %r4", "add.f32 %r5, %r3, %r4")) == 0
+    )
+    assert unequal_sums(SUM.replace("\tshfl", "\tadd.f32 %r3, %r1, %r2;\n\tshfl", 1)) == 0

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,7 +22,7 @@ import static_rows
 from coded_resnext.kernels.build import build
 from coded_resnext.kernels.prebuilt import FOLDERS_VARIABLE
 from coded_resnext.kernels.shipped_rows import shipped_rows
-from sass import Code, Instruction
+from sass import Code, Instruction, unequal_sums
 from static_limits import Limits
 from static_rows import one_of_each
 
@@ -81,6 +83,18 @@ def test_shipped_kernels_keep_their_limits(compiled: Path, tmp_path: Path) -> No
         )
         if limits.per_byte is not None:
             assert row["instructions_per_byte"] > 0.01
+
+
+def test_lanes_of_a_sum_hold_the_same_bits(compiled: Path) -> None:
+    """Of every shipped kernel; else what is stored, or read of it, need not repeat."""
+    texts = [path.read_text() for path in (compiled / "build" / "cache").glob("*/*.ptx")]
+    unequal = Counter[str]()
+    for text in texts:
+        kernel = re.search(r"\.entry (\w+)", text)
+        assert kernel is not None
+        unequal[kernel[1]] += unequal_sums(text)
+    assert {"coding_loss", "aggregate_backward", "aggregate_forward"} <= unequal.keys()
+    assert +unequal == {}
 
 
 def test_float32_gradients_keep_their_registers(
