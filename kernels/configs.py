@@ -88,6 +88,7 @@ class LaunchRow:
     """The least that one sample costs in memory traffic: each tensor moved once."""
     num_stages: int = 1
     enable_fp_fusion: bool = True
+    """Whether a product may be added without being rounded before."""
     steps: int = 1
     """Trips of the innermost loop for one of the loop around it, of which `trip_bytes` then are."""
 
