@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import relative_error
+from helpers import assert_alike, relative_error
 
 from coded_resnext import Codebook, CodedLoss, CodedResNeXt, Stage, create_model, list_models
 
@@ -92,7 +92,7 @@ def test_imagenet_stem_and_strides() -> None:
 def test_labels_are_never_needed_and_energies_are_optional() -> None:
     model = make_model().eval()
     logits, energies = model(IMAGES, return_energies=True)
-    assert torch.equal(model(IMAGES), logits)
+    assert_alike(model(IMAGES), logits)
     assert [e.shape for e in energies] == [(5, 4)] * 3
     assert [e.dtype for e in energies] == [torch.float32] * 3
 
@@ -118,16 +118,16 @@ def test_blocks_of_one_codebook_share_a_drop_mask(monkeypatch: pytest.MonkeyPatc
 def test_keep_by_class_by_sample_and_by_mask_agree() -> None:
     model = make_model().eval()
     one_class = model(IMAGES, keep=1)
-    assert torch.equal(one_class, model(IMAGES, keep=torch.tensor([1] * 5)))
+    assert_alike(one_class, model(IMAGES, keep=torch.tensor([1] * 5)))
     masks = [book.codewords[1].expand(5, -1) for book in model.codebooks]
-    assert torch.equal(one_class, model(IMAGES, keep=masks))
+    assert_alike(one_class, model(IMAGES, keep=masks))
     classes = torch.tensor([0, 1, 2, 1, 0])
     per_sample = model(IMAGES, keep=classes)
     for index, label in enumerate(classes.tolist()):
         alone = model(IMAGES[index : index + 1], keep=label)
         assert relative_error(per_sample[index : index + 1], alone) < 1e-5
-    assert torch.equal(model(IMAGES, keep=[None] * 3), model(IMAGES))
-    assert not torch.equal(one_class, model(IMAGES))
+    assert_alike(model(IMAGES, keep=[None] * 3), model(IMAGES))
+    assert relative_error(one_class, model(IMAGES)) > 1e-2
 
 
 def test_keep_equals_the_definition_with_masks() -> None:
@@ -321,8 +321,12 @@ def test_extended_network_knows_what_it_knew(head_bias: bool) -> None:
     logits, energies = model(x, return_energies=True)
     grown_logits, grown_energies = grown(x, return_energies=True)
     assert grown_logits.shape == (5, 4)
-    assert torch.equal(grown_logits[:, :3], logits)
-    assert all(torch.equal(a, b) for a, b in zip(energies, grown_energies, strict=True))
+    assert torch.equal(grown.head.weight[:3], model.head.weight)
+    # A product with four rows instead of three may add up in another order.
+    for found, expected in zip(
+        [grown_logits[:, :3], *grown_energies], [logits, *energies], strict=True
+    ):
+        assert_alike(found, expected)
     with pytest.raises(ValueError, match="new_classes: expected at least one name"):
         model.extend_classes([])
     with pytest.raises(ValueError, match=r"new_classes: .* none of the known ones"):
@@ -350,7 +354,9 @@ def test_state_dict_round_trip_and_other_codewords() -> None:
     model = make_model()
     other = make_model(drop_branches=0.0)
     other.load_state_dict(model.state_dict())
-    assert torch.equal(model.eval()(IMAGES), other.eval()(IMAGES))
+    for name, value in model.state_dict().items():
+        assert torch.equal(other.state_dict()[name], value), name
+    assert_alike(other.eval()(IMAGES), model.eval()(IMAGES))
     swapped = [Codebook.from_words(["0110", "1100", "0011"]), BOOKS[1]]
     with pytest.raises(ValueError, match="other codewords"):
         make_model(codebooks=swapped).load_state_dict(model.state_dict())
