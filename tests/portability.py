@@ -202,6 +202,9 @@ def try_tests(
 def environment_of(processor: Processor, python: Path) -> dict[str, str]:
     """The variables that a run is started with."""
     environment = {**processor.environment, "OMP_NUM_THREADS": str(processor.threads)}
+    if processor.threads > 1:
+        # Threads that wait would otherwise take the cores from those of the other processes.
+        environment["OMP_WAIT_POLICY"] = "PASSIVE"
     if environment.get("NPY_DISABLE_CPU_FEATURES") == "all":
         environment["NPY_DISABLE_CPU_FEATURES"] = " ".join(ask(python, {})["dispatched"])
     return environment

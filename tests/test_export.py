@@ -97,8 +97,12 @@ def files(model, classifier, tmp_path_factory) -> Path:
     return folder
 
 
-def outputs(path: Path, images: torch.Tensor) -> list[torch.Tensor]:
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+def outputs(path: Path, images: torch.Tensor, *, as_written: bool = False) -> list[torch.Tensor]:
+    """What ONNX Runtime computes; `as_written` every node alone, by which int8 becomes float."""
+    options = onnxruntime.SessionOptions()
+    if as_written:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     found = session.run(None, {session.get_inputs()[0].name: images.numpy()})
     return [torch.from_numpy(value) for value in found]
 
@@ -289,13 +293,19 @@ def test_int8(model, files, tmp_path):
     path = quantize_onnx(files / "network.onnx", tmp_path / "int8.onnx", batches)
     assert path.stat().st_size < 0.45 * (files / "network.onnx").stat().st_size
     content = onnx.load(path)
-    kinds = {initializer.data_type for initializer in content.graph.initializer}
-    assert onnx.TensorProto.INT8 in kinds
+    weights = [
+        onnx.numpy_helper.to_array(initializer).astype(int)
+        for initializer in content.graph.initializer
+        if initializer.data_type == onnx.TensorProto.INT8
+    ]
+    # Without VNNI a processor adds two products of a weight and an activation in 16 bits.
+    assert 0 < max(int(abs(weight).max()) for weight in weights) * 2 * 255 < 2**15
     notes = {entry.key: entry.value for entry in content.metadata_props}
     assert json.loads(notes["class_names"]) == [str(index) for index in range(10)]
     (logits,) = outputs(path, DIGITS.test_images)
     expected = model(DIGITS.test_images)
-    assert float((logits.argmax(1) == expected.argmax(1)).float().mean()) > 0.97
+    agreement = float((logits.argmax(1) == expected.argmax(1)).float().mean())
+    assert agreement > 0.97  # TODO spread
     # It is not the float network under another name.
     assert float((logits - expected).abs().max()) > 1e-3
     with pytest.raises(ValueError, match="images: expected at least one batch"):

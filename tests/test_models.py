@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -245,27 +246,35 @@ def test_training_reduces_the_loss_of_a_batch() -> None:
         total.backward()
         optimizer.step()
         losses.append(total.item())
+    # 0.02 to 0.08 over eight seeds of weights, here and under the oldest instructions of
+    # tests/portability.py: AMD EPYC, torch 2.14.1, 2026-11-29.
     assert losses[-1] < 0.3 * losses[0]
 
 
 def test_backends_train_alike() -> None:
-    """The Gram form and the definition give the same losses over ten steps."""
+    """The Gram form and the definition give the same losses over ten steps.
+
+    In float64: in float32 one of eight seeds comes upon an activation that rounding puts on the
+    other side of a ReLU, after which losses are 0.4 % apart.
+    """
     curves = []
     for backend in ("reference", "torch"):
-        model = make_model(backend=backend, drop_branches=0.2)
+        model = make_model(backend=backend, drop_branches=0.2).double()
         loss = CodedLoss(model.codebooks)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
         torch.manual_seed(3)
         curve = []
         for _ in range(10):
-            logits, energies = model(IMAGES, return_energies=True)
+            logits, energies = model(IMAGES.double(), return_energies=True)
             total = loss(logits, energies, torch.tensor([0, 1, 2, 1, 0])).total
             optimizer.zero_grad()
             total.backward()
             optimizer.step()
             curve.append(total.item())
         curves.append(curve)
-    assert curves[0] == pytest.approx(curves[1], rel=1e-4)
+    assert curves[0] == pytest.approx(curves[1], rel=1e-9)
+    # Losses change from step to step by far more than that.
+    assert min(abs(a - b) for a, b in pairwise(curves[0])) > 1e-4
 
 
 def test_exports_with_dynamic_batch() -> None:
@@ -346,6 +355,8 @@ def test_energies_stay_float32_under_autocast() -> None:
     assert terms.total.dtype == torch.float32
     terms.total.backward()
     exact, _ = make_model()(IMAGES, return_energies=True)
+    # 0.007 to 0.018 over eight seeds of weights, and of five of them under the oldest instructions
+    # of tests/portability.py: AMD EPYC, torch 2.14.1, 2026-11-29.
     assert relative_error(logits.float(), exact) < 0.05
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
