@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint type bench torture matrix audit kernels timm-tests clean
+.PHONY: demo test lint type bench torture matrix portability audit kernels timm-tests clean
 
 demo: .venv/train.stamp
 	$(BIN)/python train/digits.py --out runs/digits --resume
@@ -31,6 +31,10 @@ torture: .venv/dev.stamp
 # The oldest supported versions, the newest, and those without Triton: 5 GB each, an hour in all.
 matrix: .venv/dev.stamp
 	$(BIN)/python tests/version_matrix.py --out benchmarks/results/version_matrix.json
+
+# The tests of arithmetic under imitated processors: sixteen rows, each as long as `make test`.
+portability: .venv/dev.stamp
+	$(BIN)/python -P tests/portability.py --out benchmarks/results/portability.json
 
 # Known weaknesses of what is installed. What the advisory service does not know is an error.
 audit: .venv/dev.stamp

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from coded_resnext.kernels.launch import HAS_TRITON
-from torch import Tensor
+from torch import Tensor, nn
 
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
 
@@ -23,6 +23,11 @@ TOLERANCES = {
     torch.float16: 4e-3,
     torch.bfloat16: 3e-2,
 }
+
+# Of a network's outputs where its sums are made in another order or by other instructions, as
+# another processor, version, batch size or memory layout does: 80 and 4500 roundings of the largest
+# value, of layers that add up a few hundred terms each, one behind the other.
+ANOTHER_ORDER = {torch.float32: 1e-5, torch.float64: 1e-12}
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -37,6 +42,48 @@ def load_golden(name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
 def below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """The tensors whose names start with a prefix, without it."""
     return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+
+def assert_alike(found: Tensor, expected: Tensor) -> None:
+    """The same by two ways of computing it: equal but for the order in which sums are made.
+
+    `torch.equal` is for what is copied, and for the same instructions on the same data.
+    """
+    assert found.dtype == expected.dtype
+    error = relative_error(found, expected)
+    assert error < ANOTHER_ORDER[expected.dtype], error
+
+
+def assert_same_network(found: nn.Module, expected: nn.Module, x: Tensor) -> None:
+    """One that was written and read: its state to the bit, its output to rounding.
+
+    Weights that are read may lie otherwise in memory, where products take other instructions.
+    """
+    state, wanted = found.state_dict(), expected.state_dict()
+    assert state.keys() == wanted.keys()
+    for name, value in wanted.items():
+        assert state[name].dtype == value.dtype, name
+        assert torch.equal(state[name], value), name
+    assert_alike(found(x), expected(x))
+
+
+def assert_decided_alike(found: Tensor, expected: Tensor, margins: Tensor, slack: float) -> None:
+    """Decisions by two ways of computing: the same, but where rounding may decide.
+
+    Args:
+        found, expected: classes, or yes and no.
+        margins: by how much each decision was made.
+        slack: by how much the two ways may move a margin. One in twenty may be as near as that.
+    """
+    clear = margins.abs() > slack
+    assert clear.double().mean() >= 0.95
+    assert torch.equal(found[clear], expected[clear])
+
+
+def class_margins(scores: Tensor) -> Tensor:
+    """By how much the largest score of each sample exceeds the next, `[B]` of `[B, K]`."""
+    best = scores.topk(2, dim=1).values
+    return best[:, 0] - best[:, 1]
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import assert_same_network
 from safetensors.torch import load_file, save_file
 
 from coded_resnext import Codebook, create_model
@@ -50,9 +51,9 @@ def test_round_trip(path: Path) -> None:
     assert loaded.model.codebooks == original.codebooks
     assert loaded.model.class_names == tuple("abcdefghij")
     x = torch.randn(2, 1, 8, 8)
-    assert torch.equal(loaded.model(x), original.eval()(x))
+    assert_same_network(loaded.model, original.eval(), x)
     # A folder stands for the model file in it.
-    assert torch.equal(load_model(path.parent).model(x), loaded.model(x))
+    assert_same_network(load_model(path.parent).model, loaded.model, x)
 
 
 def test_plain_and_float64_models_round_trip(tmp_path: Path) -> None:
@@ -60,7 +61,7 @@ def test_plain_and_float64_models_round_trip(tmp_path: Path) -> None:
     save_model(tmp_path / "m.safetensors", model)
     loaded = load_model(tmp_path / "m.safetensors")
     x = torch.randn(2, 1, 8, 8, dtype=torch.float64)
-    assert torch.equal(loaded.model(x), model(x))
+    assert_same_network(loaded.model, model, x)
     assert loaded.model.class_names == model.class_names
     assert loaded.preprocessing is None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers import class_margins
 
 from coded_resnext import Codebook, decode
 
@@ -13,7 +14,12 @@ def test_equals_the_nearest_codeword() -> None:
     book = Codebook.shipped(100, 20, 8)
     energies = torch.rand(500, 20, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     scaled = book.active * energies / energies.sum(1, keepdim=True)
-    nearest = torch.cdist(scaled, book.codewords.double()).argmin(1)
+    # Differences, since squares by a product lose half of the digits.
+    by_difference = "donot_use_mm_for_euclid_dist"
+    distances = torch.cdist(scaled, book.codewords.double(), compute_mode=by_difference)
+    # No sample lies so near the middle of two codewords that rounding would decide.
+    assert float(class_margins(-distances).min()) > 1e-9
+    nearest = distances.argmin(1)
     assert torch.equal(decode(energies, book), nearest)
 
 

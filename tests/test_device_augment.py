@@ -81,6 +81,7 @@ def test_a_seed_gives_the_picture_that_the_cpu_makes_of_it(aa: str | None) -> No
     expected = TrainTransform(augmentation, PREP)([images.image(int(i)) for i in chosen], seeds)
     draws = Draws(augmentation, PREP)
     found = DeviceAugment(PREP, draws.fill, CPU)(images.pixels, chosen, draws(seeds))
+    # Pillow's steps in Pillow's precision, each rounded once; there are no sums but of integers.
     assert torch.equal(found, expected)
 
 
@@ -103,6 +104,7 @@ def test_nothing_on_the_device_makes_the_host_wait() -> None:
     augment = DeviceAugment(PREP, draws.fill, CPU)
     arguments = (images.pixels, torch.tensor([3, 0, 2]), draws(range(3)))
     compiled = torch.compile(augment, fullgraph=True, backend="eager")
+    # Captured only: the same instructions on the same data.
     assert torch.equal(compiled(*arguments), augment(*arguments))
 
 

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_training import assert_same, make_config, make_loader, make_model, train
+from helpers import class_margins
+from tiny_training import BOOK, assert_same, make_config, make_loader, make_model, train
 from two_processes import evaluation_data, gradients
 
 from coded_resnext.accuracy import measure_accuracy
@@ -57,7 +58,12 @@ def test_gradients_are_those_of_one_process(found: list[dict[str, Any]]) -> None
 
 
 def test_evaluation_counts_each_sample_once(found: list[dict[str, Any]]) -> None:
-    accuracy = measure_accuracy(make_model(), batches(*evaluation_data()))
+    model, (images, targets) = make_model(), evaluation_data()
+    accuracy = measure_accuracy(model, batches(images, targets))
+    # Batches are rounded by their size; no decision may hang on that.
+    logits, (energies,) = model.eval()(images, return_energies=True)
+    assert float(class_margins(logits).min()) > 1e-6
+    assert float(class_margins(energies @ BOOK.codewords.float().T).min()) > 1e-6
     assert accuracy.samples == 37
     for shared in found:
         assert shared["accuracy"] == [37, accuracy.final, list(accuracy.early)]
@@ -65,6 +71,7 @@ def test_evaluation_counts_each_sample_once(found: list[dict[str, Any]]) -> None
 
 def test_parameters_are_equal_to_the_bit_after_fifty_steps(found: list[dict[str, Any]]) -> None:
     first, second = (shared["fifty"] for shared in found)
+    # Both take the same sums of gradients through the same instructions.
     for name, _ in make_model().named_parameters():
         assert torch.equal(first["model"][name], second["model"][name]), name
         assert torch.equal(first["average"][name], second["average"][name]), name

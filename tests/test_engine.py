@@ -68,9 +68,12 @@ def spoil(batch: Batch) -> Batch:
 def test_it_learns_and_leaves_a_complete_folder(tmp_path: Path) -> None:
     config = make_config(epochs=25, warmup_epochs=0)
     model, history = train(tmp_path, config)
-    assert history[-1]["test_accuracy"] == 1.0
-    assert history[-1]["total"] < 0.2 * history[0]["total"]
-    assert history[-1]["train_early_decoding_1"] > 0.9
+    # Over eight seeds of weights and order: 1.0; 0.01 to 0.18; 0.62 to 1.0, where a class by chance
+    # is a third. Five of them under the oldest instructions of tests/portability.py: the same to
+    # three digits. AMD EPYC, torch 2.14.1, 2026-11-29.
+    assert history[-1]["test_accuracy"] > 0.9
+    assert history[-1]["total"] < 0.4 * history[0]["total"]
+    assert history[-1]["train_early_decoding_1"] > 0.5
     columns = ["epoch", "lr", "total", "cross_entropy", "coding_1", "train_accuracy"]
     columns += ["train_early_decoding_1", "test_accuracy", "early_decoding_1"]
     columns += ["images_per_second", "peak_memory_mib", "seconds"]
@@ -81,7 +84,8 @@ def test_it_learns_and_leaves_a_complete_folder(tmp_path: Path) -> None:
     loaded = load_model(tmp_path)
     assert_same(dict(loaded.model.state_dict()), dict(model.state_dict()))
     assert loaded.training["epochs_done"] == 25
-    assert measure_accuracy(loaded.model, batches(IMAGES, TARGETS)).final == 1.0
+    accuracy = measure_accuracy(loaded.model, batches(IMAGES, TARGETS))
+    assert accuracy.final == history[-1]["test_accuracy"]
     events = list((tmp_path / "tensorboard").glob("events*"))
     assert events
     assert sum(event.stat().st_size for event in events) > 1000

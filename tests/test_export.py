@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers import assert_decided_alike, class_margins
 from random_networks import make_images, make_random
 from small_networks import make_network
 
@@ -42,6 +43,9 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 DIGITS = load_digits_split()
 INTENSITIES = DIGITS.test_images * DIGITS.preprocessing.std[0] + DIGITS.preprocessing.mean[0]
 CLASS = 3
+# What a file may differ by from PyTorch in logits moves a margin of two by twice as much; the
+# margins of decoders are shares of the energy, whose last bits are 1e-7.
+LOGITS, SHARES = 2 * onnx_files_module.TOLERANCE, 1e-5
 CRITERION = EarlyExit((0.05, 0.2, 0.3, None))
 # Runs a script as if neither PyTorch nor this package were installed.
 ALONE = """
@@ -75,11 +79,12 @@ def model() -> CodedResNeXt:
 
 @pytest.fixture(scope="module")
 def classifier(model):
-    """Of one class, with a threshold between the scores of the 40th and 41st test image."""
+    """Of one class; about every ninth test image is above its threshold, and none is near it."""
     part = extract_classifier(model, CLASS, fold_batch_norm=True)
     with torch.inference_mode():
-        scores = part(DIGITS.test_images).sort(descending=True).values
-    part.threshold = float(scores[39:41].mean())
+        scores = part(DIGITS.test_images).sort(descending=True).values[30:51]
+    widest = int((scores[:-1] - scores[1:]).argmax())
+    part.threshold = float(scores[widest : widest + 2].mean())
     return part
 
 
@@ -92,8 +97,12 @@ def files(model, classifier, tmp_path_factory) -> Path:
     return folder
 
 
-def outputs(path: Path, images: torch.Tensor) -> list[torch.Tensor]:
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+def outputs(path: Path, images: torch.Tensor, *, as_written: bool = False) -> list[torch.Tensor]:
+    """What ONNX Runtime computes; `as_written` every node alone, by which int8 becomes float."""
+    options = onnxruntime.SessionOptions()
+    if as_written:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     found = session.run(None, {session.get_inputs()[0].name: images.numpy()})
     return [torch.from_numpy(value) for value in found]
 
@@ -182,14 +191,16 @@ def test_onnx_decisions_on_all_test_images(model, classifier, files):
     x = DIGITS.test_images
     assert len(x) == 360
     (logits,) = outputs(files / "network.onnx", x)
-    assert torch.equal(logits.argmax(1), model(x).argmax(1))
+    expected = model(x)
+    assert_decided_alike(logits.argmax(1), expected.argmax(1), class_margins(expected), LOGITS)
     _, classes, margins = outputs(files / "heads.onnx", x)
-    _, expected, _ = Heads(model)(x)
-    assert torch.equal(classes, expected)
+    _, expected, by = Heads(model)(x)
+    assert_decided_alike(classes, expected, by, SHARES)
     assert classes.shape == margins.shape == (360, 4)
     assert len(set(classes[:, 0].tolist())) == 10
     (scores,) = outputs(files / "classifier.onnx", x)
-    assert torch.equal(scores >= classifier.threshold, classifier.predict(x))
+    distances = classifier(x) - classifier.threshold
+    assert_decided_alike(scores >= classifier.threshold, distances >= 0, distances, LOGITS)
 
 
 def test_what_a_file_says(classifier, files):
@@ -216,8 +227,9 @@ def test_the_classifier_with_onnxruntime_and_numpy_alone(classifier, files, tmp_
     )
     said = torch.tensor([line[1] == "3" for line in lines])
     assert [int(line[0]) for line in lines] == list(range(360))
-    assert torch.equal(said, classifier.predict(DIGITS.test_images))
-    assert int(said.sum()) == 40
+    distances = classifier(DIGITS.test_images) - classifier.threshold
+    assert_decided_alike(said, distances >= 0, distances, LOGITS)
+    assert 30 <= int(said.sum()) <= 51
 
 
 @torch.inference_mode()
@@ -225,8 +237,9 @@ def test_the_network_by_bytes(model, files, tmp_path):
     pixels = (INTENSITIES[:50] * 255).round().to(torch.uint8)
     np.save(tmp_path / "bytes.npy", pixels.numpy())
     lines = run_alone(EXAMPLES / "onnx_classify.py", files / "network.onnx", tmp_path / "bytes.npy")
-    expected = model(DIGITS.preprocessing.normalize(pixels / 255)).argmax(1)
-    assert [line[1] for line in lines] == [str(int(index)) for index in expected]
+    expected = model(DIGITS.preprocessing.normalize(pixels / 255))
+    said = torch.tensor([int(line[1]) for line in lines])
+    assert_decided_alike(said, expected.argmax(1), class_margins(expected), LOGITS)
 
 
 @pytest.fixture(scope="module")
@@ -240,7 +253,7 @@ def parts(model, tmp_path_factory) -> list[Path]:
 def test_early_exit_with_onnxruntime_and_numpy_alone(model, parts, tmp_path, agreement):
     assert [path.name for path in parts] == [f"part-{index}.onnx" for index in range(5)]
     with torch.no_grad():
-        _, _, margins = Heads(model)(DIGITS.test_images)
+        logits, _, margins = Heads(model)(DIGITS.test_images)
     # Whatever the weights of the untrained network are, some images leave at each of three blocks.
     criterion = EarlyExit((*margins[:, :3].median(0).values.add(1e-3).tolist(), None), agreement)
     for path in parts:
@@ -250,9 +263,14 @@ def test_early_exit_with_onnxruntime_and_numpy_alone(model, parts, tmp_path, agr
     np.save(tmp_path / "images.npy", INTENSITIES.numpy())
     lines = run_alone(EXAMPLES / "onnx_early_exit.py", tmp_path, tmp_path / "images.npy")
     found = predict_early(model, DIGITS.test_images, criterion)
-    assert [line[1] for line in lines] == [str(int(index)) for index in found.classes]
+    # What decides of an image: whether it leaves a block, by which class, and the last class.
+    wanted = torch.tensor(criterion.margins[:3])
+    nearest = torch.cat([margins[:, :3] - wanted, margins], 1).abs().amin(1) / SHARES
+    nearest = torch.minimum(nearest, class_margins(logits) / LOGITS)
+    said = torch.tensor([[int(word) for word in line[1:3]] for line in lines])
+    assert_decided_alike(said[:, 0], found.classes, nearest, 1.0)
     exits = torch.where(found.exit_blocks == 4, -1, found.exit_blocks) + 1
-    assert [int(line[2]) for line in lines] == exits.tolist()
+    assert_decided_alike(said[:, 1], exits, nearest, 1.0)
     assert len(set(exits.tolist())) > 2
 
 
@@ -263,7 +281,7 @@ def test_outputs_of_parts(model, parts):
         _, classes, margins = Heads(model)(x)
         for block, path in enumerate(parts[:-1]):
             x, said, margin = outputs(path, x)
-            assert torch.equal(said, classes[:, block])
+            assert_decided_alike(said, classes[:, block], margins[:, block], SHARES)
             torch.testing.assert_close(margin, margins[:, block], rtol=0, atol=1e-4)
         (logits,) = outputs(parts[-1], x)
         torch.testing.assert_close(logits, model(DIGITS.test_images[:batch]), rtol=0, atol=1e-4)
@@ -275,13 +293,19 @@ def test_int8(model, files, tmp_path):
     path = quantize_onnx(files / "network.onnx", tmp_path / "int8.onnx", batches)
     assert path.stat().st_size < 0.45 * (files / "network.onnx").stat().st_size
     content = onnx.load(path)
-    kinds = {initializer.data_type for initializer in content.graph.initializer}
-    assert onnx.TensorProto.INT8 in kinds
+    weights = [
+        onnx.numpy_helper.to_array(initializer).astype(int)
+        for initializer in content.graph.initializer
+        if initializer.data_type == onnx.TensorProto.INT8
+    ]
+    # Without VNNI a processor adds two products of a weight and an activation in 16 bits.
+    assert 0 < max(int(abs(weight).max()) for weight in weights) * 2 * 255 < 2**15
     notes = {entry.key: entry.value for entry in content.metadata_props}
     assert json.loads(notes["class_names"]) == [str(index) for index in range(10)]
     (logits,) = outputs(path, DIGITS.test_images)
     expected = model(DIGITS.test_images)
-    assert float((logits.argmax(1) == expected.argmax(1)).float().mean()) > 0.97
+    agreement = float((logits.argmax(1) == expected.argmax(1)).float().mean())
+    assert agreement > 0.97  # TODO spread
     # It is not the float network under another name.
     assert float((logits - expected).abs().max()) > 1e-3
     with pytest.raises(ValueError, match="images: expected at least one batch"):

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from helpers import assert_same_network
 from safetensors.torch import load_file, save_file
 from small_networks import make_images, make_network
 
@@ -33,7 +34,7 @@ def test_the_same_after_reading(tmp_path, options):
     assert loaded.network.class_name == "bee"
     assert loaded.preprocessing == PREPROCESSING
     assert not loaded.network.training
-    assert torch.equal(loaded.network(x), classifier(x))
+    assert_same_network(loaded.network, classifier, x)
     assert torch.equal(loaded.network.predict(x), classifier.predict(x))
 
 
@@ -66,7 +67,7 @@ def test_all_classes_with_an_index(tmp_path):
         path = index.parent / row["file"]
         loaded = load_extracted(path)
         expected = extract_classifier(model, row["index"], fold_batch_norm=True)
-        assert torch.equal(loaded.network(x), expected(x))
+        assert_same_network(loaded.network, expected, x)
         assert loaded.network.threshold == row["threshold"]
         assert row["parameters"] == sum(p.numel() for p in loaded.network.parameters())
         assert row["bytes"] == path.stat().st_size

@@ -75,5 +75,6 @@ def test_a_deferred_gradient_leaves_its_scale_with_the_statistics() -> None:
     sums = statistics_of(torch.randn(3, 2, 2, 2, dtype=torch.float64)).requires_grad_()
     scale, bias = affine_of(bn, sums, 12, deferred=True)
     (grad,) = torch.autograd.grad(scale.sum() + bias.sum(), sums)
+    # It is put there, not computed.
     assert torch.equal(grad[0], scale.detach())
     assert grad[1:].abs().min() > 0

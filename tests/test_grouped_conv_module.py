@@ -50,6 +50,7 @@ def test_swapped_into_a_network_nothing_changes(name: str) -> None:
     x = torch.randn(2, 3, 64, 64).contiguous(memory_format=torch.channels_last)
     found, expected = step(swapped, x), step(network, x)
     assert len(found) == len(expected) == 2 + len(list(network.parameters()))
+    # Without the kernels PyTorch's convolution runs in both, on the same data.
     for key, value in expected.items():
         assert torch.equal(found[key], value), key
 
@@ -168,6 +169,7 @@ def test_state_goes_both_ways_and_no_batch_is_no_problem() -> None:
     grouped.load_state_dict(plain.state_dict())
     plain.load_state_dict(grouped.state_dict())
     x = torch.randn(8, 3, 4)
+    # An image without a batch is PyTorch's to compute, in both.
     assert torch.equal(grouped(x), plain(x))
     assert grouped(torch.randn(0, 8, 3, 3)).shape == (0, 8, 3, 3)
     assert "groups=2" in repr(grouped)

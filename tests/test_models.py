@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
-from helpers import relative_error
+from helpers import assert_alike, relative_error
 
 from coded_resnext import Codebook, CodedLoss, CodedResNeXt, Stage, create_model, list_models
 
@@ -92,7 +93,7 @@ def test_imagenet_stem_and_strides() -> None:
 def test_labels_are_never_needed_and_energies_are_optional() -> None:
     model = make_model().eval()
     logits, energies = model(IMAGES, return_energies=True)
-    assert torch.equal(model(IMAGES), logits)
+    assert_alike(model(IMAGES), logits)
     assert [e.shape for e in energies] == [(5, 4)] * 3
     assert [e.dtype for e in energies] == [torch.float32] * 3
 
@@ -118,16 +119,16 @@ def test_blocks_of_one_codebook_share_a_drop_mask(monkeypatch: pytest.MonkeyPatc
 def test_keep_by_class_by_sample_and_by_mask_agree() -> None:
     model = make_model().eval()
     one_class = model(IMAGES, keep=1)
-    assert torch.equal(one_class, model(IMAGES, keep=torch.tensor([1] * 5)))
+    assert_alike(one_class, model(IMAGES, keep=torch.tensor([1] * 5)))
     masks = [book.codewords[1].expand(5, -1) for book in model.codebooks]
-    assert torch.equal(one_class, model(IMAGES, keep=masks))
+    assert_alike(one_class, model(IMAGES, keep=masks))
     classes = torch.tensor([0, 1, 2, 1, 0])
     per_sample = model(IMAGES, keep=classes)
     for index, label in enumerate(classes.tolist()):
         alone = model(IMAGES[index : index + 1], keep=label)
         assert relative_error(per_sample[index : index + 1], alone) < 1e-5
-    assert torch.equal(model(IMAGES, keep=[None] * 3), model(IMAGES))
-    assert not torch.equal(one_class, model(IMAGES))
+    assert_alike(model(IMAGES, keep=[None] * 3), model(IMAGES))
+    assert relative_error(one_class, model(IMAGES)) > 1e-2
 
 
 def test_keep_equals_the_definition_with_masks() -> None:
@@ -245,27 +246,35 @@ def test_training_reduces_the_loss_of_a_batch() -> None:
         total.backward()
         optimizer.step()
         losses.append(total.item())
+    # 0.02 to 0.08 over eight seeds of weights, here and under the oldest instructions of
+    # tests/portability.py: AMD EPYC, torch 2.14.1, 2026-11-29.
     assert losses[-1] < 0.3 * losses[0]
 
 
 def test_backends_train_alike() -> None:
-    """The Gram form and the definition give the same losses over ten steps."""
+    """The Gram form and the definition give the same losses over ten steps.
+
+    In float64: in float32 one of eight seeds comes upon an activation that rounding puts on the
+    other side of a ReLU, after which losses are 0.4 % apart.
+    """
     curves = []
     for backend in ("reference", "torch"):
-        model = make_model(backend=backend, drop_branches=0.2)
+        model = make_model(backend=backend, drop_branches=0.2).double()
         loss = CodedLoss(model.codebooks)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
         torch.manual_seed(3)
         curve = []
         for _ in range(10):
-            logits, energies = model(IMAGES, return_energies=True)
+            logits, energies = model(IMAGES.double(), return_energies=True)
             total = loss(logits, energies, torch.tensor([0, 1, 2, 1, 0])).total
             optimizer.zero_grad()
             total.backward()
             optimizer.step()
             curve.append(total.item())
         curves.append(curve)
-    assert curves[0] == pytest.approx(curves[1], rel=1e-4)
+    assert curves[0] == pytest.approx(curves[1], rel=1e-9)
+    # Losses change from step to step by far more than that.
+    assert min(abs(a - b) for a, b in pairwise(curves[0])) > 1e-4
 
 
 def test_exports_with_dynamic_batch() -> None:
@@ -321,8 +330,12 @@ def test_extended_network_knows_what_it_knew(head_bias: bool) -> None:
     logits, energies = model(x, return_energies=True)
     grown_logits, grown_energies = grown(x, return_energies=True)
     assert grown_logits.shape == (5, 4)
-    assert torch.equal(grown_logits[:, :3], logits)
-    assert all(torch.equal(a, b) for a, b in zip(energies, grown_energies, strict=True))
+    assert torch.equal(grown.head.weight[:3], model.head.weight)
+    # A product with four rows instead of three may add up in another order.
+    for found, expected in zip(
+        [grown_logits[:, :3], *grown_energies], [logits, *energies], strict=True
+    ):
+        assert_alike(found, expected)
     with pytest.raises(ValueError, match="new_classes: expected at least one name"):
         model.extend_classes([])
     with pytest.raises(ValueError, match=r"new_classes: .* none of the known ones"):
@@ -342,6 +355,8 @@ def test_energies_stay_float32_under_autocast() -> None:
     assert terms.total.dtype == torch.float32
     terms.total.backward()
     exact, _ = make_model()(IMAGES, return_energies=True)
+    # 0.007 to 0.018 over eight seeds of weights, and of five of them under the oldest instructions
+    # of tests/portability.py: AMD EPYC, torch 2.14.1, 2026-11-29.
     assert relative_error(logits.float(), exact) < 0.05
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
@@ -350,7 +365,9 @@ def test_state_dict_round_trip_and_other_codewords() -> None:
     model = make_model()
     other = make_model(drop_branches=0.0)
     other.load_state_dict(model.state_dict())
-    assert torch.equal(model.eval()(IMAGES), other.eval()(IMAGES))
+    for name, value in model.state_dict().items():
+        assert torch.equal(other.state_dict()[name], value), name
+    assert_alike(other.eval()(IMAGES), model.eval()(IMAGES))
     swapped = [Codebook.from_words(["0110", "1100", "0011"]), BOOKS[1]]
     with pytest.raises(ValueError, match="other codewords"):
         make_model(codebooks=swapped).load_state_dict(model.state_dict())

@@ -10,6 +10,7 @@ from unittest.mock import create_autospec
 
 import pytest
 import torch
+from helpers import assert_same_network
 from small_networks import NAMES, make_images, make_network
 
 from coded_resnext import (
@@ -68,6 +69,7 @@ def test_the_same_in_a_fresh_process(folder, tmp_path):
     logits, energies = shared.model(x, return_energies=True)
     found = torch.load(tmp_path / "y.pt", weights_only=True)
     assert len(found) == 4
+    # The same instructions on the same data: of one machine, and of as many threads.
     for ours, theirs in zip(found, [logits, *energies], strict=True):
         assert torch.equal(ours, theirs)
     description = json.loads(done.stdout)
@@ -188,7 +190,7 @@ def test_hub(folder, monkeypatch):
     found = from_pretrained("someone/four-animals", revision="v1")
     assert [call.args[1] for call in fetched.call_args_list] == ["model.safetensors", "config.json"]
     x = make_images(2, seed=0)
-    assert torch.equal(found.model(x), make_network()(x))
+    assert_same_network(found.model, make_network(), x)
 
 
 def test_without_the_hub_library(monkeypatch):

@@ -15,6 +15,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from helpers import assert_alike, assert_same_network
 from random_networks import make_random
 
 from coded_resnext import Codebook, CodedLoss, CodedResNeXt, create_model, list_models
@@ -114,10 +115,10 @@ def test_it_is_the_network_of_the_registry():
     x = torch.randn(3, 1, 8, 8)
     logits, energies = model(x, return_energies=True)
     reference = expected(x, return_energies=True)
-    assert torch.equal(logits, reference[0])
-    assert all(torch.equal(a, b) for a, b in zip(energies, reference[1], strict=True))
-    assert torch.equal(model(x, keep=3), expected(x, keep=3))
-    assert torch.equal(model.forward_head(model.forward_features(x)), logits)
+    for found, wanted in zip([logits, *energies], [reference[0], *reference[1]], strict=True):
+        assert_alike(found, wanted)
+    assert_alike(model(x, keep=3), expected(x, keep=3))
+    assert_alike(model.forward_head(model.forward_features(x)), logits)
     assert CodedLoss(model.codebooks)(logits, energies, torch.tensor([0, 1, 2])).total > 0
     # Dropout, before the classifier, is for training alone.
     assert not torch.equal(model.train()(x), logits)
@@ -137,7 +138,7 @@ def test_features_are_the_maps_behind_the_stages():
     found = features(x)
     assert len(found) == 4
     for one, other in zip(found, expected, strict=True):
-        assert torch.equal(one, other)
+        assert_alike(one, other)
     assert features.feature_info.channels() == [32, 60, 120, 200]
     assert features.feature_info.reduction() == [1, 1, 2, 2]
 
@@ -176,7 +177,7 @@ def test_saved_networks_are_networks_of_ours(tmp_path):
     loaded = load_model(tmp_path).model
     x = torch.randn(2, 1, 8, 8)
     assert type(loaded) is CodedResNeXt
-    assert torch.equal(loaded(x), model(x))
+    assert_same_network(loaded, model, x)
     model.reset_classifier(0)
     with pytest.raises(ValueError, match="model: expected a network with its classifier"):
         save_model(tmp_path / "model.safetensors", model)

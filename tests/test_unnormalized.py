@@ -6,7 +6,7 @@ import pytest
 import torch
 from coded_resnext.kernels.gram import split_weight
 from coded_resnext.kernels.reference import branch_outputs
-from helpers import relative_error
+from helpers import assert_same_network, relative_error
 from torch import nn
 
 from coded_resnext import Codebook, CodedResNeXt, Stage, extract_classifier
@@ -56,7 +56,7 @@ def test_networks_differ_are_saved_and_can_be_observed(tmp_path) -> None:
     assert not torch.allclose(energies[0].sum(1), torch.full((6,), 4.0), atol=0.1)
     save_model(tmp_path / "model.safetensors", model)
     with torch.no_grad():
-        assert torch.equal(load_model(tmp_path).model(x), logits)
+        assert_same_network(load_model(tmp_path).model, model, x)
     # The experiments compare energies with codewords, on whose scale these are brought.
     observed = observe(model, [(x, torch.arange(6) % 3)])
     for found, raw in zip(observed.energies, energies, strict=True):

@@ -107,7 +107,11 @@ def without_cost(history: list[dict[str, float]]) -> list[dict[str, float]]:
 
 
 def assert_same(a: Any, b: Any, place: str = "") -> None:
-    """Nested dictionaries and sequences whose tensors agree bit for bit."""
+    """Nested dictionaries and sequences whose tensors agree bit for bit.
+
+    For what is copied, and for the same steps on one machine with as many threads, which is what
+    docs/reliability.md promises.
+    """
     if isinstance(a, dict) and isinstance(b, dict):
         assert a.keys() == b.keys(), place
         for key in a:

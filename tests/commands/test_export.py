@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from helpers import assert_same_network
 from PIL import Image
 from small_networks import make_images
 
@@ -89,7 +90,7 @@ def test_shared(run_folder, network, capsys):
     assert found.results == {"test_accuracy": 0.5}
     assert "secret" not in (folder / "README.md").read_text()
     x = make_images(2, seed=0)
-    assert torch.equal(found.model(x), network(x))
+    assert_same_network(found.model, network, x)
 
 
 def test_push(run_folder, monkeypatch, capsys):

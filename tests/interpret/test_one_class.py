@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from helpers import below, load_golden, relative_error
+from helpers import assert_alike, below, load_golden, relative_error
 from sklearn.metrics import (
     average_precision_score,
     f1_score,
@@ -42,10 +42,12 @@ def test_scores_of_the_golden_network():
 
 def test_numbers_of_scikit_learn(network, data):
     train = make_data(network, 70, seed=2)
-    # One batch each, so that the scores below have the same bits.
-    result = one_class(network, [(train.images, train.targets)], [(data.images, data.targets)])
-    train_scores = scores_by_keep(network, train.images).numpy()
-    test_scores = scores_by_keep(network, data.images).numpy()
+    result = one_class(network, train, data)
+    # A threshold is the score of an image, of which every bit counts: by the same function.
+    train_scores, test_scores = (
+        one_class_scores(network, loader)[0].numpy() for loader in (train, data)
+    )
+    assert_alike(torch.from_numpy(test_scores), scores_by_keep(network, data.images))
     for index, found in enumerate(result.classifiers):
         learned, wanted = (train.targets == index).numpy(), (data.targets == index).numpy()
         # The best threshold by trying all of them, lowest first.
@@ -56,7 +58,8 @@ def test_numbers_of_scikit_learn(network, data):
         assert found.precision == precision_score(wanted, said, zero_division=0)
         assert found.recall == recall_score(wanted, said)
         assert found.f1 == f1_score(wanted, said)
-        assert found.average_precision == average_precision_score(wanted, test_scores[:, index])
+        expected = average_precision_score(wanted, test_scores[:, index])
+        assert found.average_precision == pytest.approx(expected, rel=1e-12)
         # The area under the stored points is the average precision, though points are left out.
         recall, precision = np.array(found.curve.recall), np.array(found.curve.precision)
         full = precision_recall_curve(wanted, test_scores[:, index])
@@ -83,7 +86,8 @@ def test_histograms_count_every_image(network, data):
     for index, one in enumerate(one_class(network, data, data).classifiers):
         positive = (data.targets == index).numpy()
         edges = np.array(one.histogram.edges)
-        assert (edges[0], edges[-1]) == (scores[:, index].min(), scores[:, index].max())
+        ends = [scores[:, index].min(), scores[:, index].max()]
+        assert [edges[0], edges[-1]] == pytest.approx(ends, rel=1e-5)
         assert (sum(one.histogram.positives), sum(one.histogram.negatives)) == (
             positive.sum(),
             50 - positive.sum(),

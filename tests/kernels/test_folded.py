@@ -212,6 +212,7 @@ def test_operands_side_by_side(dtype: torch.dtype) -> None:
     both = folded_operators.side_by_side(h, factor, x)
     assert both.dtype == dtype
     assert both.is_contiguous(memory_format=torch.channels_last)
+    # What is copied, and one product of two numbers, rounded once.
     assert torch.equal(both[:, 3:], x)
     assert torch.equal(both[:, :3], (h * factor[:, None, None, None]).to(dtype))
     assert torch.equal(folded_operators.side_by_side(h, None, x)[:, :3], h)

@@ -265,6 +265,7 @@ def test_autocast_does_not_round_sums() -> None:
         found = [conv1x1_library.wide_sums(x, x), *conv1x1_library.moments(x)]
     for a, b in zip(found, plain, strict=True):
         assert a.dtype == torch.float32
+        # Autocast is off inside: the same instructions on the same data.
         assert torch.equal(a, b)
 
 

@@ -222,6 +222,7 @@ def test_a_join_without_the_map_that_it_adds_to(mapped: bool, signs: bool) -> No
                 )
             )
     (gradient, sums, moved), (alone, fewer, also_moved) = found
+    # The interpreter runs the same steps on the same numbers, and one sum less.
     assert torch.equal(gradient, alone)
     assert torch.equal(moved, also_moved)
     assert torch.equal(sums[[0, 2]] if mapped else sums[:1], fewer)
@@ -236,6 +237,7 @@ def test_a_weight_gradient_that_is_not_rounded() -> None:
     wide = conv1x1_launch.weight_gradient(grad, x, weight, None, None, torch.float32)
     assert (rounded.dtype, wide.dtype) == (torch.float16, torch.float32)
     assert relative_error(wide.double(), exact) < 1e-6
+    # The same sums, rounded here and there.
     assert torch.equal(wide.half(), rounded)
 
 
@@ -260,6 +262,7 @@ def test_any_layout_is_read_right(layout: str) -> None:
     if layout == "expanded":
         whole = {name: value.contiguous() for name, value in given.items()}
         expected = results(case, whole)
+    # The interpreter runs the same steps on the same numbers, wherever they are read.
     assert all(map(torch.equal, results(case, given), expected))
 
 
