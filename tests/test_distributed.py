@@ -46,6 +46,7 @@ def found(folder: Path) -> list[dict[str, Any]]:
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
 
 
+@pytest.mark.long
 def test_gradients_are_those_of_one_process(found: list[dict[str, Any]]) -> None:
     alone = gradients(World())
     largest = max(float(gradient.abs().max()) for gradient in alone)
@@ -56,6 +57,7 @@ def test_gradients_are_those_of_one_process(found: list[dict[str, Any]]) -> None
             assert float((a - b).abs().max()) <= 1e-12
 
 
+@pytest.mark.long
 def test_evaluation_counts_each_sample_once(found: list[dict[str, Any]]) -> None:
     accuracy = measure_accuracy(make_model(), batches(*evaluation_data()))
     assert accuracy.samples == 37
@@ -63,6 +65,7 @@ def test_evaluation_counts_each_sample_once(found: list[dict[str, Any]]) -> None
         assert shared["accuracy"] == [37, accuracy.final, list(accuracy.early)]
 
 
+@pytest.mark.long
 def test_parameters_are_equal_to_the_bit_after_fifty_steps(found: list[dict[str, Any]]) -> None:
     first, second = (shared["fifty"] for shared in found)
     for name, _ in make_model().named_parameters():
@@ -72,6 +75,7 @@ def test_parameters_are_equal_to_the_bit_after_fifty_steps(found: list[dict[str,
     assert_same(first["average"], second["average"])
 
 
+@pytest.mark.long
 def test_running_statistics_become_the_mean(found: list[dict[str, Any]]) -> None:
     first, second = (shared["fifty"] for shared in found)
     names = [name for name in first["apart"] if "running" in name]
@@ -82,6 +86,7 @@ def test_running_statistics_become_the_mean(found: list[dict[str, Any]]) -> None
         assert torch.allclose(first["model"][name], (a + b) / 2, rtol=1e-6)
 
 
+@pytest.mark.long
 def test_a_signal_to_one_process_stops_both_after_the_same_step(
     found: list[dict[str, Any]],
 ) -> None:
@@ -91,6 +96,7 @@ def test_a_signal_to_one_process_stops_both_after_the_same_step(
     assert first["error"] == second["error"]
 
 
+@pytest.mark.long
 def test_resumed_processes_give_the_same_bits(found: list[dict[str, Any]], folder: Path) -> None:
     """Also of what differs between them: their running statistics within an epoch."""
     for shared in found:
@@ -104,6 +110,7 @@ def test_resumed_processes_give_the_same_bits(found: list[dict[str, Any]], folde
     assert_same(dict(load_model(folder / "whole").model.state_dict()), found[0]["whole"]["model"])
 
 
+@pytest.mark.long
 def test_numbers_that_are_not_finite_on_one_process_stop_both(found: list[dict[str, Any]]) -> None:
     first, second = (shared["spoiled"]["error"] for shared in found)
     assert first == second
@@ -120,12 +127,14 @@ def test_numbers_that_are_not_finite_on_one_process_stop_both(found: list[dict[s
         assert torch.equal(a, b)
 
 
+@pytest.mark.long
 def test_errors_of_the_main_process_reach_the_other(found: list[dict[str, Any]]) -> None:
     for shared in found:
         assert "ValueError: out: " in shared["refused"]["error"]
         assert "OSError: [Errno 28] No space left on device" in shared["full"]["error"]
 
 
+@pytest.mark.long
 def test_a_run_goes_on_with_fewer_processes(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

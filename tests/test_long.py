@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -20,7 +21,7 @@ def test_some(n): pass
 SETTINGS = "[pytest]\nmarkers = long: takes minutes\n"
 
 
-@pytest.mark.parametrize("workers", [(), ("-n", "2")])
+@pytest.mark.parametrize("workers", [(), ("-p", "xdist.plugin", "-n", "2", "--dist", "loadfile")])
 def test_long_tests_are_left_out_and_counted(tmp_path: Path, workers: tuple[str, ...]) -> None:
     (tmp_path / "pytest.ini").write_text(SETTINGS)
     (tmp_path / "test_both.py").write_text(TESTS)
@@ -29,7 +30,13 @@ def test_long_tests_are_left_out_and_counted(tmp_path: Path, workers: tuple[str,
     def said(*options: str) -> str:
         command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *workers, *options]
         return subprocess.run(
-            command, cwd=tmp_path, capture_output=True, text=True, check=True
+            command,
+            cwd=tmp_path,
+            # Of the plugins that are installed none but the one that is asked for is loaded.
+            env={**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},
+            capture_output=True,
+            text=True,
+            check=True,
         ).stdout
 
     text = said()

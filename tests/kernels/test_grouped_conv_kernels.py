@@ -140,6 +140,7 @@ def test_half_precision_rounds_operands_and_results_only(
     assert max(found.values()) < 1, found
 
 
+@pytest.mark.long
 @settings(max_examples=12, deadline=None, derandomize=True)
 @given(
     N=st.integers(1, 5),

@@ -63,8 +63,14 @@ def test_golden_block(name: str, backend: str) -> None:
 
 @pytest.mark.parametrize(
     ("backend", "dtype", "forward", "gradients"),
-    [("fused", torch.float64, EXACT, EXACT), ("triton", torch.float32, ENERGIES, GRADIENTS)],
-    ids=["fused in float64", "kernels in float32"],
+    [
+        pytest.param("fused", torch.float64, EXACT, EXACT, id="fused in float64"),
+        pytest.param(
+            *("triton", torch.float32, ENERGIES, GRADIENTS),
+            id="kernels in float32",
+            marks=pytest.mark.long,
+        ),
+    ],
 )
 def test_golden_network(
     backend: str,
@@ -143,8 +149,9 @@ def train(backend: str, steps: int) -> list[float]:
 
 
 @pytest.mark.usefixtures("memory")
-def test_ten_steps_give_the_losses_of_pytorch() -> None:
-    found, expected = train("triton", 10), train("torch", 10)
+@pytest.mark.parametrize("steps", [3, pytest.param(10, marks=pytest.mark.long)])
+def test_steps_give_the_losses_of_pytorch(steps: int) -> None:
+    found, expected = train("triton", steps), train("torch", steps)
     assert found == pytest.approx(expected, rel=1e-4)
     # The losses differ from step to step by far more than that.
     assert max(expected) - min(expected) > 0.1
