@@ -34,36 +34,23 @@ def test_stray_import_says_what_to_import() -> None:
     assert "coded_resnext.kernels" in result.stderr
 
 
-EXTRAS = (
-    *("triton", "sklearn", "matplotlib", "tqdm", "tensorboard", "PIL"),
-    "onnx onnxruntime timm yaml",
+EXTRAS = ("sklearn", "matplotlib", "tqdm", "tensorboard", "PIL", "onnx onnxruntime timm yaml")
+
+
+@pytest.mark.parametrize(
+    "missing",
+    ["triton", " ".join(EXTRAS), *(pytest.param(one, marks=pytest.mark.long) for one in EXTRAS)],
 )
-# PyTorch is imported once; every line comes from a process of its own that then lacks packages.
-WITHOUT = """
-import os, sys, torch
-for missing in sys.argv[1:]:
-    if os.fork() == 0:
-        sys.modules.update(dict.fromkeys(missing.split()))
-        import coded_resnext, coded_resnext.interpret
-        model = coded_resnext.create_model("coded_resnext_digits").eval()
-        print(missing, tuple(model(torch.zeros(1, 1, 8, 8)).shape))
-        sys.exit()
-    os.wait()
-"""
-
-
-@pytest.fixture(scope="module")
-def without() -> subprocess.CompletedProcess[str]:
-    """What comes of importing and predicting without each of the extras."""
-    command = [sys.executable, "-c", WITHOUT, *EXTRAS]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
-
-
-@pytest.mark.parametrize("missing", EXTRAS)
-def test_import_and_prediction_need_no_extra(
-    missing: str, without: subprocess.CompletedProcess[str]
-) -> None:
-    assert f"{missing} (1, 10)" in without.stdout.splitlines(), without.stderr
+def test_import_and_prediction_need_no_extra(missing: str) -> None:
+    code = (
+        f"import sys; sys.modules.update(dict.fromkeys({missing.split()!r}))\n"
+        "import torch, coded_resnext, coded_resnext.interpret\n"
+        "model = coded_resnext.create_model('coded_resnext_digits').eval()\n"
+        "print(tuple(model(torch.zeros(1, 1, 8, 8)).shape))"
+    )
+    result = python(code)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == "(1, 10)"
 
 
 def test_exports_are_sorted_and_exist() -> None:

@@ -259,17 +259,23 @@ def test_a_run_goes_on_under_its_own_backend_only(tmp_path: Path) -> None:
     assert differences(current, identity(recipe_for(tmp_path))) == []
 
 
-@pytest.mark.parametrize("script", ["cifar.py", "finetune.py", "imagenet.py"])
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("script", "arguments", "message"),
     [
         (
+            "finetune.py",
             ("--config", "folder", "--backend", "cuda"),
             "backend: expected one of auto, reference, torch, fused, triton, got 'cuda'",
         ),
-        (("--config", "nowhere"), "config: expected a file, found none: nowhere"),
-        (("--data-dir", "nowhere"), "nowhere: expected a folder test or val beside train"),
-        (("--data-dir", "nowhere", "--model", "resnet"), "expected a folder"),
+        ("finetune.py", ("--config", "nowhere"), "config: expected a file, found none: nowhere"),
+        (
+            "finetune.py",
+            ("--data-dir", "nowhere"),
+            "nowhere: expected a folder test or val beside train",
+        ),
+        ("finetune.py", ("--data-dir", "nowhere", "--model", "resnet"), "expected a folder"),
+        ("imagenet.py", ("--data-dir", "nowhere"), "nowhere: expected a folder"),
+        ("cifar.py", ("--data-dir", "nowhere"), "nowhere: expected cifar10.npz"),
     ],
 )
 def test_bad_input_is_said_in_one_sentence(
