@@ -2,14 +2,20 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint type bench torture matrix portability audit kernels timm-tests clean
+.PHONY: demo test test-all lint type bench torture matrix portability audit kernels timm-tests clean
 
 demo: .venv/train.stamp
 	$(BIN)/python train/digits.py --out runs/digits --resume
 
 # One thread a worker: the tensors of the tests are too small to share.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+
+# Without the tests marked long: every module and every kernel, in minutes.
 test: .venv/dev.stamp
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+	$(PYTEST)
+
+test-all: .venv/dev.stamp
+	$(PYTEST) --all
 
 lint: .venv/dev.stamp
 	$(BIN)/ruff check .

@@ -6,7 +6,6 @@ import argparse
 import platform
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,17 +26,6 @@ PACKAGES = (
     "scikit-learn",
     "matplotlib",
 )
-
-
-def add_parser(commands: Any) -> None:
-    """Add `doctor` to the commands."""
-    parser: argparse.ArgumentParser = commands.add_parser(
-        "doctor",
-        help="versions, devices, backends, and a check of every operation",
-        description="Print versions, devices and backends, and check every operation, forward and "
-        "backward, against its float64 definition. Exit status 1 when one is wrong.",
-    )
-    parser.set_defaults(run=run)
 
 
 def run(_arguments: argparse.Namespace) -> int:

@@ -1,7 +1,7 @@
 """Compile all shipped kernels ahead of time, in parallel and incrementally, with ninja.
 
-A build folder holds ninja's file, one step file for a dozen rows of one kernel, and the Triton
-cache that all steps fill. A step runs again when its rows, a source file of the kernels or the
+A build folder holds ninja's file, one step file for about a dozen rows, and the Triton cache
+that all steps fill. A step runs again when its rows, a source file of the kernels or the
 toolchain changed; what the cache already has it does not compile. Nothing here needs a GPU.
 """
 
@@ -187,22 +187,36 @@ def _current_keys(arch: str, source: str) -> dict[str, str]:
 
 
 def _write_steps(arch: str, rows: dict[str, Any], source: str, work: Path) -> list[Path]:
-    """One file for every few rows of a kernel, written only where it differs."""
+    """One file for every few rows, written only where it differs."""
     paths = []
+    for name, part in _divide(rows).items():
+        content = {
+            "arch": arch,
+            "source": source,
+            "rows": part,
+            # Not read, but a step whose settings changed has a changed file.
+            "settings": [repr(rows[row]) for row in part],
+        }
+        paths.append(work / arch / f"{name}.step.json")
+        _write_if_changed(paths[-1], json.dumps(content, indent=1))
+    return paths
+
+
+def _divide(rows: dict[str, Any]) -> dict[str, list[str]]:
+    """The names of each step's rows, by the kernel that a step begins with.
+
+    Kernels of few rows share a step: its process takes longer to start than to compile one.
+    """
+    steps: dict[str, list[str]] = {}
+    part: list[str] = []
     for kernel in dict.fromkeys(row.kernel for row in rows.values()):
         names = [name for name, row in rows.items() if row.kernel == kernel]
         for first in range(0, len(names), ROWS_OF_A_STEP):
-            part = names[first : first + ROWS_OF_A_STEP]
-            content = {
-                "arch": arch,
-                "source": source,
-                "rows": part,
-                # Not read, but a step whose settings changed has a changed file.
-                "settings": [repr(rows[name]) for name in part],
-            }
-            paths.append(work / arch / f"{kernel.rpartition(':')[2]}-{first}.step.json")
-            _write_if_changed(paths[-1], json.dumps(content, indent=1))
-    return paths
+            more = names[first : first + ROWS_OF_A_STEP]
+            if not steps or len(part) + len(more) > ROWS_OF_A_STEP:
+                part = steps[f"{kernel.rpartition(':')[2]}-{first}"] = []
+            part += more
+    return steps
 
 
 def _entries_path(step: Path) -> Path:

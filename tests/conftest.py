@@ -1,10 +1,50 @@
-"""Triton's interpreter for the whole test process: it is chosen when a kernel is first imported.
+"""What holds for the whole suite: Triton's interpreter, and the tests that are left out.
 
-What has to be compiled is compiled in processes of its own, with a clean environment.
+The interpreter is chosen when a kernel is first imported, so here, for the whole process. What has
+to be compiled is compiled in processes of its own, with a clean environment.
+
+Tests marked `long` are left out unless `--all` is given, which `make test-all` does.
 """
 
 from __future__ import annotations
 
 import os
+from typing import Any
+
+import pytest
 
 os.environ["TRITON_INTERPRET"] = "1"
+
+LEFT_OUT = pytest.StashKey[int]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--all", action="store_true", help="run the tests marked long too")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    long = [] if config.option.all else [item for item in items if item.get_closest_marker("long")]
+    config.stash[LEFT_OUT] = len(long)
+    if long:
+        config.hook.pytest_deselected(items=long)
+        items[:] = [item for item in items if item not in set(long)]
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Every worker of pytest-xdist collects all tests; it tells the process that reports."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["left_out"] = session.config.stash.get(LEFT_OUT, 0)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    left_out = getattr(node, "workeroutput", {}).get("left_out", 0)
+    node.config.stash[LEFT_OUT] = max(left_out, node.config.stash.get(LEFT_OUT, 0))
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    left_out = config.stash.get(LEFT_OUT, 0)
+    if left_out:
+        terminalreporter.write_line(
+            f"{left_out} long tests were left out: `make test-all`, or pytest with --all, runs them"
+        )

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
+
+from script_runs import run_here
 
 SCRIPT = Path(__file__).parent.parent / "train" / "compare.py"
 
@@ -27,10 +27,9 @@ def test_groups_means_and_deviations(tmp_path: Path) -> None:
     write_run(tmp_path / "coded-0", 0.98, coded=True)
     write_run(tmp_path / "coded-1", 1.00, coded=True)
     write_run(tmp_path / "plain-0", 0.97, coded=False)
-    runs = [str(path) for path in sorted(tmp_path.iterdir())]
-    result = subprocess.run(
-        [sys.executable, str(SCRIPT), *runs], capture_output=True, text=True, check=True
-    )
+    runs = sorted(tmp_path.iterdir())
+    result = run_here(SCRIPT, *runs)
+    assert result.returncode == 0
     lines = result.stdout.splitlines()
     assert lines[0] == "| | coded (2 runs) | plain (1 runs) |"
     assert "| test accuracy | 99.00 ± 1.41 (98.00 to 100.00) | 97.00 ± 0.00" in result.stdout
@@ -42,8 +41,6 @@ def test_groups_means_and_deviations(tmp_path: Path) -> None:
 
 
 def test_unfinished_run_is_named(tmp_path: Path) -> None:
-    result = subprocess.run(
-        [sys.executable, str(SCRIPT), str(tmp_path)], capture_output=True, text=True, check=False
-    )
+    result = run_here(SCRIPT, tmp_path)
     assert result.returncode == 2
     assert "no summary; is the run finished?" in result.stderr

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from browser import Pages, chromium
+from script_runs import run_here
 
 from coded_resnext import cli
 from coded_resnext.checkpoint import load_model
@@ -60,6 +61,7 @@ def summary(run: Path) -> dict[str, Any]:
     return content
 
 
+@pytest.mark.long
 def test_it_learns_and_its_branches_specialise(summary: dict[str, Any]) -> None:
     """Eight epochs of a full run's many; thresholds are below what five seeds gave."""
     assert summary["test_accuracy"] > 0.95
@@ -70,6 +72,7 @@ def test_it_learns_and_its_branches_specialise(summary: dict[str, Any]) -> None:
     assert min(summary["remove_inactive_accuracy"]) > summary["test_accuracy"] - 0.01
 
 
+@pytest.mark.long
 def test_summary_is_complete(summary: dict[str, Any]) -> None:
     assert summary.keys() >= KEYS
     assert summary["seed"] == 1
@@ -79,6 +82,7 @@ def test_summary_is_complete(summary: dict[str, Any]) -> None:
     assert "--seed 1" in summary["command"]
 
 
+@pytest.mark.long
 def test_summary_is_what_the_saved_model_does(run: Path, summary: dict[str, Any]) -> None:
     loaded = load_model(run)
     split = load_digits_split()
@@ -92,6 +96,7 @@ def test_summary_is_what_the_saved_model_does(run: Path, summary: dict[str, Any]
     assert correct == pytest.approx(summary["test_accuracy"])
 
 
+@pytest.mark.long
 def test_eval_repeats_the_evaluation(
     run: Path, summary: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -102,6 +107,7 @@ def test_eval_repeats_the_evaluation(
     assert json.dumps(summary["remove_active_accuracy"][0]) in text
 
 
+@pytest.mark.long
 def test_pictures_and_logs_are_there(run: Path) -> None:
     pictures = list((run / "figures").glob("*.png"))
     assert len(pictures) >= 5
@@ -110,6 +116,7 @@ def test_pictures_and_logs_are_there(run: Path) -> None:
     assert list((run / "tensorboard").glob("events*"))
 
 
+@pytest.mark.long
 def test_it_ends_with_a_report_to_look_at(run: Path, summary: dict[str, Any]) -> None:
     samples = json.loads((run / "evaluation.json").read_text())["samples"]
     with chromium() as browser:
@@ -139,6 +146,7 @@ def test_plain_twin_has_no_coded_blocks(tmp_path: Path) -> None:
     assert load_model(tmp_path).model.codebooks == ()
 
 
+@pytest.mark.long
 @pytest.mark.skipif(os.name != "posix", reason="Ctrl-C is sent as a POSIX signal")
 def test_ctrl_c_leaves_a_usable_run_that_resume_finishes(tmp_path: Path) -> None:
     arguments = [sys.executable, str(SCRIPT), "--out", str(tmp_path), "--epochs", "3"]
@@ -162,7 +170,7 @@ def test_ctrl_c_leaves_a_usable_run_that_resume_finishes(tmp_path: Path) -> None
 
 
 def test_help_explains_every_option() -> None:
-    result = digits("--help")
+    result = run_here(SCRIPT, "--help")
     assert result.returncode == 0
     for option in ("seed", "epochs", "out", "plain", "coding-weight", "drop-branches", "exponent"):
         assert f"--{option}" in result.stdout
@@ -180,7 +188,7 @@ def test_help_explains_every_option() -> None:
 def test_bad_options_are_one_sentence(
     tmp_path: Path, arguments: tuple[str, ...], message: str
 ) -> None:
-    result = digits("--out", str(tmp_path / "run"), *arguments)
+    result = run_here(SCRIPT, "--out", tmp_path / "run", *arguments)
     assert result.returncode == 2
     assert result.stderr.startswith(f"digits.py: {message}")
     assert result.stderr.count("\n") == 1

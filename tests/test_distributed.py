@@ -47,6 +47,7 @@ def found(folder: Path) -> list[dict[str, Any]]:
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
 
 
+@pytest.mark.long
 def test_gradients_are_those_of_one_process(found: list[dict[str, Any]]) -> None:
     alone = gradients(World())
     largest = max(float(gradient.abs().max()) for gradient in alone)
@@ -57,6 +58,7 @@ def test_gradients_are_those_of_one_process(found: list[dict[str, Any]]) -> None
             assert float((a - b).abs().max()) <= 1e-12
 
 
+@pytest.mark.long
 def test_evaluation_counts_each_sample_once(found: list[dict[str, Any]]) -> None:
     model, (images, targets) = make_model(), evaluation_data()
     accuracy = measure_accuracy(model, batches(images, targets))
@@ -69,6 +71,7 @@ def test_evaluation_counts_each_sample_once(found: list[dict[str, Any]]) -> None
         assert shared["accuracy"] == [37, accuracy.final, list(accuracy.early)]
 
 
+@pytest.mark.long
 def test_parameters_are_equal_to_the_bit_after_fifty_steps(found: list[dict[str, Any]]) -> None:
     first, second = (shared["fifty"] for shared in found)
     # Both take the same sums of gradients through the same instructions.
@@ -79,6 +82,7 @@ def test_parameters_are_equal_to_the_bit_after_fifty_steps(found: list[dict[str,
     assert_same(first["average"], second["average"])
 
 
+@pytest.mark.long
 def test_running_statistics_become_the_mean(found: list[dict[str, Any]]) -> None:
     first, second = (shared["fifty"] for shared in found)
     names = [name for name in first["apart"] if "running" in name]
@@ -89,6 +93,7 @@ def test_running_statistics_become_the_mean(found: list[dict[str, Any]]) -> None
         assert torch.allclose(first["model"][name], (a + b) / 2, rtol=1e-6)
 
 
+@pytest.mark.long
 def test_a_signal_to_one_process_stops_both_after_the_same_step(
     found: list[dict[str, Any]],
 ) -> None:
@@ -98,6 +103,7 @@ def test_a_signal_to_one_process_stops_both_after_the_same_step(
     assert first["error"] == second["error"]
 
 
+@pytest.mark.long
 def test_resumed_processes_give_the_same_bits(found: list[dict[str, Any]], folder: Path) -> None:
     """Also of what differs between them: their running statistics within an epoch."""
     for shared in found:
@@ -111,6 +117,7 @@ def test_resumed_processes_give_the_same_bits(found: list[dict[str, Any]], folde
     assert_same(dict(load_model(folder / "whole").model.state_dict()), found[0]["whole"]["model"])
 
 
+@pytest.mark.long
 def test_numbers_that_are_not_finite_on_one_process_stop_both(found: list[dict[str, Any]]) -> None:
     first, second = (shared["spoiled"]["error"] for shared in found)
     assert first == second
@@ -127,12 +134,14 @@ def test_numbers_that_are_not_finite_on_one_process_stop_both(found: list[dict[s
         assert torch.equal(a, b)
 
 
+@pytest.mark.long
 def test_errors_of_the_main_process_reach_the_other(found: list[dict[str, Any]]) -> None:
     for shared in found:
         assert "ValueError: out: " in shared["refused"]["error"]
         assert "OSError: [Errno 28] No space left on device" in shared["full"]["error"]
 
 
+@pytest.mark.long
 def test_a_run_goes_on_with_fewer_processes(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

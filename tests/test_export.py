@@ -163,6 +163,7 @@ def test_programs_have_weights_of_their_own():
     torch.testing.assert_close(program.module()(x), expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.long
 @torch.inference_mode()
 def test_large_networks_with_their_default_size():
     network = make_random("coded_resnext50_32x4d")
@@ -174,6 +175,7 @@ def test_large_networks_with_their_default_size():
         assert placeholder.shape == (2, 3, size, size)
 
 
+@pytest.mark.long
 @torch.inference_mode()
 def test_onnx_outputs(model, classifier, files):
     heads = Heads(model)
@@ -186,6 +188,7 @@ def test_onnx_outputs(model, classifier, files):
                 torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
 
 
+@pytest.mark.long
 @torch.inference_mode()
 def test_onnx_decisions_on_all_test_images(model, classifier, files):
     x = DIGITS.test_images
@@ -203,6 +206,7 @@ def test_onnx_decisions_on_all_test_images(model, classifier, files):
     assert_decided_alike(scores >= classifier.threshold, distances >= 0, distances, LOGITS)
 
 
+@pytest.mark.long
 def test_what_a_file_says(classifier, files):
     content = onnx.load(files / "classifier.onnx")
     onnx.checker.check_model(content, full_check=True)
@@ -219,6 +223,7 @@ def test_what_a_file_says(classifier, files):
     assert size < 1.02 * sum(value.nbytes for value in weights)
 
 
+@pytest.mark.long
 @torch.inference_mode()
 def test_the_classifier_with_onnxruntime_and_numpy_alone(classifier, files, tmp_path):
     np.save(tmp_path / "images.npy", INTENSITIES.numpy())
@@ -232,6 +237,7 @@ def test_the_classifier_with_onnxruntime_and_numpy_alone(classifier, files, tmp_
     assert 30 <= int(said.sum()) <= 51
 
 
+@pytest.mark.long
 @torch.inference_mode()
 def test_the_network_by_bytes(model, files, tmp_path):
     pixels = (INTENSITIES[:50] * 255).round().to(torch.uint8)
@@ -249,6 +255,7 @@ def parts(model, tmp_path_factory) -> list[Path]:
     return export_early_exit(model, folder, preprocessing=DIGITS.preprocessing)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("agreement", [False, True])
 def test_early_exit_with_onnxruntime_and_numpy_alone(model, parts, tmp_path, agreement):
     assert [path.name for path in parts] == [f"part-{index}.onnx" for index in range(5)]
@@ -274,6 +281,7 @@ def test_early_exit_with_onnxruntime_and_numpy_alone(model, parts, tmp_path, agr
     assert len(set(exits.tolist())) > 2
 
 
+@pytest.mark.long
 @torch.inference_mode()
 def test_outputs_of_parts(model, parts):
     for batch in (1, 2, 7):
@@ -287,6 +295,7 @@ def test_outputs_of_parts(model, parts):
         torch.testing.assert_close(logits, model(DIGITS.test_images[:batch]), rtol=0, atol=1e-4)
 
 
+@pytest.mark.long
 @torch.inference_mode()
 def test_int8(model, files, tmp_path):
     batches = DIGITS.train_images[:320].split(32)
@@ -354,6 +363,7 @@ def test_bad_requests(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.long
 @pytest.mark.skipif(shutil.which("g++") is None, reason="AOTInductor needs a C++ compiler")
 @torch.inference_mode()
 def test_aot_package(tmp_path):

@@ -27,7 +27,13 @@ def masked_logits(model, x, classes):
 
 
 @pytest.mark.parametrize("dtype", ANOTHER_ORDER)
-@pytest.mark.parametrize("name", IMAGE_SIZES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.long if name.endswith("50_32x4d") else ())
+        for name in IMAGE_SIZES
+    ],
+)
 def test_equal_to_the_masked_network(name, dtype):
     model = make_random(name).to(dtype)
     x = make_images(name).to(dtype)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from small_networks import make_images
 from two_fused_processes import BATCH, network, step
@@ -13,6 +14,7 @@ from two_fused_processes import BATCH, network, step
 SCRIPT = Path(__file__).parent / "two_fused_processes.py"
 
 
+@pytest.mark.long
 def test_two_halves_are_the_whole_batch(tmp_path: Path) -> None:
     """Statistics of all samples, and gradients through them, on both processes."""
     subprocess.run([sys.executable, str(SCRIPT), str(tmp_path)], check=True)

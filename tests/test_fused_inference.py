@@ -223,6 +223,7 @@ def test_what_it_launches_is_built_ahead_of_time(
     assert ("product_join" in kinds) == ("50" in name)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("training", [False, True], ids=["evaluation", "training"])
 def test_inductor_compiles_the_fused_blocks(training: bool) -> None:
     """One graph by the default compiler; results, gradients and buffers are those of eager.

@@ -126,6 +126,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return names
 
 
+@pytest.mark.long
 @needs_triton
 @pytest.mark.parametrize("backend", ["fused", "triton"])
 def test_launches_of_a_block(backend: str, launched: list[str]) -> None:

@@ -60,8 +60,8 @@ def test_swapped_into_a_network_nothing_changes(name: str) -> None:
     ("name", "layer"),
     [
         ("torchvision", "layer1.0.conv2"),
-        ("torchvision", "layer2.0.conv2"),
-        ("timm", "layer2.1.conv2"),
+        pytest.param("torchvision", "layer2.0.conv2", marks=pytest.mark.long),
+        pytest.param("timm", "layer2.1.conv2", marks=pytest.mark.long),
     ],
 )
 def test_a_layer_of_a_network_by_the_kernels_agrees_to_rounding(name: str, layer: str) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -32,9 +34,12 @@ def test_stray_import_says_what_to_import() -> None:
     assert "coded_resnext.kernels" in result.stderr
 
 
+EXTRAS = ("sklearn", "matplotlib", "tqdm", "tensorboard", "PIL", "onnx onnxruntime timm yaml")
+
+
 @pytest.mark.parametrize(
     "missing",
-    ["triton", "sklearn", "matplotlib", "tqdm", "tensorboard", "PIL", "onnx onnxruntime timm yaml"],
+    ["triton", " ".join(EXTRAS), *(pytest.param(one, marks=pytest.mark.long) for one in EXTRAS)],
 )
 def test_import_and_prediction_need_no_extra(missing: str) -> None:
     code = (
@@ -54,6 +59,27 @@ def test_exports_are_sorted_and_exist() -> None:
     for module in (coded_resnext, interpret, kernels):
         assert list(module.__all__) == sorted(module.__all__)
         assert all(hasattr(module, name) for name in module.__all__)
+
+
+def test_names_are_imported_when_used_from_where_type_checkers_see_them() -> None:
+    tree = ast.parse(Path(coded_resnext.__file__).read_text(encoding="utf-8"))
+    seen = {
+        alias.name: node.module
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and node.level == 1
+        for alias in node.names
+    }
+    assert seen == coded_resnext._MODULES
+    assert sorted(seen) == coded_resnext.__all__
+    assert set(seen) <= set(dir(coded_resnext))
+    with pytest.raises(AttributeError, match="'coded_resnext' has no attribute 'train_everything'"):
+        _ = coded_resnext.train_everything
+
+
+def test_what_is_exported_can_be_pickled_by_name() -> None:
+    for name in coded_resnext.__all__:
+        exported = getattr(coded_resnext, name)
+        assert pickle.loads(pickle.dumps(exported)) is exported  # noqa: S301
 
 
 def test_no_submodule_hides_what_a_package_exports() -> None:

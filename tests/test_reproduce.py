@@ -12,6 +12,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from script_runs import run_here
 
 from coded_resnext.interpret.results import load_evaluation
 
@@ -82,6 +83,7 @@ def command(out: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run([*map(str, line)], capture_output=True, text=True, check=False)
 
 
+@pytest.mark.long
 def test_every_part_is_there(finished: Path, reproduce: ModuleType) -> None:
     text = (finished / "reproduce.md").read_text()
     evaluation = load_evaluation(finished / "base-0")
@@ -120,6 +122,7 @@ def test_every_part_is_there(finished: Path, reproduce: ModuleType) -> None:
     assert f"commit {summary['machine']['commit']}, " in text
 
 
+@pytest.mark.long
 def test_finished_runs_are_not_run_again_and_others_go_on(finished: Path, tmp_path: Path) -> None:
     """A copied folder, as on another machine: one run lacks its evaluation, one is not there."""
     out = tmp_path / "moved"
@@ -144,6 +147,7 @@ def test_finished_runs_are_not_run_again_and_others_go_on(finished: Path, tmp_pa
     assert again.stdout.strip() == (out / "reproduce.md").read_text().strip()
 
 
+@pytest.mark.long
 def test_a_folder_of_other_runs_is_refused(finished: Path) -> None:
     result = command(finished, "--seeds", 0, "--epochs", 3)
     assert result.returncode == 2
@@ -151,14 +155,15 @@ def test_a_folder_of_other_runs_is_refused(finished: Path) -> None:
 
 
 def test_a_folder_without_runs_has_no_table(tmp_path: Path) -> None:
-    result = command(tmp_path, "--table")
+    result = run_here(TRAIN / "reproduce.py", "--out", tmp_path, "--table")
     assert result.returncode == 2
     assert "holds no finished run of the base" in result.stderr
-    result = command(tmp_path, "--rows", "no such row")
+    result = run_here(TRAIN / "reproduce.py", "--out", tmp_path, "--rows", "no such row")
     assert result.returncode == 2
     assert "rows: expected some of base, plain twin" in result.stderr
 
 
+@pytest.mark.long
 def test_tables_over_seeds(finished: Path, reproduce: ModuleType) -> None:
     """Means, deviations, and differences seed by seed."""
     evaluation = load_evaluation(finished / "base-0")

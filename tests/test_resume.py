@@ -77,7 +77,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return run(tmp_path_factory.mktemp("whole"), 0)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.long)])
 def test_stopped_at_random_steps(tmp_path: Path, whole: dict[str, Any], workers: int) -> None:
     """Ten steps for each number of workers: twenty runs, most stopped within an epoch."""
     assert any((stop + 2) % 3 for stop in STOPS)

@@ -82,6 +82,7 @@ def test_exit_codes() -> None:
     assert str(TrainingStopped(signal.SIGINT, "stopped: why")) == "stopped: why"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("processes", "workers"), [(1, 2), (2, 0)])
 def test_terminated_at_a_random_moment_short(tmp_path: Path, processes: int, workers: int) -> None:
     """The long version is `make torture`."""

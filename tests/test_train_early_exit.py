@@ -8,7 +8,9 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 import torch
+from script_runs import run_here
 
 from coded_resnext import EarlyExit, create_model
 from coded_resnext.checkpoint import save_model
@@ -32,6 +34,7 @@ def make_run(folder: Path, config: TrainingConfig) -> Path:
     return folder
 
 
+@pytest.mark.long
 def test_margins_for_runs_of_one_recipe(tmp_path: Path) -> None:
     runs = [make_run(tmp_path / str(seed), replace(CONFIG, seed=seed)) for seed in (0, 1)]
     folds = tmp_path / "folds"
@@ -72,7 +75,7 @@ def test_runs_of_different_recipes(tmp_path: Path) -> None:
         make_run(tmp_path / "a", CONFIG),
         make_run(tmp_path / "b", replace(CONFIG, weight_decay=0.1)),
     ]
-    result = early_exit(*runs)
+    result = run_here(SCRIPT, *runs)
     assert result.returncode == 2
     assert "differ in nothing but the seed" in result.stderr
     assert result.stderr.count("\n") == 1

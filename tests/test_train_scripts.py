@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from image_data import REAL_DATA, needs_cifar10, needs_photographs, write_images
+from script_runs import run_here
 
 from coded_resnext import Codebook, create_model
 from coded_resnext.checkpoint import load_model, save_model
@@ -50,6 +51,7 @@ def metrics(folder: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+@pytest.mark.long
 @needs_cifar10
 def test_a_slice_of_cifar10(tmp_path: Path) -> None:
     arguments = ("--config", "cifar10_small", "--data-dir", REAL_DATA, "--out", tmp_path / "run")
@@ -78,6 +80,7 @@ def test_a_slice_of_cifar10(tmp_path: Path) -> None:
     assert "holds a run already" in again.stderr
 
 
+@pytest.mark.long
 @needs_photographs
 def test_photographs_on_two_processes_stopped_and_resumed(tmp_path: Path) -> None:
     """A thousand classes at 160 pixels: training, evaluation, checkpoint, SIGTERM, resumption."""
@@ -125,8 +128,11 @@ def pets(tmp_path: Path) -> Path:
 
 
 def finetune(pets: Path, out: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
-    common = ("--config", "folder", "--data-dir", pets, "--out", out, "--no-evaluation")
-    return run("finetune.py", *common, *SMALL, *arguments)
+    return run("finetune.py", *folder_of(pets, out), *arguments)
+
+
+def folder_of(pets: Path, out: Path) -> tuple[object, ...]:
+    return ("--config", "folder", "--data-dir", pets, "--out", out, "--no-evaluation", *SMALL)
 
 
 def test_fine_tuning_a_coded_run_for_other_classes(pets: Path, tmp_path: Path) -> None:
@@ -161,6 +167,7 @@ def test_a_classifier_is_taken_over_for_the_same_classes_only(tmp_path: Path, sa
     assert ("the classifier is fresh" in text) != same
 
 
+@pytest.mark.long
 def test_fine_tuning_plain_weights_measures_batch_norm_anew(pets: Path, tmp_path: Path) -> None:
     torch.manual_seed(0)
     plain = create_model("resnext17_10x4d", num_classes=5)
@@ -173,7 +180,9 @@ def test_fine_tuning_plain_weights_measures_batch_norm_anew(pets: Path, tmp_path
 
 def test_weights_of_another_architecture_are_refused(pets: Path, tmp_path: Path) -> None:
     torch.save(create_model("resnext_digits").state_dict(), tmp_path / "other.pth")
-    result = finetune(pets, tmp_path / "out", "--initial-checkpoint", tmp_path / "other.pth")
+    arguments = folder_of(pets, tmp_path / "out")
+    other = ("--initial-checkpoint", tmp_path / "other.pth")
+    result = run_here(TRAIN / "finetune.py", *arguments, *other)
     assert result.returncode == 2
     assert "initial_checkpoint:" in result.stderr
     assert "is of another architecture than coded_resnext17_10x4d" in result.stderr
@@ -251,22 +260,29 @@ def test_a_run_goes_on_under_its_own_backend_only(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("script", "arguments", "message"),
     [
         (
+            "finetune.py",
             ("--config", "folder", "--backend", "cuda"),
             "backend: expected one of auto, reference, torch, fused, triton, got 'cuda'",
         ),
-        (("--config", "nowhere"), "config: expected a file, found none: nowhere"),
-        (("--data-dir", "nowhere"), "nowhere: expected a folder test or val beside train"),
-        (("--data-dir", "nowhere", "--model", "resnet"), "expected a folder"),
+        ("finetune.py", ("--config", "nowhere"), "config: expected a file, found none: nowhere"),
+        (
+            "finetune.py",
+            ("--data-dir", "nowhere"),
+            "nowhere: expected a folder test or val beside train",
+        ),
+        ("finetune.py", ("--data-dir", "nowhere", "--model", "resnet"), "expected a folder"),
+        ("imagenet.py", ("--data-dir", "nowhere"), "nowhere: expected a folder"),
+        ("cifar.py", ("--data-dir", "nowhere"), "nowhere: expected cifar10.npz"),
     ],
 )
 def test_bad_input_is_said_in_one_sentence(
-    tmp_path: Path, arguments: tuple[str, ...], message: str
+    tmp_path: Path, script: str, arguments: tuple[str, ...], message: str
 ) -> None:
-    result = run("finetune.py", *arguments, "--out", tmp_path)
+    result = run_here(TRAIN / script, *arguments, "--out", tmp_path)
     assert result.returncode == 2
     [line] = [line for line in result.stderr.splitlines() if "Warning" not in line]
-    assert line.startswith("finetune.py: ")
+    assert line.startswith(f"{script}: ")
     assert message in line

@@ -14,6 +14,8 @@ from image_data import write_images
 
 from coded_resnext.checkpoint import load_model
 
+pytestmark = pytest.mark.long
+
 ROOT = Path(__file__).parent.parent
 BLOCK = re.compile(r"^```(sh|python)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 COUNTS = {"circle": 96, "cross": 48, "square": 64, "star": 24}

@@ -15,7 +15,7 @@ from coded_resnext.kernels.configs import LaunchRow
 from helpers import needs_triton
 from torch import Tensor, nn
 
-from coded_resnext import CodedLoss, WarmUp, create_model, warm_up
+from coded_resnext import CodedLoss, CodedResNeXt, Stage, WarmUp, warm_up
 
 SCRIPT = Path(__file__).with_name("warm_up_a_layer.py")
 
@@ -39,6 +39,7 @@ def warmed(cache: Path) -> dict[str, Any]:
     return report
 
 
+@pytest.mark.long
 def test_a_step_after_it_compiles_nothing(tmp_path: Path) -> None:
     first = warmed(tmp_path)
     assert first["launches"] == [
@@ -57,8 +58,12 @@ def test_a_step_after_it_compiles_nothing(tmp_path: Path) -> None:
 
 @needs_triton
 def test_everything_stays_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = create_model("coded_resnext_digits", drop_branches=0.1, backend="triton").train()
-    images = torch.rand(3, 1, 8, 8)
+    torch.manual_seed(0)
+    stages = [Stage(1, 16, 2, 8, 8), Stage(1, 16, 2, 10, 5, stride=2)]
+    model = CodedResNeXt(
+        stages, 10, stem_channels=8, in_channels=1, drop_branches=0.1, backend="triton"
+    ).train()
+    images = torch.rand(3, 1, 4, 4)
     criterion = CodedLoss(model.codebooks, backend="triton")
     model(images).sum().backward()
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -75,7 +80,7 @@ def test_everything_stays_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     def loss(twin: nn.Module, few: Tensor) -> Tensor:
         assert twin is not model
         assert twin.training
-        assert few.shape == (2, 1, 8, 8)
+        assert few.shape == (2, 1, 4, 4)
         logits, energies = twin(few, return_energies=True)
         return criterion(logits, energies, torch.tensor([1, 2])).total
 

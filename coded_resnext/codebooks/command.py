@@ -8,7 +8,6 @@ import io
 import re
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 
@@ -16,53 +15,12 @@ from ..atomic_file import write_atomically
 from ..codebook import Codebook
 from .figure import draw
 from .files import read_document
-from .search import EFFORTS, Progress, search
-from .shipped import VARIANTS, Size, shipped_sizes
+from .search import Progress, search
 from .verification import verify
 
-WHICH = "a file, or a shipped codebook such as 100x8/20 or 10x5/10:paper"
 
-
-def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add `codebook` and its subcommands to the parsers of the command line."""
-    parser = subparsers.add_parser(
-        "codebook",
-        help="search, show, verify, compare and export codebooks",
-        description="Codebooks: which branches work for which class.",
-        epilog="shipped: " + ", ".join(_shipped_names()),
-    )
-    commands = parser.add_subparsers(metavar="command", required=True)
-
-    one = commands.add_parser("search", help="find a codebook for any number of classes")
-    one.add_argument("classes", type=int, help="number of classes K")
-    one.add_argument("branches", type=int, help="number of branches N")
-    one.add_argument("active", type=int, help="active branches per class A")
-    one.add_argument("--effort", choices=list(EFFORTS), default="default")
-    one.add_argument("--seed", type=int, default=0)
-    one.add_argument("-o", "--output", type=Path, help="file to write (JSON); else the table")
-    one.set_defaults(run=_search)
-
-    one = commands.add_parser("show", help="table, distances, loads and bounds")
-    one.add_argument("codebook", help=WHICH)
-    one.add_argument("--png", type=Path, help="also draw it into this file")
-    one.set_defaults(run=_show)
-
-    one = commands.add_parser("verify", help="say rule by rule what holds (status 1: no codebook)")
-    one.add_argument("file", type=Path, help="JSON, text or CSV of codewords")
-    one.set_defaults(run=_verify)
-
-    one = commands.add_parser("compare", help="two codebooks side by side")
-    one.add_argument("first", help=WHICH)
-    one.add_argument("second", help=WHICH)
-    one.set_defaults(run=_compare)
-
-    one = commands.add_parser("export", help="write a codebook as JSON, CSV or text")
-    one.add_argument("codebook", help=WHICH)
-    one.add_argument("output", type=Path, help="file to write; its ending, .json, .csv or .txt")
-    one.set_defaults(run=_export)
-
-
-def _search(args: argparse.Namespace) -> int:
+def run_search(args: argparse.Namespace) -> int:
+    """Search a codebook, and print or write it."""
     report = _progress_printer() if sys.stderr.isatty() else None
     found = search(args.classes, args.branches, args.active, args.effort, args.seed, report)
     if found.interrupted:
@@ -87,7 +45,8 @@ def _progress_printer() -> Callable[[Progress], None]:
     return show
 
 
-def _show(args: argparse.Namespace) -> int:
+def run_show(args: argparse.Namespace) -> int:
+    """Print the table, distances, loads and bounds of a codebook."""
     codebook = _read(args.codebook)
     print(codebook)
     print(codebook.bounds)
@@ -114,7 +73,8 @@ def _bar(value: int, most: int) -> str:
     return "#" * max(1 if value else 0, round(40 * value / max(most, 1)))
 
 
-def _verify(args: argparse.Namespace) -> int:
+def run_verify(args: argparse.Namespace) -> int:
+    """Print which rules hold; 1 when one that must hold does not."""
     try:
         rules = verify(read_document(args.file))
     except ValueError as error:
@@ -125,7 +85,8 @@ def _verify(args: argparse.Namespace) -> int:
     return 0 if all(rule.holds for rule in rules if rule.required) else 1
 
 
-def _compare(args: argparse.Namespace) -> int:
+def run_compare(args: argparse.Namespace) -> int:
+    """Print the measures of two codebooks side by side."""
     first, second = _read(args.first), _read(args.second)
     print(f"{'':26} {args.first:>24} {args.second:>24}")
     left, right = _measures(first), _measures(second)
@@ -155,7 +116,8 @@ def _measures(codebook: Codebook) -> dict[str, str]:
     }
 
 
-def _export(args: argparse.Namespace) -> int:
+def run_export(args: argparse.Namespace) -> int:
+    """Write a codebook in another form."""
     codebook = _read(args.codebook)
     named = list(zip(codebook.class_names, codebook.words, strict=True))
     ending = args.output.suffix
@@ -187,11 +149,3 @@ def _read(which: str) -> Codebook:
         return Codebook.load(which)
     classes, active, branches = (int(number) for number in match.groups()[:3])
     return Codebook.shipped(classes, branches, active, match[4] or "best")
-
-
-def _shipped_names() -> list[str]:
-    def name(size: Size, variant: str) -> str:
-        ending = "" if variant == "best" else f":{variant}"
-        return f"{size.classes}x{size.active}/{size.branches}{ending}"
-
-    return [name(size, variant) for variant in VARIANTS for size in shipped_sizes(variant)]

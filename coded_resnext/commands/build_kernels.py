@@ -4,38 +4,11 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
-from typing import Any
 
 import torch
 
 from ..kernels.build import BuildError, build, missing
-from ..kernels.prebuilt import FOLDERS_VARIABLE, default_folder
-
-
-def add_parser(commands: Any) -> None:
-    """Add `build-kernels` to the commands."""
-    parser: argparse.ArgumentParser = commands.add_parser(
-        "build-kernels",
-        help="compile the Triton kernels ahead of time",
-        description="Compile every shipped kernel for some GPU architectures. No GPU is needed. "
-        "A second run compiles what has changed. Processes find the result by themselves in the "
-        f"default folder, elsewhere by the variable {FOLDERS_VARIABLE}.",
-        epilog="Exit status 1 when a kernel does not compile, or with --check when one is missing.",
-    )
-    parser.add_argument(
-        "--arch",
-        action="append",
-        metavar="CAPABILITY",
-        help="compute capability without the dot, such as 80, 90 or 100; may be given several "
-        "times (default: that of the GPU in this machine)",
-    )
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help=f"(default: {default_folder()})")
-    parser.add_argument("--jobs", type=int, metavar="N", help="processes (default: processors)")
-    parser.add_argument(
-        "--check", action="store_true", help="compile nothing, list what the folder lacks"
-    )
-    parser.set_defaults(run=run)
+from ..kernels.prebuilt import default_folder
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -10,53 +10,9 @@ from safetensors.torch import save_file
 
 from ..checkpoint import MODEL_FILE, load_model, save_model
 from ..convert import published_model, published_model_state
-from ..registry import create_model, list_models
+from ..registry import create_model
 from ..text_files import read_json
 from ..warm_start import load_plain_weights, read_state_dict
-
-
-def add_parser(commands: Any) -> None:
-    """Add `convert` to the commands."""
-    parser: argparse.ArgumentParser = commands.add_parser(
-        "convert",
-        help="bring in a published checkpoint or a plain ResNeXt, or write published names",
-        description="Turn weights of other software into a model file of ours. Nothing in a "
-        "checkpoint is executed.",
-        epilog="A coded network made of plain weights has to be trained on: its coded blocks "
-        "normalise, which the plain ones did not.",
-    )
-    parser.add_argument(
-        "source", metavar="FILE", help="safetensors or PyTorch checkpoint; or a RUN"
-    )
-    kind = parser.add_mutually_exclusive_group(required=True)
-    kind.add_argument(
-        "--network",
-        metavar="NAME",
-        help="FILE is a plain ResNeXt of timm or torchvision, or ours; start this network of the "
-        f"registry from it: {', '.join(list_models())}",
-    )
-    kind.add_argument(
-        "--architecture",
-        type=Path,
-        metavar="JSON",
-        help="FILE has the names of the published code; this is its list of layers",
-    )
-    kind.add_argument(
-        "--publish", action="store_true", help="RUN is ours; write it under the published names"
-    )
-    parser.add_argument(
-        "--classes", metavar="FILE", type=Path, help="names of the classes, one a line, in order"
-    )
-    parser.add_argument(
-        "--num-classes", type=int, metavar="K", help="with --network; another number, a fresh head"
-    )
-    parser.add_argument(
-        "--in-channels", type=int, metavar="C", help="with --network; 1 for grey, 3 for RGB"
-    )
-    parser.add_argument(
-        "--out", type=Path, required=True, metavar="PATH", help="the file, or a folder for it"
-    )
-    parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -12,7 +12,6 @@ from ..checkpoint import LoadedModel, load_model
 from ..data import Preprocessing
 from ..early_exit import EXIT_FILE, EarlyExit
 from ..export import (
-    OPSET,
     Heads,
     export_early_exit,
     to_aot_package,
@@ -42,66 +41,6 @@ RESULTS = (
     "remove_active_accuracy",
     "remove_inactive_accuracy",
 )
-
-
-def add_parser(commands: Any) -> None:
-    """Add `export` to the commands."""
-    parser: argparse.ArgumentParser = commands.add_parser(
-        "export",
-        help="write a trained network for other software, or to share it",
-        description="Write a network, or a part of it, as ONNX (compared with onnxruntime), as a "
-        "torch.export program, as an AOTInductor package, or as a folder with a model card.",
-        epilog="examples/ has programs that run the ONNX files with onnxruntime and NumPy alone.",
-    )
-    parser.add_argument("checkpoint", metavar="RUN", help="model file, or the folder of a run")
-    parser.add_argument(
-        "--format",
-        choices=[*SUFFIXES, "shared"],
-        default="onnx",
-        help="onnx; a torch.export program; an aot package, which needs a C++ compiler; or shared: "
-        "safetensors, JSON and a model card (default onnx)",
-    )
-    part = parser.add_mutually_exclusive_group()
-    part.add_argument(
-        "--class",
-        dest="class_name",
-        metavar="CLASS",
-        help="the classifier of one class, by name or index, BatchNorm folded in",
-    )
-    part.add_argument(
-        "--heads", action="store_true", help="the network with what each early decoder says"
-    )
-    part.add_argument(
-        "--early-exit",
-        action="store_true",
-        help="one ONNX file for each part between exits, with the run's margins",
-    )
-    parser.add_argument(
-        "--int8",
-        metavar="IMAGES",
-        nargs="+",
-        help="also an int8 ONNX file, calibrated on these image files or folders: training images",
-    )
-    parser.add_argument(
-        "--image-size",
-        type=int,
-        metavar="PIXELS",
-        help="height and width that the files are for (default: the run's)",
-    )
-    parser.add_argument(
-        "--opset", type=int, default=OPSET, help=f"version of the ONNX operators (default {OPSET})"
-    )
-    parser.add_argument(
-        "--name", default="Coded ResNeXt", help="title of the model card (default Coded ResNeXt)"
-    )
-    parser.add_argument("--license", help="licence of the weights for the model card, such as mit")
-    parser.add_argument(
-        "--push", metavar="OWNER/NAME", help="upload the shared folder to the Hugging Face Hub"
-    )
-    parser.add_argument(
-        "--out", type=Path, metavar="PATH", help="the file or folder (default: in RUN/export)"
-    )
-    parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:

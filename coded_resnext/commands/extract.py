@@ -22,50 +22,6 @@ EVALUATION_FILE = "evaluation.json"
 DEFAULT_IMAGE_SIZE = 32
 
 
-def add_parser(commands: Any) -> None:
-    """Add `extract` to the commands."""
-    parser: argparse.ArgumentParser = commands.add_parser(
-        "extract",
-        help="cut the classifiers of single classes out of a trained network",
-        description="Write the part of a network that works for a class, or for several, as a "
-        "network of its own.",
-        epilog="One class gives a yes-or-no classifier, several a network with one logit for each. "
-        "The threshold is, unless given, the one in the run's evaluation.json, when there is one.",
-    )
-    parser.add_argument("checkpoint", metavar="RUN", help="model file, or the folder of a run")
-    parser.add_argument(
-        "classes",
-        metavar="CLASS",
-        nargs="*",
-        help="name of a class, or its index if none is named so",
-    )
-    parser.add_argument("--all", action="store_true", help="one classifier for each class")
-    parser.add_argument(
-        "--out",
-        type=Path,
-        metavar="PATH",
-        help="the file; with --all the folder (default: in RUN/classifiers)",
-    )
-    parser.add_argument("--threshold", type=float, help="logits of at least this say yes")
-    parser.add_argument(
-        "--fold", action="store_true", help="fold BatchNorm into the convolutions (faster)"
-    )
-    parser.add_argument(
-        "--skip-rank",
-        type=float,
-        metavar="SHARE",
-        help="replace projection skips by their best approximation of this share of the rank",
-    )
-    parser.add_argument(
-        "--codebooks",
-        nargs="+",
-        metavar="FILE",
-        help="refuse a network whose codebooks or class order differ from these, one a coded stage",
-    )
-    parser.add_argument("--json", action="store_true", help="print JSON instead of sentences")
-    parser.set_defaults(run=run)
-
-
 def run(arguments: argparse.Namespace) -> int:
     """Cut out, write, and say what it costs; the exit status.
 

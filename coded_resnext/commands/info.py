@@ -19,29 +19,6 @@ from .extract import DEFAULT_IMAGE_SIZE
 SHOWN_CLASSES = 10
 
 
-def add_parser(commands: Any) -> None:
-    """Add `info` to the commands."""
-    parser: argparse.ArgumentParser = commands.add_parser(
-        "info",
-        help="what a trained network is and costs",
-        description="Architecture, codebooks, parameters, multiply-accumulates, and what the "
-        "classifier of one class costs beside the whole network.",
-        epilog="Shares are by all tensors, and without projection skips, as the paper counts.",
-    )
-    parser.add_argument("checkpoint", metavar="RUN", help="model file, or the folder of a run")
-    parser.add_argument(
-        "--image-size",
-        type=int,
-        metavar="PIXELS",
-        help="of which multiply-accumulates are counted (default: the run's)",
-    )
-    parser.add_argument(
-        "--latency", action="store_true", help="measure the time of one image on this machine"
-    )
-    parser.add_argument("--json", action="store_true", help="print JSON instead of sentences")
-    parser.set_defaults(run=run)
-
-
 def run(arguments: argparse.Namespace) -> int:
     """Describe and print; the exit status.
 

@@ -21,36 +21,6 @@ from ..models import CodedResNeXt
 from ..text_files import printable
 
 
-def add_parser(commands: Any) -> None:
-    """Add `predict` to the commands."""
-    parser: argparse.ArgumentParser = commands.add_parser(
-        "predict",
-        help="classify image files",
-        description="The class of every image, where that was decided, and the branches that had "
-        "the most energy in every coded block.",
-        epilog="Images of any size are brought to the network's input by the preprocessing that "
-        "the run was trained with.",
-    )
-    parser.add_argument("checkpoint", metavar="RUN", help="model file, or the folder of a run")
-    parser.add_argument(
-        "images", metavar="IMAGE", nargs="+", help="image files, or folders that hold some"
-    )
-    parser.add_argument(
-        "--early",
-        action="store_true",
-        help="stop computing for an image once a coded block shows its class, by the margins that "
-        "train/early_exit.py left in the run",
-    )
-    parser.add_argument(
-        "--margin",
-        type=float,
-        help="the same by this margin, 0 to 1, for all blocks in place of the run's",
-    )
-    parser.add_argument("--batch-size", type=int, default=64, help="images at a time (default 64)")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    parser.set_defaults(run=run)
-
-
 def run(arguments: argparse.Namespace) -> int:
     """Classify and print; the exit status.
 

@@ -18,33 +18,6 @@ from ..interpret.tables import csv_tables
 REPORT_FILE = "report.html"
 
 
-def add_parser(commands: Any) -> None:
-    """Add `report` to the commands."""
-    parser: argparse.ArgumentParser = commands.add_parser(
-        "report",
-        help="the results of a run as one web page",
-        description="Write one HTML file, which needs no network, of what the run's folder holds: "
-        "paths, test images, removed branches, one-class classifiers, early exit, codebooks, "
-        "training and configuration.",
-        epilog="Nothing is measured here: `coded-resnext eval RUN DATA --out RUN` makes results. "
-        "What a run does not have the page lists.",
-    )
-    parser.add_argument("folder", metavar="RUN", type=Path, help="the folder of a run")
-    parser.add_argument(
-        "--out", type=Path, metavar="FILE", help=f"the page (default: RUN/{REPORT_FILE})"
-    )
-    parser.add_argument(
-        "--csv", type=Path, metavar="DIR", help="also write the results' tables as CSV"
-    )
-    parser.add_argument(
-        "--figures", type=Path, metavar="DIR", help="also draw the results as PNG and SVG"
-    )
-    parser.add_argument(
-        "--json", action="store_true", help="print the content as JSON instead of writing the page"
-    )
-    parser.set_defaults(run=run)
-
-
 def run(arguments: argparse.Namespace) -> int:
     """Gather, write, and say where; the exit status.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +13,6 @@ from torch import Tensor
 from ..checkpoint import LoadedModel, load_model
 from ..data import SPLIT_SEED, Preprocessing, batches, load_digits_split
 from ..image_folder import find_images, find_splits, image_folder, read_image
-from ..kernels import Backend
 from .budget import Budget, parse_duration
 from .evaluate import evaluate
 from .pictures import save_pictures
@@ -24,70 +23,6 @@ DIGITS = "digits"
 # As in the evaluation at the end of a training, so that rounding is the same and all digits agree.
 DIGITS_BATCH = 256
 FOLDER_BATCH = 64
-
-
-def add_parser(commands: Any) -> None:
-    """Add `eval` to the commands."""
-    parser: argparse.ArgumentParser = commands.add_parser(
-        "eval",
-        help="the paper's evaluation of a trained network",
-        description="Accuracy, early decoding, removal of branches and one-class classifiers of a "
-        "trained network.",
-        epilog="Thresholds of the one-class classifiers are chosen on training images; where "
-        "there are none, on the test images themselves, which the output says.",
-    )
-    parser.add_argument(
-        "checkpoint", metavar="CHECKPOINT", help="model file, or the folder of a run that has one"
-    )
-    parser.add_argument(
-        "data",
-        metavar="DATA",
-        help="'digits' (the test images of scikit-learn's digits; ./digits is a folder), or a "
-        "folder of images: DATA/CLASS/* or DATA/{train,test}/CLASS/*",
-    )
-    parser.add_argument(
-        "--out",
-        type=Path,
-        metavar="DIR",
-        help="write evaluation.json and the figures, PNG and SVG; an interrupted evaluation goes "
-        "on when the same command is given again",
-    )
-    parser.add_argument("--csv", action="store_true", help="write the tables as CSV into DIR too")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
-    parser.add_argument(
-        "--outside",
-        type=Path,
-        metavar="FOLDER",
-        help="images of none of the classes, in any subfolders, for the one-class classifiers",
-    )
-    parser.add_argument(
-        "--negatives",
-        metavar="N",
-        help="images of other classes that a one-class classifier is tested with for each of its "
-        "class, or 'all' (default: all of up to 100 classes, 9 of more)",
-    )
-    parser.add_argument(
-        "--budget",
-        metavar="TIME",
-        help="such as 90s, 5m or 1h: compute what fits into that, seeded draws of images, classes "
-        "and numbers of removed branches, and say what is missing",
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of everything random (default 0)")
-    parser.add_argument(
-        "--repeats", type=int, default=5, help="of removing branches at random (default 5)"
-    )
-    parser.add_argument(
-        "--batch-size",
-        type=int,
-        help=f"images at a time (default {DIGITS_BATCH} for digits, {FOLDER_BATCH} for folders)",
-    )
-    parser.add_argument(
-        "--backend",
-        choices=get_args(Backend),
-        default="auto",
-        help="who computes the blocks (%(default)s); with triton the network runs on the GPU",
-    )
-    parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -24,6 +24,7 @@ def run(monkeypatch: pytest.MonkeyPatch, *options: object) -> int:
     return bench_model.main()
 
 
+@pytest.mark.long
 def test_every_contender_is_right_and_timed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

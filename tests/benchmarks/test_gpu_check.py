@@ -55,6 +55,7 @@ def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
     assert content["machine"]["versions"]["triton"]
 
 
+@pytest.mark.long
 def test_a_dry_run_takes_every_path(tmp_path: Path) -> None:
     result = run("--out", str(tmp_path), "--dry-run", "--random-calls", "8")
     assert result.returncode == 0, result.stdout + result.stderr

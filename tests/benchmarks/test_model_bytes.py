@@ -98,6 +98,7 @@ FULL = {
 }
 
 
+@pytest.mark.long
 @needs_triton
 @pytest.mark.parametrize("stages", FULL.values(), ids=FULL)
 def test_it_counts_what_training_launches_kernels_with(

@@ -57,6 +57,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.long
 def test_shipped_kernels_keep_their_limits(compiled: Path, tmp_path: Path) -> None:
     out = tmp_path / "static.json"
     result = run(
@@ -97,6 +98,7 @@ def test_lanes_of_a_sum_hold_the_same_bits(compiled: Path) -> None:
     assert +unequal == {}
 
 
+@pytest.mark.long
 def test_float32_gradients_keep_their_registers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -112,6 +114,7 @@ def test_float32_gradients_keep_their_registers(
     assert [row["spilled"] for row in figures] == [0, 0, 0]
 
 
+@pytest.mark.long
 def test_the_jit_finds_the_shipped_kernels(compiled: Path, tmp_path: Path) -> None:
     result = run(
         *(str(LAUNCH), "sm90", static.ROWS, *one_of_each("sm90")),

@@ -43,6 +43,7 @@ def test_without_a_gpu_it_says_so() -> None:
     assert "no GPU was available: nothing was timed" in result.stderr
 
 
+@pytest.mark.long
 def test_a_dry_run_tries_every_candidate() -> None:
     result = run("--op", "coded_aggregate", "--place", "odd", "--dry-run")
     assert result.returncode == 0, result.stderr

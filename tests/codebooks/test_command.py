@@ -1,21 +1,17 @@
 """The subcommand `codebook`, run as the command line runs it."""
 
-import argparse
-
 import pytest
 
 from coded_resnext.codebook import Codebook
-from coded_resnext.codebooks.command import add_parser
+from coded_resnext.codebooks import command
+from coded_resnext.commands.arguments import make_parser
 
 
 @pytest.fixture
 def run():
-    parser = argparse.ArgumentParser()
-    add_parser(parser.add_subparsers())
-
     def call(*arguments):
-        args = parser.parse_args(["codebook", *map(str, arguments)])
-        return args.run(args)
+        args = make_parser().parse_args(["codebook", *map(str, arguments)])
+        return getattr(command, args.function.partition(":")[2])(args)
 
     return call
 

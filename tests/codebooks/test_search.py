@@ -30,6 +30,7 @@ def check(found, classes, branches, active):
     assert 2 <= found.distance <= distance_bound(classes, branches, active)
 
 
+@pytest.mark.long
 @settings(
     max_examples=300, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
 )

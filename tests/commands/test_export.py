@@ -64,6 +64,7 @@ def test_a_program(run_folder, network, tmp_path):
     torch.testing.assert_close(torch.export.load(out).module()(x), network(x))
 
 
+@pytest.mark.long
 @torch.inference_mode()
 def test_heads_and_early_exit(run_folder):
     EarlyExit((0.5, None, 0.25)).save(run_folder / "early_exit.json")

@@ -138,6 +138,7 @@ def command(out: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(words, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.long
 def test_the_command_runs_what_is_missing(tmp_path):
     rows = ("--rows", "concatenation", "--seeds", "3")
     first = command(tmp_path, *rows)

@@ -27,6 +27,7 @@ def thousand_classes():
     return model, batches(images, torch.randperm(1000))
 
 
+@pytest.mark.long
 def test_a_thousand_classes_in_short_time(tmp_path):
     model, data = thousand_classes()
     limit = 20_000

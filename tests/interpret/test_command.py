@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 
 import pytest
@@ -11,6 +10,7 @@ from PIL import Image
 
 from coded_resnext import Codebook, CodedResNeXt, Stage
 from coded_resnext.checkpoint import save_model
+from coded_resnext.commands.arguments import make_parser
 from coded_resnext.data import Preprocessing, batches, load_digits_split
 from coded_resnext.interpret import command, evaluate
 
@@ -18,10 +18,7 @@ PREPROCESSING = Preprocessing(8, 1, (0.3,), (0.4,))
 
 
 def run(*arguments: object) -> int:
-    parser = argparse.ArgumentParser()
-    command.add_parser(parser.add_subparsers())
-    parsed = parser.parse_args(["eval", *map(str, arguments)])
-    return parsed.run(parsed)
+    return command.run(make_parser().parse_args(["eval", *map(str, arguments)]))
 
 
 def make_model(classes: int, **arguments: object) -> CodedResNeXt:

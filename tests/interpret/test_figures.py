@@ -58,6 +58,7 @@ def test_files_are_pictures_and_reproducible(tmp_path):
         assert (border.min(1) > 0.95).mean() > 0.98, path.name
 
 
+@pytest.mark.long
 def test_odd_names_missing_classes_and_many_of_them(tmp_path, recwarn):
     torch.manual_seed(0)
     pairs = [(a, b) for a in range(10) for b in range(a)]

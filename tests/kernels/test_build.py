@@ -127,6 +127,7 @@ def test_kernels_of_another_triton_are_left_out(built: Path, toys: Path, tmp_pat
     assert "built by {'triton': '3.0.0'" in missing(["sm90"], kernels, SOURCE)[0]
 
 
+@pytest.mark.long
 def test_one_changed_row_is_one_compile(
     built: Path, toys: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -147,6 +148,7 @@ def test_one_changed_row_is_one_compile(
     sys.modules.pop("toy_launches")
 
 
+@pytest.mark.long
 def test_a_changed_source_is_compiled_again(
     built: Path, toys: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -94,6 +94,7 @@ def test_half_precision_in_steps_over_channels() -> None:
     assert max(found.values()) < 1, found
 
 
+@pytest.mark.long
 @settings(max_examples=20, deadline=None, derandomize=True)
 @given(
     inputs=st.integers(1, 80),

@@ -24,6 +24,7 @@ FUZZ = {
 every_operator = pytest.mark.parametrize("operator", OPERATORS)
 
 
+@pytest.mark.long
 @every_operator
 def test_the_cpu_path_is_the_definition(operator: str) -> None:
     @settings(max_examples=200, **FUZZ)
@@ -34,6 +35,7 @@ def test_the_cpu_path_is_the_definition(operator: str) -> None:
     run()
 
 
+@pytest.mark.long
 @every_operator
 def test_the_kernels_are_the_definition(operator: str, monkeypatch: pytest.MonkeyPatch) -> None:
     real = configs.LaunchRow.launch

@@ -147,6 +147,7 @@ def test_compiles_whole(layout: str, dtype: torch.dtype) -> None:
         assert relative_error(a, b) < (1e-13 if dtype == torch.float64 else 1e-2)
 
 
+@pytest.mark.long
 @pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a C++ compiler")
 def test_compiled_by_inductor_equals_eager() -> None:
     case = Case("inductor", drop=True, H=5, W=3)

@@ -124,7 +124,17 @@ def errors(case: GroupedCase, dtype: torch.dtype, memory: GuardedMemory) -> dict
     return scaled
 
 
-@pytest.mark.parametrize("case", WIDTHS + REGIMES, ids=lambda case: case.name)
+# Of each width one of the two strides is long, of the next one the other.
+LONG = {case.name for n, case in enumerate(WIDTHS) if n % 4 in (1, 2)}
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, id=case.name, marks=pytest.mark.long if case.name in LONG else ())
+        for case in WIDTHS + REGIMES
+    ],
+)
 def test_equals_the_float64_definition(case: GroupedCase, memory: GuardedMemory) -> None:
     found = errors(case, torch.float32, memory)
     assert max(found.values()) < 1, found
@@ -140,6 +150,7 @@ def test_half_precision_rounds_operands_and_results_only(
     assert max(found.values()) < 1, found
 
 
+@pytest.mark.long
 @settings(max_examples=12, deadline=None, derandomize=True)
 @given(
     N=st.integers(1, 5),

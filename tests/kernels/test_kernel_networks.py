@@ -63,8 +63,14 @@ def test_golden_block(name: str, backend: str) -> None:
 
 @pytest.mark.parametrize(
     ("backend", "dtype", "forward", "gradients"),
-    [("fused", torch.float64, EXACT, EXACT), ("triton", torch.float32, ENERGIES, GRADIENTS)],
-    ids=["fused in float64", "kernels in float32"],
+    [
+        pytest.param("fused", torch.float64, EXACT, EXACT, id="fused in float64"),
+        pytest.param(
+            *("triton", torch.float32, ENERGIES, GRADIENTS),
+            id="kernels in float32",
+            marks=pytest.mark.long,
+        ),
+    ],
 )
 def test_golden_network(
     backend: str,
@@ -142,6 +148,7 @@ def train(backend: str, steps: int) -> list[float]:
     return losses
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("memory")
 def test_ten_steps_give_the_losses_of_pytorch() -> None:
     found, expected = train("triton", 10), train("torch", 10)

@@ -16,6 +16,8 @@ from coded_resnext import EarlyExit, decode
 from coded_resnext.early_exit import EXIT_FILE, predict_early
 from coded_resnext.interpret import measure_paths, one_class_scores, trace
 
+pytestmark = pytest.mark.long
+
 CLASSES = range(len(ODD_NAMES))
 
 
