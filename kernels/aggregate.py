@@ -11,13 +11,15 @@ import triton
 import triton.language as tl
 
 from . import reference
-from .energy import gradient_tile, window_energy, window_gram
+from .energy import gradient_tile, store_sums, window_energy, window_gram, zeros
 from .tile import (
     activate,
     form_places,
     hash_in_order,
     load_affine,
     load_rows,
+    matrix_places,
+    over_pixels,
     round_to,
     rounded_product,
     store_rows,
@@ -70,15 +72,16 @@ def aggregate_forward(
     """
     CHANNELS: tl.constexpr = BRANCHES * WIDTH
     AFFINE: tl.constexpr = scale_ptr is not None
+    MATRIX: tl.constexpr = WINDOWS == 1 and BLOCK_K > 16
     FULL: tl.constexpr = GROUP * WIDTH == BLOCK_K and BRANCHES % (GROUP * WINDOWS) == 0
     sample = tl.program_id(0)
     base = sample.to(tl.int64) * (PIXELS * CHANNELS)
     for step in range(STEPS):
         windows, channel, inside = window_channels(step, BRANCHES, WIDTH, GROUP, WINDOWS, BLOCK_K)
-        scale, bias = load_affine(scale_ptr, bias_ptr, channel, inside)
-        rows = z_ptr + base + channel[:, None, :]
+        scale, bias = load_affine(scale_ptr, bias_ptr, channel, inside, MATRIX)
+        rows = z_ptr + base + over_pixels(channel, MATRIX)
         gram = window_gram(
-            rows, channel, inside, scale, bias, AFFINE, CHANNELS, PIXELS, BLOCK_P, FULL, PRECISION
+            rows, inside, scale, bias, AFFINE, CHANNELS, PIXELS, BLOCK_P, FULL, PRECISION
         )
         places, within = form_places(windows, BRANCHES, WIDTH, GROUP, WINDOWS, BLOCK_K)
         form = tl.load(form_ptr + places, mask=within, other=0.0)
@@ -86,6 +89,8 @@ def aggregate_forward(
         branch = windows[:, None] * GROUP + member[None, :]
         real = (member < GROUP)[None, :] & (branch < BRANCHES)
         at = sample * BRANCHES + branch
+        if MATRIX:
+            gram = gram[None, :, :]
         energy = window_energy(gram, form, inverse_size, WIDTH, GROUP_P)
         energy *= load_masks(None, keep_ptr, at, real)
         tl.store(energy_ptr + at, energy, mask=real)
@@ -103,10 +108,10 @@ def aggregate_forward(
 
     for step in range(STEPS):
         windows, channel, inside = window_channels(step, BRANCHES, WIDTH, GROUP, WINDOWS, BLOCK_K)
-        scale, bias = load_affine(scale_ptr, bias_ptr, channel, inside)
+        scale, bias = load_affine(scale_ptr, bias_ptr, channel, inside, MATRIX)
         at = sample * BRANCHES + channel // WIDTH
-        factor = (load_masks(drop_ptr, keep_ptr, at, inside) * root)[:, None, :]
-        offsets = base + channel[:, None, :]
+        factor = over_pixels(load_masks(drop_ptr, keep_ptr, at, inside) * root, MATRIX)
+        offsets = base + over_pixels(channel, MATRIX)
         for start in range(0, PIXELS, BLOCK_P):
             z, real, pixel = load_rows(
                 z_ptr + offsets, start, inside, CHANNELS, PIXELS, BLOCK_P, FULL
@@ -152,17 +157,18 @@ def aggregate_backward(
     """
     CHANNELS: tl.constexpr = BRANCHES * WIDTH
     AFFINE: tl.constexpr = scale_ptr is not None
+    MATRIX: tl.constexpr = WINDOWS == 1 and BLOCK_K > 16
     FULL: tl.constexpr = GROUP * WIDTH == BLOCK_K and BRANCHES % (GROUP * WINDOWS) == 0
     MASKED: tl.constexpr = PIXELS % BLOCK_P != 0
     sample = tl.program_id(0)
     base = sample.to(tl.int64) * (PIXELS * CHANNELS)
-    products = tl.zeros((WINDOWS, BLOCK_P, BLOCK_K), tl.float32)
+    products = zeros(WINDOWS, BLOCK_P, BLOCK_K, MATRIX)
     for step in range(STEPS):
         windows, channel, inside = window_channels(step, BRANCHES, WIDTH, GROUP, WINDOWS, BLOCK_K)
-        scale, bias = load_affine(scale_ptr, bias_ptr, channel, inside)
+        scale, bias = load_affine(scale_ptr, bias_ptr, channel, inside, MATRIX)
         at = sample * BRANCHES + channel // WIDTH
-        factor = load_masks(drop_ptr, keep_ptr, at, inside)[:, None, :]
-        offsets = base + channel[:, None, :]
+        factor = over_pixels(load_masks(drop_ptr, keep_ptr, at, inside), MATRIX)
+        offsets = base + over_pixels(channel, MATRIX)
         for start in range(0, PIXELS, BLOCK_P):
             z, real, pixel = load_rows(
                 z_ptr + offsets, start, inside, CHANNELS, PIXELS, BLOCK_P, FULL
@@ -176,7 +182,9 @@ def aggregate_backward(
     inverse = tl.load(inverse_ptr + sample)
     root = tl.sqrt_rn(inverse)
     # (14): sum_n m ds / sqrt(M) is the inner product of s h with its gradient.
-    through_scale = root * tl.sum(tl.sum(tl.sum(products, 2), 1), 0)
+    if not MATRIX:
+        products = tl.sum(products, 2)
+    through_scale = root * tl.sum(tl.sum(products, 1), 0)
 
     n = tl.arange(0, BRANCHES_P)
     row = sample * BRANCHES + n
@@ -193,15 +201,19 @@ def aggregate_backward(
 
     for step in range(STEPS):
         windows, channel, inside = window_channels(step, BRANCHES, WIDTH, GROUP, WINDOWS, BLOCK_K)
-        scale, bias = load_affine(scale_ptr, bias_ptr, channel, inside)
-        places, within = form_places(windows, BRANCHES, WIDTH, GROUP, WINDOWS, BLOCK_K)
+        scale, bias = load_affine(scale_ptr, bias_ptr, channel, inside, MATRIX)
+        if MATRIX:
+            places, within = matrix_places(windows, WIDTH, BLOCK_K)
+        else:
+            places, within = form_places(windows, BRANCHES, WIDTH, GROUP, WINDOWS, BLOCK_K)
         form = tl.load(form_ptr + places, mask=within, other=0.0)
         at = sample * BRANCHES + channel // WIDTH
-        factor = (load_masks(drop_ptr, keep_ptr, at, inside) * root)[:, None, :]
-        coefficient = tl.load(coefficient_ptr + at, mask=inside, other=0.0)[:, None, :]
-        offsets = base + channel[:, None, :]
-        first = tl.zeros((WINDOWS, BLOCK_P, BLOCK_K), tl.float32)
-        second = tl.zeros((WINDOWS, BLOCK_P, BLOCK_K), tl.float32)
+        factor = over_pixels(load_masks(drop_ptr, keep_ptr, at, inside) * root, MATRIX)
+        coefficient = tl.load(coefficient_ptr + at, mask=inside, other=0.0)
+        coefficient = over_pixels(coefficient, MATRIX)
+        offsets = base + over_pixels(channel, MATRIX)
+        first = zeros(WINDOWS, BLOCK_P, BLOCK_K, MATRIX)
+        second = zeros(WINDOWS, BLOCK_P, BLOCK_K, MATRIX)
         for start in range(0, PIXELS, BLOCK_P):
             z, real, pixel = load_rows(
                 z_ptr + offsets, start, inside, CHANNELS, PIXELS, BLOCK_P, FULL
@@ -230,8 +242,7 @@ def aggregate_backward(
             store_rows(grad_ptr + offsets + pixel, grad, real, inside, PIXELS, BLOCK_P, FULL)
         if AFFINE:
             sums = sums_ptr + sample.to(tl.int64) * (2 * CHANNELS) + channel
-            tl.store(sums, tl.sum(first, 1), mask=inside)
-            tl.store(sums + CHANNELS, tl.sum(second, 1), mask=inside)
+            store_sums(sums, first, second, inside, CHANNELS)
 
 
 hash_in_order(globals())

@@ -11,8 +11,8 @@ from .configs import (
     LaunchRow,
     Variant,
     Windows,
+    block_pixels,
     next_power_of_2,
-    with_registers,
 )
 from .tuned import tuned
 
@@ -30,16 +30,30 @@ def _aggregate_constexprs(
 
 
 def _windows_per_program(sizes: BlockSizes) -> int:
-    """Windows that a program of `aggregate` holds at once: eight, or four where fewer idle."""
-    count = Windows.of(sizes).count
+    """Windows that a program of `aggregate` holds at once: eight, or four where fewer idle.
+
+    One of 64 channels.
+    """
+    cut = Windows.of(sizes)
+    count = cut.count
+    if cut.block_k > 32:
+        return 1
     if count <= 4:
         return next_power_of_2(count)
     return min((8, 4), key=lambda windows: -(-count // windows) * windows)
 
 
 def _forward(sizes: BlockSizes, variant: Variant, windows: int) -> LaunchRow:
-    """A program a sample, a warp a window; two where windows of 64 channels need the registers."""
+    """A program a sample, a warp a window of 16 pixels.
+
+    One of 64 channels is shared by four warps and as large as four others; in float32, where the
+    compiler keeps to 64 registers, by eight, and half as large.
+    """
     cut = Windows.of(sizes)
+    block_p, warps = 16, windows
+    if cut.block_k > 32:
+        most, warps = (32, 8) if variant.dtype == "fp32" else (64, 4)
+        block_p = block_pixels(sizes, most)
     item = ITEM_BYTES[variant.dtype]
     return LaunchRow(
         kernel="aggregate:aggregate_forward",
@@ -55,9 +69,9 @@ def _forward(sizes: BlockSizes, variant: Variant, windows: int) -> LaunchRow:
             variant.pointer(variant.keep, "fp32"),
             0.5,
         ),
-        constexprs=_aggregate_constexprs(sizes, variant, windows, 16),
-        num_warps=windows * (2 if cut.block_k > 32 else 1),
-        trip_bytes=windows * 16 * cut.group * sizes.width * item,
+        constexprs=_aggregate_constexprs(sizes, variant, windows, block_p),
+        num_warps=warps,
+        trip_bytes=windows * block_p * cut.group * sizes.width * item,
         sample_bytes=sizes.branches * (2 * sizes.width * sizes.pixels * item + 8),
     )
 
@@ -98,4 +112,4 @@ def aggregate_backward(sizes: BlockSizes, variant: Variant) -> LaunchRow:
         sample_bytes=sizes.branches
         * (3 * sizes.width * sizes.pixels * ITEM_BYTES[variant.dtype] + 12),
     )
-    return tuned(with_registers(row, sizes, variant), variant.arch)
+    return tuned(row, variant.arch)

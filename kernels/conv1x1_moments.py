@@ -114,7 +114,8 @@ def add_tile(
         a = activations(x_ptr, scale, bias, row, real, m, CHANNELS, WHOLE_N, AFFINE)
         other = deviations(a, middle)
     acc = dot(tl.trans(d), other, acc, PRECISION)
-    ones = tl.full((BLOCK_K, SUMS), 1.0, a.dtype)
+    # The interpreter before Triton 3.9 makes no number in bfloat16, but casts one to it.
+    ones = tl.full((BLOCK_K, SUMS), 1.0, tl.float32).to(a.dtype)
     return of_all, dot(tl.trans(d), ones, of_deviations, PRECISION), acc
 
 

@@ -19,6 +19,8 @@ from .tile import (
     hash_in_order,
     load_affine,
     load_rows,
+    matrix_places,
+    over_pixels,
     round_to,
     rounded_product,
     store_rows,
@@ -27,9 +29,14 @@ from .tile import (
 
 
 @triton.jit
+def zeros(windows: tl.constexpr, height: tl.constexpr, width: tl.constexpr, MATRIX: tl.constexpr):
+    """Sums to be, float32: `[windows, height, width]`, of a MATRIX `[height, width]`."""
+    return tl.zeros((height, width) if MATRIX else (windows, height, width), tl.float32)
+
+
+@triton.jit
 def window_gram(
     rows,
-    channel,
     inside,
     scale,
     bias,
@@ -40,12 +47,18 @@ def window_gram(
     FULL: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """`G = h h^T` over the pixels of one sample, `[windows, BLOCK_K, BLOCK_K]` float32."""
-    gram = tl.zeros((channel.shape[0], channel.shape[1], channel.shape[1]), tl.float32)
+    """`G = h h^T` over the pixels of one sample, float32.
+
+    `[windows, BLOCK_K, BLOCK_K]`, of a matrix `[BLOCK_K, BLOCK_K]`; `rows` as for `load_rows`.
+    """
+    MATRIX: tl.constexpr = len(rows.shape) == 2
+    BLOCK_K: tl.constexpr = inside.shape[1]
+    gram = zeros(inside.shape[0], BLOCK_K, BLOCK_K, MATRIX)
     for start in range(0, PIXELS, BLOCK_P):
         z, real, _ = load_rows(rows, start, inside, CHANNELS, PIXELS, BLOCK_P, FULL)
         h = activate(z, scale, bias, real, AFFINE, PIXELS % BLOCK_P != 0)
-        gram = dot(tl.permute(h, (0, 2, 1)), h, gram, PRECISION)
+        transposed = tl.trans(h) if MATRIX else tl.permute(h, (0, 2, 1))
+        gram = dot(transposed, h, gram, PRECISION)
     return gram
 
 
@@ -91,6 +104,15 @@ def gradient_tile(
     return grad
 
 
+@triton.jit
+def store_sums(pointers, first, second, inside, CHANNELS: tl.constexpr):
+    """Store two tiles' sums over the pixels, CHANNELS apart."""
+    if len(first.shape) == 2:
+        first, second = first[None, :, :], second[None, :, :]
+    tl.store(pointers, tl.sum(first, 1), mask=inside)
+    tl.store(pointers + CHANNELS, tl.sum(second, 1), mask=inside)
+
+
 @triton.jit(do_not_specialize=["batch"])
 def energy_forward(
     energy_ptr,
@@ -118,6 +140,7 @@ def energy_forward(
     """
     CHANNELS: tl.constexpr = BRANCHES * WIDTH
     AFFINE: tl.constexpr = scale_ptr is not None
+    MATRIX: tl.constexpr = WINDOWS == 1 and BLOCK_K > 16
     FULL: tl.constexpr = GROUP * WIDTH == BLOCK_K and BRANCHES % (GROUP * WINDOWS) == 0
     windows, channel, inside = window_channels(
         tl.program_id(1), BRANCHES, WIDTH, GROUP, WINDOWS, BLOCK_K
@@ -125,16 +148,15 @@ def energy_forward(
     member = tl.arange(0, GROUP_P)
     branch = windows[:, None] * GROUP + member[None, :]
     real = (member < GROUP)[None, :] & (branch < BRANCHES)
-    scale, bias = load_affine(scale_ptr, bias_ptr, channel, inside)
+    scale, bias = load_affine(scale_ptr, bias_ptr, channel, inside, MATRIX)
     places, within = form_places(windows, BRANCHES, WIDTH, GROUP, WINDOWS, BLOCK_K)
     form = tl.load(form_ptr + places, mask=within, other=0.0)
     for i in range(SAMPLES):
         sample = tl.program_id(0) * SAMPLES + i
         if sample < batch:
-            rows = z_ptr + sample.to(tl.int64) * (PIXELS * CHANNELS) + channel[:, None, :]
+            rows = z_ptr + sample.to(tl.int64) * (PIXELS * CHANNELS) + over_pixels(channel, MATRIX)
             gram = window_gram(
                 rows,
-                channel,
                 inside,
                 scale,
                 bias,
@@ -145,6 +167,8 @@ def energy_forward(
                 FULL,
                 PRECISION,
             )
+            if MATRIX:
+                gram = gram[None, :, :]
             energy = window_energy(gram, form, inverse_size, WIDTH, GROUP_P)
             at = sample * BRANCHES + branch
             if keep_ptr is not None:
@@ -181,21 +205,26 @@ def energy_backward(
     """
     CHANNELS: tl.constexpr = BRANCHES * WIDTH
     AFFINE: tl.constexpr = scale_ptr is not None
+    MATRIX: tl.constexpr = WINDOWS == 1 and BLOCK_K > 16
     FULL: tl.constexpr = GROUP * WIDTH == BLOCK_K and BRANCHES % (GROUP * WINDOWS) == 0
     windows, channel, inside = window_channels(
         tl.program_id(1), BRANCHES, WIDTH, GROUP, WINDOWS, BLOCK_K
     )
-    scale, bias = load_affine(scale_ptr, bias_ptr, channel, inside)
-    places, within = form_places(windows, BRANCHES, WIDTH, GROUP, WINDOWS, BLOCK_K)
+    scale, bias = load_affine(scale_ptr, bias_ptr, channel, inside, MATRIX)
+    if MATRIX:
+        places, within = matrix_places(windows, WIDTH, BLOCK_K)
+    else:
+        places, within = form_places(windows, BRANCHES, WIDTH, GROUP, WINDOWS, BLOCK_K)
     form = tl.load(form_ptr + places, mask=within, other=0.0)
-    first = tl.zeros((WINDOWS, BLOCK_P, BLOCK_K), tl.float32)
-    second = tl.zeros((WINDOWS, BLOCK_P, BLOCK_K), tl.float32)
+    first = zeros(WINDOWS, BLOCK_P, BLOCK_K, MATRIX)
+    second = zeros(WINDOWS, BLOCK_P, BLOCK_K, MATRIX)
     for i in range(SAMPLES):
         sample = tl.program_id(0) * SAMPLES + i
         if sample < batch:
-            base = sample.to(tl.int64) * (PIXELS * CHANNELS) + channel[:, None, :]
+            base = sample.to(tl.int64) * (PIXELS * CHANNELS) + over_pixels(channel, MATRIX)
             at = sample * BRANCHES + channel // WIDTH
-            coefficient = tl.load(coefficient_ptr + at, mask=inside, other=0.0)[:, None, :]
+            coefficient = tl.load(coefficient_ptr + at, mask=inside, other=0.0)
+            coefficient = over_pixels(coefficient, MATRIX)
             for start in range(0, PIXELS, BLOCK_P):
                 z, real, offsets = load_rows(
                     z_ptr + base, start, inside, CHANNELS, PIXELS, BLOCK_P, FULL
@@ -221,8 +250,7 @@ def energy_backward(
                 store_rows(grad_ptr + base + offsets, grad, real, inside, PIXELS, BLOCK_P, FULL)
     if AFFINE:
         at = tl.program_id(0).to(tl.int64) * (2 * CHANNELS) + channel
-        tl.store(sums_ptr + at, tl.sum(first, 1), mask=inside)
-        tl.store(sums_ptr + at + CHANNELS, tl.sum(second, 1), mask=inside)
+        store_sums(sums_ptr + at, first, second, inside, CHANNELS)
 
 
 @triton.jit(do_not_specialize=["batch"])
@@ -250,19 +278,19 @@ def weighted_gram(
     """
     CHANNELS: tl.constexpr = BRANCHES * WIDTH
     AFFINE: tl.constexpr = scale_ptr is not None
+    MATRIX: tl.constexpr = WINDOWS == 1 and BLOCK_K > 16
     FULL: tl.constexpr = GROUP * WIDTH == BLOCK_K and BRANCHES % (GROUP * WINDOWS) == 0
     windows, channel, inside = window_channels(
         tl.program_id(1), BRANCHES, WIDTH, GROUP, WINDOWS, BLOCK_K
     )
-    scale, bias = load_affine(scale_ptr, bias_ptr, channel, inside)
-    total = tl.zeros((WINDOWS, BLOCK_K, BLOCK_K), tl.float32)
+    scale, bias = load_affine(scale_ptr, bias_ptr, channel, inside, MATRIX)
+    total = zeros(WINDOWS, BLOCK_K, BLOCK_K, MATRIX)
     for i in range(SAMPLES):
         sample = tl.program_id(0) * SAMPLES + i
         if sample < batch:
-            rows = z_ptr + sample.to(tl.int64) * (PIXELS * CHANNELS) + channel[:, None, :]
+            rows = z_ptr + sample.to(tl.int64) * (PIXELS * CHANNELS) + over_pixels(channel, MATRIX)
             gram = window_gram(
                 rows,
-                channel,
                 inside,
                 scale,
                 bias,
@@ -275,7 +303,11 @@ def weighted_gram(
             )
             at = sample * BRANCHES + channel // WIDTH
             coefficient = tl.load(coefficient_ptr + at, mask=inside, other=0.0)
-            total += gram * coefficient[:, :, None]
+            if MATRIX:
+                coefficient = tl.reshape(coefficient, (BLOCK_K,))
+            total += gram * tl.expand_dims(coefficient, -1)
+    if MATRIX:
+        total = total[None, :, :]
     places, within = form_places(windows, BRANCHES, WIDTH, GROUP, WINDOWS, BLOCK_K)
     program = tl.program_id(0).to(tl.int64) * (BRANCHES * WIDTH * WIDTH)
     tl.store(gram_ptr + program + places, total, mask=within)

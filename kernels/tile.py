@@ -2,7 +2,8 @@
 
 A *window* is a run of channels that holds whole branches: GROUP branches of WIDTH channels, padded
 to BLOCK_K. Tiles are `[windows, pixels, channels of a window]`, so that one batched product gives
-every warp a window of its own.
+every warp a window of its own. A window that several warps share (MATRIX) has no dimension of
+windows: of a batched product each of its warps computes all, in Triton before 3.9.
 """
 
 from __future__ import annotations
@@ -152,6 +153,14 @@ def form_places(
 
 
 @triton.jit
+def matrix_places(windows, WIDTH: tl.constexpr, BLOCK_K: tl.constexpr):
+    """As `form_places`, of a MATRIX, which is one branch: both `[BLOCK_K, BLOCK_K]`."""
+    k = tl.arange(0, BLOCK_K)
+    offsets = (windows[:, None] * WIDTH + k[:, None]) * WIDTH + k[None, :]
+    return offsets, (k < WIDTH)[:, None] & (k < WIDTH)[None, :]
+
+
+@triton.jit
 def window_channels(
     program,
     BRANCHES: tl.constexpr,
@@ -173,14 +182,23 @@ def window_channels(
 
 
 @triton.jit
-def load_affine(scale_ptr, bias_ptr, channel, inside):
-    """The affine map of each channel, `[windows, 1, BLOCK_K]`; zeros where there is none."""
+def over_pixels(x, MATRIX: tl.constexpr):
+    """Numbers of the channels, `[windows, BLOCK_K]`, with a dimension of pixels.
+
+    They become `[windows, 1, BLOCK_K]`; those of a MATRIX stay `[1, BLOCK_K]`.
+    """
+    return x if MATRIX else x[:, None, :]
+
+
+@triton.jit
+def load_affine(scale_ptr, bias_ptr, channel, inside, MATRIX: tl.constexpr = False):
+    """The affine map of each channel, as of `over_pixels`; zeros where there is none."""
     if scale_ptr is None:
         return 0.0, 0.0
     else:
         scale = tl.load(scale_ptr + channel, mask=inside, other=0.0)
         bias = tl.load(bias_ptr + channel, mask=inside, other=0.0)
-        return scale[:, None, :], bias[:, None, :]
+        return over_pixels(scale, MATRIX), over_pixels(bias, MATRIX)
 
 
 @triton.jit
@@ -196,21 +214,23 @@ def load_rows(
     """A tile `[windows, BLOCK_P, BLOCK_K]` from pixel `start` on, 0 where there is none.
 
     Args:
-        rows: pointers to the windows' channels at pixel 0, `[windows, 1, BLOCK_K]`.
+        rows: pointers to the windows' channels at pixel 0, as of `over_pixels`; of a matrix the
+            tile is `[BLOCK_P, BLOCK_K]`.
         inside: which channels are real, `[windows, BLOCK_K]`; all of them when FULL.
 
     Returns:
         The tile, which of its rows are real `[1, BLOCK_P, 1]`, and their offsets from `rows`.
     """
+    MATRIX: tl.constexpr = len(rows.shape) == 2
     p = start + tl.arange(0, BLOCK_P)
-    offsets = p[None, :, None] * CHANNELS
-    real = (p < PIXELS)[None, :, None]
+    offsets = (p[:, None] if MATRIX else p[None, :, None]) * CHANNELS
+    real = (p < PIXELS)[:, None] if MATRIX else (p < PIXELS)[None, :, None]
     if FULL and PIXELS % BLOCK_P == 0:
         tile = tl.load(rows + offsets)
     elif FULL:
         tile = tl.load(rows + offsets, mask=real, other=0.0)
     else:
-        tile = tl.load(rows + offsets, mask=real & inside[:, None, :], other=0.0)
+        tile = tl.load(rows + offsets, mask=real & over_pixels(inside, MATRIX), other=0.0)
     return tile, real, offsets
 
 
@@ -230,7 +250,7 @@ def store_rows(
     elif FULL:
         tl.store(pointers, tile, mask=real)
     else:
-        tl.store(pointers, tile, mask=real & inside[:, None, :])
+        tl.store(pointers, tile, mask=real & over_pixels(inside, len(tile.shape) == 2))
 
 
 def hash_in_order(module: dict[str, Any]) -> None:
