@@ -122,6 +122,8 @@ def main() -> int:
                 parser.error(f"--environment {environment.folder}: {'; '.join(wrong)}")
 
     rows = kept_rows(arguments.out) if arguments.only else {}
+    # Each row takes long and is kept at once; a test holds the docs to the file of a whole run.
+    partial = arguments.out.with_name(f"{arguments.out.name}.partial")
     print(table_head(*COLUMNS))
     for environment, is_last in zip(chosen, last_uses(chosen), strict=True):
         folder = given.get(environment.folder, arguments.folder / environment.folder)
@@ -136,9 +138,8 @@ def main() -> int:
         if is_last and is_made and not arguments.keep:
             shutil.rmtree(folder)
         print(describe(rows[environment.name]), flush=True)
-        # After every row, since each takes long.
-        in_order = [rows[e.name] for e in ENVIRONMENTS if e.name in rows]
-        keep_rows(arguments.out, in_order)
+        keep_rows(partial, [rows[e.name] for e in ENVIRONMENTS if e.name in rows])
+    partial.replace(arguments.out)
     return int(any(rows[environment.name]["failed"] for environment in chosen))
 
 
