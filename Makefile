@@ -34,7 +34,7 @@ bench: .venv/dev.stamp
 torture: .venv/dev.stamp
 	OMP_NUM_THREADS=1 $(BIN)/python tests/torture.py
 
-# The oldest supported versions, the newest, and those without Triton: 5 GB each, an hour in all.
+# Every supported torch with its Triton, one environment of 5 GB after the other: hours.
 matrix: .venv/dev.stamp
 	$(BIN)/python tests/version_matrix.py --out benchmarks/results/version_matrix.json
 

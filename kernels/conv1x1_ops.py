@@ -30,6 +30,18 @@ def _report(choice: str) -> None:
     logger.info(choice)
 
 
+# The compiler takes the result as it is: it follows no logger, and before torch 2.14 no frozen
+# dataclass into its text.
+@torch.compiler.assume_constant_result
+def _choose(arch: str, inputs: int, outputs: int, join: bool, forced: bool) -> str:
+    """The passes of a weight `[O, I]` that run kernels, and the log's line; `forced` by name."""
+    sizes = ProductSizes(inputs, outputs, join)
+    plan = planned(arch, sizes)
+    passes = plan.passes if plan.measured or forced else ""
+    _report(f"1x1 convolution, {sizes}, {arch}: kernels for {passes or 'no pass'}: {plan.reason}")
+    return passes
+
+
 def select_products(x: Tensor, weight: Tensor, backend: ConvBackend, *, join: bool = False) -> str:
     """The passes (`forward`, `input`, `weight`) that run kernels, separated by spaces.
 
@@ -51,11 +63,7 @@ def select_products(x: Tensor, weight: Tensor, backend: ConvBackend, *, join: bo
     if reason is not None or (backend == "auto" and not x.is_cuda):
         return ""
     arch = architecture(x.device.index) if x.is_cuda else "cpu"
-    sizes = ProductSizes(weight.shape[1], weight.shape[0], join)
-    plan = planned(arch, sizes)
-    passes = plan.passes if plan.measured or backend == "triton" else ""
-    _report(f"1x1 convolution, {sizes}, {arch}: kernels for {passes or 'no pass'}: {plan.reason}")
-    return passes
+    return _choose(arch, weight.shape[1], weight.shape[0], join, backend == "triton")
 
 
 def conv1x1(

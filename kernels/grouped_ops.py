@@ -40,6 +40,17 @@ def check_conv_backend(backend: str) -> None:
         raise ValueError(f"backend: expected one of {expected}; got {backend!r}")
 
 
+# The compiler takes the result as it is: it follows no logger, and before torch 2.14 neither a
+# cached class method nor a frozen dataclass into its text.
+@torch.compiler.assume_constant_result
+def _choose(arch: str, channels: int, width: int, stride: int) -> str:
+    """The passes of a weight `[N*D, D, 3, 3]` in which kernels win, and the log's line."""
+    sizes = GroupedSizes(channels // width, width, stride)
+    passes, why = winning_passes(arch, sizes)
+    _report(f"grouped 3x3 convolution, {sizes}: kernels for {passes or 'no pass'}: {why}")
+    return passes
+
+
 def select_passes(x: Tensor, weight: Tensor, stride: int, backend: ConvBackend) -> str:
     """The passes (`forward`, `input`, `weight`) that run kernels, separated by spaces.
 
@@ -56,11 +67,7 @@ def select_passes(x: Tensor, weight: Tensor, stride: int, backend: ConvBackend) 
         return grouped_operators.PASSES
     if reason is not None or not x.is_cuda:
         return ""
-    width = weight.shape[1]
-    sizes = GroupedSizes(weight.shape[0] // width, width, stride)
-    passes, why = winning_passes(architecture(x.device.index), sizes)
-    _report(f"grouped 3x3 convolution, {sizes}: kernels for {passes or 'no pass'}: {why}")
-    return passes
+    return _choose(architecture(x.device.index), weight.shape[0], weight.shape[1], stride)
 
 
 def grouped_conv3x3(

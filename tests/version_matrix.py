@@ -1,151 +1,220 @@
-"""The tests on the oldest supported and the newest versions; `make matrix` prints and keeps them.
+"""The tests on every supported torch with the Triton that it asks for; `make matrix` keeps them.
 
     python tests/version_matrix.py --out benchmarks/results/version_matrix.json
 
-Every environment is made in a folder of its own (5 GB each) with the package and its dependencies,
-unless `--environment oldest=FOLDER` names one that is there. `--tests` takes some of the tests.
-Exits with 1 when a test failed.
+Every pair gets an environment of its own with the package and its dependencies (5 GB), which is
+removed again unless `--keep` is given. `--environment 2.11=FOLDER` names one that is there, and
+`--only 2.11` takes some of the pairs and leaves the rows of the others in the file as they are.
+What depends on the versions is tested: kernels in Triton's interpreter, what they compile to,
+operators, networks, export; `--tests tests` takes the whole suite. Exits with 1 when a test failed.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform
-import re
+import shutil
 import subprocess
 import sys
-import time
-from dataclasses import asdict, dataclass
-from datetime import date
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[1]
-SHOWN = ("torch", "triton", "numpy", "torchvision")
+from suite_runs import ROOT, keep_rows, read_versions, run_tests, table_head, table_row
+
+from coded_resnext.machine import describe_machine
+
+SHOWN = ("python", "torch", "triton", "numpy", "torchvision")
+COLUMNS = ("environment", "versions", "passed", "skipped", "failed", "tests alone", "commit")
+# What stands on torch or on Triton by itself: kernels, operators, compiled networks, exported ones.
+TESTS = (
+    "tests/kernels",
+    "tests/benchmarks",
+    "tests/commands/test_export.py",
+    "tests/test_device_augment.py",
+    "tests/test_export.py",
+    "tests/test_extract.py",
+    "tests/test_extracted_files.py",
+    "tests/test_fused.py",
+    "tests/test_fused_distributed.py",
+    "tests/test_fused_inference.py",
+    "tests/test_fused_launches.py",
+    "tests/test_fused_network.py",
+    "tests/test_fused_norm.py",
+    "tests/test_fused_unwritten.py",
+    "tests/test_golden.py",
+    "tests/test_grouped_conv_module.py",
+    "tests/test_layers.py",
+    "tests/test_losses.py",
+    "tests/test_models.py",
+    "tests/test_package.py",
+    "tests/test_pretrained.py",
+    "tests/test_step.py",
+    "tests/test_timm_models.py",
+    "tests/test_training_launches.py",
+    "tests/test_unnormalized.py",
+    "tests/test_version_matrix.py",
+    "tests/test_warm_up.py",
+)
 # The kernels need Triton; so do the benchmarks' and what compiles them.
-WITHOUT_TRITON = ("--ignore=tests/kernels", "--ignore=tests/benchmarks")
-VERSIONS = """
-import importlib.metadata as m, json, platform
-names = ("torch", "triton", "numpy", "torchvision")
-found = {d.metadata["Name"].lower(): d.version for d in m.distributions()}
-print(json.dumps({"python": platform.python_version(), **{n: found.get(n) for n in names}}))
-"""
+WITHOUT_TRITON = (
+    "-p",
+    "without_triton",
+    "--ignore=tests/kernels",
+    "--ignore=tests/benchmarks",
+)
 
 
 @dataclass(frozen=True)
 class Environment:
-    """Versions that are asked for, and how the tests are run."""
+    """Versions that are asked for, and how the tests are run there."""
 
     name: str
     folder: str
+    """Where it is made; environments of the same versions share theirs."""
     requirements: tuple[str, ...]
     options: tuple[str, ...] = ()
+    """Of pytest."""
+    tests: tuple[str, ...] = TESTS
+    """What is run unless `--tests` says otherwise."""
 
 
+NEWEST = ("torch==2.15.*", "triton==3.9.*", "torchvision==0.29.*")
 ENVIRONMENTS = (
-    Environment("oldest", "oldest", ("torch==2.11.*", "torchvision==0.26.*", "numpy==2.0.*")),
-    Environment("newest, Triton absent", "newest", (), ("-p", "without_triton", *WITHOUT_TRITON)),
-    Environment("newest", "newest", ()),
+    Environment(
+        "2.11",
+        "2.11",
+        ("torch==2.11.*", "triton==3.6.*", "torchvision==0.26.*", "numpy==2.0.*"),
+    ),
+    Environment("2.12", "2.12", ("torch==2.12.*", "triton==3.7.*", "torchvision==0.27.*")),
+    Environment("2.13", "2.13", ("torch==2.13.*", "triton==3.7.*", "torchvision==0.28.*")),
+    Environment("2.14", "2.14", ("torch==2.14.*", "triton==3.8.*", "torchvision==0.29.*")),
+    Environment("2.15", "2.15", NEWEST),
+    Environment("2.15, Triton absent", "2.15", NEWEST, WITHOUT_TRITON, ("tests",)),
 )
 
 
 def main() -> int:
-    """Install, test, write."""
+    """Install, test and write, environment by environment."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="JSON to write")
     parser.add_argument("--folder", type=Path, default=ROOT / "build" / "matrix")
     parser.add_argument("--environment", action="append", default=[], metavar="NAME=FOLDER")
-    parser.add_argument("--tests", nargs="*", default=["tests"], help="files or folders of tests")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="folders, such as 2.11 2.14")
+    parser.add_argument("--tests", nargs="+", help="files or folders of tests")
+    parser.add_argument("--processes", type=int, default=4, help="at most, at a time")
+    parser.add_argument("--keep", action="store_true", help="leave the environments made here")
     arguments = parser.parse_args()
-    given = dict(entry.split("=", 1) for entry in arguments.environment)
-    rows = []
-    for environment in ENVIRONMENTS:
-        python = Path(given.get(environment.folder, "")) / "bin" / "python"
-        if environment.folder not in given:
-            python = install(environment, arguments.folder / environment.folder)
-        rows.append(test(environment, python, arguments.tests))
-        print(describe(rows[-1]), flush=True)
-        content = {
-            "date": str(date.today()),
-            "platform": platform.platform(),
-            "tests": arguments.tests,
-            "rows": rows,
-        }
-        # After every row, since each takes long.
-        arguments.out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    return int(any(row["failed"] for row in rows))
+    folders = {environment.folder for environment in ENVIRONMENTS}
+    given = {n: Path(f) for n, _, f in (e.partition("=") for e in arguments.environment)}
+    unknown = sorted({*given, *(arguments.only or ())} - folders)
+    if unknown:
+        parser.error(f"environments: expected some of {sorted(folders)}, got {unknown}")
+    chosen = [e for e in ENVIRONMENTS if e.folder in (arguments.only or folders)]
+    for environment in chosen:
+        if environment.folder in given:
+            versions = read_versions(given[environment.folder] / "bin" / "python")
+            wrong = list(mismatches(environment.requirements, versions))
+            if wrong:
+                parser.error(f"--environment {environment.folder}: {'; '.join(wrong)}")
+
+    rows = kept_rows(arguments.out) if arguments.only else {}
+    # Each row takes long and is kept at once; a test holds the docs to the file of a whole run.
+    partial = arguments.out.with_name(f"{arguments.out.name}.partial")
+    print(table_head(*COLUMNS))
+    for environment, is_last in zip(chosen, last_uses(chosen), strict=True):
+        folder = given.get(environment.folder, arguments.folder / environment.folder)
+        is_made = environment.folder not in given and not folder.exists()
+        rows[environment.name] = try_environment(
+            environment,
+            folder,
+            arguments.tests or environment.tests,
+            processes=arguments.processes,
+            installs=environment.folder not in given,
+        )
+        if is_last and is_made and not arguments.keep:
+            shutil.rmtree(folder)
+        print(describe(rows[environment.name]), flush=True)
+        keep_rows(partial, [rows[e.name] for e in ENVIRONMENTS if e.name in rows])
+    partial.replace(arguments.out)
+    return int(any(rows[environment.name]["failed"] for environment in chosen))
 
 
-def install(environment: Environment, folder: Path) -> Path:
-    """Make an environment, unless it is there; its Python."""
+def mismatches(requirements: Sequence[str], versions: Mapping[str, str | None]) -> Iterator[str]:
+    """What an environment has in the place of what is asked for, as `torch==2.11.*`."""
+    for requirement in requirements:
+        name, _, wanted = requirement.partition("==")
+        if not fnmatch(versions[name] or "none", wanted):
+            yield f"{name}: expected {wanted}, got {versions[name]}"
+
+
+def kept_rows(path: Path) -> dict[str, dict[str, Any]]:
+    """The rows of an earlier run by their names."""
+    if not path.exists():
+        return {}
+    return {row["name"]: row for row in json.loads(path.read_text(encoding="utf-8"))["rows"]}
+
+
+def last_uses(environments: Sequence[Environment]) -> list[bool]:
+    """For each environment, whether none behind it has its folder."""
+    folders = [environment.folder for environment in environments]
+    return [folder not in folders[index + 1 :] for index, folder in enumerate(folders)]
+
+
+def try_environment(
+    environment: Environment,
+    folder: Path,
+    tests: Sequence[str],
+    *,
+    processes: int,
+    installs: bool,
+) -> dict[str, Any]:
+    """Make an environment where it is not given, and run the tests: the row of the table.
+
+    An environment that cannot be made counts as one failure, so that the others are tried.
+    """
+    machine = describe_machine()
+    described = {
+        "name": environment.name,
+        "requirements": environment.requirements,
+        "options": environment.options,
+        "tests": list(tests),
+        "date": machine["date"],
+        "commit": machine["commit"],
+        "cpu": machine["cpu"],
+        "platform": platform.platform(),
+    }
+    python = folder / "bin" / "python"
+    try:
+        if installs:
+            install(environment.requirements, folder)
+    except subprocess.CalledProcessError as error:
+        failure = f"could not be installed: exit status {error.returncode}"
+        nothing = {"versions": {}, "seconds": 0, "passed": 0, "skipped": 0}
+        return {**described, **nothing, "failed": 1, "failures": [failure]}
+    outcome = run_tests(python, tests, options=environment.options, processes=processes)
+    return {**described, "versions": read_versions(python), **outcome}
+
+
+def install(requirements: Sequence[str], folder: Path) -> None:
+    """Make an environment; one that is there, or half made, gets what it lacks."""
     python = folder / "bin" / "python"
     if not python.exists():
         subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
-        pip = [str(python), "-m", "pip", "install", "--quiet"]
-        # Editable, since processes that tests start in the checkout find the checkout first.
-        subprocess.run([*pip, *environment.requirements, "-e", f"{ROOT}[test]"], check=True)
-    return python
+    pip = [str(python), "-m", "pip", "install", "--quiet"]
+    # Editable, since processes that tests start in the checkout find the checkout first.
+    subprocess.run([*pip, *requirements, "-e", f"{ROOT}[test]"], check=True)
 
 
-def test(environment: Environment, python: Path, tests: list[str]) -> dict[str, Any]:
-    """Run the tests in an environment: versions, and how many passed, were skipped, and failed."""
-    versions = subprocess.run(
-        [str(python), "-c", VERSIONS], capture_output=True, text=True, check=True
-    )
-    # Without -P the checkout, which lacks coded_resnext.kernels, would be in front of the package.
-    command = [
-        str(python),
-        "-P",
-        "-m",
-        "pytest",
-        "-q",
-        "--all",
-        "-p",
-        "no:cacheprovider",
-        *("-n", "auto", "--maxprocesses", "4", "--dist", "loadfile"),
-        *environment.options,
-    ]
-    begun = time.monotonic()
-    done = subprocess.run(
-        [*command, *tests],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": search_path()},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    counts = {word: int(number) for number, word in COUNT.findall(done.stdout[-300:])}
-    failed = counts.get("failed", 0) + counts.get("error", 0) + counts.get("errors", 0)
-    # A run that ends before its first test has no counts.
-    if done.returncode not in (0, 1) or not counts.get("passed"):
-        failed = max(failed, 1)
-        print(done.stdout[-2000:], done.stderr[-2000:], file=sys.stderr)
-    return {
-        **asdict(environment),
-        "versions": json.loads(versions.stdout),
-        "seconds": round(time.monotonic() - begun),
-        "passed": counts.get("passed", 0),
-        "skipped": counts.get("skipped", 0),
-        "failed": failed,
-        "failures": re.findall(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.MULTILINE),
-    }
-
-
-COUNT = re.compile(r"(\d+) (passed|failed|skipped|errors?)\b")
-
-
-def search_path() -> str:
-    """Where the plugin is found; what was there before stays."""
-    return os.pathsep.join(filter(None, [str(ROOT / "tests"), os.environ.get("PYTHONPATH")]))
-
-
-def describe(row: dict[str, Any]) -> str:
+def describe(row: Mapping[str, Any]) -> str:
     """A row of the table."""
-    versions = ", ".join(f"{name} {row['versions'][name]}" for name in ("python", *SHOWN))
-    numbers = " | ".join(str(row[name]) for name in ("passed", "skipped", "failed"))
-    return f"| {row['name']} | {versions} | {numbers} |"
+    versions = ", ".join(f"{name} {row['versions'].get(name)}" for name in SHOWN)
+    numbers = (row[name] for name in ("passed", "skipped", "failed"))
+    minutes = f"{row['seconds'] / 60:.0f} min"
+    return table_row(row["name"], versions, *numbers, minutes, row["commit"])
 
 
 if __name__ == "__main__":

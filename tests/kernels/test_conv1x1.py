@@ -22,6 +22,7 @@ from coded_resnext.kernels.conv1x1_configs import Plan, ProductSizes, planned
 from conv1x1_cases import ARGUMENTS, JOIN_ARGUMENTS, ProductCase, called, defined
 from helpers import relative_error
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 CASES = [
     ProductCase("odd_map", I=8, O=3, H=5, W=3),
@@ -261,6 +262,34 @@ def test_the_selection_table(
     assert conv1x1_ops.select_products(on_gpu, weight, "torch") == ""
     on_gpu.dtype = torch.float64
     assert conv1x1_ops.select_products(on_gpu, weight, "auto") == ""
+
+
+@pytest.mark.parametrize(
+    ("inputs", "outputs", "passes"), [(128, 256, "forward input weight"), (136, 24, "")]
+)
+def test_the_choice_for_a_gpu_is_compiled_whole(
+    inputs: int,
+    outputs: int,
+    passes: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """On fake CUDA tensors, which need no GPU: on the CPU the rule ends before its table."""
+    monkeypatch.setattr(conv1x1_ops, "architecture", lambda _index: "sm90")
+    conv1x1_ops._report.cache_clear()
+
+    def choose(x: Tensor, weight: Tensor) -> tuple[Tensor, str]:
+        return x.relu(), conv1x1_ops.select_products(x, weight, "triton")
+
+    compiled = torch.compile(choose, fullgraph=True, dynamic=False, backend="eager")
+    with FakeTensorMode(), caplog.at_level(logging.INFO, logger=conv1x1_ops.logger.name):
+        x = torch.empty(2, inputs, 3, 3, dtype=torch.bfloat16, device="cuda")
+        weight = torch.empty(outputs, inputs, 1, 1, dtype=torch.bfloat16, device="cuda")
+        y, chosen = compiled(x, weight)
+    assert y.device.type == "cuda"
+    assert chosen == passes
+    said = [r.getMessage() for r in caplog.records if r.name == conv1x1_ops.logger.name]
+    assert [f"inputs={inputs}, outputs={outputs}" in text for text in said] == [True]
 
 
 def test_kernels_asked_for_by_name_that_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:

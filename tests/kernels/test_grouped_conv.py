@@ -15,6 +15,8 @@ from coded_resnext.kernels.reference import channel_statistics
 from coded_resnext.kernels.reference import grouped_conv3x3 as definition
 from grouped_cases import GroupedCase, defined
 from helpers import relative_error
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 CASES = [
     GroupedCase("odd_map", N=2, D=3, H=5, W=3),
@@ -186,6 +188,29 @@ def test_nothing_is_chosen_that_was_not_measured(
     assert grouped_ops.select_passes(on_gpu, weight, 2, "torch") == ""  # type: ignore[arg-type]
     on_gpu.dtype = torch.float64
     assert grouped_ops.select_passes(on_gpu, weight, 2, "auto") == ""  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("width", "passes"), [(16, "forward weight"), (4, ""), (6, "")])
+def test_the_choice_for_a_gpu_is_compiled_whole(
+    width: int, passes: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """On fake CUDA tensors, which need no GPU: on the CPU the rule ends before its table."""
+    monkeypatch.setattr(grouped_ops, "architecture", lambda _index: "sm90")
+    monkeypatch.setitem(grouped_configs.WINS, ("sm90", 16, 1), "forward weight")
+    grouped_ops._report.cache_clear()
+
+    def choose(x: Tensor, weight: Tensor) -> tuple[Tensor, str]:
+        return x.relu(), grouped_ops.select_passes(x, weight, 1, "auto")
+
+    compiled = torch.compile(choose, fullgraph=True, dynamic=False, backend="eager")
+    with FakeTensorMode(), caplog.at_level(logging.INFO, logger=grouped_ops.logger.name):
+        x = torch.empty(2, 2 * width, 3, 3, dtype=torch.bfloat16, device="cuda")
+        weight = torch.empty(2 * width, width, 3, 3, dtype=torch.bfloat16, device="cuda")
+        y, chosen = compiled(x, weight)
+    assert y.device.type == "cuda"
+    assert chosen == passes
+    said = [r.getMessage() for r in caplog.records if r.name == grouped_ops.logger.name]
+    assert [f"width={width}" in text for text in said] == [True]
 
 
 def test_kernels_asked_for_by_name_that_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:

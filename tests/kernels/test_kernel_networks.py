@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from coded_resnext.kernels import conv1x1_configs
 from coded_resnext.kernels.configs import LaunchRow
+from coded_resnext.kernels.conv1x1_configs import Plan
 from helpers import GOLDEN, below, load_golden, relative_error
+from torch import Tensor
 
 from coded_resnext import CodedLoss, CodedResNeXt, Stage
 from coded_resnext.convert import (
@@ -124,14 +127,19 @@ def test_golden_network(
     assert set(launched) == (CODED_KERNELS if backend == "triton" else set())
 
 
-def train(backend: str, steps: int) -> list[float]:
-    """Losses of a network like that of the digits, in little, on the same small random batches."""
+def small_network(backend: str, drop_branches: float) -> CodedResNeXt:
+    """A network like that of the digits, in little; each call makes the same."""
     torch.manual_seed(0)
     stages = [Stage(1, 16, 2, 8, 8), Stage(1, 16, 2, 10, 5, stride=2)]
     model = CodedResNeXt(
-        stages, 10, stem_channels=8, in_channels=1, drop_branches=0.1, backend=backend
+        stages, 10, stem_channels=8, in_channels=1, drop_branches=drop_branches, backend=backend
     )
-    model = model.to(memory_format=torch.channels_last).train()
+    return model.to(memory_format=torch.channels_last)
+
+
+def train(backend: str, steps: int) -> list[float]:
+    """Losses of the small network on the same small random batches."""
+    model = small_network(backend, drop_branches=0.1).train()
     loss = CodedLoss(model.codebooks, weight=6.0, backend=backend)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     generator = torch.Generator().manual_seed(1)
@@ -155,3 +163,29 @@ def test_ten_steps_give_the_losses_of_pytorch() -> None:
     assert found == pytest.approx(expected, rel=1e-4)
     # The losses differ from step to step by far more than that.
     assert max(expected) - min(expected) > 0.1
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_network_by_kernels_compiles_whole(
+    training: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every pass of every convolution by an interpreted kernel, forward and, in training, backward.
+
+    In evaluation BatchNorm is folded, by kernels of its own.
+    """
+    every_pass = Plan("forward input weight", "for this test", measured=True)
+    monkeypatch.setattr(conv1x1_configs, "OTHERS", every_pass)
+    whole, eager = (small_network("triton", drop_branches=0.0).train(training) for _ in range(2))
+    compiled = torch.compile(whole, fullgraph=True, backend="aot_eager")
+    images = torch.rand(2, 1, 4, 4, generator=torch.Generator().manual_seed(1))
+    outcomes: list[list[Tensor]] = []
+    with torch.set_grad_enabled(training):
+        for model, called in ((whole, compiled), (eager, eager)):
+            logits, energies = called(images, return_energies=True)
+            outcomes.append([logits, *energies])
+            if training:
+                total = logits.square().sum() + sum(e.pow(3).sum() for e in energies)
+                outcomes[-1] += torch.autograd.grad(total, list(model.parameters()))
+    # The graph sums gradients in an order of its own; a wrong choice of kernels stops before.
+    for found, expected in zip(*outcomes, strict=True):
+        assert relative_error(found, expected) < GRADIENTS
