@@ -27,8 +27,6 @@ class Limits:
     """Whether it must multiply on tensor cores."""
     wide_loads: bool = True
     """Whether most of its main loop's loads must be of 128 bits, where rows are aligned to them."""
-    spilled: int = 0
-    """Instructions that keep a register in memory."""
 
 
 # H200s issue 0.218 warp instructions a byte, B200s 0.146: energies of up to 32 channels are to stay

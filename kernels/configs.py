@@ -12,6 +12,7 @@ from __future__ import annotations
 import importlib
 from dataclasses import dataclass, replace
 from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Literal
 
 Dtype = Literal["bf16", "fp16", "fp32"]
@@ -118,6 +119,18 @@ def _function(kernel: str) -> Any:
     install()
     module, name = kernel.split(":")
     return getattr(importlib.import_module(f".{module}", __package__), name)
+
+
+@cache
+def triton_release() -> str:
+    """Major and minor number of the installed Triton, such as `3.9`; empty without one.
+
+    For the few rows that one version needs to be its own.
+    """
+    try:
+        return ".".join(version("triton").split(".")[:2])
+    except PackageNotFoundError:
+        return ""
 
 
 def next_power_of_2(number: int) -> int:

@@ -96,6 +96,7 @@ KERNEL_CASES = [
     Case("cifar_24", B=2, N=2, D=24, layout="channels_last"),
     Case("two_steps_of_windows", B=2, N=9, D=16, H=3, W=3, layout="channels_last"),
     Case("two_blocks_of_pixels", B=2, N=2, D=4, H=10, W=9, layout="channels_last", drop=True),
+    Case("two_blocks_of_44", B=2, N=2, D=44, H=10, W=9, layout="channels_last", drop=True),
     Case("samples_of_two_programs", B=11, N=2, D=4, H=2, W=2, layout="channels_last", keep=True),
 ]
 

@@ -19,7 +19,9 @@ import pytest
 import static
 import static_limits
 import static_rows
+from coded_resnext.kernels import grouped_configs
 from coded_resnext.kernels.build import build
+from coded_resnext.kernels.grouped_configs import GroupedSizes, GroupedVariant
 from coded_resnext.kernels.prebuilt import FOLDERS_VARIABLE
 from coded_resnext.kernels.shipped_rows import shipped_rows
 from sass import Code, Instruction, unequal_sums
@@ -77,8 +79,7 @@ def test_shipped_kernels_keep_their_limits(compiled: Path, tmp_path: Path) -> No
     for row in rows:
         assert 16 <= row["registers"] <= 255
         assert row["instructions"] >= row["loop_instructions"] > 10
-        if not static_limits.triton.__version__.startswith("3.6."):
-            assert row["spilled"] == 0
+        assert row["spilled"] == 0
         limits = static.limits_for(
             kernels[row["row"]].partition(":")[2], settings[row["arch"]][row["row"]]
         )
@@ -107,11 +108,13 @@ def test_float32_gradients_keep_their_registers(
         ("energy_backward 10x11d c4 fp32", "sm80"),
         ("aggregate_backward 10x11d c4 fp32", "sm80"),
         ("aggregate_backward 32x4d c5 160px fp32", "sm90"),
+        # With Triton 3.8: 2454 instructions.
+        ("aggregate_backward 10x11d c4 fp32", "sm90"),
     }
     monkeypatch.setenv("PYTHONPATH", str(HERE), prepend=os.pathsep)
     figures = static.measure(["sm80", "sm90"], tmp_path, lambda *row: row in spilled, None)
     assert {(row["row"], row["arch"]) for row in figures} == spilled
-    assert [row["spilled"] for row in figures] == [0, 0, 0]
+    assert not any(row["spilled"] for row in figures), figures
 
 
 @pytest.mark.long
@@ -185,6 +188,21 @@ def test_limits_differ_by_version(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(static_limits.LIMITS, "some_kernel 64", Limits(registers=200))
     assert static_limits.limits_of("some_kernel", 64) == Limits(registers=200)
     assert static_limits.limits_of("some_kernel", 32) == Limits(registers=128)
+
+
+def test_rows_of_one_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Windows of 24 channels load a trip ahead where Triton 3.6 would spill them."""
+    fused = GroupedVariant(affine=True, statistics=True)
+    coded = GroupedVariant(folded=True, energies=True)
+    for release, stages in (("3.6", 2), ("3.7", 1), ("3.8", 1), ("3.9", 1)):
+        monkeypatch.setattr(grouped_configs, "triton_release", lambda release=release: release)
+        # The makers remember their rows: what they wrap does not.
+        forward = grouped_configs.forward.__wrapped__
+        gradient = grouped_configs.input_gradient.__wrapped__
+        assert forward(GroupedSizes(20, 12), coded).num_stages == stages
+        assert gradient(GroupedSizes(20, 24, stride=2), fused).num_stages == stages
+        for sizes in (GroupedSizes(32, 16), GroupedSizes(32, 32)):
+            assert forward(sizes, coded).num_stages == 1
 
 
 def nested(unrolled: int) -> Code:
