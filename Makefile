@@ -32,7 +32,7 @@ bench: .venv/dev.stamp
 
 # Kills, signals, tampered files and random calls; docs/reliability.md has the table of a run.
 torture: .venv/dev.stamp
-	OMP_NUM_THREADS=1 $(BIN)/python tests/torture.py
+	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m torture
 
 # Every supported torch with its Triton, one environment of 5 GB after the other: hours.
 matrix: .venv/dev.stamp

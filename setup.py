@@ -77,7 +77,7 @@ class EditableWheel(editable_wheel):
             for path in [*(root / "coded_resnext").iterdir(), root / "kernels"]:
                 (package / path.name).symlink_to(path)
             options = [option for arch in archs for option in ("--arch", arch)]
-            command = "import sys; from coded_resnext.cli import main; sys.exit(main())"
+            command = "import sys; from coded_resnext.cli.main import main; sys.exit(main())"
             subprocess.run(  # noqa: S603
                 [sys.executable, "-P", "-c", command, "build-kernels", *options],
                 env={**os.environ, "PYTHONPATH": folder},
@@ -97,11 +97,24 @@ setup(
     # Listed in full: package discovery does not see through the package_dir mapping.
     packages=[
         "coded_resnext",
+        "coded_resnext.cli",
         "coded_resnext.codebooks",
-        "coded_resnext.commands",
+        "coded_resnext.data",
+        "coded_resnext.deploy",
         "coded_resnext.interpret",
         "coded_resnext.interpret.report",
         "coded_resnext.kernels",
+        "coded_resnext.kernels.build",
+        "coded_resnext.kernels.coded",
+        "coded_resnext.kernels.conv1x1",
+        "coded_resnext.kernels.conv3x3",
+        "coded_resnext.kernels.loss",
+        "coded_resnext.kernels.prebuilt",
+        "coded_resnext.kernels.recompute",
+        "coded_resnext.kernels.residual",
+        "coded_resnext.models",
+        "coded_resnext.models.fused",
+        "coded_resnext.training",
     ],
     package_dir={"coded_resnext.kernels": "kernels"},
     package_data={
@@ -129,7 +142,7 @@ setup(
         "all": sorted({*TRAIN, *REPORT, *CODES, *DEV}),
     },
     cmdclass={"editable_wheel": EditableWheel},
-    entry_points={"console_scripts": ["coded-resnext = coded_resnext.cli:main"]},
+    entry_points={"console_scripts": ["coded-resnext = coded_resnext.cli.main:main"]},
     classifiers=[
         "Development Status :: 3 - Alpha",
         "Intended Audience :: Science/Research",

@@ -10,12 +10,12 @@ import argparse
 
 import torch
 
-from coded_resnext.augment_agreement import compare_operations
-from coded_resnext.datasets import load_dataset
-from coded_resnext.distributed import run_script
-from coded_resnext.image_sets import MemoryImages
-from coded_resnext.machine import describe_machine
-from coded_resnext.recipe import DataConfig
+from coded_resnext.data.datasets import load_dataset
+from coded_resnext.data.image_sets import MemoryImages
+from coded_resnext.data.on_device import compare_operations
+from coded_resnext.training.processes import run_script
+from coded_resnext.training.recipe import DataConfig
+from coded_resnext.training.run_folder import describe_machine
 
 CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from coded_resnext.machine import describe_machine
+from coded_resnext.training.run_folder import describe_machine
 
 ROWS = pytest.StashKey[list[dict[str, Any]]]()
 

@@ -4,55 +4,55 @@ A name is imported from its module when it is first used, so that the command li
 question for help without loading PyTorch.
 """
 
-import sys
 from importlib import import_module
-from types import ModuleType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .codebook import Codebook
-    from .decode import decode
-    from .early_exit import EarlyExit, EarlyPrediction
-    from .exit_calibration import ExitScores, calibrate, exit_scores
-    from .extract import extract_classifier, extract_subset
-    from .extracted import ExtractedClassifier, ExtractedNetwork
-    from .grouped_conv import GroupedConv2d, use_grouped_kernels
-    from .layers import CodedBottleneck, DropSubNNs
-    from .losses import CodedLoss, LossTerms
-    from .models import CodedResNeXt
-    from .pretrained import Pretrained, from_pretrained, push_to_hub, save_pretrained
-    from .registry import create_model, list_models
-    from .stages import Stage
-    from .warm_up import WarmUp, warm_up
+    from .codebooks.codebook import Codebook
+    from .deploy.early_exit import EarlyExit, EarlyPrediction, ExitScores, calibrate, exit_scores
+    from .deploy.extract import (
+        ExtractedClassifier,
+        ExtractedNetwork,
+        extract_classifier,
+        extract_subset,
+    )
+    from .deploy.hub import Pretrained, from_pretrained, push_to_hub, save_pretrained
+    from .kernels.build.warm_up import WarmUp, warm_up
+    from .models.block import CodedBottleneck, DropSubNNs
+    from .models.decode import decode
+    from .models.grouped_conv import GroupedConv2d, use_grouped_kernels
+    from .models.loss import CodedLoss, LossTerms
+    from .models.registry import create_model, list_models
+    from .models.resnext import CodedResNeXt, Stage
 
 _MODULES = {
-    "Codebook": "codebook",
-    "CodedBottleneck": "layers",
-    "CodedLoss": "losses",
-    "CodedResNeXt": "models",
-    "DropSubNNs": "layers",
-    "EarlyExit": "early_exit",
-    "EarlyPrediction": "early_exit",
-    "ExitScores": "exit_calibration",
-    "ExtractedClassifier": "extracted",
-    "ExtractedNetwork": "extracted",
-    "GroupedConv2d": "grouped_conv",
-    "LossTerms": "losses",
-    "Pretrained": "pretrained",
-    "Stage": "stages",
-    "WarmUp": "warm_up",
-    "calibrate": "exit_calibration",
-    "create_model": "registry",
-    "decode": "decode",
-    "exit_scores": "exit_calibration",
-    "extract_classifier": "extract",
-    "extract_subset": "extract",
-    "from_pretrained": "pretrained",
-    "list_models": "registry",
-    "push_to_hub": "pretrained",
-    "save_pretrained": "pretrained",
-    "use_grouped_kernels": "grouped_conv",
-    "warm_up": "warm_up",
+    "Codebook": "codebooks.codebook",
+    "CodedBottleneck": "models.block",
+    "CodedLoss": "models.loss",
+    "CodedResNeXt": "models.resnext",
+    "DropSubNNs": "models.block",
+    "EarlyExit": "deploy.early_exit",
+    "EarlyPrediction": "deploy.early_exit",
+    "ExitScores": "deploy.early_exit",
+    "ExtractedClassifier": "deploy.extract",
+    "ExtractedNetwork": "deploy.extract",
+    "GroupedConv2d": "models.grouped_conv",
+    "LossTerms": "models.loss",
+    "Pretrained": "deploy.hub",
+    "Stage": "models.resnext",
+    "WarmUp": "kernels.build.warm_up",
+    "calibrate": "deploy.early_exit",
+    "create_model": "models.registry",
+    "decode": "models.decode",
+    "exit_scores": "deploy.early_exit",
+    "extract_classifier": "deploy.extract",
+    "extract_subset": "deploy.extract",
+    "from_pretrained": "deploy.hub",
+    "list_models": "models.registry",
+    "push_to_hub": "deploy.hub",
+    "save_pretrained": "deploy.hub",
+    "use_grouped_kernels": "models.grouped_conv",
+    "warm_up": "kernels.build.warm_up",
 }
 
 __all__ = [
@@ -84,21 +84,6 @@ __all__ = [
     "use_grouped_kernels",
     "warm_up",
 ]
-
-
-class _Package(ModuleType):
-    """This package, in which a submodule does not hide the function that is named as it is.
-
-    Python binds a submodule to its package once it is imported: `coded_resnext.decode` would be
-    the module from then on.
-    """
-
-    def __setattr__(self, name: str, value: object) -> None:
-        if not (name in _MODULES and isinstance(value, ModuleType)):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package
 
 
 def __getattr__(name: str) -> object:

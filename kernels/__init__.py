@@ -5,22 +5,19 @@ if not __name__.startswith("coded_resnext."):
         f"this folder is installed as coded_resnext.kernels; import that instead of {__name__!r}"
     )
 
-from .checks import Aggregation
-from .conv1x1_ops import conv1x1, join_conv1x1
-from .grouped_ops import ConvBackend, check_conv_backend, grouped_conv3x3
-from .ops import (
+from .backend import (
     Backend,
-    CodingLosses,
-    Expanded,
+    ConvBackend,
     backends,
-    branch_energy,
     check_backend,
-    coded_aggregate,
-    coded_expand,
-    coding_loss,
-    coding_losses,
+    check_conv_backend,
     select_backend,
 )
+from .checks import Aggregation
+from .coded.functional import Expanded, branch_energy, coded_aggregate, coded_expand
+from .conv1x1.functional import conv1x1, join_conv1x1
+from .conv3x3.functional import grouped_conv3x3
+from .loss.functional import CodingLosses, coding_loss, coding_losses
 
 __all__ = [
     "Aggregation",

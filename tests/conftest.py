@@ -9,11 +9,16 @@ Tests marked `long` are left out unless `--all` is given, which `make test-all` 
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 os.environ["TRITON_INTERPRET"] = "1"
+# Processes that tests start find tests/support/ as the tests themselves do.
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    filter(None, (str(Path(__file__).parent), os.environ.get("PYTHONPATH")))
+)
 
 LEFT_OUT = pytest.StashKey[int]()
 

@@ -25,7 +25,7 @@ from typing import Any
 
 from suite_runs import ROOT, keep_rows, read_versions, run_tests, table_head, table_row
 
-from coded_resnext.machine import describe_machine
+from coded_resnext.training.run_folder import describe_machine
 
 OUT = ROOT / "benchmarks" / "results" / "portability.json"
 COLUMNS = ("processor", "in effect", "threads", "passed", "skipped", "failed", "minutes")

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import GOLDEN, below, load_golden, relative_error
+from support.helpers import GOLDEN, below, load_golden, relative_error
 
 from coded_resnext import CodedLoss, decode
-from coded_resnext.convert import (
+from coded_resnext.models.published import (
     published_block,
     published_block_state,
     published_model,

@@ -9,18 +9,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from malicious_files import ATTACKS, MARK, Attack
-from small_networks import make_network
-from torture_files import make_kinds, tamper_with
+from support.malicious_files import ATTACKS, MARK, Attack
+from support.small_networks import make_network
+from torture.files import make_kinds, tamper_with
 
-from coded_resnext import Codebook, cli
-from coded_resnext.early_exit import EarlyExit
-from coded_resnext.extracted_files import extract_all, file_name, load_extracted
+from coded_resnext import Codebook
+from coded_resnext.cli import main
+from coded_resnext.deploy.early_exit import EarlyExit
+from coded_resnext.deploy.extract_files import extract_all, file_name, load_extracted
+from coded_resnext.deploy.hub import Pretrained, from_pretrained, save_pretrained
+from coded_resnext.files import LARGEST_TEXT
 from coded_resnext.interpret.report import gather
-from coded_resnext.pretrained import Pretrained, from_pretrained, save_pretrained
-from coded_resnext.recipe import load_recipe
-from coded_resnext.settings import LARGEST_YAML
-from coded_resnext.text_files import LARGEST_TEXT
+from coded_resnext.training.recipe import LARGEST_YAML, load_recipe
 
 ROOT = Path(__file__).parents[1]
 
@@ -63,7 +63,7 @@ def test_a_sum_that_is_not_compared_would_be_noticed(
     """Tampering itself: without the comparison some files load and are not what was saved."""
     kind = make_kinds(tmp_path)[0]
     stated = json.loads((tmp_path / "shared" / "config.json").read_text())["sha256"]
-    monkeypatch.setattr("coded_resnext.pretrained._digest", lambda path: stated[path.name])
+    monkeypatch.setattr("coded_resnext.deploy.hub._digest", lambda path: stated[path.name])
     assert tamper_with(kind, files=200, seed=0).wrong
 
 
@@ -207,7 +207,7 @@ def test_a_strangers_network_writes_only_where_it_is_told(
         ["report", "in", "--out", "out/report.html"],
         ["extract", "in", ODD_NAMES[2], "--out", "out/one.safetensors"],
     ):
-        cli.main(command)
+        main.main(command)
     made = everything(tmp_path) - outside
     assert made
     assert all(name.startswith("a/b/out") for name in made), made
@@ -237,8 +237,8 @@ def test_predictions_of_odd_files_and_classes(
 ) -> None:
     from PIL import Image
 
-    from coded_resnext.checkpoint import save_model
-    from coded_resnext.data import Preprocessing
+    from coded_resnext.data.preprocessing import Preprocessing
+    from coded_resnext.models.checkpoint import save_model
 
     save_model(
         tmp_path / "m.safetensors", odd_model(), preprocessing=Preprocessing(6, 1, (0.5,), (1.0,))
@@ -253,23 +253,23 @@ def test_predictions_of_odd_files_and_classes(
     for index, name in enumerate(names):
         Image.new("L", (6, 6), 40 * index).save(tmp_path / name)
     paths = [str(tmp_path / name) for name in names]
-    assert cli.main(["predict", str(tmp_path / "m.safetensors"), *paths]) == 0
+    assert main.main(["predict", str(tmp_path / "m.safetensors"), *paths]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == len(names)
     assert all(line.isprintable() for line in lines)
     assert "a\\nb.png" in lines[0]
-    assert cli.main(["predict", str(tmp_path / "m.safetensors"), *paths, "--json"]) == 0
+    assert main.main(["predict", str(tmp_path / "m.safetensors"), *paths, "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)
     assert [row["file"] for row in rows] == paths
     # An error names the file, on one line.
     (tmp_path / "bad\n.png").write_bytes(b"no image")
-    assert cli.main(["predict", str(tmp_path / "m.safetensors"), str(tmp_path / "bad\n.png")]) == 2
+    assert main.main(["predict", str(tmp_path / "m.safetensors"), str(tmp_path / "bad\n.png")]) == 2
     assert "not a readable image" in capsys.readouterr().err
 
 
 def test_memory_of_a_compressed_archive_is_not_taken(tmp_path: Path) -> None:
     """A mutation would be to leave out the look into the archive: this many bytes then appear."""
-    from torture_files import _peak, _reset_peak
+    from torture.files import _peak, _reset_peak
 
     attack = next(a for a in ATTACKS if "256 MiB" in a.name)
     content = attack.content()

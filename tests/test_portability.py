@@ -62,7 +62,7 @@ def test_counts_are_those_of_the_last_line(line: str, counts: tuple[int, int, in
 
 def test_tests_of_arithmetic_are_found_by_what_they_compare() -> None:
     names = {Path(name).name for name in arithmetic_tests()}
-    assert names >= {"test_models.py", "test_export.py", "test_aggregate.py", "test_removal.py"}
+    assert names >= {"test_resnext.py", "test_export.py", "test_aggregate.py", "test_removal.py"}
     assert not names & {"test_static.py", "test_browser.py", "test_cli.py"}
 
 

@@ -10,9 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from image_data import write_images
+from support.image_data import write_images
 
-from coded_resnext.checkpoint import load_model
+from coded_resnext.models.checkpoint import load_model
 
 pytestmark = pytest.mark.long
 

@@ -25,7 +25,7 @@ from typing import Any
 
 from suite_runs import ROOT, keep_rows, read_versions, run_tests, table_head, table_row
 
-from coded_resnext.machine import describe_machine
+from coded_resnext.training.run_folder import describe_machine
 
 SHOWN = ("python", "torch", "triton", "numpy", "torchvision")
 COLUMNS = ("environment", "versions", "passed", "skipped", "failed", "tests alone", "commit")
@@ -33,31 +33,31 @@ COLUMNS = ("environment", "versions", "passed", "skipped", "failed", "tests alon
 TESTS = (
     "tests/kernels",
     "tests/benchmarks",
-    "tests/commands/test_export.py",
-    "tests/test_device_augment.py",
-    "tests/test_export.py",
-    "tests/test_extract.py",
-    "tests/test_extracted_files.py",
-    "tests/test_fused.py",
-    "tests/test_fused_distributed.py",
-    "tests/test_fused_inference.py",
-    "tests/test_fused_launches.py",
-    "tests/test_fused_network.py",
-    "tests/test_fused_norm.py",
-    "tests/test_fused_unwritten.py",
+    "tests/cli/test_export.py",
+    "tests/data/test_on_device.py",
+    "tests/deploy/test_export.py",
+    "tests/deploy/test_extract.py",
+    "tests/deploy/test_extract_files.py",
+    "tests/models/fused/test_block.py",
+    "tests/models/fused/test_processes.py",
+    "tests/models/fused/test_inference.py",
+    "tests/models/fused/test_launches.py",
+    "tests/models/fused/test_network.py",
+    "tests/models/fused/test_norm.py",
+    "tests/models/fused/test_recompute.py",
     "tests/test_golden.py",
-    "tests/test_grouped_conv_module.py",
-    "tests/test_layers.py",
-    "tests/test_losses.py",
-    "tests/test_models.py",
+    "tests/models/test_grouped_conv.py",
+    "tests/models/test_block.py",
+    "tests/models/test_loss.py",
+    "tests/models/test_resnext.py",
     "tests/test_package.py",
-    "tests/test_pretrained.py",
-    "tests/test_step.py",
-    "tests/test_timm_models.py",
-    "tests/test_training_launches.py",
-    "tests/test_unnormalized.py",
+    "tests/deploy/test_hub.py",
+    "tests/training/test_step.py",
+    "tests/models/test_timm_models.py",
+    "tests/kernels/build/test_training_launches.py",
+    "tests/kernels/coded/test_unnormalized.py",
     "tests/test_version_matrix.py",
-    "tests/test_warm_up.py",
+    "tests/kernels/build/test_warm_up.py",
 )
 # The kernels need Triton; so do the benchmarks' and what compiles them.
 WITHOUT_TRITON = (

@@ -26,13 +26,13 @@ import digits
 import torch
 
 from coded_resnext import CodedResNeXt
-from coded_resnext.atomic_file import write_atomically
-from coded_resnext.augment import TrainTransform
-from coded_resnext.batch import TrainingBatches, TrainLoader
-from coded_resnext.config import TrainingConfig
-from coded_resnext.data import Preprocessing, RandomShift, batches, load_digits_split
-from coded_resnext.distributed import run_script, training_session
-from coded_resnext.engine import fit
+from coded_resnext.cli.train import make_model, open_data
+from coded_resnext.data.augment import TrainTransform
+from coded_resnext.data.batches import RandomShift, TrainingBatches, TrainLoader, batches
+from coded_resnext.data.datasets import load_digits_split
+from coded_resnext.data.loaders import EvalImages, TrainImages
+from coded_resnext.data.preprocessing import Preprocessing
+from coded_resnext.files import write_atomically
 from coded_resnext.interpret import Loader, evaluate, save_evaluation
 from coded_resnext.interpret.ablations import (
     ABLATIONS,
@@ -43,10 +43,11 @@ from coded_resnext.interpret.ablations import (
     summarize,
     vary,
 )
-from coded_resnext.loaders import EvalImages, TrainImages
-from coded_resnext.recipe import load_recipe
-from coded_resnext.run_folder import SUMMARY_FILE, RunFolder, versions
-from coded_resnext.run_recipe import make_model, open_data
+from coded_resnext.training.config import TrainingConfig
+from coded_resnext.training.engine import fit
+from coded_resnext.training.processes import run_script, training_session
+from coded_resnext.training.recipe import load_recipe
+from coded_resnext.training.run_folder import SUMMARY_FILE, RunFolder, versions
 
 RESULTS_FILE = "ablations.json"
 

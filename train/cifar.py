@@ -9,7 +9,7 @@ Source, expected accuracy, cost and command stand in the recipes: cifar10, cifar
 
 import sys
 
-from coded_resnext.run_recipe import main
+from coded_resnext.cli.train import main
 
 if __name__ == "__main__":
     sys.exit(main(__file__, __doc__, default="cifar10"))

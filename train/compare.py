@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from coded_resnext.run_folder import SUMMARY_FILE
+from coded_resnext.training.run_folder import SUMMARY_FILE
 
 PRECISION = "one-class mean average precision"
 

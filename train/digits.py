@@ -17,23 +17,18 @@ from pathlib import Path
 from typing import get_args
 
 import torch
-from coded_resnext.kernels import Backend, check_backend
 
 from coded_resnext import CodedResNeXt, create_model
-from coded_resnext.batch import TrainingBatches
-from coded_resnext.config import TrainingConfig
-from coded_resnext.data import (
-    SPLIT_SEED,
-    DigitsSplit,
-    RandomShift,
-    batches,
-    load_digits_split,
-)
-from coded_resnext.distributed import run_script
-from coded_resnext.engine import fit
+from coded_resnext.cli.train import require_packages, write_results
+from coded_resnext.data.batches import RandomShift, TrainingBatches, batches
+from coded_resnext.data.datasets import DigitsSplit, load_digits_split
+from coded_resnext.data.preprocessing import SPLIT_SEED
 from coded_resnext.interpret import evaluate
-from coded_resnext.run_folder import RunFolder
-from coded_resnext.run_results import require_packages, write_results
+from coded_resnext.kernels import Backend, check_backend
+from coded_resnext.training.config import TrainingConfig
+from coded_resnext.training.engine import fit
+from coded_resnext.training.processes import run_script
+from coded_resnext.training.run_folder import RunFolder
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:

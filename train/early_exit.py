@@ -24,16 +24,17 @@ from sklearn.model_selection import StratifiedKFold
 from torch import Tensor
 
 from coded_resnext import CodedResNeXt, EarlyExit, ExitScores, calibrate, exit_scores
-from coded_resnext.atomic_file import write_atomically
-from coded_resnext.batch import TrainingBatches
-from coded_resnext.checkpoint import LoadedModel, load_model
-from coded_resnext.config import TrainingConfig
-from coded_resnext.cost import network_cost
-from coded_resnext.data import SPLIT_SEED, RandomShift, batches, load_digits_split
-from coded_resnext.distributed import run_script
-from coded_resnext.early_exit import EXIT_FILE, predict_early
-from coded_resnext.engine import fit
-from coded_resnext.run_folder import RunFolder, versions
+from coded_resnext.data.batches import RandomShift, TrainingBatches, batches
+from coded_resnext.data.datasets import load_digits_split
+from coded_resnext.data.preprocessing import SPLIT_SEED
+from coded_resnext.deploy.cost import network_cost
+from coded_resnext.deploy.early_exit import EXIT_FILE, predict_early
+from coded_resnext.files import write_atomically
+from coded_resnext.models.checkpoint import LoadedModel, load_model
+from coded_resnext.training.config import TrainingConfig
+from coded_resnext.training.engine import fit
+from coded_resnext.training.processes import run_script
+from coded_resnext.training.run_folder import RunFolder, versions
 
 MEASUREMENT_FILE = "early_exit_test.json"
 SINGLE_IMAGES = 60

@@ -8,7 +8,7 @@ and imagenet_150 (of the paper). The data are IMAGENET/{train,val}/CLASS/*.
 
 import sys
 
-from coded_resnext.run_recipe import main
+from coded_resnext.cli.train import main
 
 if __name__ == "__main__":
     sys.exit(main(__file__, __doc__, default="imagenet"))

@@ -28,9 +28,9 @@ from typing import Any
 import compare
 import torch
 
-from coded_resnext.atomic_file import write_atomically
-from coded_resnext.commands.report import REPORT_FILE
-from coded_resnext.distributed import run_script
+from coded_resnext.cli.report import REPORT_FILE
+from coded_resnext.cli.train import ROTATED, Command, identity, parse_command, run_recipe
+from coded_resnext.files import read_json, write_atomically
 from coded_resnext.interpret.ablations import (
     BASE,
     PLAIN,
@@ -41,7 +41,7 @@ from coded_resnext.interpret.ablations import (
     summarize,
     vary,
 )
-from coded_resnext.interpret.reproduction import (
+from coded_resnext.interpret.comparing import (
     FinishedRun,
     accuracy_table,
     best,
@@ -49,18 +49,15 @@ from coded_resnext.interpret.reproduction import (
     removal_table,
 )
 from coded_resnext.interpret.results import load_evaluation
-from coded_resnext.machine import describe_machine
-from coded_resnext.outside import ROTATED
-from coded_resnext.recipe import Command, parse_command
-from coded_resnext.run_folder import (
+from coded_resnext.training.processes import run_script
+from coded_resnext.training.run_folder import (
     CONFIG_FILE,
     FREE_SETTINGS,
     METRICS_FILE,
     SUMMARY_FILE,
+    describe_machine,
     differences,
 )
-from coded_resnext.run_recipe import identity, run_recipe
-from coded_resnext.text_files import read_json
 
 TABLE_FILE, RESULTS_FILE = "reproduce.md", "reproduce.json"
 RECIPES = Path(__file__).parent / "recipes"

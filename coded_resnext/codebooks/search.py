@@ -2,9 +2,9 @@
 
 From the largest distance that the bounds leave open down to 2, each is tried by
 
-* annealing of balanced words by switches when there are few words (`switches.py`);
+* annealing of balanced words by switches when there are few words (`codebooks/annealing.py`);
 * unions of orbits of groups that act on the branches (`orbits.py`, `unions.py`), trimmed to the
-  number of classes (`trim.py`), else.
+  number of classes (`codebooks/unions.py`), else.
 
 Distance 2 is always reached. All budgets count steps, never time: the same arguments give the same
 words.
@@ -20,19 +20,11 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
+from .annealing import Annealed, anneal, even_out, even_words
 from .bounds import distance_bound, pair_bound
-from .groups import Group, regular_groups
-from .orbits import full_orbits, join, short_orbits
-from .switches import Annealed, anneal, even_out, even_words
-from .trim import trim
-from .unions import Accounts, Union, enumerate_unions, exchange
-from .words import (
-    Words,
-    all_words,
-    distance_histogram,
-    first_duplicate,
-    from_sets,
-)
+from .orbits import Group, full_orbits, join, regular_groups, short_orbits
+from .unions import Accounts, Union, enumerate_unions, exchange, trim
+from .words import Words, all_words, distance_histogram, first_duplicate, from_sets
 
 # A distance is hopeless when a random word would be too near to more than so many others.
 HOPELESS = 12.0

@@ -1,22 +1,32 @@
 """The experiments of the paper and the talk, each a function of a network and a loader."""
 
 from .budget import Budget, parse_duration
-from .early_decoding import BlockDecoding, Classification, EarlyDecoding, decode_early
-from .evaluate import evaluate
-from .evaluation import Evaluation
-from .exit_curve import ExitCurve, ExitPoint, exit_curve
+from .decoding import (
+    BlockDecoding,
+    Classification,
+    EarlyDecoding,
+    ExitCurve,
+    ExitPoint,
+    decode_early,
+    exit_curve,
+)
+from .evaluate import Evaluation, evaluate
 from .figures import save_figures
-from .measures import Curve, Histogram
-from .observing import Observations, observe
-from .one_class import OneClass, OneClassClassifier, Outside, one_class, one_class_scores
+from .observe import Loader, Observations, observe
+from .one_class import (
+    Curve,
+    Histogram,
+    OneClass,
+    OneClassClassifier,
+    Outside,
+    one_class,
+    one_class_scores,
+)
 from .paths import Disobedient, Paths, measure_paths
-from .pictures import load_pictures, save_pictures
 from .removal import BlockRemoval, Removal, RemovalCurve, remove_branches
-from .results import load_evaluation, save_evaluation
-from .running import Loader
-from .samples import SampleBlock, Samples, trace_samples
+from .results import load_evaluation, load_pictures, save_evaluation, save_pictures
+from .samples import BlockTrace, SampleBlock, Samples, Trace, trace, trace_samples
 from .semantic import BlockSemantics, Semantics, compare_classes
-from .tracing import BlockTrace, Trace, trace
 
 __all__ = [
     "BlockDecoding",

@@ -11,10 +11,10 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from ..codebook import Codebook
-from ..models import CodedResNeXt
-from ..stages import default_codebook
-from .evaluation import Evaluation
+from coded_resnext.codebooks.codebook import Codebook
+from coded_resnext.models.resnext import CodedResNeXt, default_codebook
+
+from .evaluate import Evaluation
 
 BASE = "base"
 PLAIN = "plain twin"

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..models import CodedResNeXt
-from .observing import Observations, observe
+from coded_resnext.models.resnext import CodedResNeXt
+
+from .observe import Loader, Observations, observe, require_coded_blocks
 from .records import describe
-from .running import Loader, require_coded_blocks
 
 LISTED = 20
 

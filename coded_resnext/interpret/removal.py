@@ -14,13 +14,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..models import CodedResNeXt
-from .budget import Budget
-from .gathering import FEATURE_BYTES, Segment, segments
-from .ledger import Ledger
-from .observing import Observations, observe
+from coded_resnext.models.resnext import CodedResNeXt
+
+from .budget import Budget, Ledger
+from .observe import (
+    FEATURE_BYTES,
+    Loader,
+    Observations,
+    Segment,
+    coded_inputs,
+    evaluating,
+    observe,
+    require_coded_blocks,
+    resume,
+    segments,
+)
 from .records import describe
-from .running import Loader, coded_inputs, evaluating, require_coded_blocks, resume
 
 Kind = Literal["active", "inactive"]
 KINDS: tuple[Kind, Kind] = ("active", "inactive")

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from ..atomic_file import write_atomically
-from ..codebook import Codebook
-from ..text_files import LARGEST_RESULTS, read_json
-from .evaluation import Evaluation
+import torch
+from torch import Tensor
+
+from coded_resnext.codebooks.codebook import Codebook
+from coded_resnext.data.preprocessing import Preprocessing
+from coded_resnext.files import LARGEST_RESULTS, read_json, write_atomically
+
+from .evaluate import Evaluation
 from .figures import save_figures
+from .observe import Loader
 from .tables import csv_tables
 
 EVALUATION_FILE = "evaluation.json"
@@ -70,3 +78,108 @@ def load_evaluation(path: str | Path) -> Evaluation:
         return Evaluation.from_dict(read_json(path, LARGEST_RESULTS))
     except ValueError as error:
         raise ValueError(f"{path}: not an evaluation: {error}") from error
+
+
+FORMAT_VERSION = 1
+
+
+PICTURES_FILE = "pictures.json"
+
+
+# Larger images are made smaller, in pixels; up to the other size they are kept without loss.
+LARGEST, LOSSLESS = 96, 48
+
+
+def save_pictures(
+    positions: Sequence[int], loader: Loader, preprocessing: Preprocessing, folder: str | Path
+) -> Path:
+    """Write pictures of some images of a loader as JSON.
+
+    Args:
+        positions: places in the loader, counted from 0.
+        loader: batches of images `[B, C, H, W]` and class indices, in the same order always.
+        preprocessing: what made the images; undone, so that they can be looked at.
+        folder: where the file goes.
+
+    Returns:
+        The file.
+
+    Raises:
+        ValueError: the loader has fewer images, or other channels than the preprocessing.
+        ImportError: Pillow is not installed.
+    """
+    wanted, found = set(positions), dict[int, str]()
+    start = 0
+    for images, _ in loader:
+        if len(found) == len(wanted):
+            break
+        here = sorted(wanted.intersection(range(start, start + len(images))))
+        if here:
+            rows = torch.tensor([position - start for position in here])
+            found.update(zip(here, pictures_of(images[rows], preprocessing), strict=True))
+        start += len(images)
+    if missing := wanted - found.keys():
+        raise ValueError(f"positions: expected places below {start}, got {max(missing)}")
+    content: dict[str, Any] = {
+        "format_version": FORMAT_VERSION,
+        "pictures": {str(position): found[position] for position in sorted(found)},
+    }
+    path = Path(folder) / PICTURES_FILE
+    write_atomically(path, (json.dumps(content, indent=1) + "\n").encode())
+    return path
+
+
+def load_pictures(path: str | Path) -> dict[int, str]:
+    """Pictures by place in the loader, as `data:` addresses.
+
+    Raises:
+        ValueError: the file is damaged, or of another format version.
+        OSError: it cannot be read.
+    """
+    try:
+        content = read_json(path)
+        if content["format_version"] != FORMAT_VERSION:
+            raise ValueError(
+                f"format_version: expected {FORMAT_VERSION}, got {content['format_version']!r}"
+            )
+        pictures = {int(place): picture for place, picture in content["pictures"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: not a file of pictures: {error}") from error
+    if not all(isinstance(p, str) and p.startswith("data:image/") for p in pictures.values()):
+        raise ValueError(f"{path}: not a file of pictures: expected data:image/ addresses")
+    return pictures
+
+
+def pictures_of(images: Tensor, preprocessing: Preprocessing) -> list[str]:
+    """Network inputs `[B, C, H, W]` as `data:` addresses of pictures, the preprocessing undone.
+
+    Small ones are PNG without loss, larger ones JPEG of at most 96 pixels.
+
+    Raises:
+        ValueError: the channels are not those of the preprocessing.
+        ImportError: Pillow is not installed.
+    """
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise ImportError("pictures need Pillow; install coded-resnext[report]") from error
+    if images.shape[1] != preprocessing.channels:
+        raise ValueError(
+            f"images: expected {preprocessing.channels} channels as the preprocessing has, "
+            f"got {images.shape[1]}"
+        )
+    mean, std = (
+        torch.tensor(values)[:, None, None] for values in (preprocessing.mean, preprocessing.std)
+    )
+    pixels = ((images.float().cpu() * std + mean).clamp(0, 1) * 255).round().to(torch.uint8)
+    addresses = []
+    for picture in pixels.permute(0, 2, 3, 1).numpy():
+        image = Image.fromarray(picture[:, :, 0] if picture.shape[2] == 1 else picture)
+        image.thumbnail((LARGEST, LARGEST))
+        kind = "png" if max(image.size) <= LOSSLESS else "jpeg"
+        buffer = io.BytesIO()
+        # Of no effect on PNG.
+        image.save(buffer, kind, optimize=True, quality=80)
+        text = base64.b64encode(buffer.getvalue()).decode("ascii")
+        addresses.append(f"data:image/{kind};base64,{text}")
+    return addresses

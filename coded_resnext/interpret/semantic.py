@@ -17,12 +17,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..codebook import Codebook
-from ..models import CodedResNeXt
-from .observing import Observations, observe
+from coded_resnext.codebooks.codebook import Codebook
+from coded_resnext.models.resnext import CodedResNeXt
+
+from .observe import Loader, Observations, observe, require_coded_blocks
 from .paths import Paths
 from .records import describe
-from .running import Loader, require_coded_blocks
 
 Floats = NDArray[np.float64]
 # Random relabellings of up to 100 classes, and of more, where each costs milliseconds.

@@ -7,8 +7,9 @@ import io
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from ..text_files import printable
-from .evaluation import Evaluation
+from coded_resnext.files import printable
+
+from .evaluate import Evaluation
 from .one_class import OneClass, OneClassClassifier
 from .removal import KINDS, RemovalCurve
 

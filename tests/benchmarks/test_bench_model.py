@@ -15,7 +15,7 @@ from gpus import find_gpu
 from PIL import Image
 
 from coded_resnext import create_model
-from coded_resnext.fused_operators import FusedOperators
+from coded_resnext.models.fused.operators import FusedOperators
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *options: object) -> int:

@@ -12,21 +12,21 @@ from typing import Any
 
 import agreement
 import block_check
-import gpu_check
+import block_tail
+import check
 import model_check
 import pytest
-import strategies
-import tail_check
 import timing
 import torch
-from coded_resnext.kernels import conv1x1_operators
 from operators import OPERATORS, TINY, Place, Tensors, aggregate_by
 from pass_check import check_call
+from support import strategies
 from torch import Tensor
 
-from coded_resnext import fused_inference
+from coded_resnext.kernels.conv1x1 import operator as conv1x1_operator
+from coded_resnext.models.fused import block as fused_block
 
-SCRIPT = Path(gpu_check.__file__)
+SCRIPT = Path(check.__file__)
 CPU = torch.device("cpu")
 # The Gram form in the kernel's place: what is tested here is what checks it.
 AGGREGATE = replace(
@@ -184,7 +184,7 @@ def test_when_time_is_up_the_rest_is_named() -> None:
     results["models"] = model_check.check_models(dry=True, deadline=timing.Deadline(minutes=-1))
     assert results["models"]["rows"] == []
     assert "coded, fused, eager, nhwc" in results["models"]["left_out"]
-    text = gpu_check.report({**results, "left_out": ["the kernel: time was up"]})
+    text = check.report({**results, "left_out": ["the kernel: time was up"]})
     assert "left out: the kernel: time was up" in text
     assert "left out, time was up: a layer" in text
     assert "left out, time was up: another layer" in text
@@ -206,19 +206,19 @@ def test_a_tail_that_is_wrong_is_found(
     name: str, which: str, result: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One pass in bfloat16, off by a tenth where kernels run."""
-    call = tail_check.Call(tail_check.TINY[0], torch.bfloat16, CPU)
-    assert check_call(call, tail_check.PASSES, repeats=2)["wrong"] == []
-    right = getattr(tail_check, name)
+    call = block_tail.Call(block_tail.TINY[0], torch.bfloat16, CPU)
+    assert check_call(call, block_tail.PASSES, repeats=2)["wrong"] == []
+    right = getattr(block_tail, name)
 
     def wrong(*arguments: Any) -> Any:
         found = right(*arguments)
-        if conv1x1_operators.PASSES not in arguments:
+        if conv1x1_operator.PASSES not in arguments:
             return found
         many = (found,) if isinstance(found, Tensor) else found
         changed = [v * 1.1 if v.is_floating_point() else v for v in many]
         return changed[0] if isinstance(found, Tensor) else changed
 
-    monkeypatch.setattr(tail_check, name, wrong)
+    monkeypatch.setattr(block_tail, name, wrong)
     faults = check_call(call, [which], repeats=2)["wrong"]
     assert any(f"{which} {result}: error" in fault for fault in faults), faults
 
@@ -230,13 +230,13 @@ def test_a_block_that_evaluates_otherwise_is_wrong(
     row = block_check.check_block(block, torch.bfloat16, "fused", CPU, repeats=2)
     assert row["wrong"] == []
     assert set(row["errors"]) == ({"y", "energies"} if block.active else {"y"})
-    fold = fused_inference.fold
+    fold = fused_block.fold
 
     def faulty(*arguments: Any) -> Any:
         folded = fold(*arguments)
         return folded._replace(bias=folded.bias + 0.2)
 
-    monkeypatch.setattr(fused_inference, "fold", faulty)
+    monkeypatch.setattr(fused_block, "fold", faulty)
     row = block_check.check_block(block, torch.bfloat16, "fused", CPU, repeats=2)
     assert any("y: error" in fault for fault in row["wrong"])
 
@@ -263,11 +263,11 @@ def test_criteria_are_judged() -> None:
         "over_kernel": {"replaced": 1 / 1.2, "definition": 7.0},
     }
     other = {**row, "dtype": "float16"}
-    judged = {item["figure"]: item for item in gpu_check.criteria([row, other])}
+    judged = {item["figure"]: item for item in check.criteria([row, other])}
     assert judged["over_replaced"]["kept"] is True
     assert judged["over_replaced"]["measured"] == pytest.approx(1.2)
     assert judged["definition"]["kept"] is False
-    missing = gpu_check.criteria([{**row, "over_kernel": {}}])
+    missing = check.criteria([{**row, "over_kernel": {}}])
     assert [item["kept"] for item in missing] == [None, None]
 
 

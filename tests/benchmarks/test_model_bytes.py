@@ -8,17 +8,19 @@ from typing import Any
 
 import pytest
 import torch
-from coded_resnext.kernels import conv1x1_library, conv1x1_operators, conv1x1_ops
-from coded_resnext.kernels.configs import LaunchRow
-from coded_resnext.kernels.conv1x1_configs import Plan
-from helpers import needs_triton
 from model_bytes import least_bytes, maps_of
+from support.helpers import needs_triton
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from coded_resnext import CodedResNeXt, Stage
-from coded_resnext.fused_operators import FusedOperators
+from coded_resnext.kernels.conv1x1 import functional as conv1x1_functional
+from coded_resnext.kernels.conv1x1 import library as conv1x1_library
+from coded_resnext.kernels.conv1x1 import operator as conv1x1_operator
+from coded_resnext.kernels.conv1x1.rows import Plan
+from coded_resnext.kernels.rows import LaunchRow
+from coded_resnext.models.fused.operators import FusedOperators
 
 # As many samples as no weight has channels: what tells maps from weights.
 BATCH, SIZE = 7, 8
@@ -117,8 +119,8 @@ def test_it_counts_what_training_launches_kernels_with(
     for name in ("forward", "wide_sums"):
         monkeypatch.setattr(conv1x1_library, name, counted(name, moved))
     monkeypatch.setattr(FusedOperators, "joins", lambda *_: True)
-    every = Plan(conv1x1_operators.PASSES, "all of them")
-    monkeypatch.setattr(conv1x1_ops, "planned", lambda *_: every)
+    every = Plan(conv1x1_operator.PASSES, "all of them")
+    monkeypatch.setattr(conv1x1_functional, "planned", lambda *_: every)
     model = network(stages).float()
     for block in model.blocks:
         block.backend = "triton"

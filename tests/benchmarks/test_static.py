@@ -15,18 +15,19 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import limits as static_limits
 import pytest
 import static
-import static_limits
 import static_rows
-from coded_resnext.kernels import grouped_configs
-from coded_resnext.kernels.build import build
-from coded_resnext.kernels.grouped_configs import GroupedSizes, GroupedVariant
-from coded_resnext.kernels.prebuilt import FOLDERS_VARIABLE
-from coded_resnext.kernels.shipped_rows import shipped_rows
+from limits import Limits
 from sass import Code, Instruction, unequal_sums
-from static_limits import Limits
 from static_rows import one_of_each
+
+from coded_resnext.kernels.build.build import build
+from coded_resnext.kernels.build.shipped import shipped_rows
+from coded_resnext.kernels.conv3x3 import rows as conv3x3_rows
+from coded_resnext.kernels.conv3x3.rows import GroupedSizes, GroupedVariant
+from coded_resnext.kernels.prebuilt.index import FOLDERS_VARIABLE
 
 HERE = Path(static.__file__).parent
 ARCHS = ("sm80", "sm90", "sm100")
@@ -195,10 +196,10 @@ def test_rows_of_one_version(monkeypatch: pytest.MonkeyPatch) -> None:
     fused = GroupedVariant(affine=True, statistics=True)
     coded = GroupedVariant(folded=True, energies=True)
     for release, stages in (("3.6", 2), ("3.7", 1), ("3.8", 1), ("3.9", 1)):
-        monkeypatch.setattr(grouped_configs, "triton_release", lambda release=release: release)
+        monkeypatch.setattr(conv3x3_rows, "triton_release", lambda release=release: release)
         # The makers remember their rows: what they wrap does not.
-        forward = grouped_configs.forward.__wrapped__
-        gradient = grouped_configs.input_gradient.__wrapped__
+        forward = conv3x3_rows.forward.__wrapped__
+        gradient = conv3x3_rows.input_gradient.__wrapped__
         assert forward(GroupedSizes(20, 12), coded).num_stages == stages
         assert gradient(GroupedSizes(20, 24, stride=2), fused).num_stages == stages
         for sizes in (GroupedSizes(32, 16), GroupedSizes(32, 32)):

@@ -14,13 +14,15 @@ from typing import Any
 import pytest
 import torch
 import tune
-from coded_resnext.kernels import energy_configs, tuned
-from coded_resnext.kernels.configs import BlockSizes, LaunchRow, Variant
 from operators import OPERATORS, TINY, Place, Tensors
 from torch import Tensor
 
+from coded_resnext.kernels import rows
+from coded_resnext.kernels.coded import rows as coded_rows
+from coded_resnext.kernels.rows import BlockSizes, LaunchRow, Variant
+
 ENERGIES = next(operator for operator in OPERATORS if operator.name == "branch_energy")
-KERNEL = "energy:energy_forward"
+KERNEL = "coded.energy:energy_forward"
 
 
 def run(*options: str) -> subprocess.CompletedProcess[str]:
@@ -65,21 +67,25 @@ def test_the_fastest_settings_are_found_and_can_be_entered(
     def time(run: Any) -> float:
         row: LaunchRow = run.__self__.row
         run()
-        settings = tuned.settings_of(row)
+        settings = rows.settings_of(row)
         return abs(settings["SAMPLES"] - 2) + abs(settings["num_stages"] - 2) + 1.0
 
     of_tuner = tuner(time=time)
-    assert of_tuner.kernels == [KERNEL, "energy:energy_backward", "energy:weighted_gram"]
+    assert of_tuner.kernels == [
+        KERNEL,
+        "coded.energy:energy_backward",
+        "coded.energy:weighted_gram",
+    ]
     (line,) = of_tuner.tune(KERNEL)
     assert "1000.0 us, 8000.0 before" in line
-    assert tuned.TUNED == {}
+    assert rows.TUNED == {}
     table = ast.literal_eval("{" + line.partition("#")[0] + "}")
     ((key, settings),) = table.items()
     assert settings == {"SAMPLES": 2, "num_stages": 2}
     before = of_tuner.run()[1][0].row
     with tune.entered(key, settings):
         after = of_tuner.run()[1][0].row
-    assert after == tuned.changed(before, settings) != before
+    assert after == rows.changed(before, settings) != before
     assert of_tuner.run()[1][0].row == before
 
 
@@ -92,7 +98,7 @@ def test_what_is_wrong_is_left_out(capsys: pytest.CaptureFixture[str]) -> None:
 
     def kernel(inputs: Tensors, place: Place) -> tuple[Tensor, ...]:
         (energies,) = ENERGIES.kernel(inputs, place)
-        settings = dict(next(iter(tuned.TUNED.values()), {}))
+        settings = dict(next(iter(rows.TUNED.values()), {}))
         if settings.get("num_stages") == 2:
             raise RuntimeError("no such stages\nand more")
         return (energies * (1.1 if settings.get("SAMPLES") == 4 else 1.0),)
@@ -121,8 +127,8 @@ def test_candidates_can_be_compiled() -> None:
 
 def test_a_row_says_what_it_is_for() -> None:
     sizes = BlockSizes(branches=32, width=16, channels=1024, pixels=100)
-    rows = [
-        energy_configs.energy_forward(sizes, variant)
+    several = [
+        coded_rows.energy_forward(sizes, variant)
         for variant in (
             Variant("bf16"),
             Variant("bf16", affine=True),
@@ -131,18 +137,18 @@ def test_a_row_says_what_it_is_for() -> None:
             Variant("fp32", tf32=True),
         )
     ]
-    assert tuned.sizes_of(rows[0]) == "N=32 D=16 P=100 fp32,bf16,-,-,fp32,- ieee"
-    assert len({tuned.sizes_of(row) for row in rows}) == len(rows)
+    assert rows.sizes_of(several[0]) == "N=32 D=16 P=100 fp32,bf16,-,-,fp32,- ieee"
+    assert len({rows.sizes_of(row) for row in several}) == len(several)
 
 
 def test_changed_rows_are_whole() -> None:
     sizes = BlockSizes(branches=32, width=16, channels=1024, pixels=100)
-    row = energy_configs.energy_forward(sizes, Variant("bf16"))
-    other = tuned.changed(row, {"BLOCK_P": 32, "num_warps": 2})
+    row = coded_rows.energy_forward(sizes, Variant("bf16"))
+    other = rows.changed(row, {"BLOCK_P": 32, "num_warps": 2})
     assert dict(other.constexprs) == {**dict(row.constexprs), "BLOCK_P": 32}
     assert [name for name, _ in other.constexprs] == [name for name, _ in row.constexprs]
     assert other.keywords["num_warps"] == 2
     assert other.trip_bytes == row.trip_bytes // 2
     assert other.sample_bytes == row.sample_bytes
     with pytest.raises(ValueError, match=r"settings: expected some of .*BLOCK_P.*, got .'WIDTH'"):
-        tuned.changed(row, {"WIDTH": 8})
+        rows.changed(row, {"WIDTH": 8})

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from coded_resnext.codebooks.files import read_document
-from coded_resnext.text_files import LARGEST_TEXT
+from coded_resnext.codebooks.shipped import read_document
+from coded_resnext.files import LARGEST_TEXT
 
 WORDS = ["0110", "1001", "0011"]
 

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from coded_resnext.codebooks.algebra import singer_group
-from coded_resnext.codebooks.groups import abelian, images, metacyclic, regular_groups, subgroup
+from coded_resnext.codebooks.constructions import singer_group
+from coded_resnext.codebooks.orbits import abelian, images, metacyclic, regular_groups, subgroup
 from coded_resnext.codebooks.words import from_sets
 
 

@@ -6,9 +6,13 @@ from importlib.resources import files
 
 import pytest
 
-from coded_resnext.codebook import Codebook
-from coded_resnext.codebooks.algebra import CONSTRUCTIONS
-from coded_resnext.codebooks.regenerate import PAPER_TABLES, best_content, paper_content
+from coded_resnext.codebooks.codebook import Codebook
+from coded_resnext.codebooks.constructions import (
+    CONSTRUCTIONS,
+    PAPER_TABLES,
+    best_content,
+    paper_content,
+)
 from coded_resnext.codebooks.shipped import Size, file_name, load_shipped, shipped_sizes
 
 # classes, branches, active: distance, pairs at it, proved optimal.

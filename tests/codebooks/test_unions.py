@@ -6,11 +6,17 @@ from random import Random
 import numpy as np
 import pytest
 
-from coded_resnext.codebooks.groups import abelian, images, metacyclic
-from coded_resnext.codebooks.orbits import full_orbits, join, orbits_of, short_orbits
-from coded_resnext.codebooks.switches import anneal, even_out, even_words
-from coded_resnext.codebooks.trim import trim
-from coded_resnext.codebooks.unions import Accounts, enumerate_unions, exchange
+from coded_resnext.codebooks.annealing import anneal, even_out, even_words
+from coded_resnext.codebooks.orbits import (
+    abelian,
+    full_orbits,
+    images,
+    join,
+    metacyclic,
+    orbits_of,
+    short_orbits,
+)
+from coded_resnext.codebooks.unions import Accounts, enumerate_unions, exchange, trim
 from coded_resnext.codebooks.words import all_words, distance_histogram, from_sets, is_balanced
 
 

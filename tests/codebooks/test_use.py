@@ -5,14 +5,14 @@ from itertools import permutations
 import numpy as np
 import pytest
 
-from coded_resnext.codebook import Codebook
+from coded_resnext.codebooks.annealing import grow
 from coded_resnext.codebooks.assignment import (
     assign,
     similarity_from_confusions,
     similarity_from_embeddings,
     similarity_from_paths,
 )
-from coded_resnext.codebooks.growing import grow
+from coded_resnext.codebooks.codebook import Codebook
 from coded_resnext.codebooks.quality import quality
 from coded_resnext.codebooks.words import (
     all_words,

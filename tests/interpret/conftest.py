@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from small_networks import make_data, make_network
+from support.small_networks import make_data, make_network
 
 from coded_resnext import CodedResNeXt
-from coded_resnext.data import Batches
+from coded_resnext.data.batches import Batches
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_networks import make_data, make_network
+from support.small_networks import make_data, make_network
 
 from coded_resnext import Codebook, create_model
 from coded_resnext.interpret import evaluate

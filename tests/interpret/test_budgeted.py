@@ -8,10 +8,10 @@ import sys
 import numpy as np
 import pytest
 import torch
-from small_networks import CountingClock, make_data, make_network
+from support.small_networks import CountingClock, make_data, make_network
 
 from coded_resnext import Codebook, CodedResNeXt, Stage, create_model
-from coded_resnext.data import batches
+from coded_resnext.data.batches import batches
 from coded_resnext.interpret import Budget, Evaluation, evaluate
 
 

@@ -6,13 +6,13 @@ import json
 
 import pytest
 import torch
-from helpers import below, load_golden, relative_error
-from small_networks import ToldNetwork, make_network, tell
+from support.helpers import below, load_golden, relative_error
+from support.small_networks import ToldNetwork, make_network, tell
 
 from coded_resnext import create_model
-from coded_resnext.convert import published_model
-from coded_resnext.data import batches
+from coded_resnext.data.batches import batches
 from coded_resnext.interpret import decode_early, observe
+from coded_resnext.models.published import published_model
 
 FIRST, SECOND, LAST = [2.0, 2, 0, 0], [0.0, 2, 2, 0], [2.0, 0, 0, 2]
 

@@ -6,10 +6,10 @@ import json
 
 import pytest
 import torch
-from small_networks import make_data
+from support.small_networks import make_data
 
 from coded_resnext import Codebook, CodedResNeXt, Stage, create_model
-from coded_resnext.data import batches
+from coded_resnext.data.batches import batches
 from coded_resnext.interpret import (
     decode_early,
     evaluate,

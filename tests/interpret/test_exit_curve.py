@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from small_networks import make_data
+from support.small_networks import make_data
 
 from coded_resnext import EarlyExit, create_model
-from coded_resnext.cost import network_cost
-from coded_resnext.data import batches
-from coded_resnext.early_exit import exit_macs, predict_early
+from coded_resnext.data.batches import batches
+from coded_resnext.deploy.cost import network_cost
+from coded_resnext.deploy.early_exit import exit_macs, predict_early
 from coded_resnext.interpret import exit_curve
 
 

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.image import imread
-from small_networks import make_data, make_network
+from support.small_networks import make_data, make_network
 
 from coded_resnext import Codebook, CodedResNeXt, Stage, create_model
-from coded_resnext.data import batches
+from coded_resnext.data.batches import batches
 from coded_resnext.interpret import evaluate, save_figures
 
 FIGURES = [

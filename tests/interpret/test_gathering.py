@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from small_networks import CountingClock
+from support.small_networks import CountingClock
 
 from coded_resnext.interpret import Budget, observe
-from coded_resnext.interpret.gathering import gather_features, segments, trunk
+from coded_resnext.interpret.observe import gather_features, segments, trunk
 from coded_resnext.interpret.one_class import without_targets
 
 

@@ -8,7 +8,6 @@ import sys
 import numpy as np
 import pytest
 import torch
-from helpers import assert_alike, below, load_golden, relative_error
 from sklearn.metrics import (
     average_precision_score,
     f1_score,
@@ -16,12 +15,13 @@ from sklearn.metrics import (
     precision_score,
     recall_score,
 )
-from small_networks import make_data
+from support.helpers import assert_alike, below, load_golden, relative_error
+from support.small_networks import make_data
 
-from coded_resnext.convert import published_model
-from coded_resnext.data import batches
+from coded_resnext.data.batches import batches
 from coded_resnext.interpret import one_class, one_class_scores
-from coded_resnext.interpret.measures import best_threshold, sweep
+from coded_resnext.interpret.one_class import best_threshold, sweep
+from coded_resnext.models.published import published_model
 
 
 def scores_by_keep(model, images):

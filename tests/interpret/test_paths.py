@@ -6,9 +6,9 @@ import json
 
 import pytest
 import torch
-from small_networks import NARROW, ToldNetwork, make_network, tell
+from support.small_networks import NARROW, ToldNetwork, make_network, tell
 
-from coded_resnext.data import batches
+from coded_resnext.data.batches import batches
 from coded_resnext.interpret import measure_paths
 
 

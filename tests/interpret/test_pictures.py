@@ -10,9 +10,10 @@ import pytest
 import torch
 from PIL import Image
 
-from coded_resnext.data import Preprocessing, batches
+from coded_resnext.data.batches import batches
+from coded_resnext.data.preprocessing import Preprocessing
 from coded_resnext.interpret import load_pictures, save_pictures
-from coded_resnext.interpret.pictures import pictures_of
+from coded_resnext.interpret.results import pictures_of
 
 GREY = Preprocessing(6, 1, (0.3,), (0.4,))
 COLOUR = Preprocessing(6, 3, (0.3, 0.4, 0.5), (0.2, 0.3, 0.4))

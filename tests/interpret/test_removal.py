@@ -9,10 +9,10 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from helpers import class_margins, relative_error
-from small_networks import make_network
+from support.helpers import class_margins, relative_error
+from support.small_networks import make_network
 
-from coded_resnext.data import batches
+from coded_resnext.data.batches import batches
 from coded_resnext.interpret import remove_branches
 from coded_resnext.interpret.removal import KINDS, removal_mask, spread
 

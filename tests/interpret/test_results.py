@@ -7,7 +7,7 @@ import io
 import json
 
 import pytest
-from small_networks import NAMES, make_data, make_network
+from support.small_networks import NAMES, make_data, make_network
 
 from coded_resnext.interpret import Evaluation, evaluate, load_evaluation, save_evaluation
 from coded_resnext.interpret.tables import csv_tables

@@ -6,10 +6,9 @@ from itertools import pairwise
 
 import pytest
 import torch
-from helpers import assert_alike
+from support.helpers import assert_alike
 
-from coded_resnext.interpret.gathering import trunk
-from coded_resnext.interpret.running import batches, coded_inputs, evaluating, resume
+from coded_resnext.interpret.observe import batches, coded_inputs, evaluating, resume, trunk
 
 
 def test_resuming_with_masks_is_a_pass_with_keep(network, data):

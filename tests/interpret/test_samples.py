@@ -6,10 +6,10 @@ import json
 
 import pytest
 import torch
-from small_networks import ToldNetwork, tell
+from support.small_networks import ToldNetwork, tell
 
 from coded_resnext import ExitScores, create_model
-from coded_resnext.data import batches
+from coded_resnext.data.batches import batches
 from coded_resnext.interpret import Samples, trace, trace_samples
 from coded_resnext.interpret.records import build
 from coded_resnext.interpret.samples import choose

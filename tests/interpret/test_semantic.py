@@ -8,13 +8,12 @@ import numpy as np
 import pytest
 import torch
 from scipy.stats import pearsonr, spearmanr
-from small_networks import make_network
+from support.small_networks import make_network
 
 from coded_resnext import Codebook
-from coded_resnext.data import batches
+from coded_resnext.data.batches import batches
 from coded_resnext.interpret import Paths, Semantics, compare_classes, observe
-from coded_resnext.interpret.gathering import Gathered
-from coded_resnext.interpret.observing import Observations
+from coded_resnext.interpret.observe import Gathered, Observations
 
 RING = [[int((n - k) % 8 < 3) for n in range(8)] for k in range(8)]
 BOOK = Codebook(RING)

@@ -6,11 +6,11 @@ import json
 
 import pytest
 import torch
-from small_networks import NAMES
+from support.small_networks import NAMES
 
 from coded_resnext import create_model, decode
 from coded_resnext.interpret import trace
-from coded_resnext.interpret.tracing import strongest
+from coded_resnext.interpret.samples import strongest
 
 
 def test_numbers_of_the_network(network, data):

@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from coded_resnext.kernels import launch
-from guarded_memory import GuardedMemory, guarded_memory
+from support.guarded_memory import GuardedMemory, guarded_memory
 from triton.runtime.interpreter import InterpreterBuilder
+
+from coded_resnext.kernels import layout
 
 # What Triton's interpreter lacks in some of the supported versions, and in which. Methods that
 # other versions call for what these do in another way (`create_fneg`, `get_cache_policy`) are none.
@@ -53,5 +54,5 @@ def memory() -> Iterator[GuardedMemory]:
 @pytest.fixture
 def device() -> torch.device:
     """Where kernels run: on the CPU, in Triton's interpreter."""
-    assert launch.interpreted(), "TRITON_INTERPRET=1 was not set before Triton was imported"
+    assert layout.interpreted(), "TRITON_INTERPRET=1 was not set before Triton was imported"
     return torch.device("cpu")

@@ -7,21 +7,20 @@ from typing import Any
 
 import pytest
 import torch
-from coded_resnext.kernels import (
-    conv1x1_join_operators,
-    conv1x1_operators,
-    expand_operator,
-    folded_operators,
-    grouped_launch,
-    grouped_operators,
-    join_operator,
-    loss_operator,
-    operators,
-    product_join_operator,
-    unwritten_operator,
-)
-from coded_resnext.kernels.grouped_configs import GroupedSizes
 from torch import Tensor
+
+from coded_resnext.kernels import evaluation, layout
+from coded_resnext.kernels.coded import expand
+from coded_resnext.kernels.coded import operator as coded_operator
+from coded_resnext.kernels.conv1x1 import join_operator
+from coded_resnext.kernels.conv1x1 import operator as conv1x1_operator
+from coded_resnext.kernels.conv3x3 import launch as conv3x3_launch
+from coded_resnext.kernels.conv3x3 import operator as conv3x3_operator
+from coded_resnext.kernels.conv3x3.rows import GroupedSizes
+from coded_resnext.kernels.loss import operator as loss_operator
+from coded_resnext.kernels.recompute import moments_operator
+from coded_resnext.kernels.recompute import operator as recompute_operator
+from coded_resnext.kernels.residual import operator as residual_operator
 
 N, D, OUT = 4, 3, 8
 CHANNELS = N * D
@@ -72,18 +71,21 @@ def energies(size: Size) -> Tensor:
 CALLS: dict[str, tuple[str, Callable[[Size, str], Any]]] = {
     "branch_energy": (
         "z",
-        lambda size, _: operators.branch_energy(*of_branches(size)[:4], None),
+        lambda size, _: coded_operator.branch_energy(*of_branches(size)[:4], None),
     ),
     "branch_energy_backward": (
         "z",
-        lambda size, _: operators.branch_energy_backward(
+        lambda size, _: coded_operator.branch_energy_backward(
             torch.ones(size[0], N), *of_branches(size)[:4], None
         ),
     ),
-    "normalize_branches": ("z", lambda size, _: operators.normalize_branches(*of_branches(size))),
+    "normalize_branches": (
+        "z",
+        lambda size, _: coded_operator.normalize_branches(*of_branches(size)),
+    ),
     "normalize_branches_backward": (
         "z",
-        lambda size, _: operators.normalize_branches_backward(
+        lambda size, _: coded_operator.normalize_branches_backward(
             maps(size),
             torch.ones(size[0], N),
             *of_branches(size),
@@ -93,7 +95,7 @@ CALLS: dict[str, tuple[str, Callable[[Size, str], Any]]] = {
     ),
     "coded_expand": (
         "z",
-        lambda size, _: expand_operator.coded_expand(
+        lambda size, _: expand.coded_expand(
             maps(size), torch.ones(OUT, CHANNELS), N, *(None,) * 5, True, True, False
         ),
     ),
@@ -110,13 +112,13 @@ CALLS: dict[str, tuple[str, Callable[[Size, str], Any]]] = {
     ),
     "grouped_conv3x3": (
         "x",
-        lambda size, kernels: grouped_operators.grouped_conv3x3(
+        lambda size, kernels: conv3x3_operator.grouped_conv3x3(
             maps(size), matrix(CHANNELS, D, 3), vector(), vector(), 1, True, kernels
         ),
     ),
     "grouped_conv3x3_backward": (
         "x",
-        lambda size, kernels: grouped_operators.grouped_conv3x3_backward(
+        lambda size, kernels: conv3x3_operator.grouped_conv3x3_backward(
             maps(size),
             maps(size),
             matrix(CHANNELS, D, 3),
@@ -126,35 +128,35 @@ CALLS: dict[str, tuple[str, Callable[[Size, str], Any]]] = {
     ),
     "folded_grouped_conv3x3": (
         "x",
-        lambda size, kernels: folded_operators.folded_grouped_conv3x3(
+        lambda size, kernels: evaluation.folded_grouped_conv3x3(
             maps(size), matrix(CHANNELS, D, 3), vector(), torch.ones(N, OUT, D), None, 2, kernels
         ),
     ),
     "folded_conv1x1": (
         "x",
-        lambda size, kernels: folded_operators.folded_conv1x1(
+        lambda size, kernels: evaluation.folded_conv1x1(
             maps(size), matrix(), vector(OUT), maps(size, OUT), None, kernels
         ),
     ),
     "side_by_side": (
         "h",
-        lambda size, _: folded_operators.side_by_side(maps(size), torch.ones(size[0]), maps(size)),
+        lambda size, _: evaluation.side_by_side(maps(size), torch.ones(size[0]), maps(size)),
     ),
     "conv1x1": (
         "x",
-        lambda size, kernels: conv1x1_operators.conv1x1(
+        lambda size, kernels: conv1x1_operator.conv1x1(
             maps(size), matrix(), vector(), vector(), True, False, kernels
         ),
     ),
     "conv1x1_backward": (
         "x",
-        lambda size, kernels: conv1x1_operators.conv1x1_backward(
+        lambda size, kernels: conv1x1_operator.conv1x1_backward(
             maps(size, OUT), maps(size), matrix(), *(None,) * 6, *(True, True, kernels)
         ),
     ),
     "join_conv1x1": (
         "y",
-        lambda size, kernels: conv1x1_join_operators.join_conv1x1(
+        lambda size, kernels: join_operator.join_conv1x1(
             maps(size),
             vector(),
             vector(),
@@ -167,7 +169,7 @@ CALLS: dict[str, tuple[str, Callable[[Size, str], Any]]] = {
     ),
     "join_conv1x1_backward": (
         "x",
-        lambda size, kernels: conv1x1_join_operators.join_conv1x1_backward(
+        lambda size, kernels: join_operator.join_conv1x1_backward(
             maps(size, OUT),
             None,
             maps(size),
@@ -181,37 +183,37 @@ CALLS: dict[str, tuple[str, Callable[[Size, str], Any]]] = {
     ),
     "join": (
         "y",
-        lambda size, kernels: join_operator.join(
+        lambda size, kernels: residual_operator.join(
             maps(size), vector(), vector(), maps(size), None, None, False, bool(kernels)
         ),
     ),
     "join_backward": (
         "x",
-        lambda size, kernels: join_operator.join_backward(
+        lambda size, kernels: residual_operator.join_backward(
             maps(size), maps(size), maps(size), None, bool(kernels)
         ),
     ),
     "unwritten_conv1x1": (
         "x",
-        lambda size, kernels: unwritten_operator.unwritten_conv1x1(
+        lambda size, kernels: moments_operator.unwritten_conv1x1(
             maps(size), matrix(), vector(), vector(), kernels
         ),
     ),
     "unwritten_conv1x1_backward": (
         "x",
-        lambda size, kernels: unwritten_operator.unwritten_conv1x1_backward(
+        lambda size, kernels: moments_operator.unwritten_conv1x1_backward(
             *unwritten(size), True, kernels
         ),
     ),
     "product_join": (
         "x",
-        lambda size, kernels: product_join_operator.product_join(
+        lambda size, kernels: recompute_operator.product_join(
             *joined(size), True, False, kernels, kernels
         ),
     ),
     "product_sums": (
         "x",
-        lambda size, kernels: product_join_operator.product_sums(
+        lambda size, kernels: recompute_operator.product_sums(
             maps(size, OUT), maps(size), matrix(), vector(), vector(), kernels
         ),
     ),
@@ -263,10 +265,10 @@ def test_the_grouped_launches_refuse_them_too(shape: str) -> None:
     size = (x.shape[2], x.shape[3])
     nothing = (None,) * 6
     for name, call in (
-        ("x", lambda: grouped_launch.forward(x, weight, sizes, None, None, True)),
-        ("x", lambda: grouped_launch.folded_forward(x, weight, sizes, vector(), None, None)),
-        ("grad", lambda: grouped_launch.input_gradient(x, weight, sizes, size, *nothing)),
-        ("grad", lambda: grouped_launch.weight_gradient(x, sizes, *nothing[:3], x, None, None)),
+        ("x", lambda: conv3x3_launch.forward(x, weight, sizes, None, None, True)),
+        ("x", lambda: conv3x3_launch.folded_forward(x, weight, sizes, vector(), None, None)),
+        ("grad", lambda: conv3x3_launch.input_gradient(x, weight, sizes, size, *nothing)),
+        ("grad", lambda: conv3x3_launch.weight_gradient(x, sizes, *nothing[:3], x, None, None)),
     ):
         with pytest.raises(ValueError, match=rf"^{name}: expected at least one sample"):
             call()
@@ -275,7 +277,10 @@ def test_the_grouped_launches_refuse_them_too(shape: str) -> None:
 def _choose(kernels: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The energies and the loss run kernels wherever they can; the others are told."""
     if not kernels:
-        for module in ("launch", "operators", "expand_operator", "loss_operator"):
-            place = f"coded_resnext.kernels.{module}"
-            name = "runs_kernels" if module in ("operators", "expand_operator") else "interpreted"
-            monkeypatch.setattr(f"{place}.{name}", lambda *_: False)
+        for module, name in (
+            (layout, "interpreted"),
+            (loss_operator, "interpreted"),
+            (coded_operator, "runs_kernels"),
+            (expand, "runs_kernels"),
+        ):
+            monkeypatch.setattr(module, name, lambda *_: False)

@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from coded_resnext.kernels import configs
 from hypothesis import HealthCheck, Phase, given, reject, settings
-from operator_fuzz import check, check_extreme
-from strategies import DTYPES, EXTREMES, INTERPRETED, ON_CPU, OPERATORS, Call, calls
+from support.operator_fuzz import check, check_extreme
+from support.strategies import DTYPES, EXTREMES, INTERPRETED, ON_CPU, OPERATORS, Call, calls
+
+from coded_resnext.kernels import rows
 
 MOST_PROGRAMS = 64
 # The same examples every time, and no search for smaller ones, which takes minutes.
@@ -38,16 +39,16 @@ def test_the_cpu_path_is_the_definition(operator: str) -> None:
 @pytest.mark.long
 @every_operator
 def test_the_kernels_are_the_definition(operator: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = configs.LaunchRow.launch
+    real = rows.LaunchRow.launch
     launched = []
 
-    def few(row: configs.LaunchRow, grid: tuple[int, ...], *arguments: Any) -> None:
+    def few(row: rows.LaunchRow, grid: tuple[int, ...], *arguments: Any) -> None:
         if math.prod(grid) > MOST_PROGRAMS:
             reject()
         launched.append(row.kernel)
         real(row, grid, *arguments)
 
-    monkeypatch.setattr(configs.LaunchRow, "launch", few)
+    monkeypatch.setattr(rows.LaunchRow, "launch", few)
 
     @settings(max_examples=20, **FUZZ)
     @given(calls(operator, INTERPRETED, DTYPES[1:]))
@@ -71,7 +72,7 @@ def test_extreme_magnitudes(operator: str, value: float) -> None:
 
 def test_a_fault_of_one_branch_is_found() -> None:
     """The fuzzer itself: a keep mask that is dropped shows within the first examples."""
-    from operator_fuzz import RUNS
+    from support.operator_fuzz import RUNS
 
     whole = RUNS["coded_aggregate"]
 

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from coded_resnext.kernels import conv1x1_configs
-from coded_resnext.kernels.configs import LaunchRow
-from coded_resnext.kernels.conv1x1_configs import Plan
-from helpers import GOLDEN, below, load_golden, relative_error
+from support.helpers import GOLDEN, below, load_golden, relative_error
 from torch import Tensor
 
 from coded_resnext import CodedLoss, CodedResNeXt, Stage
-from coded_resnext.convert import (
+from coded_resnext.kernels.conv1x1 import rows as conv1x1_rows
+from coded_resnext.kernels.conv1x1.rows import Plan
+from coded_resnext.kernels.rows import LaunchRow
+from coded_resnext.models.published import (
     published_block,
     published_block_state,
     published_model,
@@ -174,7 +174,7 @@ def test_a_network_by_kernels_compiles_whole(
     In evaluation BatchNorm is folded, by kernels of its own.
     """
     every_pass = Plan("forward input weight", "for this test", measured=True)
-    monkeypatch.setattr(conv1x1_configs, "OTHERS", every_pass)
+    monkeypatch.setattr(conv1x1_rows, "OTHERS", every_pass)
     whole, eager = (small_network("triton", drop_branches=0.0).train(training) for _ in range(2))
     compiled = torch.compile(whole, fullgraph=True, backend="aot_eager")
     images = torch.rand(2, 1, 4, 4, generator=torch.Generator().manual_seed(1))

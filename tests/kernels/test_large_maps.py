@@ -6,13 +6,16 @@ from dataclasses import replace
 
 import pytest
 import torch
-from coded_resnext.kernels import conv1x1_configs, join_configs, product_join_configs
-from coded_resnext.kernels.configs import LaunchRow
-from coded_resnext.kernels.conv1x1_configs import ProductSizes, ProductVariant
-from coded_resnext.kernels.launch import interpreted
-from holes import Holes
+from support.holes import Holes
 from torch import Tensor
 from triton.runtime import interpreter
+
+from coded_resnext.kernels.conv1x1 import rows as conv1x1_rows
+from coded_resnext.kernels.conv1x1.rows import ProductSizes, ProductVariant
+from coded_resnext.kernels.layout import interpreted
+from coded_resnext.kernels.recompute import rows as recompute_rows
+from coded_resnext.kernels.residual import rows as residual_rows
+from coded_resnext.kernels.rows import LaunchRow
 
 WIDE, NARROW = 2048, 16
 SIZES = ProductSizes(WIDE, NARROW)
@@ -20,20 +23,18 @@ VARIANT = ProductVariant("fp16", affine=True, statistics=True, gain=True, moved=
 DTYPES = {"*fp16": torch.float16, "*fp32": torch.float32, "*u8": torch.uint8}
 
 ROWS = {
-    "product_forward": conv1x1_configs.forward(SIZES, VARIANT),
-    "join_forward": conv1x1_configs.join_forward(SIZES, VARIANT),
-    "product_input_gradient": conv1x1_configs.input_gradient(SIZES, VARIANT),
-    "join_input_gradient": conv1x1_configs.join_input_gradient(SIZES, VARIANT),
-    "product_weight_gradient": conv1x1_configs.weight_gradient(SIZES, VARIANT),
-    "product_join": product_join_configs.product_join(
+    "product_forward": conv1x1_rows.forward(SIZES, VARIANT),
+    "join_forward": conv1x1_rows.join_forward(SIZES, VARIANT),
+    "product_input_gradient": conv1x1_rows.input_gradient(SIZES, VARIANT),
+    "join_input_gradient": conv1x1_rows.join_input_gradient(SIZES, VARIANT),
+    "product_weight_gradient": conv1x1_rows.weight_gradient(SIZES, VARIANT),
+    "product_join": recompute_rows.product_join(
         SIZES, replace(VARIANT, residual=True, factor=True, scaled=True, mapped=True, signs=True)
     ),
-    "moments_input_gradient": product_join_configs.moments_gradient(
-        ProductSizes(NARROW, WIDE), VARIANT
-    ),
-    "pointwise_join": join_configs.pointwise_join(WIDE, "fp16", mapped=True, factor=True),
-    "pointwise_join_backward": join_configs.pointwise_join_backward(WIDE, "fp16", mapped=True),
-    "column_statistics": join_configs.column_statistics(WIDE, "fp16"),
+    "moments_input_gradient": recompute_rows.moments_gradient(ProductSizes(NARROW, WIDE), VARIANT),
+    "pointwise_join": residual_rows.pointwise_join(WIDE, "fp16", mapped=True, factor=True),
+    "pointwise_join_backward": residual_rows.pointwise_join_backward(WIDE, "fp16", mapped=True),
+    "column_statistics": residual_rows.column_statistics(WIDE, "fp16"),
 }
 # What a part of the work has of every tensor, those that it writes in front of the semicolon: `x`
 # and `y` are maps of the input's and the output's channels, a number and a letter so many vectors,

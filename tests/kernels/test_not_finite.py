@@ -10,11 +10,14 @@ from itertools import product
 
 import pytest
 import torch
-from coded_resnext.kernels import branch_energy, coded_aggregate, coded_expand, gram, reference
-from coded_resnext.kernels.folded_operators import folded_grouped_conv3x3
-from coded_resnext.kernels.operators import normalize_branches
-from helpers import TOLERANCES, relative_error
+from support.helpers import TOLERANCES, relative_error
 from torch import Tensor
+
+from coded_resnext.kernels import branch_energy, coded_aggregate, coded_expand
+from coded_resnext.kernels.coded import gram
+from coded_resnext.kernels.coded import reference as coded_reference
+from coded_resnext.kernels.coded.operator import normalize_branches
+from coded_resnext.kernels.evaluation import folded_grouped_conv3x3
 
 # Branches of which four share a window, of which two do not fill it, and of which one does.
 SIZES = [(4, 4), (3, 6), (2, 16)]
@@ -99,7 +102,7 @@ def test_it_stays_in_its_sample(
     value: float, kernels: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What is divided by the mean energy of a sample is lost with it, and no other sample is."""
-    monkeypatch.setattr("coded_resnext.kernels.operators.runs_kernels", lambda *_: kernels)
+    monkeypatch.setattr("coded_resnext.kernels.coded.operator.runs_kernels", lambda *_: kernels)
     for branches, width in SIZES:
         h, weight = one_bad_number(branches, width, value, torch.float32)
         per_branch = gram.split_weight(weight, branches, concatenate=False)
@@ -162,7 +165,7 @@ def test_it_stays_in_its_energy_behind_a_convolution(
     h, energies = folded_grouped_conv3x3(x, weight, bias, branch_weight, None, stride, kernels)
     assert not h[bad[0][0], :width].isfinite().all()
     assert h[:, width:].isfinite().all()
-    expected = reference.branch_energy(h.double(), branch_weight.double())
+    expected = coded_reference.branch_energy(h.double(), branch_weight.double())
     assert expected.isfinite().logical_not().nonzero().tolist() == bad
     check_alone(energies, expected, 2**-17 if dtype == torch.bfloat16 else 2e-6)
 

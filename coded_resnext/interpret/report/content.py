@@ -9,17 +9,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ...checkpoint import MODEL_FILE, LoadedModel, load_model
-from ...codebook import Codebook
-from ...cost import network_cost
-from ...early_exit import EXIT_FILE, EarlyExit
-from ...extract import extract_classifier
-from ...run_folder import CONFIG_FILE, METRICS_FILE, SUMMARY_FILE
-from ...text_files import read_json
-from ..evaluation import Evaluation
-from ..pictures import PICTURES_FILE, load_pictures
-from ..results import EVALUATION_FILE, load_evaluation
-from ..samples import Samples
+from coded_resnext.codebooks.codebook import Codebook
+from coded_resnext.deploy.cost import network_cost
+from coded_resnext.deploy.early_exit import EXIT_FILE, EarlyExit
+from coded_resnext.deploy.extract import extract_classifier
+from coded_resnext.files import read_json
+from coded_resnext.interpret.evaluate import Evaluation
+from coded_resnext.interpret.results import (
+    EVALUATION_FILE,
+    PICTURES_FILE,
+    load_evaluation,
+    load_pictures,
+)
+from coded_resnext.interpret.samples import Samples
+from coded_resnext.models.checkpoint import MODEL_FILE, LoadedModel, load_model
+from coded_resnext.training.run_folder import CONFIG_FILE, METRICS_FILE, SUMMARY_FILE
 
 FORMAT_VERSION = 1
 EXIT_MEASUREMENT_FILE = "early_exit_test.json"

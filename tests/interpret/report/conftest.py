@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from browser import Pages, chromium
-from report_runs import Run, odd_run, thousand_run
+from support.browser import Pages, chromium
+from support.report_runs import Run, odd_run, thousand_run
 
 from coded_resnext.interpret.report import gather, render
 

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from report_runs import ODD_NAMES, Run
 from sklearn.metrics import precision_recall_fscore_support
+from support.report_runs import ODD_NAMES, Run
 
 from coded_resnext import EarlyExit, decode
-from coded_resnext.early_exit import EXIT_FILE, predict_early
+from coded_resnext.deploy.early_exit import EXIT_FILE, predict_early
 from coded_resnext.interpret import measure_paths, one_class_scores, trace
 
 pytestmark = pytest.mark.long

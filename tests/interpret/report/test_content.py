@@ -11,15 +11,15 @@ from typing import Any
 
 import pytest
 import torch
-from report_runs import ODD_NAMES, PREPROCESSING, Run, write
+from support.report_runs import ODD_NAMES, PREPROCESSING, Run, write
 
 from coded_resnext import EarlyExit, create_model, extract_classifier
-from coded_resnext.checkpoint import save_model
-from coded_resnext.cost import network_cost
-from coded_resnext.data import batches
-from coded_resnext.early_exit import predict_early
+from coded_resnext.data.batches import batches
+from coded_resnext.deploy.cost import network_cost
+from coded_resnext.deploy.early_exit import predict_early
 from coded_resnext.interpret import evaluate, load_pictures, save_evaluation
 from coded_resnext.interpret.report import gather
+from coded_resnext.models.checkpoint import save_model
 
 
 @pytest.fixture

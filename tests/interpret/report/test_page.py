@@ -11,7 +11,7 @@ import re
 from typing import Any
 
 import pytest
-from report_runs import ODD_NAMES, Run
+from support.report_runs import ODD_NAMES, Run
 
 from coded_resnext.interpret.report import gather, render
 from coded_resnext.interpret.report.page import tiles

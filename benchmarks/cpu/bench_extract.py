@@ -1,0 +1,89 @@
+"""Time of one image on the CPU: the classifier of one class beside the whole network.
+
+Both with BatchNorm folded in, the whole network by the same code with the branches of all classes.
+By turns, so that the machine's mood falls on both alike; medians. Before anything is timed, the
+classifier's logit is compared with that of the masked network.
+
+    python -m pytest benchmarks/cpu/bench_extract.py --benchmark-only \
+        --results benchmarks/results/cpu_extract.json
+    python benchmarks/render.py benchmarks/results/cpu_extract.json
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from coded_resnext import CodedResNeXt, create_model, extract_classifier, extract_subset
+from coded_resnext.deploy.cost import network_cost
+
+IMAGE_SIZES = {
+    "coded_resnext29_10x11d": 32,
+    "coded_resnext29_20x6d": 32,
+    "coded_resnext50_32x4d": 224,
+}
+ROUNDS = 30
+WARM_UP = 3
+CLASS = 3
+FORMATS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
+
+
+@pytest.mark.parametrize("layout", FORMATS)
+@pytest.mark.parametrize("name", IMAGE_SIZES)
+def test_one_image(
+    name: str, layout: str, benchmark: Any, record: Callable[[dict[str, Any]], None]
+) -> None:
+    size = IMAGE_SIZES[name]
+    torch.manual_seed(0)
+    model = create_model(name)
+    for block in model.blocks:
+        # At its initial value, zero, this scale would leave out what the block computes.
+        nn.init.constant_(block.expand_bn.weight, 0.5)
+    model = model.eval().to(memory_format=FORMATS[layout])
+    x = torch.randn(1, 3, size, size).to(memory_format=FORMATS[layout])
+    whole = extract_subset(model, model.class_names, fold_batch_norm=True)
+    part = extract_classifier(model, CLASS, fold_batch_norm=True)
+    thin = extract_classifier(model, CLASS, fold_batch_norm=True, skip_rank=0.35)
+    networks = {"whole": whole, "classifier": part, "thin": thin}
+    check_equal(model, whole, part, x)
+    for network in networks.values():
+        network.to(memory_format=FORMATS[layout])
+
+    seconds: dict[str, list[float]] = {key: [] for key in networks}
+
+    def one_round() -> None:
+        for key, network in networks.items():
+            start = time.perf_counter()
+            network(x)
+            seconds[key].append(time.perf_counter() - start)
+
+    with torch.inference_mode():
+        benchmark.pedantic(one_round, rounds=WARM_UP + ROUNDS, warmup_rounds=0)
+    median = {key: statistics.median(values[WARM_UP:]) for key, values in seconds.items()}
+    cost = {key: network_cost(network, size) for key, network in networks.items()}
+    row = {
+        "network": name,
+        "layout": layout,
+        "image": size,
+        **{f"{key}_ms": round(1000 * value, 2) for key, value in median.items()},
+        "mac_ratio": round(cost["classifier"].macs / cost["whole"].macs, 3),
+        "classifier_over_whole": round(median["classifier"] / median["whole"], 3),
+        "thin_mac_ratio": round(cost["thin"].macs / cost["whole"].macs, 3),
+        "thin_over_whole": round(median["thin"] / median["whole"], 3),
+    }
+    benchmark.extra_info.update(row)
+    record(row)
+
+
+@torch.inference_mode()
+def check_equal(model: CodedResNeXt, whole: nn.Module, part: nn.Module, x: torch.Tensor) -> None:
+    """What is timed is right, to float32 rounding."""
+    torch.testing.assert_close(whole(x), model(x), rtol=1e-3, atol=1e-3)
+    expected = model(x, keep=CLASS)[:, CLASS]
+    torch.testing.assert_close(part(x), expected, rtol=1e-3, atol=1e-3)

@@ -1,0 +1,171 @@
+"""The last convolution of plain blocks, which is not written, on the GPU at hand: is it right, does
+it repeat, how fast is it.
+
+A part of conv1x1_check.py. The moments of what is multiplied, the sum that ends the block, the sums
+of gradient and input over the pixels, and the gradient of the input are checked and timed by the
+kernels and by PyTorch's products with elementwise passes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from pass_check import check_call
+from timing import Deadline, median_ms
+from torch import Tensor
+
+from coded_resnext.kernels.conv1x1 import operator as conv1x1_operator
+from coded_resnext.kernels.conv1x1 import rows as conv1x1_rows
+from coded_resnext.kernels.conv1x1.join_operator import pack_signs
+from coded_resnext.kernels.recompute.moments_operator import (
+    unwritten_conv1x1,
+    unwritten_conv1x1_backward,
+)
+from coded_resnext.kernels.recompute.operator import product_join, product_sums
+
+Results = dict[str, Tensor]
+PASSES = ("statistics", "join", "sums", "gradient")
+
+
+@dataclass(frozen=True)
+class Tail:
+    """The last convolution of a block, and the sum behind it."""
+
+    place: str
+    batch: int
+    inputs: int
+    outputs: int
+    size: int
+    """`H = W`, in pixels."""
+    mapped: bool
+    """Whether the residual has a map of its own."""
+
+    @property
+    def name(self) -> str:
+        kind = "mapped" if self.mapped else "identity"
+        return f"{self.place}: tail {self.inputs} to {self.outputs}, {kind}, {self.size}px"
+
+    def least_bytes(self, which: str, item: int) -> float:
+        """What a pass has to move: each map once, signs an eighth of a byte."""
+        narrow, wide = {
+            "statistics": (1, 0),
+            "join": (1, 2 + 1 / (8 * item)),
+            "sums": (1, 1),
+            "gradient": (2, 1),
+        }[which]
+        return item * self.batch * self.size**2 * (narrow * self.inputs + wide * self.outputs)
+
+
+def tails(pixels: int, batch: int) -> list[Tail]:
+    """Those of the plain stages of ResNeXt-50 on images of `pixels`."""
+    sizes = {"32x4d c2": pixels // 4, "32x4d c3": pixels // 8}
+    return [
+        Tail(place, batch, inputs, outputs, sizes[place], mapped)
+        for place, (inputs, outputs) in conv1x1_rows.PAPER_CONVOLUTIONS.items()
+        for mapped in (False, True)
+    ]
+
+
+TAILS = [*tails(160, 256), *tails(224, 256)]
+TINY = [Tail("tiny", 1, 16, 24, 3, mapped=True)]
+
+
+class Call:
+    """A layer's tensors in a dtype, and its passes by kernels or by PyTorch."""
+
+    def __init__(self, layer: Tail, dtype: torch.dtype, device: torch.device) -> None:
+        generator = torch.Generator(device).manual_seed(0)
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator, device=device)
+
+        def image(channels: int) -> Tensor:
+            x = normal(layer.batch, channels, layer.size, layer.size).to(dtype)
+            return x.contiguous(memory_format=torch.channels_last)
+
+        self.layer = layer
+        self.x, self.residual, self.grad = (
+            image(channels) for channels in (layer.inputs, layer.outputs, layer.outputs)
+        )
+        self.weight = (normal(layer.outputs, layer.inputs, 1, 1) / layer.inputs**0.5).to(dtype)
+        self.scale, self.bias = normal(layer.inputs), normal(layer.inputs)
+        self.out_vectors = [normal(layer.outputs) for _ in range(4 if layer.mapped else 2)]
+        self.grad_statistics = normal(3, layer.outputs)
+        self.grad_sums = normal(layer.outputs, layer.inputs)
+        self.mean, self.scatter = normal(layer.inputs), normal(layer.inputs, layer.inputs)
+        self.mean, self.scatter = self._moments("")[3:]
+
+    def wide(self) -> Call:
+        """The same numbers in float64."""
+        other = object.__new__(Call)
+        other.__dict__ = {
+            name: value.double() if isinstance(value, Tensor) else value
+            for name, value in self.__dict__.items()
+        }
+        other.out_vectors = [vector.double() for vector in self.out_vectors]
+        return other
+
+    def _moments(self, kernels: str) -> tuple[Tensor, ...]:
+        found: tuple[Tensor, ...] = unwritten_conv1x1(
+            self.x, self.weight, self.scale, self.bias, kernels
+        )
+        return found
+
+    def run(self, which: str, kernels: str) -> Results:
+        """One pass."""
+        operands = (self.x, self.weight, self.scale, self.bias)
+        if which == "statistics":
+            place, _, statistics, mean, scatter = self._moments(kernels)
+            assert place.shape == self.grad.shape
+            return {"sum": statistics[1], "m2": statistics[2], "mean": mean, "scatter": scatter}
+        if which == "sums":
+            return {"sums": product_sums(self.grad, *operands, kernels)}
+        if which == "gradient":
+            found = unwritten_conv1x1_backward(
+                *(self.grad, self.grad_sums, self.grad_statistics, *operands),
+                *(self.mean, self.scatter, True, kernels),
+            )
+            return dict(zip(("input", "sums", "weight"), found, strict=True))
+        maps = self.out_vectors[2:] if self.layer.mapped else [None, None]
+        # Neither a projection's convolution nor a next one, but signs where kernels write them.
+        options = (*[None] * 4, False, bool(kernels), kernels, "")
+        joined, _, _, signs = product_join(
+            *(self.grad, self.grad_sums, self.x, self.scale, self.bias, self.weight),
+            *(*self.out_vectors[:2], self.residual, *maps, *options),
+        )
+        if kernels:
+            assert torch.equal(signs, pack_signs(joined))
+        return {"joined": joined}
+
+
+def time_tail(call: Call, bandwidth: float | None) -> dict[str, Any]:
+    """Milliseconds of each pass by each means."""
+    row: dict[str, Any] = {"layer": call.layer.name, "ms": {}, "over_floor": {}}
+    for which in PASSES:
+        row["ms"][which] = {
+            name: median_ms(lambda which=which, by=by: call.run(which, by), call.x.device)
+            for name, by in (("kernel", conv1x1_operator.PASSES), ("library", ""))
+        }
+        if bandwidth is not None:
+            floor = 1000 * call.layer.least_bytes(which, call.x.itemsize) / bandwidth
+            row["over_floor"][which] = row["ms"][which]["kernel"] / floor
+    return row
+
+
+def check_tails(
+    device: torch.device, *, dry: bool, bandwidth: float | None, deadline: Deadline, repeats: int
+) -> dict[str, Any]:
+    """All of it, JSON-ready; layers that the time does not suffice for are named."""
+    found: dict[str, Any] = {"checks": [], "times": [], "left_out": []}
+    for layer in TINY if dry else TAILS:
+        call = Call(layer, torch.bfloat16, device)
+        found["checks"].append(check_call(call, PASSES, repeats))
+        if found["checks"][-1]["wrong"]:
+            continue
+        if deadline.passed:
+            found["left_out"].append(layer.name)
+        else:
+            found["times"].append(time_tail(call, bandwidth))
+    return found

@@ -1,0 +1,270 @@
+"""The 1x1 convolutions between BatchNorms on the GPU at hand: right, repeatable, how fast.
+
+A part of check.py. Every layer for which the selection table of `kernels/conv1x1/rows.py`
+names kernels is checked in its three passes against float64, repeated for equal bits, and timed:
+by the kernels, and by cuBLAS with PyTorch's elementwise passes around it, eager and compiled. What
+comes out is to replace the predictions of that table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from block_tail import check_tails
+from pass_check import check_call
+from timing import Deadline, median_ms
+from torch import Tensor
+
+from coded_resnext.kernels.conv1x1 import join_operator
+from coded_resnext.kernels.conv1x1 import operator as conv1x1_operator
+from coded_resnext.kernels.conv1x1 import rows as conv1x1_rows
+
+Results = dict[str, Tensor]
+PASSES = ("forward", "input", "weight")
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A 1x1 convolution of a network."""
+
+    place: str
+    batch: int
+    inputs: int
+    outputs: int
+    size: int
+    """`H = W`, in pixels."""
+    join: bool
+    mapped: bool = False
+    """Whether the residual of a join has a map of its own."""
+
+    @property
+    def name(self) -> str:
+        kind = "join" if self.join else "conv"
+        return f"{self.place}: {kind} {self.inputs} to {self.outputs}, {self.size}px"
+
+
+def layers(pixels: int, batch: int) -> list[Layer]:
+    """Those of ResNeXt-50 that the selection table names, on images of `pixels`."""
+    sizes = {"32x4d c2": pixels // 4, "32x4d c3": pixels // 8}
+    found = []
+    for place, (inputs, outputs) in conv1x1_rows.PAPER_CONVOLUTIONS.items():
+        found.append(Layer(place, batch, inputs, outputs, sizes[place], join=False))
+    for place, (inputs, outputs) in conv1x1_rows.PAPER_JOINS.items():
+        mapped = place.endswith("mapped")
+        found.append(Layer(place, batch, inputs, outputs, sizes[place[:8]], True, mapped))
+    return found
+
+
+LAYERS = [*layers(160, 256), *layers(224, 256)]
+TINY = [Layer("tiny", 1, 16, 24, 3, False), Layer("tiny", 1, 16, 8, 3, True, mapped=True)]
+
+
+class Call:
+    """A layer's tensors in a dtype, and its passes by kernels or by PyTorch."""
+
+    def __init__(self, layer: Layer, dtype: torch.dtype, device: torch.device) -> None:
+        generator = torch.Generator(device).manual_seed(0)
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator, device=device)
+
+        def image(channels: int) -> Tensor:
+            x = normal(layer.batch, channels, layer.size, layer.size).to(dtype)
+            return x.contiguous(memory_format=torch.channels_last)
+
+        weight = normal(layer.outputs, layer.inputs, 1, 1) / layer.inputs**0.5
+        self.layer = layer
+        self.x, self.residual, self.grad_x = (image(layer.inputs) for _ in range(3))
+        self.weight, self.grad = weight.to(dtype), image(layer.outputs)
+        self.vectors = [normal(layer.inputs) for _ in range(4 if layer.mapped else 2)]
+        self.gain, self.curve, self.level = (normal(layer.outputs) for _ in range(3))
+        # Half of a step's work is backward, from what forward left.
+        self.out, self.y, self.signs = self.x, self.grad, None
+        found = self.forward("")
+        self.y, self.out = found["y"].to(dtype), found.get("x", self.x).to(dtype)
+        if layer.join:
+            self.signs = join_operator.pack_signs(self.out)
+
+    def to(self, dtype: torch.dtype) -> Call:
+        """The same in another dtype, with the same numbers."""
+        other = object.__new__(Call)
+        other.__dict__ = {
+            name: value.to(dtype) if isinstance(value, Tensor) and name != "signs" else value
+            for name, value in self.__dict__.items()
+        }
+        other.vectors = [vector.to(dtype) for vector in self.vectors]
+        return other
+
+    def wide(self) -> Call:
+        """In float64."""
+        return self.to(torch.float64)
+
+    def forward(self, kernels: str) -> Results:
+        """Output, statistics, and of a join the block's output."""
+        if not self.layer.join:
+            y, statistics = conv1x1_operator.conv1x1(
+                self.x, self.weight, *self.vectors, True, False, kernels
+            )
+            return {"y": y, "statistics": statistics}
+        maps = self.vectors[2:] if self.layer.mapped else [None, None]
+        x, y, statistics, _ = join_operator.join_conv1x1(
+            *(self.x, *self.vectors[:2], self.residual, *maps, self.weight),
+            *(True, bool(kernels), False, kernels),
+        )
+        return {"x": x, "y": y, "statistics": statistics}
+
+    def backward(self, kernels: str, *needs: bool) -> Results:
+        """The gradients that are needed: of the input with its sums, of the weight."""
+        terms = (self.gain, self.curve, self.level)
+        if self.layer.join:
+            found = join_operator.join_conv1x1_backward(
+                *(self.grad, self.grad_x, self.out, self.signs if kernels else None, self.x),
+                *(self.residual if self.layer.mapped else None, self.weight, self.y, *terms),
+                *(*needs, kernels),
+            )
+        else:
+            found = conv1x1_operator.conv1x1_backward(
+                *(self.grad, self.x, self.weight, *self.vectors, self.y, *terms),
+                *(*needs, kernels),
+            )
+        return dict(zip(("input", "sums", "weight"), found, strict=True))
+
+    def run(self, which: str, kernels: str) -> Results:
+        """One pass, without what it leaves empty."""
+        if which == "forward":
+            found = self.forward(kernels)
+        else:
+            found = self.backward(kernels, which == "input", which == "weight")
+        return {name: value for name, value in found.items() if value.numel()}
+
+
+def least_bytes(layer: Layer, which: str, item: int) -> float:
+    """What a pass has to move: each map once, signs an eighth of a byte."""
+    pixels = layer.batch * layer.size**2
+    wide, narrow = {
+        "forward": (3 + 1 / (8 * item) if layer.join else 1, 1),
+        "input": (3 + layer.mapped + 1 / (8 * item) if layer.join else 2, 2),
+        "weight": (1, 2),
+    }[which]
+    return item * pixels * (wide * layer.inputs + narrow * layer.outputs)
+
+
+def time_layer(
+    layer: Layer, device: torch.device, bandwidth: float | None, compiler: str | None
+) -> dict[str, Any]:
+    """Milliseconds of each pass by each means, in bfloat16."""
+    call = Call(layer, torch.bfloat16, device)
+    row: dict[str, Any] = {"layer": layer.name, "ms": {}, "over_floor": {}}
+
+    def library(which: str) -> Callable[[], Results]:
+        return lambda: call.run(which, "")
+
+    for which in PASSES:
+        times = {
+            "kernel": median_ms(
+                lambda which=which: call.run(which, conv1x1_operator.PASSES), device
+            ),
+            "library": median_ms(library(which), device),
+        }
+        if compiler is not None:
+            form = torch.compile(plain_form(call, which), backend=compiler, dynamic=False)
+            times["compiled"] = median_ms(form, device)
+        row["ms"][which] = times
+        if bandwidth is not None:
+            floor = 1000 * least_bytes(layer, which, 2) / bandwidth
+            row["over_floor"][which] = times["kernel"] / floor
+    return row
+
+
+def plain_form(call: Call, which: str) -> Callable[[], tuple[Tensor, ...]]:
+    """A pass as a compiler would be given it: products and elementwise operations of PyTorch."""
+
+    def column(vector: Tensor) -> Tensor:
+        return vector[:, None, None]
+
+    def activated() -> Tensor:
+        if call.layer.join and which != "forward":
+            return call.out
+        wide = call.x * column(call.vectors[0]) + column(call.vectors[1])
+        if call.layer.mapped:
+            wide = wide + (call.residual * column(call.vectors[2]) + column(call.vectors[3]))
+        elif call.layer.join:
+            wide = wide + call.residual
+        return wide.relu().to(call.x.dtype)
+
+    def run() -> tuple[Tensor, ...]:
+        if which == "forward":
+            x = activated()
+            y = torch.nn.functional.conv2d(x, call.weight)
+            kept = (x,) if call.layer.join else ()
+            return (*kept, y, *torch.var_mean(y.float(), (0, 2, 3), correction=0))
+        wide = call.grad * column(call.gain) + call.y * column(call.curve) + column(call.level)
+        grad = wide.to(call.grad.dtype)
+        needs = [which == "input", which == "weight", False]
+        plain = (None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1)
+        found = torch.ops.aten.convolution_backward(grad, activated(), call.weight, *plain, needs)
+        if which == "weight":
+            return (found[1],)
+        of_x = found[0].float()
+        if call.layer.join:
+            of_x = torch.where(call.out > 0, of_x + call.grad_x, 0.0)
+        else:
+            scale, bias = (column(vector) for vector in call.vectors)
+            of_x = torch.where(call.x * scale + bias > 0, of_x, 0.0)
+        sums = [of_x.sum((0, 2, 3)), (of_x * call.x).sum((0, 2, 3))]
+        sums += [(of_x * call.residual).sum((0, 2, 3))] if call.layer.mapped else []
+        if not call.layer.join:
+            of_x = of_x * column(call.vectors[0])
+        return (of_x.to(call.x.dtype), *sums)
+
+    return run
+
+
+def check_products(
+    device: torch.device,
+    *,
+    dry: bool,
+    bandwidth: float | None,
+    compiler: str,
+    deadline: Deadline,
+    repeats: int,
+) -> dict[str, Any]:
+    """All of it, JSON-ready; layers that the time does not suffice for are named."""
+    chosen = TINY if dry else LAYERS
+    calls = (Call(layer, torch.bfloat16, device) for layer in chosen)
+    checks = [check_call(call, PASSES, repeats) for call in calls]
+    wrong = {row["layer"] for row in checks if row["wrong"]}
+    times, left_out = [], []
+    for index, layer in enumerate(chosen):
+        if layer.name in wrong:
+            continue
+        if deadline.passed:
+            left_out.append(layer.name)
+            continue
+        # Compiling is what takes the minutes.
+        worth = compiler if index < len(chosen) // 2 else None
+        times.append(time_layer(layer, device, bandwidth, worth))
+    tails = check_tails(device, dry=dry, bandwidth=bandwidth, deadline=deadline, repeats=repeats)
+    return {
+        "checks": checks + tails["checks"],
+        "times": times + tails["times"],
+        "left_out": left_out + tails["left_out"],
+    }
+
+
+def report_products(results: dict[str, Any]) -> list[str]:
+    """The results as lines of text, with who is to be in the selection table."""
+    lines = ["", "1x1 convolutions between BatchNorms, bf16: kernel ms (others)"]
+    for row in results["times"]:
+        lines.append(row["layer"])
+        for which, times in row["ms"].items():
+            others = {name: ms for name, ms in times.items() if name != "kernel"}
+            text = ", ".join(f"{name} {ms:.3f}" for name, ms in others.items())
+            ratio = row["over_floor"].get(which)
+            floor = "" if ratio is None else f", {ratio:.2f} of its byte floor"
+            winner = "kernel" if times["kernel"] <= min(others.values()) else "library"
+            lines.append(f"    {which:<8} {times['kernel']:.3f} ({text}){floor}: {winner} wins")
+    return lines + [f"left out, time was up: {name}" for name in results["left_out"]]

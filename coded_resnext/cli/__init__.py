@@ -1,0 +1,1 @@
+"""The command line: `coded-resnext`, one module for each command, and the training scripts."""

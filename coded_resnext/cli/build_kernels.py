@@ -1,0 +1,50 @@
+"""`coded-resnext build-kernels`: compile the Triton kernels before anybody waits for them."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+import torch
+
+from coded_resnext.kernels.build.build import BuildError, build, missing
+from coded_resnext.kernels.prebuilt.index import default_folder
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Build or check; the exit status.
+
+    Raises:
+        ValueError: an architecture or a number of processes that cannot be.
+    """
+    archs = arguments.arch or [_present_arch()]
+    for arch in archs:
+        if not (arch.isdecimal() and int(arch) >= 80):
+            raise ValueError(
+                f"--arch: expected a capability from 80 on without a dot, such as 90, got {arch!r}"
+            )
+    if arguments.jobs is not None and arguments.jobs < 1:
+        raise ValueError(f"--jobs: expected at least 1, got {arguments.jobs}")
+    archs = [f"sm{arch}" for arch in archs]
+    folder = arguments.out or default_folder()
+    try:
+        if arguments.check:
+            lacking = missing(archs, folder)
+            print("\n".join(lacking) if lacking else f"{folder}: all kernels are there")
+            return int(bool(lacking))
+        built = build(archs, folder, jobs=arguments.jobs)
+    except BuildError as error:
+        print(f"coded-resnext: {error}", file=sys.stderr)
+        return 1
+    for arch, entries in built.items():
+        kernels = len({entry["key"] for entry in entries})
+        print(f"{arch}: {kernels} kernels for {len(entries)} launch settings")
+    print(f"in {folder}; {folder / 'build'} is needed by the next build only")
+    return 0
+
+
+def _present_arch() -> str:
+    if not torch.cuda.is_available():
+        raise ValueError("--arch: expected a capability such as 90, since there is no GPU here")
+    major, minor = torch.cuda.get_device_capability()
+    return f"{major}{minor}"

@@ -1,0 +1,69 @@
+"""`coded-resnext convert`: published checkpoints and plain ResNeXts into networks of ours."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+
+from coded_resnext.files import read_json
+from coded_resnext.models.checkpoint import MODEL_FILE, load_model, save_model
+from coded_resnext.models.published import published_model, published_model_state
+from coded_resnext.models.registry import create_model
+from coded_resnext.models.warm_start import load_plain_weights, read_state_dict
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Convert, write and say what became of the weights; the exit status.
+
+    Raises:
+        ValueError: a damaged file, one with code in it, or weights that do not fit.
+        OSError: a file cannot be read or written.
+    """
+    if not arguments.network and (arguments.num_classes or arguments.in_channels):
+        raise ValueError("--num-classes, --in-channels: expected with --network only")
+    out: Path = arguments.out
+    if out.suffix != ".safetensors":
+        out = out / MODEL_FILE
+    if out.exists():
+        raise ValueError(f"--out: expected a new file, {out} exists")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    names = None
+    if arguments.classes is not None:
+        names = arguments.classes.read_text(encoding="utf-8").split("\n")
+        names = [name.strip() for name in names if name.strip()]
+    if arguments.publish:
+        state = published_model_state(load_model(arguments.source).model)
+        save_file({name: value.contiguous() for name, value in state.items()}, out)
+        print(f"wrote {out}: {len(state)} tensors under the published names")
+        return 0
+    state = read_state_dict(arguments.source)
+    if arguments.architecture is not None:
+        try:
+            architecture = read_json(arguments.architecture)
+        except ValueError as error:
+            raise ValueError(f"{arguments.architecture}: not JSON: {error}") from error
+        model = published_model(state, architecture, class_names=names)
+        said = f"{len(model.coded_blocks)} of {len(model.blocks)} blocks are coded"
+    else:
+        model = create_model(arguments.network, **_overrides(arguments, state, names))
+        said = str(load_plain_weights(model, state))
+    save_model(out, model, training={"converted_from": Path(arguments.source).name})
+    print(f"wrote {out}: {said}")
+    return 0
+
+
+def _overrides(
+    arguments: argparse.Namespace, state: dict[str, Any], names: list[str] | None
+) -> dict[str, Any]:
+    """What the network has other than the registry says."""
+    overrides: dict[str, Any] = {"head_bias": any(k in state for k in ("fc.bias", "head.bias"))}
+    if arguments.num_classes or names:
+        overrides["num_classes"] = arguments.num_classes or len(names or ())
+    if names:
+        overrides["class_names"] = names
+    if arguments.in_channels:
+        overrides["in_channels"] = arguments.in_channels
+    return overrides

@@ -1,0 +1,156 @@
+"""`coded-resnext eval`: the paper's evaluation of a trained network on a data set."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from coded_resnext.data.batches import batches
+from coded_resnext.data.datasets import load_digits_split
+from coded_resnext.data.image_folder import find_images, find_splits, image_folder, read_image
+from coded_resnext.data.preprocessing import SPLIT_SEED, Preprocessing
+from coded_resnext.interpret.budget import Budget, parse_duration
+from coded_resnext.interpret.evaluate import evaluate
+from coded_resnext.interpret.observe import Loader
+from coded_resnext.interpret.results import PROGRESS_FILE, save_evaluation, save_pictures, to_json
+from coded_resnext.models.checkpoint import LoadedModel, load_model
+
+DIGITS = "digits"
+# As in the evaluation at the end of a training, so that rounding is the same and all digits agree.
+DIGITS_BATCH = 256
+FOLDER_BATCH = 64
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Evaluate, print, and write what was asked for; the exit status.
+
+    Raises:
+        ValueError: the data do not fit the model, or an argument is outside its range.
+        OSError: a file cannot be read or written.
+        ImportError: an optional package is missing; the message names the extra that has it.
+    """
+    budget = Budget(parse_duration(arguments.budget) if arguments.budget else None)
+    out: Path | None = arguments.out
+    if arguments.csv and out is None:
+        raise ValueError("--csv: expected --out DIR beside it, where the tables go")
+    negatives = _negatives(arguments.negatives)
+    loaded = load_model(arguments.checkpoint, backend=arguments.backend)
+    # The kernels run there, or without one in Triton's interpreter.
+    if arguments.backend == "triton" and torch.cuda.is_available():
+        loaded.model.cuda()
+    batch_size = arguments.batch_size
+    if batch_size is None:
+        batch_size = DIGITS_BATCH if arguments.data == DIGITS else FOLDER_BATCH
+    train_loader, test_loader = open_data(loaded, arguments.data, batch_size)
+    outside = None
+    if arguments.outside is not None:
+        outside = OutsideImages(arguments.outside, _preprocessing(loaded), batch_size)
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+    evaluation = evaluate(
+        loaded.model,
+        train_loader,
+        test_loader,
+        outside_loader=outside,
+        seed=arguments.seed,
+        repeats=arguments.repeats,
+        negatives_per_positive=negatives,
+        budget=budget,
+        progress=None if out is None else out / PROGRESS_FILE,
+    )
+    print(to_json(evaluation) if arguments.json else evaluation)
+    if out is not None:
+        written = save_evaluation(
+            evaluation, out, csv=arguments.csv, codebooks=loaded.model.codebooks
+        )
+        if evaluation.samples is not None and loaded.preprocessing is not None:
+            positions = evaluation.samples.positions
+            written.append(save_pictures(positions, test_loader, loaded.preprocessing, out))
+        if not arguments.json:
+            print("\n".join(["", *(f"wrote {path}" for path in written)]))
+    return 0
+
+
+class OutsideImages:
+    """A loader of all images below a folder, which belong to none of the classes.
+
+    Args:
+        folder: where they are; also in folders inside it.
+        preprocessing: from a PIL image to `[C, H, W]`.
+        batch_size: images in a batch, at least 1.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        ValueError: it has no image; while iterating, a file is not a readable one.
+    """
+
+    def __init__(self, folder: Path, preprocessing: Preprocessing, batch_size: int) -> None:
+        self.files = find_images([folder])
+        self.preprocessing, self.batch_size = preprocessing, batch_size
+
+    def __len__(self) -> int:
+        return -(-len(self.files) // self.batch_size)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for start in range(0, len(self.files), self.batch_size):
+            paths = self.files[start : start + self.batch_size]
+            images = torch.stack([read_image(path, self.preprocessing) for path in paths])
+            yield images, torch.zeros(len(images), dtype=torch.int64)
+
+
+def open_data(loaded: LoadedModel, data: str, batch_size: int) -> tuple[Loader | None, Loader]:
+    """Loaders of the training images, None where there are none, and of the test images.
+
+    Args:
+        loaded: the model, whose classes and preprocessing the images must fit.
+        data: `"digits"` or a folder.
+        batch_size: images in a batch, at least 1.
+
+    Raises:
+        ValueError: the data do not fit the model.
+        NotADirectoryError: the folder does not exist.
+        ImportError: an optional package is missing.
+    """
+    model = loaded.model
+    if data == DIGITS:
+        if (model.num_classes, model.in_channels) != (10, 1):
+            raise ValueError(
+                "DATA: digits have 10 classes and 1 channel, the model has "
+                f"{model.num_classes} and {model.in_channels}"
+            )
+        # The images that this network has not seen in training.
+        split = load_digits_split(loaded.training.get("split_seed", SPLIT_SEED))
+        return (
+            batches(split.train_images, split.train_targets, batch_size),
+            batches(split.test_images, split.test_targets, batch_size),
+        )
+    arguments = (model.class_names, _preprocessing(loaded))
+    train, test = find_splits(data, model.class_names)
+    return (
+        None if train is None else image_folder(train, *arguments, batch_size=batch_size),
+        image_folder(test, *arguments, batch_size=batch_size),
+    )
+
+
+def _preprocessing(loaded: LoadedModel) -> Preprocessing:
+    if loaded.preprocessing is None:
+        raise ValueError(
+            "CHECKPOINT: expected a model with a preprocessing, which says how an image becomes "
+            "its input; this one has none"
+        )
+    return loaded.preprocessing
+
+
+def _negatives(text: str | None) -> Any:
+    if text is None:
+        return "auto"
+    if text == "all":
+        return None
+    if not text.isdecimal() or int(text) < 1:
+        raise ValueError(f"--negatives: expected a number of at least 1 or 'all', got {text!r}")
+    return int(text)

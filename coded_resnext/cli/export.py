@@ -1,0 +1,154 @@
+"""`coded-resnext export`: a trained network as ONNX, a program, a package, or a shared folder."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from coded_resnext.data.image_folder import find_images, read_image
+from coded_resnext.data.preprocessing import Preprocessing
+from coded_resnext.deploy.early_exit import EXIT_FILE, EarlyExit
+from coded_resnext.deploy.export import (
+    Heads,
+    Network,
+    export_early_exit,
+    to_aot_package,
+    to_exported_program,
+    to_onnx,
+)
+from coded_resnext.deploy.extract import extract_classifier
+from coded_resnext.deploy.extract_files import file_name
+from coded_resnext.deploy.hub import Pretrained, push_to_hub, save_pretrained
+from coded_resnext.deploy.onnx_files import quantize_onnx
+from coded_resnext.files import read_json
+from coded_resnext.models.checkpoint import LoadedModel, load_model
+from coded_resnext.training.run_folder import SUMMARY_FILE
+
+from .extract import parse_class, stored_thresholds
+
+FOLDER = "export"
+EARLY_EXIT_FOLDER = "early-exit"
+SHARED_FOLDER = "shared"
+SUFFIXES = {"onnx": ".onnx", "program": ".pt2", "aot": ".aot.pt2"}
+CALIBRATION_BATCH = 32
+# Of a run's summary: what was measured, and not where or how long.
+RESULTS = (
+    "test_accuracy",
+    "early_decoding",
+    "single_class_average_precision",
+    "remove_active_accuracy",
+    "remove_inactive_accuracy",
+)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Write and say what was written; the exit status.
+
+    Raises:
+        ValueError: no such class, arguments that do not go together, or a file that disagrees with
+            the network.
+        OSError: a file cannot be read or written.
+        ImportError: a library is missing.
+    """
+    _check(arguments)
+    loaded = load_model(arguments.checkpoint)
+    folder = Path(arguments.checkpoint)
+    folder = folder if folder.is_dir() else folder.parent
+    if arguments.format == "shared":
+        out = arguments.out or folder / FOLDER / SHARED_FOLDER
+        shared = pretrained_run(loaded, folder, arguments.name, arguments.license)
+        print(f"wrote {save_pretrained(shared, out)}")
+        if arguments.push:
+            print(f"pushed {push_to_hub(out, arguments.push)}")
+        return 0
+    for path in _write(arguments, loaded, folder):
+        print(f"wrote {path} ({path.stat().st_size:,} bytes)")
+    return 0
+
+
+def pretrained_run(
+    loaded: LoadedModel, folder: Path, name: str, license_: str | None
+) -> Pretrained:
+    """A run as what is shared: with the thresholds, criterion and results that its folder has.
+
+    Raises:
+        ValueError: a file of the run is damaged.
+    """
+    thresholds = stored_thresholds(folder)
+    criterion, summary = folder / EXIT_FILE, folder / SUMMARY_FILE
+    results: dict[str, Any] = {}
+    if summary.is_file():
+        try:
+            content = read_json(summary)
+            results = {key: content[key] for key in RESULTS if key in content}
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{summary}: not a readable summary: {error}") from error
+    return Pretrained(
+        loaded.model,
+        loaded.preprocessing,
+        {key: value for key, value in thresholds.items() if value is not None},
+        EarlyExit.load(criterion) if criterion.is_file() else None,
+        loaded.training,
+        results,
+        name,
+        license_,
+    )
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    """Refuse arguments that do not go together."""
+    part = arguments.class_name is not None or arguments.heads or arguments.early_exit
+    if arguments.format == "shared" and (part or arguments.int8):
+        raise ValueError("--format shared: expected the whole network, without --int8")
+    if arguments.push and arguments.format != "shared":
+        raise ValueError("--push: expected with --format shared only")
+    if arguments.format != "onnx" and (arguments.int8 or arguments.early_exit):
+        raise ValueError("--int8, --early-exit: expected with --format onnx only")
+    if arguments.int8 and arguments.early_exit:
+        raise ValueError("--int8: expected for a single file, not with --early-exit")
+
+
+def _write(arguments: argparse.Namespace, loaded: LoadedModel, folder: Path) -> list[Path]:
+    """Write what is asked for; the files."""
+    model = loaded.model
+    options = {"image_size": arguments.image_size, "preprocessing": loaded.preprocessing}
+    target = folder / FOLDER
+    if arguments.early_exit:
+        criterion = folder / EXIT_FILE
+        if not criterion.is_file():
+            raise ValueError(f"--early-exit: expected {criterion}; train/early_exit.py makes it")
+        notes = {"early_exit": EarlyExit.load(criterion).to_dict()}
+        out = arguments.out or target / EARLY_EXIT_FOLDER
+        return export_early_exit(model, out, opset=arguments.opset, metadata=notes, **options)
+    network: Network = model
+    name = "network"
+    if arguments.heads:
+        network, name = Heads(model), "heads"
+    elif arguments.class_name is not None:
+        index = parse_class(model, arguments.class_name)
+        threshold = stored_thresholds(folder).get(model.class_names[index])
+        network = extract_classifier(model, index, threshold=threshold, fold_batch_norm=True)
+        name = Path(file_name(index, model.class_names[index])).stem
+    out = arguments.out or target / f"{name}{SUFFIXES[arguments.format]}"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if arguments.format == "program":
+        torch.export.save(to_exported_program(network, **options), out)
+        return [out]
+    if arguments.format == "aot":
+        return [to_aot_package(network, out, **options)]
+    files = [to_onnx(network, out, opset=arguments.opset, **options)]
+    if arguments.int8:
+        batches = _calibration(arguments.int8, loaded.preprocessing)
+        files.append(quantize_onnx(out, out.with_suffix(".int8.onnx"), batches))
+    return files
+
+
+def _calibration(paths: list[str], preprocessing: Preprocessing | None) -> list[torch.Tensor]:
+    """Batches of the images that an int8 file is calibrated on."""
+    if preprocessing is None:
+        raise ValueError("--int8: expected a model with a preprocessing, got one without")
+    images = torch.stack([read_image(path, preprocessing) for path in find_images(paths)])
+    return list(torch.split(images, CALIBRATION_BATCH))

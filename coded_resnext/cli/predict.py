@@ -1,0 +1,136 @@
+"""`coded-resnext predict`: the classes of image files, and the paths that they take."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from coded_resnext.data.image_folder import find_images, read_image
+from coded_resnext.deploy.cost import network_cost
+from coded_resnext.deploy.early_exit import EXIT_FILE, EarlyExit, predict_early
+from coded_resnext.files import printable
+from coded_resnext.interpret.observe import evaluating, with_progress
+from coded_resnext.interpret.samples import strongest
+from coded_resnext.models.checkpoint import LoadedModel, load_model
+from coded_resnext.models.resnext import CodedResNeXt
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Classify and print; the exit status.
+
+    Raises:
+        ValueError: a file is no image, the model has no preprocessing, or early exit was asked for
+            and cannot be.
+        OSError: a file cannot be read.
+        ImportError: Pillow is not installed.
+    """
+    if arguments.batch_size < 1:
+        raise ValueError(f"--batch-size: expected at least 1, got {arguments.batch_size}")
+    loaded = load_model(arguments.checkpoint)
+    if loaded.preprocessing is None:
+        raise ValueError(
+            "RUN: expected a model with a preprocessing, which says how an image becomes its "
+            "input; this one has none"
+        )
+    criterion = None
+    if arguments.early or arguments.margin is not None:
+        criterion = read_criterion(arguments.margin, Path(arguments.checkpoint), loaded.model)
+    files = find_images(arguments.images)
+    groups = [
+        files[start : start + arguments.batch_size]
+        for start in range(0, len(files), arguments.batch_size)
+    ]
+    rows: list[dict[str, Any]] = []
+    for group in with_progress(groups, "predict"):
+        images = torch.stack([read_image(path, loaded.preprocessing) for path in group])
+        rows += classify(loaded.model, images, group, criterion)
+    if arguments.json:
+        print(json.dumps(rows, indent=1, allow_nan=False))
+    else:
+        print(_table(loaded, rows, criterion))
+    return 0
+
+
+def read_criterion(margin: float | None, checkpoint: Path, model: CodedResNeXt) -> EarlyExit:
+    """The criterion of one margin for all blocks, or the one that was calibrated for the run.
+
+    Raises:
+        ValueError: the margin is out of range, or the run has no calibrated ones.
+    """
+    if margin is not None:
+        if not 0 <= margin <= 1:
+            raise ValueError(f"--margin: expected a number from 0 to 1, got {margin}")
+        return EarlyExit.at_margin(model, margin)
+    folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
+    path = folder / EXIT_FILE
+    if not path.is_file():
+        raise ValueError(
+            f"--early: expected {path}, found none; train/early_exit.py makes it, or give --margin"
+        )
+    return EarlyExit.load(path)
+
+
+def classify(
+    model: CodedResNeXt, images: Tensor, files: Sequence[Path], criterion: EarlyExit | None
+) -> list[dict[str, Any]]:
+    """One JSON-ready row for every image `[B, C, H, W]`.
+
+    `exit_block` counts coded blocks from 1 and is None when the classifier decided; `path` has the
+    A strongest branches of every coded block that was computed; `macs` are the multiply-accumulates
+    that were spent.
+    """
+    images = images.to(next(model.parameters()))
+    blocks = len(model.coded_blocks)
+    if criterion is not None:
+        found = predict_early(model, images, criterion, return_energies=True)
+        classes, exits, macs = found.classes, found.exit_blocks.tolist(), found.macs.tolist()
+        all_energies: Sequence[Tensor] = found.energies
+    else:
+        with evaluating(model):
+            logits, all_energies = model(images, return_energies=True)
+        classes = logits.argmax(1)
+        exits = [blocks] * len(images)
+        macs = [network_cost(model, images.shape[2]).macs] * len(images)
+    rows = []
+    for index, path in enumerate(files):
+        computed = min(exits[index] + 1, blocks)
+        rows.append(
+            {
+                "file": str(path),
+                "class_name": model.class_names[int(classes[index])],
+                "class": int(classes[index]),
+                "exit_block": None if exits[index] == blocks else exits[index] + 1,
+                "path": [
+                    list(strongest(energies[index], book.active))
+                    for energies, book in zip(
+                        all_energies[:computed], model.codebooks[:computed], strict=True
+                    )
+                ],
+                "macs": macs[index],
+            }
+        )
+    return rows
+
+
+def _table(loaded: LoadedModel, rows: list[dict[str, Any]], criterion: EarlyExit | None) -> str:
+    blocks = len(loaded.model.coded_blocks)
+    files = [printable(row["file"]) for row in rows]
+    names = [printable(row["class_name"]) for row in rows]
+    file_width, name_width = max(map(len, files)), max(map(len, names))
+    lines = []
+    for file, name, row in zip(files, names, rows, strict=True):
+        where = "classifier" if row["exit_block"] is None else f"block {row['exit_block']}/{blocks}"
+        path = " | ".join(" ".join(map(str, branches)) for branches in row["path"])
+        lines.append(f"{file:<{file_width}}  {name:<{name_width}}  {where:<10}  {path}")
+    if criterion is not None:
+        assert loaded.preprocessing is not None
+        whole = network_cost(loaded.model, loaded.preprocessing.size).macs
+        share = sum(row["macs"] for row in rows) / len(rows) / whole
+        lines.append(f"{len(rows)} images at {share:.1%} of the whole network's MACs")
+    return "\n".join(lines)

@@ -1,0 +1,71 @@
+"""`coded-resnext report`: the results of a run as one page to look at and to send."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from coded_resnext.codebooks.codebook import Codebook
+from coded_resnext.files import write_atomically
+from coded_resnext.interpret.evaluate import Evaluation
+from coded_resnext.interpret.figures import save_figures
+from coded_resnext.interpret.report import gather, render
+from coded_resnext.interpret.results import load_evaluation
+from coded_resnext.interpret.tables import csv_tables
+
+REPORT_FILE = "report.html"
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Gather, write, and say where; the exit status.
+
+    Raises:
+        ValueError: the folder holds nothing of a run.
+        OSError: there is no such folder, or a file cannot be written.
+        ImportError: Jinja is not installed.
+    """
+    content = gather(arguments.folder)
+    written = []
+    if arguments.csv is not None or arguments.figures is not None:
+        evaluation = load_evaluation(arguments.folder)
+        if arguments.csv is not None:
+            written += _write_tables(evaluation, arguments.csv)
+        if arguments.figures is not None:
+            books = [Codebook.from_dict(book) for book in evaluation.codebooks]
+            of_blocks = [books[block.codebook] for block in evaluation.blocks]
+            written += save_figures(evaluation, of_blocks, arguments.figures)
+    if arguments.json:
+        print(json.dumps(content, indent=1, allow_nan=False))
+        return 0
+    written.append(_write_page(content, arguments.out or arguments.folder / REPORT_FILE))
+    for path in written:
+        print(f"wrote {path}")
+    for entry in content["missing"]:
+        print(f"missing: {entry['part']}: {entry['why']} {entry['remedy'] or ''}".rstrip())
+    return 0
+
+
+def _write_tables(evaluation: Evaluation, folder: Path) -> list[Path]:
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    for name, text in csv_tables(evaluation).items():
+        write_atomically(folder / name, text.encode())
+        written.append(folder / name)
+    return written
+
+
+def write_report(folder: Path) -> Path:
+    """Write the page of a run into its folder; the path.
+
+    Raises:
+        As `gather` and `render`.
+    """
+    return _write_page(gather(folder), folder / REPORT_FILE)
+
+
+def _write_page(content: dict[str, Any], path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, render(content).encode())
+    return path

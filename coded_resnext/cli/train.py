@@ -1,0 +1,574 @@
+"""From a recipe to a trained and evaluated network in a folder: what the training scripts share."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from importlib.util import find_spec
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from coded_resnext.codebooks.codebook import Codebook
+from coded_resnext.data.augment import TrainTransform
+from coded_resnext.data.datasets import load_dataset
+from coded_resnext.data.image_folder import find_images
+from coded_resnext.data.image_sets import FileImages, ImageSet, ImageSplits, MemoryImages
+from coded_resnext.data.loaders import EvalImages, TrainImages
+from coded_resnext.data.on_device import DeviceEvalImages, DeviceTrainImages
+from coded_resnext.data.preprocessing import Preprocessing
+from coded_resnext.files import read_json, write_atomically
+from coded_resnext.interpret import Evaluation, Loader, evaluate, save_figures, save_pictures
+from coded_resnext.interpret.budget import Budget, parse_duration
+from coded_resnext.kernels import check_backend
+from coded_resnext.models.checkpoint import MODEL_FILE, load_model
+from coded_resnext.models.registry import create_model
+from coded_resnext.models.resnext import CodedResNeXt
+from coded_resnext.models.warm_start import (
+    load_plain_weights,
+    read_state_dict,
+    recalibrate_batch_norm,
+)
+from coded_resnext.training.engine import fit
+from coded_resnext.training.processes import World, run_script, training_session
+from coded_resnext.training.recipe import (
+    _GROUPS,
+    _OWN_FLAGS,
+    ModelConfig,
+    Recipe,
+    add_flags,
+    load_recipe,
+)
+from coded_resnext.training.run_folder import (
+    DEAD_FILE,
+    SUMMARY_FILE,
+    RunFolder,
+    describe_machine,
+    versions,
+)
+from coded_resnext.training.step import compiled
+
+from .report import write_report
+
+RECIPE_FILE = "recipe.yaml"
+# Images from which the last BatchNorm of coded blocks is measured when weights are plain ones.
+CALIBRATION_IMAGES = 512
+# How a run is carried out, but not what comes of it: a run may be resumed under other ones.
+INCIDENTAL = (
+    "data_dir",
+    "download",
+    "storage",
+    "workers",
+    "validation_batch_size",
+    "initial_checkpoint",
+    "codebooks",
+)
+
+
+def open_data(recipe: Recipe) -> ImageSplits:
+    """The images that a recipe asks for; raises as `load_dataset`."""
+    data = recipe.data
+    return load_dataset(
+        data.dataset,
+        data.data_dir,
+        train_images=data.train_images,
+        test_images=data.test_images,
+        holdout=data.holdout,
+        storage=data.storage,
+        max_damaged=data.max_damaged,
+        download=data.download,
+    )
+
+
+def make_model(recipe: Recipe, class_names: Sequence[str]) -> CodedResNeXt:
+    """The network for the classes, with weights of the recipe's seed, on the CPU.
+
+    Raises:
+        ValueError: there is no such network, its backend cannot run here, or a codebook does not
+            fit it or the classes.
+        OSError: a codebook file cannot be read.
+    """
+    settings = recipe.model
+    check_backend(settings.backend)
+    arguments: dict[str, Any] = {
+        "backend": settings.backend,
+        "class_names": class_names,
+        "in_channels": 3,
+        "drop_branches": settings.drop_branches,
+        "head_bias": settings.head_bias,
+    }
+    # The published codebooks belong to CIFAR-10; any other set gets the best for its size.
+    if recipe.data.dataset != "cifar10":
+        arguments["num_classes"] = len(class_names)
+    if settings.codebooks:
+        arguments["codebooks"] = [_codebook(path, class_names) for path in settings.codebooks]
+    elif (
+        (source := _own_checkpoint(settings)) is not None
+        and source.class_names == tuple(class_names)
+        and source.coded_blocks
+    ):
+        # Branches go on working for the classes that they have learnt.
+        arguments["codebooks"] = source.stage_codebooks
+    torch.manual_seed(recipe.training.seed)
+    model = create_model(settings.model, **arguments)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = settings.bn_momentum
+    return model
+
+
+def _own_checkpoint(settings: ModelConfig) -> CodedResNeXt | None:
+    """The network in `initial_checkpoint`, None when it is another library's or there is none."""
+    path = Path(settings.initial_checkpoint or "")
+    own = settings.initial_checkpoint and (path.is_dir() or path.name == MODEL_FILE)
+    return load_model(path).model if own else None
+
+
+def _codebook(path: str, class_names: Sequence[str]) -> Codebook:
+    codebook = Codebook.load(path)
+    if codebook.classes != len(class_names):
+        raise ValueError(
+            f"codebooks: expected {len(class_names)} classes as in the data, got "
+            f"{codebook.classes} in {path}; make one with `coded-resnext codebook search "
+            f"{len(class_names)} {codebook.branches} {codebook.active} -o {path}`"
+        )
+    if codebook.class_names == tuple(map(str, range(codebook.classes))):
+        return codebook.with_class_names(class_names)
+    return codebook
+
+
+def start_from(model: CodedResNeXt, settings: ModelConfig, calibration: EvalImages) -> str:
+    """Give a network the weights of `initial_checkpoint`, in place; says what was taken from it.
+
+    The classifier is taken over only for the same classes. Weights of a plain network are made for
+    other magnitudes than a coded block gives, so that BatchNorm is measured anew.
+
+    Args:
+        model: the network.
+        settings: with `initial_checkpoint`.
+        calibration: training images without augmentation.
+
+    Raises:
+        ValueError: the weights are those of another architecture, or no weights.
+        OSError: there is no such file.
+    """
+    path = Path(settings.initial_checkpoint or "")
+    source = _own_checkpoint(settings)
+    state = read_state_dict(path) if source is None else source.state_dict()
+    same_number = source is not None and source.num_classes == model.num_classes
+    other_classes = source is not None and source.class_names != model.class_names
+    if same_number and other_classes:
+        state |= {k: v for k, v in model.state_dict().items() if k.startswith("head.")}
+    try:
+        taken = load_plain_weights(model, state)
+    except ValueError as error:
+        raise ValueError(
+            f"initial_checkpoint: {path} is of another architecture than {settings.model}: {error}"
+        ) from error
+    text = f"weights from {path}: {taken}"
+    if same_number and other_classes:
+        text += "; the classifier is fresh all the same, since its classes are others"
+    was_coded = source is not None and bool(source.coded_blocks)
+    if model.coded_blocks and not was_coded:
+        batches = -(-CALIBRATION_IMAGES // calibration.batch_size)
+        images = recalibrate_batch_norm(model, islice(calibration, batches))
+        text += f"; BatchNorm of the coded blocks measured on {images} images"
+    return text
+
+
+def identity(recipe: Recipe) -> dict[str, Any]:
+    """The settings that decide what comes of a run; it is resumed under the same ones only."""
+    found = {k: v for k, v in recipe.settings().items() if k not in INCIDENTAL}
+    # Backends round differently. Runs that began before there was a choice are those of auto.
+    if found["backend"] == "auto":
+        del found["backend"]
+    return found
+
+
+def run_recipe(
+    command: Command, vary: Callable[[CodedResNeXt], CodedResNeXt] | None = None
+) -> None:
+    """Train, evaluate and write the folder; torchrun starts this on many processes.
+
+    Args:
+        command: what is asked for.
+        vary: makes another network of the recipe's, with fresh weights.
+
+    Raises:
+        ValueError: the recipe, the data or the folder is at fault.
+        OSError: files are missing, or cannot be written.
+        ImportError: an optional package is missing.
+        FloatingPointError, TrainingStopped: as `fit`.
+    """
+    start = time.perf_counter()
+    recipe = command.recipe
+    if command.evaluation:
+        require_packages()
+    with training_session(command.device) as world:
+        # The processes that do not divide the batch are a quicker answer than the data are.
+        recipe.training.local_batch_size(world.size)
+        check_backend(recipe.model.backend, world.device)
+        if recipe.data.download:
+            world.on_main(lambda: len(open_data(recipe).train))
+        splits = open_data(recipe)
+        model = make_model(recipe, splits.class_names)
+        if vary is not None:
+            model = vary(model)
+        run = RunFolder(
+            command.out,
+            {"recipe": identity(recipe), "network": model.config},
+            resume=command.resume,
+            world=world,
+        )
+        if world.is_main:
+            write_atomically(run.path / RECIPE_FILE, recipe.to_yaml().encode())
+            print(f"{splits}\n{settings_in_words(recipe)}", file=sys.stderr)
+        loaders = make_loaders(recipe, splits, world)
+        if recipe.model.initial_checkpoint and world.on_main(lambda: run.load_state() is None):
+            taken = start_from(model, recipe.model, loaders.train_in_order)
+            if world.is_main:
+                print(taken, file=sys.stderr)
+        history = fit(
+            model.to(world.device),
+            loaders.train,
+            loaders.test_share,
+            recipe.training,
+            run,
+            world=world,
+            preprocessing=recipe.data.preprocessing,
+            notes={"data": splits.name, "recipe": identity(recipe)},
+        )
+        damaged = {
+            k: v for part in world.gather(loaders.train.damaged.reasons) for k, v in part.items()
+        }
+    if not world.is_main or not command.evaluation:
+        return
+    outside = None
+    if command.outside is not None:
+        outside = in_order(recipe, open_outside(command.outside, splits, recipe))
+    thresholds = loaders.train_in_order
+    if command.threshold_images is not None:
+        thresholds = in_order(recipe, splits.slice(train_images=command.threshold_images).train)
+    evaluation = evaluate(
+        model,
+        thresholds,
+        loaders.test,
+        outside_loader=outside,
+        repeats=command.repeats,
+        budget=Budget(command.budget),
+    )
+    write_results(
+        run,
+        model,
+        evaluation,
+        loaders.test,
+        recipe.data.preprocessing,
+        history,
+        seconds_with_evaluation=time.perf_counter() - start,
+        seed=recipe.training.seed,
+        damaged_images=damaged,
+        machine=describe_machine(),
+    )
+
+
+@dataclass(frozen=True)
+class Loaders:
+    """The loaders of a run on one process."""
+
+    train: TrainImages | DeviceTrainImages
+    test_share: EvalImages | DeviceEvalImages
+    """This process's test images."""
+    train_in_order: EvalImages
+    """All training images as they are in evaluation."""
+    test: EvalImages
+    """All test images."""
+
+
+def make_loaders(recipe: Recipe, splits: ImageSplits, world: World) -> Loaders:
+    """The loaders that a recipe asks for; raises as they do."""
+    data, training, augmentation = recipe.data, recipe.training, recipe.augmentation
+    share: dict[str, Any] = {"rank": world.rank, "world_size": world.size}
+    train: TrainImages | DeviceTrainImages
+    test: EvalImages | DeviceEvalImages
+    if augmentation.augment_on == "device":
+        train = DeviceTrainImages(
+            splits.train,
+            augmentation,
+            data.preprocessing,
+            training.batch_size,
+            device=world.device,
+            seed=training.seed,
+            workers=data.workers,
+            around=partial(compiled, backend=training.torchcompile),
+            **share,
+        )
+        test = DeviceEvalImages(
+            splits.test,
+            data.preprocessing,
+            data.validation_batch_size,
+            device=world.device,
+            **share,
+        )
+    else:
+        train = TrainImages(
+            splits.train,
+            TrainTransform(augmentation, data.preprocessing),
+            training.batch_size,
+            seed=training.seed,
+            workers=data.workers,
+            max_damaged=data.max_damaged,
+            **share,
+        )
+        test = in_order(recipe, splits.test, **share)
+    return Loaders(train, test, in_order(recipe, splits.train), in_order(recipe, splits.test))
+
+
+def in_order(recipe: Recipe, images: ImageSet, **share: int) -> EvalImages:
+    """Images as a recipe evaluates them; all of them, or a rank's share."""
+    data = recipe.data
+    return EvalImages(
+        images, data.preprocessing, data.validation_batch_size, workers=data.workers, **share
+    )
+
+
+def settings_in_words(recipe: Recipe) -> str:
+    """What a person wants to see before the training begins."""
+    lines = [f"{name}: {text}" for name, text in recipe.about.items()]
+    training = recipe.training
+    return "\n".join(
+        [
+            *lines,
+            f"{recipe.model.model}, batches of {training.batch_size}, {recipe.describe_lr()}",
+            f"weight decay {training.weight_decay:g} on all parameters, BatchNorm's included; "
+            f"BatchNorm momentum {recipe.model.bn_momentum:g}",
+            f"evaluation: shorter side to {recipe.data.test_resize or recipe.data.img_size}, "
+            f"centre {recipe.data.img_size} pixels",
+        ]
+    )
+
+
+def main(script: str, description: str | None, *, default: str) -> int:
+    """The command line of a training script; the exit status, see `run_script`.
+
+    Args:
+        script: file of the script; the recipes are in the folder `recipes` beside it.
+        description: of the script.
+        default: the recipe that is used when none is named.
+    """
+    path = Path(script)
+
+    def run() -> None:
+        run_recipe(
+            parse_command(
+                None,
+                description=description or "",
+                recipes=path.parent / "recipes",
+                default=default,
+            )
+        )
+
+    return run_script(path.name, run)
+
+
+ROTATED = "rotated"
+
+
+CIFAR = ("cifar10", "cifar100")
+
+
+def open_outside(name: str, splits: ImageSplits, recipe: Recipe) -> ImageSet:
+    """Images of none of the classes.
+
+    Args:
+        name: `"rotated"` for the test images turned by a quarter, `"cifar10"` or `"cifar100"` for
+            the test images of these, found where the recipe looks for data; or a folder of images.
+        splits: the data set.
+        recipe: of the run.
+
+    Raises:
+        ValueError: the images are the data set's own, or a folder has none.
+        OSError: there are no such images.
+    """
+    if name == ROTATED:
+        return rotated(splits.test)
+    if name not in CIFAR:
+        files = find_images([Path(name)])
+        return FileImages(tuple(files), torch.zeros(len(files), dtype=torch.int64))
+    if name == recipe.data.dataset:
+        raise ValueError(f"outside: expected another data set than {name}, which is the run's own")
+    return load_dataset(name, recipe.data.data_dir, download=recipe.data.download).test
+
+
+def rotated(images: ImageSet) -> MemoryImages:
+    """All images turned by a quarter, counterclockwise."""
+    return MemoryImages(
+        [np.rot90(np.asarray(images.image(index))) for index in range(len(images))],
+        images.targets,
+        [f"{images.name(index)}, turned" for index in range(len(images))],
+    )
+
+
+@dataclass(frozen=True)
+class Command:
+    """What the command line of a training script asks for."""
+
+    recipe: Recipe
+    out: Path
+    resume: bool
+    evaluation: bool
+    budget: float
+    """Seconds that the evaluation may take."""
+    device: str
+    outside: str | None = None
+    """Images of none of the classes, see `outside.open_outside`."""
+    threshold_images: int | None = None
+    """Training images on which the one-class classifiers choose their thresholds; None for all."""
+    repeats: int = 5
+    """Of the random branch removals."""
+
+
+def parse_command(
+    argv: Sequence[str] | None, *, description: str, recipes: Path, default: str
+) -> Command:
+    """Read the command line of a training script.
+
+    Args:
+        argv: arguments; None takes those of the process.
+        description: of the script.
+        recipes: the folder of the recipe files.
+        default: name of the recipe that is used when none is named.
+
+    Raises:
+        OSError, ValueError, ImportError: as `load_recipe`.
+    """
+    parser = argparse.ArgumentParser(
+        description=description,
+        epilog="Every setting of a recipe can be replaced by a flag. The run's folder gets "
+        "recipe.yaml, the settings as they were used.",
+        allow_abbrev=False,
+    )
+    names = ", ".join(sorted(path.stem for path in recipes.glob("*.yaml")))
+    parser.add_argument(
+        "-c", "--config", default=default, help=f"a YAML file, or one of {names} (%(default)s)"
+    )
+    parser.add_argument("--out", type=Path, help="the run's folder (runs/RECIPE)")
+    parser.add_argument(
+        "--resume", action="store_true", help="go on with the run in the folder, if there is one"
+    )
+    parser.add_argument(
+        "--no-evaluation",
+        dest="evaluation",
+        action="store_false",
+        help="end with the training; --resume without this flag makes up for it",
+    )
+    parser.add_argument(
+        "--budget", default="30m", help="time for the evaluation, such as 90s or 1h (%(default)s)"
+    )
+    parser.add_argument(
+        "--outside",
+        metavar="IMAGES",
+        help="of none of the classes, for the one-class classifiers: rotated (the test images, "
+        "turned by a quarter), cifar10, cifar100, or a folder of images",
+    )
+    parser.add_argument(
+        "--threshold-images",
+        type=int,
+        metavar="N",
+        help="choose the thresholds of the one-class classifiers on about so many training images",
+    )
+    parser.add_argument(
+        "--repeats", type=int, default=5, help="of the random branch removals (%(default)s)"
+    )
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda (%(default)s)")
+    for group in _GROUPS:
+        add_flags(parser, group, leave_out=())
+    arguments = vars(parser.parse_args(argv))
+    own = {name: arguments.pop(name) for name in _OWN_FLAGS}
+    named = recipes / f"{own['config']}.yaml"
+    path = named if named.is_file() else Path(own["config"])
+    recipe = load_recipe(path, arguments)
+    out = own["out"] or Path("runs") / path.stem
+    budget = parse_duration(own["budget"])
+    return Command(
+        recipe,
+        out,
+        own["resume"],
+        own["evaluation"],
+        budget,
+        own["device"],
+        own["outside"],
+        own["threshold_images"],
+        own["repeats"],
+    )
+
+
+# What evaluation, figures and report need beyond the training: module and package.
+NEEDED = {"jinja2": "jinja2", "matplotlib": "matplotlib", "sklearn": "scikit-learn"}
+
+
+def require_packages() -> None:
+    """Refuse to start a training whose evaluation could not be finished.
+
+    Raises:
+        ImportError: a package that `write_results` or the experiments need is missing.
+    """
+    missing = [package for module, package in NEEDED.items() if find_spec(module) is None]
+    if missing:
+        raise ImportError(
+            f"the evaluation after the training needs {' and '.join(missing)}; "
+            "install coded-resnext[report]"
+        )
+
+
+def write_results(
+    run: RunFolder,
+    model: CodedResNeXt,
+    evaluation: Evaluation,
+    test_loader: Loader,
+    preprocessing: Preprocessing,
+    history: Sequence[Mapping[str, float]],
+    **summary: Any,
+) -> None:
+    """Write evaluation, figures, pictures, summary and report, and print where they are.
+
+    Args:
+        run: the run's folder.
+        model: the trained network.
+        evaluation: of it.
+        test_loader: what it was evaluated on.
+        preprocessing: of the test images.
+        history: rows of `fit`.
+        summary: further entries of the summary, JSON-ready.
+    """
+    dead = run.path / DEAD_FILE
+    if dead.is_file():
+        summary["dead_branches"] = read_json(dead)["blocks"]
+    run.write_json("evaluation.json", evaluation.to_dict())
+    run.write_json(
+        SUMMARY_FILE,
+        {
+            **evaluation.summary(),
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "seconds": sum(row["seconds"] for row in history),
+            "versions": versions(),
+            "command": shlex.join(["python", *sys.argv]),
+            **summary,
+        },
+    )
+    figures = save_figures(evaluation, model.codebooks, run.path / "figures")
+    if evaluation.samples is not None:
+        save_pictures(evaluation.samples.positions, test_loader, preprocessing, run.path)
+    print(f"\n{evaluation}\n\nsummary: {run.path / SUMMARY_FILE}")
+    for figure in figures:
+        if figure.suffix == ".png":
+            print(f"picture: {figure}")
+    print(f"report: {write_report(run.path)}")

@@ -1,1 +1,0 @@
-"""Commands of the command line, each in a file of its own."""

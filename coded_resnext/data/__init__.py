@@ -1,0 +1,1 @@
+"""Images to batches: data sets, folders, preprocessing, augmentation, loaders."""

@@ -1,0 +1,241 @@
+"""Augmentation of training images: crops, flips, RandAugment and random erasing.
+
+RandAugment and random erasing are timm's, which the published networks were trained with;
+torchvision's RandAugment draws from another set of operations.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .preprocessing import Preprocessing, resize_and_cut
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from timm.data.auto_augment import RandAugment
+
+AugmentOn = Literal["cpu", "device"]
+Interpolation = Literal["random", "bilinear", "bicubic"]
+EraseMode = Literal["const", "rand", "pixel"]
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """What happens to a training image; a field with the name of a flag of timm means the same."""
+
+    crop_padding: int | None = None
+    """Pad by so many black pixels and cut a place out at random; unset, cut out a part of random
+    size and shape and resize it."""
+    scale: tuple[float, ...] = (0.08, 1.0)
+    """Least and largest area of that part, as a share of the image."""
+    ratio: tuple[float, ...] = (3 / 4, 4 / 3)
+    """Least and largest width over height of that part."""
+    train_interpolation: Interpolation = "random"
+    """How it is resized; `random` draws bilinear or bicubic for every image."""
+    hflip: float = 0.5
+    """Probability of a flip from left to right."""
+    vflip: float = 0.0
+    """Probability of a flip from top to bottom."""
+    aa: str | None = None
+    """timm's RandAugment, such as `rand-m7-n2-mstd0.5`: magnitude 7, two operations, noise 0.5."""
+    reprob: float = 0.0
+    """Probability of random erasing."""
+    remode: EraseMode = "pixel"
+    """What fills the erased parts: black, one random colour, or noise."""
+    recount: int = 1
+    """Largest number of parts that are erased."""
+    augment_on: AugmentOn = "cpu"
+    """Where: `device` keeps the images in the memory of the network's device and augments whole
+    batches there, by the draws that `cpu` makes."""
+
+    def __post_init__(self) -> None:
+        if self.crop_padding is not None and self.crop_padding < 0:
+            raise ValueError(f"crop_padding: expected at least 0, got {self.crop_padding}")
+        for name, pair, low in (("scale", self.scale, 0.0), ("ratio", self.ratio, 1e-3)):
+            if len(pair) != 2 or not low <= pair[0] <= pair[1] or pair[1] <= 0:
+                raise ValueError(f"{name}: expected two rising positive numbers, got {pair}")
+        for name, probability in (
+            ("hflip", self.hflip),
+            ("vflip", self.vflip),
+            ("reprob", self.reprob),
+        ):
+            if not 0 <= probability <= 1:
+                raise ValueError(f"{name}: expected a probability, got {probability}")
+        for name, choice, choices in (
+            ("train_interpolation", self.train_interpolation, get_args(Interpolation)),
+            ("remode", self.remode, get_args(EraseMode)),
+            ("augment_on", self.augment_on, get_args(AugmentOn)),
+        ):
+            if choice not in choices:
+                raise ValueError(f"{name}: expected one of {', '.join(choices)}; got {choice!r}")
+        if self.recount < 1:
+            raise ValueError(f"recount: expected at least 1, got {self.recount}")
+
+
+class TrainTransform:
+    """From RGB images to a network's augmented input; an image and a seed always give the same.
+
+    Args:
+        augmentation: what happens.
+        preprocessing: size and normalisation.
+
+    Raises:
+        ValueError: `aa` is not a RandAugment of timm.
+        ImportError: timm or torchvision is missing.
+    """
+
+    def __init__(self, augmentation: Augmentation, preprocessing: Preprocessing) -> None:
+        try:
+            from timm.data.random_erasing import RandomErasing
+            from timm.data.transforms import RandomResizedCropAndInterpolation
+        except ImportError as error:
+            raise ImportError(
+                "augmentation needs timm and torchvision: pip install 'coded-resnext[train]'"
+            ) from error
+        self.preprocessing = preprocessing
+        self._steps: list[Callable[[Image], Image]] = []
+        if augmentation.crop_padding is None:
+            make_part: Callable[..., Callable[[Image], Image]] = RandomResizedCropAndInterpolation
+            part = make_part(
+                preprocessing.size,
+                scale=augmentation.scale,
+                ratio=augmentation.ratio,
+                interpolation=augmentation.train_interpolation,
+            )
+            self._steps.append(part)
+        else:
+            self._steps.append(PaddedCrop(preprocessing.size, augmentation.crop_padding))
+        self._steps.append(Flips(augmentation.hflip, augmentation.vflip))
+        if augmentation.aa:
+            self._steps.append(make_rand_augment(augmentation.aa, preprocessing))
+        self._erase: Callable[[Tensor], Tensor] | None = None
+        if augmentation.reprob:
+            make_erasing: Callable[..., Callable[[Tensor], Tensor]] = RandomErasing
+            self._erase = make_erasing(
+                augmentation.reprob,
+                mode=augmentation.remode,
+                max_count=augmentation.recount,
+                device="cpu",
+            )
+
+    def __call__(self, images: Sequence[Image], seeds: Sequence[int]) -> Tensor:
+        """RGB images of any size, each with its seed, to `[B, 3, size, size]`, normalised."""
+        with generators_kept():
+            augmented = []
+            for image, seed in zip(images, seeds, strict=True):
+                seed_generators(seed)
+                for step in self._steps:
+                    image = step(image)
+                augmented.append(np.asarray(image))
+            pixels = torch.from_numpy(np.stack(augmented)).permute(0, 3, 1, 2).contiguous()
+            pixels = self.preprocessing.normalize(pixels.float() / 255)
+            if self._erase is not None:
+                for row, seed in zip(pixels, seeds, strict=True):
+                    seed_generators(seed + 1)
+                    self._erase(row)
+        return pixels
+
+
+class PaddedCrop:
+    """Cuts a square out of the image, padded with black on all sides, at a random place."""
+
+    def __init__(self, size: int, padding: int) -> None:
+        self.size, self.padding = size, padding
+
+    def __call__(self, image: Image) -> Image:
+        image = resize_and_cut(image, self.size)
+        left, top = self.draw()
+        # Pixels outside an image are black to PIL's crop.
+        return image.crop((left, top, left + self.size, top + self.size))
+
+    def draw(self) -> tuple[int, int]:
+        """Where the square begins, from the left and from the top; below 0 in the padding."""
+        left = random.randint(-self.padding, self.padding)  # noqa: S311
+        top = random.randint(-self.padding, self.padding)  # noqa: S311
+        return left, top
+
+
+class Flips:
+    """Flips from left to right and from top to bottom with given probabilities."""
+
+    def __init__(self, horizontal: float, vertical: float) -> None:
+        self.horizontal, self.vertical = horizontal, vertical
+
+    def __call__(self, image: Image) -> Image:
+        from PIL import ImageOps
+
+        mirrored, flipped = self.draw()
+        if mirrored:
+            image = ImageOps.mirror(image)
+        return ImageOps.flip(image) if flipped else image
+
+    def draw(self) -> tuple[bool, bool]:
+        """Whether to flip from left to right, and from top to bottom."""
+        horizontal = random.random() < self.horizontal  # noqa: S311
+        return horizontal, random.random() < self.vertical  # noqa: S311
+
+
+def make_rand_augment(config: str, preprocessing: Preprocessing) -> RandAugment:
+    """timm's RandAugment with the settings of timm's own training: fill colour, largest shift.
+
+    Raises:
+        ValueError: timm knows no such RandAugment.
+        ImportError: timm is missing.
+    """
+    from timm.data.auto_augment import posterize, rand_augment_transform
+
+    settings = {
+        "translate_const": int(preprocessing.size * 0.45),
+        "img_mean": tuple(min(255, round(255 * value)) for value in preprocessing.mean),
+    }
+    try:
+        augment: RandAugment = rand_augment_transform(config, settings)
+    except (AssertionError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"aa: expected a RandAugment of timm such as rand-m9-n2-mstd0.5, got {config!r}"
+        ) from error
+    for operation in augment.ops:
+        if operation.aug_fn is posterize:
+            operation.aug_fn = posterize_to_black
+    return augment
+
+
+def posterize_to_black(image: Image, bits_to_keep: int, **settings: Any) -> Image:
+    """timm's posterize; of no bits at all it makes a black image.
+
+    Magnitudes below 2.5 ask for none. Pillow gave black when the published networks were trained,
+    and raises an error since.
+    """
+    from timm.data.auto_augment import posterize
+
+    if bits_to_keep < 1:
+        return image.point([0] * 256 * len(image.getbands()))
+    untyped: Callable[..., Image] = posterize
+    return untyped(image, bits_to_keep, **settings)
+
+
+def seed_generators(seed: int) -> None:
+    """Seed what augmentation draws from: the global generators, since timm knows no others."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002
+    torch.default_generator.manual_seed(seed)
+
+
+@contextmanager
+def generators_kept() -> Iterator[None]:
+    """Afterwards the global generators of Python, NumPy and PyTorch's CPU are as they were."""
+    python, numpy, torch_state = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)  # noqa: NPY002
+        torch.set_rng_state(torch_state)

@@ -1,0 +1,304 @@
+"""Data sets by name: CIFAR-10, CIFAR-100, folders of images, and a synthetic one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    pass
+import os
+import zipfile
+import zlib
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal, get_args
+
+from .image_folder import TEST_FOLDERS, TRAIN_FOLDER, class_folders, list_images
+from .image_sets import DamagedImages, FileImages, ImageSplits, MemoryImages, into_memory, listed
+from .preprocessing import SPLIT_SEED, TEST_SHARE, Preprocessing
+
+DATA_VARIABLE = "CODED_RESNEXT_DATA"
+Storage = Literal["auto", "memory", "files"]
+# Decoded sets up to this size stay in memory unless asked otherwise; CIFAR has 176 MiB.
+MEMORY_BYTES = 512 << 20
+SYNTHETIC_SEED = 0
+# The folders that torchvision unpacks.
+_CIFAR = {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python"}
+
+
+def data_folder(folder: str | Path | None = None) -> Path:
+    """The folder of data sets: the one given, `$CODED_RESNEXT_DATA`, or `data`."""
+    return Path(folder or os.environ.get(DATA_VARIABLE) or "data")
+
+
+def load_dataset(
+    name: str,
+    folder: str | Path | None = None,
+    *,
+    train_images: int | None = None,
+    test_images: int | None = None,
+    holdout: float = 0.0,
+    storage: Storage = "auto",
+    max_damaged: float = 0.01,
+    download: bool = False,
+) -> ImageSplits:
+    """A data set by name, or a part of it.
+
+    CIFAR is looked for in this order: `FOLDER/NAME.npz` (arrays `x_train [n, 32, 32, 3]` uint8,
+    `y_train`, `x_test`, `y_test`, `classes`), `FOLDER/NAME/{train,test}/CLASS/*`, and the files
+    that torchvision unpacks in `FOLDER`; it is decoded in memory.
+
+    Args:
+        name: `"cifar10"`, `"cifar100"`, `"folder"` (`FOLDER/train/CLASS/*` with `test` or `val`)
+            or `"synthetic"`.
+        folder: holds the CIFAR sets; of `"folder"` the data set itself. See `data_folder`.
+        train_images, test_images, holdout: the part, see `ImageSplits.slice`.
+        storage: of a folder: `"memory"` decodes all images once, `"files"` reads them anew every
+            time, and `"auto"` decodes them when, by the size of the first, they fit in half a
+            gibibyte.
+        max_damaged: the largest share of training images that may be unreadable when they are
+            decoded into memory; those are left out. An unreadable test image is an error.
+        download: let torchvision fetch a CIFAR set that is not there.
+
+    Raises:
+        ValueError: there is no such name, a number is outside its range, or the images are wrong;
+            see `find_image_folder`.
+        OSError: the images are not there.
+        ImportError: torchvision or Pillow is missing.
+    """
+    folder = data_folder(folder)
+    if storage not in get_args(Storage):
+        raise ValueError(f"storage: expected one of {', '.join(get_args(Storage))}; got {storage}")
+    if name in _CIFAR:
+        splits = _find_cifar(name, folder, download)
+        storage, max_damaged = "memory", 0
+    elif name == "folder":
+        splits = find_image_folder(folder)
+    elif name == "synthetic":
+        splits = make_synthetic()
+    else:
+        names = ", ".join([*_CIFAR, "folder", "synthetic"])
+        raise ValueError(f"dataset: expected one of {names}; got {name!r}")
+    splits = splits.slice(train_images=train_images, test_images=test_images, holdout=holdout)
+    return _decoded(splits, storage, max_damaged)
+
+
+def find_image_folder(root: str | Path) -> ImageSplits:
+    """The files of a data set `ROOT/train/CLASS/*` with `ROOT/test/CLASS/*` or `ROOT/val/CLASS/*`.
+
+    The classes are the folders of `train` by name.
+
+    Raises:
+        NotADirectoryError: a folder is missing.
+        ValueError: a class of the test images is none of the training images', a class has no
+            training image, or files are empty; the message names them.
+    """
+    root = Path(root)
+    train_root, test_root = root / TRAIN_FOLDER, _test_folder(root)
+    names = tuple(class_folders(train_root))
+    if len(names) < 2:
+        raise ValueError(f"{train_root}: expected folders of two classes or more, got {len(names)}")
+    unknown = [name for name in class_folders(test_root) if name not in names]
+    if unknown:
+        raise ValueError(
+            f"{test_root}: expected classes that {train_root} has too, got also "
+            f"{listed(unknown)}; add training images of them, or remove them"
+        )
+    return ImageSplits(
+        root.resolve().name,
+        names,
+        _list_images(train_root, names, all_classes=True),
+        _list_images(test_root, names, all_classes=False),
+    )
+
+
+def make_synthetic(
+    classes: int = 10, size: int = 32, train_images: int = 2000, test_images: int = 500
+) -> ImageSplits:
+    """Noise in which every class brightens a patch of its own in a colour of its own.
+
+    For trying out a recipe or a machine; the network can learn it, but it says nothing about
+    accuracy. The same numbers give the same images.
+    """
+    generator = np.random.default_rng(SYNTHETIC_SEED)
+    patch = max(1, size // 4)
+    corners = generator.integers(0, size - patch + 1, (classes, 2))
+    colours = generator.uniform(40, 120, (classes, 3))
+
+    def make(images: int, split: str) -> MemoryImages:
+        targets = np.arange(images) % classes
+        pixels = generator.normal(100, 30, (images, size, size, 3))
+        for image, target in zip(pixels, targets, strict=True):
+            row, column = corners[target]
+            image[row : row + patch, column : column + patch] += colours[target]
+        return MemoryImages(
+            pixels.clip(0, 255).astype(np.uint8),
+            torch.from_numpy(targets),
+            [f"synthetic {split} image {index}" for index in range(images)],
+        )
+
+    names = tuple(f"class {index}" for index in range(classes))
+    return ImageSplits("synthetic", names, make(train_images, "train"), make(test_images, "test"))
+
+
+def _find_cifar(name: str, folder: Path, download: bool) -> ImageSplits:
+    archive = folder / f"{name}.npz"
+    if archive.is_file():
+        return _from_archive(archive)
+    if (folder / name).is_dir():
+        return find_image_folder(folder / name)
+    if not download and not (folder / _CIFAR[name]).is_dir():
+        raise FileNotFoundError(
+            f"{folder}: expected {archive.name}, {name}/{{train,test}}/CLASS/* or {_CIFAR[name]}, "
+            "found none of them; name another folder with --data-dir, or fetch it with --download"
+        )
+    return _from_torchvision(name, folder, download)
+
+
+def _from_archive(path: Path) -> ImageSplits:
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            names = tuple(map(str, arrays["classes"].tolist()))
+            splits = [
+                MemoryImages(
+                    arrays[f"x_{split}"],
+                    _targets(arrays[f"y_{split}"]),
+                    _numbered(f"{path}: {split} image", len(arrays[f"y_{split}"])),
+                )
+                for split in ("train", "test")
+            ]
+    # What NumPy raises depends on the damage; a zip archive adds its own.
+    except (KeyError, ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(f"{path}: damaged, or not an archive of images: {error}") from error
+    return ImageSplits(path.stem, names, *splits)
+
+
+def _from_torchvision(name: str, folder: Path, download: bool) -> ImageSplits:
+    try:
+        from torchvision import datasets
+    except ImportError as error:
+        raise ImportError("CIFAR needs torchvision: pip install 'coded-resnext[train]'") from error
+    load = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
+    try:
+        loaded = [load(str(folder), train=train, download=download) for train in (True, False)]
+    except RuntimeError as error:
+        raise ValueError(f"{folder / _CIFAR[name]}: {error}") from error
+    train, test = (
+        MemoryImages(
+            part.data,
+            _targets(part.targets),
+            _numbered(f"{name} {split} image", len(part.targets)),
+        )
+        for part, split in zip(loaded, ("train", "test"), strict=True)
+    )
+    return ImageSplits(name, tuple(loaded[0].classes), train, test)
+
+
+def _targets(values: Any) -> Tensor:
+    return torch.from_numpy(np.asarray(values, dtype=np.int64))
+
+
+def _numbered(what: str, count: int) -> list[str]:
+    return [f"{what} {index}" for index in range(count)]
+
+
+def _test_folder(root: Path) -> Path:
+    for name in TEST_FOLDERS:
+        if (root / name).is_dir():
+            return root / name
+    raise NotADirectoryError(f"{root}: expected a folder test or val beside train, found none")
+
+
+def _list_images(root: Path, class_names: tuple[str, ...], *, all_classes: bool) -> FileImages:
+    """The files of the classes; empty ones are refused here, before any time is spent."""
+    files = list_images(root, class_names, all_classes=all_classes)
+    empty = [str(path) for path, _ in files if path.stat().st_size == 0]
+    if empty:
+        raise ValueError(
+            f"{root}: expected images, got {len(empty)} empty files: {listed(empty)}; "
+            "remove them or fetch them again"
+        )
+    return FileImages(
+        tuple(path for path, _ in files), torch.tensor([target for _, target in files])
+    )
+
+
+def _decoded(splits: ImageSplits, storage: Storage, max_damaged: float) -> ImageSplits:
+    """The images in memory where `storage` asks for it; of a set that is there already, itself."""
+    train, test = splits.train, splits.test
+    if not (isinstance(train, FileImages) and isinstance(test, FileImages)):
+        return splits
+    if storage == "files" or (storage == "auto" and _decoded_bytes(train) > MEMORY_BYTES):
+        return splits
+    damaged = DamagedImages(len(train), max_damaged)
+    return replace(splits, train=into_memory(train, damaged), test=into_memory(test))
+
+
+def _decoded_bytes(images: FileImages) -> int:
+    """An estimate from the first image that can be read."""
+    for index in range(len(images)):
+        try:
+            width, height = images.image(index).size
+        except ValueError:
+            continue
+        return width * height * 3 * len(images)
+    return 0
+
+
+@dataclass(frozen=True)
+class DigitsSplit:
+    """scikit-learn's 1,797 handwritten digits, normalised and split; 8x8 pixels, 10 classes."""
+
+    train_images: Tensor
+    """`[1437, 1, 8, 8]`, float32."""
+    train_targets: Tensor
+    test_images: Tensor
+    """`[360, 1, 8, 8]`, float32."""
+    test_targets: Tensor
+    train_indices: Tensor
+    """Positions of the training images in the data set as scikit-learn returns it."""
+    test_indices: Tensor
+    preprocessing: Preprocessing
+
+
+def load_digits_split(seed: int = SPLIT_SEED) -> DigitsSplit:
+    """The digits in a stratified 80/20 split; mean and deviation are those of the training images.
+
+    The set is ordered by writer, so that a sequential split would be another task: new writers.
+
+    Raises:
+        ImportError: scikit-learn is missing; the message names the extra that has it.
+    """
+    try:
+        from sklearn.datasets import load_digits
+        from sklearn.model_selection import train_test_split
+    except ImportError as error:
+        raise ImportError(
+            "the digits come with scikit-learn: pip install 'coded-resnext[train]'"
+        ) from error
+    digits = load_digits()
+    train, test = train_test_split(
+        np.arange(len(digits.target)),
+        test_size=TEST_SHARE,
+        random_state=seed,
+        stratify=digits.target,
+    )
+    # Sixteen grey levels, 0..16.
+    intensities = torch.from_numpy(digits.images).float()[:, None] / 16
+    targets = torch.from_numpy(digits.target).long()
+    train, test = torch.from_numpy(train), torch.from_numpy(test)
+    preprocessing = Preprocessing(
+        size=8,
+        channels=1,
+        mean=(float(intensities[train].mean()),),
+        std=(float(intensities[train].std()),),
+    )
+    images = preprocessing.normalize(intensities)
+    return DigitsSplit(
+        images[train], targets[train], images[test], targets[test], train, test, preprocessing
+    )

@@ -1,0 +1,445 @@
+"""Loaders of images that stay in the memory of the network's device, augmented there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .augment import (
+    Augmentation,
+    Flips,
+    PaddedCrop,
+    generators_kept,
+    make_rand_augment,
+    posterize_to_black,
+    seed_generators,
+)
+from .image_sets import MemoryImages
+from .preprocessing import Preprocessing
+from .rand_augment import NUMBERS, OPERATIONS, apply_operation
+
+if TYPE_CHECKING:
+    from timm.data.auto_augment import RandAugment
+
+from typing import NamedTuple
+
+from torch.utils.data import Dataset
+
+from .batches import Batch, Key, ShuffledSamples
+from .image_sets import DamagedImages, ImageSet
+from .loaders import Plan, make_loader, passing
+from .preprocessing import derive_seed
+
+Augment = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def device_pixels(images: ImageSet, preprocessing: Preprocessing, device: torch.device) -> Tensor:
+    """All images of a set in a device's memory, `[n, 3, size, size]`, uint8.
+
+    Raises:
+        ValueError: the images are not decoded in memory, or not of the network's size; resizing is
+            left to the CPU.
+    """
+    size = preprocessing.size
+    wanted = f"augment_on: expected decoded images of {size} x {size} pixels for the device"
+    if not isinstance(images, MemoryImages):
+        raise ValueError(f"{wanted}, got files; decode them with storage memory")
+    pixels = images.pixels
+    if tuple(pixels.shape[2:]) != (size, size) or preprocessing.resize not in (None, size):
+        height, width = pixels.shape[2:]
+        raise ValueError(
+            f"{wanted}, neither resized nor cut, got {height} x {width} and a resizing to "
+            f"{preprocessing.resize or size}; leave it to augment_on cpu"
+        )
+    return pixels.contiguous().to(device)
+
+
+class DeviceTrainImages(ShuffledSamples):
+    """A training loader as `loaders.TrainImages` with the same order and draws, on the device.
+
+    A step sends the places of its images and a few numbers for each to the device, and never waits
+    for it.
+
+    Args:
+        images: the training images, decoded, of the network's size.
+        augmentation: what happens to them.
+        preprocessing: size and normalisation.
+        batch_size: images of an optimizer step, over all ranks.
+        device: of the network.
+        seed: of order and augmentation.
+        rank: this process, counted from 0.
+        world_size: how many processes share a batch.
+        workers: processes that make the draws for this rank; 0 makes them in this one.
+        around: put around what the device does, such as `torch.compile`.
+
+    Raises:
+        ValueError: the device cannot do what is asked for, see `Draws` and `device_pixels`; or as
+            `ShuffledSamples`.
+        ImportError: timm or Pillow is missing.
+    """
+
+    def __init__(
+        self,
+        images: ImageSet,
+        augmentation: Augmentation,
+        preprocessing: Preprocessing,
+        batch_size: int,
+        *,
+        device: torch.device,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        workers: int = 0,
+        around: Callable[[Augment], Augment] | None = None,
+    ) -> None:
+        super().__init__(len(images), batch_size, seed=seed, rank=rank, world_size=world_size)
+        draws = Draws(augmentation, preprocessing)
+        augment: Augment = DeviceAugment(preprocessing, draws.fill, device)
+        self._augment = around(augment) if around else augment
+        self.images, self._pixels = images, device_pixels(images, preprocessing, device)
+        self.damaged = DamagedImages(len(images), 0)
+        """None: decoding has left them out."""
+        drawing = _Drawing(draws, images.targets, seed)
+        self._loader = make_loader(drawing, Plan(self.keys), workers)
+
+    def __iter__(self) -> Iterator[Batch]:
+        device = self._pixels.device
+        for drawn in passing(self._loader):
+            indices, draws = (
+                each.to(device, non_blocking=True) for each in (drawn.indices, drawn.draws)
+            )
+            pixels = self._augment(self._pixels, indices, draws)
+            yield Batch(pixels, drawn.targets, drawn.indices)
+
+    def describe(self, indices: Tensor) -> list[str]:
+        """The files of samples."""
+        return [self.images.name(index) for index in indices.tolist()]
+
+
+class DeviceEvalImages:
+    """An evaluation loader as `loaders.EvalImages`, of images in the device's memory.
+
+    Args:
+        images: decoded, of the network's size.
+        preprocessing: size and normalisation.
+        batch_size: images in a batch of this rank; the last may be smaller.
+        device: of the network.
+        rank: this process, counted from 0.
+        world_size: how many processes share the images.
+
+    Raises:
+        ValueError: see `device_pixels`.
+    """
+
+    def __init__(
+        self,
+        images: ImageSet,
+        preprocessing: Preprocessing,
+        batch_size: int,
+        *,
+        device: torch.device,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self._pixels = device_pixels(images, preprocessing, device)[rank::world_size]
+        self._targets = images.targets[rank::world_size]
+        self._normalize = Normalize(preprocessing, device)
+        self.batch_size = batch_size
+
+    def __len__(self) -> int:
+        return -(-len(self._pixels) // self.batch_size)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for start in range(0, len(self._pixels), self.batch_size):
+            chosen = slice(start, start + self.batch_size)
+            yield self._normalize(self._pixels[chosen]), self._targets[chosen]
+
+
+class _Drawn(NamedTuple):
+    """What the host decides about a batch; of a named tuple PyTorch pins the tensors."""
+
+    draws: Tensor
+    targets: Tensor
+    indices: Tensor
+
+
+class _Drawing(Dataset[_Drawn]):
+    """Makes the draws of whole batches."""
+
+    def __init__(self, draws: Draws, targets: Tensor, seed: int) -> None:
+        self.draws, self.targets, self.seed = draws, targets, seed
+
+    def __getitem__(self, key: Key) -> _Drawn:
+        epoch, positions = key
+        seeds = [derive_seed(self.seed, epoch, position) for position in positions]
+        chosen = torch.tensor(positions)
+        return _Drawn(self.draws(seeds), self.targets[chosen], chosen)
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """One operation on the same images by the same draws; differences on the scale 0..255."""
+
+    operation: str
+    mean_difference: float
+    largest_difference: int
+    differing: float
+    """Share of the channels of pixels that differ at all."""
+    change: float
+    """Mean difference that the operation itself makes."""
+
+
+def compare_operations(
+    images: MemoryImages, config: str, preprocessing: Preprocessing, device: torch.device
+) -> Iterator[Agreement]:
+    """Compare every operation of a RandAugment.
+
+    Args:
+        images: of the preprocessing's size; image i is drawn for by seed i.
+        config: such as `rand-m4-n3`; every operation is applied to every image.
+        preprocessing: size and colours.
+        device: where the tensors are.
+    """
+    draws = Draws(Augmentation(crop_padding=0, aa=f"{config}-p1.0"), preprocessing)
+    fill = torch.tensor(draws.fill, dtype=torch.uint8, device=device)
+    pixels = images.pixels
+    for operation in make_rand_augment(f"{config}-p1.0", preprocessing).ops:
+        rows = draws.of_operation(operation.name, range(len(images)))
+        found = apply_operation(pixels.to(device), rows.to(device), fill).cpu().int()
+        made = []
+        with generators_kept():
+            for index in range(len(images)):
+                seed_generators(index)
+                made.append(np.array(operation(images.image(index))))
+        wanted = torch.from_numpy(np.stack(made)).permute(0, 3, 1, 2).int()
+        difference = (found - wanted).abs()
+        yield Agreement(
+            operation.name,
+            float(difference.double().mean()),
+            int(difference.max()),
+            float((difference > 0).double().mean()),
+            float((wanted - pixels.int()).abs().double().mean()),
+        )
+
+
+# Numbers of an image before those of its operations: left, top, mirrored, flipped.
+PLACE = 4
+
+
+class Draws:
+    """What becomes of images, as numbers; what a seed gives is what `TrainTransform` does with it.
+
+    Args:
+        augmentation: what happens.
+        preprocessing: size and colours.
+
+    Raises:
+        ValueError: a setting that the device does not know.
+        ImportError: timm or Pillow is missing.
+
+    Attributes:
+        layers: RandAugment's operations for an image.
+        fill: colour that its shifts and turns bring in.
+    """
+
+    def __init__(self, augmentation: Augmentation, preprocessing: Preprocessing) -> None:
+        if augmentation.crop_padding is None or augmentation.reprob:
+            name, given = (
+                ("crop_padding", None)
+                if augmentation.crop_padding is None
+                else ("reprob", augmentation.reprob)
+            )
+            wanted = "a number of pixels" if given is None else "0"
+            raise ValueError(
+                f"{name}: expected {wanted} with augment_on device, which has no resized crops and "
+                f"no erasing, got {given}; leave it to augment_on cpu"
+            )
+        self._crop = PaddedCrop(preprocessing.size, augmentation.crop_padding)
+        self._flips = Flips(augmentation.hflip, augmentation.vflip)
+        self.layers, self.fill = 0, (0, 0, 0)
+        self._augment: RandAugment | None = None
+        if augmentation.aa:
+            rand_augment = make_rand_augment(augmentation.aa, preprocessing)
+            for operation in rand_augment.ops:
+                operation.aug_fn = _noted(operation.name, operation.aug_fn)
+                self.fill = operation.kwargs["fillcolor"]
+            self.layers, self._augment = rand_augment.num_layers, rand_augment
+        self._notes = _make_notes(preprocessing.size)
+
+    def __call__(self, seeds: Sequence[int]) -> Tensor:
+        """`[B, PLACE + layers * NUMBERS]`, float64."""
+        rows = []
+        with generators_kept():
+            for seed in seeds:
+                seed_generators(seed)
+                row = [float(number) for number in (*self._crop.draw(), *self._flips.draw())]
+                if self._augment is not None:
+                    self._notes.rows = []
+                    self._augment(self._notes)
+                    for operation in self._notes.rows:
+                        row += operation
+                rows.append(row + [0.0] * (PLACE + self.layers * NUMBERS - len(row)))
+        return torch.tensor(rows, dtype=torch.float64)
+
+    def of_operation(self, name: str, seeds: Sequence[int]) -> Tensor:
+        """Draws of one of RandAugment's operations alone, `[B, NUMBERS]`, by timm's name."""
+        assert self._augment is not None
+        [operation] = [each for each in self._augment.ops if each.name == name]
+        rows = []
+        with generators_kept():
+            for seed in seeds:
+                seed_generators(seed)
+                self._notes.rows = []
+                operation(self._notes)
+                rows.append((self._notes.rows or [[0.0] * NUMBERS])[0])
+        return torch.tensor(rows, dtype=torch.float64)
+
+
+class Normalize:
+    """From intensities to a network's input, as `Preprocessing.normalize`; the host does not wait.
+
+    Args:
+        preprocessing: mean and deviation.
+        device: where the images are.
+    """
+
+    def __init__(self, preprocessing: Preprocessing, device: torch.device) -> None:
+        self._mean, self._std = (
+            torch.tensor(values, device=device)[:, None, None]
+            for values in (preprocessing.mean, preprocessing.std)
+        )
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """`[B, 3, H, W]`, uint8 to float32."""
+        return (images.float() / 255 - self._mean) / self._std
+
+
+class DeviceAugment:
+    """Makes a network's input of images that are in the device's memory; the host does not wait.
+
+    Args:
+        preprocessing: size and normalisation.
+        fill: of `Draws`.
+        device: where the images are.
+    """
+
+    def __init__(
+        self, preprocessing: Preprocessing, fill: Sequence[int], device: torch.device
+    ) -> None:
+        self._fill = torch.tensor(fill, dtype=torch.uint8, device=device)
+        self._normalize = Normalize(preprocessing, device)
+
+    def __call__(self, pixels: Tensor, indices: Tensor, draws: Tensor) -> Tensor:
+        """The chosen images, augmented and normalised.
+
+        Args:
+            pixels: all images `[n, 3, H, W]`, uint8.
+            indices: which, `[B]`.
+            draws: of these, see `Draws`.
+
+        Returns:
+            `[B, 3, H, W]`, float32.
+        """
+        images = crop_and_flip(pixels, indices, draws[:, :PLACE])
+        for start in range(PLACE, draws.shape[1], NUMBERS):
+            images = apply_operation(images, draws[:, start : start + NUMBERS], self._fill)
+        return self._normalize(images)
+
+
+def crop_and_flip(pixels: Tensor, indices: Tensor, places: Tensor) -> Tensor:
+    """Shifted images, black where they end, then flipped.
+
+    Args:
+        pixels: `[n, 3, H, W]`, uint8.
+        indices: which of them, `[B]`.
+        places: `[B, PLACE]`: first column and row of the part that is cut out, below 0 outside the
+            image, and whether to flip from left to right and from top to bottom.
+    """
+    height, width = pixels.shape[2:]
+    left, top, mirrored, flipped = places.long().unbind(1)
+    rows, inside_rows = _line(height, top, flipped)
+    columns, inside_columns = _line(width, left, mirrored)
+    images = pixels[indices[:, None, None], :, rows[:, :, None], columns[:, None, :]]
+    inside = inside_rows[:, :, None] & inside_columns[:, None, :]
+    return torch.where(inside[..., None], images, 0).permute(0, 3, 1, 2)
+
+
+def _line(length: int, start: Tensor, is_reversed: Tensor) -> tuple[Tensor, Tensor]:
+    """Places `[B, length]` along one axis, held inside the image, and whether they were in it."""
+    steps = torch.arange(length, device=start.device)
+    steps = torch.where(is_reversed[:, None] > 0, length - 1 - steps, steps)
+    places = start[:, None] + steps
+    return places.clamp(0, length - 1), (places >= 0) & (places < length)
+
+
+def _noted(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """In place of one of timm's operations: writes down what it was asked for."""
+    from timm.data import auto_augment
+
+    # Shifts and turns stay: they hand their coefficients to the image that they change.
+    moving = (
+        auto_augment.shear_x,
+        auto_augment.shear_y,
+        auto_augment.translate_x_abs,
+        auto_augment.translate_y_abs,
+        auto_augment.translate_x_rel,
+        auto_augment.translate_y_rel,
+        auto_augment.rotate,
+    )
+    if function in moving:
+        return function
+    known = {
+        auto_augment.auto_contrast: "autocontrast",
+        auto_augment.equalize: "equalize",
+        auto_augment.invert: "invert",
+        posterize_to_black: "posterize",
+        auto_augment.solarize: "solarize",
+        auto_augment.solarize_add: "solarize_add",
+        auto_augment.brightness: "brightness",
+        auto_augment.contrast: "contrast",
+        auto_augment.color: "color",
+        auto_augment.sharpness: "sharpness",
+    }
+    if function not in known:
+        raise ValueError(
+            f"aa: expected operations that augment_on device knows, got {name}; leave it to "
+            "augment_on cpu"
+        )
+    return partial(_note, OPERATIONS.index(known[function]))
+
+
+def _note(operation: int, notes: Any, amount: float = 0.0, **_: Any) -> Any:
+    notes.rows.append([float(operation), 0.0, float(amount), *[0.0] * (NUMBERS - 3)])
+    return notes
+
+
+def _make_notes(size: int) -> Any:
+    """Stands for an image of a size; its list `rows` gets what an operation would do to it."""
+    from PIL import Image
+
+    class Notes(Image.Image):
+        """Takes the coefficients that Pillow's own code works out for turns and shifts."""
+
+        rows: list[list[float]]
+
+        @property
+        def size(self) -> tuple[int, int]:
+            return size, size
+
+        def copy(self) -> Notes:
+            return self
+
+        def transform(  # type: ignore[override]
+            self, size: Any, method: Any, data: Sequence[float], resample: int, **_: Any
+        ) -> Notes:
+            cubic = float(resample == Image.Resampling.BICUBIC)
+            self.rows.append([float(OPERATIONS.index("affine")), cubic, *map(float, data)])
+            return self
+
+    return Notes()

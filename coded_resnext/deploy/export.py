@@ -1,0 +1,361 @@
+"""Ways out: `torch.export` programs, ONNX files, and compiled packages.
+
+What leaves is made of PyTorch's own operations: exporting takes the plain-PyTorch form of the coded
+operation whatever backend the network has. The batch is dynamic, the image size is fixed.
+
+An ONNX file says in its metadata what it is, each value in JSON (`Signature.notes`), so that a
+program with nothing but onnxruntime and NumPy can use it: see `examples/`.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+
+from coded_resnext.data.preprocessing import Preprocessing
+from coded_resnext.models.block import CodedBottleneck
+from coded_resnext.models.decode import read_class
+from coded_resnext.models.resnext import CodedResNeXt
+
+from .early_exit import check
+from .extract import ExtractedClassifier, ExtractedNetwork
+from .onnx_files import check_onnx, require_onnx
+
+FORMAT_VERSION = 1
+
+
+class Heads(nn.Module):
+    """A network with what each of its early decoders says, (9).
+
+    Args:
+        model: with at least one coded block.
+
+    Raises:
+        ValueError: a plain network.
+    """
+
+    def __init__(self, model: CodedResNeXt) -> None:
+        super().__init__()
+        self.model = model.eval()
+        check(model)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Images to logits `[B, K]`, decoded classes `[B, L]` and their margins `[B, L]`."""
+        logits, energies = self.model(images, return_energies=True)
+        read = [
+            read_class(value, block.codewords)
+            for value, block in zip(energies, self.model.coded_blocks, strict=True)
+        ]
+        classes, margins = zip(*read, strict=True)
+        return logits, torch.stack(classes, 1), torch.stack(margins, 1)
+
+
+class ExitPart(nn.Module):
+    """The layers from behind one coded block to the next, or to the logits.
+
+    Args:
+        layers: stem and blocks, the coded one last; or the blocks behind the last coded one.
+        head: the classifier, of the last part.
+        input_shape: of the map that comes in, without the batch.
+    """
+
+    def __init__(
+        self, layers: Sequence[nn.Module], head: nn.Module | None, input_shape: tuple[int, ...]
+    ) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+        self.head = head
+        self.input_shape = input_shape
+
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+        """A map to the logits `[B, K]`; or to the next map, a class `[B]` and a margin `[B]`."""
+        energies: Tensor | None = None
+        for layer in self.layers:
+            if isinstance(layer, CodedBottleneck):
+                x, energies = layer(x)
+            else:
+                x = layer(x)
+        if self.head is not None:
+            logits: Tensor = self.head(x.mean((2, 3)))
+            return logits
+        assert energies is not None
+        last = self.layers[-1]
+        assert isinstance(last, CodedBottleneck)
+        decoded, margin = read_class(energies, last.codewords)
+        return x, decoded, margin
+
+
+@torch.no_grad()
+def exit_parts(model: CodedResNeXt, image_size: int) -> list[ExitPart]:
+    """A network cut behind each coded block: L parts that may decide, and one with the classifier.
+
+    Args:
+        model: with at least one coded block, in evaluation mode; the parts share its weights.
+        image_size: height and width of the images.
+
+    Raises:
+        ValueError: a plain network, or one in training mode.
+    """
+    check(model)
+    groups: list[list[nn.Module]] = [[model.stem]]
+    for block in model.blocks:
+        groups[-1].append(block)
+        if block.is_coded:
+            groups.append([])
+    x = torch.zeros(1, model.in_channels, image_size, image_size).to(model.head.weight)
+    parts = []
+    for index, layers in enumerate(groups):
+        is_last = index == len(groups) - 1
+        part = ExitPart(layers, model.head if is_last else None, tuple(x.shape[1:])).eval()
+        parts.append(part)
+        if not is_last:
+            x = part(x)[0]
+    return parts
+
+
+Network = CodedResNeXt | ExtractedNetwork | Heads | ExitPart
+
+
+@dataclass(frozen=True)
+class Signature:
+    """What goes into an exported network, what comes out, and what its file says about it."""
+
+    input_name: str
+    input_shape: tuple[int, ...]
+    """Without the batch."""
+    output_names: tuple[str, ...]
+    notes: dict[str, Any]
+    """JSON-ready: kind, classes, threshold, image size, preprocessing."""
+
+    def example(self, batch: int, like: Tensor) -> Tensor:
+        """Noise for so many samples, in the dtype of a tensor and on its device."""
+        generator = torch.Generator().manual_seed(0)
+        return torch.randn(batch, *self.input_shape, generator=generator).to(like)
+
+
+def signature(
+    network: Network, image_size: int | None, preprocessing: Preprocessing | None
+) -> Signature:
+    """The signature of a network under the rules of `export.to_exported_program`.
+
+    Raises:
+        ValueError: the image size is not positive.
+    """
+    if isinstance(network, ExitPart):
+        outputs = ("map", "class", "margin") if network.head is None else ("logits",)
+        return Signature("x", network.input_shape, outputs, {"format_version": FORMAT_VERSION})
+    inner = network.model if isinstance(network, Heads) else network
+    if isinstance(inner, ExtractedNetwork):
+        stem, channels = inner.config.stem, inner.config.in_channels
+    else:
+        stem, channels = inner.config["stem"], inner.in_channels
+    if image_size is None and preprocessing is not None:
+        image_size = preprocessing.size
+    if image_size is None:
+        image_size = 32 if stem == "conv3x3" else 224
+    if image_size < 1:
+        raise ValueError(f"image_size: expected a positive number of pixels, got {image_size}")
+    single = isinstance(inner, ExtractedClassifier)
+    has_heads = isinstance(network, Heads)
+    notes = {
+        "format_version": FORMAT_VERSION,
+        "kind": "classifier" if single else "heads" if has_heads else "network",
+        "class_names": list(inner.class_names),
+        "threshold": inner.threshold if isinstance(inner, ExtractedClassifier) else None,
+        "image_size": image_size,
+        "preprocessing": None if preprocessing is None else preprocessing.to_dict(),
+    }
+    outputs = ("logits", "classes", "margins") if has_heads else ("logits",)
+    return Signature("images", (channels, image_size, image_size), outputs, notes)
+
+
+OPSET = 18
+"""Version of the ONNX operators that files are written in."""
+CHECKED_BATCHES = (1, 2, 7)
+
+__all__ = [
+    "OPSET",
+    "Heads",
+    "export_early_exit",
+    "to_aot_package",
+    "to_exported_program",
+    "to_onnx",
+]
+
+Exported = TypeVar("Exported", bound=Network)
+
+
+def to_exported_program(
+    network: Network,
+    *,
+    image_size: int | None = None,
+    preprocessing: Preprocessing | None = None,
+) -> ExportedProgram:
+    """A network as a `torch.export` program in evaluation mode, with weights of its own.
+
+    Args:
+        network: a whole network, one that was cut out, or `Heads(model)`, which also gives what the
+            early decoders say.
+        image_size: height and width; left out, that of the preprocessing, or 32 (224 with the stem
+            for large images).
+        preprocessing: how images become the input.
+
+    Raises:
+        ValueError: the image size is not positive.
+    """
+    network = _frozen(network)
+    shapes = signature(network, image_size, preprocessing)
+    with torch.no_grad():
+        # Of two samples, since torch.export takes a size of one for a constant.
+        program = torch.export.export(
+            network,
+            (shapes.example(2, next(network.parameters())),),
+            dynamic_shapes=({0: Dim("batch", min=1)},),
+        )
+    foreign = {
+        str(node.target)
+        for node in program.graph.nodes
+        if isinstance(node.target, torch._ops.OpOverload) and node.target.namespace != "aten"
+    }
+    assert not foreign, f"expected PyTorch's own operations alone, got {sorted(foreign)}"
+    return program
+
+
+def to_onnx(
+    network: Network,
+    path: str | Path,
+    *,
+    image_size: int | None = None,
+    preprocessing: Preprocessing | None = None,
+    opset: int = OPSET,
+    metadata: dict[str, Any] | None = None,
+) -> Path:
+    """Write a network as an ONNX file that agrees with it at batches of 1, 2 and 7.
+
+    Args:
+        network, image_size, preprocessing: as for `to_exported_program`; the weights in float32.
+        path: the file; an older one stays until this is complete and has been compared.
+        opset: version of the ONNX operators.
+        metadata: JSON-ready, kept with what the file says about itself.
+
+    Raises:
+        ValueError: the weights are not in float32, or onnxruntime's outputs differ from the
+            network's by more than 1e-4.
+        ImportError: onnx, onnxscript or onnxruntime is missing; the message names the extra.
+    """
+    require_onnx()
+    dtype = next(network.parameters()).dtype
+    if dtype != torch.float32:
+        raise ValueError(f"network: expected float32 weights, got {dtype}; try network.float()")
+    network = _frozen(network)
+    network.cpu()
+    shapes = signature(network, image_size, preprocessing)
+    exported = torch.onnx.export(
+        to_exported_program(network, image_size=image_size, preprocessing=preprocessing),
+        dynamo=True,
+        opset_version=opset,
+        input_names=[shapes.input_name],
+        output_names=list(shapes.output_names),
+        verbose=False,
+    )
+    assert exported is not None
+    for key, value in {**shapes.notes, **(metadata or {})}.items():
+        exported.model.metadata_props[key] = json.dumps(value, allow_nan=False)
+    path = Path(path)
+    unfinished = path.with_name(f".{path.name}.tmp")
+    like = next(network.parameters())
+    try:
+        exported.save(unfinished, external_data=False)
+        check_onnx(unfinished, network, [shapes.example(batch, like) for batch in CHECKED_BATCHES])
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+    return path
+
+
+def export_early_exit(
+    model: CodedResNeXt,
+    folder: str | Path,
+    *,
+    image_size: int | None = None,
+    preprocessing: Preprocessing | None = None,
+    opset: int = OPSET,
+    metadata: dict[str, Any] | None = None,
+) -> list[Path]:
+    """Write a network as ONNX files that end behind its coded blocks: `part-0.onnx`, ..
+
+    Each takes the map of the one before, the first the images, and gives its own map with the class
+    that its energies show and the margin of that reading; the last gives the logits. A program
+    that drops, between the parts, the samples whose margin suffices computes no more for them.
+
+    Args:
+        model: with at least one coded block.
+        folder: made when it does not exist.
+        image_size, preprocessing, opset, metadata: as for `to_onnx`.
+
+    Returns:
+        The files, first part first.
+
+    Raises:
+        ValueError, ImportError: as `to_onnx`; also a plain network.
+    """
+    require_onnx()
+    whole = signature(model, image_size, preprocessing)
+    parts = exit_parts(_frozen(model), whole.notes["image_size"])
+    notes = {**whole.notes, **(metadata or {}), "kind": "part", "parts": len(parts)}
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    return [
+        to_onnx(part, folder / f"part-{index}.onnx", opset=opset, metadata=notes)
+        for index, part in enumerate(parts)
+    ]
+
+
+def to_aot_package(
+    network: Network,
+    path: str | Path,
+    *,
+    image_size: int | None = None,
+    preprocessing: Preprocessing | None = None,
+) -> Path:
+    """Compile a network with AOTInductor for the device it is on.
+
+    Args:
+        network, image_size, preprocessing: as for `to_exported_program`.
+        path: the file, whose name ends in `.pt2`; `torch._inductor.aoti_load_package` loads it.
+
+    Raises:
+        ValueError: the name does not end in `.pt2`.
+        RuntimeError: compiling failed, usually for want of a C++ compiler.
+    """
+    path = Path(path)
+    if path.suffix != ".pt2":
+        raise ValueError(f"path: expected a name that ends in .pt2, got {path.name}")
+    program = to_exported_program(network, image_size=image_size, preprocessing=preprocessing)
+    try:
+        with torch.no_grad():
+            torch._inductor.aoti_compile_and_package(program, package_path=str(path.absolute()))
+    except Exception as error:
+        raise RuntimeError(
+            f"{path}: AOTInductor could not compile the network (it needs a C++ compiler): {error}"
+        ) from error
+    return path
+
+
+def _frozen(network: Exported) -> Exported:
+    """A copy in evaluation mode that is made of PyTorch's own operations."""
+    network = copy.deepcopy(network)
+    network.eval().requires_grad_(False)
+    for module in network.modules():
+        # Whatever chooses among implementations has this attribute.
+        if hasattr(module, "backend"):
+            module.backend = "torch"  # type: ignore[assignment]
+    return network

@@ -1,0 +1,234 @@
+"""Early decoding: how well every coded block alone already knows the class, (9)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from coded_resnext.deploy.cost import network_cost
+from coded_resnext.deploy.early_exit import EarlyExit, ExitScores, exit_macs
+from coded_resnext.models.decode import read_class
+from coded_resnext.models.resnext import CodedResNeXt
+
+from .observe import Loader, Observations, observe, require_coded_blocks
+from .records import describe
+
+Confusion = tuple[tuple[int, int, int], ...]
+"""What occurs of a confusion matrix, in order: (class, class that is said, images)."""
+
+
+@dataclass(frozen=True)
+class Classification:
+    """How a network, or one decoder, classifies; all numbers but counts are shares, 0 to 1."""
+
+    accuracy: float
+    """Share of the images whose class is said."""
+    class_accuracy: tuple[float | None, ...]
+    """The same by true class; None for a class without images."""
+    confusion: Confusion
+    """(true class, said class, images), of those that occur."""
+
+
+@dataclass(frozen=True)
+class BlockDecoding(Classification):
+    """Decoding one coded block, and how that compares with the network's final prediction."""
+
+    agreement: float
+    """Share of the images whose decoded class is the final prediction."""
+    class_agreement: tuple[float | None, ...]
+    """The same by true class."""
+    confusion_with_final: Confusion
+    """(final prediction, decoded class, images), of those that occur."""
+
+
+@dataclass(frozen=True)
+class EarlyDecoding:
+    """Decoding every coded block of a network."""
+
+    samples: int
+    """Images that were decoded."""
+    accuracy: float
+    """Share of the images that the whole network classifies correctly, 0 to 1."""
+    blocks: tuple[BlockDecoding, ...]
+    """The coded blocks, in order."""
+
+    @property
+    def block_accuracy(self) -> tuple[float, ...]:
+        """For every coded block, the share whose decoded class is the true one."""
+        return tuple(block.accuracy for block in self.blocks)
+
+    @property
+    def block_agreement(self) -> tuple[float, ...]:
+        """For every coded block, the share whose decoded class is the final prediction."""
+        return tuple(block.agreement for block in self.blocks)
+
+    @classmethod
+    def of(cls, observed: Observations) -> EarlyDecoding:
+        """From what was observed of a coded network."""
+        final, targets = observed.predictions, observed.targets
+        classes = len(observed.class_names)
+        blocks = []
+        for decoded in observed.decoded:
+            whole = classification(decoded, targets, classes)
+            agreeing = decoded == final
+            blocks.append(
+                BlockDecoding(
+                    accuracy=whole.accuracy,
+                    class_accuracy=whole.class_accuracy,
+                    confusion=whole.confusion,
+                    agreement=int(agreeing.sum()) / len(targets),
+                    class_agreement=_by_class(agreeing, targets, classes),
+                    confusion_with_final=confusion(final, decoded, classes),
+                )
+            )
+        return cls(len(targets), observed.accuracy, tuple(blocks))
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready description."""
+        described: dict[str, Any] = describe(self)
+        return described
+
+
+def decode_early(model: CodedResNeXt, loader: Loader) -> EarlyDecoding:
+    """Decode the class from the branch energies of every coded block, (9).
+
+    Args:
+        model: with at least one coded block; its mode is left as found.
+        loader: batches of images `[B, C, H, W]` and class indices `[B]`.
+
+    Raises:
+        ValueError: the network has no coded block, the loader has no batch, or targets are not
+            class indices of the model.
+    """
+    require_coded_blocks(model)
+    return EarlyDecoding.of(observe(model, loader))
+
+
+def classification(said: Tensor, targets: Tensor, classes: int) -> Classification:
+    """Compare said classes `[n]` with the true ones `[n]`."""
+    correct = said == targets
+    return Classification(
+        accuracy=int(correct.sum()) / len(targets),
+        class_accuracy=_by_class(correct, targets, classes),
+        confusion=confusion(targets, said, classes),
+    )
+
+
+def confusion(rows: Tensor, columns: Tensor, classes: int) -> Confusion:
+    """Count the pairs of classes that occur in two lists `[n]`, ascending."""
+    cells, counts = torch.unique(rows * classes + columns, return_counts=True)
+    return tuple(
+        (cell // classes, cell % classes, count)
+        for cell, count in zip(cells.tolist(), counts.tolist(), strict=True)
+    )
+
+
+def _by_class(hits: Tensor, targets: Tensor, classes: int) -> tuple[float | None, ...]:
+    """The share of hits by class, None for a class without images."""
+    all_ = targets.bincount(minlength=classes).tolist()
+    right = targets[hits].bincount(minlength=classes).tolist()
+    return tuple(hit / count if count else None for hit, count in zip(right, all_, strict=True))
+
+
+# Steps of the margin; equal ones, of a small data set, are taken once.
+STEPS = 48
+
+
+@dataclass(frozen=True)
+class ExitPoint:
+    """What an early exit at one margin for all coded blocks does to the test images."""
+
+    margin: float | None
+    """Images with at least this margin leave; None is the network without early exit."""
+    accuracy: float
+    """Share of correct predictions, 0 to 1."""
+    macs: float
+    """Mean multiply-accumulates of an image, those of decoding included."""
+    exits: tuple[int, ...]
+    """Images that leave behind each coded block and, last, at the classifier."""
+
+
+@dataclass(frozen=True)
+class ExitCurve:
+    """Accuracy against cost; the margin ascends, and the last point is the whole network."""
+
+    samples: int
+    network_macs: int
+    """Multiply-accumulates of the network for one image, when nothing is decoded."""
+    points: tuple[ExitPoint, ...]
+
+    @classmethod
+    def of(cls, observed: Observations, model: CodedResNeXt) -> ExitCurve:
+        """From what was observed of a coded network."""
+        scores = scores_of(observed)
+        height, width = observed.gathered.image_size
+        costs = torch.tensor(exit_macs(model, height, width), dtype=torch.float64)
+        criteria = [EarlyExit.at_margin(model, margin) for margin in _margins(scores)]
+        criteria.append(EarlyExit((None,) * len(model.coded_blocks)))
+        return cls(
+            samples=observed.samples,
+            network_macs=network_cost(model, height).macs,
+            points=tuple(_point(scores, criterion, costs) for criterion in criteria),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready description."""
+        described: dict[str, Any] = describe(self)
+        return described
+
+
+def exit_curve(model: CodedResNeXt, loader: Loader) -> ExitCurve:
+    """Accuracy and cost of early exit for margins from 0, where all leave at once, to none.
+
+    The margins between part those that occur into equal shares. Every point is what
+    `predict_early(model, images, EarlyExit.at_margin(model, margin))` would give.
+
+    Args:
+        model: with at least one coded block; its mode is left as found.
+        loader: batches of images `[B, C, H, W]` and class indices `[B]`.
+
+    Raises:
+        ValueError: the network has no coded block, the loader has no batch, or targets are not
+            class indices of the model.
+    """
+    require_coded_blocks(model)
+    return ExitCurve.of(observe(model, loader), model)
+
+
+def scores_of(observed: Observations) -> ExitScores:
+    """What early exit needs to know of the images: readings, their margins, classes."""
+    read = [
+        read_class(energies, book.codewords)
+        for energies, book in zip(observed.energies, observed.codebooks, strict=True)
+    ]
+    return ExitScores(
+        decoded=torch.stack([classes for classes, _ in read], 1),
+        margins=torch.stack([margins for _, margins in read], 1),
+        final=observed.predictions,
+        targets=observed.targets,
+    )
+
+
+def _margins(scores: ExitScores) -> list[float]:
+    """0, and margins that part those that occur into shares of one size, ascending, each once.
+
+    They lie halfway between two that occur, so that rounding moves no image to the other side.
+    """
+    found = torch.cat([torch.zeros(1), scores.margins.flatten()]).double().sort().values
+    shares = torch.linspace(0, 1, STEPS, dtype=torch.float64)
+    places = (shares * (len(found) - 1)).round().long().clamp(min=1)
+    below, above = found[places - 1], found[places]
+    return sorted({0.0, *((below + above) / 2)[above > below].tolist()})
+
+
+def _point(scores: ExitScores, criterion: EarlyExit, costs: Tensor) -> ExitPoint:
+    exits = scores.exits(criterion)
+    return ExitPoint(
+        margin=criterion.margins[0],
+        accuracy=scores.accuracy(criterion),
+        macs=float(costs[exits].mean()),
+        exits=tuple(exits.bincount(minlength=len(costs)).tolist()),
+    )

@@ -1,0 +1,1 @@
+"""The network: block, whole, loss, decoding, and its weights in and out."""

@@ -1,0 +1,275 @@
+"""The coded bottleneck block and what it is made of.
+
+Letters as in docs/math.md: B samples, N branches of width D, C output channels, H x W maps.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from coded_resnext.codebooks.codebook import Codebook
+from coded_resnext.kernels import Aggregation, Backend, coded_aggregate, select_backend
+from coded_resnext.kernels.coded.gram import unnormalized_aggregate
+from coded_resnext.models.fused.block import fused_block, is_fused
+from coded_resnext.models.fused.values import Map, like, ready
+
+
+class DropSubNNs(nn.Module):
+    """Draws the DropSubNNs mask (5): a branch is silenced with probability `p` in training.
+
+    Args:
+        p: probability, `0 <= p < 1`.
+
+    Raises:
+        ValueError: `p` is outside that range.
+    """
+
+    def __init__(self, p: float = 0.1) -> None:
+        super().__init__()
+        if not 0 <= p < 1:
+            raise ValueError(f"drop_branches: expected a probability 0 <= p < 1, got {p}")
+        self.p = float(p)
+
+    def forward(self, batch: int, branches: int, like: Tensor) -> Tensor | None:
+        """A mask `[batch, branches]` of 0 and `1 / (1 - p)`, or None where nothing is dropped.
+
+        The mask is drawn on the device of `like` from PyTorch's default generator, in float32, or
+        in float64 when `like` is.
+        """
+        if not self.training or self.p == 0:
+            return None
+        dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+        keep = torch.full((batch, branches), 1 - self.p, dtype=dtype, device=like.device)
+        return torch.bernoulli(keep) / (1 - self.p)
+
+    def extra_repr(self) -> str:
+        return f"p={self.p}"
+
+
+class CodedBottleneck(nn.Module):
+    """A ResNeXt bottleneck block whose branches may be assigned to classes by a codebook.
+
+    `reduce` 1x1, `grouped` 3x3 with one group per branch, `expand` 1x1, each with BatchNorm, and a
+    skip connection. With a codebook the branch outputs are normalised by their energy before they
+    are summed, (2)-(6); without one ("ratio one") this is the plain ResNeXt block. The expand
+    weight is dense in both, `[C, N*D, 1, 1]`, so that the parameters are the same.
+
+    Args:
+        in_channels: channels of the input.
+        channels: channels `C` of the output.
+        width: channels `D` of one branch.
+        branches: number of branches `N`.
+        codebook: assignment of the branches to classes, or None for the plain block.
+        stride: of the 3x3 convolution and the skip connection.
+        drop_branches: DropSubNNs probability `0 <= p < 1`; only coded blocks drop branches.
+        aggregation: `"sum"`, or `"concat"`, the ablation of the paper's talk; a plain block sums.
+        normalize: whether energies are normalised, (3)-(4); without it, an ablation, the branches
+            are summed as they are and the block returns the energies (2).
+        backend: implementation of the coded operation, see `coded_resnext.kernels`.
+
+    Raises:
+        ValueError: a size is not positive, the codebook has another number of branches, or
+            `channels` is not divisible by the branches that are to be concatenated.
+    """
+
+    codewords: Tensor
+
+    def __init__(
+        self,
+        in_channels: int,
+        channels: int,
+        width: int,
+        branches: int,
+        codebook: Codebook | None = None,
+        *,
+        stride: int = 1,
+        drop_branches: float = 0.0,
+        aggregation: Aggregation = "sum",
+        normalize: bool = True,
+        backend: Backend = "auto",
+    ) -> None:
+        super().__init__()
+        sizes = {
+            "in_channels": in_channels,
+            "channels": channels,
+            "width": width,
+            "branches": branches,
+            "stride": stride,
+        }
+        for name, value in sizes.items():
+            if value < 1:
+                raise ValueError(f"{name}: expected a positive integer, got {value}")
+        if codebook is not None and codebook.branches != branches:
+            raise ValueError(
+                f"codebook: expected {branches} branches as in the block, got {codebook.branches}"
+            )
+        if aggregation not in ("sum", "concat"):
+            raise ValueError(f"aggregation: expected 'sum' or 'concat', got {aggregation!r}")
+        concatenate = codebook is not None and aggregation == "concat"
+        if concatenate and channels % branches:
+            raise ValueError(
+                f"channels: expected a multiple of {branches} branches to concatenate, "
+                f"got {channels}"
+            )
+        select_backend(backend)
+        self.in_channels, self.branches, self.stride = in_channels, branches, stride
+        self.width = width
+        self.codebook = codebook
+        self.aggregation: Aggregation = aggregation
+        self.normalize = normalize
+        self.backend: Backend = backend
+
+        wide = branches * width
+        self.reduce = nn.Conv2d(in_channels, wide, 1, bias=False)
+        self.reduce_bn = nn.BatchNorm2d(wide)
+        self.grouped = nn.Conv2d(wide, wide, 3, stride, 1, groups=branches, bias=False)
+        self.grouped_bn = nn.BatchNorm2d(wide)
+        self.expand = nn.Conv2d(
+            wide, channels, 1, groups=branches if concatenate else 1, bias=False
+        )
+        self.expand_bn = nn.BatchNorm2d(channels)
+        self.skip: nn.Module = nn.Identity()
+        if stride != 1 or in_channels != channels:
+            self.skip = nn.Sequential(
+                nn.Conv2d(in_channels, channels, 1, stride, bias=False), nn.BatchNorm2d(channels)
+            )
+        self.drop = DropSubNNs(drop_branches if codebook is not None else 0.0)
+        if codebook is not None:
+            self.register_buffer("codewords", codebook.codewords)
+        self.reset_parameters()
+
+    @property
+    def is_coded(self) -> bool:
+        """Whether the block normalises energies and follows a codebook."""
+        return self.codebook is not None
+
+    def reset_parameters(self) -> None:
+        """Kaiming normal by fan-out for every convolution; the last BatchNorm starts at zero.
+
+        PyTorch's fan-out does not divide by the groups. The expand convolution of a coded block
+        counts as the grouped one that it is, with N*C outputs.
+        """
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            elif isinstance(module, nn.BatchNorm2d):
+                module.reset_parameters()
+        if self.is_coded and self.aggregation == "sum":
+            outputs = self.branches * self.expand.out_channels
+            nn.init.normal_(self.expand.weight, std=math.sqrt(2 / outputs))
+        nn.init.zeros_(self.expand_bn.weight)
+
+    def draw_drop_mask(self, x: Tensor) -> Tensor | None:
+        """A DropSubNNs mask `[B, N]` for the samples of `x`, or None where nothing is dropped."""
+        mask: Tensor | None = self.drop(x.shape[0], self.branches, x)
+        return mask
+
+    def forward(
+        self, x: Tensor, *, drop_mask: Tensor | None = None, keep_mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Apply the block.
+
+        Args:
+            x: `[B, C_in, H_in, W_in]`.
+            drop_mask: DropSubNNs mask `[B, N]`, (5), as `draw_drop_mask` makes it. None lets the
+                block draw its own in training; a model hands one to all blocks of a codebook.
+            keep_mask: `[B, N]` of 0/1: branches to keep, (10).
+
+        Returns:
+            `y [B, C, H, W]` and the normalised energies `[B, N]`; None for a plain block.
+
+        Raises:
+            ValueError: `x` has the wrong rank or channels, or no samples; a mask has the wrong
+                shape, or is given to a plain block.
+        """
+        check_images(x, self.in_channels)
+        if not self.is_coded and (drop_mask is not None or keep_mask is not None):
+            name = "drop_mask" if keep_mask is None else "keep_mask"
+            raise ValueError(f"{name}: expected None, since this block has no codebook")
+        if self.is_coded and drop_mask is None:
+            drop_mask = self.draw_drop_mask(x)
+        energies: Tensor | None = None
+        if is_fused(self, x):
+            joined, energies = fused_block(self, x, drop_mask=drop_mask, keep_mask=keep_mask)
+            return ready(joined), energies
+        h = F.relu(self.reduce_bn(self.reduce(x)), inplace=True)
+        h = F.relu(self.grouped_bn(self.grouped(h)), inplace=True)
+        if self.is_coded:
+            y, energies = self._aggregate(h, drop_mask, keep_mask)
+        else:
+            y = self.expand(h)
+        return F.relu(self.expand_bn(y) + self.skip(x)), energies
+
+    def _aggregate(
+        self, h: Tensor, drop_mask: Tensor | None, keep_mask: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        if not self.normalize:
+            return unnormalized_aggregate(
+                h,
+                self.expand.weight,
+                self.branches,
+                drop_mask=drop_mask,
+                keep_mask=keep_mask,
+                concatenate=self.aggregation == "concat",
+            )
+        return coded_aggregate(
+            h,
+            self.expand.weight,
+            self.branches,
+            drop_mask=drop_mask,
+            keep_mask=keep_mask,
+            aggregation=self.aggregation,
+            backend=self.backend,
+        )
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        """Refuse weights that were trained for other codewords."""
+        key = f"{prefix}codewords"
+        compared = self.is_coded and key in state_dict and not self.codewords.is_meta
+        if compared and not torch.equal(state_dict[key].cpu().bool(), self.codewords.cpu()):
+            raise ValueError(
+                f"{key}: the weights were trained for other codewords than this model has; "
+                "build the model with the codebook of its checkpoint"
+            )
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def extra_repr(self) -> str:
+        if self.codebook is None:
+            return f"branches={self.branches}, plain"
+        return f"branches={self.branches}, active={self.codebook.active}"
+
+
+def check_images(x: Tensor, channels: int) -> None:
+    """Refuse what is not a batch of maps `[B, channels, H, W]`."""
+    if x.ndim != 4 or x.shape[1] != channels or x.shape[0] == 0:
+        raise ValueError(f"x: expected [B, {channels}, H, W] with B >= 1, got {list(x.shape)}")
+
+
+def apply_block(
+    block: CodedBottleneck,
+    x: Map,
+    *,
+    drop_mask: Tensor | None = None,
+    keep_mask: Tensor | None = None,
+) -> tuple[Map, Tensor | None]:
+    """The block, fused with the next where its backend says so.
+
+    Args:
+        block: what to apply.
+        x: `[B, C_in, H_in, W_in]`, or what the block before has left to be computed.
+        drop_mask, keep_mask: as for the block, which draws none here.
+
+    Returns:
+        `y [B, C, H, W]`, perhaps still to be computed, and the energies.
+    """
+    if is_fused(block, like(x)):
+        return fused_block(block, x, drop_mask=drop_mask, keep_mask=keep_mask)
+    y, energies = block(ready(x), drop_mask=drop_mask, keep_mask=keep_mask)
+    return y, energies

@@ -1,0 +1,230 @@
+"""Models on disk: safetensors with everything that rebuilds the network in the header.
+
+The header holds `format_version`, the architecture, the codebooks with the class order, the
+preprocessing and how the network was trained. Nothing in such a file is executed on loading.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from coded_resnext.codebooks.codebook import Codebook
+from coded_resnext.data.preprocessing import Preprocessing
+from coded_resnext.files import parse_json, write_atomically
+from coded_resnext.kernels import Backend, check_backend
+
+from .resnext import CodedResNeXt
+
+FORMAT_VERSION = 1
+MODEL_FILE = "model.safetensors"
+_HEADER = "coded_resnext"
+# What code that was written for sound values raises for others.
+UNFIT = (
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    RecursionError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """What a model file holds."""
+
+    model: CodedResNeXt
+    """In evaluation mode."""
+    preprocessing: Preprocessing | None
+    training: dict[str, Any]
+    """How the network was trained, as the trainer wrote it."""
+
+
+def save_model(
+    path: str | Path,
+    model: CodedResNeXt,
+    *,
+    preprocessing: Preprocessing | None = None,
+    training: dict[str, Any] | None = None,
+) -> None:
+    """Write a network with its codebooks and classes; an older file stays until this is complete.
+
+    Args:
+        path: the file, usually `model.safetensors`.
+        model: the network.
+        preprocessing: how images become its input.
+        training: JSON-ready notes on how it was trained.
+
+    Raises:
+        ValueError: the network has no classifier, so that nothing could be made of the file.
+    """
+    if not isinstance(model.head, nn.Linear):
+        raise ValueError("model: expected a network with its classifier, got one without")
+    description = {
+        "format_version": FORMAT_VERSION,
+        **describe_network(model),
+        "preprocessing": None if preprocessing is None else preprocessing.to_dict(),
+        "training": training or {},
+    }
+    write_tensors(path, model.state_dict(), description)
+
+
+def describe_network(model: CodedResNeXt) -> dict[str, Any]:
+    """Architecture, classes and codebooks, JSON-ready: what weights must fit."""
+    return {
+        "config": model.config,
+        "class_names": list(model.class_names),
+        "codebooks": [codebook.to_dict() for codebook in model.stage_codebooks],
+    }
+
+
+def load_model(
+    path: str | Path,
+    *,
+    codebooks: Sequence[Codebook] | None = None,
+    backend: Backend = "auto",
+) -> LoadedModel:
+    """Read a network written by `save_model`.
+
+    Args:
+        path: the file, or the folder of a run that has one.
+        codebooks: the codebooks that the caller expects, one for each coded stage.
+        backend: of the network; a file does not say who computed it.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not a model file, one of another format version, or one whose codewords or
+            class order differ from those expected; or the backend cannot run here.
+    """
+    check_backend(backend)
+    path = Path(path)
+    if path.is_dir():
+        path = path / MODEL_FILE
+    description, state = read_tensors(path)
+    if "kind" in description:
+        raise ValueError(
+            f"{path}: expected a whole network, got a part of one; load_extracted reads it"
+        )
+    try:
+        stored = [Codebook.from_dict(data) for data in description["codebooks"]]
+        model = _build(description, stored, state, backend)
+        preprocessing = description["preprocessing"]
+        if preprocessing is not None:
+            preprocessing = Preprocessing.from_dict(preprocessing)
+        training = description["training"]
+        if not isinstance(training, dict):
+            raise ValueError(f"training: expected an object, got {type(training).__name__}")
+    except UNFIT as error:
+        raise ValueError(f"{path}: damaged or incomplete model file: {error}") from error
+    if codebooks is not None:
+        check_codebooks(stored, codebooks)
+    return LoadedModel(model.eval(), preprocessing, training)
+
+
+def _build(
+    description: dict[str, Any],
+    codebooks: Sequence[Codebook],
+    state: dict[str, Tensor],
+    backend: Backend,
+) -> CodedResNeXt:
+    """The network of a description with these weights.
+
+    No memory is taken before it is known that the network is as large as the file's tensors.
+    """
+    names, config = description["class_names"], description["config"]
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError("class_names: expected a list of text")
+    depths = [stage["depth"] for stage in config["stages"]]
+    if sum(depths) > len(state):
+        raise ValueError(f"stages: {sum(depths)} blocks, and tensors for {len(state)} at most")
+    with torch.device("meta"):
+        shape = CodedResNeXt.from_config(config, codebooks, class_names=names)
+    dtype = state["head.weight"].dtype
+    check_tensors(shape.to(dtype).state_dict(), state)
+    model = CodedResNeXt.from_config(config, codebooks, class_names=names, backend=backend)
+    model.to(dtype).load_state_dict(state)
+    return model
+
+
+def check_tensors(expected: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
+    """Refuse tensors of other names, shapes or types; a ValueError names them."""
+    odd = sorted(expected.keys() ^ state.keys())
+    if odd:
+        said = [f"{'no' if name in expected else 'an unknown'} {name!r:.80}" for name in odd[:8]]
+        raise ValueError(f"tensors: expected those of the network, got {', '.join(said)}")
+    for name, value in expected.items():
+        found = state[name]
+        if found.shape != value.shape or found.dtype != value.dtype:
+            raise ValueError(
+                f"tensors: {name}: expected {list(value.shape)} {value.dtype}, "
+                f"got {list(found.shape)} {found.dtype}"
+            )
+
+
+def write_tensors(
+    path: str | Path, state: Mapping[str, Tensor], description: dict[str, Any]
+) -> None:
+    """Write tensors under a JSON description, its `format_version` included."""
+    tensors = {name: value.contiguous() for name, value in state.items()}
+    write_atomically(path, save(tensors, metadata={_HEADER: json.dumps(description)}))
+
+
+def read_tensors(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The description and the tensors of a file that `write_tensors` wrote.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a damaged file, one of other software, or one of another format version.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: expected a model file, found none")
+    try:
+        with safe_open(path, framework="pt") as file:
+            description = parse_json((file.metadata() or {}).get(_HEADER, "null"))
+            # A safe_open handle is no mapping; it has keys() alone.
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, *UNFIT) as error:
+        raise ValueError(f"{path}: not a readable model file: {error}") from error
+    if not isinstance(description, dict):
+        raise ValueError(f"{path}: a safetensors file, but not one of a Coded ResNeXt")
+    if description.get("format_version") != FORMAT_VERSION:
+        raise ValueError(
+            f"{path}: format_version: expected {FORMAT_VERSION}, "
+            f"got {description.get('format_version')!r}"
+        )
+    return description, state
+
+
+def check_codebooks(stored: Sequence[Codebook], expected: Sequence[Codebook]) -> None:
+    """Refuse codebooks that differ from those of a checkpoint.
+
+    Raises:
+        ValueError: says whether their number, their classes or class order, or the codewords of
+            which stage differ.
+    """
+    if len(stored) != len(expected):
+        raise ValueError(
+            f"codebooks: expected {len(stored)} as in the checkpoint, got {len(expected)}"
+        )
+    for stage, (ours, theirs) in enumerate(zip(stored, expected, strict=True), 1):
+        if ours.class_names != theirs.class_names:
+            raise ValueError(
+                "codebooks: expected the classes and class order of the checkpoint "
+                f"({', '.join(ours.class_names[:5])}, ..), got "
+                f"{', '.join(theirs.class_names[:5])}, .."
+            )
+        if ours.words != theirs.words:
+            raise ValueError(
+                f"codebooks: the codewords of coded stage {stage} differ from the checkpoint's"
+            )

@@ -1,0 +1,1 @@
+"""The fused data flow of a block: BatchNorm, ReLU and addition inside the convolutions."""

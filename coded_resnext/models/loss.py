@@ -1,0 +1,136 @@
+"""The training loss of a coded network, (8) of docs/math.md."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from coded_resnext.codebooks.codebook import Codebook
+from coded_resnext.kernels import Backend, coding_losses
+from coded_resnext.kernels.checks import check_finite, check_targets
+from coded_resnext.kernels.layout import accumulation_dtype
+
+
+class LossTerms(NamedTuple):
+    """The total loss and what it is made of, all scalars."""
+
+    total: Tensor
+    """`cross_entropy + weight * sum of coding`; call `backward` on this one."""
+    cross_entropy: Tensor
+    coding: tuple[Tensor, ...]
+    """The coding loss (7) of every coded block, unweighted, in the order of the network."""
+
+    def named(self) -> dict[str, Tensor]:
+        """Every term by the name under which it is logged; blocks count from 1."""
+        blocks = {f"coding_{index}": term for index, term in enumerate(self.coding, 1)}
+        return {"total": self.total, "cross_entropy": self.cross_entropy, **blocks}
+
+
+class CodedLoss(nn.Module):
+    """Cross-entropy plus the weighted coding losses of all coded blocks, (8).
+
+    Args:
+        codebooks: the codebook of every coded block, as in `model.codebooks`; empty for a plain
+            network, whose loss is the cross-entropy alone.
+        weight: `mu >= 0`; 6 for CIFAR and 1 for ImageNet in the paper.
+        exponent: `q >= 1` of (7).
+        threshold: `t >= 0` of (7).
+        label_smoothing: of the cross-entropy only, `0 <= s < 1`.
+        check_values: refuse numbers on the CPU that are not finite. Without it they go into the
+            loss, where the training engine finds them.
+        backend: implementation of the coding losses, see `coded_resnext.kernels`.
+
+    Raises:
+        ValueError: a number is outside its range, or the codebooks differ in their classes.
+    """
+
+    def __init__(
+        self,
+        codebooks: Sequence[Codebook],
+        *,
+        weight: float = 6.0,
+        exponent: float = 4.0,
+        threshold: float = 0.0,
+        label_smoothing: float = 0.0,
+        check_values: bool = True,
+        backend: Backend = "auto",
+    ) -> None:
+        super().__init__()
+        for name, value, low in (
+            ("weight", weight, 0.0),
+            ("exponent", exponent, 1.0),
+            ("threshold", threshold, 0.0),
+        ):
+            if not (math.isfinite(value) and value >= low):
+                raise ValueError(f"{name}: expected a finite number of at least {low}, got {value}")
+        if not 0 <= label_smoothing < 1:
+            raise ValueError(f"label_smoothing: expected 0 <= s < 1, got {label_smoothing}")
+        for index, codebook in enumerate(codebooks):
+            if codebook.class_names != codebooks[0].class_names:
+                raise ValueError(
+                    f"codebooks: block {index} and block 0 differ in their classes or class order"
+                )
+        self.weight, self.exponent, self.threshold = weight, exponent, threshold
+        self.label_smoothing, self.check_values = label_smoothing, check_values
+        self.backend: Backend = backend
+        self.blocks = len(codebooks)
+        for index, codebook in enumerate(codebooks):
+            self.register_buffer(f"codewords_{index}", codebook.codewords, persistent=False)
+
+    def codewords(self) -> list[Tensor]:
+        """The codewords `[K, N]` of every coded block, on the device of the loss."""
+        return [self.get_buffer(f"codewords_{index}") for index in range(self.blocks)]
+
+    def forward(self, logits: Tensor, energies: Sequence[Tensor], targets: Tensor) -> LossTerms:
+        """The loss of a batch.
+
+        Args:
+            logits: `[B, K]`, unnormalised.
+            energies: normalised energies `[B, N]` of every coded block.
+            targets: class indices `[B]`, or class probabilities `[B, K]` (MixUp, CutMix), for
+                which the codeword in (7) is the probability-weighted mean of the codewords.
+
+        Raises:
+            ValueError: shapes that do not fit; on CPU tensors also classes out of range and
+                numbers that are not finite. Values on other devices are not read.
+        """
+        if logits.ndim != 2 or logits.shape[0] == 0:
+            raise ValueError(f"logits: expected [B, K] with B >= 1, got {list(logits.shape)}")
+        if len(energies) != self.blocks:
+            raise ValueError(
+                f"energies: expected one tensor for each of {self.blocks} coded blocks, "
+                f"got {len(energies)}"
+            )
+        check_targets(targets, *logits.shape)
+        if self.check_values:
+            check_finite("logits", logits)
+        if targets.ndim == 1:
+            targets = targets.long()
+        cross_entropy = F.cross_entropy(
+            logits.to(accumulation_dtype(logits.dtype)),
+            targets,
+            label_smoothing=self.label_smoothing,
+        )
+        coding = coding_losses(
+            energies,
+            self.codewords(),
+            targets,
+            exponent=self.exponent,
+            threshold=self.threshold,
+            check_values=self.check_values,
+            backend=self.backend,
+        ).losses
+        total = cross_entropy
+        for term in coding:
+            total = total + self.weight * term
+        return LossTerms(total, cross_entropy, coding)
+
+    def extra_repr(self) -> str:
+        return (
+            f"blocks={self.blocks}, weight={self.weight}, exponent={self.exponent}, "
+            f"threshold={self.threshold}, label_smoothing={self.label_smoothing}"
+        )

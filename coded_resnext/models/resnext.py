@@ -1,0 +1,463 @@
+"""The Coded ResNeXt network. Its named configurations are in models/registry.py."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Literal, get_args, overload
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from coded_resnext.codebooks.codebook import Codebook
+from coded_resnext.codebooks.shipped import Size, shipped_sizes
+from coded_resnext.kernels import Aggregation, Backend
+from coded_resnext.models.fused.values import Map, like, ready
+
+from .block import CodedBottleneck, apply_block, check_images
+
+if TYPE_CHECKING:
+    from coded_resnext.deploy.early_exit import EarlyExit, EarlyPrediction
+
+Stem = Literal["conv3x3", "conv7x7"]
+Keep = int | Tensor | Sequence[Tensor | None]
+
+
+class CodedResNeXt(nn.Module):
+    """ResNeXt whose later stages assign their branches to classes.
+
+    With `A = N` in every stage this is plain ResNeXt. The forward pass needs no labels.
+
+    Args:
+        stages: the stages, first to last.
+        num_classes: number of classes `K`.
+        codebooks: one for each coded stage, in order. Left out, each stage takes the codebook
+            shipped for its (K, N, A), or the one that a seeded search finds.
+        class_names: names of the classes in the order of the logits. Left out, those of the
+            codebooks.
+        stem: `"conv3x3"` (stride 1, for small images), or `"conv7x7"` (stride 2, then 3x3
+            max-pooling of stride 2).
+        stem_channels: channels behind the stem.
+        in_channels: channels of the images.
+        drop_branches: DropSubNNs probability of the coded blocks, `0 <= p < 1`.
+        head_bias: whether the classifier has a bias; the published one has none.
+        aggregation: `"sum"`, or `"concat"`, the ablation of the paper's talk.
+        normalize: whether coded blocks normalise energies; False is an ablation.
+        backend: implementation of the coded operation, see `coded_resnext.kernels`.
+
+    Raises:
+        ValueError: an argument is outside its range, or a codebook does not fit its stage, the
+            classes, or the other codebooks.
+
+    Attributes:
+        codebooks: the codebook of every coded *block*, in the order of the returned energies.
+        config: JSON-ready arguments that, with the codebooks, rebuild the network.
+    """
+
+    def __init__(
+        self,
+        stages: Sequence[Stage],
+        num_classes: int,
+        *,
+        codebooks: Sequence[Codebook] | None = None,
+        class_names: Sequence[str] | None = None,
+        stem: Stem = "conv3x3",
+        stem_channels: int = 64,
+        in_channels: int = 3,
+        drop_branches: float = 0.1,
+        head_bias: bool = False,
+        aggregation: Aggregation = "sum",
+        normalize: bool = True,
+        backend: Backend = "auto",
+    ) -> None:
+        super().__init__()
+        stages = tuple(stages)
+        if not stages:
+            raise ValueError("stages: expected at least one stage, got none")
+        if num_classes < 2:
+            raise ValueError(f"num_classes: expected at least 2, got {num_classes}")
+        if stem not in get_args(Stem):
+            raise ValueError(f"stem: expected 'conv3x3' or 'conv7x7', got {stem!r}")
+        for name, value in (("stem_channels", stem_channels), ("in_channels", in_channels)):
+            if value < 1:
+                raise ValueError(f"{name}: expected a positive integer, got {value}")
+        stage_codebooks = assign_codebooks(stages, num_classes, codebooks, class_names)
+        self.class_names = check_class_names(stage_codebooks, num_classes, class_names)
+        self.stage_codebooks = tuple(book for book in stage_codebooks if book is not None)
+        self.in_channels = in_channels
+        self.num_classes = num_classes
+        self.config: dict[str, Any] = {
+            "stages": [asdict(stage) for stage in stages],
+            "num_classes": num_classes,
+            "stem": stem,
+            "stem_channels": stem_channels,
+            "in_channels": in_channels,
+            "drop_branches": drop_branches,
+            "head_bias": head_bias,
+            "aggregation": aggregation,
+            "normalize": normalize,
+        }
+
+        self.stem = _make_stem(stem, in_channels, stem_channels)
+        self.stages = nn.ModuleList()
+        channels = stem_channels
+        for stage, codebook in zip(stages, stage_codebooks, strict=True):
+            blocks = nn.ModuleList()
+            for index in range(stage.depth):
+                blocks.append(
+                    CodedBottleneck(
+                        channels,
+                        stage.channels,
+                        stage.width,
+                        stage.branches,
+                        codebook,
+                        stride=stage.stride if index == 0 else 1,
+                        drop_branches=drop_branches,
+                        aggregation=aggregation,
+                        normalize=normalize,
+                        backend=backend,
+                    )
+                )
+                channels = stage.channels
+            self.stages.append(blocks)
+        self.head = nn.Linear(channels, num_classes, bias=head_bias)
+
+    @classmethod
+    def from_config(
+        cls, config: dict[str, Any], codebooks: Sequence[Codebook], **overrides: Any
+    ) -> CodedResNeXt:
+        """The network that `model.config` and `model.stage_codebooks` describe."""
+        arguments = {**config, **overrides}
+        stages = [Stage(**stage) for stage in arguments.pop("stages")]
+        return cls(stages, codebooks=codebooks, **arguments)
+
+    @property
+    def blocks(self) -> list[CodedBottleneck]:
+        """All blocks, first to last."""
+        return [block for stage in self.stages for block in stage]  # type: ignore[attr-defined]
+
+    @property
+    def coded_blocks(self) -> list[CodedBottleneck]:
+        """The blocks that follow a codebook, first to last."""
+        return [block for block in self.blocks if block.is_coded]
+
+    @property
+    def codebooks(self) -> tuple[Codebook, ...]:
+        """The codebook of every coded block, in the order of the returned energies."""
+        return tuple(block.codebook for block in self.coded_blocks if block.codebook is not None)
+
+    @overload
+    def forward(
+        self, x: Tensor, *, return_energies: Literal[False] = False, keep: Keep | None = None
+    ) -> Tensor: ...
+
+    @overload
+    def forward(
+        self, x: Tensor, *, return_energies: Literal[True], keep: Keep | None = None
+    ) -> tuple[Tensor, list[Tensor]]: ...
+
+    def forward(
+        self, x: Tensor, *, return_energies: bool = False, keep: Keep | None = None
+    ) -> Tensor | tuple[Tensor, list[Tensor]]:
+        """Classify images.
+
+        Args:
+            x: `[B, in_channels, H, W]`, `B >= 1`.
+            return_energies: also return the branch energies.
+            keep: branches to keep in the coded blocks, (10): a class index (the branches of one
+                class for all samples), a tensor `[B]` of class indices (one class per sample), or
+                a sequence with a mask `[B, N]`, or None, for every coded block.
+
+        Returns:
+            Logits `[B, K]`, and with `return_energies` also a list with the normalised energies
+            `[B, N]` of every coded block.
+
+        Raises:
+            ValueError: an argument has the wrong shape, or a class is out of range.
+        """
+        features, energies = self._features(x, keep)
+        logits = self.forward_head(features)
+        return (logits, energies) if return_energies else logits
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Images `[B, in_channels, H, W]` to the map behind the last block, `[B, C, H', W']`."""
+        return self._features(x)[0]
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """The map behind the last block to logits `[B, K]`.
+
+        Args:
+            x: `[B, C, H', W']`, from `forward_features`.
+            pre_logits: stop behind the pooling, at `[B, C]`.
+        """
+        pooled = x.mean((2, 3))
+        logits: Tensor = pooled if pre_logits else self.head(pooled)
+        return logits
+
+    def get_classifier(self) -> nn.Module:
+        """The layer that makes the logits."""
+        return self.head
+
+    def reset_classifier(
+        self,
+        num_classes: int,
+        *,
+        codebooks: Sequence[Codebook] | None = None,
+        class_names: Sequence[str] | None = None,
+    ) -> None:
+        """Turn the network, in place, to other classes: a fresh head and codebooks of their number.
+
+        All other weights stay. With the number of classes that it has and nothing else given, the
+        network keeps its codebooks. A `CodedLoss` made before is for the old ones.
+
+        Args:
+            num_classes: number of classes `K`.
+            codebooks, class_names: as for the network itself.
+
+        Raises:
+            ValueError: as when a network is made.
+        """
+        if num_classes < 2:
+            raise ValueError(f"num_classes: expected at least 2, got {num_classes}")
+        if num_classes == self.config["num_classes"] and codebooks is None and class_names is None:
+            codebooks, class_names = self.stage_codebooks, self.class_names
+        stages = [Stage(**stage) for stage in self.config["stages"]]
+        books = assign_codebooks(stages, num_classes, codebooks, class_names)
+        self.class_names = check_class_names(books, num_classes, class_names)
+        self.stage_codebooks = tuple(book for book in books if book is not None)
+        for blocks, book in zip(self.stages, books, strict=True):
+            for block in blocks:  # type: ignore[attr-defined]
+                if book is not None:
+                    block.codebook = book
+                    block.register_buffer("codewords", book.codewords.to(block.codewords.device))
+        self.num_classes = self.config["num_classes"] = num_classes
+        like = self.stem[0].weight
+        self.head = nn.Linear(
+            self.config["stages"][-1]["channels"],
+            num_classes,
+            bias=self.config["head_bias"],
+            device=like.device,
+            dtype=like.dtype,
+        ).train(self.training)
+
+    def _features(
+        self,
+        x: Tensor,
+        keep: Keep | None = None,
+        *,
+        maps: list[Tensor] | None = None,
+        stages: int | None = None,
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The map behind the last block and the energies of every coded block.
+
+        Into `maps` go the maps behind the stem's ReLU and behind every stage; with `stages` only so
+        many of the stages are computed.
+        """
+        check_images(x, self.in_channels)
+        keep_masks = iter(self._keep_masks(keep, x))
+        for layer in self.stem:
+            x = layer(x)
+            if maps is not None and isinstance(layer, nn.ReLU):
+                maps.append(x)
+        # What one block leaves to be computed, the next does on the way.
+        y: Map = x
+        all_energies: list[Tensor] = []
+        drop_mask: Tensor | None = None
+        previous: Codebook | None = None
+        for index, stage in enumerate(self.stages):
+            if index == stages:
+                break
+            for block in stage:  # type: ignore[attr-defined]
+                if not block.is_coded:
+                    y, _ = apply_block(block, y)
+                    previous = None
+                    continue
+                # Consecutive blocks of one codebook silence the same branches.
+                if block.codebook is not previous:
+                    drop_mask = block.draw_drop_mask(like(y))
+                    previous = block.codebook
+                masks = {"drop_mask": drop_mask, "keep_mask": next(keep_masks)}
+                y, energies = apply_block(block, y, **masks)
+                assert energies is not None
+                all_energies.append(energies)
+            if maps is not None:
+                y = ready(y)
+                maps.append(y)
+        return ready(y), all_energies
+
+    def predict_early(self, x: Tensor, criterion: EarlyExit) -> EarlyPrediction:
+        """Classify images, each no further than it needs: see `early_exit.predict_early`."""
+        return criterion.predict(self, x)
+
+    @torch.no_grad()
+    def extend_classes(self, new_classes: Sequence[str], *, seed: int = 0) -> CodedResNeXt:
+        """A network for more classes, with the weights of this one.
+
+        Each codebook keeps its codewords and gains balanced, distant ones; the classifier gains
+        rows with fresh weights. The logits and energies of the known classes stay what they are.
+
+        Args:
+            new_classes: names of the classes to add, at least one, none known already.
+            seed: of the new codewords.
+
+        Raises:
+            ValueError: the names do not fit, or a codebook has no room for so many classes.
+        """
+        names = [*self.class_names, *new_classes]
+        if len(names) == self.num_classes or len(set(names)) < len(names):
+            raise ValueError(
+                "new_classes: expected at least one name, distinct and none of the known ones, "
+                f"got {list(new_classes)}"
+            )
+        grown = CodedResNeXt.from_config(
+            {**self.config, "num_classes": len(names)},
+            [book.extend(list(new_classes), seed=seed) for book in self.stage_codebooks],
+            class_names=names,
+            backend=self.blocks[0].backend,
+        ).to(self.head.weight)
+        state = self.state_dict()
+        for name, value in grown.state_dict().items():
+            if name.startswith("head."):
+                value[: self.num_classes] = state[name]
+            elif not name.endswith(".codewords"):
+                value.copy_(state[name])
+        return grown.train(self.training)
+
+    def _keep_masks(self, keep: Keep | None, x: Tensor) -> list[Tensor | None]:
+        """One mask `[B, N]`, or None, for every coded block."""
+        blocks = self.coded_blocks
+        if keep is None:
+            return [None] * len(blocks)
+        if not blocks:
+            raise ValueError("keep: expected None, since this network has no coded block")
+        if isinstance(keep, (int, np.integer)):
+            self._check_class(int(keep), int(keep))
+            return [block.codewords[int(keep)].expand(x.shape[0], -1) for block in blocks]
+        if isinstance(keep, Tensor):
+            if keep.shape != (x.shape[0],) or keep.is_floating_point() or keep.dtype == torch.bool:
+                raise ValueError(
+                    f"keep: expected a class, {x.shape[0]} class indices, or a sequence of masks; "
+                    f"got a tensor {list(keep.shape)} of {keep.dtype}"
+                )
+            if keep.device.type == "cpu" and not torch.compiler.is_compiling():
+                self._check_class(int(keep.min()), int(keep.max()))
+            keep = keep.to(x.device).long()
+            return [block.codewords[keep] for block in blocks]
+        masks = list(keep)
+        if len(masks) != len(blocks):
+            raise ValueError(
+                f"keep: expected a mask for each of {len(blocks)} coded blocks, got {len(masks)}"
+            )
+        return masks
+
+    def _check_class(self, low: int, high: int) -> None:
+        if low < 0 or high >= self.num_classes:
+            wrong = low if low < 0 else high
+            raise ValueError(f"keep: expected classes 0 to {self.num_classes - 1}, got {wrong}")
+
+
+def _make_stem(stem: Stem, in_channels: int, channels: int) -> nn.Sequential:
+    small = stem == "conv3x3"
+    conv = nn.Conv2d(
+        in_channels,
+        channels,
+        3 if small else 7,
+        1 if small else 2,
+        1 if small else 3,
+        bias=False,
+    )
+    nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+    layers: list[nn.Module] = [conv, nn.BatchNorm2d(channels), nn.ReLU(inplace=True)]
+    if not small:
+        layers.append(nn.MaxPool2d(3, 2, 1))
+    return nn.Sequential(*layers)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A run of bottleneck blocks of one size."""
+
+    depth: int
+    """Number of blocks."""
+    channels: int
+    """Output channels `C` of every block."""
+    width: int
+    """Channels `D` of one branch."""
+    branches: int
+    """Number of branches `N`."""
+    active: int
+    """Branches `A` that work for each class; all of them (`A = N`) is a plain stage."""
+    stride: int = 1
+    """Stride of the first block."""
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"Stage.{name}: expected a positive integer, got {value!r}")
+        if self.active > self.branches:
+            raise ValueError(
+                f"Stage.active: expected at most {self.branches} branches, got {self.active}"
+            )
+
+    @property
+    def is_coded(self) -> bool:
+        """Whether a codebook assigns the branches of this stage to classes."""
+        return self.active < self.branches
+
+
+def default_codebook(
+    classes: int, branches: int, active: int, class_names: Sequence[str] | None = None
+) -> Codebook:
+    """The shipped codebook of a size, or the one that a seeded search finds."""
+    size = Size(classes, branches, active)
+    shipped = size in shipped_sizes()
+    codebook = Codebook.shipped(*size) if shipped else Codebook.search(*size)
+    return codebook if class_names is None else codebook.with_class_names(class_names)
+
+
+def assign_codebooks(
+    stages: Sequence[Stage],
+    num_classes: int,
+    codebooks: Sequence[Codebook] | None,
+    class_names: Sequence[str] | None,
+) -> list[Codebook | None]:
+    """The codebook of every stage, None for plain ones; equal ones are one object."""
+    coded = [stage for stage in stages if stage.is_coded]
+    if codebooks is None:
+        codebooks = [
+            default_codebook(num_classes, stage.branches, stage.active, class_names)
+            for stage in coded
+        ]
+    if len(codebooks) != len(coded):
+        raise ValueError(
+            f"codebooks: expected one for each of {len(coded)} coded stages, got {len(codebooks)}"
+        )
+    for stage, codebook in zip(coded, codebooks, strict=True):
+        expected = (num_classes, stage.branches, stage.active)
+        found = (codebook.classes, codebook.branches, codebook.active)
+        if found != expected:
+            raise ValueError(
+                "codebooks: expected (classes, branches, active) = "
+                f"{expected} as in the stage, got {found}"
+            )
+        if codebook.class_names != codebooks[0].class_names:
+            raise ValueError("codebooks: expected the same classes in the same order in all")
+    unique = {codebook: codebook for codebook in reversed(codebooks)}
+    remaining = iter(codebooks)
+    return [unique[next(remaining)] if stage.is_coded else None for stage in stages]
+
+
+def check_class_names(
+    codebooks: Sequence[Codebook | None], num_classes: int, class_names: Sequence[str] | None
+) -> tuple[str, ...]:
+    """The names of the classes; the codebooks' when there are any, and they must agree."""
+    known = next((book.class_names for book in codebooks if book is not None), None)
+    if class_names is None:
+        return known or tuple(map(str, range(num_classes)))
+    names = tuple(class_names)
+    if len(names) != num_classes or len(set(names)) != num_classes:
+        raise ValueError(f"class_names: expected {num_classes} distinct names, got {len(names)}")
+    if known is not None and names != known:
+        raise ValueError("class_names: expected the classes of the codebooks, in their order")
+    return names

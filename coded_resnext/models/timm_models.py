@@ -1,0 +1,263 @@
+"""Our networks in timm: importing this module registers them with `timm.create_model`.
+
+    import timm, coded_resnext.timm_models
+    model = timm.create_model("coded_resnext50_32x4d", num_classes=100)
+
+All networks of the registry are there, but for the plain one that timm has itself. A network made
+by timm is a `CodedResNeXt` with the same names of weights; it still returns energies on request.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from coded_resnext.codebooks.codebook import Codebook
+
+from .registry import list_models, network_arguments
+from .resnext import CodedResNeXt
+from .warm_start import plain_state
+
+try:
+    from timm.models import (
+        build_model_with_cfg,
+        generate_default_cfgs,
+        is_model,
+        register_model,
+    )
+    from timm.models._features import feature_take_indices
+except ImportError as error:
+    raise ImportError("timm is not installed: pip install 'coded-resnext[timm]'") from error
+
+
+class TimmCodedResNeXt(CodedResNeXt):
+    """A network of the registry with timm's conventions.
+
+    Args:
+        name: one of `list_models()`.
+        num_classes: number of classes `K`, or 0 for no classifier; the codebooks then are those of
+            the named network.
+        in_chans: channels of the images.
+        global_pool: `"avg"`, or `""` for none, only without classifier.
+        drop_rate: dropout before the classifier.
+        device, dtype: where, and as what, the weights are made.
+        overrides: further arguments of `CodedResNeXt`, such as `codebooks` or `head_bias`.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        num_classes: int | None = None,
+        in_chans: int | None = None,
+        global_pool: str = "avg",
+        drop_rate: float = 0.0,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        **overrides: Any,
+    ) -> None:
+        if num_classes:
+            overrides["num_classes"] = num_classes
+        if in_chans is not None:
+            overrides["in_channels"] = in_chans
+        with torch.device(torch.get_default_device() if device is None else device):
+            super().__init__(**network_arguments(name, **overrides))
+        self.in_chans = self.in_channels
+        self.drop_rate = drop_rate
+        self.global_pool = "avg"
+        # Codewords come from NumPy, and are on the CPU whatever the default device.
+        self.to(device=self.head.weight.device, dtype=dtype)
+        if num_classes == 0:
+            self.reset_classifier(0, global_pool)
+        else:
+            self._set_pool(global_pool)
+
+    @property
+    def num_features(self) -> int:
+        """Channels of the last map."""
+        return int(self.feature_info[-1]["num_chs"])
+
+    @property
+    def head_hidden_size(self) -> int:
+        """Channels before the classifier."""
+        return self.num_features
+
+    @property
+    def feature_info(self) -> list[dict[str, Any]]:
+        """Channels, reduction and module of the maps behind the stem's ReLU and every stage."""
+        small = self.config["stem"] == "conv3x3"
+        reduction = 1 if small else 2
+        channels = self.config["stem_channels"]
+        info = [{"num_chs": channels, "reduction": reduction, "module": "stem.2"}]
+        reduction = 1 if small else 4
+        for index, stage in enumerate(self.config["stages"]):
+            reduction *= stage["stride"]
+            info.append(
+                {
+                    "num_chs": stage["channels"],
+                    "reduction": reduction,
+                    "module": f"stages.{index}",
+                }
+            )
+        return info
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Patterns that group the parameters by depth: by stage, or by block."""
+        blocks = r"^stages\.(\d+)" if coarse else [(r"^stages\.(\d+)\.(\d+)", None)]
+        return {"stem": r"^stem", "blocks": blocks}
+
+    def get_classifier(self, name_only: bool = False) -> Any:
+        """The classifier, or its name."""
+        return "head" if name_only else self.head
+
+    def reset_classifier(
+        self,
+        num_classes: int,
+        global_pool: str | None = None,
+        *,
+        codebooks: Sequence[Codebook] | None = None,
+        class_names: Sequence[str] | None = None,
+    ) -> None:
+        """As `CodedResNeXt.reset_classifier`; 0 takes the classifier away and keeps the codebooks.
+
+        Raises:
+            AssertionError: a pooling that is not average or, without classifier, none; so timm
+                has it.
+        """
+        if num_classes:
+            super().reset_classifier(num_classes, codebooks=codebooks, class_names=class_names)
+        else:
+            self.num_classes = 0
+            self._modules["head"] = nn.Identity()
+        if global_pool is None:
+            # A classifier reads one vector for each image, also where pooling had been off.
+            global_pool = "avg" if num_classes else self.global_pool
+        self._set_pool(global_pool)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """The last map `[B, C, H', W']` to logits, or with `pre_logits` to what they come from."""
+        pooled = x.mean((2, 3)) if self.global_pool else x
+        if pre_logits:
+            return pooled
+        logits: Tensor = self.head(F.dropout(pooled, self.drop_rate, self.training))
+        return logits
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """The maps behind the stem's ReLU and the stages, counted from 0, and the last map.
+
+        Args:
+            x: `[B, C, H, W]`.
+            indices: which maps; a number means the last so many, None all.
+            norm: without effect, since no norm follows the last stage.
+            stop_early: compute no stage behind the last map that is wanted.
+            output_fmt: `"NCHW"`, as timm writes it.
+            intermediates_only: leave out the last map.
+        """
+        assert output_fmt == "NCHW", f"output_fmt: expected 'NCHW', got {output_fmt!r}"
+        taken, last = feature_take_indices(len(self.stages) + 1, indices)
+        maps: list[Tensor] = []
+        features, _ = self._features(x, maps=maps, stages=last if stop_early else None)
+        wanted = [maps[index] for index in taken]
+        return wanted if intermediates_only else (features, wanted)
+
+    def prune_intermediate_layers(
+        self,
+        indices: int | list[int] = 1,
+        prune_norm: bool = False,
+        prune_head: bool = True,
+    ) -> list[int]:
+        """Take away, in place, the stages behind the last map that is wanted, and the classifier.
+
+        Args:
+            indices: as for `forward_intermediates`.
+            prune_norm: without effect.
+            prune_head: take the classifier away even when no stage goes.
+
+        Returns:
+            The indices, counted from 0.
+        """
+        taken, last = feature_take_indices(len(self.stages) + 1, indices)
+        if last < len(self.stages):
+            prune_head = True
+            self.stages = self.stages[:last]
+            self.config["stages"] = self.config["stages"][:last]
+            coded = sum(stage["active"] < stage["branches"] for stage in self.config["stages"])
+            self.stage_codebooks = self.stage_codebooks[:coded]
+        if last == 0:
+            self.stem = self.stem[:3]
+        if prune_head:
+            self.reset_classifier(0, "")
+        return list(taken)
+
+    def _set_pool(self, global_pool: str) -> None:
+        possible = ("avg",) if self.num_classes else ("avg", "")
+        assert global_pool in possible, (
+            f"global_pool: expected 'avg', or '' without classifier, got {global_pool!r}"
+        )
+        self.global_pool = global_pool
+
+
+def _filter_state(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Weights under our names, timm's or torchvision's; the codewords stay the model's own."""
+    own = {k: v for k, v in model.state_dict().items() if k.endswith(".codewords")}
+    return own | plain_state(state_dict)
+
+
+def _entry_point(network: str) -> Any:
+    """What `timm.create_model` calls for a network of the registry."""
+    # Of features: the map behind the stem's ReLU, and those of all stages.
+    everything = tuple(range(1 + len(network_arguments(network)["stages"])))
+
+    def create(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+        model: nn.Module = build_model_with_cfg(
+            partial(TimmCodedResNeXt, network),
+            network,
+            pretrained,
+            feature_cfg={"feature_cls": "getter", "out_indices": everything},
+            pretrained_filter_fn=_filter_state,
+            **kwargs,
+        )
+        return model
+
+    create.__name__ = create.__qualname__ = network
+    create.__doc__ = f"`{network}` of `coded_resnext.list_models()`."
+    return create
+
+
+def _default_cfg(network: str) -> dict[str, Any]:
+    """timm's description of a network: sizes, layers and the training images' statistics."""
+    arguments = network_arguments(network)
+    large = arguments.get("stem") == "conv7x7"
+    channels = arguments.get("in_channels", 3)
+    size = 224 if large else 8 if channels == 1 else 32
+    stride = 4 if large else 1
+    for stage in arguments["stages"]:
+        stride *= stage.stride
+    pool = size // stride
+    return {
+        "num_classes": arguments["num_classes"],
+        "input_size": (channels, size, size),
+        "pool_size": (pool, pool),
+        "first_conv": "stem.0",
+        "classifier": "head",
+        "license": "mit",
+    }
+
+
+# Those that timm has already are timm's.
+_NAMES = [name for name in list_models() if not is_model(name)]
+default_cfgs = generate_default_cfgs({name: _default_cfg(name) for name in _NAMES})
+for _name in _NAMES:
+    globals()[_name] = register_model(_entry_point(_name))

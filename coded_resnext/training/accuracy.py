@@ -1,0 +1,93 @@
+"""Accuracy of a network and of its early decoders, over one process or several."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from coded_resnext.kernels.checks import check_targets
+from coded_resnext.models.decode import decode
+from coded_resnext.models.resnext import CodedResNeXt
+
+from .processes import World
+
+# Of the mean energy of a sample's branches, which is 1: what is less is nothing but rounding.
+DEAD_SHARE = 1e-12
+EvaluationLoader = Iterable[tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Shares of correct predictions, 0..1."""
+
+    final: float
+    early: tuple[float, ...]
+    """Of early decoding (9), for every coded block."""
+    samples: int
+    """How many were predicted, over all processes."""
+    dead_branches: tuple[tuple[int, ...], ...] = ()
+    """Of every coded block, the branches without energy for any of the samples."""
+
+    def row(self, prefix: str = "") -> dict[str, float]:
+        """By the names under which they are logged."""
+        early = {f"{prefix}early_decoding_{i}": a for i, a in enumerate(self.early, 1)}
+        return {f"{prefix}test_accuracy": self.final, **early}
+
+
+def measure_accuracy(
+    model: CodedResNeXt, loader: EvaluationLoader, *, world: World | None = None
+) -> Accuracy:
+    """Accuracy of the classifier and of every early decoder, in evaluation mode.
+
+    Args:
+        model: the network; its mode is left as it was.
+        loader: batches `(images, targets)`. With several processes each gives its own samples;
+            one may have fewer than another, or none.
+        world: the processes that share the samples. All must call this.
+
+    Raises:
+        ValueError: no process has samples, or targets are no classes of the network.
+    """
+    accuracy, _ = measure_until_stopped(model, loader, world or World())
+    return accuracy
+
+
+@torch.inference_mode()
+def measure_until_stopped(
+    model: CodedResNeXt, loader: EvaluationLoader, world: World
+) -> tuple[Accuracy, int]:
+    """As `measure_accuracy`, and the signal that has ended it before all samples were seen, or 0.
+
+    A process leaves its samples when a signal reaches it; the others finish theirs.
+    """
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    codewords = [book.codewords.to(device) for book in model.codebooks]
+    largest = [torch.zeros(book.branches, device=device) for book in model.codebooks]
+    # The last entry counts the samples.
+    counts = torch.zeros(2 + len(codewords), dtype=torch.int64, device=device)
+    for images, targets in loader:
+        check_targets(targets, len(images), model.num_classes)
+        logits, energies = model(images.to(device), return_energies=True)
+        for most, values in zip(largest, energies, strict=True):
+            torch.maximum(most, values.amax(0).to(most), out=most)
+        early = [decode(e, words) for e, words in zip(energies, codewords, strict=True)]
+        correct = torch.stack([logits.argmax(1), *early]) == targets.to(device)
+        counts[:-1] += correct.sum(1)
+        counts[-1] += len(targets)
+        if world.signals.received:
+            break
+    model.train(was_training)
+    stop = int(world.maximum(torch.tensor(world.signals.received)))
+    *correct_counts, samples = world.add(counts).tolist()
+    if samples == 0:
+        raise ValueError("loader: expected at least one sample, got none")
+    final, *shares = (count / samples for count in correct_counts)
+    dead = [
+        tuple((world.maximum(most) <= DEAD_SHARE).nonzero().flatten().tolist()) for most in largest
+    ]
+    return Accuracy(final, tuple(shares), samples, tuple(dead)), stop

@@ -1,0 +1,358 @@
+"""The training loop: epochs, evaluation, checkpoints, resuming, and what ends a run early.
+
+A training script is
+
+    def main(arguments):
+        with training_session() as world:                       # training/processes.py
+            model = create_model(...).to(world.device)
+            config = TrainingConfig(...)
+            run = RunFolder(out, {...}, resume=..., world=world)
+            train_loader = ...                                  # batch.TrainLoader
+            fit(model, train_loader, test_loader, config, run, world=world)
+
+    sys.exit(run_script("name.py", lambda: main(parse_arguments())))
+
+and runs as it is, or under torchrun with as many processes as one likes.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+import torch
+
+from coded_resnext.data.batches import TrainLoader
+from coded_resnext.data.preprocessing import Preprocessing
+from coded_resnext.models.checkpoint import describe_network, save_model
+from coded_resnext.models.resnext import CodedResNeXt
+
+from .accuracy import EvaluationLoader, measure_until_stopped
+from .config import TrainingConfig
+from .guard import NonFiniteError
+from .logging import RunLog
+from .processes import TrainingStopped, World
+from .run_folder import AVERAGE_FILE, BEST_FILE, DEAD_FILE, RunFolder, differences
+from .saved_state import get_rng_state, set_rng_state
+from .step import TrainStep
+
+NON_FINITE_FILE = "non_finite.json"
+FILES_SHOWN = 8
+
+
+def fit(
+    model: CodedResNeXt,
+    train_loader: TrainLoader,
+    test_loader: EvaluationLoader,
+    config: TrainingConfig,
+    run: RunFolder,
+    *,
+    world: World | None = None,
+    preprocessing: Preprocessing | None = None,
+    notes: dict[str, Any] | None = None,
+) -> list[dict[str, float]]:
+    """Train a network, or go on training it where the run's folder left off.
+
+    All processes of a run call this with the same arguments but for the loaders' samples. After
+    every epoch, and every `recovery_interval` steps, the folder holds a checkpoint from which a
+    resumed run gives bit for bit what an uninterrupted one gives, on the same machine and number
+    of processes; a signal saves one too. The model of the last epoch is the result: no epoch is
+    chosen by its test accuracy. The one with the best is kept beside it, as `best.safetensors`.
+
+    Args:
+        model: the network, on its device; its weights are replaced when a run is resumed.
+        train_loader: this process's training batches.
+        test_loader: batches `(images, targets)` whose accuracy is logged; each process gives its
+            own samples.
+        config: optimizer, schedule, loss and precision.
+        run: the run's folder.
+        world: the processes, from `training_session`; left out, this one is alone.
+        preprocessing: kept with the model.
+        notes: kept with the model, JSON-ready, beside the configuration.
+
+    Returns:
+        One row for every epoch: learning rate, loss terms, accuracies, speed and memory.
+
+    Raises:
+        ValueError: the processes do not divide the batch, a batch has targets that are no classes
+            of the network, or the folder's checkpoint is of another network.
+        FloatingPointError: a step was not finite; the message says which step, where it came up
+            first, and the files of its images. The folder holds the state before it.
+        TrainingStopped: after SIGTERM or SIGINT; the folder holds the state after the last step.
+        OSError: a file could not be written; the checkpoints before it are intact.
+    """
+    world = world or World(device=next(model.parameters()).device)
+    config.local_batch_size(world.size)
+    with world.signals:
+        return _Training(
+            model, train_loader, test_loader, config, run, world, preprocessing, notes or {}
+        ).go()
+
+
+class _Training:
+    """The state of a run between its steps."""
+
+    def __init__(
+        self,
+        model: CodedResNeXt,
+        train_loader: TrainLoader,
+        test_loader: EvaluationLoader,
+        config: TrainingConfig,
+        run: RunFolder,
+        world: World,
+        preprocessing: Preprocessing | None,
+        notes: dict[str, Any],
+    ) -> None:
+        self.model, self.config, self.run, self.world = model, config, run, world
+        self.train_loader, self.test_loader = train_loader, test_loader
+        self.preprocessing, self.notes = preprocessing, notes
+        self.steps_per_epoch = len(train_loader)
+        self.make_step = TrainStep(model, config, world, self.steps_per_epoch)
+        self.history: list[dict[str, float]] = []
+        self.step = 0
+        self.joined = False
+        """Whether the processes have joined their running statistics since the last step."""
+        self.seconds = 0.0
+        """Of the epoch so far, in processes before this one."""
+        self.started = time.perf_counter()
+        """When this process began with the epoch."""
+
+    def go(self) -> list[dict[str, float]]:
+        """Train to the end."""
+        state = self.world.on_main(self.run.load_state)
+        if state is not None:
+            self._restore(state)
+        else:
+            self._save(models=True)
+        self.log = RunLog(
+            self.run.path if self.world.is_main else None,
+            self.run.config,
+            wandb=self.config.log_wandb,
+            step=self.step,
+            steps=self.config.total_epochs * self.steps_per_epoch,
+        )
+        try:
+            while len(self.history) < self.config.total_epochs:
+                self._epoch()
+        except NonFiniteError as error:
+            self._explain(error)
+        finally:
+            self.log.close()
+        return self.history
+
+    def _epoch(self) -> None:
+        """What is left of an epoch: steps, evaluation, checkpoint."""
+        self.started = time.perf_counter()
+        if self.world.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        first = self.step
+        if self.step < (len(self.history) + 1) * self.steps_per_epoch:
+            self._steps()
+        images = (self.step - first) * self.config.batch_size
+        rate = images / (time.perf_counter() - self.started)
+        if not self.joined:
+            self.make_step.join_statistics()
+            self.joined = True
+        accuracy, stop = measure_until_stopped(self.model, self.test_loader, self.world)
+        row, dead = accuracy.row(), accuracy.dead_branches
+        if self.make_step.average is not None and not stop:
+            accuracy, stop = measure_until_stopped(
+                self.make_step.average.model, self.test_loader, self.world
+            )
+            row |= accuracy.row("ema_")
+        if stop:
+            self._stop(stop)
+        row = {
+            "epoch": len(self.history) + 1,
+            "lr": self.config.lr_at(self.step - 1, self.steps_per_epoch),
+            **self.make_step.means(self.steps_per_epoch),
+            **row,
+            "images_per_second": rate,
+            "peak_memory_mib": max(self.world.gather(_peak_memory_mib(self.world.device))),
+            "seconds": self._elapsed(),
+        }
+        if self.config.detect_dead_branches:
+            row["dead_branches"] = sum(map(len, dead))
+        self.history.append(row)
+        self.seconds, self.started = 0.0, time.perf_counter()
+        self._save(models=True)
+        self.log.epoch(_describe(row, self.config.total_epochs), row, self.step)
+        if self.config.detect_dead_branches:
+            self.world.on_main(lambda: self._report_dead(dead))
+
+    def _report_dead(self, dead: Sequence[Sequence[int]]) -> None:
+        """Name the branches that no test image reaches; branches count from 0, blocks from 1."""
+        blocks = {str(block): list(branches) for block, branches in enumerate(dead, 1) if branches}
+        self.run.write_json(DEAD_FILE, {"epoch": len(self.history), "blocks": blocks})
+        for block, branches in blocks.items():
+            print(
+                f"dead branches of coded block {block}, without energy for all classes: "
+                f"{', '.join(map(str, branches))}",
+                file=sys.stderr,
+            )
+
+    def _steps(self) -> None:
+        """The steps that are left of an epoch."""
+        epoch, end = len(self.history) + 1, (len(self.history) + 1) * self.steps_per_epoch
+        self.model.train()
+        self.train_loader.set_epoch(epoch, self.step - (end - self.steps_per_epoch))
+        self.joined = False
+        for batch in self.train_loader:
+            self.make_step(batch, self.step)
+            self.step += 1
+            self.log.advance()
+            if self.step % self.config.log_interval == 0:
+                names, values = self.make_step.metrics, self.make_step.latest.tolist()
+                shown = dict(zip(names, values, strict=True))
+                shown["lr"] = self.make_step.lr
+                self.log.step(f"{epoch}/{self.config.total_epochs}", shown, self.step)
+            if self.make_step.stop:
+                self._stop(self.make_step.stop)
+            interval = self.config.recovery_interval
+            if interval and self.step % interval == 0 and self.step < end:
+                self._save()
+        self.make_step.finish()
+        if self.make_step.stop:
+            self._stop(self.make_step.stop)
+        if self.step != end:
+            raise ValueError(
+                f"train_loader: expected batches up to step {end}, its length says, got {self.step}"
+            )
+
+    def _save(self, *, models: bool = False) -> None:
+        """Write a checkpoint, and with `models` what the run has to show."""
+        self.make_step.finish()
+        local = {**self.make_step.local_state(), "rng": get_rng_state()}
+        locals_ = self.world.gather(local)
+        state = {
+            "step": self.step,
+            "history": self.history,
+            "joined": self.joined,
+            "seconds": self._elapsed(),
+            "network": describe_network(self.model),
+            "processes": locals_,
+            **self.make_step.state(),
+        }
+        name = f"step-{self.step:09d}-epochs-{len(self.history):05d}"
+
+        def write() -> None:
+            if models:
+                self._save_models()
+            self.run.save_state(name, state)
+            # Last: an epoch that is in the log can be resumed from.
+            if models and self.history:
+                self.run.write_metrics(self.history)
+
+        self.world.on_main(write)
+
+    def _save_models(self) -> None:
+        """The model of the last epoch, its average, and the better of the two if it is the best."""
+        training = {**self.notes, "config": self.config.to_dict(), "epochs_done": len(self.history)}
+
+        def save(name: str, model: CodedResNeXt) -> None:
+            path = self.run.path / name
+            save_model(path, model, preprocessing=self.preprocessing, training=training)
+
+        save(self.run.model_path.name, self.model)
+        average = self.make_step.average
+        if average is not None:
+            save(AVERAGE_FILE, average.model)
+        found = [_best(row) for row in self.history]
+        if found and found[-1] > max(found[:-1], default=-1.0):
+            last = self.history[-1]
+            better = last.get("ema_test_accuracy", -1.0) > last["test_accuracy"]
+            save(BEST_FILE, average.model if average is not None and better else self.model)
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        differing = differences(state["network"], describe_network(self.model))
+        if differing:
+            raise ValueError(
+                f"model: the checkpoint in {self.run.path} is of another network: "
+                f"{'; '.join(differing)}"
+            )
+        self.step, self.history = state["step"], state["history"]
+        self.joined, self.seconds = state["joined"], state["seconds"]
+        stored = state["processes"]
+        if len(stored) == self.world.size:
+            local = stored[self.world.rank]
+        else:
+            if self.world.is_main:
+                print(
+                    f"{self.run.path}: the run was on {len(stored)} processes and goes on with "
+                    f"{self.world.size}: as good, but not the same bits",
+                    file=sys.stderr,
+                )
+            local = _mean_process(stored)
+        self.make_step.load(state, local)
+        set_rng_state(local["rng"])
+
+    def _stop(self, signal_number: int) -> NoReturn:
+        """Save and end, for a signal that all processes have agreed on."""
+        self._save()
+        raise TrainingStopped(
+            signal_number,
+            f"stopped: {self.run.path} holds the state after step {self.step}; "
+            "the same command with --resume finishes the run",
+        )
+
+    def _explain(self, error: NonFiniteError) -> NoReturn:
+        """Save the state before a step that was not finite, and say where it came up."""
+        self.step = error.step
+        self._save()
+        files = self.train_loader.describe(torch.tensor(error.indices))
+        self.world.on_main(
+            lambda: self.run.write_json(
+                NON_FINITE_FILE, {"step": error.step, "terms": error.terms, "images": files}
+            )
+        )
+        shown = ", ".join(files[:FILES_SHOWN])
+        rest = f" and {len(files) - FILES_SHOWN} more" if len(files) > FILES_SHOWN else ""
+        raise FloatingPointError(
+            f"step {error.step} (epoch {error.step // self.steps_per_epoch + 1}) is not finite: "
+            f"first the {error.terms[0]}; the weights are those before it; its images: "
+            f"{shown}{rest} ({self.run.path / NON_FINITE_FILE} lists all)"
+        )
+
+    def _elapsed(self) -> float:
+        return self.seconds + time.perf_counter() - self.started
+
+
+def _best(row: dict[str, float]) -> float:
+    """The accuracy by which `best.safetensors` is kept."""
+    return max(row["test_accuracy"], row.get("ema_test_accuracy", 0.0))
+
+
+def _mean_process(stored: list[dict[str, Any]]) -> dict[str, Any]:
+    """What a process begins with when their number has changed: means over those before."""
+    columns = zip(*(process["statistics"] for process in stored), strict=True)
+    return {
+        "statistics": [torch.stack(c).double().mean(0).to(c[0].dtype) for c in columns],
+        "sums": torch.stack([process["sums"] for process in stored]).mean(0),
+        "rng": stored[0]["rng"],
+    }
+
+
+def _peak_memory_mib(device: torch.device) -> float:
+    """Of the GPU in this epoch; on a CPU, of the process in its life."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**20
+    if os.name != "posix":
+        return 0.0
+    import resource
+
+    # Kilobytes on Linux, bytes on macOS.
+    unit = 2**20 if sys.platform == "darwin" else 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+
+
+def _describe(row: dict[str, float], epochs: int) -> str:
+    early = [f"{value:.1%}" for name, value in row.items() if name.startswith("early_decoding")]
+    coded = f", early decoding {' '.join(early)}" if early else ""
+    return (
+        f"epoch {row['epoch']:.0f}/{epochs}: loss {row['total']:.3f}, "
+        f"test accuracy {row['test_accuracy']:.2%}{coded}, "
+        f"{row['images_per_second']:.0f} images/s"
+    )

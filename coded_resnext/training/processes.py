@@ -1,0 +1,255 @@
+"""The processes of a run: torchrun starts them, this joins them.
+
+    torchrun --nproc_per_node=8 train/imagenet.py ...
+
+Without torchrun the same script is a run of one process.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import FrameType, TracebackType
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from coded_resnext.files import printable_lines
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+# One request may arrive twice: from the terminal or the batch system, and from torchrun.
+SECONDS_OF_ONE_REQUEST = 1.0
+
+
+class TrainingStopped(Exception):  # noqa: N818
+    """A signal has ended the run; its folder holds the state after the last step.
+
+    Args:
+        signal_number: of the signal.
+        message: what is said to the user.
+    """
+
+    def __init__(self, signal_number: int, message: str) -> None:
+        super().__init__(signal_number, message)
+        self.signal_number, self.message = signal_number, message
+
+    def __str__(self) -> str:
+        return self.message
+
+    @property
+    def exit_code(self) -> int:
+        """What a process that ends for this reason returns: 130 for SIGINT, 143 for SIGTERM."""
+        return 128 + self.signal_number
+
+
+class StopSignals:
+    """Takes note of SIGTERM and SIGINT while it is entered; a second one ends the process at once.
+
+    It may be entered within itself. Outside the main thread, where Python allows no handlers, it
+    does nothing.
+
+    Attributes:
+        received: number of the signal that came first, 0 before.
+    """
+
+    def __init__(self) -> None:
+        self.received = 0
+        self._received_at = 0.0
+        self._depth = 0
+        self._former: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> StopSignals:
+        self._depth += 1
+        if self._depth == 1 and threading.current_thread() is threading.main_thread():
+            self._former = {s: signal.signal(s, self._take_note) for s in STOP_SIGNALS}
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._depth -= 1
+        if self._depth == 0:
+            for number, handler in self._former.items():
+                signal.signal(number, handler)
+            self._former = {}
+
+    def _take_note(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if not self.received:
+            self.received, self._received_at = number, now
+        elif now - self._received_at > SECONDS_OF_ONE_REQUEST:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+
+
+Value = TypeVar("Value")
+
+
+@dataclass(frozen=True)
+class World:
+    """This process and the others of its run."""
+
+    rank: int = 0
+    """Of this process, counted from 0."""
+    size: int = 1
+    """Number of processes."""
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    signals: StopSignals = field(default_factory=StopSignals)
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes the files and talks to the user."""
+        return self.rank == 0
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether there are other processes."""
+        return self.size > 1
+
+    def on_main(self, function: Callable[[], Value]) -> Value:
+        """Call a function on the main process; its result, or its error, reaches all processes.
+
+        All processes must call this. The result must be picklable.
+        """
+        result: Value | None = None
+        error: Exception | None = None
+        if self.is_main:
+            try:
+                result = function()
+            except Exception as caught:
+                error = caught
+        result, error = self.broadcast((result, error))
+        if error is not None:
+            raise error
+        return result  # type: ignore[return-value]
+
+    def broadcast(self, value: Value) -> Value:
+        """The main process's value, on all processes."""
+        if not self.is_shared:
+            return value
+        values = [value]
+        dist.broadcast_object_list(values, src=0)
+        return values[0]
+
+    def gather(self, value: Value) -> list[Value]:
+        """The values of all processes by rank, on all processes."""
+        if not self.is_shared:
+            return [value]
+        values: list[Value | None] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values  # type: ignore[return-value]
+
+    def add(self, tensor: Tensor) -> Tensor:
+        """The sum over the processes, in place."""
+        if self.is_shared:
+            dist.all_reduce(tensor, dist.ReduceOp.SUM)
+        return tensor
+
+    def maximum(self, tensor: Tensor) -> Tensor:
+        """The largest values over the processes, in place."""
+        if self.is_shared:
+            dist.all_reduce(tensor, dist.ReduceOp.MAX)
+        return tensor
+
+
+@contextmanager
+def training_session(device: str = "auto") -> Iterator[World]:
+    """Joins the processes that torchrun has started, and leaves them in the end.
+
+    From here on SIGTERM and SIGINT are taken note of, so that `fit` can save before it stops.
+
+    Args:
+        device: `"auto"` takes this process's GPU if there are any, and the CPU otherwise; or a
+            device type such as `"cpu"` or `"cuda"`.
+
+    Raises:
+        ValueError: no such device, or fewer GPUs than processes on this machine.
+    """
+    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    target = _pick_device(device, int(os.environ.get("LOCAL_RANK", 0)))
+    if target.type == "cuda":
+        torch.cuda.set_device(target)
+    with StopSignals() as signals:
+        if size > 1:
+            # Objects and counts of the host go through gloo, whatever the device.
+            dist.init_process_group("cpu:gloo,cuda:nccl" if target.type == "cuda" else "gloo")
+        try:
+            yield World(rank, size, target, signals)
+        except TrainingStopped:
+            _leave()
+            raise
+        # After any other error the rest may wait in an operation that never ends; torchrun ends
+        # them when this process has gone.
+        _leave()
+
+
+def run_script(name: str, body: Callable[[], None]) -> int:
+    """Run the body of a training script and say in one sentence why it ended early.
+
+    Args:
+        name: of the script, before the sentence.
+        body: the rest of the script.
+
+    Returns:
+        The exit status: 0; 1 for a step that was not finite; 2 for input at fault; 130 after SIGINT
+        and 143 after SIGTERM.
+    """
+    rank = int(os.environ.get("RANK", 0))
+    speaker = f"{name} (process {rank})" if rank else name
+    try:
+        body()
+    except TrainingStopped as stopped:
+        if not rank:
+            print(f"\n{stopped}", file=sys.stderr)
+        return stopped.exit_code
+    except FloatingPointError as error:
+        print(f"{speaker}: {printable_lines(error)}", file=sys.stderr)
+        return 1
+    except (ValueError, OSError, ImportError) as error:
+        print(f"{speaker}: {printable_lines(error)}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"\n{speaker}: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _pick_device(device: str, local_rank: int) -> torch.device:
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        target = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(
+            f"device: expected a device such as cpu or cuda, got {device!r}"
+        ) from error
+    if target.type != "cuda":
+        return target
+    if not torch.cuda.is_available():
+        raise ValueError("device: expected one that is here, got cuda without a usable GPU")
+    if target.index is not None:
+        return target
+    if local_rank >= torch.cuda.device_count():
+        raise ValueError(
+            f"device: expected a GPU for each process, got {torch.cuda.device_count()} for process "
+            f"{local_rank + 1} of this machine; choose a smaller --nproc_per_node"
+        )
+    return torch.device("cuda", local_rank)

@@ -1,0 +1,416 @@
+"""A recipe: data, network and training of a run, as typed settings and as a YAML file."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import difflib
+import inspect
+import math
+import textwrap
+import types
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, Field, asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from coded_resnext.data.augment import Augmentation
+from coded_resnext.data.datasets import Storage
+from coded_resnext.data.preprocessing import Preprocessing
+from coded_resnext.files import read_text
+from coded_resnext.kernels import Backend
+
+from .config import TrainingConfig
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+# What a recipe file says about itself.
+ABOUT = "about"
+ABOUT_KEYS = ("source", "expected", "cost", "command")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Data."""
+
+    dataset: str = "folder"
+    """cifar10, cifar100, synthetic, or folder: DATA_DIR/train/CLASS/* with test or val."""
+    data_dir: str | None = None
+    """Where the data are; unset, $CODED_RESNEXT_DATA, or ./data."""
+    download: bool = False
+    """Let torchvision fetch a CIFAR set that is not there."""
+    storage: Storage = "auto"
+    """Of a folder: memory decodes all images once, files reads them every time, auto decides."""
+    train_images: int | None = None
+    """Train on about so many images, the same share of every class."""
+    test_images: int | None = None
+    """Test on about so many images."""
+    holdout: float = 0.0
+    """Test on this share of the training images instead, to choose settings."""
+    img_size: int = 224
+    """Height and width of the network's input."""
+    test_resize: int | None = None
+    """What the shorter side is resized to before the centre is cut out in evaluation; unset, the
+    input's size."""
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    """Of the three channels, intensities 0 to 1."""
+    std: tuple[float, ...] = IMAGENET_STD
+    """Standard deviation of the three channels."""
+    workers: int = 4
+    """Processes that read images, for each training process; 0 reads in the training process."""
+    validation_batch_size: int = 256
+    """Images at a time in evaluation, for each process."""
+    max_damaged: float = 0.01
+    """Largest share of training images that may be unreadable, and are skipped."""
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """How an image becomes the network's input in evaluation; raises ValueError."""
+        return Preprocessing(self.img_size, 3, self.mean, self.std, self.test_resize)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Network."""
+
+    model: str
+    """A network of the library, see `coded_resnext.list_models()`."""
+    drop_branches: float = 0.1
+    """DropSubNNs: probability that a branch is silenced in a training step, (5)."""
+    head_bias: bool = False
+    """Whether the classifier has a bias: not as published, but as in timm and torchvision."""
+    codebooks: tuple[str, ...] = ()
+    """Codebook files, one for each coded stage; unset, they are made for the classes."""
+    bn_momentum: float = 0.1
+    """Share of a new batch in the running statistics of BatchNorm."""
+    backend: Backend = "auto"
+    """Who computes the blocks: auto, torch (layer by layer), fused, triton, or reference."""
+    initial_checkpoint: str | None = None
+    """Start from these weights: a run or model file of this library, or the state dict of a plain
+    ResNeXt of timm or torchvision."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.bn_momentum <= 1:
+            raise ValueError(f"bn_momentum: expected 0 < value <= 1, got {self.bn_momentum}")
+
+
+@dataclass(frozen=True)
+class LearningRateRule:
+    """Learning rate from the batch."""
+
+    lr_base: float
+    """In place of lr: the learning rate for batches of lr_base_size, scaled to the batch."""
+    lr_base_size: int = 256
+    """Batch for which lr_base is meant."""
+    lr_base_scale: Literal["linear", "sqrt"] = "linear"
+    """How the learning rate grows with the batch."""
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.lr_base) and self.lr_base > 0):
+            raise ValueError(f"lr_base: expected a number above 0, got {self.lr_base}")
+        if self.lr_base_size < 1:
+            raise ValueError(f"lr_base_size: expected at least 1, got {self.lr_base_size}")
+
+    def __call__(self, batch_size: int) -> float:
+        """The learning rate for a batch size over all processes."""
+        share = batch_size / self.lr_base_size
+        return self.lr_base * (math.sqrt(share) if self.lr_base_scale == "sqrt" else share)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All that decides a run's result."""
+
+    data: DataConfig
+    augmentation: Augmentation
+    model: ModelConfig
+    training: TrainingConfig
+    about: Mapping[str, str]
+    """Source, expected accuracy, cost and command, as the recipe's file says."""
+    lr_rule: LearningRateRule | None = None
+    """The rule that the learning rate was made by."""
+
+    def settings(self) -> dict[str, Any]:
+        """All settings by name, the learning rate as the rule made it; JSON-ready.
+
+        A recipe that is made from these is the same one.
+        """
+        groups = (self.data, self.augmentation, self.model, self.training)
+        return {k: v for group in groups for k, v in asdict(group).items()}
+
+    def to_yaml(self) -> str:
+        """The settings as a file that `load_recipe` reads."""
+        return write_yaml({ABOUT: dict(self.about), **self.settings()})
+
+    def describe_lr(self) -> str:
+        """The learning rates that the run goes through, and where they come from."""
+        training, rule = self.training, self.lr_rule
+        text = f"learning rate {training.lr:g}"
+        if rule is not None:
+            text += (
+                f" = {rule.lr_base:g} for batches of {rule.lr_base_size}, scaled "
+                f"({rule.lr_base_scale}) to {training.batch_size}"
+            )
+        text += f", {training.warmup_epochs:g} epochs of warm-up"
+        text += f", cosine to {training.min_lr:g} at epoch {training.epochs}"
+        return text + f", {training.cooldown_epochs} epochs of cool-down"
+
+
+_GROUPS = (DataConfig, Augmentation, ModelConfig, TrainingConfig, LearningRateRule)
+_OWN_FLAGS = (
+    *("config", "out", "resume", "evaluation", "budget", "device"),
+    *("outside", "threshold_images", "repeats"),
+)
+SETTINGS = tuple(field.name for group in _GROUPS for field in fields(group))
+
+
+def make_recipe(*layers: Mapping[str, Any]) -> Recipe:
+    """A recipe from layers of settings; what a later layer says replaces what an earlier one says.
+
+    A layer with `lr` also replaces an earlier `lr_base`, and the other way round.
+
+    Raises:
+        ValueError: an unknown setting, a value of the wrong type or range, a missing one, or a
+            layer with both `lr` and `lr_base`.
+    """
+    settings: dict[str, Any] = {}
+    for layer in layers:
+        check_names(layer, [ABOUT, *SETTINGS])
+        if layer.get("lr") is not None and layer.get("lr_base") is not None:
+            raise ValueError("lr: expected either lr or lr_base, got both")
+        if layer.get("lr") is not None:
+            settings.pop("lr_base", None)
+        if layer.get("lr_base") is not None:
+            settings.pop("lr", None)
+        settings |= layer
+    about = settings.get(ABOUT) or {}
+    if not isinstance(about, dict) or not all(isinstance(v, str) for v in about.values()):
+        raise ValueError(f"{ABOUT}: expected texts by name, got {about!r}")
+    rule = None
+    if settings.get("lr_base") is not None:
+        rule = make_group(LearningRateRule, settings)
+        if not isinstance(settings.get("batch_size"), int):
+            raise ValueError("batch_size: expected a whole number, since lr_base scales with it")
+        settings["lr"] = rule(settings["batch_size"])
+    recipe = Recipe(
+        make_group(DataConfig, settings),
+        make_group(Augmentation, settings),
+        make_group(ModelConfig, settings),
+        make_group(TrainingConfig, settings),
+        about,
+        rule,
+    )
+    _ = recipe.data.preprocessing  # its checks
+    return recipe
+
+
+def load_recipe(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Recipe:
+    """A recipe from its file, with some settings replaced.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: as `make_recipe`; the message names the file when it is at fault.
+        ImportError: PyYAML is missing.
+    """
+    content = read_yaml(path)
+    try:
+        check_names(content, [ABOUT, *SETTINGS])
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    return make_recipe(content, overrides or {})
+
+
+Group = TypeVar("Group")
+
+
+# Settings are a few kilobytes; what YAML is read into takes a hundred times its size.
+LARGEST_YAML = 256 * 2**10
+
+
+DEEPEST_YAML = 20
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The keys and values of a YAML file.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: it is larger than 256 KiB, no YAML, or no mapping; the message names the file.
+        ImportError: PyYAML is missing.
+    """
+    yaml = _yaml()
+    path = Path(path)
+    try:
+        text = read_text(path, LARGEST_YAML)
+        _check_tokens(yaml, text)
+        content = yaml.safe_load(text)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"config: expected a file, found none: {path}") from error
+    except OSError:
+        raise
+    # PyYAML's own errors are not all that odd values and tags raise in it.
+    except Exception as error:
+        raise ValueError(f"{path}: not a readable YAML file: {error}") from error
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+        raise ValueError(f"{path}: expected settings, one 'name: value' in a line")
+    return content
+
+
+def _check_tokens(yaml: types.ModuleType, text: str) -> None:
+    """Refuse what takes PyYAML hours or all memory; a ValueError says what."""
+    depth = 0
+    for token in yaml.scan(text):
+        # A few lines of aliases can stand for more values than there is memory.
+        if isinstance(token, yaml.AliasToken):
+            raise ValueError("expected no aliases (*name)")
+        # The scanner takes a time that grows as the square of the depth.
+        kind = type(token).__name__
+        depth += kind.endswith(("SequenceStartToken", "MappingStartToken"))
+        depth -= kind.endswith(("SequenceEndToken", "MappingEndToken", "BlockEndToken"))
+        if depth > DEEPEST_YAML:
+            raise ValueError(f"expected at most {DEEPEST_YAML} levels of lists and mappings")
+
+
+def write_yaml(settings: Mapping[str, Any]) -> str:
+    """Settings as YAML that `read_yaml` reads back."""
+    plain = {k: list(v) if isinstance(v, tuple) else v for k, v in settings.items()}
+    text: str = _yaml().safe_dump(plain, sort_keys=False, width=96, allow_unicode=True)
+    return text
+
+
+def check_names(settings: Mapping[str, Any], known: Sequence[str]) -> None:
+    """Refuse a setting that does not exist.
+
+    Raises:
+        ValueError: names it, and the known ones that look alike.
+    """
+    for name in settings:
+        if name not in known:
+            alike = difflib.get_close_matches(name, known, 3, 0.7)
+            hint = f"; did you mean {' or '.join(alike)}?" if alike else ""
+            raise ValueError(f"{name}: there is no such setting{hint}")
+
+
+def make_group(group: type[Group], settings: Mapping[str, Any]) -> Group:
+    """A group from those of the settings that are its own; what is left out has its default.
+
+    Raises:
+        ValueError: a value has the wrong type or range, or a setting without a default is missing.
+    """
+    hints = get_type_hints(group)
+    values = {}
+    for field in _fields(group):
+        if field.name in settings:
+            values[field.name] = convert(field.name, settings[field.name], hints[field.name])
+        elif field.default is MISSING:
+            raise ValueError(f"{field.name}: expected a value, since it has no default")
+    return group(**values)
+
+
+def convert(name: str, value: Any, hint: Any) -> Any:
+    """A value of YAML or of the command line as a type; the number 1e-4 is a string to YAML.
+
+    Raises:
+        ValueError: it is no such value.
+    """
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        if value is None:
+            return None
+        (hint,) = (each for each in inner if each is not type(None))
+        return convert(name, value, hint)
+    if origin is Literal and value in inner:
+        return value
+    if origin is tuple and isinstance(value, (list, tuple)):
+        return tuple(convert(name, each, inner[0]) for each in value)
+    if hint is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    if hint in (int, str, bool) and type(value) is hint:
+        return value
+    raise ValueError(f"{name}: expected {_describe(hint)}, got {value!r}")
+
+
+def add_flags(parser: argparse.ArgumentParser, group: type, *, leave_out: Sequence[str]) -> None:
+    """Add a flag for every setting of a group; those that are not given leave no trace.
+
+    Args:
+        parser: where to.
+        group: a dataclass.
+        leave_out: settings without a flag.
+    """
+    hints, docs = get_type_hints(group), _field_docs(group)
+    section = parser.add_argument_group((group.__doc__ or "").split("\n\n")[0].rstrip("."))
+    for field in _fields(group):
+        if field.name in leave_out:
+            continue
+        hint, flag = hints[field.name], f"--{field.name.replace('_', '-')}"
+        options: dict[str, Any] = {
+            # argparse formats help with %.
+            "help": docs.get(field.name, "").replace("%", "%%"),
+            "default": argparse.SUPPRESS,
+            "dest": field.name,
+        }
+        if hint is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        elif get_origin(hint) is tuple:
+            options |= {"nargs": "*", "type": _parser(get_args(hint)[0]), "metavar": "VALUE"}
+        else:
+            options |= {"type": _parser(hint), "metavar": "VALUE"}
+        section.add_argument(flag, **options)
+
+
+def _parser(hint: Any) -> Callable[[str], Any]:
+    """What argparse calls on the text of a flag; the checks follow in `convert`."""
+
+    def parse(text: str) -> Any:
+        if get_origin(hint) in (Union, types.UnionType) and text.lower() == "none":
+            return None
+        for kind in (int, float):
+            if kind in (hint, *get_args(hint)):
+                return kind(text)
+        return text
+
+    parse.__name__ = _describe(hint)  # argparse says "invalid .. value"
+    return parse
+
+
+def _describe(hint: Any) -> str:
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        return " or ".join("none" if each is type(None) else _describe(each) for each in inner)
+    if origin is Literal:
+        return f"one of {', '.join(map(str, inner))}"
+    if origin is tuple:
+        return f"a list, each {_describe(inner[0])}"
+    return {int: "a whole number", float: "a number", str: "text", bool: "true or false"}[hint]
+
+
+def _fields(group: type) -> tuple[Field[Any], ...]:
+    return fields(group)
+
+
+def _field_docs(group: type) -> dict[str, str]:
+    """The docstrings below the fields of a class, which Python itself does not keep."""
+    [definition] = ast.parse(textwrap.dedent(inspect.getsource(group))).body
+    assert isinstance(definition, ast.ClassDef)
+    docs, name = {}, ""
+    for statement in definition.body:
+        if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
+            name = statement.target.id
+        elif name and isinstance(statement, ast.Expr):
+            docs[name] = " ".join(str(ast.literal_eval(statement.value)).split())
+        else:
+            name = ""
+    return docs
+
+
+def _yaml() -> types.ModuleType:
+    try:
+        import yaml
+    except ImportError as error:
+        raise ImportError("recipes need PyYAML: pip install 'coded-resnext[train]'") from error
+    module: types.ModuleType = yaml
+    return module

@@ -1,0 +1,258 @@
+"""The folder of a training run: configuration, logs, state for resuming, model and summary."""
+
+from __future__ import annotations
+
+import csv
+import datetime
+import errno
+import io
+import json
+import os
+import platform
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from coded_resnext.files import read_json, write_atomically
+from coded_resnext.models.checkpoint import MODEL_FILE
+
+from .processes import World
+from .saved_state import load_state, save_state
+
+CONFIG_FILE = "config.json"
+METRICS_FILE = "metrics.csv"
+SUMMARY_FILE = "summary.json"
+BEST_FILE = "best.safetensors"
+AVERAGE_FILE = "model_ema.safetensors"
+DEAD_FILE = "dead_branches.json"
+# These change what is shown and how often it is saved, not what comes out.
+FREE_SETTINGS = ("log_interval", "recovery_interval", "log_wandb", "detect_dead_branches")
+
+
+class RunFolder:
+    """Opens, or makes, the folder of a run.
+
+    Args:
+        path: the folder.
+        config: JSON-ready description of the run; a run is only resumed under the same one.
+        resume: go on with the run that the folder holds, if it holds one.
+        world: the processes of the run; the main one alone looks at the folder and writes to it.
+
+    Raises:
+        ValueError: another process trains in the folder; it holds a run and `resume` is not set,
+            or one of another configuration; the message says what differs.
+        OSError: the folder cannot be made or written.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        config: dict[str, Any],
+        *,
+        resume: bool = False,
+        world: World | None = None,
+    ) -> None:
+        self.path = Path(path)
+        # As read back from JSON, so that tuples and lists compare equal.
+        self.config = json.loads(json.dumps(config))
+        (world or World()).on_main(lambda: self._open(resume=resume))
+
+    def _open(self, *, resume: bool) -> None:
+        self.path.mkdir(parents=True, exist_ok=True)
+        lock_folder(self.path)
+        config_path = self.path / CONFIG_FILE
+        if not config_path.exists():
+            self.write_json(CONFIG_FILE, self.config)
+            return
+        if not resume:
+            raise ValueError(
+                f"out: {self.path} holds a run already; resume it (--resume) or choose "
+                "another folder"
+            )
+        try:
+            stored = read_json(config_path)
+        except ValueError as error:
+            raise ValueError(f"{config_path}: not the configuration of a run: {error}") from error
+        differing = differences(stored, self.config, ignore=FREE_SETTINGS)
+        if differing:
+            raise ValueError(
+                f"out: {self.path} holds a run of another kind: {'; '.join(differing)}"
+            )
+        # What a process left that was killed while it wrote.
+        for stale in self.path.glob(".*.tmp"):
+            stale.unlink()
+
+    @property
+    def model_path(self) -> Path:
+        """Where the model of the last finished epoch is."""
+        return self.path / MODEL_FILE
+
+    def write_json(self, name: str, content: Any) -> Path:
+        """Write a JSON file; NaN is refused, since JSON has none."""
+        text = json.dumps(content, indent=1, allow_nan=False) + "\n"
+        write_atomically(self.path / name, text.encode())
+        return self.path / name
+
+    def write_metrics(self, history: Sequence[Mapping[str, float]]) -> None:
+        """Write the CSV log: one row for every epoch."""
+        buffer = io.StringIO()
+        # Settings that may change within a run add columns.
+        columns = list(dict.fromkeys(name for row in history for name in row))
+        writer = csv.DictWriter(buffer, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(history)
+        write_atomically(self.path / METRICS_FILE, buffer.getvalue().encode())
+
+    def save_state(self, name: str, state: dict[str, Any]) -> Path:
+        """Write a checkpoint, see `training_state.save_state`."""
+        return save_state(self.path, name, state)
+
+    def load_state(self) -> dict[str, Any] | None:
+        """The last readable checkpoint, or None for a run that has not begun."""
+        return load_state(self.path)
+
+
+def differences(stored: Any, current: Any, *, ignore: Sequence[str] = ()) -> list[str]:
+    """Where two JSON values differ, as "KEY.KEY was VALUE, is VALUE".
+
+    Args:
+        stored: of the run or file.
+        current: of now.
+        ignore: keys that do not matter, at any depth.
+    """
+    if isinstance(stored, dict) and isinstance(current, dict):
+        keys = [key for key in {**stored, **current} if key not in ignore]
+        pairs = [(key, stored.get(key), current.get(key)) for key in keys]
+    elif isinstance(stored, list) and isinstance(current, list) and len(stored) == len(current):
+        pairs = [
+            (f"{index}", a, b) for index, (a, b) in enumerate(zip(stored, current, strict=True))
+        ]
+    else:
+        return [] if stored == current else [f"was {_shown(stored)}, is {_shown(current)}"]
+    found = []
+    for key, a, b in pairs:
+        for text in differences(a, b, ignore=ignore):
+            found.append(f"{key} {text}" if text.startswith("was ") else f"{key}.{text}")
+    return found
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}.."
+
+
+def versions() -> dict[str, str]:
+    """Versions of everything that a result depends on."""
+    from importlib.metadata import version
+
+    return {
+        "coded_resnext": version("coded-resnext"),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+    }
+
+
+def describe_machine() -> dict[str, Any]:
+    """Processor, threads, GPU if there is one, versions, commit and date."""
+    cpu = platform.processor()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        names = [line for line in info.read_text().splitlines() if line.startswith("model name")]
+        cpu = names[0].partition(":")[2].strip() if names else cpu
+    described: dict[str, Any] = {
+        "cpu": cpu,
+        "threads": torch.get_num_threads(),
+        "versions": {**versions(), "triton": _triton_version()},
+        "commit": _commit(),
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+    }
+    if torch.cuda.is_available():
+        query = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+        driver = _output(*query).splitlines()
+        described["gpu"] = torch.cuda.get_device_name()
+        described["driver"] = driver[0] if driver else "unknown"
+    return described
+
+
+def _triton_version() -> str:
+    try:
+        return version("triton")
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _commit() -> str:
+    """Of the source that is running; "-dirty" where it has been changed since."""
+    file = Path(__file__).resolve()
+    git = ("git", "-C", str(file.parent))
+    # An installed copy may lie inside a repository that it is no part of.
+    if not _output(*git, "ls-files", file.name):
+        return "unknown"
+    return _output(*git, "describe", "--always", "--dirty", "--exclude", "*") or "unknown"
+
+
+def _output(*command: str) -> str:
+    """What a command prints, or nothing where it fails or is not there."""
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
+    except OSError:
+        return ""
+    return result.stdout.strip() if result.returncode == 0 else ""
+
+
+LOCK_FILE = ".lock"
+
+
+# Open files by process and folder: closing any of them would let the lock go. A forked process
+# has the dictionary and not the locks.
+_held: dict[tuple[int, Path], int] = {}
+
+
+def lock_folder(folder: Path) -> None:
+    """Keep a folder for this process until it ends.
+
+    Raises:
+        ValueError: another process holds it; the message says which.
+        OSError: the folder cannot be written.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        # Windows has no such locks.
+        return
+    path = folder / LOCK_FILE
+    key = (os.getpid(), folder.resolve())
+    former = _held.get(key)
+    if former is not None:
+        if path.exists() and os.path.samestat(os.fstat(former), path.stat()):
+            return
+        # The folder was removed, and another is in its place.
+        os.close(_held.pop(key))
+    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        # Of the process and not of the open file: loader workers that outlive it hold nothing.
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        holder = os.pread(file, 200, 0).decode(errors="replace").strip()
+        os.close(file)
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            raise ValueError(
+                f"out: {folder} is being written by another training ({holder}); wait for it, or "
+                "choose another folder"
+            ) from error
+        print(
+            f"{folder}: its file system has no locks; nothing keeps a second training out of it",
+            file=sys.stderr,
+        )
+        return
+    os.ftruncate(file, 0)
+    os.pwrite(file, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+    _held[key] = file

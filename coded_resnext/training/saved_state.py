@@ -1,0 +1,148 @@
+"""Checkpoints of a run: written whole or not at all, checked when they are read.
+
+Each is a file of tensors and plain values under `checkpoints/`, with its SHA-256 beside it in the
+format of `sha256sum`. The last two are kept, so that there is one to go back to.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import random
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from coded_resnext.files import load_tensors, write_atomically
+
+FOLDER = "checkpoints"
+STATE_VERSION = 1
+KEPT = 2
+
+
+def save_state(run: Path, name: str, state: dict[str, Any]) -> Path:
+    """Write a checkpoint and remove those before the last two.
+
+    Args:
+        run: the run's folder.
+        name: sorts after the names of earlier checkpoints; a readable one of the same name is the
+            same state, and is left as it is.
+        state: tensors and plain values.
+
+    Returns:
+        The file.
+
+    Raises:
+        OSError: the disk is full or not writable; the checkpoints that were there are intact.
+    """
+    folder = run / FOLDER
+    folder.mkdir(exist_ok=True)
+    path = folder / f"{name}.pt"
+    if _is_whole(path):
+        return path
+    path.unlink(missing_ok=True)
+    buffer = io.BytesIO()
+    torch.save({"state_version": STATE_VERSION, **state}, buffer)
+    content = buffer.getvalue()
+    # The sum first: a process killed in between leaves a sum without a file, which is nothing.
+    line = f"{hashlib.sha256(content).hexdigest()}  {path.name}\n"
+    write_atomically(_sum_path(path), line.encode())
+    write_atomically(path, content)
+    _tidy(folder)
+    return path
+
+
+def load_state(run: Path) -> dict[str, Any] | None:
+    """The last readable checkpoint, on the CPU, or None for a run that has none.
+
+    A damaged one is named on stderr, renamed to `.damaged`, and the one before it is used.
+    Nothing in a file is executed.
+
+    Raises:
+        ValueError: there are checkpoints and none is readable, or the last is of another version.
+    """
+    folder = run / FOLDER
+    paths = sorted(folder.glob("*.pt"), reverse=True)
+    for path in paths:
+        try:
+            content = _read(path)
+            state = load_tensors(io.BytesIO(content))
+            if not isinstance(state, dict):
+                raise ValueError(f"expected a checkpoint, got {type(state).__name__}")
+        # A disk that cannot read a file has damaged it too.
+        except (ValueError, OSError) as error:
+            print(f"{path}: damaged checkpoint ({error}); using the one before it", file=sys.stderr)
+            path.rename(path.with_suffix(".damaged"))
+            continue
+        if state.get("state_version") != STATE_VERSION:
+            raise ValueError(
+                f"{path}: state_version: expected {STATE_VERSION}, "
+                f"got {state.get('state_version')!r}"
+            )
+        return state
+    if paths or any(folder.glob("*.damaged")):
+        raise ValueError(
+            f"{folder}: no checkpoint is readable; begin a new run in another folder, from "
+            "model.safetensors if that is whole"
+        )
+    return None
+
+
+def _read(path: Path) -> bytes:
+    """The content of a checkpoint that fits its sum; a ValueError says what is wrong."""
+    try:
+        expected = _sum_path(path).read_text(encoding="ascii").split()
+    except (FileNotFoundError, UnicodeDecodeError) as error:
+        raise ValueError("its .sha256 is missing or unreadable") from error
+    content = path.read_bytes()
+    if expected != [hashlib.sha256(content).hexdigest(), path.name]:
+        raise ValueError("its content does not fit its .sha256")
+    return content
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        _read(path)
+    except (FileNotFoundError, ValueError):
+        return False
+    return True
+
+
+def _sum_path(path: Path) -> Path:
+    return path.with_name(f"{path.name}.sha256")
+
+
+def _tidy(folder: Path) -> None:
+    """Remove what older checkpoints and killed processes have left."""
+    kept = sorted(folder.glob("*.pt"))[-KEPT:]
+    wanted = {*kept, *map(_sum_path, kept)}
+    for path in folder.iterdir():
+        if path not in wanted and path.suffix != ".damaged":
+            path.unlink()
+
+
+def get_rng_state() -> dict[str, Any]:
+    """The states of the default generators of Python, NumPy and PyTorch, the GPU's included."""
+    name, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)  # noqa: NPY002
+    return {
+        "python": random.getstate(),
+        "numpy": (name, torch.from_numpy(np.asarray(keys).astype(np.int64)), position),
+        "numpy_gauss": (has_gauss, gauss),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+    }
+
+
+def set_rng_state(state: dict[str, Any]) -> None:
+    """Go back to what `get_rng_state` returned."""
+    random.setstate(state["python"])
+    name, keys, position = state["numpy"]
+    np.random.set_state(  # noqa: NPY002
+        (name, keys.numpy().astype(np.uint32), position, *state["numpy_gauss"])
+    )
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])

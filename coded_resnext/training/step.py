@@ -1,0 +1,379 @@
+"""One optimizer step of a coded network: mixing, forward, loss, backward, guard, update."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from coded_resnext.data.batches import Batch
+from coded_resnext.data.preprocessing import derive_seed
+from coded_resnext.kernels.checks import check_targets
+from coded_resnext.models.decode import decode
+from coded_resnext.models.loss import CodedLoss
+from coded_resnext.models.resnext import CodedResNeXt
+
+from .config import TrainingConfig
+from .guard import StepGuard, copy_all
+from .processes import World
+
+
+class TrainStep:
+    """Makes optimizer steps. The host waits for the device only to read a finished step's flags.
+
+    Args:
+        model: the network, on its device. Its memory format and, for `sync_bn`, its BatchNorm
+            layers are changed in place.
+        config: optimizer, schedule, loss and precision.
+        world: the processes that share a step.
+        steps_per_epoch: for the schedule.
+
+    Raises:
+        ValueError: `sync_bn` without a GPU, or an unknown `torchcompile`.
+        ImportError: MixUp or CutMix without torchvision.
+
+    Attributes:
+        metrics: names of what is summed in every step.
+        sums: sums of the metrics over the epoch so far, on this process.
+        latest: metrics of the last step.
+        lr: learning rate of the last step.
+        stop: the signal that the processes have agreed to stop for, or 0.
+        average: the moving average of the weights, or None.
+    """
+
+    def __init__(
+        self, model: CodedResNeXt, config: TrainingConfig, world: World, steps_per_epoch: int
+    ) -> None:
+        self.model, self.config, self.world = model, config, world
+        self.steps_per_epoch = steps_per_epoch
+        self.device = next(model.parameters()).device
+        if config.sync_bn and world.is_shared:
+            if self.device.type != "cuda":
+                raise ValueError(
+                    f"sync_bn: expected GPUs, got {self.device.type}; leave it out, and running "
+                    "statistics are joined at an epoch's end (dist_bn)"
+                )
+            nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
+        if config.channels_last:
+            model.to(memory_format=torch.channels_last)
+        self.loss = CodedLoss(
+            model.codebooks,
+            weight=config.coding_weight,
+            exponent=config.exponent,
+            threshold=config.threshold,
+            label_smoothing=config.smoothing,
+            check_values=False,
+            backend=model.blocks[0].backend,
+        ).to(self.device)
+        self.parameters = list(model.parameters())
+        self.optimizer = torch.optim.SGD(
+            self.parameters,
+            lr=config.lr,
+            momentum=config.momentum,
+            nesterov=config.momentum > 0,
+            weight_decay=config.weight_decay,
+            # Fused, it can be kept from changing anything by a flag on the device.
+            fused=True,
+        )
+        if config.momentum:
+            # Otherwise a first step that does not count would leave them undefined.
+            for parameter in self.parameters:
+                self.optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        self.scaler = torch.amp.GradScaler(
+            self.device.type, enabled=config.amp and config.amp_dtype == "float16"
+        )
+        self.mixing = make_mixing(config, model.num_classes)
+
+        self._parallel: DistributedDataParallel | None = None
+        if world.is_shared:
+            self._parallel = DistributedDataParallel(
+                model,
+                device_ids=[self.device] if self.device.type == "cuda" else None,
+                broadcast_buffers=False,
+                gradient_as_bucket_view=True,
+            )
+        forward: Any = self._parallel or model
+        self._forward = compiled(forward, config.torchcompile)
+        # After the processes have been given the same weights.
+        self.average: WeightAverage | None = None
+        if config.model_ema:
+            self.average = WeightAverage(
+                model, config.model_ema_decay, warmup=config.model_ema_warmup
+            )
+
+        blocks = range(1, len(model.codebooks) + 1)
+        self.metrics = ["total", "cross_entropy", *(f"coding_{i}" for i in blocks)]
+        self.metrics += ["train_accuracy", *(f"train_early_decoding_{i}" for i in blocks)]
+        # float32 would lose digits over the steps of an ImageNet epoch.
+        self.sums = torch.zeros(len(self.metrics), dtype=torch.float64, device=self.device)
+        self.latest = self.sums.clone()
+        self.lr = config.lr
+        self.stop = 0
+        terms = [f"coding loss of coded block {i}" for i in blocks]
+        self._guard = StepGuard(
+            [*terms, "cross-entropy", "total loss", "gradient", "optimizer state"],
+            [*_batch_norm_buffers(model), self.sums],
+            world,
+        )
+        self._unsettled: int | None = None
+
+    def __call__(self, batch: Batch, step: int) -> None:
+        """Make a step.
+
+        Args:
+            batch: this process's samples.
+            step: counted from 0 over the whole run.
+
+        Raises:
+            ValueError: targets that are no classes of the network.
+            NonFiniteError: the step before was not finite; this one does not count either.
+        """
+        self.lr = self.config.lr_at(step, self.steps_per_epoch)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr
+        # MixUp, CutMix and DropSubNNs draw from the default generators, so that what they draw
+        # depends on nothing else, and a resumed run draws the same.
+        torch.manual_seed(derive_seed(self.config.seed, step, self.world.rank))
+        # Here, where they still are on the host: the loss does not read an accelerator's values.
+        check_targets(batch.targets, len(batch.images), self.model.num_classes)
+        images, targets = self._to_device(batch)
+        self._guard.begin()
+        values = self._backward(images, targets)
+        self.scaler.unscale_(self.optimizer)
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        norm = get_total_norm(gradients)
+        if self.config.clip_grad is not None:
+            clip_grads_with_norm_(self.parameters, self.config.clip_grad, norm)
+        # The device is busy with this step while the host learns how the last one ended.
+        self._settle()
+
+        blocks = len(self.model.codebooks)
+        losses = torch.cat([values[2 : 2 + blocks], values[1:2], values[:1]])
+        overflow = ~norm.isfinite()
+        # A float16 gradient may overflow while the scale is being found.
+        scale = self.scaler.scale(torch.ones((), device=self.device))
+        # Finite norms of both leave the momentum that follows from them finite.
+        momenta = [values["momentum_buffer"] for values in self.optimizer.state.values()]
+        state = ~get_total_norm(momenta).isfinite()
+        bad = torch.cat([~losses.isfinite(), torch.stack([overflow & (scale <= 1), state])])
+        gate = self._guard.post(step, bad, self.world.signals.received, batch.indices)
+        self._unsettled = step
+        self.latest = values
+        self.sums += values
+        self.optimizer.found_inf = torch.maximum(gate, overflow.float())  # type: ignore[attr-defined]
+        self.optimizer.step()
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def finish(self) -> None:
+        """Wait for the last step; model, average and `stop` are then up to date.
+
+        Raises:
+            NonFiniteError: it was not finite; weights, statistics and sums are those before it.
+        """
+        self._guard.begin()
+        self._settle()
+
+    def means(self, steps: int) -> dict[str, float]:
+        """Means of the metrics over an epoch of so many steps and all processes; sums begin anew.
+
+        All processes must call this.
+        """
+        means = self.world.add(self.sums.clone()) / (steps * self.world.size)
+        self.sums.zero_()
+        return dict(zip(self.metrics, means.tolist(), strict=True))
+
+    def join_statistics(self) -> None:
+        """Give all processes the same running statistics of BatchNorm, as `dist_bn` says."""
+        if not self.world.is_shared:
+            return
+        for model in self._networks():
+            buffers = running_statistics(model)
+            flat = torch.cat([buffer.flatten() for buffer in buffers])
+            if self.config.dist_bn == "broadcast" and not self.world.is_main:
+                flat.zero_()
+            self.world.add(flat)
+            if self.config.dist_bn == "reduce":
+                flat /= self.world.size
+            parts = torch.split(flat, [buffer.numel() for buffer in buffers])
+            copy_all(buffers, [p.view_as(b) for p, b in zip(parts, buffers, strict=True)])
+
+    def state(self) -> dict[str, Any]:
+        """What all processes have in common, for a checkpoint; after `finish`."""
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "average": None if self.average is None else self.average.model.state_dict(),
+        }
+
+    def local_state(self) -> dict[str, Any]:
+        """What differs between the processes, on the host."""
+        statistics = [b.cpu() for model in self._networks() for b in _batch_norm_buffers(model)]
+        return {"statistics": statistics, "sums": self.sums.cpu()}
+
+    def load(self, state: dict[str, Any], local: dict[str, Any]) -> None:
+        """Go back to a state of `state` and `local_state`."""
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        for parameter, values in self.optimizer.state.items():
+            # The fused step goes through memory: layouts must agree.
+            own = torch.zeros_like(parameter)
+            values["momentum_buffer"] = own.copy_(values["momentum_buffer"])
+        self.scaler.load_state_dict(state["scaler"])
+        if self.average is not None:
+            self.average.model.load_state_dict(state["average"])
+        statistics = [b for model in self._networks() for b in _batch_norm_buffers(model)]
+        copy_all(statistics, [value.to(self.device) for value in local["statistics"]])
+        self.sums.copy_(local["sums"])
+
+    def _networks(self) -> list[CodedResNeXt]:
+        return [self.model] if self.average is None else [self.model, self.average.model]
+
+    def _settle(self) -> None:
+        step, self._unsettled = self._unsettled, None
+        self.stop = self._guard.settle() or self.stop
+        if step is not None and self.average is not None:
+            # The weights are still those of that step; the statistics have gone further.
+            statistics = self._guard.kept(running_statistics(self.model))
+            self.average.update(self.parameters, statistics, step)
+
+    def _to_device(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        images = batch.images.to(self.device, non_blocking=True)
+        if self.config.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        targets = batch.targets.to(self.device, non_blocking=True)
+        return self.mixing(images, targets) if self.mixing else (images, targets)
+
+    def _backward(self, images: Tensor, targets: Tensor) -> Tensor:
+        """Gradients of a batch, part by part; the metrics `[len(self.metrics)]`, float64."""
+        count = self.config.grad_accum_steps
+        parts = list(zip(images.chunk(count), targets.chunk(count), strict=True))
+        values = torch.zeros_like(self.sums)
+        for index, (part, part_targets) in enumerate(parts):
+            share = len(part) / len(images)
+            waits = index + 1 < len(parts) and self._parallel is not None
+            context: AbstractContextManager[None] = nullcontext()
+            if waits and self._parallel is not None:
+                # The processes add their gradients up once, with the last part.
+                context = self._parallel.no_sync()
+            with context:
+                with torch.autocast(
+                    self.device.type,
+                    dtype=getattr(torch, self.config.amp_dtype),
+                    enabled=self.config.amp,
+                ):
+                    logits, energies = self._forward(part, return_energies=True)
+                terms = self.loss(logits, energies, part_targets)
+                self.scaler.scale(terms.total * share).backward()
+            correct = self._correct(logits.detach(), energies, part_targets)
+            losses = [term.detach() for term in terms.named().values()]
+            values += share * torch.stack([*losses, *correct]).double()
+        return values
+
+    @torch.no_grad()
+    def _correct(self, logits: Tensor, energies: list[Tensor], targets: Tensor) -> list[Tensor]:
+        """Shares of correct predictions; of a mixed image the larger part counts."""
+        if targets.ndim == 2:
+            targets = targets.argmax(1)
+        # The loss has the codewords on the device already; a copy would make the host wait.
+        codewords = self.loss.codewords()
+        decoded = [decode(e.detach(), words) for e, words in zip(energies, codewords, strict=True)]
+        return [(found == targets).float().mean() for found in (logits.argmax(1), *decoded)]
+
+
+def compiled(forward: Any, backend: str) -> Any:
+    """A function compiled by a backend of `torch.compile`, or as it is where there is none.
+
+    Raises:
+        ValueError: there is no such backend.
+    """
+    if not backend:
+        return forward
+    known = torch.compiler.list_backends(exclude_tags=())
+    if backend not in known:
+        raise ValueError(f"torchcompile: expected one of {', '.join(known)}; got {backend!r}")
+    return torch.compile(forward, backend=backend)
+
+
+def _batch_norm_buffers(model: nn.Module) -> list[Tensor]:
+    """What a forward pass in training changes: all buffers but the codewords."""
+    return [buffer for buffer in model.buffers() if buffer.dtype != torch.bool]
+
+
+class WeightAverage:
+    """A second network whose weights follow those of the first, (1 - decay) of the way each step.
+
+    BatchNorm's running statistics are averaged like the weights.
+
+    Args:
+        model: the network to follow; the average begins at its weights.
+        decay: of the average, `0 <= decay < 1`.
+        warmup: at step t use `(1 + t) / (10 + t)` where that is less, so that a short run's
+            average does not stay at the fresh weights.
+    """
+
+    def __init__(self, model: CodedResNeXt, decay: float, *, warmup: bool = False) -> None:
+        self.model = copy.deepcopy(model).eval().requires_grad_(requires_grad=False)
+        self.decay, self.warmup = decay, warmup
+
+    @torch.no_grad()
+    def update(self, parameters: Sequence[Tensor], statistics: Sequence[Tensor], step: int) -> None:
+        """Take in the weights after a step.
+
+        Args:
+            parameters: of the network, in its order.
+            statistics: floating-point buffers of the network, in its order.
+            step: counted from 0 over the whole run.
+        """
+        decay = min(self.decay, (1 + step) / (10 + step)) if self.warmup else self.decay
+        average = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
+        average(list(self.model.parameters()), list(parameters), step)
+        own = running_statistics(self.model)
+        if own:
+            average(own, list(statistics), step)
+
+
+def running_statistics(model: torch.nn.Module) -> list[Tensor]:
+    """The floating-point buffers of a network: BatchNorm's running means and variances."""
+    return [buffer for buffer in model.buffers() if buffer.is_floating_point()]
+
+
+Mixing = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+def make_mixing(config: TrainingConfig, num_classes: int) -> Mixing | None:
+    """What mixes a batch, or None where neither MixUp nor CutMix is on.
+
+    The transforms are torchvision's: every image is mixed with its neighbour in the batch, by one
+    share for all, drawn from PyTorch's default generator on the host. Images `[B, C, H, W]` and
+    class indices `[B]` become images and class probabilities `[B, K]`; a batch that is left alone
+    (`mixup_prob`) keeps its indices.
+
+    Raises:
+        ImportError: mixing is asked for and torchvision is not installed.
+    """
+    if not config.mixup and not config.cutmix:
+        return None
+    try:
+        from torchvision.transforms import v2
+    except ImportError as error:
+        raise ImportError(
+            "MixUp and CutMix need torchvision: pip install 'coded-resnext[train]'"
+        ) from error
+    transforms, weights = [], []
+    if config.mixup:
+        transforms.append(v2.MixUp(alpha=config.mixup, num_classes=num_classes))
+        weights.append(1 - config.mixup_switch_prob if config.cutmix else 1.0)
+    if config.cutmix:
+        transforms.append(v2.CutMix(alpha=config.cutmix, num_classes=num_classes))
+        weights.append(config.mixup_switch_prob if config.mixup else 1.0)
+    mixing: Mixing = v2.RandomApply([v2.RandomChoice(transforms, p=weights)], p=config.mixup_prob)
+    return mixing

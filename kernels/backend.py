@@ -1,0 +1,102 @@
+"""The public coded operations: validation, and the one rule that picks an implementation.
+
+Backends:
+    `reference`  the unfused definition; any floating dtype; for checks.
+    `torch`      the exact Gram form in plain PyTorch; every device.
+    `fused`      for a block the fused data flow (coded_resnext/models/fused/block.py), each of its
+                 operators by kernels where they have been seen to win and by PyTorch elsewhere;
+                 every device. For an operation alone, `torch`.
+    `triton`     the kernels, for a block in the fused data flow, on CUDA devices; on CPU tensors in
+                 Triton's interpreter.
+    `auto`       `torch`: no measurement on a GPU has shown yet where the kernels win.
+
+The environment variable CODED_RESNEXT_BACKEND replaces `auto`; an explicit argument wins over it.
+What the kernels do not take (float64, branches wider than 64 channels) runs as `torch` does, and is
+logged once for each reason.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import Literal, get_args
+
+import torch
+
+from . import layout
+
+Backend = Literal["auto", "reference", "torch", "fused", "triton"]
+
+BACKEND_VARIABLE = "CODED_RESNEXT_BACKEND"
+_LOG = logging.getLogger("coded_resnext")
+
+
+def backends() -> dict[str, str | None]:
+    """Every backend by name, with the reason why it cannot run here, or None if it can."""
+    reason = None
+    if not layout.HAS_TRITON:
+        reason = "Triton is not installed"
+    elif not torch.cuda.is_available() and not layout.interpreted():
+        reason = "no CUDA device was found (on a CPU: TRITON_INTERPRET=1, for checks only)"
+    return {"reference": None, "torch": None, "fused": None, "triton": reason}
+
+
+def select_backend(backend: Backend = "auto") -> str:
+    """The backend that runs for a request, `auto` resolved.
+
+    Raises:
+        ValueError: no such backend.
+        RuntimeError: the backend was asked for by name and cannot run here.
+    """
+    requested = requested_backend(backend)
+    return "torch" if requested == "auto" else requested
+
+
+def check_backend(backend: Backend, device: str | torch.device | None = None) -> None:
+    """For commands, which say in one sentence what about their input is at fault.
+
+    Args:
+        backend: that was asked for.
+        device: that the network will be on, where this is known.
+
+    Raises:
+        ValueError: no such backend, or it cannot run here or on this device.
+    """
+    try:
+        requested = requested_backend(backend)
+    except RuntimeError as error:
+        raise ValueError(str(error)) from error
+    on_gpu = device is None or torch.device(device).type == "cuda"
+    if requested == "triton" and not (on_gpu or layout.interpreted()):
+        raise ValueError(
+            f"backend: 'triton' was asked for but its kernels do not run on the device {device}; "
+            "choose a GPU, or another backend"
+        )
+
+
+def requested_backend(backend: Backend) -> str:
+    """As `select_backend`, with `auto` where neither the call nor the environment names one."""
+    source = "backend"
+    requested: str = backend
+    if requested == "auto":
+        source = BACKEND_VARIABLE
+        requested = os.environ.get(BACKEND_VARIABLE, "auto")
+    if requested not in get_args(Backend):
+        expected = ", ".join(get_args(Backend))
+        raise ValueError(f"{source}: expected one of {expected}; got {requested!r}")
+    if requested != "triton":
+        return requested
+    reason = backends()[requested]
+    if reason is not None:
+        raise RuntimeError(f"{source}: {requested!r} was asked for but cannot run: {reason}")
+    return requested
+
+
+ConvBackend = Literal["auto", "torch", "triton"]
+
+
+def check_conv_backend(backend: str) -> None:
+    """Refuse a backend that there is not."""
+    if backend not in get_args(ConvBackend):
+        expected = ", ".join(get_args(ConvBackend))
+        raise ValueError(f"backend: expected one of {expected}; got {backend!r}")

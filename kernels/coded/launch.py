@@ -1,0 +1,92 @@
+"""Prepares tensors and launch rows for the kernels of energies and branch sums."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from coded_resnext.kernels import rows
+from coded_resnext.kernels.layout import (
+    DTYPES,
+    _float32,
+    architecture,
+    as_rows,
+    interpreted,
+    tf32_allowed,
+)
+
+from . import gram
+from . import rows as coded_rows
+
+
+def unsupported(h: Tensor, width: int) -> str | None:
+    """Why the kernels do not take these activations `[B, N*D, H, W]`; None if they do."""
+    if h.dtype not in DTYPES:
+        return f"the kernels take float32, float16 and bfloat16, not {h.dtype}"
+    if width > rows.WIDEST_BRANCH:
+        return f"the kernels take branches of up to {rows.WIDEST_BRANCH} channels, not {width}"
+    if h.numel() // h.shape[0] >= 2**31 or h.shape[0] * h.shape[1] >= 2**31:
+        return "the kernels take samples, and B*N*D, of fewer than 2^31 elements"
+    return None
+
+
+def runs_kernels(h: Tensor, width: int) -> bool:
+    """Whether an operator runs its kernels on these activations `[B, N*D, H, W]`."""
+    return (h.is_cuda or interpreted()) and unsupported(h, width) is None
+
+
+def variant_of(
+    z: Tensor, scale: Tensor | None, drop_mask: Tensor | None, keep_mask: Tensor | None
+) -> rows.Variant:
+    """What a compiled kernel depends on beside sizes."""
+    dtype = DTYPES[z.dtype]
+    return rows.Variant(
+        dtype=dtype,
+        affine=scale is not None,
+        drop=drop_mask is not None,
+        keep=keep_mask is not None,
+        tf32=dtype == "fp32" and tf32_allowed(),
+        arch=architecture(z.device.index) if z.is_cuda else "cpu",
+    )
+
+
+class Launch:
+    """What the launches of one operator share: sizes, settings and tensors as the kernels read."""
+
+    def __init__(
+        self,
+        z: Tensor,
+        branch_weight: Tensor,
+        scale: Tensor | None,
+        bias: Tensor | None,
+        drop_mask: Tensor | None,
+        keep_mask: Tensor | None,
+    ) -> None:
+        branches, channels, width = branch_weight.shape
+        self.batch, self.pixels = z.shape[0], z.shape[2] * z.shape[3]
+        self.sizes = rows.BlockSizes(branches, width, channels, self.pixels)
+        self.variant = variant_of(z, scale, drop_mask, keep_mask)
+        self.inverse_size = 1.0 / (channels * self.pixels)
+        self.rows = as_rows(z)
+        self.scale, self.bias = _float32(scale), _float32(bias)
+        self.drop, self.keep = _float32(drop_mask), _float32(keep_mask)
+        self.windows = rows.Windows.of(self.sizes).count
+        # Under autocast this product would be rounded to half precision.
+        with torch.autocast(z.device.type, enabled=False):
+            self.form = gram.branch_forms(branch_weight, torch.float32)
+
+    def over_windows(self, row: rows.LaunchRow) -> tuple[int, int]:
+        """The grid of a kernel over samples and windows."""
+        settings = dict(row.constexprs)
+        samples, windows = int(settings["SAMPLES"]), int(settings["WINDOWS"])
+        return -(-self.batch // samples), -(-self.windows // windows)
+
+    def weight_gradient(self, coefficient: Tensor, branch_weight: Tensor) -> Tensor:
+        """(17) without the part that the convolution computes."""
+        row = coded_rows.weighted_gram(self.sizes, self.variant)
+        grid = self.over_windows(row)
+        branches, width = self.sizes.branches, self.sizes.width
+        parts = self.form.new_empty((grid[0], branches, width, width))
+        row.launch(grid, parts, self.rows, self.scale, self.bias, coefficient, self.batch)
+        with torch.autocast(parts.device.type, enabled=False):
+            return torch.bmm(branch_weight.to(torch.float32), parts.sum(0)).to(branch_weight.dtype)

@@ -1,0 +1,298 @@
+"""Energies and the coded normalisation as PyTorch operators: schema, fakes and gradients.
+
+On CUDA tensors, and on CPU tensors in Triton's interpreter, the operators `coded_resnext::*` run
+their kernels; anywhere else, and for sizes or dtypes that the kernels do not take, the Gram form.
+Results and gradients that have the size of the activations are channels-last. Masks are constants.
+
+B samples, N branches of width D, C output channels of a branch, P = H*W pixels.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from coded_resnext.kernels import affine
+from coded_resnext.kernels.affine import behind_activation, split_sums
+from coded_resnext.kernels.checks import check_filled
+from coded_resnext.kernels.layout import (
+    accumulation_dtype,
+    as_rows,
+    channels_last,
+    empty_rows,
+    on_device,
+)
+
+from . import gram
+from . import rows as coded_rows
+from .launch import Launch, runs_kernels
+
+
+@torch.library.custom_op("coded_resnext::branch_energy", mutates_args=())
+def branch_energy(
+    z: Tensor,
+    branch_weight: Tensor,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    keep_mask: Tensor | None,
+) -> Tensor:
+    """(2), (10), (11): the energies `E [B, N]` of `relu(scale z + bias)`.
+
+    `z [B, N*D, H, W]`, `branch_weight [N, C, D]`, `scale` and `bias [N*D]`, `keep_mask [B, N]`.
+    """
+    check_filled("z", z)
+    if not runs_kernels(z, branch_weight.shape[2]):
+        h = affine.activate(z, scale, bias).to(accumulation_dtype(z.dtype))
+        return gram.energies_and_grams(h, branch_weight, keep_mask)[0].contiguous()
+    launch = Launch(z, branch_weight, scale, bias, None, keep_mask)
+    energy = launch.form.new_empty((launch.batch, launch.sizes.branches))
+    row = coded_rows.energy_forward(launch.sizes, launch.variant)
+    with on_device(z):
+        row.launch(
+            launch.over_windows(row),
+            energy,
+            launch.rows,
+            launch.scale,
+            launch.bias,
+            launch.form,
+            launch.keep,
+            launch.inverse_size,
+            launch.batch,
+        )
+    return energy
+
+
+@branch_energy.register_fake
+def _(
+    z: Tensor,
+    branch_weight: Tensor,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    keep_mask: Tensor | None,
+) -> Tensor:
+    return z.new_empty((z.shape[0], branch_weight.shape[0]), dtype=accumulation_dtype(z.dtype))
+
+
+@torch.library.custom_op("coded_resnext::branch_energy_backward", mutates_args=())
+def branch_energy_backward(
+    grad_energy: Tensor,
+    z: Tensor,
+    branch_weight: Tensor,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    keep_mask: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `z` and `branch_weight`, and the sums of `behind_activation`."""
+    check_filled("z", z)
+    if keep_mask is not None:
+        grad_energy = grad_energy * keep_mask
+    if not runs_kernels(z, branch_weight.shape[2]):
+        h = affine.activate(z, scale, bias).to(grad_energy.dtype)
+        grams = gram.branch_grams(h, branch_weight.shape[0])
+        grad_h, grad_weight = gram.energy_gradients(grad_energy, h, branch_weight, grams)
+        grad_z, sums = behind_activation(grad_h, z, scale, bias)
+        return grad_z, grad_weight.to(branch_weight.dtype), sums
+    launch = Launch(z, branch_weight, scale, bias, None, None)
+    coefficient = (grad_energy * (2.0 * launch.inverse_size)).contiguous()
+    row = coded_rows.energy_backward(launch.sizes, launch.variant)
+    grid = launch.over_windows(row)
+    grad = empty_rows(z)
+    parts = None if scale is None else coefficient.new_empty((grid[0], 2, z.shape[1]))
+    with on_device(z):
+        row.launch(
+            grid,
+            grad,
+            parts,
+            launch.rows,
+            launch.scale,
+            launch.bias,
+            launch.form,
+            coefficient,
+            launch.batch,
+        )
+        grad_weight = launch.weight_gradient(coefficient, branch_weight)
+    sums = coefficient.new_empty((0,)) if parts is None else parts.sum(0)
+    return grad.permute(0, 3, 1, 2), grad_weight, sums
+
+
+@branch_energy_backward.register_fake
+def _(
+    grad_energy: Tensor,
+    z: Tensor,
+    branch_weight: Tensor,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    keep_mask: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _fake_gradients(z, branch_weight, scale)
+
+
+def _fake_gradients(
+    z: Tensor, branch_weight: Tensor, scale: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    shape = (0,) if scale is None else (2, z.shape[1])
+    sums = z.new_empty(shape, dtype=accumulation_dtype(z.dtype))
+    weight = branch_weight.new_empty(tuple(branch_weight.shape))
+    return empty_rows(z).permute(0, 3, 1, 2), weight, sums
+
+
+def _save_for_branch_energy(ctx: Any, inputs: Any, output: Any) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _branch_energy_gradients(ctx: Any, grad_energy: Tensor) -> Any:
+    z, branch_weight, scale, bias, keep_mask = ctx.saved_tensors
+    grad_z, grad_weight, sums = branch_energy_backward(
+        grad_energy, z, branch_weight, scale, bias, keep_mask
+    )
+    return grad_z, grad_weight, *split_sums(sums, scale), None
+
+
+branch_energy.register_autograd(_branch_energy_gradients, setup_context=_save_for_branch_energy)
+
+
+@torch.library.custom_op("coded_resnext::normalize_branches", mutates_args=())
+def normalize_branches(
+    z: Tensor,
+    branch_weight: Tensor,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    drop_mask: Tensor | None,
+    keep_mask: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(2)-(5), (10)-(12) up to the convolution, for `h = relu(scale z + bias)`.
+
+    Arguments as for `branch_energy`, and `drop_mask [B, N]`.
+
+    Returns:
+        `s h` like `z`, `Ebar [B, N]`, and `1/M [B]`, which has no gradient.
+    """
+    check_filled("z", z)
+    if not runs_kernels(z, branch_weight.shape[2]):
+        h = affine.activate(z, scale, bias)
+        result = gram.normalize(h, branch_weight, drop_mask, keep_mask)
+        inverse = result.inverse[:, 0].contiguous()
+        return channels_last(result.scaled), result.energies.contiguous(), inverse
+    launch = Launch(z, branch_weight, scale, bias, drop_mask, keep_mask)
+    scaled = empty_rows(z)
+    normalized = launch.form.new_empty((launch.batch, launch.sizes.branches))
+    energy, inverse = torch.empty_like(normalized), normalized.new_empty((launch.batch,))
+    with on_device(z):
+        coded_rows.aggregate_forward(launch.sizes, launch.variant).launch(
+            (launch.batch,),
+            scaled,
+            normalized,
+            inverse,
+            energy,
+            launch.rows,
+            launch.scale,
+            launch.bias,
+            launch.form,
+            launch.drop,
+            launch.keep,
+            launch.inverse_size,
+        )
+    return scaled.permute(0, 3, 1, 2), normalized, inverse
+
+
+@normalize_branches.register_fake
+def _(
+    z: Tensor,
+    branch_weight: Tensor,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    drop_mask: Tensor | None,
+    keep_mask: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    batch, accumulate = z.shape[0], accumulation_dtype(z.dtype)
+    normalized = z.new_empty((batch, branch_weight.shape[0]), dtype=accumulate)
+    return empty_rows(z).permute(0, 3, 1, 2), normalized, z.new_empty((batch,), dtype=accumulate)
+
+
+@torch.library.custom_op("coded_resnext::normalize_branches_backward", mutates_args=())
+def normalize_branches_backward(
+    grad_scaled: Tensor,
+    grad_normalized: Tensor,
+    z: Tensor,
+    branch_weight: Tensor,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    drop_mask: Tensor | None,
+    keep_mask: Tensor | None,
+    normalized: Tensor,
+    inverse: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(13)-(17) without the part of `dW` that the convolution computes.
+
+    Returns:
+        The gradients of `z` and `branch_weight`, and the sums of `behind_activation`.
+    """
+    check_filled("z", z)
+    if not runs_kernels(z, branch_weight.shape[2]):
+        h = affine.activate(z, scale, bias)
+        forward = gram.normalize(h, branch_weight, drop_mask, keep_mask)
+        grad_h, grad_weight = gram.normalize_backward(
+            grad_scaled, grad_normalized, h, branch_weight, forward, keep_mask
+        )
+        grad_z, sums = behind_activation(grad_h, z, scale, bias)
+        return grad_z, grad_weight.to(branch_weight.dtype), sums
+    launch = Launch(z, branch_weight, scale, bias, drop_mask, keep_mask)
+    grad, coefficient = empty_rows(z), torch.empty_like(normalized)
+    parts = None if scale is None else normalized.new_empty((launch.batch, 2, z.shape[1]))
+    with on_device(z):
+        coded_rows.aggregate_backward(launch.sizes, launch.variant).launch(
+            (launch.batch,),
+            grad,
+            parts,
+            coefficient,
+            as_rows(grad_scaled),
+            launch.rows,
+            launch.scale,
+            launch.bias,
+            launch.form,
+            launch.drop,
+            launch.keep,
+            normalized,
+            inverse,
+            grad_normalized.contiguous(),
+            launch.inverse_size,
+        )
+        grad_weight = launch.weight_gradient(coefficient, branch_weight)
+    sums = normalized.new_empty((0,)) if parts is None else parts.sum(0)
+    return grad.permute(0, 3, 1, 2), grad_weight, sums
+
+
+@normalize_branches_backward.register_fake
+def _(
+    grad_scaled: Tensor,
+    grad_normalized: Tensor,
+    z: Tensor,
+    branch_weight: Tensor,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    drop_mask: Tensor | None,
+    keep_mask: Tensor | None,
+    normalized: Tensor,
+    inverse: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _fake_gradients(z, branch_weight, scale)
+
+
+def _save_for_normalize(ctx: Any, inputs: Any, output: Any) -> None:
+    _, normalized, inverse = output
+    ctx.save_for_backward(*inputs, normalized, inverse)
+    ctx.mark_non_differentiable(inverse)
+    ctx.set_materialize_grads(True)
+
+
+def _normalize_gradients(ctx: Any, grad_scaled: Tensor, grad_normalized: Tensor, _: Any) -> Any:
+    scale = ctx.saved_tensors[2]
+    grad_z, grad_weight, sums = normalize_branches_backward(
+        grad_scaled, grad_normalized, *ctx.saved_tensors
+    )
+    return grad_z, grad_weight, *split_sums(sums, scale), None, None
+
+
+normalize_branches.register_autograd(_normalize_gradients, setup_context=_save_for_normalize)

@@ -1,0 +1,214 @@
+"""Launch settings of the kernels for energies and Grams, kernels/coded/energy.py."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+
+from coded_resnext.kernels.rows import (
+    ITEM_BYTES,
+    Argument,
+    BlockSizes,
+    LaunchRow,
+    Variant,
+    Windows,
+    block_pixels,
+    next_power_of_2,
+    tuned,
+    with_registers,
+)
+
+# Samples that share one load of the branch matrices and of the affine map.
+SAMPLES_PER_PROGRAM = 8
+
+
+def _energy_row(
+    kernel: str,
+    args: tuple[Argument, ...],
+    sizes: BlockSizes,
+    variant: Variant,
+    pixels: dict[int, int],
+    passes: int,
+) -> LaunchRow:
+    """A kernel over (samples, windows): one warp a window, since more would repeat its product.
+
+    Windows of 64 channels take two warps for their registers. `pixels` are the most pixels of a
+    tile by the channels of a window, `passes` the tensors of the activations' size that are moved.
+    """
+    windows = Windows.of(sizes)
+    block_p = block_pixels(sizes, pixels.get(windows.block_k, 16))
+    item = ITEM_BYTES[variant.dtype]
+    row = LaunchRow(
+        kernel=kernel,
+        args=args,
+        constexprs=(
+            *windows.constexprs(sizes, windows=1, block_p=block_p),
+            ("SAMPLES", SAMPLES_PER_PROGRAM),
+            ("PRECISION", variant.precision),
+        ),
+        num_warps=2 if windows.block_k > 32 else 1,
+        trip_bytes=passes * block_p * windows.group * sizes.width * item,
+        sample_bytes=sizes.branches * (passes * sizes.width * sizes.pixels * item + 4),
+    )
+    if kernel.endswith("backward"):
+        row = with_registers(row, sizes, variant)
+    return tuned(row, variant.arch)
+
+
+@cache
+def energy_forward(sizes: BlockSizes, variant: Variant) -> LaunchRow:
+    """Settings of `energy.energy_forward`: 64 pixels keep several wide loads in flight.
+
+    In float32 32 do, and where products are unrolled for sm100, 64 would spill.
+    """
+    return _energy_row(
+        "coded.energy:energy_forward",
+        (
+            "*fp32",
+            variant.pointer(),
+            *variant.affine_map,
+            "*fp32",
+            variant.pointer(variant.keep, "fp32"),
+            0.5,
+            256,
+        ),
+        sizes,
+        variant,
+        {16: 64, 32: 32 if variant.dtype == "fp32" else 64},
+        passes=1,
+    )
+
+
+@cache
+def energy_backward(sizes: BlockSizes, variant: Variant) -> LaunchRow:
+    """Settings of `energy.energy_backward`: smaller tiles, for the registers of its sums."""
+    return _energy_row(
+        "coded.energy:energy_backward",
+        (
+            variant.pointer(),
+            variant.pointer(variant.affine, "fp32"),
+            variant.pointer(),
+            *variant.affine_map,
+            "*fp32",
+            "*fp32",
+            256,
+        ),
+        sizes,
+        variant,
+        {16: 32},
+        passes=2,
+    )
+
+
+@cache
+def weighted_gram(sizes: BlockSizes, variant: Variant) -> LaunchRow:
+    """Settings of `energy.weighted_gram`: the forward pass with a second matrix to keep.
+
+    For sm100 the compiler spills tiles of 32 by 32.
+    """
+    return _energy_row(
+        "coded.energy:weighted_gram",
+        ("*fp32", variant.pointer(), *variant.affine_map, "*fp32", 256),
+        sizes,
+        variant,
+        {16: 64, 32: 16 if variant.arch == "sm100" else 32},
+        passes=1,
+    )
+
+
+def _aggregate_constexprs(
+    sizes: BlockSizes, variant: Variant, windows: int, block_p: int
+) -> tuple[tuple[str, int | str], ...]:
+    cut = Windows.of(sizes)
+    return (
+        *cut.constexprs(sizes, windows=windows, block_p=block_p),
+        ("STEPS", -(-cut.count // windows)),
+        ("BRANCHES_P", next_power_of_2(sizes.branches)),
+        ("PRECISION", variant.precision),
+    )
+
+
+def _windows_per_program(sizes: BlockSizes) -> int:
+    """Windows that a program of `aggregate` holds at once: eight, or four where fewer idle.
+
+    One of 64 channels.
+    """
+    cut = Windows.of(sizes)
+    count = cut.count
+    if cut.block_k > 32:
+        return 1
+    if count <= 4:
+        return next_power_of_2(count)
+    return min((8, 4), key=lambda windows: -(-count // windows) * windows)
+
+
+def _forward(sizes: BlockSizes, variant: Variant, windows: int) -> LaunchRow:
+    """A program a sample, a warp a window of 16 pixels.
+
+    One of 64 channels is shared by four warps and as large as four others; in float32, where the
+    compiler keeps to 64 registers, by eight, and half as large.
+    """
+    cut = Windows.of(sizes)
+    block_p, warps = 16, windows
+    if cut.block_k > 32:
+        most, warps = (32, 8) if variant.dtype == "fp32" else (64, 4)
+        block_p = block_pixels(sizes, most)
+    item = ITEM_BYTES[variant.dtype]
+    return LaunchRow(
+        kernel="coded.aggregate:aggregate_forward",
+        args=(
+            variant.pointer(),
+            "*fp32",
+            "*fp32",
+            "*fp32",
+            variant.pointer(),
+            *variant.affine_map,
+            "*fp32",
+            variant.pointer(variant.drop, "fp32"),
+            variant.pointer(variant.keep, "fp32"),
+            0.5,
+        ),
+        constexprs=_aggregate_constexprs(sizes, variant, windows, block_p),
+        num_warps=warps,
+        trip_bytes=windows * block_p * cut.group * sizes.width * item,
+        sample_bytes=sizes.branches * (2 * sizes.width * sizes.pixels * item + 8),
+    )
+
+
+@cache
+def aggregate_forward(sizes: BlockSizes, variant: Variant) -> LaunchRow:
+    """Settings of `aggregate.aggregate_forward`."""
+    return tuned(_forward(sizes, variant, _windows_per_program(sizes)), variant.arch)
+
+
+@cache
+def aggregate_backward(sizes: BlockSizes, variant: Variant) -> LaunchRow:
+    """Settings of `aggregate.aggregate_backward`: the rules are those of the forward pass.
+
+    But for float32, of which eight windows would spill.
+    """
+    windows = _windows_per_program(sizes)
+    forward = _forward(sizes, variant, min(windows, 4) if variant.dtype == "fp32" else windows)
+    row = replace(
+        forward,
+        kernel="coded.aggregate:aggregate_backward",
+        args=(
+            variant.pointer(),
+            variant.pointer(variant.affine, "fp32"),
+            "*fp32",
+            variant.pointer(),
+            variant.pointer(),
+            *variant.affine_map,
+            "*fp32",
+            variant.pointer(variant.drop, "fp32"),
+            variant.pointer(variant.keep, "fp32"),
+            "*fp32",
+            "*fp32",
+            "*fp32",
+            0.5,
+        ),
+        trip_bytes=3 * forward.trip_bytes,
+        sample_bytes=sizes.branches
+        * (3 * sizes.width * sizes.pixels * ITEM_BYTES[variant.dtype] + 12),
+    )
+    return tuned(row, variant.arch)

@@ -1,0 +1,293 @@
+"""The 1x1 convolutions and their gradients by the Triton kernels: tensors in, tensors out.
+
+Nothing is checked here. B samples, I channels in, O channels out, maps of H x W pixels.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from coded_resnext.kernels.layout import DTYPES, architecture, as_rows, empty_rows, tf32_allowed
+from coded_resnext.kernels.residual.rows import merge_statistics
+
+from . import rows as conv1x1_rows
+from .rows import ProductSizes, ProductVariant, Tile
+
+
+def forward(
+    x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, statistics: bool
+) -> tuple[Tensor, Tensor]:
+    """`y [B, O, H, W]`, channels-last, and its (count, sum, M2) `[3, O]` float32, or `[0]`.
+
+    Args:
+        x: `[B, I, H, W]`; copied unless channels-last.
+        weight: `[O, I, 1, 1]` in the dtype of `x`.
+        scale, bias: `[I]` or None; `relu(scale x + bias)` is multiplied instead of `x`.
+        statistics: whether they are wanted.
+    """
+    sizes = ProductSizes(weight.shape[1], weight.shape[0])
+    variant = variant_of(x, affine=scale is not None, statistics=statistics)
+    tile = conv1x1_rows.forward_tile(sizes, variant)
+    rows, y = aligned_rows(x), empty_rows(x, sizes.outputs)
+    parts, columns = parts_of(rows, tile, sizes.outputs)
+    partial = floats(x, parts, 3, sizes.outputs) if statistics else None
+    conv1x1_rows.forward(sizes, variant).launch(
+        (parts * columns,),
+        y,
+        partial,
+        rows,
+        vector_of(scale),
+        vector_of(bias),
+        aligned_weight(weight),
+        pixels_of(rows),
+    )
+    return y.permute(0, 3, 1, 2), _merged(x, partial)
+
+
+def join_forward(
+    y: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    residual: Tensor,
+    residual_scale: Tensor | None,
+    residual_bias: Tensor | None,
+    weight: Tensor,
+    statistics: bool,
+    keep_signs: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`x = relu(scale y + bias + residual)`, `z = W x`, the statistics of `z` and the signs of `x`.
+
+    Arguments and results as for the operator `join_conv1x1`.
+    """
+    sizes = ProductSizes(weight.shape[1], weight.shape[0], join=True)
+    variant = variant_of(
+        y, affine=residual_scale is not None, statistics=statistics, signs=keep_signs
+    )
+    tile = conv1x1_rows.forward_tile(sizes, variant)
+    rows, x, z = aligned_rows(y), empty_rows(y), empty_rows(y, sizes.outputs)
+    parts, columns = parts_of(rows, tile, sizes.outputs)
+    partial = floats(y, parts, 3, sizes.outputs) if statistics else None
+    shape = (*rows.shape[:3], sizes.inputs // 8) if keep_signs else (0,)
+    signs = y.new_empty(shape, dtype=torch.uint8)
+    conv1x1_rows.join_forward(sizes, variant).launch(
+        (parts * columns,),
+        x,
+        signs if keep_signs else None,
+        z,
+        partial,
+        rows,
+        vector_of(scale),
+        vector_of(bias),
+        aligned_rows(residual),
+        vector_of(residual_scale),
+        vector_of(residual_bias),
+        aligned_weight(weight),
+        pixels_of(rows),
+    )
+    return x.permute(0, 3, 1, 2), z.permute(0, 3, 1, 2), _merged(y, partial), signs
+
+
+def input_gradient(
+    grad: Tensor,
+    weight: Tensor,
+    x: Tensor,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    y: Tensor | None,
+    gain: Tensor | None,
+    curve: Tensor | None,
+    level: Tensor | None,
+    keep_moved: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradient of `x [B, I, H, W]`, those of `bias` and `scale`, `[2, I]` or `[0]`, and with
+    `keep_moved` `gain grad + curve y + level`; in its place `grad` if it is not wanted.
+
+    Arguments as for the operator `conv1x1_backward`.
+    """
+    sizes = ProductSizes(weight.shape[1], weight.shape[0])
+    moves = keep_moved and (y is not None or gain is not None)
+    variant = variant_of(
+        x,
+        affine=scale is not None,
+        statistics=y is not None,
+        gain=gain is not None,
+        moved=moves,
+    )
+    rows, dx = aligned_rows(grad), empty_rows(x)
+    moved = empty_rows(grad) if moves else None
+    parts, columns = parts_of(rows, conv1x1_rows.gradient_tile(sizes, variant), sizes.inputs)
+    partial = None if scale is None else floats(x, parts, 2, sizes.inputs)
+    conv1x1_rows.input_gradient(sizes, variant).launch(
+        (parts * columns,),
+        dx,
+        moved,
+        partial,
+        rows,
+        None if y is None else aligned_rows(y),
+        vector_of(gain),
+        vector_of(curve),
+        vector_of(level),
+        None if scale is None else aligned_rows(x),
+        vector_of(scale),
+        vector_of(bias),
+        aligned_weight(weight),
+        pixels_of(rows),
+    )
+    sums = floats(x, 0) if partial is None else partial.sum(0)
+    return dx.permute(0, 3, 1, 2), sums, grad if moved is None else moved.permute(0, 3, 1, 2)
+
+
+def join_input_gradient(
+    grad: Tensor,
+    grad_x: Tensor | None,
+    x: Tensor,
+    signs: Tensor | None,
+    y: Tensor | None,
+    residual: Tensor | None,
+    weight: Tensor,
+    z: Tensor | None,
+    gain: Tensor | None,
+    curve: Tensor | None,
+    level: Tensor | None,
+    keep_moved: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradient `g` behind the ReLU of a join, and the moved gradient as `input_gradient` gives
+    it; between them the sums of `g`, of `g y` and of `g residual` where there are these, `[1 to 3,
+    I]`. Arguments as for the operator `join_conv1x1_backward`, but `y` may be None."""
+    sizes = ProductSizes(weight.shape[1], weight.shape[0], join=True)
+    moves = keep_moved and (z is not None or gain is not None)
+    variant = variant_of(
+        x,
+        affine=residual is not None,
+        statistics=z is not None,
+        gain=gain is not None,
+        signs=signs is not None,
+        moved=moves,
+        joined=grad_x is not None,
+        raw=y is not None,
+    )
+    rows, g = aligned_rows(grad), empty_rows(x)
+    moved = empty_rows(grad) if moves else None
+    parts, columns = parts_of(rows, conv1x1_rows.gradient_tile(sizes, variant), sizes.inputs)
+    partial = floats(x, parts, 1 + variant.raw + variant.affine, sizes.inputs)
+    conv1x1_rows.join_input_gradient(sizes, variant).launch(
+        (parts * columns,),
+        g,
+        moved,
+        partial,
+        rows,
+        None if z is None else aligned_rows(z),
+        vector_of(gain),
+        vector_of(curve),
+        vector_of(level),
+        None if grad_x is None else aligned_rows(grad_x),
+        None if signs is not None else aligned_rows(x),
+        signs,
+        None if y is None else aligned_rows(y),
+        None if residual is None else aligned_rows(residual),
+        aligned_weight(weight),
+        pixels_of(rows),
+    )
+    moved_grad = grad if moved is None else moved.permute(0, 3, 1, 2)
+    return g.permute(0, 3, 1, 2), partial.sum(0), moved_grad
+
+
+def weight_gradient(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """The gradient of the weight `[O, I, 1, 1]`: `grad relu(scale x + bias)^T` over all pixels, in
+    the dtype of the weight or another one."""
+    sizes = ProductSizes(weight.shape[1], weight.shape[0])
+    variant = variant_of(x, affine=scale is not None)
+    tile = conv1x1_rows.weight_tile(sizes, variant)
+    rows = aligned_rows(x)
+    blocks = -(-sizes.outputs // tile.m) * -(-sizes.inputs // tile.n)
+    shares = share_of(-(-pixels_of(rows) // tile.k), blocks, tile, x)
+    partial = floats(x, shares, sizes.outputs, sizes.inputs)
+    conv1x1_rows.weight_gradient(sizes, variant).launch(
+        (shares * blocks,),
+        partial,
+        aligned_rows(grad),
+        rows,
+        vector_of(scale),
+        vector_of(bias),
+        pixels_of(rows),
+    )
+    return partial.sum(0).to(weight.dtype if dtype is None else dtype).view(weight.shape)
+
+
+def _merged(like: Tensor, partial: Tensor | None) -> Tensor:
+    """The statistics of all tiles from those of the programs."""
+    if partial is None:
+        return floats(like, 0)
+    parts, _, channels = partial.shape
+    total = floats(like, 3, channels)
+    merge_statistics(channels).launch((-(-channels // 8),), total, partial, parts)
+    return total
+
+
+# Processors of the machine that the interpreter stands in for: programs have several tiles there.
+INTERPRETED_PROCESSORS = 1
+
+
+def variant_of(x: Tensor, **options: bool) -> ProductVariant:
+    """What a kernel on activations `x` depends on, with these options."""
+    dtype = DTYPES[x.dtype]
+    return ProductVariant(
+        dtype=dtype,
+        tf32=dtype == "fp32" and tf32_allowed(),
+        arch=architecture(x.device.index) if x.is_cuda else "cpu",
+        **options,
+    )
+
+
+@cache
+def _processors(device: int) -> int:
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def share_of(tiles: int, columns: int, tile: Tile, x: Tensor) -> int:
+    """Programs among which the tiles of a column are shared: as many as the GPU holds at a time."""
+    processors = _processors(x.device.index) if x.is_cuda else INTERPRETED_PROCESSORS
+    return max(1, min(tiles, processors * tile.programs // columns))
+
+
+def parts_of(rows: Tensor, tile: Tile, channels: int) -> tuple[int, int]:
+    """Programs for each column of tiles of the result, and columns."""
+    columns = -(-channels // tile.n)
+    return share_of(-(-pixels_of(rows) // tile.m), columns, tile, rows), columns
+
+
+def pixels_of(rows: Tensor) -> int:
+    """Of a map `[B, H, W, C]`."""
+    return rows.numel() // rows.shape[3]
+
+
+def floats(like: Tensor, *shape: int) -> Tensor:
+    """An uninitialised float32 tensor."""
+    return like.new_empty(shape, dtype=torch.float32)
+
+
+def aligned_rows(x: Tensor) -> Tensor:
+    """`[B, C, H, W]` as contiguous rows `[B, H, W, C]` at 16 bytes."""
+    rows = as_rows(x)
+    return rows if rows.data_ptr() % 16 == 0 else rows.clone()
+
+
+def aligned_weight(weight: Tensor) -> Tensor:
+    """Contiguous, at 16 bytes."""
+    contiguous = weight.contiguous()
+    return contiguous if contiguous.data_ptr() % 16 == 0 else contiguous.clone()
+
+
+def vector_of(vector: Tensor | None) -> Tensor | None:
+    """Contiguous float32 numbers."""
+    return None if vector is None else vector.float().contiguous()

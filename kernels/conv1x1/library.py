@@ -1,0 +1,91 @@
+"""The products of a 1x1 convolution by PyTorch: cuBLAS on a GPU.
+
+`x [B, I, H, W]`, `weight [O, I, 1, 1]`, `y [B, O, H, W]`. A channels-last map is a matrix with a
+row for each pixel, so that each pass is one product; other layouts are copied. Results of the size
+of a map are channels-last.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from coded_resnext.kernels.layout import accumulation_dtype, as_rows
+
+
+def _matrix(x: Tensor) -> Tensor:
+    """`[B, C, H, W]` as `[B*H*W, C]`."""
+    return as_rows(x).flatten(0, 2)
+
+
+def _images(rows: Tensor, like: Tensor) -> Tensor:
+    """`[B*H*W, C]` as `[B, C, H, W]`, with the map of another tensor."""
+    batch, _, height, width = like.shape
+    return rows.view(batch, height, width, rows.shape[1]).permute(0, 3, 1, 2)
+
+
+def forward(x: Tensor, weight: Tensor) -> Tensor:
+    """`y = W x` at every pixel."""
+    return _images(_matrix(x) @ weight.flatten(1).t(), x)
+
+
+def activated(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """`relu(W x + bias)` at every pixel; `bias [O]` in the dtype of `x`."""
+    # cuBLAS adds the bias and applies the ReLU to what it has in registers.
+    return _images(torch._addmm_activation(bias, _matrix(x), weight.flatten(1).t()), x)
+
+
+def input_gradient(grad: Tensor, weight: Tensor, more: Tensor | None = None) -> Tensor:
+    """`W^T grad` at every pixel, with another gradient `[B, I, H, W]` added by the product."""
+    if more is None:
+        return _images(_matrix(grad) @ weight.flatten(1), grad)
+    return _images(torch.addmm(_matrix(more), _matrix(grad), weight.flatten(1)), grad)
+
+
+def weight_gradient(grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """`grad x^T`, summed over the pixels, in the shape of the weight."""
+    return (_matrix(grad).t() @ _matrix(x)).view_as(weight)
+
+
+def wide_sums(grad: Tensor, x: Tensor) -> Tensor:
+    """`grad x^T`, summed over the pixels, `[O, I]` in the accumulation dtype."""
+    return _wide_product(_matrix(grad), _matrix(x))
+
+
+def moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Of `[B, I, H, W]`, over all pixels: the mean `[I]`, and the sums of the products of the
+    deviations from it, `[I, I]`, both in the accumulation dtype."""
+    rows = _matrix(x)
+    wide = rows.to(accumulation_dtype(x.dtype))
+    mean = wide.mean(0)
+    deviations = (wide - mean).to(x.dtype)
+    return mean, _wide_product(deviations, deviations)
+
+
+def moments_gradient(
+    grad: Tensor, weight: Tensor, square: Tensor, shift: Tensor, x: Tensor
+) -> Tensor:
+    """`W^T grad + Q x + t` at every pixel, `[B, I, H, W]`.
+
+    `grad [B, O, H, W]`; in the accumulation dtype `weight [O, I]`, symmetric `square [I, I]`,
+    `shift [I]`.
+    """
+    rows = _matrix(x)
+    if x.dtype == torch.float16:
+        # A matrix of tiny numbers would be one of zeros; it is divided by its largest.
+        largest = square.abs().amax().clamp_min(torch.finfo(square.dtype).tiny)
+        more = (rows @ (square / largest).to(x.dtype)).to(shift.dtype)
+        more = (more * largest + shift).to(x.dtype)
+    else:
+        more = torch.addmm(shift.to(x.dtype), rows, square.to(x.dtype))
+    return _images(torch.addmm(more, _matrix(grad), weight.to(x.dtype)), grad)
+
+
+def _wide_product(left: Tensor, right: Tensor) -> Tensor:
+    """`left^T right` of matrices with a row for each pixel, in the accumulation dtype."""
+    wide = accumulation_dtype(left.dtype)
+    # Autocast, where a backward pass runs in it, would round what is to be kept.
+    with torch.autocast(left.device.type, enabled=False):
+        if left.is_cuda and wide != left.dtype and torch.version.hip is None:
+            return torch.mm(left.t(), right, out_dtype=wide)
+        return left.t().to(wide) @ right.to(wide)

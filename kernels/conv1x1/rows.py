@@ -1,0 +1,375 @@
+"""Launch settings of the 1x1 convolutions: one row for each specialised kernel, and the table that
+says where the kernels are used.
+
+The size of the map and of the batch are run-time numbers. No imports of PyTorch or Triton here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cache
+
+from coded_resnext.kernels.rows import ITEM_BYTES, Argument, Dtype, LaunchRow, next_power_of_2
+
+
+@dataclass(frozen=True)
+class ProductSizes:
+    """Static sizes of a 1x1 convolution."""
+
+    inputs: int
+    """`I`."""
+    outputs: int
+    """`O`."""
+    join: bool = False
+    """Whether its input is the sum that ends a residual block."""
+
+
+@dataclass(frozen=True)
+class ProductVariant:
+    """What else a compiled kernel depends on."""
+
+    dtype: Dtype = "bf16"
+    """Of activations and weights."""
+    affine: bool = False
+    """Whether `relu(scale x + bias)` is multiplied; of a join, whether the residual has a map."""
+    statistics: bool = False
+    """Whether statistics of the output are taken, and their gradient flows back."""
+    gain: bool = False
+    """Whether the gradient of the output comes without its factor."""
+    signs: bool = False
+    """Whether a join writes, and its gradient reads, one bit for the ReLU of each element."""
+    moved: bool = False
+    """Whether the gradient of the output is written as it enters the product, for the weight's."""
+    joined: bool = True
+    """Whether the output of a join has a gradient of its own."""
+    residual: bool = False
+    """Whether a residual is added to a product."""
+    factor: bool = False
+    """Whether there is a factor for each sample, in evaluation."""
+    tf32: bool = False
+    """Whether float32 products may round their inputs to TF32."""
+    arch: str = "sm90"
+    """`sm80`, `sm90`, `sm100` and so on; `cpu` in Triton's interpreter."""
+    raw: bool = True
+    """Whether the map that a join adds the residual to is there, and the gradient of its scale is
+    taken; of an algebraic BatchNorm it is not."""
+    scaled: bool = False
+    """Whether a product has a scale for each output channel."""
+    mapped: bool = False
+    """Whether the residual that is added to a product has a map."""
+
+    @property
+    def precision(self) -> str:
+        """Triton's name of the precision of float32 products."""
+        return "tf32" if self.tf32 else "ieee"
+
+    def pointer(self, present: bool = True) -> str | None:
+        """A row's word for a tensor in the dtype of the activations, None for an absent one."""
+        return f"*{self.dtype}" if present else None
+
+
+@dataclass(frozen=True)
+class Tile:
+    """The tile of a program, and what it takes to work on it."""
+
+    m: int
+    """Rows: pixels, or output channels for the gradient of the weight."""
+    k: int
+    """What is summed over in one step: channels, or pixels for the gradient of the weight."""
+    n: int
+    """Columns: channels of the result."""
+    warps: int
+    stages: int = 1
+    chunks: int = 1
+    """Pieces of the columns in which the end of a gradient's tile is worked on."""
+    programs: int = 1
+    """Programs that a processor holds at a time."""
+
+
+# float32 products have no tensor cores that keep their precision; small tiles serve checks.
+_SINGLE = Tile(m=32, k=32, n=64, warps=4, chunks=2, programs=4)
+SINGLE_WEIGHT = Tile(m=64, k=32, n=64, warps=4, programs=2)
+# Channels of a weight's longer side up to which a block of it stays with a program.
+_RESIDENT = 256
+
+
+def fitted(tile: Tile, rows: int, columns: int) -> Tile:
+    """A tile no larger than what there is, and no smaller than a product of tensor cores."""
+    m = tile.m if rows == 0 else min(tile.m, max(16, next_power_of_2(rows)))
+    n = min(tile.n, max(16, next_power_of_2(columns)))
+    return replace(tile, m=m, n=n, chunks=tile.chunks if n == tile.n else 1)
+
+
+def map_tile(reduced: int, columns: int, variant: ProductVariant, *, backward: bool) -> Tile:
+    """The tile of a pass over the pixels that sums over channels, given the sizes of the weight."""
+    if variant.dtype == "fp32":
+        k = min(_SINGLE.k, max(16, next_power_of_2(reduced)))
+        return fitted(replace(_SINGLE, k=k), 0, columns)
+    resident = max(reduced, columns) <= _RESIDENT and reduced * columns <= 128 * 256
+    k = max(16, next_power_of_2(reduced)) if resident else 64
+    tile = Tile(m=64, k=k, n=256, warps=8, stages=2, chunks=2 if backward else 1)
+    return fitted(tile, 0, columns)
+
+
+def _weight_tile(sizes: ProductSizes, variant: ProductVariant) -> Tile:
+    tile = Tile(m=128, k=64, n=128, warps=8, stages=2, programs=2)
+    single = variant.dtype == "fp32"
+    return fitted(SINGLE_WEIGHT if single else tile, sizes.outputs, sizes.inputs)
+
+
+def row_of(
+    kernel: str,
+    tensors: tuple[Argument, ...],
+    sizes: ProductSizes,
+    variant: ProductVariant,
+    tile: Tile,
+    wide: float,
+    narrow: float,
+    *,
+    chunked: bool = False,
+) -> LaunchRow:
+    """A row of one of the kernels.
+
+    Args:
+        kernel: `module:function`.
+        tensors: the pointers in the order of the signature.
+        sizes, variant, tile: what it is compiled for.
+        wide: tensors of the batch with `I` channels that it reads or writes.
+        narrow: those with `O`.
+        chunked: whether it is a gradient of the input, which works on pieces of the columns.
+    """
+    item = ITEM_BYTES[variant.dtype]
+    pixel_bytes = int(item * (wide * sizes.inputs + narrow * sizes.outputs))
+    pixels, steps = tile.m, -(-(sizes.outputs if chunked else sizes.inputs) // tile.k)
+    columns = -(-(sizes.inputs if chunked else sizes.outputs) // tile.n)
+    if "weight" in kernel:
+        pixels, steps = tile.k, 1
+        columns = -(-sizes.outputs // tile.m) * -(-sizes.inputs // tile.n)
+    return LaunchRow(
+        kernel=kernel,
+        args=(*tensors, 4096),
+        constexprs=(
+            ("INPUTS", sizes.inputs),
+            ("OUTPUTS", sizes.outputs),
+            ("BLOCK_M", tile.m),
+            ("BLOCK_K", tile.k),
+            ("BLOCK_N", tile.n),
+            *((("CHUNKS", tile.chunks),) if chunked else ()),
+            ("PRECISION", variant.precision),
+        ),
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+        # A tensor that several columns of tiles read counts once.
+        trip_bytes=pixels * pixel_bytes // columns,
+        steps=steps,
+        sample_bytes=EXAMPLE_PIXELS * pixel_bytes,
+    )
+
+
+def forward_tile(sizes: ProductSizes, variant: ProductVariant) -> Tile:
+    """Of both forward kernels."""
+    return map_tile(sizes.inputs, sizes.outputs, variant, backward=False)
+
+
+def gradient_tile(sizes: ProductSizes, variant: ProductVariant) -> Tile:
+    """Of both kernels for the gradient of the input."""
+    return map_tile(sizes.outputs, sizes.inputs, variant, backward=True)
+
+
+def weight_tile(sizes: ProductSizes, variant: ProductVariant) -> Tile:
+    """Of the kernel for the gradient of the weight."""
+    return _weight_tile(sizes, variant)
+
+
+# The map that sizes in bytes are stated for.
+EXAMPLE_PIXELS = 1600
+
+
+@cache
+def forward(sizes: ProductSizes, variant: ProductVariant) -> LaunchRow:
+    """Settings of `conv1x1.product_forward`."""
+    vector = "*fp32" if variant.affine else None
+    tensors = (
+        variant.pointer(),
+        "*fp32" if variant.statistics else None,
+        variant.pointer(),
+        vector,
+        vector,
+        variant.pointer(),
+    )
+    tile = forward_tile(sizes, variant)
+    return row_of(
+        "conv1x1.forward:product_forward", tensors, sizes, variant, tile, wide=1, narrow=1
+    )
+
+
+@cache
+def join_forward(sizes: ProductSizes, variant: ProductVariant) -> LaunchRow:
+    """Settings of `conv1x1.join_forward`."""
+    vector = "*fp32" if variant.affine else None
+    tensors = (
+        variant.pointer(),
+        "*u8" if variant.signs else None,
+        variant.pointer(),
+        "*fp32" if variant.statistics else None,
+        variant.pointer(),
+        "*fp32",
+        "*fp32",
+        variant.pointer(),
+        vector,
+        vector,
+        variant.pointer(),
+    )
+    tile = forward_tile(sizes, variant)
+    wide = 3 + variant.signs / 8 / ITEM_BYTES[variant.dtype]
+    return row_of("conv1x1.forward:join_forward", tensors, sizes, variant, tile, wide, narrow=1)
+
+
+def _moved(variant: ProductVariant) -> tuple[tuple[Argument, ...], int]:
+    """The pointers around the gradient of the output, and how many tensors of its size they are."""
+    vector = "*fp32" if variant.statistics else None
+    pointers = (
+        variant.pointer(),
+        variant.pointer(variant.statistics),
+        "*fp32" if variant.gain else None,
+        vector,
+        vector,
+    )
+    return pointers, 1 + variant.statistics + variant.moved
+
+
+@cache
+def input_gradient(sizes: ProductSizes, variant: ProductVariant) -> LaunchRow:
+    """Settings of `conv1x1_backward.product_input_gradient`."""
+    vector = "*fp32" if variant.affine else None
+    pointers, narrow = _moved(variant)
+    tensors = (
+        variant.pointer(),
+        variant.pointer(variant.moved),
+        vector,
+        *pointers,
+        variant.pointer(variant.affine),
+        vector,
+        vector,
+        variant.pointer(),
+    )
+    kernel = "conv1x1.backward:product_input_gradient"
+    tile = gradient_tile(sizes, variant)
+    wide = 1 + variant.affine
+    return row_of(kernel, tensors, sizes, variant, tile, wide, narrow, chunked=True)
+
+
+@cache
+def join_input_gradient(sizes: ProductSizes, variant: ProductVariant) -> LaunchRow:
+    """Settings of `conv1x1_backward.join_input_gradient`."""
+    pointers, narrow = _moved(variant)
+    tensors = (
+        variant.pointer(),
+        variant.pointer(variant.moved),
+        "*fp32",
+        *pointers,
+        variant.pointer(variant.joined),
+        variant.pointer(not variant.signs),
+        "*u8" if variant.signs else None,
+        variant.pointer(variant.raw),
+        variant.pointer(variant.affine),
+        variant.pointer(),
+    )
+    kernel = "conv1x1.backward:join_input_gradient"
+    tile = gradient_tile(sizes, variant)
+    mask = 1 / 8 / ITEM_BYTES[variant.dtype] if variant.signs else 1
+    wide = 1 + variant.joined + variant.raw + variant.affine + mask
+    return row_of(kernel, tensors, sizes, variant, tile, wide, narrow, chunked=True)
+
+
+@cache
+def weight_gradient(sizes: ProductSizes, variant: ProductVariant) -> LaunchRow:
+    """Settings of `conv1x1_weight.product_weight_gradient`."""
+    vector = "*fp32" if variant.affine else None
+    tensors = ("*fp32", variant.pointer(), variant.pointer(), vector, vector)
+    kernel = "conv1x1.backward:product_weight_gradient"
+    return row_of(kernel, tensors, sizes, variant, weight_tile(sizes, variant), wide=1, narrow=1)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Who computes which pass of a 1x1 convolution."""
+
+    passes: str
+    """`forward`, `input`, `weight`: those that run kernels."""
+    reason: str
+    measured: bool = False
+    """Whether it was timed, and not only predicted."""
+
+
+# The selection table: where kernels are worth their launch. Nothing was timed yet. The prediction
+# is of microseconds on an H200 for a batch of 256 images of 160 pixels in bfloat16: kernel, and in
+# its place cuBLAS, one pass over the maps and one for the sums. By channels in and out.
+CONVOLUTIONS = {
+    (128, 256): Plan("forward input weight", "predicted: forward 114 for 199, input 220 for 332"),
+    (256, 512): Plan("forward input weight", "predicted: forward 88 for 102, input 137 for 169"),
+}
+# The gradient of a join's weight is a product of two maps as they are, which cuBLAS has.
+JOINS = {
+    (256, 128): Plan("forward input", "predicted: forward 190 for 278, input 255 for 438"),
+    (256, 256): Plan("forward input", "predicted by its neighbours, at either end of the stage"),
+    (512, 256): Plan("forward input", "predicted: forward 118 for 142, input 163 for 222"),
+}
+WIDER = Plan("", "predicted: from 1024 channels on cuBLAS is as fast, 92 to 90 and 70 to 82")
+OTHERS = Plan("", "not predicted")
+# What has been compiled without a register in memory, by architecture: elements of the largest
+# weight, and passes. On sm80 the gradient of the input spills 4416 instructions. The interpreter
+# takes all.
+COMPILED = {
+    "sm80": (128 * 256, "forward weight"),
+    "sm90": (512 * 256, "forward input weight"),
+    "sm100": (512 * 256, "forward input weight"),
+    "cpu": (512 * 256, "forward input weight"),
+}
+
+
+def planned(arch: str, sizes: ProductSizes) -> Plan:
+    """The line of the selection table for an architecture and a convolution."""
+    if arch not in COMPILED:
+        return Plan("", f"the kernels have no settings for {arch}")
+    other = WIDER if max(sizes.inputs, sizes.outputs) >= 1024 else OTHERS
+    plan = (JOINS if sizes.join else CONVOLUTIONS).get((sizes.inputs, sizes.outputs), other)
+    largest, passes = COMPILED[arch]
+    if plan.passes and sizes.inputs * sizes.outputs > largest:
+        return Plan("", f"the kernels for weights of this size were not compiled for {arch}")
+    return replace(plan, passes=" ".join(p for p in plan.passes.split() if p in passes.split()))
+
+
+# Where the ImageNet network has the convolutions of the table; the join at the end of a stage's
+# first block has a residual with a map.
+PAPER_CONVOLUTIONS = {"32x4d c2": (128, 256), "32x4d c3": (256, 512)}
+PAPER_JOINS = {
+    "32x4d c2 mapped": (256, 128),
+    "32x4d c2 identity": (256, 128),
+    "32x4d c2 to c3 identity": (256, 256),
+    "32x4d c3 mapped": (512, 256),
+    "32x4d c3 identity": (512, 256),
+}
+
+
+def operator_rows(arch: str) -> Iterator[tuple[str, LaunchRow]]:
+    """Rows that the operators launch for these layers in bfloat16, where BatchNorm has its
+    statistics from the output. Steps of training launch those of kernels/recompute/rows.py."""
+    # The gradient of what ends a block comes without its factor.
+    between = ProductVariant(affine=True, statistics=True, gain=True, moved=True, arch=arch)
+    makers = {"forward": forward, "input": input_gradient}
+    for place, (inputs, outputs) in PAPER_CONVOLUTIONS.items():
+        sizes = ProductSizes(inputs, outputs)
+        for which in planned(arch, sizes).passes.split():
+            if which in makers:
+                row = makers[which](sizes, between)
+                yield f"1x1 {row.kernel.split(':')[1]} {place}", row
+    makers = {"forward": join_forward, "input": join_input_gradient}
+    for place, (inputs, outputs) in PAPER_JOINS.items():
+        sizes = ProductSizes(inputs, outputs, join=True)
+        passes = planned(arch, sizes).passes.split()
+        mapped, signs = place.endswith("mapped"), "input" in passes
+        for which in passes:
+            row = makers[which](sizes, replace(between, affine=mapped, gain=False, signs=signs))
+            yield f"1x1 {row.kernel.split(':')[1]} {place}", row

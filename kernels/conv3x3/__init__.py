@@ -1,0 +1,1 @@
+"""The grouped 3x3 convolution between two BatchNorms."""

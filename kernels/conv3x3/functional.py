@@ -1,0 +1,143 @@
+"""The public grouped 3x3 convolution: validation, and the rule that picks who computes it.
+
+Backends:
+    `torch`   PyTorch's own convolution: cuDNN on a GPU.
+    `triton`  the kernels of this package, forward and backward; an error where they cannot run.
+    `auto`    on a GPU the kernels for the passes in which the selection table of
+              kernels/conv3x3/rows.py has seen them win on its architecture, `torch` for all else.
+"""
+
+from __future__ import annotations
+
+import logging
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from coded_resnext.kernels.backend import ConvBackend, check_conv_backend
+from coded_resnext.kernels.checks import check_filled
+from coded_resnext.kernels.layout import architecture
+
+from . import operator as conv3x3_operator
+from .rows import GroupedSizes, winning_passes
+
+logger = logging.getLogger(__name__)
+
+
+@cache
+def _report(choice: str) -> None:
+    """Say a choice once."""
+    logger.info(choice)
+
+
+# The compiler takes the result as it is: it follows no logger, and before torch 2.14 neither a
+# cached class method nor a frozen dataclass into its text.
+@torch.compiler.assume_constant_result
+def _choose(arch: str, channels: int, width: int, stride: int) -> str:
+    """The passes of a weight `[N*D, D, 3, 3]` in which kernels win, and the log's line."""
+    sizes = GroupedSizes(channels // width, width, stride)
+    passes, why = winning_passes(arch, sizes)
+    _report(f"grouped 3x3 convolution, {sizes}: kernels for {passes or 'no pass'}: {why}")
+    return passes
+
+
+def select_passes(x: Tensor, weight: Tensor, stride: int, backend: ConvBackend) -> str:
+    """The passes (`forward`, `input`, `weight`) that run kernels, separated by spaces.
+
+    Raises:
+        RuntimeError: `triton` was asked for and cannot run here; the message says why.
+    """
+    check_conv_backend(backend)
+    if backend == "torch":
+        return ""
+    reason = conv3x3_operator.unsupported(x, weight, stride)
+    if backend == "triton":
+        if reason is not None:
+            raise RuntimeError(f"backend: 'triton' was asked for but cannot run: {reason}")
+        return conv3x3_operator.PASSES
+    if reason is not None or not x.is_cuda:
+        return ""
+    return _choose(architecture(x.device.index), weight.shape[0], weight.shape[1], stride)
+
+
+def grouped_conv3x3(
+    x: Tensor,
+    weight: Tensor,
+    groups: int,
+    *,
+    stride: int = 1,
+    scale: Tensor | None = None,
+    bias: Tensor | None = None,
+    statistics: bool = False,
+    backend: ConvBackend = "auto",
+) -> tuple[Tensor, Tensor | None]:
+    """The grouped 3x3 convolution between two BatchNorms, with their elementwise parts.
+
+    `y = conv(relu(scale x + bias))`, with one row and column of zeros around the map *after* the
+    ReLU; and the sums from which the next BatchNorm's mean and variance follow. All arguments get
+    gradients, through the statistics too, so that `scale` and `bias` may come from the statistics
+    of another call: that is a training step of BatchNorm without a pass over a map of its own.
+
+    Args:
+        x: `[B, N*D, H, W]`, floating point; copied by the kernels unless channels-last.
+        weight: `[N*D, D, 3, 3]` in the dtype of `x`; under autocast both are cast.
+        groups: `N`.
+        stride: 1, or 2 for every second row and column.
+        scale, bias: `[N*D]`, both or neither; without them `x` itself is convolved.
+        statistics: whether to return them.
+        backend: see the module.
+
+    Returns:
+        `y [B, N*D, ceil(H / stride), ceil(W / stride)]` in the dtype of `x`, and float32 (float64
+        for float64) `[3, N*D]`: the count of each channel's values, their sum, and M2, the sum of
+        their squared deviations from their mean; None unless asked for.
+
+    Raises:
+        ValueError: an argument has the wrong rank, size or dtype; the message names it.
+        RuntimeError: the requested backend cannot run.
+    """
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight = x.to(dtype), weight.to(dtype)
+    _check(x, weight, groups, stride, scale, bias)
+    passes = select_passes(x, weight, stride, backend)
+    if not passes and scale is None and not statistics:
+        return F.conv2d(x, weight, None, stride, 1, 1, groups), None
+    y, sums = conv3x3_operator.grouped_conv3x3(x, weight, scale, bias, stride, statistics, passes)
+    return y, sums if statistics else None
+
+
+def _check(
+    x: Tensor, weight: Tensor, groups: int, stride: int, scale: Tensor | None, bias: Tensor | None
+) -> None:
+    if x.ndim != 4 or not x.is_floating_point():
+        raise ValueError(
+            f"x: expected a floating-point tensor [B, N*D, H, W], got {x.dtype} {list(x.shape)}"
+        )
+    check_filled("x", x)
+    channels = x.shape[1]
+    if groups < 1 or channels % groups:
+        raise ValueError(f"groups: expected a divisor of {channels} channels, got {groups}")
+    expected = [channels, channels // groups, 3, 3]
+    if list(weight.shape) != expected or weight.dtype != x.dtype or weight.device != x.device:
+        raise ValueError(
+            f"weight: expected {expected} {x.dtype} on {x.device}, "
+            f"got {list(weight.shape)} {weight.dtype} on {weight.device}"
+        )
+    if stride not in (1, 2):
+        raise ValueError(f"stride: expected 1 or 2, got {stride}")
+    if (scale is None) != (bias is None):
+        missing = "scale" if scale is None else "bias"
+        raise ValueError(f"{missing}: expected a tensor, since the other of scale and bias is one")
+    for name, vector in (("scale", scale), ("bias", bias)):
+        if vector is None:
+            continue
+        if vector.shape != (channels,) or vector.device != x.device:
+            raise ValueError(
+                f"{name}: expected [{channels}] on {x.device}, "
+                f"got {list(vector.shape)} on {vector.device}"
+            )
+        if not vector.is_floating_point():
+            raise ValueError(f"{name}: expected floating-point numbers, got {vector.dtype}")

@@ -1,0 +1,299 @@
+"""The grouped 3x3 convolution and its gradients by the Triton kernels: tensors in, tensors out.
+
+Nothing is checked here but that maps are not empty. B samples, N groups of width D, H x W maps in,
+OH x OW maps out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from coded_resnext.kernels.checks import check_filled
+from coded_resnext.kernels.layout import DTYPES
+from coded_resnext.kernels.residual import rows as residual_rows
+
+from . import rows as conv3x3_rows
+from .rows import LANES, MOST_ROWS, REDUCED, GroupedSizes, GroupedVariant, GroupedWindows
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    sizes: GroupedSizes,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    statistics: bool,
+) -> tuple[Tensor, Tensor]:
+    """`y [B, N*D, OH, OW]`, channels-last, and its (count, sum, M2) `[3, N*D]` float32.
+
+    Args:
+        x: `[B, N*D, H, W]`; copied unless channels-last and of a width that needs no padding.
+        weight: `[N*D, D, 3, 3]` in the dtype of `x`.
+        sizes: `N`, `D` and the stride.
+        scale, bias: `[N*D]` float32 or None; `relu(scale x + bias)` is convolved instead of `x`.
+        statistics: whether they are wanted; `[0]` is returned in their place otherwise.
+    """
+    rows, (scale, bias) = _rows(x, sizes), _vectors(sizes, scale, bias)
+    batch, height, width, channels = rows.shape
+    y = rows.new_empty(batch, -(-height // sizes.stride), -(-width // sizes.stride), channels)
+    parts, part_rows = _parts(y, pairs=sizes.stride == 1)
+    partial = _floats(x, parts, 3, channels) if statistics else None
+    variant = _variant(x, scale is not None, statistics)
+    conv3x3_rows.forward(sizes, variant).launch(
+        (GroupedWindows.of(sizes).count * parts,),
+        y,
+        partial,
+        None,
+        rows,
+        scale,
+        bias,
+        _pack(weight, sizes, backward=False),
+        *(None, None, None),
+        batch,
+        height,
+        width,
+        part_rows,
+    )
+    if partial is None:
+        return _images(y, sizes), _floats(x, 0)
+    total = _floats(x, 3, channels)
+    row = residual_rows.merge_statistics(channels)
+    row.launch((-(-channels // 8),), total, partial, parts)
+    return _images(y, sizes), _channels(total, sizes)
+
+
+def folded_forward(
+    x: Tensor,
+    weight: Tensor,
+    sizes: GroupedSizes,
+    after: Tensor,
+    keep: Tensor | None,
+    form: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """`h = keep relu(conv(x) + after)`, channels-last, and the sums over pixels of `h^T Q_n h`.
+
+    Args:
+        x, weight, sizes: as for `forward`.
+        after: `[N*D]`.
+        keep: `[B, N]` or None.
+        form: `Q [N, D, D]` float32, or None.
+
+    Returns:
+        `h [B, N*D, OH, OW]`, and `[B, N]` float32, or `[0]` without a form.
+    """
+    rows, (after_rows,) = _rows(x, sizes), _vectors(sizes, after)
+    batch, height, width, channels = rows.shape
+    h = rows.new_empty(batch, -(-height // sizes.stride), -(-width // sizes.stride), channels)
+    parts, part_rows = _parts(h, pairs=sizes.stride == 1)
+    kept = None
+    if keep is not None:
+        (kept,) = _vectors(sizes, keep.repeat_interleave(sizes.width, 1))
+    energy = None if form is None else _floats(x, *_energy_shape(h, sizes, part_rows))
+    scaled, peak = (None, None) if form is None else _pack_form(form, sizes, x.dtype)
+    variant = replace(
+        _variant(x, False, False), folded=True, keep=keep is not None, energies=form is not None
+    )
+    conv3x3_rows.forward(sizes, variant).launch(
+        (GroupedWindows.of(sizes).count * parts,),
+        h,
+        None,
+        energy,
+        rows,
+        None,
+        None,
+        _pack(weight, sizes, backward=False),
+        after_rows,
+        kept,
+        scaled,
+        batch,
+        height,
+        width,
+        part_rows,
+    )
+    if energy is None or peak is None:
+        return _images(h, sizes), _floats(x, 0)
+    return _images(h, sizes), energy.sum((0, 2))[:, : sizes.groups] * peak
+
+
+def _energy_shape(h: Tensor, sizes: GroupedSizes, part_rows: int) -> tuple[int, ...]:
+    """Segments of rows, samples, lanes of a row and branches, those that fill up windows too."""
+    windows = GroupedWindows.of(sizes)
+    batch, height, width, _ = h.shape
+    columns = -(-width // 2) if sizes.stride == 1 else width
+    return -(-height // part_rows), batch, columns, windows.count * windows.group
+
+
+def _pack_form(form: Tensor, sizes: GroupedSizes, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The forms as the kernel reads them, `[windows, 1 or 2, BLOCK_K, BLOCK_K]`, and `[N]`, the
+    largest element of each, by which they are divided.
+
+    A second term has what 16 bits leave of the first, so that the sum has twice their precision.
+    """
+    windows = GroupedWindows.of(sizes)
+    peak = form.abs().amax((1, 2))
+    unit = form / torch.where(peak > 0, peak, 1.0)[:, None, None]
+    wide = unit.new_zeros(windows.count * windows.group, windows.padded, windows.padded)
+    wide[: sizes.groups, : sizes.width, : sizes.width] = unit
+    blocks = unit.new_zeros(windows.count, windows.block_k, windows.block_k)
+    for place, one in enumerate(wide.view(windows.count, windows.group, *wide.shape[1:]).unbind(1)):
+        channels = slice(place * windows.padded, (place + 1) * windows.padded)
+        blocks[:, channels, channels] = one
+    terms = [blocks.to(dtype)]
+    if dtype != torch.float32:
+        terms.append((blocks - terms[0].float()).to(dtype))
+    return torch.stack(terms, 1).contiguous(), peak
+
+
+def input_gradient(
+    grad: Tensor,
+    weight: Tensor,
+    sizes: GroupedSizes,
+    map_size: tuple[int, int],
+    y: Tensor | None,
+    curve: Tensor | None,
+    level: Tensor | None,
+    x: Tensor | None,
+    scale: Tensor | None,
+    bias: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """The gradient of `x [B, N*D, H, W]`, and those of `bias` and `scale`, `[2, N*D]` or `[0]`.
+
+    Args:
+        grad: of the output, `[B, N*D, OH, OW]`.
+        weight, sizes, scale, bias: as for `forward`.
+        map_size: `(H, W)`.
+        y, curve, level: with them the gradient is `grad + curve y + level` per channel.
+        x: the input, needed with `scale` and `bias`.
+    """
+    rows = _rows(grad, sizes, "grad")
+    scale, bias, curve, level = _vectors(sizes, scale, bias, curve, level)
+    channels = rows.shape[3]
+    dx = rows.new_empty(rows.shape[0], *map_size, channels)
+    parts, part_rows = _parts(rows, pairs=sizes.stride == 1)
+    partial = None if scale is None else _floats(grad, parts, 2, channels)
+    variant = _variant(grad, scale is not None, y is not None)
+    conv3x3_rows.input_gradient(sizes, variant).launch(
+        (GroupedWindows.of(sizes).count * parts,),
+        dx,
+        partial,
+        rows,
+        None if y is None else _rows(y, sizes, "y"),
+        curve,
+        level,
+        None if scale is None or x is None else _rows(x, sizes),
+        scale,
+        bias,
+        _pack(weight, sizes, backward=True),
+        rows.shape[0],
+        *map_size,
+        part_rows,
+    )
+    if partial is None:
+        return _images(dx, sizes), _floats(grad, 0)
+    return _images(dx, sizes), _channels(partial.sum(0), sizes)
+
+
+def weight_gradient(
+    grad: Tensor,
+    sizes: GroupedSizes,
+    y: Tensor | None,
+    curve: Tensor | None,
+    level: Tensor | None,
+    x: Tensor,
+    scale: Tensor | None,
+    bias: Tensor | None,
+) -> Tensor:
+    """The gradient of the weight, `[N*D, D, 3, 3]`; arguments as for `input_gradient`."""
+    rows, inputs = _rows(grad, sizes, "grad"), _rows(x, sizes)
+    scale, bias, curve, level = _vectors(sizes, scale, bias, curve, level)
+    windows = GroupedWindows.of(sizes)
+    parts, part_rows = _parts(rows, pairs=False)
+    splits = conv3x3_rows.weight_splits(sizes, parts)
+    block = windows.block_k
+    partial = _floats(grad, splits, windows.count, 9, block, block)
+    variant = _variant(grad, scale is not None, y is not None)
+    conv3x3_rows.weight_gradient(sizes, variant).launch(
+        (windows.count * splits,),
+        partial,
+        rows,
+        None if y is None else _rows(y, sizes, "y"),
+        curve,
+        level,
+        inputs,
+        scale,
+        bias,
+        *inputs.shape[:3],
+        part_rows,
+    )
+    gradient = grad.new_empty(sizes.groups * sizes.width, sizes.width, 3, 3)
+    row = conv3x3_rows.reduce_weight_gradient(sizes, DTYPES[grad.dtype])
+    row.launch((windows.count * 9 * (block * block // REDUCED),), gradient, partial, splits)
+    return gradient
+
+
+def _variant(x: Tensor, affine: bool, statistics: bool) -> GroupedVariant:
+    tf32 = x.dtype == torch.float32 and torch.backends.cudnn.allow_tf32
+    return GroupedVariant(DTYPES[x.dtype], affine, statistics, tf32=tf32)
+
+
+def _parts(rows: Tensor, *, pairs: bool) -> tuple[int, int]:
+    """Parts of the work on a map `[B, H, W, C]`, and the rows of each."""
+    batch, height, width, _ = rows.shape
+    segments = -(-height // MOST_ROWS)
+    part_rows = -(-height // segments)
+    lanes = batch * (-(-width // 2) if pairs else width)
+    return -(-lanes // LANES) * -(-height // part_rows), part_rows
+
+
+def _floats(like: Tensor, *shape: int) -> Tensor:
+    return like.new_empty(shape, dtype=torch.float32)
+
+
+def _pack(weight: Tensor, sizes: GroupedSizes, *, backward: bool) -> Tensor:
+    """The weight as the kernels read it, `[windows, 9, BLOCK_K, BLOCK_K]`."""
+    windows = GroupedWindows.of(sizes)
+    packed = weight.new_empty(windows.count, 9, windows.block_k, windows.block_k)
+    row = conv3x3_rows.pack_weights(sizes, DTYPES[weight.dtype], backward=backward)
+    row.launch((windows.count * 9,), packed, weight.contiguous())
+    return packed
+
+
+def _rows(x: Tensor, sizes: GroupedSizes, name: str = "x") -> Tensor:
+    """`[B, N*D, H, W]` as rows of padded channels, `[B, H, W, windows * channels]`, at 16 bytes."""
+    check_filled(name, x)
+    rows = x.permute(0, 2, 3, 1).contiguous()
+    if not GroupedWindows.of(sizes).fit(sizes):
+        return _padded(rows, sizes)
+    return rows if rows.data_ptr() % 16 == 0 else rows.clone()
+
+
+def _vectors(sizes: GroupedSizes, *vectors: Tensor | None) -> list[Tensor | None]:
+    """Numbers per channel in float32, padded with zeros as the channels are."""
+    fit = GroupedWindows.of(sizes).fit(sizes)
+    wide = [None if vector is None else vector.float().contiguous() for vector in vectors]
+    return [v if v is None or fit else _padded(v, sizes) for v in wide]
+
+
+def _padded(values: Tensor, sizes: GroupedSizes) -> Tensor:
+    windows = GroupedWindows.of(sizes)
+    shape = values.shape[:-1]
+    padded = values.new_zeros(*shape, windows.count * windows.group, windows.padded)
+    padded[..., : sizes.groups, : sizes.width] = values.view(*shape, sizes.groups, sizes.width)
+    return padded.flatten(-2)
+
+
+def _channels(values: Tensor, sizes: GroupedSizes) -> Tensor:
+    """The real channels of the last dimension, without the padding."""
+    windows = GroupedWindows.of(sizes)
+    if windows.fit(sizes):
+        return values
+    split = values.reshape(*values.shape[:-1], windows.count * windows.group, windows.padded)
+    return split[..., : sizes.groups, : sizes.width].flatten(-2)
+
+
+def _images(rows: Tensor, sizes: GroupedSizes) -> Tensor:
+    """Rows of padded channels as `[B, N*D, H, W]`, channels-last."""
+    return _channels(rows, sizes).contiguous().permute(0, 3, 1, 2)

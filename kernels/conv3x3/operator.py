@@ -1,0 +1,221 @@
+"""The grouped 3x3 convolution as PyTorch operators `coded_resnext::grouped_conv3x3*`.
+
+A pass (`forward`, `input`, `weight`) that the argument `kernels` names runs the Triton kernels, on
+CUDA tensors and in Triton's interpreter; the others run PyTorch's convolution. Results of the size
+of the activations are channels-last. B samples, N groups of width D.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from coded_resnext.kernels import affine
+from coded_resnext.kernels.affine import (
+    behind_activation,
+    follow,
+    split_sums,
+    statistics_gradient,
+    statistics_of,
+)
+from coded_resnext.kernels.checks import check_filled
+from coded_resnext.kernels.layout import (
+    DTYPES,
+    accumulation_dtype,
+    channels_last,
+    interpreted,
+    on_device,
+)
+
+from . import launch as conv3x3_launch
+from . import rows as conv3x3_rows
+from .rows import GroupedSizes
+
+PASSES = "forward input weight"
+
+
+def unsupported(x: Tensor, weight: Tensor, stride: int) -> str | None:
+    """Why the kernels cannot run here on `x [B, N*D, H, W]`; None if they can."""
+    if not (x.is_cuda or interpreted()):
+        return f"the kernels run on CUDA tensors, not on {x.device.type}"
+    if x.dtype not in DTYPES:
+        return f"the kernels take float32, float16 and bfloat16, not {x.dtype}"
+    if weight.shape[1] > conv3x3_rows.WIDEST_WINDOW:
+        return (
+            f"the kernels take groups of up to {conv3x3_rows.WIDEST_WINDOW} channels, "
+            f"not {weight.shape[1]}"
+        )
+    if stride not in (1, 2):
+        return f"the kernels take strides 1 and 2, not {stride}"
+    return None
+
+
+def sizes_of(weight: Tensor, stride: int) -> GroupedSizes:
+    """Of a convolution with a weight `[N*D, D, 3, 3]`."""
+    return GroupedSizes(weight.shape[0] // weight.shape[1], weight.shape[1], stride)
+
+
+def output_size(size: int, stride: int) -> int:
+    """Rows, or columns, of a map behind the convolution."""
+    return -(-size // stride)
+
+
+@torch.library.custom_op("coded_resnext::grouped_conv3x3", mutates_args=())
+def grouped_conv3x3(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    stride: int,
+    statistics: bool,
+    kernels: str,
+) -> tuple[Tensor, Tensor]:
+    """The convolution of `relu(scale x + bias)`, padded with zeros after the ReLU.
+
+    `x [B, N*D, H, W]`, `weight [N*D, D, 3, 3]`, `scale` and `bias [N*D]`.
+
+    Returns:
+        `y [B, N*D, OH, OW]`, and its (count, sum, M2) `[3, N*D]` in the accumulation dtype, which
+        a kernel takes before `y` is rounded; `[0]` without `statistics`.
+    """
+    check_filled("x", x)
+    sizes = sizes_of(weight, stride)
+    if "forward" in kernels.split():
+        with on_device(x):
+            return conv3x3_launch.forward(x, weight, sizes, scale, bias, statistics)
+    activated = affine.activate(x, scale, bias)
+    y = channels_last(F.conv2d(activated, weight, None, stride, 1, 1, sizes.groups))
+    return y, statistics_of(y, statistics)
+
+
+@grouped_conv3x3.register_fake
+def _(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    stride: int,
+    statistics: bool,
+    kernels: str,
+) -> tuple[Tensor, Tensor]:
+    batch, channels, height, width = x.shape
+    rows = x.new_empty(batch, output_size(height, stride), output_size(width, stride), channels)
+    shape = (3, channels) if statistics else (0,)
+    return rows.permute(0, 3, 1, 2), x.new_empty(shape, dtype=accumulation_dtype(x.dtype))
+
+
+@torch.library.custom_op("coded_resnext::grouped_conv3x3_backward", mutates_args=())
+def grouped_conv3x3_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    y: Tensor | None,
+    curve: Tensor | None,
+    level: Tensor | None,
+    stride: int,
+    need_input: bool,
+    need_weight: bool,
+    kernels: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients for that of the output, `grad + curve y + level` with `curve`, `level [N*D]`.
+
+    Returns:
+        The gradient of `x` and `[2, N*D]`, those of `bias` and `scale`, and the gradient of
+        `weight`; `[0]` in place of what is not needed or not there.
+    """
+    check_filled("x", x)
+    sizes = sizes_of(weight, stride)
+    accumulate = accumulation_dtype(x.dtype)
+    dx, dweight = x.new_empty((0,)), x.new_empty((0,))
+    sums = x.new_empty((0,), dtype=accumulate)
+    chosen = kernels.split()
+    with on_device(x):
+        if need_input and "input" in chosen:
+            map_size = (x.shape[2], x.shape[3])
+            dx, sums = conv3x3_launch.input_gradient(
+                grad, weight, sizes, map_size, y, curve, level, x, scale, bias
+            )
+        if need_weight and "weight" in chosen:
+            dweight = conv3x3_launch.weight_gradient(grad, sizes, y, curve, level, x, scale, bias)
+    mask = [need_input and "input" not in chosen, need_weight and "weight" not in chosen, False]
+    if any(mask):
+        grad = follow(grad, y, None, curve, level)
+        activated = affine.activate(x, scale, bias)
+        plain = (None, [stride] * 2, [1, 1], [1, 1], False, [0, 0], sizes.groups)
+        found = torch.ops.aten.convolution_backward(grad, activated, weight, *plain, mask)
+        if mask[0]:
+            dx, sums = behind_activation(found[0].to(accumulate), x, scale, bias)
+        if mask[1]:
+            dweight = found[1].contiguous()
+    return dx, sums, dweight
+
+
+@grouped_conv3x3_backward.register_fake
+def _(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    y: Tensor | None,
+    curve: Tensor | None,
+    level: Tensor | None,
+    stride: int,
+    need_input: bool,
+    need_weight: bool,
+    kernels: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    batch, channels, height, width = x.shape
+    rows = x.new_empty(batch, height, width, channels)
+    dx = rows.permute(0, 3, 1, 2) if need_input else x.new_empty((0,))
+    dweight = weight.new_empty(tuple(weight.shape)) if need_weight else x.new_empty((0,))
+    shape = (2, channels) if need_input and scale is not None else (0,)
+    return dx, x.new_empty(shape, dtype=accumulation_dtype(x.dtype)), dweight
+
+
+def _save(ctx: Any, inputs: Any, output: Any) -> None:
+    x, weight, scale, bias, ctx.stride, ctx.statistics, ctx.kernels = inputs
+    y, statistics = output
+    # The output is kept only where the gradient of its statistics needs it.
+    kept = (y, statistics) if ctx.statistics else (None, None)
+    ctx.save_for_backward(x, weight, scale, bias, *kept)
+
+
+def _gradients(ctx: Any, grad: Tensor, grad_statistics: Tensor) -> Any:
+    x, weight, scale, bias, y, statistics = ctx.saved_tensors
+    curve = level = None
+    if ctx.statistics:
+        curve, level = statistics_gradient(grad_statistics, statistics)
+    need_input = any(ctx.needs_input_grad[i] for i in (0, 2, 3))
+    dx, sums, dweight = grouped_conv3x3_backward(
+        grad,
+        x,
+        weight,
+        scale,
+        bias,
+        y,
+        curve,
+        level,
+        ctx.stride,
+        need_input,
+        ctx.needs_input_grad[1],
+        ctx.kernels,
+    )
+    dscale, dbias = split_sums(sums, scale) if need_input else (None, None)
+    return (
+        dx if ctx.needs_input_grad[0] else None,
+        dweight if ctx.needs_input_grad[1] else None,
+        dscale,
+        dbias,
+        None,
+        None,
+        None,
+    )
+
+
+grouped_conv3x3.register_autograd(_gradients, setup_context=_save)

@@ -1,0 +1,343 @@
+"""Launch settings of the grouped 3x3 convolution: windows, one row for each specialised kernel, and
+the table that says where the kernels are used.
+
+The size of the map and of the batch are run-time numbers: one compiled kernel serves them all. No
+imports of PyTorch or Triton here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cache
+
+from coded_resnext.kernels.residual.rows import merge_statistics
+from coded_resnext.kernels.rows import ITEM_BYTES, Dtype, LaunchRow, next_power_of_2, triton_release
+
+# The selection table: where the kernels have been measured to win against cuDNN. Architecture,
+# width D and stride to the passes (`forward`, `input`, `weight`) that run them. Empty, since no GPU
+# has timed them: cuDNN is used everywhere unless a call asks for the kernels by name.
+WINS: dict[tuple[str, int, int], str] = {}
+# Groups wider than this need windows of 64 channels, whose kernels spill registers to memory: they
+# are for checks, and never in the table.
+WIDEST_SHIPPED = 32
+
+# Channels of the widest window; nine matrices of this size fill the registers of four warps.
+WIDEST_WINDOW = 64
+# Lanes of a program: the rows of the smallest tensor-core product. More would spill.
+LANES = 16
+# Rows a program walks down at most. Two more are read and thrown away; and a lane of the forward
+# kernel sums this many values before they are merged by Chan's formula.
+MOST_ROWS = 16
+# Elements of the nine matrices that one program of the last stage of the weight gradient adds up.
+REDUCED = 256
+# The map that sizes in bytes are stated for.
+EXAMPLE_MAP = 28
+
+
+@dataclass(frozen=True)
+class GroupedSizes:
+    """Static sizes of a grouped 3x3 convolution with as many output as input channels."""
+
+    groups: int
+    """`N`."""
+    width: int
+    """`D`, channels of a group."""
+    stride: int = 1
+    """1 or 2."""
+
+
+@dataclass(frozen=True)
+class GroupedVariant:
+    """What else a compiled kernel depends on."""
+
+    dtype: Dtype = "bf16"
+    """Of activations and weights."""
+    affine: bool = False
+    """Whether `relu(scale x + bias)` is convolved instead of `x`."""
+    statistics: bool = False
+    """Whether statistics of the output are taken, and their gradient flows back."""
+    folded: bool = False
+    """Whether a bias and a ReLU are behind the convolution, as in evaluation."""
+    keep: bool = False
+    """Whether there is a removal mask (10), of a folded convolution."""
+    energies: bool = False
+    """Whether energies are taken, of a folded convolution."""
+    tf32: bool = False
+    """Whether float32 products may round their inputs to TF32."""
+
+    def pointer(self, present: bool = True) -> str | None:
+        """A row's word for a tensor in the dtype of the activations, None for an absent one."""
+        return f"*{self.dtype}" if present else None
+
+
+@dataclass(frozen=True)
+class GroupedWindows:
+    """How the channels are cut into windows of whole groups, whose weights are block-diagonal."""
+
+    group: int
+    """Groups of a window."""
+    padded: int
+    """Channels that a group takes in memory."""
+    count: int
+
+    @classmethod
+    @cache
+    def of(cls, sizes: GroupedSizes) -> GroupedWindows:
+        """The smallest windows that start and end at 16 bytes of 16-bit numbers.
+
+        As many whole groups as tile 16 to 32 channels without a gap, or else groups padded to a
+        multiple of 4 channels, 8 where one group is a window: D = 11, 22, 44 become 12, 24, 48.
+        Where the last window is not full, or a group is padded, the tensors have to be copied.
+        """
+        for padded in (sizes.width, -(-sizes.width // 4) * 4, -(-sizes.width // 8) * 8):
+            fitting = [
+                group
+                for group in range(1, 32 // min(padded, 32) + 1)
+                if group * padded % 8 == 0 and group * padded >= 16
+            ]
+            if fitting:
+                break
+        # Without a gap at the end if possible; then the smallest.
+        group = min(fitting, key=lambda group: (sizes.groups % group > 0, group))
+        return cls(group, padded, -(-sizes.groups // group))
+
+    @property
+    def channels(self) -> int:
+        """Of a window."""
+        return self.group * self.padded
+
+    @property
+    def block_k(self) -> int:
+        """Channels of a window, filled up to a power of two."""
+        return max(16, next_power_of_2(self.channels))
+
+    @property
+    def warps(self) -> int:
+        """One warp for 16 channels: more registers a thread would spill."""
+        return self.block_k // 16
+
+    def fit(self, sizes: GroupedSizes) -> bool:
+        """Whether the windows tile the channels as they are, so that nothing has to be copied."""
+        return self.padded == sizes.width and self.count * self.group == sizes.groups
+
+
+def winning_passes(arch: str, sizes: GroupedSizes) -> tuple[str, str]:
+    """The passes in which the kernels win on an architecture, and why it is these."""
+    if sizes.width > WIDEST_SHIPPED:
+        return "", f"groups of more than {WIDEST_SHIPPED} channels spill registers"
+    if not GroupedWindows.of(sizes).fit(sizes):
+        return "", "the channels would have to be copied to pad them"
+    passes = WINS.get((arch, sizes.width, sizes.stride))
+    if passes is None:
+        return "", f"not measured on {arch}"
+    return passes, f"measured on {arch}"
+
+
+def _row(
+    kernel: str,
+    sizes: GroupedSizes,
+    variant: GroupedVariant,
+    tensors: tuple[str | None, ...],
+    inputs: int,
+    outputs: int,
+) -> LaunchRow:
+    """A row of one of the three kernels.
+
+    Args:
+        kernel: `module:function` without the stride.
+        sizes, variant: what it is compiled for.
+        tensors: the pointers in the order of the signature.
+        inputs, outputs: tensors of the batch that it reads or writes at the input's and at the
+            output's size.
+    """
+    windows = GroupedWindows.of(sizes)
+    item = ITEM_BYTES[variant.dtype]
+    # A lane of the walk: two columns of one row with stride 1, except for the weight gradient, or
+    # a 2 x 2 patch of the input over one pixel of the output.
+    patch, pixel = (4, 1) if sizes.stride == 2 else (2, 2) if "weight" not in kernel else (1, 1)
+    example = EXAMPLE_MAP**2
+    moved = inputs * example + outputs * (example // sizes.stride**2)
+    return LaunchRow(
+        kernel=f"{kernel}_stride{sizes.stride}",
+        args=(*tensors, 256, EXAMPLE_MAP, EXAMPLE_MAP, EXAMPLE_MAP // 2),
+        constexprs=(
+            ("CHANNELS", windows.count * windows.channels),
+            ("WINDOW", windows.channels),
+            ("BLOCK_K", windows.block_k),
+            ("BLOCK_M", LANES),
+            ("PRECISION", "tf32" if variant.tf32 else "ieee"),
+        ),
+        num_warps=windows.warps,
+        trip_bytes=LANES * windows.channels * item * (inputs * patch + outputs * pixel),
+        sample_bytes=sizes.groups * sizes.width * item * moved,
+    )
+
+
+def _ahead_in_3_6(row: LaunchRow, sizes: GroupedSizes) -> LaunchRow:
+    """A row that loads a trip ahead, for windows of 24 channels and Triton 3.6 alone.
+
+    That keeps two or three of their registers in memory otherwise. Later versions do not, and would
+    issue 3 to 8 % more instructions for it.
+    """
+    spilled = GroupedWindows.of(sizes).channels == 24 and triton_release() == "3.6"
+    return replace(row, num_stages=2) if spilled else row
+
+
+@cache
+def forward(sizes: GroupedSizes, variant: GroupedVariant) -> LaunchRow:
+    """Settings of `grouped_conv.forward_stride1` and `forward_stride2`."""
+    vector = "*fp32" if variant.affine else None
+    tensors = (
+        variant.pointer(),
+        "*fp32" if variant.statistics else None,
+        "*fp32" if variant.energies else None,
+        variant.pointer(),
+        vector,
+        vector,
+        variant.pointer(),
+        "*fp32" if variant.folded else None,
+        "*fp32" if variant.keep else None,
+        variant.pointer(variant.energies),
+    )
+    row = _row("conv3x3.forward:forward", sizes, variant, tensors, inputs=1, outputs=1)
+    channels, *others = row.constexprs
+    more = (("PADDED", GroupedWindows.of(sizes).padded), ("FOLDED", variant.folded))
+    row = replace(row, constexprs=(channels, *more, *others))
+    if sizes.stride == 1 and variant.energies:
+        row = _ahead_in_3_6(row, sizes)
+    # With two warps for 24 channels the compiler for sm100 keeps two registers in memory.
+    partly_filled = GroupedWindows.of(sizes).channels == 24
+    plain = not (variant.affine or variant.statistics or variant.energies)
+    return replace(row, num_warps=1) if sizes.stride == 2 and partly_filled and plain else row
+
+
+@cache
+def input_gradient(sizes: GroupedSizes, variant: GroupedVariant) -> LaunchRow:
+    """Settings of `grouped_conv_backward.input_gradient_stride1` and `_stride2`."""
+    vector = "*fp32" if variant.affine else None
+    coefficient = "*fp32" if variant.statistics else None
+    tensors = (
+        variant.pointer(),
+        vector,
+        variant.pointer(),
+        variant.pointer(variant.statistics),
+        coefficient,
+        coefficient,
+        variant.pointer(variant.affine),
+        vector,
+        vector,
+        variant.pointer(),
+    )
+    inputs, outputs = 1 + variant.affine, 1 + variant.statistics
+    row = _row("conv3x3.backward:input_gradient", sizes, variant, tensors, inputs, outputs)
+    return _ahead_in_3_6(row, sizes) if sizes.stride == 2 and variant.affine else row
+
+
+@cache
+def weight_gradient(sizes: GroupedSizes, variant: GroupedVariant) -> LaunchRow:
+    """Settings of `grouped_conv_weight.weight_gradient_stride1` and `_stride2`."""
+    vector = "*fp32" if variant.affine else None
+    coefficient = "*fp32" if variant.statistics else None
+    tensors = (
+        "*fp32",
+        variant.pointer(),
+        variant.pointer(variant.statistics),
+        coefficient,
+        coefficient,
+        variant.pointer(),
+        vector,
+        vector,
+    )
+    outputs = 1 + variant.statistics
+    return _row("conv3x3.weight:weight_gradient", sizes, variant, tensors, 1, outputs)
+
+
+def weight_splits(sizes: GroupedSizes, parts: int) -> int:
+    """Programs that share the pixels of one window in the weight gradient.
+
+    About eight programs of one warp for each processor of a large GPU; every one of them writes
+    nine matrices, so that more would move more bytes than the tensors have.
+    """
+    windows = GroupedWindows.of(sizes)
+    return max(1, min(parts, 1024 // windows.warps // windows.count))
+
+
+def _weights(sizes: GroupedSizes) -> tuple[tuple[str, int], ...]:
+    windows = GroupedWindows.of(sizes)
+    return (
+        ("GROUPS", sizes.groups),
+        ("WIDTH", sizes.width),
+        ("PADDED", windows.padded),
+        ("GROUP", windows.group),
+        ("BLOCK_K", windows.block_k),
+    )
+
+
+@cache
+def pack_weights(sizes: GroupedSizes, dtype: Dtype, *, backward: bool) -> LaunchRow:
+    """Settings of `grouped_weights.pack_weights`."""
+    windows = GroupedWindows.of(sizes)
+    return LaunchRow(
+        kernel="conv3x3.weight:pack_weights",
+        args=(f"*{dtype}", f"*{dtype}"),
+        constexprs=(
+            *_weights(sizes),
+            ("TRANSPOSE", backward),
+            ("MIRROR", backward and sizes.stride == 1),
+        ),
+        num_warps=windows.warps,
+        trip_bytes=0,
+        sample_bytes=0,
+    )
+
+
+@cache
+def reduce_weight_gradient(sizes: GroupedSizes, dtype: Dtype) -> LaunchRow:
+    """Settings of `grouped_weights.reduce_weight_gradient`."""
+    return LaunchRow(
+        kernel="conv3x3.weight:reduce_weight_gradient",
+        args=(f"*{dtype}", "*fp32", 128),
+        constexprs=(*_weights(sizes), ("BLOCK_E", REDUCED), ("BLOCK_S", 16)),
+        num_warps=4,
+        trip_bytes=16 * REDUCED * 4,
+        sample_bytes=0,
+    )
+
+
+# The 3x3 convolutions of the paper's networks whose channels need no padding: groups and (width,
+# stride) by stage. The first block of a stage has the stride, the others have none.
+PAPER_CONVOLUTIONS: dict[str, tuple[int, tuple[tuple[int, int], ...]]] = {
+    "32x4d c2": (32, ((4, 1),)),
+    "32x4d c3": (32, ((8, 2), (8, 1))),
+    "32x4d c4": (32, ((16, 2), (16, 1))),
+    "32x4d c5": (32, ((32, 2), (32, 1))),
+    "20x6d c2": (20, ((6, 1),)),
+    "20x6d c3": (20, ((12, 2), (12, 1))),
+    "20x6d c4": (20, ((24, 2), (24, 1))),
+}
+CODED = ("32x4d c4", "32x4d c5", "20x6d c3", "20x6d c4")
+
+
+def shipped_rows(arch: str) -> Iterator[tuple[str, LaunchRow]]:
+    """Every row that a step of training in bfloat16 launches, alone (`plain`) and between
+    BatchNorms (`fused`), and evaluation (`folded`). Nothing here depends on the architecture."""
+    for place, (groups, layers) in PAPER_CONVOLUTIONS.items():
+        yield f"grouped merge_statistics {place}", merge_statistics(groups * layers[0][0])
+        for width, stride in layers:
+            sizes = GroupedSizes(groups, width, stride)
+            for kind in ("plain", "fused"):
+                fused = kind == "fused"
+                variant = GroupedVariant("bf16", affine=fused, statistics=fused)
+                for make in (forward, input_gradient, weight_gradient):
+                    row = make(sizes, variant)
+                    yield f"grouped {row.kernel.split(':')[1]} {place} {kind}", row
+            folded = GroupedVariant("bf16", folded=True, energies=place in CODED)
+            row = forward(sizes, folded)
+            yield f"grouped {row.kernel.split(':')[1]} {place} folded", row
+            for backward in (False, True):
+                name = f"grouped pack_weights_{'backward' if backward else 'forward'}"
+                row = pack_weights(sizes, "bf16", backward=backward)
+                yield f"{name} stride {stride} {place}", row
+            row = reduce_weight_gradient(sizes, "bf16")
+            yield f"grouped reduce_weight_gradient stride {stride} {place}", row

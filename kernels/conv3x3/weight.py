@@ -1,0 +1,267 @@
+"""Triton: the gradient of the grouped 3x3 convolution with respect to its weight, in two stages.
+
+Letters and windows as in kernels/conv3x3/tiles.py. First every program sums its share of the pixels
+into nine `BLOCK_K x BLOCK_K` matrices, one for each tap; then these partial sums are added in a
+fixed order. Input and gradient pass through the same maps as in the other two kernels.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from coded_resnext.kernels.tile import dot, hash_in_order, round_to
+
+from .backward import load_gradient, shift
+from .tiles import around_pair, load_channels, load_three_inputs, locate
+
+
+@triton.jit
+def add_products(a, d, acc, PRECISION: tl.constexpr):
+    """`acc[kx] + a[kx]^T d`: one row of the kernel, the lanes being summed over."""
+    return (
+        dot(tl.trans(a[0]), d, acc[0], PRECISION),
+        dot(tl.trans(a[1]), d, acc[1], PRECISION),
+        dot(tl.trans(a[2]), d, acc[2], PRECISION),
+    )
+
+
+@triton.jit
+def store_row(ptr, acc, BLOCK_K: tl.constexpr):
+    """Three matrices, next to each other."""
+    k = tl.arange(0, BLOCK_K)
+    ptr += k[:, None] * BLOCK_K + k[None, :]
+    tl.store(ptr, acc[0])
+    tl.store(ptr + BLOCK_K * BLOCK_K, acc[1])
+    tl.store(ptr + 2 * BLOCK_K * BLOCK_K, acc[2])
+
+
+@triton.jit(do_not_specialize=["batch", "H", "W", "part_rows"])
+def weight_gradient_stride1(
+    partial_ptr,
+    grad_ptr,
+    y_ptr,
+    curve_ptr,
+    level_ptr,
+    x_ptr,
+    scale_ptr,
+    bias_ptr,
+    batch,
+    H,
+    W,
+    part_rows,
+    CHANNELS: tl.constexpr,
+    WINDOW: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Partial sums over the pixels; an input row meets the gradient rows above, at and below it.
+
+    Grid: windows * splits. `partial [splits, windows, 9, BLOCK_K (in), BLOCK_K (out)]` float32; the
+    rest as for `input_gradient_stride1`.
+    """
+    AFFINE: tl.constexpr = scale_ptr is not None
+    FOLLOWED: tl.constexpr = y_ptr is not None
+    WINDOWS: tl.constexpr = CHANNELS // WINDOW
+    window = tl.program_id(0) % WINDOWS
+    split = tl.program_id(0) // WINDOWS
+    k = tl.arange(0, BLOCK_K)
+    channel = window * WINDOW + k
+    inside = (k < WINDOW)[None, :]
+    terms = (
+        load_channels(curve_ptr, channel, k < WINDOW, 0.0),
+        load_channels(level_ptr, channel, k < WINDOW, 0.0),
+    )
+    affine = (
+        load_channels(scale_ptr, channel, k < WINDOW, 0.0),
+        load_channels(bias_ptr, channel, k < WINDOW, 0.0),
+    )
+    step = W.to(tl.int64) * CHANNELS
+    zero = tl.zeros((BLOCK_K, BLOCK_K), tl.float32)
+    top = (zero, zero, zero)
+    middle = (zero, zero, zero)
+    bottom = (zero, zero, zero)
+    parts = tl.cdiv(batch * W, BLOCK_M) * tl.cdiv(H, part_rows)
+    for part in range(split, parts, tl.num_programs(0) // WINDOWS):
+        sample, column, first, real = locate(part, batch, W, H, part_rows, BLOCK_M)
+        valid = around_pair(column, W, real)
+        at = ((sample * H + first) * W + column)[:, None] * CHANNELS + channel[None, :]
+        ptrs = (grad_ptr + at - step, (y_ptr if FOLLOWED else grad_ptr) + at - step)
+        x = x_ptr + at
+        above = load_gradient(ptrs, first - 1, H, valid[1], inside, terms, FOLLOWED)
+        ptrs = shift(ptrs, step)
+        here = load_gradient(ptrs, first, H, valid[1], inside, terms, FOLLOWED)
+        for i in range(tl.minimum(part_rows, H - first)):
+            a = load_three_inputs(x, first + i, H, valid, inside, affine, CHANNELS, AFFINE)
+            x += step
+            bottom = add_products(a, above, bottom, PRECISION)
+            middle = add_products(a, here, middle, PRECISION)
+            above = here
+            ptrs = shift(ptrs, step)
+            here = load_gradient(ptrs, first + i + 1, H, valid[1], inside, terms, FOLLOWED)
+            top = add_products(a, here, top, PRECISION)
+    out = partial_ptr + (split * WINDOWS + window).to(tl.int64) * (9 * BLOCK_K * BLOCK_K)
+    store_row(out, top, BLOCK_K)
+    store_row(out + 3 * BLOCK_K * BLOCK_K, middle, BLOCK_K)
+    store_row(out + 6 * BLOCK_K * BLOCK_K, bottom, BLOCK_K)
+
+
+@triton.jit(do_not_specialize=["batch", "H", "W", "part_rows"])
+def weight_gradient_stride2(
+    partial_ptr,
+    grad_ptr,
+    y_ptr,
+    curve_ptr,
+    level_ptr,
+    x_ptr,
+    scale_ptr,
+    bias_ptr,
+    batch,
+    H,
+    W,
+    part_rows,
+    CHANNELS: tl.constexpr,
+    WINDOW: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """As `weight_gradient_stride1` with stride 2: two input rows and one gradient row a step."""
+    AFFINE: tl.constexpr = scale_ptr is not None
+    FOLLOWED: tl.constexpr = y_ptr is not None
+    WINDOWS: tl.constexpr = CHANNELS // WINDOW
+    window = tl.program_id(0) % WINDOWS
+    split = tl.program_id(0) // WINDOWS
+    k = tl.arange(0, BLOCK_K)
+    channel = window * WINDOW + k
+    inside = (k < WINDOW)[None, :]
+    terms = (
+        load_channels(curve_ptr, channel, k < WINDOW, 0.0),
+        load_channels(level_ptr, channel, k < WINDOW, 0.0),
+    )
+    affine = (
+        load_channels(scale_ptr, channel, k < WINDOW, 0.0),
+        load_channels(bias_ptr, channel, k < WINDOW, 0.0),
+    )
+    OH = (H + 1) // 2
+    OW = (W + 1) // 2
+    out_step = OW.to(tl.int64) * CHANNELS
+    step = W.to(tl.int64) * CHANNELS
+    zero = tl.zeros((BLOCK_K, BLOCK_K), tl.float32)
+    top = (zero, zero, zero)
+    middle = (zero, zero, zero)
+    bottom = (zero, zero, zero)
+    parts = tl.cdiv(batch * OW, BLOCK_M) * tl.cdiv(OH, part_rows)
+    for part in range(split, parts, tl.num_programs(0) // WINDOWS):
+        sample, column, first, real = locate(part, batch, OW, OH, part_rows, BLOCK_M)
+        valid = around_pair(2 * column, W, real)
+        at = ((sample * OH + first) * OW + column)[:, None] * CHANNELS + channel[None, :]
+        ptrs = (grad_ptr + at, (y_ptr if FOLLOWED else grad_ptr) + at)
+        at = ((sample * H + 2 * first) * W + 2 * column)[:, None] * CHANNELS + channel[None, :]
+        x = x_ptr + at
+        d = load_gradient(ptrs, first, OH, valid[1], inside, terms, FOLLOWED)
+        for i in range(tl.minimum(part_rows, OH - first)):
+            row = first + i
+            a = load_three_inputs(x, 2 * row, H, valid, inside, affine, CHANNELS, AFFINE)
+            middle = add_products(a, d, middle, PRECISION)
+            x += step
+            a = load_three_inputs(x, 2 * row + 1, H, valid, inside, affine, CHANNELS, AFFINE)
+            bottom = add_products(a, d, bottom, PRECISION)
+            x += step
+            ptrs = shift(ptrs, out_step)
+            d = load_gradient(ptrs, row + 1, OH, valid[1], inside, terms, FOLLOWED)
+            top = add_products(a, d, top, PRECISION)
+    out = partial_ptr + (split * WINDOWS + window).to(tl.int64) * (9 * BLOCK_K * BLOCK_K)
+    store_row(out, top, BLOCK_K)
+    store_row(out + 3 * BLOCK_K * BLOCK_K, middle, BLOCK_K)
+    store_row(out + 6 * BLOCK_K * BLOCK_K, bottom, BLOCK_K)
+
+
+hash_in_order(globals())
+
+
+@triton.jit
+def weight_index(
+    window,
+    tap,
+    source,
+    target,
+    GROUPS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PADDED: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """Where `[N*D, D, 3, 3]` keeps the weight from channel `source` to channel `target` of a
+    window, and whether there is such a weight."""
+    group = source // PADDED
+    real = (group == target // PADDED) & (group < GROUP) & (window * GROUP + group < GROUPS)
+    real = real & (source % PADDED < WIDTH) & (target % PADDED < WIDTH)
+    row = (window * GROUP + group) * WIDTH + target % PADDED
+    return (row * WIDTH + source % PADDED) * 9 + tap, real
+
+
+@triton.jit
+def pack_weights(
+    packed_ptr,
+    weight_ptr,
+    GROUPS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PADDED: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    TRANSPOSE: tl.constexpr,
+    MIRROR: tl.constexpr,
+):
+    """`weight [N*D, D, 3, 3]` to `packed [windows, 9, BLOCK_K, BLOCK_K]`, from row to column.
+
+    TRANSPOSE exchanges the two channels and MIRROR reverses the taps. Grid: windows * 9.
+    """
+    window = tl.program_id(0) // 9
+    tap = tl.program_id(0) % 9
+    k = tl.arange(0, BLOCK_K)
+    source = k[None, :] if TRANSPOSE else k[:, None]
+    target = k[:, None] if TRANSPOSE else k[None, :]
+    at, real = weight_index(
+        window, 8 - tap if MIRROR else tap, source, target, GROUPS, WIDTH, PADDED, GROUP
+    )
+    out = packed_ptr + tl.program_id(0) * (BLOCK_K * BLOCK_K) + k[:, None] * BLOCK_K + k[None, :]
+    tl.store(out, tl.load(weight_ptr + at, mask=real, other=0.0))
+
+
+@triton.jit(do_not_specialize=["splits"])
+def reduce_weight_gradient(
+    gradient_ptr,
+    partial_ptr,
+    splits,
+    GROUPS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PADDED: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
+    """Sum `partial [splits, windows, 9, BLOCK_K, BLOCK_K]` float32 into `gradient [N*D, D, 3, 3]`.
+
+    Grid: windows * 9 * (BLOCK_K^2 / BLOCK_E). The order of the additions depends on nothing but
+    `splits`.
+    """
+    CHUNKS: tl.constexpr = BLOCK_K * BLOCK_K // BLOCK_E
+    matrix = tl.program_id(0) // CHUNKS
+    element = (tl.program_id(0) % CHUNKS) * BLOCK_E + tl.arange(0, BLOCK_E)
+    matrices: tl.constexpr = (GROUPS + GROUP - 1) // GROUP * 9
+    s = tl.arange(0, BLOCK_S)
+    total = tl.zeros((BLOCK_S, BLOCK_E), tl.float32)
+    for start in range(0, splits, BLOCK_S):
+        split = (start + s)[:, None].to(tl.int64)
+        at = (split * matrices + matrix) * (BLOCK_K * BLOCK_K) + element[None, :]
+        total += tl.load(partial_ptr + at, mask=split < splits, other=0.0)
+    at, real = weight_index(
+        matrix // 9, matrix % 9, element // BLOCK_K, element % BLOCK_K, GROUPS, WIDTH, PADDED, GROUP
+    )
+    value = tl.sum(total, 0)
+    tl.store(gradient_ptr + at, round_to(value, gradient_ptr.dtype.element_ty), mask=real)
+
+
+hash_in_order(globals())

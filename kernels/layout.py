@@ -1,0 +1,84 @@
+"""What every launch of a kernel needs: which tensors the kernels take, layouts, row settings.
+
+No import of Triton before a kernel runs.
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import rows
+
+DTYPES: dict[torch.dtype, rows.Dtype] = {
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.float32: "fp32",
+}
+
+
+# Looked for once: the compiler of torch 2.11 does not follow the search.
+HAS_TRITON = find_spec("triton") is not None
+
+
+def interpreted() -> bool:
+    """Whether the kernels run in Triton's interpreter, which is decided when they are imported."""
+    if not (HAS_TRITON and os.environ.get("TRITON_INTERPRET")):
+        return False
+    from .tile import INTERPRETED
+
+    # The value: the compiler of torch 2.11 cannot see through a constexpr.
+    return bool(INTERPRETED.value)
+
+
+def tf32_allowed() -> bool:
+    """Whether PyTorch lets float32 products round their inputs to TF32."""
+    # A property of the module, which type checkers do not see.
+    default: str = torch.backends.fp32_precision  # type: ignore[attr-defined]
+    precision = torch.backends.cuda.matmul.fp32_precision
+    return bool((default if precision == "none" else precision) == "tf32")
+
+
+@cache
+def architecture(device: int) -> str:
+    """The name of a CUDA device's architecture, as settings and tables have it: `sm90`."""
+    if torch.version.hip:
+        return str(torch.cuda.get_device_properties(device).gcnArchName).split(":")[0]
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm{major}{minor}"
+
+
+def on_device(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Triton launches on the current device, which need not be the tensor's."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """`[B, N*D, H, W]` as contiguous `[B, H, W, N*D]`, copied unless it is channels-last."""
+    return x.permute(0, 2, 3, 1).contiguous()
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """The tensor with the strides that every implementation and fake here gives to its results."""
+    return as_rows(x).permute(0, 3, 1, 2)
+
+
+def empty_rows(like: Tensor, channels: int | None = None) -> Tensor:
+    """An uninitialised `[B, H, W, C]` for a `[B, C, H, W]`, with another number of channels."""
+    batch, own, height, width = like.shape
+    return like.new_empty((batch, height, width, own if channels is None else channels))
+
+
+def _float32(value: Tensor | None) -> Tensor | None:
+    return None if value is None else value.to(torch.float32).contiguous()
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which energies and sums are formed: float64 stays, all else is float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32

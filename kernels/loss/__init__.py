@@ -1,0 +1,1 @@
+"""The coding loss of all blocks of a network in one launch."""

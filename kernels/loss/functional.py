@@ -1,0 +1,142 @@
+"""The public coding loss (7) and early decoding (9) of one block or of all blocks of a network."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from coded_resnext.kernels import layout
+from coded_resnext.kernels.backend import Backend, select_backend
+from coded_resnext.kernels.checks import (
+    check_device,
+    check_finite,
+    check_loss,
+    check_targets,
+)
+
+from . import reference as loss_reference
+
+
+def coding_loss(
+    energies: Tensor,
+    codewords: Tensor,
+    targets: Tensor,
+    *,
+    exponent: float = 4.0,
+    threshold: float = 0.0,
+    check_values: bool = True,
+    backend: Backend = "auto",
+) -> Tensor:
+    """Coding loss of one block, (7): how far the branch energies are from the codewords.
+
+    Args:
+        energies: normalised energies `[B, N]`.
+        codewords: `[K, N]`, boolean, rows of equal weight.
+        targets: class indices `[B]`, or class probabilities `[B, K]`.
+        exponent: `q >= 1`; the paper uses 4.
+        threshold: `t >= 0`; deviations up to it cost nothing.
+        check_values: refuse energies on the CPU that are not finite.
+        backend: see the module.
+
+    Returns:
+        A scalar in the dtype of the energies (float32 at least).
+
+    Raises:
+        ValueError: wrong shapes or numbers; on CPU tensors also targets outside `0 .. K-1` and
+            energies that are not finite. Values on other devices are not read: that would make
+            the host wait for the device.
+    """
+    losses = coding_losses(
+        [energies],
+        [codewords],
+        targets,
+        exponent=exponent,
+        threshold=threshold,
+        check_values=check_values,
+        backend=backend,
+    )
+    return losses.losses[0]
+
+
+class CodingLosses(NamedTuple):
+    """What `coding_losses` returns, in the order of the blocks."""
+
+    losses: tuple[Tensor, ...]
+    """Scalars."""
+    decoded: tuple[Tensor, ...] | None
+    """Classes `[B]`."""
+
+
+def coding_losses(
+    energies: Sequence[Tensor],
+    codewords: Sequence[Tensor],
+    targets: Tensor,
+    *,
+    exponent: float = 4.0,
+    threshold: float = 0.0,
+    decode: bool = False,
+    check_values: bool = True,
+    backend: Backend = "auto",
+) -> CodingLosses:
+    """`coding_loss` of several blocks; by the kernels in one launch for blocks of equal sizes.
+
+    Args:
+        energies, codewords: one tensor for each block.
+        decode: also read the classes off the energies, (9); ties go to the lowest class.
+        targets, exponent, threshold, check_values, backend: as for `coding_loss`.
+
+    Raises:
+        ValueError: as `coding_loss`.
+    """
+    for values, book in zip(energies, codewords, strict=True):
+        check_loss(values, book, exponent, threshold)
+        if check_values:
+            check_finite("energies", values)
+        check_targets(targets, values.shape[0], book.shape[0])
+        check_device("codewords", book, values)
+    triton = select_backend(backend) == "triton" and _kernel_takes_loss(energies, targets)
+    if not triton:
+        losses = tuple(
+            loss_reference.coding_loss(values, book, targets, exponent, threshold)
+            for values, book in zip(energies, codewords, strict=True)
+        )
+        if not decode:
+            return CodingLosses(losses, None)
+        # Autocast would round the energies to half precision and make ties.
+        with torch.autocast(targets.device.type, enabled=False):
+            scores = [v @ c.to(v.dtype).T for v, c in zip(energies, codewords, strict=True)]
+        return CodingLosses(losses, tuple(score.argmax(1) for score in scores))
+    from . import operator as loss_operator
+
+    # Blocks of equal sizes share a launch.
+    groups: dict[tuple[torch.Size, torch.Size], list[int]] = {}
+    for index, (values, book) in enumerate(zip(energies, codewords, strict=True)):
+        groups.setdefault((values.shape, book.shape), []).append(index)
+    found: dict[int, Tensor] = {}
+    classes: dict[int, Tensor] = {}
+    for members in groups.values():
+        losses_of_group, _, decoded = loss_operator.coding_loss(
+            torch.stack([energies[i].float() for i in members]),
+            torch.stack([codewords[i].bool() for i in members]),
+            targets,
+            float(exponent),
+            float(threshold),
+            decode,
+        )
+        found.update(zip(members, losses_of_group.unbind(), strict=True))
+        if decode:
+            classes.update(zip(members, decoded.unbind(), strict=True))
+    order = range(len(energies))
+    return CodingLosses(
+        tuple(found[i] for i in order), tuple(classes[i] for i in order) if decode else None
+    )
+
+
+def _kernel_takes_loss(energies: Sequence[Tensor], targets: Tensor) -> bool:
+    """Whether the loss kernel computes these; float64 and trained targets are PyTorch's."""
+    double = any(values.dtype == torch.float64 for values in energies)
+    on_device = all(values.is_cuda or layout.interpreted() for values in energies)
+    return on_device and not double and not targets.requires_grad

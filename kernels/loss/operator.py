@@ -1,0 +1,112 @@
+"""The coding loss of all blocks as the PyTorch operator `coded_resnext::coding_loss`.
+
+L blocks, B samples, N branches, K classes. Values, gradients and, on request, the decoded classes
+come from one launch; elsewhere than on CUDA tensors and in Triton's interpreter, from PyTorch.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from coded_resnext.kernels.checks import check_filled
+from coded_resnext.kernels.layout import interpreted, on_device
+
+from . import rows as loss_rows
+
+
+@torch.library.custom_op("coded_resnext::coding_loss", mutates_args=())
+def coding_loss(
+    energies: Tensor,
+    codewords: Tensor,
+    targets: Tensor,
+    exponent: float,
+    threshold: float,
+    decode: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(7) and (9) for `energies [L, B, N]` float32 and boolean `codewords [L, K, N]`.
+
+    `targets` are classes `[B]` or probabilities `[B, K]`, and have no gradient.
+
+    Returns:
+        The losses `[L]`, their gradients `[L, B, N]`, and the decoded classes `[L, B]`, which are
+        empty unless asked for.
+    """
+    check_filled("energies", energies, "block, sample and branch")
+    if not (energies.is_cuda or interpreted()):
+        return _in_torch(energies, codewords, targets, exponent, threshold, decode)
+    blocks, batch, branches = energies.shape
+    classes = codewords.shape[1]
+    soft = targets.ndim == 2
+    sizes = loss_rows.LossSizes(branches, classes, soft, float(exponent), decode)
+    row = loss_rows.coding_loss(sizes)
+    programs = -(-batch // int(dict(row.constexprs)["BLOCK_B"]))
+    parts = energies.new_empty((blocks, programs))
+    grad = energies.new_empty((blocks, batch, branches))
+    decoded = energies.new_empty((blocks, batch) if decode else (0,), dtype=torch.int64)
+    with on_device(energies):
+        row.launch(
+            (programs, blocks),
+            parts,
+            grad,
+            decoded if decode else None,
+            energies.contiguous(),
+            codewords.contiguous().view(torch.uint8),
+            targets.to(torch.float32 if soft else torch.int64).contiguous(),
+            float(threshold),
+            batch,
+        )
+    return parts.sum(1) / (batch * branches), grad, decoded
+
+
+def _in_torch(
+    energies: Tensor,
+    codewords: Tensor,
+    targets: Tensor,
+    exponent: float,
+    threshold: float,
+    decode: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    books = codewords.to(energies.dtype)
+    hard = targets.ndim == 1
+    wanted = books[:, targets.long()] if hard else targets.to(energies.dtype) @ books
+    ratio = books[:, :1].mean(2, keepdim=True)
+    deviation = ratio * energies - wanted
+    excess = (deviation.abs() - threshold).relu()
+    losses = excess.pow(exponent).mean((1, 2))
+    slope = exponent * excess.pow(exponent - 1) * deviation.sign() * ratio
+    grad = torch.where(excess == 0, 0.0, slope) / energies[0].numel()
+    if not decode:
+        return losses, grad, torch.empty((0,), dtype=torch.int64, device=energies.device)
+    return losses, grad, (energies @ books.transpose(1, 2)).argmax(2)
+
+
+@coding_loss.register_fake
+def _(
+    energies: Tensor,
+    codewords: Tensor,
+    targets: Tensor,
+    exponent: float,
+    threshold: float,
+    decode: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    blocks, batch, _ = energies.shape
+    decoded = energies.new_empty((blocks, batch) if decode else (0,), dtype=torch.int64)
+    grad = energies.new_empty(tuple(energies.shape))
+    return energies.new_empty((blocks,)), grad, decoded
+
+
+def _save(ctx: Any, inputs: Any, output: Any) -> None:
+    _, grad, decoded = output
+    ctx.save_for_backward(grad)
+    ctx.mark_non_differentiable(grad, decoded)
+
+
+def _gradients(ctx: Any, grad_losses: Tensor, *_: Any) -> Any:
+    (grad,) = ctx.saved_tensors
+    return grad * grad_losses[:, None, None], None, None, None, None, None
+
+
+coding_loss.register_autograd(_gradients, setup_context=_save)

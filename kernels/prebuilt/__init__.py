@@ -1,0 +1,1 @@
+"""Kernels that are found compiled instead of being compiled."""

@@ -1,0 +1,177 @@
+"""Launch settings of the kernels for a 1x1 convolution at the end of a residual block whose output
+is not stored: its BatchNorm has statistics from the moments of what is multiplied, or is folded
+into the weight.
+
+The size of the map and of the batch are run-time numbers. No imports of PyTorch or Triton here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import cache
+
+from coded_resnext.kernels.conv1x1.rows import (
+    EXAMPLE_PIXELS,
+    PAPER_CONVOLUTIONS,
+    PAPER_JOINS,
+    SINGLE_WEIGHT,
+    ProductSizes,
+    ProductVariant,
+    Tile,
+    fitted,
+    forward,
+    forward_tile,
+    gradient_tile,
+    join_input_gradient,
+    map_tile,
+    planned,
+    row_of,
+    weight_gradient,
+)
+from coded_resnext.kernels.rows import ITEM_BYTES, LaunchRow
+
+
+@cache
+def product_join(sizes: ProductSizes, variant: ProductVariant) -> LaunchRow:
+    """Settings of `conv1x1_product_join.product_join`."""
+    before = "*fp32" if variant.affine else None
+    own = "*fp32" if variant.mapped else None
+    tensors = (
+        variant.pointer(),
+        "*u8" if variant.signs else None,
+        variant.pointer(),
+        before,
+        before,
+        variant.pointer(),
+        "*fp32" if variant.scaled else None,
+        "*fp32",
+        variant.pointer(variant.residual),
+        own,
+        own,
+        "*fp32" if variant.factor else None,
+    )
+    tile = forward_tile(sizes, variant)
+    narrow = 1 + variant.residual + variant.signs / 8 / ITEM_BYTES[variant.dtype]
+    kernel = "recompute.kernel:product_join"
+    row = row_of(kernel, tensors, sizes, variant, tile, wide=1, narrow=narrow)
+    return replace(row, args=(*row.args, EXAMPLE_PIXELS))
+
+
+def moments_tile(channels: int, variant: ProductVariant) -> Tile:
+    """Of the kernel for the moments, whose tiles have as many rows as columns."""
+    # With 64 pixels in a step AMD's compiler keeps registers in memory.
+    pixels = 32 if variant.arch.startswith("gfx") else 64
+    tile = Tile(m=128, k=pixels, n=128, warps=8, stages=3)
+    return fitted(SINGLE_WEIGHT if variant.dtype == "fp32" else tile, channels, channels)
+
+
+def moments_blocks(channels: int, tile: Tile) -> int:
+    """Blocks of the scatter on and above its diagonal."""
+    columns = -(-channels // tile.n)
+    return columns * (columns + 1) // 2
+
+
+@cache
+def moments(channels: int, variant: ProductVariant) -> LaunchRow:
+    """Settings of `conv1x1_moments.activation_moments`."""
+    tile = moments_tile(channels, variant)
+    vector = "*fp32" if variant.affine else None
+    pixel_bytes = ITEM_BYTES[variant.dtype] * channels
+    # TF32 alone would round away what makes small variances.
+    precision = "tf32x3" if variant.tf32 else variant.precision
+    return LaunchRow(
+        kernel="recompute.moments:activation_moments",
+        args=("*fp32", "*fp32", variant.pointer(), vector, vector, 4096),
+        constexprs=(
+            ("CHANNELS", channels),
+            ("BLOCK_K", tile.k),
+            ("BLOCK_N", tile.n),
+            ("PRECISION", precision),
+        ),
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+        trip_bytes=tile.k * pixel_bytes // moments_blocks(channels, tile),
+        sample_bytes=EXAMPLE_PIXELS * pixel_bytes,
+    )
+
+
+@cache
+def moments_gradient(sizes: ProductSizes, variant: ProductVariant) -> LaunchRow:
+    """Settings of `conv1x1_moments_backward.moments_input_gradient`."""
+    vector = "*fp32" if variant.affine else None
+    tensors = (
+        variant.pointer(),
+        vector,
+        variant.pointer(),
+        variant.pointer(),
+        variant.pointer(),
+        "*fp32",
+        "*fp32",
+        variant.pointer(),
+        vector,
+        vector,
+    )
+    tile = gradient_tile(sizes, variant)
+    # Of the square matrix as much at a time as of the weight: all of it, or as long a step.
+    resident = tile.k >= sizes.outputs
+    step = map_tile(sizes.inputs, sizes.inputs, variant, backward=True).k if resident else tile.k
+    kernel = "recompute.moments:moments_input_gradient"
+    row = row_of(kernel, tensors, sizes, variant, tile, wide=2, narrow=1, chunked=True)
+    steps = row.steps + -(-sizes.inputs // step) - 1
+    return replace(row, constexprs=(*row.constexprs, ("BLOCK_H", step)), steps=steps)
+
+
+# The stage behind has no kernels, whose gradients would read signs.
+LAST = ("32x4d c3",)
+# The stage whose projection has the sizes of its last convolutions.
+PROJECTED = ("32x4d c3",)
+# Channels of what has its moments taken, and whether it has a map, on every GPU.
+PAPER_MOMENTS = {
+    "32x4d c2": (128, True),
+    "32x4d c3": (256, True),
+    "32x4d c2 projection": (64, False),
+    "32x4d c3 projection": (256, False),
+}
+
+
+def shipped_rows(arch: str) -> Iterator[tuple[str, LaunchRow]]:
+    """Every row of a 1x1 convolution that a step of training, or evaluation, in bfloat16
+    launches."""
+    for place, (inputs, outputs) in PAPER_CONVOLUTIONS.items():
+        sizes = ProductSizes(inputs, outputs)
+        passes = planned(arch, sizes).passes.split()
+        trained = ProductVariant(
+            residual=True, affine=True, scaled=True, signs="input" in passes, arch=arch
+        )
+        if "forward" in passes:
+            ends = ProductVariant(residual=True, arch=arch)
+            yield f"1x1 product_join {place} folded", product_join(sizes, ends)
+            yield f"1x1 product_join {place} identity", product_join(sizes, trained)
+            mapped = replace(trained, mapped=True)
+            yield f"1x1 product_join {place} mapped", product_join(sizes, mapped)
+            if trained.signs and place in LAST:
+                last = replace(trained, signs=False)
+                yield f"1x1 product_join {place} last", product_join(sizes, last)
+        if "input" in passes:
+            yield f"1x1 moments_input_gradient {place}", moments_gradient(sizes, trained)
+            if place in PROJECTED:
+                row = moments_gradient(sizes, replace(trained, affine=False))
+                yield f"1x1 moments_input_gradient {place} projection", row
+        if "weight" in passes:
+            yield f"1x1 product_weight_gradient {place}", weight_gradient(sizes, trained)
+    for place, (channels, affine) in PAPER_MOMENTS.items():
+        row = moments(channels, ProductVariant(affine=affine, arch=arch))
+        yield f"1x1 activation_moments {place}", row
+    # What stands behind such a join: a convolution of it as it is.
+    behind = ProductVariant(statistics=True, moved=True, signs=True, raw=False, arch=arch)
+    for place, (inputs, outputs) in PAPER_JOINS.items():
+        if not place.endswith("identity"):
+            continue
+        passes = planned(arch, ProductSizes(inputs, outputs, join=True)).passes.split()
+        if "forward" in passes:
+            row = forward(ProductSizes(inputs, outputs), ProductVariant(statistics=True, arch=arch))
+            yield f"1x1 product_forward {place} behind a product_join", row
+        if "input" in passes:
+            row = join_input_gradient(ProductSizes(inputs, outputs, join=True), behind)
+            yield f"1x1 join_input_gradient {place} of a product_join", row

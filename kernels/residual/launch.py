@@ -1,0 +1,128 @@
+"""The end of a residual block by the Triton kernels or by PyTorch: tensors in, tensors out.
+
+Nothing is checked here. Maps are `[B, C, H, W]`, channels-last ones are not copied; results of
+their size are channels-last. Vectors are `[C]`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from coded_resnext.kernels.affine import statistics_of
+from coded_resnext.kernels.layout import (
+    DTYPES,
+    _float32,
+    accumulation_dtype,
+    as_rows,
+    channels_last,
+    empty_rows,
+    on_device,
+)
+
+from . import rows as residual_rows
+from .rows import merge_statistics
+
+
+def forward(
+    y: Tensor,
+    scale: Tensor | None,
+    bias: Tensor,
+    residual: Tensor,
+    residual_scale: Tensor | None,
+    residual_bias: Tensor | None,
+    kernels: bool,
+    factor: Tensor | None = None,
+) -> Tensor:
+    """`relu(factor scale y + bias + residual)`, a residual with a map of its own mapped first.
+
+    `factor [B]` is one number a sample; without it, or without `scale`, they are 1.
+    """
+    if not kernels:
+        wide = y.to(accumulation_dtype(y.dtype))
+        if scale is not None:
+            wide = wide * scale[:, None, None]
+        if factor is not None:
+            wide = wide * factor[:, None, None, None]
+        wide = wide + bias[:, None, None]
+        if residual_scale is not None and residual_bias is not None:
+            mapped = residual.to(wide.dtype) * residual_scale[:, None, None]
+            residual = mapped + residual_bias[:, None, None]
+        return channels_last((wide + residual).relu().to(y.dtype))
+    rows = as_rows(y)
+    x = empty_rows(y)
+    count, channels = rows.numel() // rows.shape[3], rows.shape[3]
+    row = residual_rows.pointwise_join(
+        channels,
+        DTYPES[y.dtype],
+        mapped=residual_scale is not None,
+        folded=scale is None,
+        factor=factor is not None,
+    )
+    with on_device(y):
+        row.launch(
+            residual_rows.grid_of(count, channels),
+            x,
+            rows,
+            _float32(scale),
+            _float32(bias),
+            as_rows(residual),
+            _float32(residual_scale),
+            _float32(residual_bias),
+            _float32(factor),
+            count,
+            rows.shape[1] * rows.shape[2],
+        )
+    return x.permute(0, 3, 1, 2)
+
+
+def backward(
+    grad: Tensor, x: Tensor, y: Tensor | None, residual: Tensor | None, kernels: bool
+) -> tuple[Tensor, Tensor]:
+    """The gradient behind the ReLU, `g = grad` where `x > 0`, and sums of it `[1 to 3, C]`.
+
+    The sums are those of `g`, with a `y` of `g y` and with a `residual` of `g residual`.
+    """
+    factors = [each for each in (y, residual) if each is not None]
+    if not kernels:
+        g = torch.where(x > 0, grad, 0.0)
+        wide = g.to(accumulation_dtype(x.dtype))
+        products = [wide, *(wide * factor for factor in factors)]
+        return channels_last(g), torch.stack([each.sum((0, 2, 3)) for each in products])
+    rows = as_rows(x)
+    g = empty_rows(x)
+    count, channels = rows.numel() // rows.shape[3], rows.shape[3]
+    shape = (residual_rows.parts_of(count), 1 + len(factors), channels)
+    partial = x.new_empty(shape, dtype=torch.float32)
+    row = residual_rows.pointwise_join_backward(
+        channels, DTYPES[x.dtype], mapped=residual is not None, raw=y is not None
+    )
+    with on_device(x):
+        row.launch(
+            residual_rows.grid_of(count, channels),
+            g,
+            partial,
+            as_rows(grad),
+            rows,
+            None if y is None else as_rows(y),
+            None if residual is None else as_rows(residual),
+            count,
+        )
+    return g.permute(0, 3, 1, 2), partial.sum(0)
+
+
+def statistics(y: Tensor, kernels: bool, wanted: bool = True) -> Tensor:
+    """(count, sum, M2) of each channel, `[3, C]` in the accumulation dtype; `[0]` if not wanted."""
+    if not kernels or not wanted:
+        return statistics_of(y, wanted)
+    rows = as_rows(y)
+    count, channels = rows.numel() // rows.shape[3], rows.shape[3]
+    parts = residual_rows.parts_of(count)
+    partial = y.new_empty((parts, 3, channels), dtype=torch.float32)
+    total = y.new_empty((3, channels), dtype=torch.float32)
+    with on_device(y):
+        residual_rows.column_statistics(channels, DTYPES[y.dtype]).launch(
+            residual_rows.grid_of(count, channels), partial, rows, count
+        )
+        merge_statistics(channels).launch((-(-channels // 8),), total, partial, parts)
+    return total

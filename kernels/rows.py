@@ -1,0 +1,256 @@
+"""What launch settings are made of: one row for each specialisation of a kernel.
+
+The code that launches a kernel, the table of compiled code and the ahead-of-time build read the
+same rows. Settings follow from static sizes and the architecture by the rules in the files
+`rows.py` of each folder, one for each family of kernels; `kernels/build/shipped.py` lists those
+that training the paper's networks needs. Nothing is tuned while a program runs. No imports of
+PyTorch or Triton in any of these files.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any, Literal
+
+Dtype = Literal["bf16", "fp16", "fp32"]
+ITEM_BYTES: dict[str, int] = {"bf16": 2, "fp16": 2, "fp32": 4}
+
+# The largest branch whose Gram matrix fits into the registers of four warps.
+WIDEST_BRANCH = 64
+
+
+@dataclass(frozen=True)
+class BlockSizes:
+    """Static sizes of a coded operation; letters as in docs/math.md."""
+
+    branches: int
+    """`N`."""
+    width: int
+    """`D`, channels of a branch."""
+    channels: int
+    """`C`, output channels of a branch."""
+    pixels: int
+    """`P = H*W`."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What else a compiled kernel depends on."""
+
+    dtype: Dtype = "bf16"
+    """Of the activations."""
+    affine: bool = False
+    """Whether the kernel applies BatchNorm's affine map and the ReLU while it loads."""
+    drop: bool = False
+    """Whether there is a DropSubNNs mask (5)."""
+    keep: bool = False
+    """Whether there is a removal mask (10)."""
+    tf32: bool = False
+    """Whether float32 products may round their inputs to TF32."""
+    arch: str = "sm90"
+    """`sm80`, `sm90`, `sm100`, `gfx942` and so on; `cpu` in Triton's interpreter."""
+
+    @property
+    def precision(self) -> str:
+        """Triton's name of the precision of float32 products."""
+        return "tf32" if self.tf32 else "ieee"
+
+    def pointer(self, present: bool = True, dtype: str | None = None) -> str | None:
+        """A row's word for a tensor in the dtype of the activations, None for an absent one."""
+        return f"*{dtype or self.dtype}" if present else None
+
+    @property
+    def affine_map(self) -> tuple[str | None, str | None]:
+        """A row's words for the scale and the bias of BatchNorm's affine map."""
+        pointer = self.pointer(self.affine, "fp32")
+        return pointer, pointer
+
+
+Argument = str | int | float | None
+
+
+@dataclass(frozen=True)
+class LaunchRow:
+    """One specialisation of one kernel, complete: `launch` adds the grid and the tensors only."""
+
+    kernel: str
+    """`module:function` inside this package."""
+    args: tuple[Argument, ...]
+    """Run-time arguments in the order of the signature: `*bf16` for a pointer, aligned to 16
+    bytes; None for an absent one; a number stands for itself and is never specialised on."""
+    constexprs: tuple[tuple[str, int | float | str], ...]
+    num_warps: int
+    trip_bytes: int
+    """Bytes that a program moves in one trip of its innermost loop over a batch's tensors."""
+    sample_bytes: int
+    """The least that one sample costs in memory traffic: each tensor moved once."""
+    num_stages: int = 1
+    enable_fp_fusion: bool = True
+    """Whether a product may be added without being rounded before."""
+    steps: int = 1
+    """Trips of the innermost loop for one of the loop around it, of which `trip_bytes` then are."""
+
+    @property
+    def keywords(self) -> dict[str, Any]:
+        """Keyword arguments of the launch. Their order is part of Triton's key: never sort it."""
+        return {
+            **dict(self.constexprs),
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+            "enable_fp_fusion": self.enable_fp_fusion,
+        }
+
+    def function(self) -> Any:
+        """The kernel, a `triton.JITFunction`."""
+        return _function(self.kernel)
+
+    def launch(self, grid: tuple[int, ...], *args: Any) -> None:
+        """Run the kernel on tensors in the order of `args`."""
+        self.function()[grid](*args, **self.keywords)
+
+
+@cache
+def _function(kernel: str) -> Any:
+    from coded_resnext.kernels.prebuilt.cache import install
+
+    install()
+    module, name = kernel.split(":")
+    return getattr(importlib.import_module(f".{module}", __package__), name)
+
+
+@cache
+def triton_release() -> str:
+    """Major and minor number of the installed Triton, such as `3.9`; empty without one.
+
+    For the few rows that one version needs to be its own.
+    """
+    try:
+        return ".".join(version("triton").split(".")[:2])
+    except PackageNotFoundError:
+        return ""
+
+
+def next_power_of_2(number: int) -> int:
+    """The least power of two that is not below a positive number."""
+    return 1 << (number - 1).bit_length()
+
+
+@dataclass(frozen=True)
+class Windows:
+    """How the channels of a block are cut into windows that hold whole branches."""
+
+    group: int
+    """Branches of a window; several where one would not fill the 16 rows of a product."""
+    block_k: int
+    """Channels of a window, padded to a power of two."""
+    count: int
+
+    @classmethod
+    def of(cls, sizes: BlockSizes) -> Windows:
+        """The windows of a block."""
+        group = max(1, 16 // sizes.width)
+        block_k = max(16, next_power_of_2(group * sizes.width))
+        return cls(group, block_k, -(-sizes.branches // group))
+
+    def constexprs(
+        self, sizes: BlockSizes, *, windows: int, block_p: int
+    ) -> tuple[tuple[str, int], ...]:
+        """Compile-time sizes that all kernels over windows share."""
+        return (
+            ("BRANCHES", sizes.branches),
+            ("WIDTH", sizes.width),
+            ("PIXELS", sizes.pixels),
+            ("GROUP", self.group),
+            ("GROUP_P", next_power_of_2(self.group)),
+            ("WINDOWS", windows),
+            ("BLOCK_K", self.block_k),
+            ("BLOCK_P", block_p),
+        )
+
+
+def with_registers(row: LaunchRow, sizes: BlockSizes, variant: Variant) -> LaunchRow:
+    """A gradient's row with twice the warps where its own would spill.
+
+    In float32 the compiler for sm_80 leaves 32 registers to a thread that works on 64 channels.
+    """
+    wide = Windows.of(sizes).block_k > 32
+    starved = wide and variant.dtype == "fp32" and variant.arch == "sm80"
+    return replace(row, num_warps=2 * row.num_warps) if starved else row
+
+
+def block_pixels(sizes: BlockSizes, most: int) -> int:
+    """Pixels of a tile: the map where it is small, at least the 16 rows of a product."""
+    return min(most, max(16, next_power_of_2(sizes.pixels)))
+
+
+# Architecture, kernel, and sizes as `sizes_of` words them, to the settings that differ.
+TUNED: dict[tuple[str, str, str], Mapping[str, int]] = {}
+
+
+# Compile-time numbers of each kernel that results do not depend on.
+TILES: dict[str, tuple[str, ...]] = {
+    "coded.energy:energy_forward": ("BLOCK_P", "SAMPLES"),
+    "coded.energy:energy_backward": ("BLOCK_P", "SAMPLES"),
+    "coded.energy:weighted_gram": ("BLOCK_P", "SAMPLES"),
+    "coded.aggregate:aggregate_forward": ("BLOCK_P",),
+    "coded.aggregate:aggregate_backward": ("BLOCK_P",),
+    "coded.expand_kernel:expand_forward": ("BLOCK_P", "SAMPLES", "BLOCK_C"),
+}
+
+
+_SIZES = {"BRANCHES": "N", "WIDTH": "D", "CHANNELS_OUT": "C", "PIXELS": "P"}
+
+
+def sizes_of(row: LaunchRow) -> str:
+    """What a row is for, in words: its sizes, and what its tensors are, `-` for an absent one."""
+    constexprs = dict(row.constexprs)
+    sizes = (
+        f"{letter}={constexprs[name]}" for name, letter in _SIZES.items() if name in constexprs
+    )
+    tensors = (str(arg or "-").removeprefix("*") for arg in row.args if isinstance(arg, str | None))
+    return f"{' '.join(sizes)} {','.join(tensors)} {constexprs['PRECISION']}"
+
+
+def settings_of(row: LaunchRow) -> dict[str, int]:
+    """The settings of a row that can be changed; empty for a kernel without any."""
+    if row.kernel not in TILES:
+        return {}
+    constexprs = dict(row.constexprs)
+    tiles = {name: int(constexprs[name]) for name in TILES[row.kernel]}
+    return {**tiles, "num_warps": row.num_warps, "num_stages": row.num_stages}
+
+
+def changed(row: LaunchRow, settings: Mapping[str, int]) -> LaunchRow:
+    """A row with other tiles, warps or stages.
+
+    Raises:
+        ValueError: a row has no such setting.
+    """
+    own = settings_of(row)
+    if not settings.keys() <= own.keys():
+        raise ValueError(f"settings: expected some of {list(own)}, got {list(settings)}")
+    new = {**own, **settings}
+    return replace(
+        row,
+        constexprs=tuple((name, new.get(name, value)) for name, value in row.constexprs),
+        num_warps=new["num_warps"],
+        num_stages=new["num_stages"],
+        trip_bytes=row.trip_bytes * _trip(new) // _trip(own),
+    )
+
+
+def _trip(settings: Mapping[str, int]) -> int:
+    """What the bytes of one trip are proportional to."""
+    if "BLOCK_C" in settings:
+        return settings["SAMPLES"] * settings["BLOCK_P"] + settings["BLOCK_C"]
+    return settings["BLOCK_P"]
+
+
+def tuned(row: LaunchRow, arch: str) -> LaunchRow:
+    """The row with what the table has for it."""
+    settings = TUNED.get((arch, row.kernel, sizes_of(row)))
+    return changed(row, settings) if settings else row

@@ -1,0 +1,144 @@
+"""`coded-resnext eval` on digits and on folders of images."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+
+from coded_resnext import Codebook, CodedResNeXt, Stage
+from coded_resnext.cli import evaluate as evaluate_command
+from coded_resnext.cli.arguments import make_parser
+from coded_resnext.data.batches import batches
+from coded_resnext.data.datasets import load_digits_split
+from coded_resnext.data.preprocessing import Preprocessing
+from coded_resnext.interpret import evaluate
+from coded_resnext.models.checkpoint import save_model
+
+PREPROCESSING = Preprocessing(8, 1, (0.3,), (0.4,))
+
+
+def run(*arguments: object) -> int:
+    return evaluate_command.run(make_parser().parse_args(["eval", *map(str, arguments)]))
+
+
+def make_model(classes: int, **arguments: object) -> CodedResNeXt:
+    """Small, for grey images."""
+    torch.manual_seed(0)
+    stages = [Stage(1, 10, 1, 10, 3)]
+    model = CodedResNeXt(stages, classes, stem_channels=4, in_channels=1, **arguments)
+    torch.nn.init.normal_(model.blocks[0].expand_bn.weight)
+    return model.eval()
+
+
+@pytest.fixture
+def model() -> CodedResNeXt:
+    """Three classes, "0" to "2"."""
+    words = ["1110000000", "0011100000", "0000011001"]
+    return make_model(3, codebooks=[Codebook.from_words(words)])
+
+
+@pytest.fixture
+def checkpoint(model, tmp_path):
+    """A run folder with the model."""
+    save_model(tmp_path / "model.safetensors", model, preprocessing=PREPROCESSING)
+    return tmp_path
+
+
+def write_images(folder, seed=0, classes=range(3)):
+    """Three random images of every class; returns what the network should see."""
+    generator = torch.Generator().manual_seed(seed)
+    images, targets = [], []
+    for index in classes:
+        (folder / str(index)).mkdir(parents=True)
+        for number in range(3):
+            pixels = torch.randint(256, (8, 8), generator=generator, dtype=torch.uint8)
+            Image.fromarray(pixels.numpy()).save(folder / str(index) / f"{number}.png")
+            images.append(PREPROCESSING.normalize(pixels[None] / 255))
+            targets.append(index)
+    return torch.stack(images), torch.tensor(targets)
+
+
+def test_digits(tmp_path, capsys):
+    model = make_model(10)
+    save_model(tmp_path / "model.safetensors", model)
+    assert run(tmp_path, "digits", "--json", "--repeats", 1) == 0
+    printed = json.loads(capsys.readouterr().out)
+    split = load_digits_split()
+    expected = evaluate(
+        model,
+        batches(split.train_images, split.train_targets),
+        batches(split.test_images, split.test_targets),
+        repeats=1,
+    )
+    assert printed == expected.to_dict()
+    assert printed["test_samples"] == 360
+    assert printed["thresholds_from"] == "training data"
+
+
+def test_folder_without_training_images(model, checkpoint, tmp_path, capsys):
+    images, targets = write_images(tmp_path / "data")
+    out = tmp_path / "out"
+    arguments = ("--seed", 3, "--repeats", 2, "--out", out)
+    assert run(checkpoint / "model.safetensors", tmp_path / "data", *arguments) == 0
+    expected = evaluate(model, None, batches(images, targets, 64), seed=3, repeats=2)
+    assert json.loads((out / "evaluation.json").read_text()) == expected.to_dict()
+    printed = capsys.readouterr().out
+    assert str(expected) in printed
+    assert "on the test data itself" in printed
+    pictures = sorted(path.name for path in out.glob("*.png"))
+    assert len(pictures) == 7
+    assert all(name in printed for name in pictures)
+
+
+def test_folder_with_training_images(model, checkpoint, tmp_path, capsys):
+    train = write_images(tmp_path / "data" / "train", seed=1)
+    test = write_images(tmp_path / "data" / "test", seed=2)
+    assert run(checkpoint, tmp_path / "data", "--json", "--repeats", 1) == 0
+    expected = evaluate(model, batches(*train), batches(*test), repeats=1)
+    assert json.loads(capsys.readouterr().out) == expected.to_dict()
+    assert expected.thresholds_from == "training data"
+
+
+def test_data_that_do_not_fit(model, checkpoint, tmp_path):
+    write_images(tmp_path / "two", classes=range(2))
+    with pytest.raises(ValueError, match="3 classes of the model; missing: 2"):
+        run(checkpoint, tmp_path / "two")
+    with pytest.raises(NotADirectoryError, match="expected a folder of images"):
+        run(checkpoint, tmp_path / "nowhere")
+    with pytest.raises(ValueError, match=r"DATA: digits have 10 classes and 1 channel.* 3 and 1"):
+        run(checkpoint, "digits")
+    save_model(tmp_path / "bare.safetensors", model)
+    with pytest.raises(ValueError, match="CHECKPOINT: expected a model with a preprocessing"):
+        run(tmp_path / "bare.safetensors", tmp_path / "two")
+
+
+def test_the_backend_that_is_asked_for_computes(checkpoint, tmp_path, monkeypatch):
+    write_images(tmp_path / "data")
+    seen = []
+    original = evaluate_command.evaluate
+
+    def watched(model, *rest, **options):
+        seen.append({block.backend for block in model.blocks})
+        return original(model, *rest, **options)
+
+    monkeypatch.setattr(evaluate_command, "evaluate", watched)
+    for backend in ("torch", "fused", "reference"):
+        arguments = ("--json", "--repeats", 1, "--backend", backend)
+        assert run(checkpoint, tmp_path / "data", *arguments) == 0
+    assert seen == [{"torch"}, {"fused"}, {"reference"}]
+
+
+def test_a_backend_that_there_is_not(checkpoint, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        run(checkpoint, "digits", "--backend", "cuda")
+    assert "--backend: invalid choice: 'cuda'" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels can run")
+def test_a_backend_that_cannot_run_is_not_a_damaged_file(checkpoint, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ValueError, match=r"^backend: 'triton' was asked for but cannot run: "):
+        run(checkpoint, "digits", "--backend", "triton")

@@ -1,0 +1,87 @@
+"""`coded-resnext report`."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+from support.report_runs import ODD_NAMES, Run, odd_run
+
+from coded_resnext.cli import main
+from coded_resnext.interpret.report import gather, render
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A whole run."""
+    return odd_run(tmp_path_factory.mktemp("report") / "run")
+
+
+def test_the_page_is_written_into_the_run(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main.main(["report", str(run.folder)]) == 0
+    page = run.folder / "report.html"
+    assert capsys.readouterr().out == f"wrote {page}\n"
+    assert page.read_text() == render(gather(run.folder))
+
+
+def test_json_is_the_content(run: Run, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    out = tmp_path / "page.html"
+    assert main.main(["report", str(run.folder), "--json", "--out", str(out)]) == 0
+    assert json.loads(capsys.readouterr().out) == gather(run.folder)
+    assert not out.exists()
+
+
+def test_tables_and_figures_of_the_saved_results(
+    run: Run, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    command = ["report", str(run.folder), "--out", str(tmp_path / "new" / "page.html")]
+    command += ["--csv", str(tmp_path / "csv"), "--figures", str(tmp_path / "figures")]
+    assert main.main(command) == 0
+    said = capsys.readouterr().out.splitlines()
+    written = [Path(line.removeprefix("wrote ")) for line in said]
+    assert all(path.is_file() for path in written)
+    assert {path.parent for path in written} == {
+        tmp_path / "new",
+        tmp_path / "csv",
+        tmp_path / "figures",
+    }
+    with (tmp_path / "csv" / "classes.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["class_name"] for row in rows] == list(ODD_NAMES)
+    best = run.evaluation.one_class.classifiers[1].average_precision
+    assert float(rows[1]["average_precision"]) == best
+    assert {path.suffix for path in (tmp_path / "figures").iterdir()} == {".png", ".svg"}
+
+
+def test_what_is_missing_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.json").write_text('{"data": "x"}')
+    assert main.main(["report", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    assert "missing: Results: evaluation.json is not in the run's folder. `coded-resnext" in said
+    assert "x" in (tmp_path / "report.html").read_text()
+
+
+@pytest.mark.parametrize("options", [[], ["--json"]])
+def test_bad_folders_are_one_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str]
+) -> None:
+    for folder, message in (
+        (tmp_path / "none", "RUN: expected the folder of a run, found none at"),
+        (tmp_path, "RUN: expected the folder of a run, got"),
+    ):
+        assert main.main(["report", str(folder), *options]) == 2
+        said = capsys.readouterr()
+        assert said.err.startswith(f"coded-resnext: {message}")
+        assert said.err.count("\n") == 1
+        assert said.out == ""
+
+
+def test_tables_of_no_results_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    assert main.main(["report", str(tmp_path), "--csv", str(tmp_path / "csv")]) == 2
+    assert "evaluation.json" in capsys.readouterr().err
+    assert not (tmp_path / "report.html").exists()

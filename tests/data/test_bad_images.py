@@ -1,0 +1,151 @@
+"""Twelve kinds of bad image in training, evaluation and `predict`: one behaviour, documented."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from support.bad_images import BAD_IMAGES, FAILING, GREY, BadImage
+from support.small_networks import make_network
+
+from coded_resnext.cli import main
+from coded_resnext.data.augment import Augmentation, TrainTransform
+from coded_resnext.data.datasets import load_dataset
+from coded_resnext.data.image_folder import image_folder
+from coded_resnext.data.loaders import EvalImages, TrainImages
+from coded_resnext.data.preprocessing import Preprocessing
+from coded_resnext.models.checkpoint import save_model
+
+PREPROCESSING = Preprocessing(16, 1, (0.0,), (1.0,))
+COLOUR = Preprocessing(16, 3, (0.0,) * 3, (1.0,) * 3)
+GOOD = 9
+here = [
+    pytest.param(
+        bad,
+        id=bad.name,
+        marks=pytest.mark.skipif(
+            bad.name == "unreadable.png" and not FAILING.exists(), reason="no such device"
+        ),
+    )
+    for bad in BAD_IMAGES
+]
+every_kind = pytest.mark.parametrize("bad", here)
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """`train` and `test` with ten images in each of two classes, one of which may go bad."""
+    for split in ("train", "test"):
+        for label in ("ant", "bee"):
+            folder = tmp_path / "data" / split / label
+            folder.mkdir(parents=True)
+            for index in range(GOOD):
+                Image.fromarray(GREY).save(folder / f"z{index}.png")
+    return tmp_path / "data"
+
+
+def close(found: torch.Tensor, bad: BadImage) -> bool:
+    """The pixels that the file is to show, but for JPEG's losses."""
+    assert bad.intensity is not None
+    expected = torch.from_numpy(bad.intensity()) / 255
+    return bool((found - expected).abs().max() < 0.06)
+
+
+@every_kind
+@pytest.mark.parametrize("storage", ["files", "memory"])
+def test_in_training(
+    bad: BadImage, storage: str, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Found at the start, it is refused there; met, it is left out, counted and named."""
+    path = data / "train" / "ant" / bad.name
+    bad.make(path)
+    if bad.found == "start":
+        with pytest.raises(ValueError, match=bad.name):
+            load_dataset("folder", data, storage=storage, max_damaged=0.2)
+        return
+    splits = load_dataset("folder", data, storage=storage, max_damaged=0.2)
+    # The first of the class by name, but in memory where it was left out.
+    present = [i for i in range(len(splits.train)) if splits.train.name(i) == str(path)]
+    if bad.found == "read":
+        pixels = torch.from_numpy(np.asarray(splits.train.image(present[0]), np.float32)) / 255
+        assert all(close(pixels[..., channel], bad) for channel in range(3))
+    transform = TrainTransform(Augmentation(), COLOUR)
+    loader = TrainImages(splits.train, transform, 4, seed=0, max_damaged=0.2)
+    seen = torch.cat([batch.images for batch in loader])
+    assert seen.isfinite().all()
+    noted = bad.name in capsys.readouterr().err
+    assert noted == (bad.found == "met")
+    assert bool(loader.damaged.reasons) == (bad.found == "met" and storage == "files")
+    # No allowance: too many damaged images end the run, with their names.
+    if bad.found == "met" and storage == "files":
+        strict = TrainImages(splits.train, transform, 4, seed=0, max_damaged=0)
+        with pytest.raises(ValueError, match=rf"max_damaged.*{bad.name}"):
+            list(strict)
+
+
+@every_kind
+def test_in_evaluation(bad: BadImage, data: Path) -> None:
+    """Never left out: what cannot be read is an error that names it."""
+    bad.make(data / "test" / "ant" / bad.name)
+    if bad.found == "read":
+        images = torch.cat(
+            [x for x, _ in image_folder(data / "test", ["ant", "bee"], PREPROCESSING)]
+        )
+        assert len(images) == 2 * GOOD + 1
+        assert close(images[0, 0], bad)
+        splits = load_dataset("folder", data, storage="files")
+        evaluated = torch.cat([x for x, _ in EvalImages(splits.test, COLOUR, 4)])
+        assert close(evaluated[0, 1], bad)
+        return
+    with pytest.raises(ValueError, match=bad.name):
+        list(image_folder(data / "test", ["ant", "bee"], PREPROCESSING))
+    with pytest.raises(ValueError, match=bad.name):
+        list(EvalImages(load_dataset("folder", data, storage="files").test, COLOUR, 4))
+    with pytest.raises(ValueError, match=bad.name):
+        load_dataset("folder", data, storage="memory", max_damaged=1)
+
+
+@every_kind
+def test_in_predict(bad: BadImage, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / bad.name
+    bad.make(path)
+    model = make_network()
+    save_model(tmp_path / "m.safetensors", model, preprocessing=PREPROCESSING)
+    status = main.main(["predict", str(tmp_path / "m.safetensors"), str(path), "--json"])
+    said = capsys.readouterr()
+    assert (status == 0) == (bad.found == "read")
+    if bad.found == "read":
+        Image.fromarray(GREY).save(tmp_path / "plain.png")
+        main.main(
+            ["predict", str(tmp_path / "m.safetensors"), str(tmp_path / "plain.png"), "--json"]
+        )
+        plain = capsys.readouterr().out
+        assert plain.replace("plain.png", bad.name) == said.out
+    else:
+        assert bad.name in said.err
+
+
+def test_a_pipe_is_not_waited_for(data: Path) -> None:
+    os.mkfifo(data / "train" / "ant" / "pipe.png")
+    with pytest.raises(ValueError, match=r"pipe\.png: expected an image, got something else"):
+        load_dataset("folder", data)
+
+
+def test_a_file_that_may_not_be_read_is_found_at_the_start(
+    data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As for a user who is not the administrator."""
+    monkeypatch.setattr("os.access", lambda path, mode: Path(path).name != "z3.png")
+    with pytest.raises(ValueError, match=r"z3\.png: .* may not be read"):
+        load_dataset("folder", data)
+
+
+def test_every_kind_is_documented() -> None:
+    text = (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
+    for bad in BAD_IMAGES:
+        assert f"`{bad.name}`" in text

@@ -1,0 +1,68 @@
+"""The operators' schemas, fakes and gradients, and whole graphs of the compiler, on the CPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from support.cases import Case
+from support.helpers import relative_error
+from torch import Tensor
+
+from coded_resnext.kernels import coded_aggregate, coding_losses, layout
+from coded_resnext.kernels.coded.expand import coded_expand
+from coded_resnext.kernels.coded.operator import branch_energy, normalize_branches
+from coded_resnext.kernels.loss.operator import coding_loss
+
+
+def arguments(affine: bool, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=dtype).requires_grad_()
+
+    return {
+        "z": normal(2, 12, 3, 3),
+        "branch_weight": normal(4, 5, 3),
+        "scale": normal(12) if affine else None,
+        "bias": normal(12) if affine else None,
+        "mask": torch.tensor([[1, 0, 1, 1], [1, 1, 1, 0]], dtype=dtype),
+    }
+
+
+@pytest.mark.parametrize("kernels", [True, False], ids=["interpreter", "gram"])
+@pytest.mark.parametrize("affine", [False, True])
+def test_opcheck(affine: bool, kernels: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not kernels:
+        monkeypatch.setattr(layout, "interpreted", lambda: False)
+        monkeypatch.setattr("coded_resnext.kernels.loss.operator.interpreted", lambda: False)
+    z, weight, scale, bias, mask = arguments(affine).values()
+    torch.library.opcheck(branch_energy, (z, weight, scale, bias, mask))
+    torch.library.opcheck(normalize_branches, (z, weight, scale, bias, mask, None))
+    dense = weight.detach().permute(1, 0, 2).reshape(5, 12).requires_grad_()
+    asked = (None, True, True, False)
+    torch.library.opcheck(coded_expand, (z, dense, 4, scale, bias, mask, mask, *asked))
+    energies = torch.rand(2, 3, 4, requires_grad=True)
+    books = torch.eye(4, dtype=torch.bool).expand(2, 4, 4).contiguous()
+    targets = torch.tensor([0, 3, 1])
+    torch.library.opcheck(coding_loss, (energies, books, targets, 4.0, 0.1, True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_compiles_whole(layout: str, dtype: torch.dtype) -> None:
+    case = Case("compiled", B=2, layout=layout, drop=True)
+    h, weight = (value.requires_grad_() for value in case.inputs(dtype))
+    books = [torch.eye(4, dtype=torch.bool)]
+
+    def loss(h: Tensor, weight: Tensor) -> Tensor:
+        y, energies = coded_aggregate(h, weight, case.N, backend="triton", **case.masks())
+        coding = coding_losses([energies], books, torch.tensor([0, 3]), backend="triton")
+        return y.square().mean() + coding.losses[0]
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    expected = torch.autograd.grad(loss(h, weight), (h, weight))
+    found = torch.autograd.grad(compiled(h, weight), (h, weight))
+    for a, b in zip(found, expected, strict=True):
+        assert relative_error(a, b) < (1e-6 if dtype == torch.float32 else 1e-2)

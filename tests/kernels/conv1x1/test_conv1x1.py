@@ -1,0 +1,349 @@
+"""The 1x1 convolutions as operators: definition, gradients, choice of kernels, bad input."""
+
+from __future__ import annotations
+
+import logging
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from support.conv1x1_cases import ARGUMENTS, JOIN_ARGUMENTS, ProductCase, called, defined
+from support.helpers import relative_error
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from coded_resnext.kernels import conv1x1, join_conv1x1
+from coded_resnext.kernels.conv1x1 import functional as conv1x1_functional
+from coded_resnext.kernels.conv1x1 import join_operator
+from coded_resnext.kernels.conv1x1 import operator as conv1x1_operator
+from coded_resnext.kernels.conv1x1 import reference as conv1x1_reference
+from coded_resnext.kernels.conv1x1 import rows as conv1x1_rows
+from coded_resnext.kernels.conv1x1.rows import Plan, ProductSizes, planned
+from coded_resnext.kernels.residual import reference as residual_reference
+
+CASES = [
+    ProductCase("odd_map", I=8, O=3, H=5, W=3),
+    ProductCase("one_pixel", I=8, O=8, B=3, H=1, W=1),
+    ProductCase("plain", I=3, O=5, H=2, affine=False, statistics=False),
+    ProductCase("affine_alone", I=5, O=2, H=2, statistics=False),
+    ProductCase("statistics_alone", I=3, O=4, H=2, affine=False),
+    ProductCase("join", I=8, O=4, H=2, W=3, join=True),
+    ProductCase("join_identity", I=5, O=4, H=2, W=3, join=True, affine=False, signs=False),
+    ProductCase("join_without_statistics", I=8, O=3, H=2, W=2, join=True, statistics=False),
+]
+DEFERRED = [
+    ProductCase("deferred", I=8, O=6, H=3, deferred=True),
+    ProductCase("join_deferred", I=8, O=6, H=3, join=True, deferred=True),
+    ProductCase("join_deferred_identity", I=8, join=True, affine=False, deferred=True),
+]
+cases = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+
+
+def test_the_definition_is_that_of_pytorch() -> None:
+    inputs = ProductCase("join", I=8, O=3, join=True).inputs(torch.float64)
+    y, scale, bias, residual, residual_scale, residual_bias, weight = (
+        inputs[name] for name in JOIN_ARGUMENTS
+    )
+
+    def mapped(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        one, zero = torch.ones_like(a), torch.zeros_like(a)
+        # Lost beside a variance of one, since no version takes 0.
+        return F.batch_norm(x, zero, one, a, b, eps=1e-30)
+
+    expected = F.relu(mapped(y, scale, bias) + mapped(residual, residual_scale, residual_bias))
+    assert relative_error(residual_reference.join(*list(inputs.values())[:-1]), expected) < 1e-14
+    expected = F.relu(mapped(y, scale, bias) + residual)
+    assert relative_error(residual_reference.join(y, scale, bias, residual), expected) < 1e-14
+    expected = F.conv2d(F.relu(mapped(y, scale, bias)), weight)
+    assert relative_error(conv1x1_reference.conv1x1(y, weight, scale, bias), expected) < 1e-14
+
+
+@pytest.mark.parametrize("case", CASES + DEFERRED, ids=lambda case: case.name)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_equals_the_definition(case: ProductCase, dtype: torch.dtype) -> None:
+    # Float32 rounds sums; bfloat16 also results, and the gradient that goes into the convolution.
+    tolerance = {torch.float64: 1e-13, torch.float32: 3e-6, torch.bfloat16: 2e-2}[dtype]
+    inputs = case.inputs(dtype)
+    found, expected = called(case, inputs, ""), defined(case, inputs)
+    assert set(found) == set(expected)
+    for name in ("x", "y"):
+        assert name not in found or found[name].dtype == dtype
+        assert name not in found or found[name].is_contiguous(memory_format=torch.channels_last)
+    errors = {name: relative_error(found[name].double(), expected[name]) for name in expected}
+    assert max(errors.values()) < tolerance, errors
+
+
+def public(case: ProductCase, leaves: dict[str, Tensor]) -> tuple[Tensor, ...]:
+    """The public function on the tensors of a case, in their order."""
+    if case.join:
+        maps = {name: leaves.get(name) for name in JOIN_ARGUMENTS if name.startswith("residual_")}
+        others = (leaves[name] for name in ("y", "scale", "bias", "residual", "weight"))
+        x, z, statistics = join_conv1x1(*others, **maps, statistics=case.statistics)
+        return (x, z) if statistics is None else (x, z, statistics)
+    x, weight, scale, bias = (leaves.get(name) for name in ARGUMENTS)
+    assert x is not None
+    assert weight is not None
+    y, statistics = conv1x1(x, weight, scale=scale, bias=bias, statistics=case.statistics)
+    return (y,) if statistics is None else (y, statistics)
+
+
+@cases
+def test_gradcheck(case: ProductCase) -> None:
+    inputs = {n: v.requires_grad_() for n, v in case.inputs(torch.float64).items()}
+
+    def call(*tensors: Tensor) -> tuple[Tensor, ...]:
+        return public(case, dict(zip(inputs, tensors, strict=True)))
+
+    assert torch.autograd.gradcheck(call, tuple(inputs.values()))
+
+
+def batch_norm_map(statistics: Tensor, gain: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+    """BatchNorm's `scale`, `bias` of training from the statistics of its input."""
+    count, total, m2 = statistics
+    mean, scale = total / count, gain * (m2 / count + 1e-5).rsqrt()
+    return scale, shift - mean * scale
+
+
+@pytest.mark.parametrize("projected", [False, True])
+def test_two_blocks_without_a_pass_over_a_map(projected: bool) -> None:
+    """The end of one block and the beginning of the next: BatchNorm by statistics and maps."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_()
+
+    h, skip = normal(2, 6, 3, 4), normal(2, 8, 3, 4)
+    last, first, projection = normal(8, 6, 1, 1), normal(5, 8, 1, 1), normal(8, 8, 1, 1)
+    gains, shifts = normal(3, 8), normal(3, 8)
+    leaves = [h, skip, last, first, gains, shifts, *([projection] if projected else [])]
+
+    def fused() -> tuple[Tensor, Tensor]:
+        y, statistics = conv1x1(h, last, statistics=True)
+        assert statistics is not None
+        scale, bias = batch_norm_map(statistics, gains[0], shifts[0])
+        residual, maps = skip, {}
+        if projected:
+            residual, of_residual = conv1x1(skip, projection, statistics=True)
+            assert of_residual is not None
+            names = ("residual_scale", "residual_bias")
+            maps = dict(zip(names, batch_norm_map(of_residual, gains[1], shifts[1]), strict=True))
+        x, z, _ = join_conv1x1(y, scale, bias, residual, first, **maps, statistics=True)
+        return x, z
+
+    def plain() -> tuple[Tensor, Tensor]:
+        def normalised(y: Tensor, n: int) -> Tensor:
+            return F.batch_norm(y, None, None, gains[n], shifts[n], True)
+
+        residual = normalised(F.conv2d(skip, projection), 1) if projected else skip
+        x = F.relu(normalised(F.conv2d(h, last), 0) + residual)
+        return x, F.conv2d(x, first)
+
+    for a, b in zip(fused(), plain(), strict=True):
+        assert relative_error(a, b) < 1e-12
+    found = torch.autograd.grad(sum(out.sin().sum() for out in fused()), leaves)
+    expected = torch.autograd.grad(sum(out.sin().sum() for out in plain()), leaves)
+    for a, b in zip(found, expected, strict=True):
+        assert relative_error(a, b) < 1e-11
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_registered_as_pytorch_wants_it(fused: bool) -> None:
+    case = ProductCase("op", I=8, O=6, H=3, affine=fused)
+    inputs = {name: value.requires_grad_() for name, value in case.inputs(torch.float32).items()}
+    tensors = [inputs.get(name) for name in ARGUMENTS]
+    torch.library.opcheck(conv1x1_operator.conv1x1, (*tensors, fused, False, ""))
+    detached = [None if v is None else v.detach() for v in tensors]
+    y = torch.randn(2, 6, 3, 5)
+    terms = (y, None, torch.ones(6), torch.ones(6)) if fused else (None, torch.ones(6), None, None)
+    for needs in ((True, True), (True, False), (False, True)):
+        torch.library.opcheck(
+            conv1x1_operator.conv1x1_backward, (torch.randn_like(y), *detached, *terms, *needs, "")
+        )
+
+
+@pytest.mark.parametrize("mapped", [True, False])
+def test_a_join_is_registered_as_pytorch_wants_it(mapped: bool) -> None:
+    case = ProductCase("op", I=8, O=6, H=3, affine=mapped, join=True)
+    inputs = {name: value.requires_grad_() for name, value in case.inputs(torch.float32).items()}
+    tensors = [inputs.get(name) for name in JOIN_ARGUMENTS]
+    operator = join_operator.join_conv1x1
+    torch.library.opcheck(operator, (*tensors, mapped, mapped, False, ""))
+    y, residual, weight = (inputs[name].detach() for name in ("y", "residual", "weight"))
+    x, z = y.relu(), torch.randn(2, 6, 3, 5)
+    signs = join_operator.pack_signs(x)
+    vector = torch.ones(6)
+    terms = (z, vector, vector, vector) if mapped else (None,) * 4
+    masks = (x, signs, y, residual) if mapped else (x, None, y, None)
+    for needs in ((True, True), (True, False), (False, True)):
+        torch.library.opcheck(
+            join_operator.join_conv1x1_backward,
+            (z + 1, x + 1 if mapped else None, *masks, weight, *terms, *needs, ""),
+        )
+
+
+@pytest.mark.parametrize("join", [False, True])
+def test_compiles_whole(join: bool) -> None:
+    case = ProductCase("compiled", I=8, O=6, H=3, join=join)
+    leaves = {name: value.requires_grad_() for name, value in case.inputs(torch.float32).items()}
+
+    def loss(*tensors: Tensor) -> Tensor:
+        *maps, statistics = public(case, dict(zip(leaves, tensors, strict=True)))
+        return sum(y.sin().sum() for y in maps) + statistics[2].sqrt().sum()
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    tensors = tuple(leaves.values())
+    expected = torch.autograd.grad(loss(*tensors), tensors)
+    for a, b in zip(torch.autograd.grad(compiled(*tensors), tensors), expected, strict=True):
+        assert relative_error(a, b) < 1e-6
+
+
+@pytest.mark.parametrize("join", [False, True])
+def test_autocast_takes_all_operands(join: bool) -> None:
+    case = ProductCase("autocast", join=join)
+    inputs = case.inputs(torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        *maps, statistics = public(case, inputs)
+    assert all(y.dtype == torch.bfloat16 for y in maps)
+    assert statistics.dtype == torch.float32
+    assert relative_error(maps[-1].double(), defined(case, inputs)["y"]) < 2e-2
+
+
+def test_signs_are_those_of_the_output() -> None:
+    x = torch.randn(2, 24, 3, 5)
+    x[0, :9] = 0
+    signs = join_operator.pack_signs(x)
+    assert signs.shape == (2, 3, 5, 3)
+    assert signs.dtype == torch.uint8
+    # The lowest bit is the first channel.
+    bits = (signs[..., None] >> torch.arange(8)) & 1
+    assert torch.equal(bits.flatten(3).permute(0, 3, 1, 2) == 1, x > 0)
+
+
+def test_the_selection_table(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for inputs, outputs, join, passes in (
+        (128, 256, False, "forward input weight"),
+        (256, 512, False, "forward input weight"),
+        (256, 128, True, "forward input"),
+        (512, 256, True, "forward input"),
+        (512, 256, False, ""),
+        (1024, 512, True, ""),
+        (512, 1024, False, ""),
+    ):
+        plan = planned("sm90", ProductSizes(inputs, outputs, join))
+        assert plan.passes == passes
+        assert plan.reason
+        assert not plan.measured
+    assert planned("sm75", ProductSizes(128, 256)).passes == ""
+    assert planned("sm80", ProductSizes(256, 128, join=True)).passes == "forward"
+    assert planned("sm80", ProductSizes(512, 256, join=True)).passes == ""
+
+    # What the rule does with a CUDA tensor, on a machine that has none.
+    monkeypatch.setattr(conv1x1_functional, "architecture", lambda _index: "sm90")
+    on_gpu: Any = SimpleNamespace(
+        is_cuda=True, dtype=torch.bfloat16, device=SimpleNamespace(type="cuda", index=0)
+    )
+    weight = torch.zeros(256, 128, 1, 1)
+    with caplog.at_level(logging.INFO, logger=conv1x1_functional.logger.name):
+        for _ in range(2):
+            chosen = conv1x1_functional.select_products(on_gpu, weight, "triton")
+            assert chosen == "forward input weight"
+    assert len(caplog.records) == 1
+    assert "predicted" in caplog.text
+    # What was not measured has to be asked for.
+    assert conv1x1_functional.select_products(on_gpu, weight, "auto") == ""
+    measured = {(128, 256): Plan("forward", "measured", measured=True)}
+    monkeypatch.setattr(conv1x1_rows, "CONVOLUTIONS", measured)
+    assert conv1x1_functional.select_products(on_gpu, weight, "auto") == "forward"
+    assert conv1x1_functional.select_products(on_gpu, weight, "torch") == ""
+    on_gpu.dtype = torch.float64
+    assert conv1x1_functional.select_products(on_gpu, weight, "auto") == ""
+
+
+@pytest.mark.parametrize(
+    ("inputs", "outputs", "passes"), [(128, 256, "forward input weight"), (136, 24, "")]
+)
+def test_the_choice_for_a_gpu_is_compiled_whole(
+    inputs: int,
+    outputs: int,
+    passes: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """On fake CUDA tensors, which need no GPU: on the CPU the rule ends before its table."""
+    monkeypatch.setattr(conv1x1_functional, "architecture", lambda _index: "sm90")
+    conv1x1_functional._report.cache_clear()
+
+    def choose(x: Tensor, weight: Tensor) -> tuple[Tensor, str]:
+        return x.relu(), conv1x1_functional.select_products(x, weight, "triton")
+
+    compiled = torch.compile(choose, fullgraph=True, dynamic=False, backend="eager")
+    with FakeTensorMode(), caplog.at_level(logging.INFO, logger=conv1x1_functional.logger.name):
+        x = torch.empty(2, inputs, 3, 3, dtype=torch.bfloat16, device="cuda")
+        weight = torch.empty(outputs, inputs, 1, 1, dtype=torch.bfloat16, device="cuda")
+        y, chosen = compiled(x, weight)
+    assert y.device.type == "cuda"
+    assert chosen == passes
+    said = [r.getMessage() for r in caplog.records if r.name == conv1x1_functional.logger.name]
+    assert [f"inputs={inputs}, outputs={outputs}" in text for text in said] == [True]
+
+
+def test_kernels_asked_for_by_name_that_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(conv1x1_operator, "interpreted", lambda: False)
+    x, weight = torch.randn(1, 8, 3, 3), torch.randn(8, 8, 1, 1)
+    with pytest.raises(RuntimeError, match=r"backend: 'triton' .* CUDA tensors, not on cpu"):
+        conv1x1(x, weight, backend="triton")
+    monkeypatch.setattr(conv1x1_operator, "interpreted", lambda: True)
+    with pytest.raises(RuntimeError, match=r"backend: 'triton' .* not torch.float64"):
+        conv1x1(x.double(), weight.double(), backend="triton")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": torch.zeros(2, 12, 4)}, r"x: expected .*\[B, I, H, W\], got .*\[2, 12, 4\]"),
+        ({"x": torch.zeros(2, 12, 4, 4, dtype=torch.int32)}, "x: expected a floating-point"),
+        ({"x": torch.zeros(0, 12, 4, 4)}, r"x: expected at least one sample.*\[0, 12, 4, 4\]"),
+        ({"weight": torch.zeros(8, 12, 3, 3)}, r"weight: expected \[O, 12, 1, 1\].*\[8, 12, 3, 3"),
+        ({"weight": torch.zeros(8, 12, 1, 1).double()}, "weight: expected .*float32.*float64"),
+        ({"scale": None}, "scale: expected a tensor, since the other of scale and bias"),
+        ({"bias": None}, "bias: expected a tensor"),
+        ({"scale": torch.ones(3)}, r"scale: expected \[12\] on cpu, got \[3\]"),
+        ({"bias": torch.ones(12).long()}, "bias: expected floating-point numbers, got torch.int64"),
+        ({"backend": "cudnn"}, "backend: expected one of auto, torch, triton; got 'cudnn'"),
+    ],
+)
+def test_bad_input_is_refused(change: dict[str, Any], message: str) -> None:
+    arguments: dict[str, Any] = {
+        "x": torch.zeros(2, 12, 4, 4),
+        "weight": torch.zeros(8, 12, 1, 1),
+        "scale": torch.ones(12),
+        "bias": torch.ones(12),
+    }
+    conv1x1(**arguments)
+    with pytest.raises(ValueError, match=message):
+        conv1x1(**{**arguments, **change})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"y": torch.zeros(2, 12, 4)}, r"y: expected .*\[B, I, H, W\]"),
+        ({"residual": torch.zeros(2, 12, 4, 3)}, r"residual: expected \[2, 12, 4, 4\]"),
+        ({"residual": torch.zeros(2, 12, 4, 4).double()}, "residual: .*float32.*got.*float64"),
+        ({"residual_bias": None}, "residual_bias: expected a tensor"),
+        ({"residual_scale": torch.ones(3)}, r"residual_scale: expected \[12\]"),
+        ({"scale": torch.ones(3)}, r"scale: expected \[12\]"),
+    ],
+)
+def test_bad_input_of_a_join_is_refused(change: dict[str, Any], message: str) -> None:
+    image, vector = torch.zeros(2, 12, 4, 4), torch.ones(12)
+    arguments: dict[str, Any] = {"y": image, "residual": image, "scale": vector, "bias": vector}
+    arguments |= {"residual_scale": vector, "residual_bias": vector}
+    arguments["weight"] = torch.zeros(8, 12, 1, 1)
+    join_conv1x1(**arguments)
+    with pytest.raises(ValueError, match=message):
+        join_conv1x1(**{**arguments, **change})

@@ -1,0 +1,33 @@
+"""Blocks in the fused data flow against the block as it is written, in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support.fused_cases import CASES, BlockCase, step_of
+from support.helpers import needs_triton, relative_error
+
+# What issue-sized promises need: float32 against float64 after three convolutions and BatchNorms.
+SINGLE = 1e-5
+NAMES = [case.name for case in CASES]
+
+
+def compare(case: BlockCase, backend: str, dtype: torch.dtype, tolerance: float) -> None:
+    block = case.make()
+    expected = step_of(case, block, "reference", torch.float64)
+    found = step_of(case, block, backend, dtype)
+    assert list(found) == list(expected)
+    for name, value in expected.items():
+        error = relative_error(found[name].to(value.dtype), value)
+        assert error < tolerance, f"{name}: {error}"
+
+
+@pytest.mark.parametrize("case", CASES, ids=NAMES)
+def test_in_float64_it_is_the_block_to_rounding(case: BlockCase) -> None:
+    compare(case, "fused", torch.float64, 1e-12)
+
+
+@needs_triton
+@pytest.mark.parametrize("case", CASES, ids=NAMES)
+def test_kernels_in_float32(case: BlockCase) -> None:
+    compare(case, "triton", torch.float32, SINGLE)

@@ -1,0 +1,144 @@
+"""Plain blocks whose last convolution is not written: which they are, and what they do."""
+
+from __future__ import annotations
+
+import copy
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from support.fused_cases import CASES, BlockCase
+from torch import Tensor, nn
+
+from coded_resnext import CodedBottleneck
+from coded_resnext.kernels.conv1x1 import functional as conv1x1_functional
+from coded_resnext.models.fused.block import fused_block
+from coded_resnext.models.fused.operators import UNWRITTEN, FusedOperators
+from coded_resnext.models.fused.values import Deferred, Product, ready
+
+PLAIN = next(case for case in CASES if case.name == "plain")
+
+
+def unwritten(block: CodedBottleneck, x: Tensor) -> bool:
+    """Whether the block leaves its last convolution to be computed."""
+    block.backend = "fused"
+    y, _ = fused_block(block, x, drop_mask=None, keep_mask=None)
+    return isinstance(y, Deferred) and isinstance(y.raw, Product)
+
+
+def image(case: BlockCase = PLAIN, **to: torch.dtype) -> Tensor:
+    x = case.inputs()["x"].to(**to) if to else case.inputs()["x"].double()
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def test_plain_blocks_that_train_are() -> None:
+    for case in CASES:
+        # Evaluation with gradients has no statistics of which to take the factor's place.
+        assert unwritten(case.make(), image(case)) == (not case.coded and case.train), case.name
+
+
+def test_blocks_with_frozen_layers_are_not() -> None:
+    block = PLAIN.make()
+    block.expand_bn.eval()
+    assert not unwritten(block, image())
+    block = next(case for case in CASES if case.name == "plain, projection").make()
+    block.skip[1].eval()  # type: ignore[index]
+    assert not unwritten(block, image(CASES[2]))
+
+
+@pytest.mark.parametrize(("channels", "expected"), [(UNWRITTEN, True), (UNWRITTEN + 8, False)])
+def test_blocks_with_many_channels_are_not(channels: int, expected: bool) -> None:
+    block = CodedBottleneck(8, 8, channels // 8, 8, None)
+    assert unwritten(block, torch.rand(2, 8, 2, 2)) == expected
+
+
+def test_devices_without_float64_write_it() -> None:
+    run, conv = FusedOperators("auto", None), nn.Conv2d(8, 8, 1)
+    for device, expected in (("cuda", True), ("mps", False)):
+        on_device: Any = SimpleNamespace(device=torch.device(device))
+        assert run.leaves_unwritten(on_device, conv) == expected
+
+
+def test_without_gradients_statistics_are_followed() -> None:
+    """As when BatchNorm's running statistics are taken anew over a data set."""
+    fused, plain = PLAIN.make(), PLAIN.make()
+    fused.backend = "fused"
+    with torch.no_grad():
+        for _ in range(2):
+            found, expected = fused(image())[0], plain(image())[0]
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    for a, b in zip(fused.buffers(), plain.buffers(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "name", ["expand.weight", "expand_bn.weight", "expand_bn.bias", "grouped_bn.weight"]
+)
+def test_a_frozen_parameter_gets_no_gradient_and_the_others_theirs(name: str) -> None:
+    blocks = [PLAIN.make() for _ in range(2)]
+    blocks[0].backend = "fused"
+    for block in blocks:
+        block.get_parameter(name).requires_grad_(False)
+        block(image())[0].square().sum().backward()
+    for (which, a), b in zip(blocks[0].named_parameters(), blocks[1].parameters(), strict=True):
+        if which == name:
+            assert a.grad is None
+        else:
+            torch.testing.assert_close(a.grad, b.grad, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("dead", ["expand.weight", "grouped_bn.weight"])
+def test_constant_channels_come_out_as_their_bias(dead: str) -> None:
+    """Their variance is 0, and rounding must not make it less."""
+    outputs = []
+    for backend, dtype in (("fused", torch.float32), ("reference", torch.float64)):
+        block = PLAIN.make().to(dtype)
+        block.backend = backend  # type: ignore[assignment]
+        nn.init.zeros_(block.get_parameter(dead)[3:])
+        outputs.append(block(image(dtype=dtype))[0])
+        outputs[-1].sum().backward()
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in block.parameters())
+    torch.testing.assert_close(outputs[0].double(), outputs[1], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.train], ids=lambda c: c.name)
+def test_a_block_of_every_kind_behind_one(case: BlockCase) -> None:
+    """The first convolution of a block computes the last one of the block before."""
+    before = CodedBottleneck(24, case.in_channels, 2, 8, None).double()
+    if case.in_channels != 24:
+        assert isinstance(before.skip, nn.Sequential)
+    blocks = [before, case.make()]
+    masks = {k: v.double() for k, v in case.inputs().items() if k.endswith("_mask")}
+    masks = {"drop_mask": None, "keep_mask": None} | masks
+    outcomes = []
+    for backend in ("fused", "reference"):
+        copies = [copy.deepcopy(block) for block in blocks]
+        for block in copies:
+            block.backend = backend  # type: ignore[assignment]
+        leaf = image().requires_grad_()
+        if backend == "fused":
+            x, _ = fused_block(copies[0], leaf, drop_mask=None, keep_mask=None)
+            assert isinstance(x, Deferred)
+            assert isinstance(x.raw, Product)
+            x, _ = fused_block(copies[1], x, **masks)
+            y = ready(x)
+        else:
+            y, _ = copies[1](copies[0](leaf)[0], **masks)
+        (y.square().sum()).backward()
+        grads = [p.grad for block in copies for p in block.parameters()]
+        buffers = [b.double() for block in copies for b in block.buffers()]
+        outcomes.append([y, leaf.grad, *grads, *buffers])
+    for a, b in zip(*outcomes, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+def test_kernels_that_run_a_pass_are_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The passes of the product go with it to where it is computed."""
+    monkeypatch.setattr(conv1x1_functional, "select_products", lambda *_a, **_k: "weight")
+    block = PLAIN.make()
+    block.backend = "fused"
+    y, _ = fused_block(block, image(), drop_mask=None, keep_mask=None)
+    assert isinstance(y, Deferred)
+    assert isinstance(y.raw, Product)
+    assert y.raw.passes == "weight"

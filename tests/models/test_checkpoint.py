@@ -1,0 +1,124 @@
+"""Model files and training states: what comes back, what is refused, what a crash leaves."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from support.helpers import assert_same_network
+
+from coded_resnext import Codebook, create_model
+from coded_resnext.data.preprocessing import Preprocessing
+from coded_resnext.models.checkpoint import load_model, save_model
+
+PREPROCESSING = Preprocessing(size=8, channels=1, mean=(0.3,), std=(0.4,))
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    """A model file with names, preprocessing and notes."""
+    torch.manual_seed(0)
+    model = create_model("coded_resnext_digits", class_names=list("abcdefghij"), head_bias=True)
+    save_model(
+        tmp_path / "model.safetensors", model, preprocessing=PREPROCESSING, training={"seed": 3}
+    )
+    return tmp_path / "model.safetensors"
+
+
+def rewrite(path: Path, **changes: Any) -> None:
+    """Change fields of the header and keep the tensors."""
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        description = json.loads(file.metadata()["coded_resnext"])
+    save_file(load_file(path), path, {"coded_resnext": json.dumps({**description, **changes})})
+
+
+def test_round_trip(path: Path) -> None:
+    torch.manual_seed(0)
+    original = create_model("coded_resnext_digits", class_names=list("abcdefghij"), head_bias=True)
+    loaded = load_model(path)
+    assert not loaded.model.training
+    assert loaded.preprocessing == PREPROCESSING
+    assert loaded.training == {"seed": 3}
+    assert loaded.model.codebooks == original.codebooks
+    assert loaded.model.class_names == tuple("abcdefghij")
+    x = torch.randn(2, 1, 8, 8)
+    assert_same_network(loaded.model, original.eval(), x)
+    # A folder stands for the model file in it.
+    assert_same_network(load_model(path.parent).model, loaded.model, x)
+
+
+def test_plain_and_float64_models_round_trip(tmp_path: Path) -> None:
+    model = create_model("resnext_digits", class_names=list("klmnopqrst")).double().eval()
+    save_model(tmp_path / "m.safetensors", model)
+    loaded = load_model(tmp_path / "m.safetensors")
+    x = torch.randn(2, 1, 8, 8, dtype=torch.float64)
+    assert_same_network(loaded.model, model, x)
+    assert loaded.model.class_names == model.class_names
+    assert loaded.preprocessing is None
+
+
+def test_expected_codebooks_are_compared(path: Path) -> None:
+    books = list(load_model(path).model.stage_codebooks)
+    load_model(path, codebooks=books)
+    with pytest.raises(ValueError, match="codebooks: expected 2 as in the checkpoint, got 1"):
+        load_model(path, codebooks=books[:1])
+    swapped = [books[0], Codebook.from_words(books[1].words[::-1], books[1].class_names)]
+    with pytest.raises(ValueError, match="codewords of coded stage 2 differ"):
+        load_model(path, codebooks=swapped)
+    renamed = [book.with_class_names(list("jihgfedcba")) for book in books]
+    with pytest.raises(ValueError, match="classes and class order of the checkpoint"):
+        load_model(path, codebooks=renamed)
+
+
+def test_header_and_weights_must_agree_on_the_codewords(path: Path) -> None:
+    books = [book.to_dict() for book in load_model(path).model.stage_codebooks]
+    books[0]["codewords"] = books[0]["codewords"][::-1]
+    rewrite(path, codebooks=books)
+    with pytest.raises(ValueError, match="trained for other codewords"):
+        load_model(path)
+
+
+def test_class_order_of_header_and_codebooks_must_agree(path: Path) -> None:
+    rewrite(path, class_names=list("jihgfedcba"))
+    with pytest.raises(ValueError, match="class_names: expected the classes of the codebooks"):
+        load_model(path)
+
+
+def test_other_format_version(path: Path) -> None:
+    rewrite(path, format_version=99)
+    with pytest.raises(ValueError, match="format_version: expected 1, got 99"):
+        load_model(path)
+
+
+def test_truncated_foreign_and_missing_files(path: Path, tmp_path: Path) -> None:
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+    with pytest.raises(ValueError, match="not a readable model file"):
+        load_model(path)
+    save_file({"a": torch.zeros(1)}, tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match="not one of a Coded ResNeXt"):
+        load_model(tmp_path / "other.safetensors")
+    with pytest.raises(FileNotFoundError, match=r"none.safetensors: expected a model file"):
+        load_model(tmp_path / "none.safetensors")
+
+
+def test_missing_fields_and_tensors(path: Path) -> None:
+    tensors = load_file(path)
+    rewrite(path, config={"num_classes": 10})
+    with pytest.raises(ValueError, match="damaged or incomplete"):
+        load_model(path)
+    save_model(path, create_model("coded_resnext_digits"))
+    del tensors["stem.0.weight"]
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    save_file(tensors, path, metadata)
+    with pytest.raises(ValueError, match=r"(?s)damaged or incomplete.*stem\.0\.weight"):
+        load_model(path)

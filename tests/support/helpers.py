@@ -1,0 +1,96 @@
+"""What several tests share: golden tensors and errors relative to the largest value."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from coded_resnext.kernels.layout import HAS_TRITON
+
+needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
+
+# Of results in a dtype against float64 for inputs that are exact in it. Inputs of products and
+# outputs are rounded to the dtype (half a unit in the last place is 5e-4 and 4e-3 for the half
+# precisions), a few times in a row; sums are float32 (float64 for float64), of some hundred terms.
+TOLERANCES = {
+    torch.float64: 1e-13,
+    torch.float32: 2e-6,
+    torch.float16: 4e-3,
+    torch.bfloat16: 3e-2,
+}
+
+# Of a network's outputs where its sums are made in another order or by other instructions, as
+# another processor, version, batch size or memory layout does: 80 and 4500 roundings of the largest
+# value, of layers that add up a few hundred terms each, one behind the other.
+ANOTHER_ORDER = {torch.float32: 1e-5, torch.float64: 1e-12}
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+
+
+def load_golden(name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The description and the tensors of a golden file."""
+    with np.load(GOLDEN / f"{name}.npz") as arrays:
+        tensors = {key: torch.from_numpy(arrays[key]) for key in arrays.files if key != "meta"}
+        return json.loads(str(arrays["meta"])), tensors
+
+
+def below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors whose names start with a prefix, without it."""
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+
+def assert_alike(found: Tensor, expected: Tensor) -> None:
+    """The same by two ways of computing it: equal but for the order in which sums are made.
+
+    `torch.equal` is for what is copied, and for the same instructions on the same data.
+    """
+    assert found.dtype == expected.dtype
+    error = relative_error(found, expected)
+    assert error < ANOTHER_ORDER[expected.dtype], error
+
+
+def assert_same_network(found: nn.Module, expected: nn.Module, x: Tensor) -> None:
+    """One that was written and read: its state to the bit, its output to rounding.
+
+    Weights that are read may lie otherwise in memory, where products take other instructions.
+    """
+    state, wanted = found.state_dict(), expected.state_dict()
+    assert state.keys() == wanted.keys()
+    for name, value in wanted.items():
+        assert state[name].dtype == value.dtype, name
+        assert torch.equal(state[name], value), name
+    assert_alike(found(x), expected(x))
+
+
+def assert_decided_alike(found: Tensor, expected: Tensor, margins: Tensor, slack: float) -> None:
+    """Decisions by two ways of computing: the same, but where rounding may decide.
+
+    Args:
+        found, expected: classes, or yes and no.
+        margins: by how much each decision was made.
+        slack: by how much the two ways may move a margin. One in twenty may be as near as that.
+    """
+    clear = margins.abs() > slack
+    assert clear.double().mean() >= 0.95
+    assert torch.equal(found[clear], expected[clear])
+
+
+def class_margins(scores: Tensor) -> Tensor:
+    """By how much the largest score of each sample exceeds the next, `[B]` of `[B, K]`."""
+    best = scores.topk(2, dim=1).values
+    return best[:, 0] - best[:, 1]
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """Largest difference over the largest expected magnitude; shapes and dtypes must agree."""
+    assert actual.shape == expected.shape, (actual.shape, expected.shape)
+    actual, expected = actual.detach(), expected.detach()
+    assert actual.isfinite().all()
+    scale = max(float(expected.abs().max()), 1e-300)
+    return float((actual.to(expected.dtype) - expected).abs().max()) / scale

@@ -1,0 +1,45 @@
+"""The folder of a run: what differs between two runs, and what a killed process has left."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from coded_resnext.training.run_folder import RunFolder, differences
+
+CONFIG = {"data": "digits", "network": {"stages": [{"depth": 1}, {"depth": 2}]}, "seed": 0}
+
+
+def test_differences_are_named_by_their_place() -> None:
+    changed = {"data": "digits", "network": {"stages": [{"depth": 1}, {"depth": 3}]}, "lr": 0.1}
+    assert differences(CONFIG, changed) == [
+        "network.stages.1.depth was 2, is 3",
+        "seed was 0, is None",
+        "lr was None, is 0.1",
+    ]
+    assert differences(CONFIG, dict(CONFIG)) == []
+    assert differences([1, 2], [1, 2, 3]) == ["was [1, 2], is [1, 2, 3]"]
+    assert differences({"a": {"x": 1}}, {"a": {"x": 2}}, ignore=("x",)) == []
+    assert len(differences({"a": "b" * 1000}, {"a": "c" * 1000})[0]) < 150
+
+
+def test_what_changes_no_result_may_change(tmp_path: Path) -> None:
+    settings = {"lr": 0.1, "recovery_interval": 0, "log_interval": 50}
+    RunFolder(tmp_path, {"training": settings})
+    RunFolder(tmp_path, {"training": {**settings, "recovery_interval": 9}}, resume=True)
+    with pytest.raises(ValueError, match=r"another kind: training.lr was 0.1, is 0.2"):
+        RunFolder(tmp_path, {"training": {**settings, "lr": 0.2}}, resume=True)
+
+
+def test_leftovers_of_a_killed_process_go(tmp_path: Path) -> None:
+    RunFolder(tmp_path, CONFIG)
+    (tmp_path / ".model.safetensors.123.tmp").write_bytes(b"half")
+    RunFolder(tmp_path, CONFIG, resume=True)
+    assert {path.name for path in tmp_path.iterdir()} == {"config.json", ".lock"}
+
+
+def test_a_file_in_the_place_of_the_folder(tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("")
+    with pytest.raises(OSError, match="run"):
+        RunFolder(tmp_path / "run", CONFIG)
