@@ -14,8 +14,6 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from coded_resnext.training.processes import STOP_SIGNALS
-
 from .augment import TrainTransform
 from .batches import Batch, Key, ShuffledSamples
 from .image_sets import DamagedImages, ImageSet
@@ -23,6 +21,9 @@ from .preprocessing import Preprocessing, derive_seed
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+# The signals that end a run: its main process answers them, not those that read.
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 _Transform = Callable[[Sequence["Image"], Sequence[int]], Tensor]
 

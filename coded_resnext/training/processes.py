@@ -22,10 +22,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from coded_resnext.data.loaders import STOP_SIGNALS
 from coded_resnext.files import printable_lines
-
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
-
 
 # One request may arrive twice: from the terminal or the batch system, and from torchrun.
 SECONDS_OF_ONE_REQUEST = 1.0
