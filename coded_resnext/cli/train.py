@@ -41,8 +41,8 @@ from coded_resnext.models.warm_start import (
 from coded_resnext.training.engine import fit
 from coded_resnext.training.processes import World, run_script, training_session
 from coded_resnext.training.recipe import (
-    _GROUPS,
-    _OWN_FLAGS,
+    GROUPS,
+    OWN_FLAGS,
     ModelConfig,
     Recipe,
     add_flags,
@@ -489,10 +489,10 @@ def parse_command(
         "--repeats", type=int, default=5, help="of the random branch removals (%(default)s)"
     )
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (%(default)s)")
-    for group in _GROUPS:
-        add_flags(parser, group, leave_out=())
+    for group in GROUPS:
+        add_flags(parser, group)
     arguments = vars(parser.parse_args(argv))
-    own = {name: arguments.pop(name) for name in _OWN_FLAGS}
+    own = {name: arguments.pop(name) for name in OWN_FLAGS}
     named = recipes / f"{own['config']}.yaml"
     path = named if named.is_file() else Path(own["config"])
     recipe = load_recipe(path, arguments)

@@ -10,7 +10,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -31,30 +31,39 @@ EraseMode = Literal["const", "rand", "pixel"]
 class Augmentation:
     """What happens to a training image; a field with the name of a flag of timm means the same."""
 
-    crop_padding: int | None = None
-    """Pad by so many black pixels and cut a place out at random; unset, cut out a part of random
-    size and shape and resize it."""
-    scale: tuple[float, ...] = (0.08, 1.0)
-    """Least and largest area of that part, as a share of the image."""
-    ratio: tuple[float, ...] = (3 / 4, 4 / 3)
-    """Least and largest width over height of that part."""
-    train_interpolation: Interpolation = "random"
-    """How it is resized; `random` draws bilinear or bicubic for every image."""
-    hflip: float = 0.5
-    """Probability of a flip from left to right."""
-    vflip: float = 0.0
-    """Probability of a flip from top to bottom."""
-    aa: str | None = None
-    """timm's RandAugment, such as `rand-m7-n2-mstd0.5`: magnitude 7, two operations, noise 0.5."""
-    reprob: float = 0.0
-    """Probability of random erasing."""
-    remode: EraseMode = "pixel"
-    """What fills the erased parts: black, one random colour, or noise."""
-    recount: int = 1
-    """Largest number of parts that are erased."""
-    augment_on: AugmentOn = "cpu"
-    """Where: `device` keeps the images in the memory of the network's device and augments whole
-    batches there, by the draws that `cpu` makes."""
+    crop_padding: Annotated[
+        int | None,
+        "Pad the image by this many black pixels on each side and cut out a random window of its "
+        "size. Without it, a part of random size and shape is cut out and resized.",
+    ] = None
+    scale: Annotated[
+        tuple[float, ...],
+        "Least and largest area of the part that is cut out, as a share of the image.",
+    ] = (0.08, 1.0)
+    ratio: Annotated[
+        tuple[float, ...], "Least and largest width over height of the part that is cut out."
+    ] = (3 / 4, 4 / 3)
+    train_interpolation: Annotated[
+        Interpolation, "How the part is resized; random draws bilinear or bicubic for each image."
+    ] = "random"
+    hflip: Annotated[float, "Probability of a flip from left to right."] = 0.5
+    vflip: Annotated[float, "Probability of a flip from top to bottom."] = 0.0
+    aa: Annotated[
+        str | None,
+        "timm's RandAugment, such as rand-m7-n2-mstd0.5: magnitude 7, two operations, noise 0.5.",
+    ] = None
+    reprob: Annotated[float, "Probability of random erasing."] = 0.0
+    remode: Annotated[
+        EraseMode,
+        "What fills an erased rectangle: black (const), one random colour (rand), or noise "
+        "(pixel).",
+    ] = "pixel"
+    recount: Annotated[int, "Largest number of rectangles that are erased from one image."] = 1
+    augment_on: Annotated[
+        AugmentOn,
+        "Where images are augmented: device keeps them in the memory of the network's device and "
+        "augments whole batches there, with the draws that cpu makes.",
+    ] = "cpu"
 
     def __post_init__(self) -> None:
         if self.crop_padding is not None and self.crop_padding < 0:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 AmpDtype = Literal["bfloat16", "float16"]
 DistBn = Literal["reduce", "broadcast"]
@@ -19,68 +19,99 @@ class TrainingConfig:
     meaning is not: timm's `batch_size` counts one process's images.
     """
 
-    epochs: int
-    """Of warm-up and cosine; `cooldown_epochs` come after them."""
-    batch_size: int
-    """Images of an optimizer step, over all processes and accumulated parts."""
-    lr: float
-    """Learning rate at the end of the warm-up."""
-    min_lr: float = 0.0
-    """At the last step of the cosine and through the cool-down."""
-    warmup_epochs: float = 0.0
-    """Over these the learning rate grows linearly from zero; the cosine begins after them."""
-    cooldown_epochs: int = 0
-    """Epochs at `min_lr` after `epochs`."""
-    momentum: float = 0.9
-    weight_decay: float = 5e-4
-    """On all parameters, BatchNorm's too, as published."""
-    clip_grad: float | None = None
-    """Largest norm of the gradient of all parameters together; None does not clip."""
-    coding_weight: float = 6.0
-    """`mu` of the total loss (8)."""
-    exponent: float = 4.0
-    """`q` of the coding loss (7)."""
-    threshold: float = 0.0
-    """`t` of the coding loss (7)."""
-    smoothing: float = 0.0
-    """Label smoothing, of the cross-entropy only."""
-    mixup: float = 0.0
-    """Parameter of MixUp's Beta distribution; 0 is off."""
-    cutmix: float = 0.0
-    """Parameter of CutMix's Beta distribution; 0 is off."""
-    mixup_prob: float = 1.0
-    """Probability that a batch is mixed at all."""
-    mixup_switch_prob: float = 0.5
-    """Probability of CutMix, where both are on."""
-    grad_accum_steps: int = 1
-    """Parts in which a process computes its share of a batch; BatchNorm sees a part at a time."""
-    amp: bool = False
-    """Automatic mixed precision."""
-    amp_dtype: AmpDtype = "bfloat16"
-    """`float16` scales the loss against underflow."""
-    channels_last: bool = False
-    torchcompile: str = ""
-    """Backend of `torch.compile` for the forward pass, such as `inductor`; empty is off."""
-    sync_bn: bool = False
-    """BatchNorm statistics over all processes in every step; on GPUs only."""
-    dist_bn: DistBn = "reduce"
-    """Running statistics of BatchNorm at an epoch's end: mean over the processes, or the first's.
-    """
-    model_ema: bool = False
-    """Also keep an exponential moving average of the weights, evaluated and saved beside them."""
-    model_ema_decay: float = 0.9998
-    model_ema_warmup: bool = False
-    """Average over fewer steps at first: a decay of at most `(1 + step) / (10 + step)`."""
-    seed: int = 0
-    """Of the weights, the order of the images, their augmentation, mixing, and DropSubNNs."""
-    log_interval: int = 50
-    """Steps between two readings of the losses: the progress bar and TensorBoard."""
-    recovery_interval: int = 0
-    """Steps between checkpoints within an epoch; 0 saves at the ends of epochs only."""
-    detect_dead_branches: bool = False
-    """After every epoch, name the branches that have no energy for any test image of any class."""
-    log_wandb: bool = False
-    """Log to Weights & Biases too."""
+    epochs: Annotated[
+        int, "Epochs of warm-up and cosine decay together; cooldown_epochs are added after them."
+    ]
+    batch_size: Annotated[
+        int, "Images in an optimizer step, counted over all processes and accumulated parts."
+    ]
+    lr: Annotated[float, "Learning rate at the end of the warm-up."]
+    min_lr: Annotated[
+        float, "Learning rate at the last step of the cosine decay and during the cool-down."
+    ] = 0.0
+    warmup_epochs: Annotated[
+        float,
+        "Epochs during which the learning rate grows linearly from zero; the cosine decay begins "
+        "after them.",
+    ] = 0.0
+    cooldown_epochs: Annotated[int, "Epochs at min_lr that follow the cosine decay."] = 0
+    momentum: Annotated[float, "Nesterov momentum of SGD."] = 0.9
+    weight_decay: Annotated[
+        float, "Weight decay of all parameters, including those of BatchNorm, as published."
+    ] = 5e-4
+    clip_grad: Annotated[
+        float | None,
+        "Largest norm of the gradient of all parameters together; without it, gradients are not "
+        "clipped.",
+    ] = None
+    coding_weight: Annotated[
+        float, "Weight mu of the coding loss in the total loss, equation (8)."
+    ] = 6.0
+    exponent: Annotated[float, "Exponent q of the coding loss, equation (7)."] = 4.0
+    threshold: Annotated[float, "Threshold t of the coding loss, equation (7)."] = 0.0
+    smoothing: Annotated[
+        float, "Label smoothing of the cross-entropy; the coding loss is not smoothed."
+    ] = 0.0
+    mixup: Annotated[float, "Parameter of the Beta distribution of MixUp; 0 turns MixUp off."] = 0.0
+    cutmix: Annotated[
+        float, "Parameter of the Beta distribution of CutMix; 0 turns CutMix off."
+    ] = 0.0
+    mixup_prob: Annotated[float, "Probability that a batch is mixed at all."] = 1.0
+    mixup_switch_prob: Annotated[
+        float, "Probability of CutMix rather than MixUp, where both are on."
+    ] = 0.5
+    grad_accum_steps: Annotated[
+        int,
+        "Number of parts in which a process computes its share of a batch; BatchNorm sees one "
+        "part at a time.",
+    ] = 1
+    amp: Annotated[bool, "Use automatic mixed precision."] = False
+    amp_dtype: Annotated[
+        AmpDtype,
+        "Dtype of automatic mixed precision; with float16 the loss is scaled against underflow.",
+    ] = "bfloat16"
+    channels_last: Annotated[
+        bool, "Keep images and activations in channels-last memory format."
+    ] = False
+    torchcompile: Annotated[
+        str,
+        "Backend of torch.compile for the forward pass, such as inductor; without it, the network "
+        "is not compiled.",
+    ] = ""
+    sync_bn: Annotated[
+        bool, "Take BatchNorm statistics over all processes in every step; this needs GPUs."
+    ] = False
+    dist_bn: Annotated[
+        DistBn,
+        "What becomes of BatchNorm's running statistics at the end of an epoch: their mean over "
+        "the processes (reduce), or those of the first process (broadcast).",
+    ] = "reduce"
+    model_ema: Annotated[
+        bool,
+        "Also keep an exponential moving average of the weights, which is evaluated and saved "
+        "beside them.",
+    ] = False
+    model_ema_decay: Annotated[float, "Decay of the moving average in each step."] = 0.9998
+    model_ema_warmup: Annotated[
+        bool,
+        "Let the moving average begin faster, with a decay of at most (1 + step) / (10 + step).",
+    ] = False
+    seed: Annotated[
+        int,
+        "Seed of the initial weights, the order of the images, their augmentation, mixing, and "
+        "DropSubNNs.",
+    ] = 0
+    log_interval: Annotated[
+        int, "Steps between two readings of the losses, for the progress bar and TensorBoard."
+    ] = 50
+    recovery_interval: Annotated[
+        int, "Steps between checkpoints within an epoch; 0 saves at the end of each epoch only."
+    ] = 0
+    detect_dead_branches: Annotated[
+        bool,
+        "After every epoch, name the branches that have no energy for any test image of any class.",
+    ] = False
+    log_wandb: Annotated[bool, "Also log to Weights & Biases."] = False
 
     def __post_init__(self) -> None:
         for name, value, low in (

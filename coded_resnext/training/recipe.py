@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import ast
 import difflib
-import inspect
 import math
-import textwrap
 import types
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, Field, asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from coded_resnext.data.augment import Augmentation
 from coded_resnext.data.datasets import Storage
@@ -33,35 +30,58 @@ ABOUT_KEYS = ("source", "expected", "cost", "command")
 class DataConfig:
     """Data."""
 
-    dataset: str = "folder"
-    """cifar10, cifar100, synthetic, or folder: DATA_DIR/train/CLASS/* with test or val."""
-    data_dir: str | None = None
-    """Where the data are; unset, $CODED_RESNEXT_DATA, or ./data."""
-    download: bool = False
-    """Let torchvision fetch a CIFAR set that is not there."""
-    storage: Storage = "auto"
-    """Of a folder: memory decodes all images once, files reads them every time, auto decides."""
-    train_images: int | None = None
-    """Train on about so many images, the same share of every class."""
-    test_images: int | None = None
-    """Test on about so many images."""
-    holdout: float = 0.0
-    """Test on this share of the training images instead, to choose settings."""
-    img_size: int = 224
-    """Height and width of the network's input."""
-    test_resize: int | None = None
-    """What the shorter side is resized to before the centre is cut out in evaluation; unset, the
-    input's size."""
-    mean: tuple[float, ...] = IMAGENET_MEAN
-    """Of the three channels, intensities 0 to 1."""
-    std: tuple[float, ...] = IMAGENET_STD
-    """Standard deviation of the three channels."""
-    workers: int = 4
-    """Processes that read images, for each training process; 0 reads in the training process."""
-    validation_batch_size: int = 256
-    """Images at a time in evaluation, for each process."""
-    max_damaged: float = 0.01
-    """Largest share of training images that may be unreadable, and are skipped."""
+    dataset: Annotated[
+        str,
+        "Name of the data set: cifar10, cifar100, synthetic, or folder for images in "
+        "DATA_DIR/train/CLASS and DATA_DIR/test/CLASS (or val).",
+    ] = "folder"
+    data_dir: Annotated[
+        str | None,
+        "Folder that holds the data. The default is $CODED_RESNEXT_DATA, or ./data where that is "
+        "not set.",
+    ] = None
+    download: Annotated[bool, "Let torchvision download a CIFAR set that is not there."] = False
+    storage: Annotated[
+        Storage,
+        "How the images of a folder are kept: memory decodes all of them once, files reads each "
+        "one whenever it is needed, auto chooses by their size.",
+    ] = "auto"
+    train_images: Annotated[
+        int | None, "Train on about this many images, the same share of every class."
+    ] = None
+    test_images: Annotated[
+        int | None, "Test on about this many images, the same share of every class."
+    ] = None
+    holdout: Annotated[
+        float,
+        "Share of the training images that is held out and tested on instead of the test images, "
+        "to choose settings.",
+    ] = 0.0
+    img_size: Annotated[int, "Height and width of the network's input, in pixels."] = 224
+    test_resize: Annotated[
+        int | None,
+        "Shorter side, in pixels, to which an image is resized in evaluation before the centre is "
+        "cut out. The default is the input's size.",
+    ] = None
+    mean: Annotated[
+        tuple[float, ...], "Mean of each channel of the training images, on a scale from 0 to 1."
+    ] = IMAGENET_MEAN
+    std: Annotated[
+        tuple[float, ...],
+        "Standard deviation of each channel of the training images, on a scale from 0 to 1.",
+    ] = IMAGENET_STD
+    workers: Annotated[
+        int,
+        "Number of processes that read images, for each training process; 0 reads them in the "
+        "training process itself.",
+    ] = 4
+    validation_batch_size: Annotated[int, "Images in a batch of evaluation, for each process."] = (
+        256
+    )
+    max_damaged: Annotated[
+        float,
+        "Largest share of the training images that may be unreadable; these images are skipped.",
+    ] = 0.01
 
     @property
     def preprocessing(self) -> Preprocessing:
@@ -73,21 +93,31 @@ class DataConfig:
 class ModelConfig:
     """Network."""
 
-    model: str
-    """A network of the library, see `coded_resnext.list_models()`."""
-    drop_branches: float = 0.1
-    """DropSubNNs: probability that a branch is silenced in a training step, (5)."""
-    head_bias: bool = False
-    """Whether the classifier has a bias: not as published, but as in timm and torchvision."""
-    codebooks: tuple[str, ...] = ()
-    """Codebook files, one for each coded stage; unset, they are made for the classes."""
-    bn_momentum: float = 0.1
-    """Share of a new batch in the running statistics of BatchNorm."""
-    backend: Backend = "auto"
-    """Who computes the blocks: auto, torch (layer by layer), fused, triton, or reference."""
-    initial_checkpoint: str | None = None
-    """Start from these weights: a run or model file of this library, or the state dict of a plain
-    ResNeXt of timm or torchvision."""
+    model: Annotated[str, "Name of the network; coded_resnext.list_models() lists them."]
+    drop_branches: Annotated[
+        float, "Probability that DropSubNNs silences a branch in a training step, equation (5)."
+    ] = 0.1
+    head_bias: Annotated[
+        bool,
+        "Give the classifier a bias, as timm and torchvision do; the published networks have none.",
+    ] = False
+    codebooks: Annotated[
+        tuple[str, ...],
+        "Codebook files, one for each coded stage. Without them, codebooks are made for the "
+        "number of classes.",
+    ] = ()
+    bn_momentum: Annotated[
+        float, "Weight of a new batch in the running statistics of BatchNorm."
+    ] = 0.1
+    backend: Annotated[
+        Backend,
+        "What computes the blocks: auto, torch (layer by layer), fused, triton, or reference.",
+    ] = "auto"
+    initial_checkpoint: Annotated[
+        str | None,
+        "Start from these weights: a run or a model file of this library, or the state dict of a "
+        "plain ResNeXt of timm or torchvision.",
+    ] = None
 
     def __post_init__(self) -> None:
         if not 0 < self.bn_momentum <= 1:
@@ -98,12 +128,17 @@ class ModelConfig:
 class LearningRateRule:
     """Learning rate from the batch."""
 
-    lr_base: float
-    """In place of lr: the learning rate for batches of lr_base_size, scaled to the batch."""
-    lr_base_size: int = 256
-    """Batch for which lr_base is meant."""
-    lr_base_scale: Literal["linear", "sqrt"] = "linear"
-    """How the learning rate grows with the batch."""
+    lr_base: Annotated[
+        float,
+        "Learning rate for a batch of lr_base_size images, in place of lr; it is scaled to the "
+        "batch size in use.",
+    ]
+    lr_base_size: Annotated[int, "Batch size for which lr_base is meant."] = 256
+    lr_base_scale: Annotated[
+        Literal["linear", "sqrt"],
+        "How the learning rate grows with the batch size: in proportion to it (linear) or to its "
+        "square root (sqrt).",
+    ] = "linear"
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.lr_base) and self.lr_base > 0):
@@ -156,12 +191,12 @@ class Recipe:
         return text + f", {training.cooldown_epochs} epochs of cool-down"
 
 
-_GROUPS = (DataConfig, Augmentation, ModelConfig, TrainingConfig, LearningRateRule)
-_OWN_FLAGS = (
+GROUPS = (DataConfig, Augmentation, ModelConfig, TrainingConfig, LearningRateRule)
+OWN_FLAGS = (
     *("config", "out", "resume", "evaluation", "budget", "device"),
     *("outside", "threshold_images", "repeats"),
 )
-SETTINGS = tuple(field.name for group in _GROUPS for field in fields(group))
+SETTINGS = tuple(field.name for group in GROUPS for field in fields(group))
 
 
 def make_recipe(*layers: Mapping[str, Any]) -> Recipe:
@@ -227,9 +262,6 @@ Group = TypeVar("Group")
 LARGEST_YAML = 256 * 2**10
 
 
-DEEPEST_YAML = 20
-
-
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """The keys and values of a YAML file.
 
@@ -242,7 +274,6 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     try:
         text = read_text(path, LARGEST_YAML)
-        _check_tokens(yaml, text)
         content = yaml.safe_load(text)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"config: expected a file, found none: {path}") from error
@@ -254,21 +285,6 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise ValueError(f"{path}: expected settings, one 'name: value' in a line")
     return content
-
-
-def _check_tokens(yaml: types.ModuleType, text: str) -> None:
-    """Refuse what takes PyYAML hours or all memory; a ValueError says what."""
-    depth = 0
-    for token in yaml.scan(text):
-        # A few lines of aliases can stand for more values than there is memory.
-        if isinstance(token, yaml.AliasToken):
-            raise ValueError("expected no aliases (*name)")
-        # The scanner takes a time that grows as the square of the depth.
-        kind = type(token).__name__
-        depth += kind.endswith(("SequenceStartToken", "MappingStartToken"))
-        depth -= kind.endswith(("SequenceEndToken", "MappingEndToken", "BlockEndToken"))
-        if depth > DEEPEST_YAML:
-            raise ValueError(f"expected at most {DEEPEST_YAML} levels of lists and mappings")
 
 
 def write_yaml(settings: Mapping[str, Any]) -> str:
@@ -333,23 +349,21 @@ def convert(name: str, value: Any, hint: Any) -> Any:
     raise ValueError(f"{name}: expected {_describe(hint)}, got {value!r}")
 
 
-def add_flags(parser: argparse.ArgumentParser, group: type, *, leave_out: Sequence[str]) -> None:
+def add_flags(parser: argparse.ArgumentParser, group: type) -> None:
     """Add a flag for every setting of a group; those that are not given leave no trace.
 
     Args:
-        parser: where to.
-        group: a dataclass.
-        leave_out: settings without a flag.
+        parser: the parser that gets the flags.
+        group: a dataclass whose fields are annotated with the text of their flag's help.
     """
-    hints, docs = get_type_hints(group), _field_docs(group)
+    hints = get_type_hints(group, include_extras=True)
     section = parser.add_argument_group((group.__doc__ or "").split("\n\n")[0].rstrip("."))
     for field in _fields(group):
-        if field.name in leave_out:
-            continue
-        hint, flag = hints[field.name], f"--{field.name.replace('_', '-')}"
+        hint, text = get_args(hints[field.name])
+        flag = f"--{field.name.replace('_', '-')}"
         options: dict[str, Any] = {
             # argparse formats help with %.
-            "help": docs.get(field.name, "").replace("%", "%%"),
+            "help": text.replace("%", "%%"),
             "default": argparse.SUPPRESS,
             "dest": field.name,
         }
@@ -390,21 +404,6 @@ def _describe(hint: Any) -> str:
 
 def _fields(group: type) -> tuple[Field[Any], ...]:
     return fields(group)
-
-
-def _field_docs(group: type) -> dict[str, str]:
-    """The docstrings below the fields of a class, which Python itself does not keep."""
-    [definition] = ast.parse(textwrap.dedent(inspect.getsource(group))).body
-    assert isinstance(definition, ast.ClassDef)
-    docs, name = {}, ""
-    for statement in definition.body:
-        if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
-            name = statement.target.id
-        elif name and isinstance(statement, ast.Expr):
-            docs[name] = " ".join(str(ast.literal_eval(statement.value)).split())
-        else:
-            name = ""
-    return docs
 
 
 def _yaml() -> types.ModuleType:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import pytest
 
@@ -12,6 +12,7 @@ from coded_resnext import list_models
 from coded_resnext.cli.train import parse_command
 from coded_resnext.training.recipe import (
     ABOUT_KEYS,
+    GROUPS,
     SETTINGS,
     LearningRateRule,
     load_recipe,
@@ -142,10 +143,15 @@ def test_flags_replace_settings() -> None:
 def test_help_explains_every_setting(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
         parse_command(["--help"], description="", recipes=RECIPES, default="cifar10")
-    text = capsys.readouterr().out
-    for name in SETTINGS:
-        assert f"--{name.replace('_', '-')}" in text
-    assert "DropSubNNs: probability that a branch is silenced" in " ".join(text.split())
+    # Without white space, since argparse also breaks lines at hyphens.
+    page = "".join(capsys.readouterr().out.split())
+    for group in GROUPS:
+        for name, hint in get_type_hints(group, include_extras=True).items():
+            _, text = get_args(hint)
+            assert text[0].isupper() or text.startswith("timm"), name
+            assert text.endswith("."), name
+            assert f"--{name.replace('_', '-')}" in page
+            assert "".join(text.split()) in page
 
 
 def test_unknown_flags_end_the_command(capsys: pytest.CaptureFixture[str]) -> None:
