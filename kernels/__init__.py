@@ -14,7 +14,7 @@ from .backend import (
     select_backend,
 )
 from .checks import Aggregation
-from .coded.functional import Expanded, branch_energy, coded_aggregate, coded_expand
+from .coded.functional import branch_energy, coded_aggregate
 from .conv1x1.functional import conv1x1, join_conv1x1
 from .conv3x3.functional import grouped_conv3x3
 from .loss.functional import CodingLosses, coding_loss, coding_losses
@@ -24,13 +24,11 @@ __all__ = [
     "Backend",
     "CodingLosses",
     "ConvBackend",
-    "Expanded",
     "backends",
     "branch_energy",
     "check_backend",
     "check_conv_backend",
     "coded_aggregate",
-    "coded_expand",
     "coding_loss",
     "coding_losses",
     "conv1x1",

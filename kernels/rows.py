@@ -198,11 +198,10 @@ TILES: dict[str, tuple[str, ...]] = {
     "coded.energy:weighted_gram": ("BLOCK_P", "SAMPLES"),
     "coded.aggregate:aggregate_forward": ("BLOCK_P",),
     "coded.aggregate:aggregate_backward": ("BLOCK_P",),
-    "coded.expand_kernel:expand_forward": ("BLOCK_P", "SAMPLES", "BLOCK_C"),
 }
 
 
-_SIZES = {"BRANCHES": "N", "WIDTH": "D", "CHANNELS_OUT": "C", "PIXELS": "P"}
+_SIZES = {"BRANCHES": "N", "WIDTH": "D", "PIXELS": "P"}
 
 
 def sizes_of(row: LaunchRow) -> str:
@@ -239,15 +238,8 @@ def changed(row: LaunchRow, settings: Mapping[str, int]) -> LaunchRow:
         constexprs=tuple((name, new.get(name, value)) for name, value in row.constexprs),
         num_warps=new["num_warps"],
         num_stages=new["num_stages"],
-        trip_bytes=row.trip_bytes * _trip(new) // _trip(own),
+        trip_bytes=row.trip_bytes * new["BLOCK_P"] // own["BLOCK_P"],
     )
-
-
-def _trip(settings: Mapping[str, int]) -> int:
-    """What the bytes of one trip are proportional to."""
-    if "BLOCK_C" in settings:
-        return settings["SAMPLES"] * settings["BLOCK_P"] + settings["BLOCK_C"]
-    return settings["BLOCK_P"]
 
 
 def tuned(row: LaunchRow, arch: str) -> LaunchRow:

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from coded_resnext.kernels import branch_energy, coded_aggregate, coded_expand, coding_loss
-from coded_resnext.kernels.coded import expand, gram
+from coded_resnext.kernels import branch_energy, coded_aggregate, coding_loss
+from coded_resnext.kernels.coded import gram
 from coded_resnext.kernels.coded import operator as coded_operator
 from coded_resnext.kernels.loss import operator as loss_operator
 
@@ -187,40 +187,6 @@ def energy_bytes(place: Place, item: int) -> tuple[int, int]:
     return forward, 2 * (place.activations + weight) * item + sums
 
 
-def expand_by(backend: str) -> Form:
-    """The branch sum with what BatchNorm and the coding loss need, by a backend."""
-
-    def run(inputs: Tensors, place: Place) -> tuple[Tensor, ...]:
-        result = coded_expand(
-            inputs["h"],
-            inputs["weight"],
-            place.branches,
-            drop_mask=inputs["drop_mask"],
-            moments=True,
-            energies=True,
-            backend=backend,  # type: ignore[arg-type]
-        )
-        assert result.moments is not None
-        assert result.energies is not None
-        # With the samples in front, as in every output here.
-        return result.y, result.moments.transpose(0, 1), result.energies
-
-    return run
-
-
-def expand_opchecks(inputs: Tensors, place: Place) -> list[tuple[Any, tuple[Any, ...]]]:
-    """With sums and energies, with a factor for each sample, and with energies from the tiles."""
-    h, drop = inputs["h"], inputs["drop_mask"]
-    weight = inputs["weight"][:, :, 0, 0].detach().clone().requires_grad_()
-    factor = torch.rand(place.batch, device=h.device, requires_grad=True)
-    sizes = (h, weight, place.branches, None, None)
-    return [
-        (expand.coded_expand, (*sizes, drop, None, None, True, True, False)),
-        (expand.coded_expand, (*sizes, None, drop, factor, False, False, False)),
-        (expand.coded_expand, (*sizes, drop, None, None, False, True, True)),
-    ]
-
-
 def loss_inputs(place: Place, generator: torch.Generator) -> Tensors:
     """Energies as a half-trained network has them, and class indices."""
     device = generator.device
@@ -286,18 +252,6 @@ OPERATORS = (
         split=("h", "drop_mask"),
         wide=("drop_mask",),
         opchecks=aggregate_opchecks,
-    ),
-    Operator(
-        name="coded_expand",
-        make_inputs=aggregate_inputs,
-        differentiable=("h", "weight"),
-        kernel=expand_by("triton"),
-        definition=expand_by("reference"),
-        least_bytes=aggregate_bytes,
-        replaced=lambda inputs, _place: (F.conv2d(inputs["h"], inputs["weight"]),),
-        split=("h", "drop_mask"),
-        wide=("drop_mask",),
-        opchecks=expand_opchecks,
     ),
     Operator(
         name="coding_loss",

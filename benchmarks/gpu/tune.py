@@ -30,7 +30,7 @@ from coded_resnext.kernels.rows import next_power_of_2
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # The coding loss has settings of its own for no architecture: it takes as long as its launch.
-OPERATORS = ("branch_energy", "coded_aggregate", "coded_expand")
+OPERATORS = ("branch_energy", "coded_aggregate")
 # A tile may be summed in another order: two roundings of the results, and of float32 sums.
 AGREEMENT = {torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10, torch.float32: 1e-5}
 # Faster by less is noise.
@@ -113,15 +113,13 @@ def recorded() -> Iterator[list[Launched]]:
 @contextmanager
 def entered(key: tuple[str, str, str], settings: Mapping[str, int]) -> Iterator[None]:
     """An entry of the table for a while; rows that were made before are forgotten."""
-    from coded_resnext.kernels.coded import expand_rows
     from coded_resnext.kernels.coded import rows as coded_rows
     from coded_resnext.kernels.rows import TUNED
 
     def forget() -> None:
-        for module in (coded_rows, coded_rows, expand_rows):
-            for value in vars(module).values():
-                if hasattr(value, "cache_clear"):
-                    value.cache_clear()
+        for value in vars(coded_rows).values():
+            if hasattr(value, "cache_clear"):
+                value.cache_clear()
 
     before = TUNED.get(key)
     TUNED[key] = settings
@@ -149,20 +147,16 @@ def neighbours(settings: Settings, constexprs: Mapping[str, int]) -> list[Settin
     most = {
         "BLOCK_P": max(16, next_power_of_2(constexprs["PIXELS"])),
         "SAMPLES": 64,
-        "BLOCK_C": 256,
         "num_warps": 16,
         "num_stages": 4,
     }
-    least = {"BLOCK_P": 16, "SAMPLES": 1, "BLOCK_C": 16, "num_warps": 1, "num_stages": 1}
+    least = {"BLOCK_P": 16, "SAMPLES": 1, "num_warps": 1, "num_stages": 1}
     found = []
     for name, value in settings.items():
         steps = (value - 1, value + 1) if name == "num_stages" else (value // 2, 2 * value)
         for new in steps:
             changed = {**settings, name: new}
-            product = windows * window**2
-            if "BLOCK_C" in changed:
-                product = changed["SAMPLES"] * changed["BLOCK_P"] * changed["BLOCK_C"]
-            parts = max(1, product // 16**2)
+            parts = max(1, windows * window**2 // 16**2)
             if least[name] <= new <= most[name] and changed["num_warps"] <= parts:
                 found.append(changed)
     return found

@@ -43,9 +43,6 @@ LIMITS = {
     "aggregate_forward 64": Limits(registers=255, per_byte=0.31),
     "aggregate_backward": Limits(registers=136, per_byte=0.185),
     "aggregate_backward 64": Limits(registers=128, per_byte=0.24),
-    # Two tensors of its inputs and outputs; the prologue's work per element is what it costs.
-    # It reads the mask of each sample and branch by itself, which is half of its loads on sm_100.
-    "expand_forward": Limits(registers=255, wide_loads=False),
     "coding_loss": Limits(registers=128, matrix=False, wide_loads=False),
     # The grouped 3x3 convolution between BatchNorms. Windows of 16 channels hold D = 4, 8, 16 and
     # keep the 0.17 that was hoped for; of 32, D = 32, 0.20. Windows of 24 (D = 6, 12, 24) compute

@@ -30,7 +30,7 @@ from typing import Any
 from gpus import GPUS
 from limits import Limits, limits_of
 from sass import Code, Instruction, load_widths, moved_bytes, read_code
-from static_rows import REJECTED, one_of_each, window_of
+from static_rows import one_of_each, window_of
 
 from coded_resnext.kernels.build.build import BuildError, build, load_rows
 from coded_resnext.training.run_folder import describe_machine
@@ -117,8 +117,7 @@ def figures_of(entry: dict[str, Any], row: Any) -> dict[str, Any]:
             if gpu.arch == entry["arch"]
         },
     }
-    rejected = entry["row"].endswith(REJECTED)
-    return {**figures, "faults": [] if rejected else faults_of(figures, row)}
+    return {**figures, "faults": faults_of(figures, row)}
 
 
 # What a file of results holds of each row, one row a line.

@@ -2,11 +2,6 @@
 
 The stages of ResNeXt-50 that are coded by default have branches of 16 and 32 channels. A codebook
 may be asked for in the first two stages too, so the energies' limits hold at their widths, 4 and 8.
-
-The branch sum as one fused kernel competes with cuBLAS behind the kernel that scales the branches.
-It wins nothing unless it issues a step of its main loop in fewer clocks than the tensor cores take
-for it. It is compiled with the affine map, the DropSubNNs mask and the sums of BatchNorm, and once
-more with the energies taken from its tiles, which is the form that was rejected for that count.
 """
 
 from __future__ import annotations
@@ -14,8 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import cache
 
-from coded_resnext.kernels.build.shipped import PAPER_SIZES, shipped_rows
-from coded_resnext.kernels.coded.expand_rows import expand_forward
+from coded_resnext.kernels.build.shipped import shipped_rows
 from coded_resnext.kernels.coded.rows import energy_backward, energy_forward
 from coded_resnext.kernels.conv1x1 import rows as conv1x1_rows
 from coded_resnext.kernels.rows import BlockSizes, LaunchRow, Variant
@@ -24,16 +18,13 @@ UNCODED_STAGES = {
     "32x4d c2 160px": BlockSizes(32, 4, 256, 1600),
     "32x4d c3 160px": BlockSizes(32, 8, 512, 400),
 }
-CODED_STAGES = ("32x4d c4 160px", "32x4d c5 160px")
-# How the names of rows end that are compiled to be counted, and need not keep a limit.
-REJECTED = "(rejected)"
 
 
 # Compile-time sizes of tensors: they end in addresses, masks and numbers of trips. Rows of a kernel
 # that differ in nothing else are one piece of code in several sizes.
 SIZES = frozenset(
     {
-        *("BRANCHES", "BRANCHES_P", "WIDTH", "PIXELS", "CHANNELS", "CHANNELS_OUT", "CLASSES"),
+        *("BRANCHES", "BRANCHES_P", "WIDTH", "PIXELS", "CHANNELS", "CLASSES"),
         *("INPUTS", "OUTPUTS"),
         *("GROUPS", "GROUP", "GROUP_P", "PADDED", "STEPS", "WINDOWS"),
     }
@@ -53,7 +44,7 @@ def one_of_each(arch: str) -> frozenset[str]:
     """
     chosen: dict[object, tuple[int, int, str]] = {}
     for name, row in rows(arch):
-        if name.endswith(("fp16", "fp32", REJECTED)):
+        if name.endswith(("fp16", "fp32")):
             continue
         tiles = tuple(item for item in row.constexprs if item[0] not in SIZES)
         code: object = (row.kernel, row.args, tiles, row.num_warps, row.num_stages)
@@ -84,10 +75,3 @@ def rows(arch: str) -> Iterator[tuple[str, LaunchRow]]:
         for make in (energy_forward, energy_backward):
             row = make(sizes, Variant("bf16", arch=arch))
             yield f"{row.kernel.split(':')[1]} {place} bf16", row
-    variant = Variant("bf16", affine=True, drop=True, arch=arch)
-    for place in CODED_STAGES:
-        sizes = PAPER_SIZES[place]
-        yield f"expand_forward {place} bf16", expand_forward(sizes, variant, sums=True)
-        if arch == "sm90":
-            row = expand_forward(sizes, variant, sums=True, energy=True)
-            yield f"expand_forward with energies {place} {REJECTED}", row

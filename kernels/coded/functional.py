@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import cache
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +15,6 @@ from coded_resnext.kernels.checks import (
     check_affine,
     check_aggregate,
     check_debug,
-    check_device,
     checked_mask,
 )
 
@@ -142,90 +140,3 @@ def branch_energy(
         energy = coded_reference.branch_energy(activated, per_branch.to(accumulate))
         return energy if keep_mask is None else energy * keep_mask
     return gram.energies_and_grams(activated, per_branch, keep_mask)[0]
-
-
-class Expanded(NamedTuple):
-    """What `coded_expand` returns."""
-
-    y: Tensor
-    """`[B, C, H, W]` in the dtype of `h`."""
-    moments: Tensor | None
-    """Sums of `y` and of `y^2` over the pixels, `[2, B, C]`."""
-    energies: Tensor | None
-    """Energies (2), `[B, N]`."""
-
-
-def coded_expand(
-    h: Tensor,
-    weight: Tensor,
-    branches: int,
-    *,
-    scale: Tensor | None = None,
-    bias: Tensor | None = None,
-    drop_mask: Tensor | None = None,
-    keep_mask: Tensor | None = None,
-    factor: Tensor | None = None,
-    moments: bool = False,
-    energies: bool = False,
-    energies_from_tiles: bool = False,
-    backend: Backend = "auto",
-) -> Expanded:
-    """The branch sum `y[b] = factor[b] sum_n drop keep W_n h_n` as one matrix product.
-
-    Args:
-        h, weight, branches, scale, bias, keep_mask, backend: as for `branch_energy`.
-        drop_mask: DropSubNNs, (5), `[B, N]`; the energies do not see it.
-        factor: scale of a sample, `[B]`: `1 / sqrt(M)` where it is known.
-        moments: also return sums of `y` and `y^2`, from which follow BatchNorm's statistics of
-            `factor y` for a `factor` that is applied later; not together with `factor`.
-        energies: also return the energies.
-        energies_from_tiles: take them inside the product where branches tile its blocks, rather
-            than in a launch of their own.
-
-    Raises:
-        ValueError, RuntimeError: as `coded_aggregate`.
-    """
-    check_aggregate(h, weight, branches, "sum")
-    if moments and factor is not None:
-        raise ValueError("factor: expected None with moments, which are those of the unscaled sum")
-    accumulate = layout.accumulation_dtype(h.dtype)
-    scale, bias = check_affine(h, scale, bias, accumulate)
-    drop_mask = checked_mask("drop_mask", drop_mask, h, branches, accumulate)
-    keep_mask = checked_mask("keep_mask", keep_mask, h, branches, accumulate)
-    if factor is not None:
-        if factor.shape != (h.shape[0],):
-            raise ValueError(f"factor: expected [{h.shape[0]}], got {list(factor.shape)}")
-        check_device("factor", factor, h)
-        factor = factor.to(accumulate)
-    check_debug(h=h, weight=weight)
-    if _select_for(h, h.shape[1] // branches, backend) == "triton":
-        from . import expand
-
-        y, sums, energy = expand.coded_expand(
-            h,
-            weight[:, :, 0, 0],
-            branches,
-            scale,
-            bias,
-            drop_mask,
-            keep_mask,
-            factor,
-            moments,
-            energies,
-            energies_from_tiles,
-        )
-        return Expanded(y, sums if moments else None, energy if energies else None)
-    activated = affine.activate(h, scale, bias).to(accumulate)
-    wide = weight.to(accumulate)
-    masked = activated
-    for mask in (drop_mask, keep_mask):
-        if mask is not None:
-            masked = masked * mask.repeat_interleave(h.shape[1] // branches, 1)[:, :, None, None]
-    y = F.conv2d(masked, wide)
-    sums = torch.stack([y.sum((2, 3)), y.square().sum((2, 3))]) if moments else None
-    energy = None
-    if energies:
-        energy = branch_energy(activated, wide, branches, keep_mask=keep_mask, backend="torch")
-    if factor is not None:
-        y = y * factor[:, None, None, None]
-    return Expanded(y.to(h.dtype), sums, energy)

@@ -14,7 +14,6 @@ from coded_resnext.kernels import (
     branch_energy,
     check_backend,
     coded_aggregate,
-    coded_expand,
     coding_loss,
     layout,
     select_backend,
@@ -193,25 +192,6 @@ def test_debug_flag_refuses_numbers_that_are_not_finite(monkeypatch: pytest.Monk
     monkeypatch.setenv("CODED_RESNEXT_DEBUG", "1")
     with pytest.raises(ValueError, match="weight: expected finite numbers"):
         coded_aggregate(h, weight, 4)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"scale": torch.ones(12)}, "bias: expected scale and bias, or neither"),
-        ({"scale": torch.ones(12), "bias": torch.ones(11)}, r"bias: expected \[12\], got \[11\]"),
-        ({"factor": torch.ones(2)}, r"factor: expected \[3\], got \[2\]"),
-        ({"factor": torch.ones(3), "moments": True}, "factor: expected None with moments"),
-        ({"branches": 5}, "branches: expected a divisor of 12 channels, got 5"),
-        ({"h": torch.zeros(0, 12, 4, 4)}, "h: expected at least one sample"),
-    ],
-)
-def test_expand_refuses_bad_input(change: dict[str, Any], message: str) -> None:
-    h, weight = Case("valid").inputs(torch.float32)
-    arguments: dict[str, Any] = {"h": h, "weight": weight, "branches": 4}
-    coded_expand(**arguments)
-    with pytest.raises(ValueError, match=message):
-        coded_expand(**{**arguments, **change})
 
 
 def test_torch_and_reference_energies_agree() -> None:

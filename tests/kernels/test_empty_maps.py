@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from coded_resnext.kernels import evaluation, layout
-from coded_resnext.kernels.coded import expand
 from coded_resnext.kernels.coded import operator as coded_operator
 from coded_resnext.kernels.conv1x1 import join_operator
 from coded_resnext.kernels.conv1x1 import operator as conv1x1_operator
@@ -91,12 +90,6 @@ CALLS: dict[str, tuple[str, Callable[[Size, str], Any]]] = {
             *of_branches(size),
             torch.ones(size[0], N),
             torch.ones(size[0]),
-        ),
-    ),
-    "coded_expand": (
-        "z",
-        lambda size, _: expand.coded_expand(
-            maps(size), torch.ones(OUT, CHANNELS), N, *(None,) * 5, True, True, False
         ),
     ),
     "coding_loss": (
@@ -281,6 +274,5 @@ def _choose(kernels: str, monkeypatch: pytest.MonkeyPatch) -> None:
             (layout, "interpreted"),
             (loss_operator, "interpreted"),
             (coded_operator, "runs_kernels"),
-            (expand, "runs_kernels"),
         ):
             monkeypatch.setattr(module, name, lambda *_: False)

@@ -13,7 +13,7 @@ import torch
 from support.helpers import TOLERANCES, relative_error
 from torch import Tensor
 
-from coded_resnext.kernels import branch_energy, coded_aggregate, coded_expand
+from coded_resnext.kernels import branch_energy, coded_aggregate
 from coded_resnext.kernels.coded import gram
 from coded_resnext.kernels.coded import reference as coded_reference
 from coded_resnext.kernels.coded.operator import normalize_branches
@@ -22,14 +22,6 @@ from coded_resnext.kernels.evaluation import folded_grouped_conv3x3
 # Branches of which four share a window, of which two do not fill it, and of which one does.
 SIZES = [(4, 4), (3, 6), (2, 16)]
 SPECIAL = [float("nan"), float("inf"), -float("inf")]
-
-
-def _expanded(h: Tensor, weight: Tensor, branches: int, backend: str, tiles: bool) -> Tensor:
-    energies = coded_expand(
-        h, weight, branches, energies=True, energies_from_tiles=tiles, backend=backend
-    ).energies
-    assert energies is not None
-    return energies
 
 
 # Of `h [B, N*D, H, W]`, the weight of the expand convolution, and N; with and without Triton.
@@ -41,8 +33,6 @@ FORMS: dict[str, Callable[[Tensor, Tensor, int, str], Tensor]] = {
     "keep_mask": lambda h, w, n, backend: branch_energy(
         h, w, n, keep_mask=torch.ones(len(h), n), backend=backend
     ),
-    "expand": lambda h, w, n, backend: _expanded(h, w, n, backend, False),
-    "expand_from_tiles": lambda h, w, n, backend: _expanded(h, w, n, backend, True),
 }
 
 
@@ -79,9 +69,7 @@ def test_it_stays_in_its_energy(form: str, backend: str, device: torch.device) -
         expected = branch_energy(h.double(), weight.double(), branches, backend="reference")
         bad = expected.isfinite().logical_not().nonzero().tolist()
         assert bad == [[1, 0]], "the definition itself"
-        # Tiles of the branch sum take energies with two terms of each form.
-        tolerance = 1e-5 if form == "expand_from_tiles" else TOLERANCES[torch.float32]
-        check_alone(energies, expected, tolerance)
+        check_alone(energies, expected, TOLERANCES[torch.float32])
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)

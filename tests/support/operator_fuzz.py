@@ -17,7 +17,6 @@ from coded_resnext import Codebook, CodedBottleneck
 from coded_resnext.kernels import (
     branch_energy,
     coded_aggregate,
-    coded_expand,
     coding_losses,
     conv1x1,
     grouped_conv3x3,
@@ -136,10 +135,6 @@ def _aggregate_inputs(call: Call) -> Results:
     return _weighted(call) | call.masks()
 
 
-def _expand_inputs(call: Call) -> Results:
-    return _weighted(call) | _affine(call) | call.masks()
-
-
 def _loss_inputs(call: Call) -> Results:
     generator = torch.Generator().manual_seed(call.seed)
     codewords = torch.rand(call.K, call.N, generator=generator).argsort(1) < max(1, call.N // 2)
@@ -207,29 +202,6 @@ def _aggregate(call: Call, backend: str, x: Results) -> Results:
     aggregation = "concat" if call.concat else "sum"
     y, energies = coded_aggregate(branches=call.N, aggregation=aggregation, backend=backend, **x)
     return {"y": y, "energies": energies}
-
-
-def _expand(call: Call, backend: str, x: Results) -> Results:
-    """The definition is the branch sum of docs/math.md with neither factor nor energies."""
-    if backend != "reference":
-        found = coded_expand(branches=call.N, moments=True, energies=True, backend=backend, **x)
-        assert found.moments is not None
-        assert found.energies is not None
-        return {"y": found.y, "moments": found.moments, "energies": found.energies}
-    h = x["h"]
-    if "scale" in x:
-        h = (x["scale"][:, None, None] * h + x["bias"][:, None, None]).relu()
-    weight = x["weight"][:, :, 0, 0].unflatten(1, (call.N, call.D)).transpose(0, 1)
-    outputs = coded_reference.branch_outputs(h, weight)
-    kept = outputs
-    if "keep_mask" in x:
-        kept = outputs * x["keep_mask"][:, :, None, None, None]
-    y = kept
-    if "drop_mask" in x:
-        y = kept * x["drop_mask"][:, :, None, None, None]
-    y = y.sum(1)
-    moments = torch.stack([y.sum((2, 3)), y.square().sum((2, 3))])
-    return {"y": y, "moments": moments, "energies": kept.square().mean((2, 3, 4))}
 
 
 def _loss(call: Call, backend: str, x: Results) -> Results:
@@ -356,7 +328,6 @@ def _block(call: Call, backend: str, x: Results) -> Results:
 INPUTS: dict[str, Callable[[Call], Results]] = {
     "branch_energy": _energy_inputs,
     "coded_aggregate": _aggregate_inputs,
-    "coded_expand": _expand_inputs,
     "coding_loss": _loss_inputs,
     "grouped_conv3x3": _conv_inputs,
     "conv1x1": _conv1x1_inputs,
@@ -367,7 +338,6 @@ INPUTS: dict[str, Callable[[Call], Results]] = {
 RUNS: dict[str, Callable[[Call, Any, Results], Results]] = {
     "branch_energy": _energy,
     "coded_aggregate": _aggregate,
-    "coded_expand": _expand,
     "coding_loss": _loss,
     "grouped_conv3x3": _conv,
     "conv1x1": _conv1x1,

@@ -15,7 +15,6 @@ from torch import Tensor
 OPERATORS = (
     "branch_energy",
     "coded_aggregate",
-    "coded_expand",
     "coding_loss",
     "grouped_conv3x3",
     "conv1x1",

@@ -11,7 +11,6 @@ from support.helpers import relative_error
 from torch import Tensor
 
 from coded_resnext.kernels import coded_aggregate, coding_losses, layout
-from coded_resnext.kernels.coded.expand import coded_expand
 from coded_resnext.kernels.coded.operator import branch_energy, normalize_branches
 from coded_resnext.kernels.loss.operator import coding_loss
 
@@ -40,9 +39,6 @@ def test_opcheck(affine: bool, kernels: bool, monkeypatch: pytest.MonkeyPatch) -
     z, weight, scale, bias, mask = arguments(affine).values()
     torch.library.opcheck(branch_energy, (z, weight, scale, bias, mask))
     torch.library.opcheck(normalize_branches, (z, weight, scale, bias, mask, None))
-    dense = weight.detach().permute(1, 0, 2).reshape(5, 12).requires_grad_()
-    asked = (None, True, True, False)
-    torch.library.opcheck(coded_expand, (z, dense, 4, scale, bias, mask, mask, *asked))
     energies = torch.rand(2, 3, 4, requires_grad=True)
     books = torch.eye(4, dtype=torch.bool).expand(2, 4, 4).contiguous()
     targets = torch.tensor([0, 3, 1])
