@@ -15,7 +15,6 @@ from .backend import (
 )
 from .checks import Aggregation
 from .coded.functional import branch_energy, coded_aggregate
-from .conv1x1.functional import conv1x1, join_conv1x1
 from .conv3x3.functional import grouped_conv3x3
 from .loss.functional import CodingLosses, coding_loss, coding_losses
 
@@ -31,8 +30,6 @@ __all__ = [
     "coded_aggregate",
     "coding_loss",
     "coding_losses",
-    "conv1x1",
     "grouped_conv3x3",
-    "join_conv1x1",
     "select_backend",
 ]

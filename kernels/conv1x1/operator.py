@@ -9,6 +9,8 @@ samples, I channels in, O channels out.
 
 from __future__ import annotations
 
+import logging
+from functools import cache
 from typing import Any
 
 import torch
@@ -16,10 +18,12 @@ from torch import Tensor
 
 from coded_resnext.kernels import affine
 from coded_resnext.kernels.affine import behind_activation, follow, split_sums, statistics_gradient
+from coded_resnext.kernels.backend import ConvBackend, check_conv_backend
 from coded_resnext.kernels.checks import check_filled
 from coded_resnext.kernels.layout import (
     DTYPES,
     accumulation_dtype,
+    architecture,
     empty_rows,
     interpreted,
     on_device,
@@ -28,6 +32,9 @@ from coded_resnext.kernels.residual import launch as residual_launch
 
 from . import launch as conv1x1_launch
 from . import library as conv1x1_library
+from .rows import ProductSizes, planned
+
+logger = logging.getLogger(__name__)
 
 PASSES = "forward input weight"
 POINTWISE = "pointwise"
@@ -40,6 +47,51 @@ def unsupported(x: Tensor) -> str | None:
     if x.dtype not in DTYPES:
         return f"the kernels take float32, float16 and bfloat16, not {x.dtype}"
     return None
+
+
+@cache
+def _report(choice: str) -> None:
+    """Say a choice once."""
+    logger.info(choice)
+
+
+# The compiler takes the result as it is: it follows no logger, and before torch 2.14 no frozen
+# dataclass into its text.
+@torch.compiler.assume_constant_result
+def _choose(arch: str, inputs: int, outputs: int, join: bool, forced: bool) -> str:
+    """The passes of a weight `[O, I]` that run kernels, and the log's line; `forced` by name."""
+    sizes = ProductSizes(inputs, outputs, join)
+    plan = planned(arch, sizes)
+    passes = plan.passes if plan.measured or forced else ""
+    _report(f"1x1 convolution, {sizes}, {arch}: kernels for {passes or 'no pass'}: {plan.reason}")
+    return passes
+
+
+def select_products(x: Tensor, weight: Tensor, backend: ConvBackend, *, join: bool = False) -> str:
+    """The passes (`forward`, `input`, `weight`) that run kernels, separated by spaces.
+
+    `triton` takes the kernels for the passes that the selection table of kernels/conv1x1/rows.py
+    names, `auto` only for those that have been measured to win on a GPU.
+
+    Args:
+        x: `[B, I, H, W]`.
+        weight: `[O, I, 1, 1]`.
+        backend: who is to compute.
+        join: whether it is `join_conv1x1` that asks, and not `conv1x1`.
+
+    Raises:
+        RuntimeError: `triton` was asked for and cannot run here; the message says why.
+    """
+    check_conv_backend(backend)
+    if backend == "torch":
+        return ""
+    reason = unsupported(x)
+    if backend == "triton" and reason is not None:
+        raise RuntimeError(f"backend: 'triton' was asked for but cannot run: {reason}")
+    if reason is not None or (backend == "auto" and not x.is_cuda):
+        return ""
+    arch = architecture(x.device.index) if x.is_cuda else "cpu"
+    return _choose(arch, weight.shape[1], weight.shape[0], join, backend == "triton")
 
 
 @torch.library.custom_op("coded_resnext::conv1x1", mutates_args=())

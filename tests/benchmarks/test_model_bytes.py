@@ -15,7 +15,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from coded_resnext import CodedResNeXt, Stage
-from coded_resnext.kernels.conv1x1 import functional as conv1x1_functional
 from coded_resnext.kernels.conv1x1 import library as conv1x1_library
 from coded_resnext.kernels.conv1x1 import operator as conv1x1_operator
 from coded_resnext.kernels.conv1x1.rows import Plan
@@ -120,7 +119,7 @@ def test_it_counts_what_training_launches_kernels_with(
         monkeypatch.setattr(conv1x1_library, name, counted(name, moved))
     monkeypatch.setattr(FusedOperators, "joins", lambda *_: True)
     every = Plan(conv1x1_operator.PASSES, "all of them")
-    monkeypatch.setattr(conv1x1_functional, "planned", lambda *_: every)
+    monkeypatch.setattr(conv1x1_operator, "planned", lambda *_: every)
     model = network(stages).float()
     for block in model.blocks:
         block.backend = "triton"

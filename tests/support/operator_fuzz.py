@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 from unittest.mock import patch
 
@@ -18,15 +17,13 @@ from coded_resnext.kernels import (
     branch_energy,
     coded_aggregate,
     coding_losses,
-    conv1x1,
     grouped_conv3x3,
-    join_conv1x1,
     layout,
 )
 from coded_resnext.kernels.coded import reference as coded_reference
-from coded_resnext.kernels.conv1x1 import functional as conv1x1_functional
 from coded_resnext.kernels.conv1x1 import reference as conv1x1_reference
-from coded_resnext.kernels.conv1x1.operator import POINTWISE
+from coded_resnext.kernels.conv1x1.join_operator import join_conv1x1
+from coded_resnext.kernels.conv1x1.operator import POINTWISE, conv1x1
 from coded_resnext.kernels.conv3x3 import reference as conv3x3_reference
 from coded_resnext.kernels.recompute.moments_operator import unwritten_conv1x1
 from coded_resnext.kernels.recompute.operator import product_join
@@ -240,8 +237,9 @@ def _conv1x1(call: Call, backend: str, x: Results) -> Results:
     if backend == "reference":
         y = conv1x1_reference.conv1x1(**x)
         return {"y": y, "sum": y.sum((0, 2, 3))}
-    with _passes(call, backend):
-        y, statistics = conv1x1(statistics=True, backend=backend, **x)
+    y, statistics = conv1x1(
+        x["x"], x["weight"], x.get("scale"), x.get("bias"), True, False, _chosen(call, backend)
+    )
     return {"y": y, "sum": _checked_sum(call, y, statistics)}
 
 
@@ -250,8 +248,17 @@ def _join_conv1x1(call: Call, backend: str, x: Results) -> Results:
         joined = residual_reference.join(**{k: v for k, v in x.items() if k != "weight"})
         z = conv1x1_reference.conv1x1(joined, x["weight"])
         return {"x": joined, "z": z, "sum": z.sum((0, 2, 3))}
-    with _passes(call, backend):
-        joined, z, statistics = join_conv1x1(statistics=True, backend=backend, **x)
+    passes = _chosen(call, backend)
+    both = {"forward", "input"} <= set(passes.split())
+    joined, z, statistics, _ = join_conv1x1(
+        *(x[name] for name in ("y", "scale", "bias", "residual")),
+        *(x.get(name) for name in ("residual_scale", "residual_bias")),
+        x["weight"],
+        True,
+        both and x["y"].shape[1] % 8 == 0,
+        False,
+        passes,
+    )
     return {"x": joined, "z": z, "sum": _checked_sum(call, z, statistics)}
 
 
@@ -265,7 +272,7 @@ def _product_join(call: Call, backend: str, x: Results) -> Results:
         joined = residual_reference.join(y, *vectors, x["residual"], *maps)
         z = conv1x1_reference.conv1x1(joined, x["next_weight"])
         return {"x": joined, "z": z, "sum": z.sum((0, 2, 3)), "sum of y": y.sum((0, 2, 3))}
-    passes = _chosen(call) if backend == "triton" else ""
+    passes = _chosen(call, backend)
     place, of_sums, statistics, _, _ = unwritten_conv1x1(
         operands[0], x["weight"], *operands[1:], passes
     )
@@ -293,15 +300,10 @@ def _product_join(call: Call, backend: str, x: Results) -> Results:
     return {"x": joined, "z": z, "sum": _checked_sum(call, z, of_z), "sum of y": of_y}
 
 
-def _passes(call: Call, backend: str) -> AbstractContextManager[object]:
-    """Kernels for sizes that the selection table leaves to PyTorch."""
+def _chosen(call: Call, backend: str) -> str:
+    """All passes of a 1x1 convolution, or only some; none for PyTorch."""
     if backend != "triton":
-        return nullcontext()
-    return patch.object(conv1x1_functional, "select_products", return_value=_chosen(call))
-
-
-def _chosen(call: Call) -> str:
-    """All passes of a 1x1 convolution, or only some."""
+        return ""
     wanted = {"forward": True, "input": not call.drop, "weight": not call.keep, POINTWISE: True}
     return " ".join(name for name, runs in wanted.items() if runs)
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from coded_resnext.kernels import backends
-from coded_resnext.kernels.conv1x1 import functional as conv1x1_functional
+from coded_resnext.kernels.conv1x1 import operator as conv1x1_operator
 from coded_resnext.kernels.conv1x1.join_operator import join_conv1x1
 from coded_resnext.kernels.conv1x1.operator import POINTWISE, conv1x1, unsupported
 from coded_resnext.kernels.conv3x3 import functional as conv3x3_functional
@@ -175,7 +175,7 @@ class FusedOperators:
     def _products(self, x: Tensor, weight: Tensor, *, join: bool = False) -> str:
         """The passes of a 1x1 convolution that run kernels, and whether what is around it does."""
         backend = self._backend(unsupported(x))
-        passes = conv1x1_functional.select_products(x, weight, backend, join=join)
+        passes = conv1x1_operator.select_products(x, weight, backend, join=join)
         return f"{passes} {POINTWISE}" if self.joins(x) else passes
 
     def _backend(self, reason: str | None) -> Literal["auto", "torch", "triton"]:

@@ -10,8 +10,8 @@ from support.helpers import needs_triton
 
 from coded_resnext import create_model
 from coded_resnext.kernels.build.shipped import shipped_rows
-from coded_resnext.kernels.conv1x1 import functional as conv1x1_functional
 from coded_resnext.kernels.conv1x1 import launch as conv1x1_launch
+from coded_resnext.kernels.conv1x1 import operator as conv1x1_operator
 from coded_resnext.kernels.conv1x1 import rows as conv1x1_rows
 from coded_resnext.kernels.recompute import launch as recompute_launch
 from coded_resnext.kernels.rows import LaunchRow
@@ -30,7 +30,7 @@ def of_a_step(arch: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> set[L
             module, "variant_of", lambda *a, of=of_cpu, **k: replace(of(*a, **k), arch=arch)
         )
     planned = conv1x1_rows.planned
-    monkeypatch.setattr(conv1x1_functional, "planned", lambda _, sizes: planned(arch, sizes))
+    monkeypatch.setattr(conv1x1_operator, "planned", lambda _, sizes: planned(arch, sizes))
     model = create_model("coded_resnext50_32x4d", backend=backend).bfloat16().train()
     y, *_ = model(torch.zeros(2, 3, 32, 32, dtype=torch.bfloat16))
     y.float().square().sum().backward()

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from coded_resnext import CodedBottleneck, CodedResNeXt, Stage, create_model
 from coded_resnext.kernels.build.shipped import shipped_rows
-from coded_resnext.kernels.conv1x1 import functional as conv1x1_functional
 from coded_resnext.kernels.conv1x1 import operator as conv1x1_operator
 from coded_resnext.kernels.conv1x1.rows import Plan
 from coded_resnext.kernels.rows import LaunchRow
@@ -72,7 +71,7 @@ def test_in_float64_it_is_the_block_to_rounding(case: BlockCase) -> None:
 def test_kernels_in_float32(
     case: BlockCase, products: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(conv1x1_functional, "planned", lambda *_: Plan(products, "for this test"))
+    monkeypatch.setattr(conv1x1_operator, "planned", lambda *_: Plan(products, "for this test"))
     compare(case, "triton", torch.float32, 1e-5)
 
 
@@ -212,8 +211,8 @@ def test_what_it_launches_is_built_ahead_of_time(
     """Every row of a whole network on an H200 in bfloat16; nothing is computed here."""
     launched: list[LaunchRow] = []
     monkeypatch.setattr(LaunchRow, "launch", lambda row, *_: launched.append(row))
-    planned = conv1x1_functional.planned
-    monkeypatch.setattr(conv1x1_functional, "planned", lambda _, sizes: planned("sm90", sizes))
+    planned = conv1x1_operator.planned
+    monkeypatch.setattr(conv1x1_operator, "planned", lambda _, sizes: planned("sm90", sizes))
     model = create_model(name, backend="triton").bfloat16().eval()
     with torch.no_grad():
         model(torch.zeros(1, 3, 32, 32, dtype=torch.bfloat16))

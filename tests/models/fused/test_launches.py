@@ -12,7 +12,6 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from coded_resnext import Codebook, CodedBottleneck
-from coded_resnext.kernels.conv1x1 import functional as conv1x1_functional
 from coded_resnext.kernels.conv1x1 import operator as conv1x1_operator
 from coded_resnext.kernels.conv1x1.rows import Plan
 from coded_resnext.kernels.rows import LaunchRow
@@ -123,7 +122,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(LaunchRow, "launch", note)
     monkeypatch.setattr(FusedOperators, "joins", lambda *_: True)
     every = Plan(conv1x1_operator.PASSES, "all of them")
-    monkeypatch.setattr(conv1x1_functional, "planned", lambda *_: every)
+    monkeypatch.setattr(conv1x1_operator, "planned", lambda *_: every)
     return names
 
 

@@ -12,7 +12,7 @@ from support.fused_cases import CASES, BlockCase
 from torch import Tensor, nn
 
 from coded_resnext import CodedBottleneck
-from coded_resnext.kernels.conv1x1 import functional as conv1x1_functional
+from coded_resnext.kernels.conv1x1 import operator as conv1x1_operator
 from coded_resnext.models.fused.block import fused_block
 from coded_resnext.models.fused.operators import UNWRITTEN, FusedOperators
 from coded_resnext.models.fused.values import Deferred, Product, ready
@@ -135,7 +135,7 @@ def test_a_block_of_every_kind_behind_one(case: BlockCase) -> None:
 
 def test_kernels_that_run_a_pass_are_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """The passes of the product go with it to where it is computed."""
-    monkeypatch.setattr(conv1x1_functional, "select_products", lambda *_a, **_k: "weight")
+    monkeypatch.setattr(conv1x1_operator, "select_products", lambda *_a, **_k: "weight")
     block = PLAIN.make()
     block.backend = "fused"
     y, _ = fused_block(block, image(), drop_mask=None, keep_mask=None)
