@@ -54,6 +54,20 @@ def architecture(device: int) -> str:
     return f"sm{major}{minor}"
 
 
+def variant_of(x: Tensor, *, tf32: bool | None = None, **options: bool) -> rows.Variant:
+    """Returns what a kernel on activations `x` is compiled for.
+
+    Args:
+        x: activations in one of `DTYPES`.
+        tf32: whether float32 products may round to TF32; as PyTorch's matrix products do if None.
+        options: those of `rows.Variant` that are switched on or off.
+    """
+    dtype = DTYPES[x.dtype]
+    allowed = tf32_allowed() if tf32 is None else tf32
+    arch = architecture(x.device.index) if x.is_cuda else "cpu"
+    return rows.Variant(dtype=dtype, tf32=dtype == "fp32" and allowed, arch=arch, **options)
+
+
 def on_device(tensor: Tensor) -> AbstractContextManager[Any]:
     """Triton launches on the current device, which need not be the tensor's."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()

@@ -24,7 +24,7 @@ WIDEST_BRANCH = 64
 
 
 @dataclass(frozen=True)
-class BlockSizes:
+class CodedSizes:
     """Static sizes of a coded operation; letters as in docs/math.md."""
 
     branches: int
@@ -39,16 +39,42 @@ class BlockSizes:
 
 @dataclass(frozen=True)
 class Variant:
-    """What else a compiled kernel depends on."""
+    """What a compiled kernel depends on beside its sizes; an operation reads the options it has."""
 
     dtype: Dtype = "bf16"
-    """Of the activations."""
+    """The dtype of the activations, and of the weights of a convolution."""
     affine: bool = False
-    """Whether the kernel applies BatchNorm's affine map and the ReLU while it loads."""
+    """Whether the kernel applies `relu(scale x + bias)`, BatchNorm's affine map and the ReLU, while
+    it loads its operand; of a join, whether the residual has such a map, without a ReLU."""
+    statistics: bool = False
+    """Whether statistics of the output are taken, and their gradient flows back."""
     drop: bool = False
     """Whether there is a DropSubNNs mask (5)."""
     keep: bool = False
     """Whether there is a removal mask (10)."""
+    energies: bool = False
+    """Whether a folded grouped convolution takes energies."""
+    folded: bool = False
+    """Whether a bias and a ReLU are behind a grouped convolution, as in evaluation."""
+    gain: bool = False
+    """Whether the gradient of the output comes without its factor for each channel."""
+    signs: bool = False
+    """Whether a join writes, and its gradient reads, one bit for the ReLU of each element."""
+    moved: bool = False
+    """Whether the gradient of the output is written as it enters the product, for the weight's."""
+    joined: bool = True
+    """Whether the output of a join has a gradient of its own."""
+    residual: bool = False
+    """Whether a residual is added to a product."""
+    mapped: bool = False
+    """Whether the residual that is added to a product has an affine map."""
+    scaled: bool = False
+    """Whether a product has a scale for each output channel."""
+    factor: bool = False
+    """Whether a product has a factor for each sample, in evaluation."""
+    raw: bool = True
+    """Whether the map to which a join adds the residual is there, so that the gradient of its scale
+    is taken; with statistics from moments it is not."""
     tf32: bool = False
     """Whether float32 products may round their inputs to TF32."""
     arch: str = "sm90"
@@ -150,14 +176,14 @@ class Windows:
     count: int
 
     @classmethod
-    def of(cls, sizes: BlockSizes) -> Windows:
+    def of(cls, sizes: CodedSizes) -> Windows:
         """The windows of a block."""
         group = max(1, 16 // sizes.width)
         block_k = max(16, next_power_of_2(group * sizes.width))
         return cls(group, block_k, -(-sizes.branches // group))
 
     def constexprs(
-        self, sizes: BlockSizes, *, windows: int, block_p: int
+        self, sizes: CodedSizes, *, windows: int, block_p: int
     ) -> tuple[tuple[str, int], ...]:
         """Compile-time sizes that all kernels over windows share."""
         return (
@@ -172,7 +198,7 @@ class Windows:
         )
 
 
-def with_registers(row: LaunchRow, sizes: BlockSizes, variant: Variant) -> LaunchRow:
+def with_registers(row: LaunchRow, sizes: CodedSizes, variant: Variant) -> LaunchRow:
     """A gradient's row with twice the warps where its own would spill.
 
     In float32 the compiler for sm_80 leaves 32 registers to a thread that works on 64 channels.
@@ -182,7 +208,7 @@ def with_registers(row: LaunchRow, sizes: BlockSizes, variant: Variant) -> Launc
     return replace(row, num_warps=2 * row.num_warps) if starved else row
 
 
-def block_pixels(sizes: BlockSizes, most: int) -> int:
+def block_pixels(sizes: CodedSizes, most: int) -> int:
     """Pixels of a tile: the map where it is small, at least the 16 rows of a product."""
     return min(most, max(16, next_power_of_2(sizes.pixels)))
 

@@ -12,11 +12,11 @@ from functools import cache
 from coded_resnext.kernels.build.shipped import shipped_rows
 from coded_resnext.kernels.coded.rows import energy_backward, energy_forward
 from coded_resnext.kernels.conv1x1 import rows as conv1x1_rows
-from coded_resnext.kernels.rows import BlockSizes, LaunchRow, Variant
+from coded_resnext.kernels.rows import CodedSizes, LaunchRow, Variant
 
 UNCODED_STAGES = {
-    "32x4d c2 160px": BlockSizes(32, 4, 256, 1600),
-    "32x4d c3 160px": BlockSizes(32, 8, 512, 400),
+    "32x4d c2 160px": CodedSizes(32, 4, 256, 1600),
+    "32x4d c3 160px": CodedSizes(32, 8, 512, 400),
 }
 
 

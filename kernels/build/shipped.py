@@ -15,22 +15,22 @@ from coded_resnext.kernels.conv3x3 import rows as conv3x3_rows
 from coded_resnext.kernels.loss.rows import LossSizes, coding_loss
 from coded_resnext.kernels.recompute import rows as recompute_rows
 from coded_resnext.kernels.residual import rows as residual_rows
-from coded_resnext.kernels.rows import BlockSizes, Dtype, LaunchRow, Variant
+from coded_resnext.kernels.rows import CodedSizes, Dtype, LaunchRow, Variant
 
 # Outputs of the expand convolution's input in the paper's networks, coded stages only: the map
 # sizes are those of 32-pixel CIFAR images and of ImageNet at 160 and 224 pixels.
 PAPER_SIZES = {
-    "20x6d c3": BlockSizes(20, 12, 512, 256),
-    "20x6d c4": BlockSizes(20, 24, 1024, 64),
-    "10x11d c3": BlockSizes(10, 22, 512, 256),
-    "10x11d c4": BlockSizes(10, 44, 1024, 64),
-    "32x4d c4 160px": BlockSizes(32, 16, 1024, 100),
-    "32x4d c5 160px": BlockSizes(32, 32, 2048, 25),
-    "32x4d c4 224px": BlockSizes(32, 16, 1024, 196),
-    "32x4d c5 224px": BlockSizes(32, 32, 2048, 49),
+    "20x6d c3": CodedSizes(20, 12, 512, 256),
+    "20x6d c4": CodedSizes(20, 24, 1024, 64),
+    "10x11d c3": CodedSizes(10, 22, 512, 256),
+    "10x11d c4": CodedSizes(10, 44, 1024, 64),
+    "32x4d c4 160px": CodedSizes(32, 16, 1024, 100),
+    "32x4d c5 160px": CodedSizes(32, 32, 2048, 25),
+    "32x4d c4 224px": CodedSizes(32, 16, 1024, 196),
+    "32x4d c5 224px": CodedSizes(32, 32, 2048, 49),
 }
 
-RowMaker = Callable[[BlockSizes, Variant], LaunchRow]
+RowMaker = Callable[[CodedSizes, Variant], LaunchRow]
 ROW_MAKERS: tuple[RowMaker, ...] = (
     energy_forward,
     energy_backward,

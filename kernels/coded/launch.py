@@ -9,10 +9,9 @@ from coded_resnext.kernels import rows
 from coded_resnext.kernels.layout import (
     DTYPES,
     _float32,
-    architecture,
     as_rows,
     interpreted,
-    tf32_allowed,
+    variant_of,
 )
 
 from . import gram
@@ -35,21 +34,6 @@ def runs_kernels(h: Tensor, width: int) -> bool:
     return (h.is_cuda or interpreted()) and unsupported(h, width) is None
 
 
-def variant_of(
-    z: Tensor, scale: Tensor | None, drop_mask: Tensor | None, keep_mask: Tensor | None
-) -> rows.Variant:
-    """What a compiled kernel depends on beside sizes."""
-    dtype = DTYPES[z.dtype]
-    return rows.Variant(
-        dtype=dtype,
-        affine=scale is not None,
-        drop=drop_mask is not None,
-        keep=keep_mask is not None,
-        tf32=dtype == "fp32" and tf32_allowed(),
-        arch=architecture(z.device.index) if z.is_cuda else "cpu",
-    )
-
-
 class Launch:
     """What the launches of one operator share: sizes, settings and tensors as the kernels read."""
 
@@ -64,8 +48,10 @@ class Launch:
     ) -> None:
         branches, channels, width = branch_weight.shape
         self.batch, self.pixels = z.shape[0], z.shape[2] * z.shape[3]
-        self.sizes = rows.BlockSizes(branches, width, channels, self.pixels)
-        self.variant = variant_of(z, scale, drop_mask, keep_mask)
+        self.sizes = rows.CodedSizes(branches, width, channels, self.pixels)
+        self.variant = variant_of(
+            z, affine=scale is not None, drop=drop_mask is not None, keep=keep_mask is not None
+        )
         self.inverse_size = 1.0 / (channels * self.pixels)
         self.rows = as_rows(z)
         self.scale, self.bias = _float32(scale), _float32(bias)

@@ -8,7 +8,7 @@ from functools import cache
 from coded_resnext.kernels.rows import (
     ITEM_BYTES,
     Argument,
-    BlockSizes,
+    CodedSizes,
     LaunchRow,
     Variant,
     Windows,
@@ -25,7 +25,7 @@ SAMPLES_PER_PROGRAM = 8
 def _energy_row(
     kernel: str,
     args: tuple[Argument, ...],
-    sizes: BlockSizes,
+    sizes: CodedSizes,
     variant: Variant,
     pixels: dict[int, int],
     passes: int,
@@ -56,7 +56,7 @@ def _energy_row(
 
 
 @cache
-def energy_forward(sizes: BlockSizes, variant: Variant) -> LaunchRow:
+def energy_forward(sizes: CodedSizes, variant: Variant) -> LaunchRow:
     """Settings of `energy.energy_forward`: 64 pixels keep several wide loads in flight.
 
     In float32 32 do, and where products are unrolled for sm100, 64 would spill.
@@ -80,7 +80,7 @@ def energy_forward(sizes: BlockSizes, variant: Variant) -> LaunchRow:
 
 
 @cache
-def energy_backward(sizes: BlockSizes, variant: Variant) -> LaunchRow:
+def energy_backward(sizes: CodedSizes, variant: Variant) -> LaunchRow:
     """Settings of `energy.energy_backward`: smaller tiles, for the registers of its sums."""
     return _energy_row(
         "coded.energy:energy_backward",
@@ -101,7 +101,7 @@ def energy_backward(sizes: BlockSizes, variant: Variant) -> LaunchRow:
 
 
 @cache
-def weighted_gram(sizes: BlockSizes, variant: Variant) -> LaunchRow:
+def weighted_gram(sizes: CodedSizes, variant: Variant) -> LaunchRow:
     """Settings of `energy.weighted_gram`: the forward pass with a second matrix to keep.
 
     For sm100 the compiler spills tiles of 32 by 32.
@@ -117,7 +117,7 @@ def weighted_gram(sizes: BlockSizes, variant: Variant) -> LaunchRow:
 
 
 def _aggregate_constexprs(
-    sizes: BlockSizes, variant: Variant, windows: int, block_p: int
+    sizes: CodedSizes, variant: Variant, windows: int, block_p: int
 ) -> tuple[tuple[str, int | str], ...]:
     cut = Windows.of(sizes)
     return (
@@ -128,7 +128,7 @@ def _aggregate_constexprs(
     )
 
 
-def _windows_per_program(sizes: BlockSizes) -> int:
+def _windows_per_program(sizes: CodedSizes) -> int:
     """Windows that a program of `aggregate` holds at once: eight, or four where fewer idle.
 
     One of 64 channels.
@@ -142,7 +142,7 @@ def _windows_per_program(sizes: BlockSizes) -> int:
     return min((8, 4), key=lambda windows: -(-count // windows) * windows)
 
 
-def _forward(sizes: BlockSizes, variant: Variant, windows: int) -> LaunchRow:
+def _forward(sizes: CodedSizes, variant: Variant, windows: int) -> LaunchRow:
     """A program a sample, a warp a window of 16 pixels.
 
     One of 64 channels is shared by four warps and as large as four others; in float32, where the
@@ -176,13 +176,13 @@ def _forward(sizes: BlockSizes, variant: Variant, windows: int) -> LaunchRow:
 
 
 @cache
-def aggregate_forward(sizes: BlockSizes, variant: Variant) -> LaunchRow:
+def aggregate_forward(sizes: CodedSizes, variant: Variant) -> LaunchRow:
     """Settings of `aggregate.aggregate_forward`."""
     return tuned(_forward(sizes, variant, _windows_per_program(sizes)), variant.arch)
 
 
 @cache
-def aggregate_backward(sizes: BlockSizes, variant: Variant) -> LaunchRow:
+def aggregate_backward(sizes: CodedSizes, variant: Variant) -> LaunchRow:
     """Settings of `aggregate.aggregate_backward`: the rules are those of the forward pass.
 
     But for float32, of which eight windows would spill.

@@ -10,11 +10,11 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from coded_resnext.kernels.layout import DTYPES, architecture, as_rows, empty_rows, tf32_allowed
+from coded_resnext.kernels.layout import as_rows, empty_rows, variant_of
 from coded_resnext.kernels.residual.rows import merge_statistics
 
 from . import rows as conv1x1_rows
-from .rows import ProductSizes, ProductVariant, Tile
+from .rows import ProductSizes, Tile
 
 
 def forward(
@@ -236,17 +236,6 @@ def _merged(like: Tensor, partial: Tensor | None) -> Tensor:
 
 # Processors of the machine that the interpreter stands in for: programs have several tiles there.
 INTERPRETED_PROCESSORS = 1
-
-
-def variant_of(x: Tensor, **options: bool) -> ProductVariant:
-    """What a kernel on activations `x` depends on, with these options."""
-    dtype = DTYPES[x.dtype]
-    return ProductVariant(
-        dtype=dtype,
-        tf32=dtype == "fp32" and tf32_allowed(),
-        arch=architecture(x.device.index) if x.is_cuda else "cpu",
-        **options,
-    )
 
 
 @cache

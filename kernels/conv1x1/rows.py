@@ -10,7 +10,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 
-from coded_resnext.kernels.rows import ITEM_BYTES, Argument, Dtype, LaunchRow, next_power_of_2
+from coded_resnext.kernels.rows import (
+    ITEM_BYTES,
+    Argument,
+    LaunchRow,
+    Variant,
+    next_power_of_2,
+)
 
 
 @dataclass(frozen=True)
@@ -23,50 +29,6 @@ class ProductSizes:
     """`O`."""
     join: bool = False
     """Whether its input is the sum that ends a residual block."""
-
-
-@dataclass(frozen=True)
-class ProductVariant:
-    """What else a compiled kernel depends on."""
-
-    dtype: Dtype = "bf16"
-    """Of activations and weights."""
-    affine: bool = False
-    """Whether `relu(scale x + bias)` is multiplied; of a join, whether the residual has a map."""
-    statistics: bool = False
-    """Whether statistics of the output are taken, and their gradient flows back."""
-    gain: bool = False
-    """Whether the gradient of the output comes without its factor."""
-    signs: bool = False
-    """Whether a join writes, and its gradient reads, one bit for the ReLU of each element."""
-    moved: bool = False
-    """Whether the gradient of the output is written as it enters the product, for the weight's."""
-    joined: bool = True
-    """Whether the output of a join has a gradient of its own."""
-    residual: bool = False
-    """Whether a residual is added to a product."""
-    factor: bool = False
-    """Whether there is a factor for each sample, in evaluation."""
-    tf32: bool = False
-    """Whether float32 products may round their inputs to TF32."""
-    arch: str = "sm90"
-    """`sm80`, `sm90`, `sm100` and so on; `cpu` in Triton's interpreter."""
-    raw: bool = True
-    """Whether the map that a join adds the residual to is there, and the gradient of its scale is
-    taken; of an algebraic BatchNorm it is not."""
-    scaled: bool = False
-    """Whether a product has a scale for each output channel."""
-    mapped: bool = False
-    """Whether the residual that is added to a product has a map."""
-
-    @property
-    def precision(self) -> str:
-        """Triton's name of the precision of float32 products."""
-        return "tf32" if self.tf32 else "ieee"
-
-    def pointer(self, present: bool = True) -> str | None:
-        """A row's word for a tensor in the dtype of the activations, None for an absent one."""
-        return f"*{self.dtype}" if present else None
 
 
 @dataclass(frozen=True)
@@ -101,7 +63,7 @@ def fitted(tile: Tile, rows: int, columns: int) -> Tile:
     return replace(tile, m=m, n=n, chunks=tile.chunks if n == tile.n else 1)
 
 
-def map_tile(reduced: int, columns: int, variant: ProductVariant, *, backward: bool) -> Tile:
+def map_tile(reduced: int, columns: int, variant: Variant, *, backward: bool) -> Tile:
     """The tile of a pass over the pixels that sums over channels, given the sizes of the weight."""
     if variant.dtype == "fp32":
         k = min(_SINGLE.k, max(16, next_power_of_2(reduced)))
@@ -112,7 +74,7 @@ def map_tile(reduced: int, columns: int, variant: ProductVariant, *, backward: b
     return fitted(tile, 0, columns)
 
 
-def _weight_tile(sizes: ProductSizes, variant: ProductVariant) -> Tile:
+def _weight_tile(sizes: ProductSizes, variant: Variant) -> Tile:
     tile = Tile(m=128, k=64, n=128, warps=8, stages=2, programs=2)
     single = variant.dtype == "fp32"
     return fitted(SINGLE_WEIGHT if single else tile, sizes.outputs, sizes.inputs)
@@ -122,7 +84,7 @@ def row_of(
     kernel: str,
     tensors: tuple[Argument, ...],
     sizes: ProductSizes,
-    variant: ProductVariant,
+    variant: Variant,
     tile: Tile,
     wide: float,
     narrow: float,
@@ -167,17 +129,17 @@ def row_of(
     )
 
 
-def forward_tile(sizes: ProductSizes, variant: ProductVariant) -> Tile:
+def forward_tile(sizes: ProductSizes, variant: Variant) -> Tile:
     """Of both forward kernels."""
     return map_tile(sizes.inputs, sizes.outputs, variant, backward=False)
 
 
-def gradient_tile(sizes: ProductSizes, variant: ProductVariant) -> Tile:
+def gradient_tile(sizes: ProductSizes, variant: Variant) -> Tile:
     """Of both kernels for the gradient of the input."""
     return map_tile(sizes.outputs, sizes.inputs, variant, backward=True)
 
 
-def weight_tile(sizes: ProductSizes, variant: ProductVariant) -> Tile:
+def weight_tile(sizes: ProductSizes, variant: Variant) -> Tile:
     """Of the kernel for the gradient of the weight."""
     return _weight_tile(sizes, variant)
 
@@ -187,7 +149,7 @@ EXAMPLE_PIXELS = 1600
 
 
 @cache
-def forward(sizes: ProductSizes, variant: ProductVariant) -> LaunchRow:
+def forward(sizes: ProductSizes, variant: Variant) -> LaunchRow:
     """Settings of `conv1x1.product_forward`."""
     vector = "*fp32" if variant.affine else None
     tensors = (
@@ -205,7 +167,7 @@ def forward(sizes: ProductSizes, variant: ProductVariant) -> LaunchRow:
 
 
 @cache
-def join_forward(sizes: ProductSizes, variant: ProductVariant) -> LaunchRow:
+def join_forward(sizes: ProductSizes, variant: Variant) -> LaunchRow:
     """Settings of `conv1x1.join_forward`."""
     vector = "*fp32" if variant.affine else None
     tensors = (
@@ -226,7 +188,7 @@ def join_forward(sizes: ProductSizes, variant: ProductVariant) -> LaunchRow:
     return row_of("conv1x1.forward:join_forward", tensors, sizes, variant, tile, wide, narrow=1)
 
 
-def _moved(variant: ProductVariant) -> tuple[tuple[Argument, ...], int]:
+def _moved(variant: Variant) -> tuple[tuple[Argument, ...], int]:
     """The pointers around the gradient of the output, and how many tensors of its size they are."""
     vector = "*fp32" if variant.statistics else None
     pointers = (
@@ -240,7 +202,7 @@ def _moved(variant: ProductVariant) -> tuple[tuple[Argument, ...], int]:
 
 
 @cache
-def input_gradient(sizes: ProductSizes, variant: ProductVariant) -> LaunchRow:
+def input_gradient(sizes: ProductSizes, variant: Variant) -> LaunchRow:
     """Settings of `conv1x1_backward.product_input_gradient`."""
     vector = "*fp32" if variant.affine else None
     pointers, narrow = _moved(variant)
@@ -261,7 +223,7 @@ def input_gradient(sizes: ProductSizes, variant: ProductVariant) -> LaunchRow:
 
 
 @cache
-def join_input_gradient(sizes: ProductSizes, variant: ProductVariant) -> LaunchRow:
+def join_input_gradient(sizes: ProductSizes, variant: Variant) -> LaunchRow:
     """Settings of `conv1x1_backward.join_input_gradient`."""
     pointers, narrow = _moved(variant)
     tensors = (
@@ -284,7 +246,7 @@ def join_input_gradient(sizes: ProductSizes, variant: ProductVariant) -> LaunchR
 
 
 @cache
-def weight_gradient(sizes: ProductSizes, variant: ProductVariant) -> LaunchRow:
+def weight_gradient(sizes: ProductSizes, variant: Variant) -> LaunchRow:
     """Settings of `conv1x1_weight.product_weight_gradient`."""
     vector = "*fp32" if variant.affine else None
     tensors = ("*fp32", variant.pointer(), variant.pointer(), vector, vector)
@@ -357,7 +319,7 @@ def operator_rows(arch: str) -> Iterator[tuple[str, LaunchRow]]:
     """Rows that the operators launch for these layers in bfloat16, where BatchNorm has its
     statistics from the output. Steps of training launch those of kernels/recompute/rows.py."""
     # The gradient of what ends a block comes without its factor.
-    between = ProductVariant(affine=True, statistics=True, gain=True, moved=True, arch=arch)
+    between = Variant(affine=True, statistics=True, gain=True, moved=True, arch=arch)
     makers = {"forward": forward, "input": input_gradient}
     for place, (inputs, outputs) in PAPER_CONVOLUTIONS.items():
         sizes = ProductSizes(inputs, outputs)

@@ -6,17 +6,16 @@ OH x OW maps out.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
 from coded_resnext.kernels.checks import check_filled
-from coded_resnext.kernels.layout import DTYPES
+from coded_resnext.kernels.layout import DTYPES, variant_of
 from coded_resnext.kernels.residual import rows as residual_rows
+from coded_resnext.kernels.rows import Variant
 
 from . import rows as conv3x3_rows
-from .rows import LANES, MOST_ROWS, REDUCED, GroupedSizes, GroupedVariant, GroupedWindows
+from .rows import LANES, MOST_ROWS, REDUCED, GroupedSizes, GroupedWindows
 
 
 def forward(
@@ -41,7 +40,7 @@ def forward(
     y = rows.new_empty(batch, -(-height // sizes.stride), -(-width // sizes.stride), channels)
     parts, part_rows = _parts(y, pairs=sizes.stride == 1)
     partial = _floats(x, parts, 3, channels) if statistics else None
-    variant = _variant(x, scale is not None, statistics)
+    variant = _variant(x, affine=scale is not None, statistics=statistics)
     conv3x3_rows.forward(sizes, variant).launch(
         (GroupedWindows.of(sizes).count * parts,),
         y,
@@ -93,9 +92,7 @@ def folded_forward(
         (kept,) = _vectors(sizes, keep.repeat_interleave(sizes.width, 1))
     energy = None if form is None else _floats(x, *_energy_shape(h, sizes, part_rows))
     scaled, peak = (None, None) if form is None else _pack_form(form, sizes, x.dtype)
-    variant = replace(
-        _variant(x, False, False), folded=True, keep=keep is not None, energies=form is not None
-    )
+    variant = _variant(x, folded=True, keep=keep is not None, energies=form is not None)
     conv3x3_rows.forward(sizes, variant).launch(
         (GroupedWindows.of(sizes).count * parts,),
         h,
@@ -174,7 +171,7 @@ def input_gradient(
     dx = rows.new_empty(rows.shape[0], *map_size, channels)
     parts, part_rows = _parts(rows, pairs=sizes.stride == 1)
     partial = None if scale is None else _floats(grad, parts, 2, channels)
-    variant = _variant(grad, scale is not None, y is not None)
+    variant = _variant(grad, affine=scale is not None, statistics=y is not None)
     conv3x3_rows.input_gradient(sizes, variant).launch(
         (GroupedWindows.of(sizes).count * parts,),
         dx,
@@ -214,7 +211,7 @@ def weight_gradient(
     splits = conv3x3_rows.weight_splits(sizes, parts)
     block = windows.block_k
     partial = _floats(grad, splits, windows.count, 9, block, block)
-    variant = _variant(grad, scale is not None, y is not None)
+    variant = _variant(grad, affine=scale is not None, statistics=y is not None)
     conv3x3_rows.weight_gradient(sizes, variant).launch(
         (windows.count * splits,),
         partial,
@@ -234,9 +231,9 @@ def weight_gradient(
     return gradient
 
 
-def _variant(x: Tensor, affine: bool, statistics: bool) -> GroupedVariant:
-    tf32 = x.dtype == torch.float32 and torch.backends.cudnn.allow_tf32
-    return GroupedVariant(DTYPES[x.dtype], affine, statistics, tf32=tf32)
+def _variant(x: Tensor, **options: bool) -> Variant:
+    """Returns what a kernel on activations `x` is compiled for; TF32 is allowed as to cuDNN."""
+    return variant_of(x, tf32=torch.backends.cudnn.allow_tf32, **options)
 
 
 def _parts(rows: Tensor, *, pairs: bool) -> tuple[int, int]:

@@ -12,7 +12,14 @@ from dataclasses import dataclass, replace
 from functools import cache
 
 from coded_resnext.kernels.residual.rows import merge_statistics
-from coded_resnext.kernels.rows import ITEM_BYTES, Dtype, LaunchRow, next_power_of_2, triton_release
+from coded_resnext.kernels.rows import (
+    ITEM_BYTES,
+    Dtype,
+    LaunchRow,
+    Variant,
+    next_power_of_2,
+    triton_release,
+)
 
 # The selection table: where the kernels have been measured to win against cuDNN. Architecture,
 # width D and stride to the passes (`forward`, `input`, `weight`) that run them. Empty, since no GPU
@@ -45,30 +52,6 @@ class GroupedSizes:
     """`D`, channels of a group."""
     stride: int = 1
     """1 or 2."""
-
-
-@dataclass(frozen=True)
-class GroupedVariant:
-    """What else a compiled kernel depends on."""
-
-    dtype: Dtype = "bf16"
-    """Of activations and weights."""
-    affine: bool = False
-    """Whether `relu(scale x + bias)` is convolved instead of `x`."""
-    statistics: bool = False
-    """Whether statistics of the output are taken, and their gradient flows back."""
-    folded: bool = False
-    """Whether a bias and a ReLU are behind the convolution, as in evaluation."""
-    keep: bool = False
-    """Whether there is a removal mask (10), of a folded convolution."""
-    energies: bool = False
-    """Whether energies are taken, of a folded convolution."""
-    tf32: bool = False
-    """Whether float32 products may round their inputs to TF32."""
-
-    def pointer(self, present: bool = True) -> str | None:
-        """A row's word for a tensor in the dtype of the activations, None for an absent one."""
-        return f"*{self.dtype}" if present else None
 
 
 @dataclass(frozen=True)
@@ -137,7 +120,7 @@ def winning_passes(arch: str, sizes: GroupedSizes) -> tuple[str, str]:
 def _row(
     kernel: str,
     sizes: GroupedSizes,
-    variant: GroupedVariant,
+    variant: Variant,
     tensors: tuple[str | None, ...],
     inputs: int,
     outputs: int,
@@ -166,7 +149,7 @@ def _row(
             ("WINDOW", windows.channels),
             ("BLOCK_K", windows.block_k),
             ("BLOCK_M", LANES),
-            ("PRECISION", "tf32" if variant.tf32 else "ieee"),
+            ("PRECISION", variant.precision),
         ),
         num_warps=windows.warps,
         trip_bytes=LANES * windows.channels * item * (inputs * patch + outputs * pixel),
@@ -185,7 +168,7 @@ def _ahead_in_3_6(row: LaunchRow, sizes: GroupedSizes) -> LaunchRow:
 
 
 @cache
-def forward(sizes: GroupedSizes, variant: GroupedVariant) -> LaunchRow:
+def forward(sizes: GroupedSizes, variant: Variant) -> LaunchRow:
     """Settings of `grouped_conv.forward_stride1` and `forward_stride2`."""
     vector = "*fp32" if variant.affine else None
     tensors = (
@@ -213,7 +196,7 @@ def forward(sizes: GroupedSizes, variant: GroupedVariant) -> LaunchRow:
 
 
 @cache
-def input_gradient(sizes: GroupedSizes, variant: GroupedVariant) -> LaunchRow:
+def input_gradient(sizes: GroupedSizes, variant: Variant) -> LaunchRow:
     """Settings of `grouped_conv_backward.input_gradient_stride1` and `_stride2`."""
     vector = "*fp32" if variant.affine else None
     coefficient = "*fp32" if variant.statistics else None
@@ -235,7 +218,7 @@ def input_gradient(sizes: GroupedSizes, variant: GroupedVariant) -> LaunchRow:
 
 
 @cache
-def weight_gradient(sizes: GroupedSizes, variant: GroupedVariant) -> LaunchRow:
+def weight_gradient(sizes: GroupedSizes, variant: Variant) -> LaunchRow:
     """Settings of `grouped_conv_weight.weight_gradient_stride1` and `_stride2`."""
     vector = "*fp32" if variant.affine else None
     coefficient = "*fp32" if variant.statistics else None
@@ -328,11 +311,11 @@ def shipped_rows(arch: str) -> Iterator[tuple[str, LaunchRow]]:
             sizes = GroupedSizes(groups, width, stride)
             for kind in ("plain", "fused"):
                 fused = kind == "fused"
-                variant = GroupedVariant("bf16", affine=fused, statistics=fused)
+                variant = Variant("bf16", affine=fused, statistics=fused)
                 for make in (forward, input_gradient, weight_gradient):
                     row = make(sizes, variant)
                     yield f"grouped {row.kernel.split(':')[1]} {place} {kind}", row
-            folded = GroupedVariant("bf16", folded=True, energies=place in CODED)
+            folded = Variant("bf16", folded=True, energies=place in CODED)
             row = forward(sizes, folded)
             yield f"grouped {row.kernel.split(':')[1]} {place} folded", row
             for backward in (False, True):

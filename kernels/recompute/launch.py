@@ -17,11 +17,10 @@ from coded_resnext.kernels.conv1x1.launch import (
     parts_of,
     pixels_of,
     share_of,
-    variant_of,
     vector_of,
 )
 from coded_resnext.kernels.conv1x1.rows import ProductSizes, forward_tile, gradient_tile
-from coded_resnext.kernels.layout import empty_rows
+from coded_resnext.kernels.layout import empty_rows, variant_of
 
 from . import rows as recompute_rows
 

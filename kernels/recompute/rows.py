@@ -17,7 +17,6 @@ from coded_resnext.kernels.conv1x1.rows import (
     PAPER_JOINS,
     SINGLE_WEIGHT,
     ProductSizes,
-    ProductVariant,
     Tile,
     fitted,
     forward,
@@ -29,11 +28,11 @@ from coded_resnext.kernels.conv1x1.rows import (
     row_of,
     weight_gradient,
 )
-from coded_resnext.kernels.rows import ITEM_BYTES, LaunchRow
+from coded_resnext.kernels.rows import ITEM_BYTES, LaunchRow, Variant
 
 
 @cache
-def product_join(sizes: ProductSizes, variant: ProductVariant) -> LaunchRow:
+def product_join(sizes: ProductSizes, variant: Variant) -> LaunchRow:
     """Settings of `conv1x1_product_join.product_join`."""
     before = "*fp32" if variant.affine else None
     own = "*fp32" if variant.mapped else None
@@ -58,7 +57,7 @@ def product_join(sizes: ProductSizes, variant: ProductVariant) -> LaunchRow:
     return replace(row, args=(*row.args, EXAMPLE_PIXELS))
 
 
-def moments_tile(channels: int, variant: ProductVariant) -> Tile:
+def moments_tile(channels: int, variant: Variant) -> Tile:
     """Of the kernel for the moments, whose tiles have as many rows as columns."""
     # With 64 pixels in a step AMD's compiler keeps registers in memory.
     pixels = 32 if variant.arch.startswith("gfx") else 64
@@ -73,7 +72,7 @@ def moments_blocks(channels: int, tile: Tile) -> int:
 
 
 @cache
-def moments(channels: int, variant: ProductVariant) -> LaunchRow:
+def moments(channels: int, variant: Variant) -> LaunchRow:
     """Settings of `conv1x1_moments.activation_moments`."""
     tile = moments_tile(channels, variant)
     vector = "*fp32" if variant.affine else None
@@ -97,7 +96,7 @@ def moments(channels: int, variant: ProductVariant) -> LaunchRow:
 
 
 @cache
-def moments_gradient(sizes: ProductSizes, variant: ProductVariant) -> LaunchRow:
+def moments_gradient(sizes: ProductSizes, variant: Variant) -> LaunchRow:
     """Settings of `conv1x1_moments_backward.moments_input_gradient`."""
     vector = "*fp32" if variant.affine else None
     tensors = (
@@ -141,11 +140,11 @@ def shipped_rows(arch: str) -> Iterator[tuple[str, LaunchRow]]:
     for place, (inputs, outputs) in PAPER_CONVOLUTIONS.items():
         sizes = ProductSizes(inputs, outputs)
         passes = planned(arch, sizes).passes.split()
-        trained = ProductVariant(
+        trained = Variant(
             residual=True, affine=True, scaled=True, signs="input" in passes, arch=arch
         )
         if "forward" in passes:
-            ends = ProductVariant(residual=True, arch=arch)
+            ends = Variant(residual=True, arch=arch)
             yield f"1x1 product_join {place} folded", product_join(sizes, ends)
             yield f"1x1 product_join {place} identity", product_join(sizes, trained)
             mapped = replace(trained, mapped=True)
@@ -161,16 +160,16 @@ def shipped_rows(arch: str) -> Iterator[tuple[str, LaunchRow]]:
         if "weight" in passes:
             yield f"1x1 product_weight_gradient {place}", weight_gradient(sizes, trained)
     for place, (channels, affine) in PAPER_MOMENTS.items():
-        row = moments(channels, ProductVariant(affine=affine, arch=arch))
+        row = moments(channels, Variant(affine=affine, arch=arch))
         yield f"1x1 activation_moments {place}", row
     # What stands behind such a join: a convolution of it as it is.
-    behind = ProductVariant(statistics=True, moved=True, signs=True, raw=False, arch=arch)
+    behind = Variant(statistics=True, moved=True, signs=True, raw=False, arch=arch)
     for place, (inputs, outputs) in PAPER_JOINS.items():
         if not place.endswith("identity"):
             continue
         passes = planned(arch, ProductSizes(inputs, outputs, join=True)).passes.split()
         if "forward" in passes:
-            row = forward(ProductSizes(inputs, outputs), ProductVariant(statistics=True, arch=arch))
+            row = forward(ProductSizes(inputs, outputs), Variant(statistics=True, arch=arch))
             yield f"1x1 product_forward {place} behind a product_join", row
         if "input" in passes:
             row = join_input_gradient(ProductSizes(inputs, outputs, join=True), behind)

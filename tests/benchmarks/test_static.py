@@ -26,8 +26,9 @@ from static_rows import one_of_each
 from coded_resnext.kernels.build.build import build
 from coded_resnext.kernels.build.shipped import shipped_rows
 from coded_resnext.kernels.conv3x3 import rows as conv3x3_rows
-from coded_resnext.kernels.conv3x3.rows import GroupedSizes, GroupedVariant
+from coded_resnext.kernels.conv3x3.rows import GroupedSizes
 from coded_resnext.kernels.prebuilt.index import FOLDERS_VARIABLE
+from coded_resnext.kernels.rows import Variant
 
 HERE = Path(static.__file__).parent
 ARCHS = ("sm80", "sm90", "sm100")
@@ -193,8 +194,8 @@ def test_limits_differ_by_version(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_rows_of_one_version(monkeypatch: pytest.MonkeyPatch) -> None:
     """Windows of 24 channels load a trip ahead where Triton 3.6 would spill them."""
-    fused = GroupedVariant(affine=True, statistics=True)
-    coded = GroupedVariant(folded=True, energies=True)
+    fused = Variant(affine=True, statistics=True)
+    coded = Variant(folded=True, energies=True)
     for release, stages in (("3.6", 2), ("3.7", 1), ("3.8", 1), ("3.9", 1)):
         monkeypatch.setattr(conv3x3_rows, "triton_release", lambda release=release: release)
         # The makers remember their rows: what they wrap does not.

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from coded_resnext.kernels import rows
 from coded_resnext.kernels.coded import rows as coded_rows
-from coded_resnext.kernels.rows import BlockSizes, LaunchRow, Variant
+from coded_resnext.kernels.rows import CodedSizes, LaunchRow, Variant
 
 ENERGIES = next(operator for operator in OPERATORS if operator.name == "branch_energy")
 KERNEL = "coded.energy:energy_forward"
@@ -126,7 +126,7 @@ def test_candidates_can_be_compiled() -> None:
 
 
 def test_a_row_says_what_it_is_for() -> None:
-    sizes = BlockSizes(branches=32, width=16, channels=1024, pixels=100)
+    sizes = CodedSizes(branches=32, width=16, channels=1024, pixels=100)
     several = [
         coded_rows.energy_forward(sizes, variant)
         for variant in (
@@ -142,7 +142,7 @@ def test_a_row_says_what_it_is_for() -> None:
 
 
 def test_changed_rows_are_whole() -> None:
-    sizes = BlockSizes(branches=32, width=16, channels=1024, pixels=100)
+    sizes = CodedSizes(branches=32, width=16, channels=1024, pixels=100)
     row = coded_rows.energy_forward(sizes, Variant("bf16"))
     other = rows.changed(row, {"BLOCK_P": 32, "num_warps": 2})
     assert dict(other.constexprs) == {**dict(row.constexprs), "BLOCK_P": 32}

@@ -11,15 +11,15 @@ from torch import Tensor
 from triton.runtime import interpreter
 
 from coded_resnext.kernels.conv1x1 import rows as conv1x1_rows
-from coded_resnext.kernels.conv1x1.rows import ProductSizes, ProductVariant
+from coded_resnext.kernels.conv1x1.rows import ProductSizes
 from coded_resnext.kernels.layout import interpreted
 from coded_resnext.kernels.recompute import rows as recompute_rows
 from coded_resnext.kernels.residual import rows as residual_rows
-from coded_resnext.kernels.rows import LaunchRow
+from coded_resnext.kernels.rows import LaunchRow, Variant
 
 WIDE, NARROW = 2048, 16
 SIZES = ProductSizes(WIDE, NARROW)
-VARIANT = ProductVariant("fp16", affine=True, statistics=True, gain=True, moved=True, arch="cpu")
+VARIANT = Variant("fp16", affine=True, statistics=True, gain=True, moved=True, arch="cpu")
 DTYPES = {"*fp16": torch.float16, "*fp32": torch.float32, "*u8": torch.uint8}
 
 ROWS = {

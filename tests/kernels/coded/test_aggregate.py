@@ -207,7 +207,7 @@ def test_offsets_past_two_to_the_31st_elements(
 ) -> None:
     """Program 2^20 reads and writes what program 0 does, 2^31 elements further on."""
     memory.empty((1,), torch.float32)
-    sizes = rows.BlockSizes(branches=4, width=8, channels=8, pixels=64)
+    sizes = rows.CodedSizes(branches=4, width=8, channels=8, pixels=64)
     activations, sample = 4 * 8 * 64, 2**20
     assert sample * activations == 2**31
     row = getattr(coded_rows, kernel)(sizes, rows.Variant("fp16", arch="cpu"))

@@ -76,7 +76,7 @@ def test_offsets_past_two_to_the_31st_elements(kernel: str, device: torch.device
 
     The grid covers the first window of every sample only, so that little of it is touched.
     """
-    sizes = rows.BlockSizes(branches=2**22, width=16, channels=8, pixels=8)
+    sizes = rows.CodedSizes(branches=2**22, width=16, channels=8, pixels=8)
     batch, channels = 5, sizes.branches * sizes.width
     last = (batch - 1) * sizes.pixels * channels
     assert last >= 2**31

@@ -260,20 +260,20 @@ def test_the_choice_for_a_gpu_is_compiled_whole(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """On fake CUDA tensors, which need no GPU: on the CPU the rule ends before its table."""
-    monkeypatch.setattr(conv1x1_functional, "architecture", lambda _index: "sm90")
-    conv1x1_functional._report.cache_clear()
+    monkeypatch.setattr(conv1x1_operator, "architecture", lambda _index: "sm90")
+    conv1x1_operator._report.cache_clear()
 
     def choose(x: Tensor, weight: Tensor) -> tuple[Tensor, str]:
-        return x.relu(), conv1x1_functional.select_products(x, weight, "triton")
+        return x.relu(), conv1x1_operator.select_products(x, weight, "triton")
 
     compiled = torch.compile(choose, fullgraph=True, dynamic=False, backend="eager")
-    with FakeTensorMode(), caplog.at_level(logging.INFO, logger=conv1x1_functional.logger.name):
+    with FakeTensorMode(), caplog.at_level(logging.INFO, logger=conv1x1_operator.logger.name):
         x = torch.empty(2, inputs, 3, 3, dtype=torch.bfloat16, device="cuda")
         weight = torch.empty(outputs, inputs, 1, 1, dtype=torch.bfloat16, device="cuda")
         y, chosen = compiled(x, weight)
     assert y.device.type == "cuda"
     assert chosen == passes
-    said = [r.getMessage() for r in caplog.records if r.name == conv1x1_functional.logger.name]
+    said = [r.getMessage() for r in caplog.records if r.name == conv1x1_operator.logger.name]
     assert [f"inputs={inputs}, outputs={outputs}" in text for text in said] == [True]
 
 

@@ -9,10 +9,10 @@ from support.holes import Holes
 from support.product_join_cases import BOTH, CASES, Case, check_moments, moments_of
 from triton.runtime import interpreter
 
-from coded_resnext.kernels.conv1x1.rows import ProductVariant
 from coded_resnext.kernels.layout import interpreted
 from coded_resnext.kernels.recompute import rows as recompute_rows
 from coded_resnext.kernels.recompute.launch import moments
+from coded_resnext.kernels.rows import Variant
 
 
 @pytest.fixture(autouse=True)
@@ -44,7 +44,7 @@ def test_moments_of_activations_far_from_zero(dtype: torch.dtype) -> None:
 def test_moments_where_the_centre_is_far_from_the_mean() -> None:
     """The rows that it is the mean of are unlike all others."""
     x = torch.randn(1, 16, 64, 64, generator=torch.Generator().manual_seed(0)).half()
-    assert recompute_rows.moments_tile(16, ProductVariant("fp16", arch="cpu")).k == 64
+    assert recompute_rows.moments_tile(16, Variant("fp16", arch="cpu")).k == 64
     x.view(1, 16, 64, 64)[:, :, :, 0] += 3
     check_moments({"x": x})
 
@@ -66,7 +66,7 @@ def test_moments_of_channels_without_any() -> None:
 
 def test_moments_past_2_to_the_31_elements(monkeypatch: pytest.MonkeyPatch) -> None:
     """The last tiles, whole and in part, of a map in memory full of holes, which are zeros."""
-    channels, variant = 1024, ProductVariant("fp16", arch="cpu")
+    channels, variant = 1024, Variant("fp16", arch="cpu")
     tile = recompute_rows.moments_tile(channels, variant)
     blocks = recompute_rows.moments_blocks(channels, tile)
     whole = 2**31 // (tile.k * channels) + 1

@@ -12,11 +12,11 @@ from support.product_join_cases import BOTH, CASES, Case, activated, by_channel,
 from torch import Tensor
 
 from coded_resnext.kernels.conv1x1 import launch as conv1x1_launch
-from coded_resnext.kernels.conv1x1.rows import ProductSizes, ProductVariant
+from coded_resnext.kernels.conv1x1.rows import ProductSizes
 from coded_resnext.kernels.layout import interpreted
 from coded_resnext.kernels.recompute import rows as recompute_rows
 from coded_resnext.kernels.recompute.launch import moments, moments_gradient, product_join
-from coded_resnext.kernels.rows import LaunchRow
+from coded_resnext.kernels.rows import LaunchRow, Variant
 
 # Results are rounded once, gradients twice: at the end of the product, and with the scale.
 TOLERANCES = {torch.float32: 1e-6, torch.float16: 8e-4}
@@ -285,7 +285,7 @@ def test_moments_are_never_plain_tf32(allowed: bool, monkeypatch: pytest.MonkeyP
 
 def test_sizes_name_the_steps_of_both_products() -> None:
     """A weight that stays with its program has a square that does."""
-    variant = ProductVariant("bf16")
+    variant = Variant("bf16")
     for inputs, outputs, steps in ((128, 256, (256, 128)), (256, 512, (64, 64)), (16, 8, (16, 16))):
         row = recompute_rows.moments_gradient(ProductSizes(inputs, outputs), variant)
         sizes = dict(row.constexprs)
