@@ -28,7 +28,8 @@ from . import layout
 Backend = Literal["auto", "reference", "torch", "fused", "triton"]
 
 BACKEND_VARIABLE = "CODED_RESNEXT_BACKEND"
-_LOG = logging.getLogger("coded_resnext")
+LOGGER = logging.getLogger("coded_resnext")
+_SAID: set[str] = set()
 
 
 def backends() -> dict[str, str | None]:
@@ -100,3 +101,11 @@ def check_conv_backend(backend: str) -> None:
     if backend not in get_args(ConvBackend):
         expected = ", ".join(get_args(ConvBackend))
         raise ValueError(f"backend: expected one of {expected}; got {backend!r}")
+
+
+def say_once(logger: logging.Logger, text: str, level: int = logging.INFO) -> None:
+    """Log a sentence the first time that it comes up, and never while a graph is traced."""
+    if torch.compiler.is_compiling() or text in _SAID:
+        return
+    _SAID.add(text)
+    logger.log(level, text)

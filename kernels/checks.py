@@ -98,19 +98,21 @@ def check_device(name: str, value: Tensor, like: Tensor) -> None:
         raise ValueError(f"{name}: expected a tensor on {like.device} as h, got {value.device}")
 
 
-def check_affine(
-    h: Tensor, scale: Tensor | None, bias: Tensor | None, accumulate: torch.dtype
-) -> tuple[Tensor | None, Tensor | None]:
-    """The affine map in the accumulation dtype; both parts or none."""
+def check_affine(x: Tensor, scale: Tensor | None, bias: Tensor | None) -> None:
+    """Refuse an affine map of `x [B, C, H, W]` that is neither two vectors `[C]` nor absent."""
     if (scale is None) != (bias is None):
-        raise ValueError("bias: expected scale and bias, or neither; got one of them")
-    if scale is None or bias is None:
-        return None, None
-    for name, value in (("scale", scale), ("bias", bias)):
-        if value.shape != (h.shape[1],):
-            raise ValueError(f"{name}: expected [{h.shape[1]}], got {list(value.shape)}")
-        check_device(name, value, h)
-    return scale.to(accumulate), bias.to(accumulate)
+        missing = "scale" if scale is None else "bias"
+        raise ValueError(f"{missing}: expected scale and bias, or neither; got one of them")
+    for name, vector in (("scale", scale), ("bias", bias)):
+        if vector is None:
+            continue
+        if vector.shape != (x.shape[1],) or vector.device != x.device:
+            raise ValueError(
+                f"{name}: expected [{x.shape[1]}] on {x.device}, "
+                f"got {list(vector.shape)} on {vector.device}"
+            )
+        if not vector.is_floating_point():
+            raise ValueError(f"{name}: expected floating-point numbers, got {vector.dtype}")
 
 
 def check_loss(energies: Tensor, codewords: Tensor, exponent: float, threshold: float) -> None:

@@ -1,4 +1,4 @@
-"""What every launch of a kernel needs: which tensors the kernels take, layouts, row settings.
+"""What every launch of a kernel needs: which tensors the kernels take, their layout and dtype.
 
 No import of Triton before a kernel runs.
 """
@@ -54,6 +54,23 @@ def architecture(device: int) -> str:
     return f"sm{major}{minor}"
 
 
+def unsupported(x: Tensor, *, width: int = 0, widest: int = 0) -> str | None:
+    """Returns why the kernels cannot run on activations `x [B, C, H, W]`; None if they can.
+
+    Args:
+        x: the activations.
+        width: channels of a branch or group; 0 for an operation without them.
+        widest: the most of these that the kernels of the operation take.
+    """
+    if not (x.is_cuda or interpreted()):
+        return f"the kernels run on CUDA tensors, not on {x.device.type}"
+    if x.dtype not in DTYPES:
+        return f"the kernels take float32, float16 and bfloat16, not {x.dtype}"
+    if width > widest:
+        return f"the kernels take branches and groups of up to {widest} channels, not {width}"
+    return None
+
+
 def variant_of(x: Tensor, *, tf32: bool | None = None, **options: bool) -> rows.Variant:
     """Returns what a kernel on activations `x` is compiled for.
 
@@ -78,6 +95,11 @@ def as_rows(x: Tensor) -> Tensor:
     return x.permute(0, 2, 3, 1).contiguous()
 
 
+def aligned_rows(x: Tensor) -> Tensor:
+    """Returns `as_rows` at 16 bytes."""
+    return aligned(as_rows(x))
+
+
 def channels_last(x: Tensor) -> Tensor:
     """The tensor with the strides that every implementation and fake here gives to its results."""
     return as_rows(x).permute(0, 3, 1, 2)
@@ -89,8 +111,25 @@ def empty_rows(like: Tensor, channels: int | None = None) -> Tensor:
     return like.new_empty((batch, height, width, own if channels is None else channels))
 
 
-def _float32(value: Tensor | None) -> Tensor | None:
+def empty_float32(like: Tensor, *shape: int) -> Tensor:
+    """Returns an uninitialised float32 tensor on the device of another one."""
+    return like.new_empty(shape, dtype=torch.float32)
+
+
+def as_float32(value: Tensor | None) -> Tensor | None:
+    """Returns contiguous float32 numbers, as the kernels read vectors and masks; None for None."""
     return None if value is None else value.to(torch.float32).contiguous()
+
+
+def aligned(x: Tensor) -> Tensor:
+    """Returns the tensor contiguous and at 16 bytes, as the launch rows promise of pointers."""
+    contiguous = x.contiguous()
+    return contiguous if contiguous.data_ptr() % 16 == 0 else contiguous.clone()
+
+
+def pixels_of(rows: Tensor) -> int:
+    """Returns the pixels of all samples of a map `[B, H, W, C]`."""
+    return rows.numel() // rows.shape[3]
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

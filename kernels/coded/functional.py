@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from functools import cache
+import logging
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from coded_resnext.kernels import affine, layout
-from coded_resnext.kernels.backend import _LOG, Backend, select_backend
+from coded_resnext.kernels.backend import LOGGER, Backend, say_once, select_backend
 from coded_resnext.kernels.checks import (
     Aggregation,
     check_affine,
@@ -33,14 +32,8 @@ def _select_for(h: Tensor, width: int, backend: Backend) -> str:
     reason = coded_launch.unsupported(h, width)
     if reason is None:
         return chosen
-    if not torch.compiler.is_compiling():
-        _log_fallback(reason)
+    say_once(LOGGER, f"backend 'torch' runs in place of 'triton': {reason}", logging.WARNING)
     return "torch"
-
-
-@cache
-def _log_fallback(reason: str) -> None:
-    _LOG.warning("backend 'torch' runs in place of 'triton': %s", reason)
 
 
 def coded_aggregate(
@@ -127,7 +120,8 @@ def branch_energy(
     chosen = _select_for(h, h.shape[1] // branches, backend)
     accumulate = layout.accumulation_dtype(h.dtype)
     keep_mask = checked_mask("keep_mask", keep_mask, h, branches, accumulate)
-    scale, bias = check_affine(h, scale, bias, accumulate)
+    check_affine(h, scale, bias)
+    scale, bias = (v if v is None else v.to(accumulate) for v in (scale, bias))
     check_debug(h=h, weight=weight)
     per_branch = gram.split_weight(weight, branches, concatenate=False)
     if chosen == "triton":

@@ -5,33 +5,24 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from coded_resnext.kernels import rows
-from coded_resnext.kernels.layout import (
-    DTYPES,
-    _float32,
-    as_rows,
-    interpreted,
-    variant_of,
-)
+from coded_resnext.kernels import layout, rows
+from coded_resnext.kernels.layout import as_float32, as_rows, variant_of
 
 from . import gram
 from . import rows as coded_rows
 
 
 def unsupported(h: Tensor, width: int) -> str | None:
-    """Why the kernels do not take these activations `[B, N*D, H, W]`; None if they do."""
-    if h.dtype not in DTYPES:
-        return f"the kernels take float32, float16 and bfloat16, not {h.dtype}"
-    if width > rows.WIDEST_BRANCH:
-        return f"the kernels take branches of up to {rows.WIDEST_BRANCH} channels, not {width}"
-    if h.numel() // h.shape[0] >= 2**31 or h.shape[0] * h.shape[1] >= 2**31:
+    """Returns why the kernels do not take these activations `[B, N*D, H, W]`; None if they do."""
+    reason = layout.unsupported(h, width=width, widest=rows.WIDEST_BRANCH)
+    if reason is None and max(h.numel() // h.shape[0], h.shape[0] * h.shape[1]) >= 2**31:
         return "the kernels take samples, and B*N*D, of fewer than 2^31 elements"
-    return None
+    return reason
 
 
 def runs_kernels(h: Tensor, width: int) -> bool:
     """Whether an operator runs its kernels on these activations `[B, N*D, H, W]`."""
-    return (h.is_cuda or interpreted()) and unsupported(h, width) is None
+    return unsupported(h, width) is None
 
 
 class Launch:
@@ -54,8 +45,8 @@ class Launch:
         )
         self.inverse_size = 1.0 / (channels * self.pixels)
         self.rows = as_rows(z)
-        self.scale, self.bias = _float32(scale), _float32(bias)
-        self.drop, self.keep = _float32(drop_mask), _float32(keep_mask)
+        self.scale, self.bias = as_float32(scale), as_float32(bias)
+        self.drop, self.keep = as_float32(drop_mask), as_float32(keep_mask)
         self.windows = rows.Windows.of(self.sizes).count
         # Under autocast this product would be rounded to half precision.
         with torch.autocast(z.device.type, enabled=False):

@@ -10,7 +10,15 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from coded_resnext.kernels.layout import as_rows, empty_rows, variant_of
+from coded_resnext.kernels.layout import (
+    aligned,
+    aligned_rows,
+    as_float32,
+    empty_float32,
+    empty_rows,
+    pixels_of,
+    variant_of,
+)
 from coded_resnext.kernels.residual.rows import merge_statistics
 
 from . import rows as conv1x1_rows
@@ -33,15 +41,15 @@ def forward(
     tile = conv1x1_rows.forward_tile(sizes, variant)
     rows, y = aligned_rows(x), empty_rows(x, sizes.outputs)
     parts, columns = parts_of(rows, tile, sizes.outputs)
-    partial = floats(x, parts, 3, sizes.outputs) if statistics else None
+    partial = empty_float32(x, parts, 3, sizes.outputs) if statistics else None
     conv1x1_rows.forward(sizes, variant).launch(
         (parts * columns,),
         y,
         partial,
         rows,
-        vector_of(scale),
-        vector_of(bias),
-        aligned_weight(weight),
+        as_float32(scale),
+        as_float32(bias),
+        aligned(weight),
         pixels_of(rows),
     )
     return y.permute(0, 3, 1, 2), _merged(x, partial)
@@ -69,7 +77,7 @@ def join_forward(
     tile = conv1x1_rows.forward_tile(sizes, variant)
     rows, x, z = aligned_rows(y), empty_rows(y), empty_rows(y, sizes.outputs)
     parts, columns = parts_of(rows, tile, sizes.outputs)
-    partial = floats(y, parts, 3, sizes.outputs) if statistics else None
+    partial = empty_float32(y, parts, 3, sizes.outputs) if statistics else None
     shape = (*rows.shape[:3], sizes.inputs // 8) if keep_signs else (0,)
     signs = y.new_empty(shape, dtype=torch.uint8)
     conv1x1_rows.join_forward(sizes, variant).launch(
@@ -79,12 +87,12 @@ def join_forward(
         z,
         partial,
         rows,
-        vector_of(scale),
-        vector_of(bias),
+        as_float32(scale),
+        as_float32(bias),
         aligned_rows(residual),
-        vector_of(residual_scale),
-        vector_of(residual_bias),
-        aligned_weight(weight),
+        as_float32(residual_scale),
+        as_float32(residual_bias),
+        aligned(weight),
         pixels_of(rows),
     )
     return x.permute(0, 3, 1, 2), z.permute(0, 3, 1, 2), _merged(y, partial), signs
@@ -119,7 +127,7 @@ def input_gradient(
     rows, dx = aligned_rows(grad), empty_rows(x)
     moved = empty_rows(grad) if moves else None
     parts, columns = parts_of(rows, conv1x1_rows.gradient_tile(sizes, variant), sizes.inputs)
-    partial = None if scale is None else floats(x, parts, 2, sizes.inputs)
+    partial = None if scale is None else empty_float32(x, parts, 2, sizes.inputs)
     conv1x1_rows.input_gradient(sizes, variant).launch(
         (parts * columns,),
         dx,
@@ -127,16 +135,16 @@ def input_gradient(
         partial,
         rows,
         None if y is None else aligned_rows(y),
-        vector_of(gain),
-        vector_of(curve),
-        vector_of(level),
+        as_float32(gain),
+        as_float32(curve),
+        as_float32(level),
         None if scale is None else aligned_rows(x),
-        vector_of(scale),
-        vector_of(bias),
-        aligned_weight(weight),
+        as_float32(scale),
+        as_float32(bias),
+        aligned(weight),
         pixels_of(rows),
     )
-    sums = floats(x, 0) if partial is None else partial.sum(0)
+    sums = empty_float32(x, 0) if partial is None else partial.sum(0)
     return dx.permute(0, 3, 1, 2), sums, grad if moved is None else moved.permute(0, 3, 1, 2)
 
 
@@ -172,7 +180,7 @@ def join_input_gradient(
     rows, g = aligned_rows(grad), empty_rows(x)
     moved = empty_rows(grad) if moves else None
     parts, columns = parts_of(rows, conv1x1_rows.gradient_tile(sizes, variant), sizes.inputs)
-    partial = floats(x, parts, 1 + variant.raw + variant.affine, sizes.inputs)
+    partial = empty_float32(x, parts, 1 + variant.raw + variant.affine, sizes.inputs)
     conv1x1_rows.join_input_gradient(sizes, variant).launch(
         (parts * columns,),
         g,
@@ -180,15 +188,15 @@ def join_input_gradient(
         partial,
         rows,
         None if z is None else aligned_rows(z),
-        vector_of(gain),
-        vector_of(curve),
-        vector_of(level),
+        as_float32(gain),
+        as_float32(curve),
+        as_float32(level),
         None if grad_x is None else aligned_rows(grad_x),
         None if signs is not None else aligned_rows(x),
         signs,
         None if y is None else aligned_rows(y),
         None if residual is None else aligned_rows(residual),
-        aligned_weight(weight),
+        aligned(weight),
         pixels_of(rows),
     )
     moved_grad = grad if moved is None else moved.permute(0, 3, 1, 2)
@@ -211,14 +219,14 @@ def weight_gradient(
     rows = aligned_rows(x)
     blocks = -(-sizes.outputs // tile.m) * -(-sizes.inputs // tile.n)
     shares = share_of(-(-pixels_of(rows) // tile.k), blocks, tile, x)
-    partial = floats(x, shares, sizes.outputs, sizes.inputs)
+    partial = empty_float32(x, shares, sizes.outputs, sizes.inputs)
     conv1x1_rows.weight_gradient(sizes, variant).launch(
         (shares * blocks,),
         partial,
         aligned_rows(grad),
         rows,
-        vector_of(scale),
-        vector_of(bias),
+        as_float32(scale),
+        as_float32(bias),
         pixels_of(rows),
     )
     return partial.sum(0).to(weight.dtype if dtype is None else dtype).view(weight.shape)
@@ -227,9 +235,9 @@ def weight_gradient(
 def _merged(like: Tensor, partial: Tensor | None) -> Tensor:
     """The statistics of all tiles from those of the programs."""
     if partial is None:
-        return floats(like, 0)
+        return empty_float32(like, 0)
     parts, _, channels = partial.shape
-    total = floats(like, 3, channels)
+    total = empty_float32(like, 3, channels)
     merge_statistics(channels).launch((-(-channels // 8),), total, partial, parts)
     return total
 
@@ -253,30 +261,3 @@ def parts_of(rows: Tensor, tile: Tile, channels: int) -> tuple[int, int]:
     """Programs for each column of tiles of the result, and columns."""
     columns = -(-channels // tile.n)
     return share_of(-(-pixels_of(rows) // tile.m), columns, tile, rows), columns
-
-
-def pixels_of(rows: Tensor) -> int:
-    """Of a map `[B, H, W, C]`."""
-    return rows.numel() // rows.shape[3]
-
-
-def floats(like: Tensor, *shape: int) -> Tensor:
-    """An uninitialised float32 tensor."""
-    return like.new_empty(shape, dtype=torch.float32)
-
-
-def aligned_rows(x: Tensor) -> Tensor:
-    """`[B, C, H, W]` as contiguous rows `[B, H, W, C]` at 16 bytes."""
-    rows = as_rows(x)
-    return rows if rows.data_ptr() % 16 == 0 else rows.clone()
-
-
-def aligned_weight(weight: Tensor) -> Tensor:
-    """Contiguous, at 16 bytes."""
-    contiguous = weight.contiguous()
-    return contiguous if contiguous.data_ptr() % 16 == 0 else contiguous.clone()
-
-
-def vector_of(vector: Tensor | None) -> Tensor | None:
-    """Contiguous float32 numbers."""
-    return None if vector is None else vector.float().contiguous()

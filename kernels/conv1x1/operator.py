@@ -9,8 +9,6 @@ samples, I channels in, O channels out.
 
 from __future__ import annotations
 
-import logging
-from functools import cache
 from typing import Any
 
 import torch
@@ -18,15 +16,14 @@ from torch import Tensor
 
 from coded_resnext.kernels import affine
 from coded_resnext.kernels.affine import behind_activation, follow, split_sums, statistics_gradient
-from coded_resnext.kernels.backend import ConvBackend, check_conv_backend
+from coded_resnext.kernels.backend import LOGGER, ConvBackend, check_conv_backend, say_once
 from coded_resnext.kernels.checks import check_filled
 from coded_resnext.kernels.layout import (
-    DTYPES,
     accumulation_dtype,
     architecture,
     empty_rows,
-    interpreted,
     on_device,
+    unsupported,
 )
 from coded_resnext.kernels.residual import launch as residual_launch
 
@@ -34,36 +31,20 @@ from . import launch as conv1x1_launch
 from . import library as conv1x1_library
 from .rows import ProductSizes, planned
 
-logger = logging.getLogger(__name__)
-
 PASSES = "forward input weight"
 POINTWISE = "pointwise"
 
 
-def unsupported(x: Tensor) -> str | None:
-    """Why the kernels cannot run here on `x [B, I, H, W]`; None if they can."""
-    if not (x.is_cuda or interpreted()):
-        return f"the kernels run on CUDA tensors, not on {x.device.type}"
-    if x.dtype not in DTYPES:
-        return f"the kernels take float32, float16 and bfloat16, not {x.dtype}"
-    return None
-
-
-@cache
-def _report(choice: str) -> None:
-    """Say a choice once."""
-    logger.info(choice)
-
-
-# The compiler takes the result as it is: it follows no logger, and before torch 2.14 no frozen
-# dataclass into its text.
+# The compiler takes the result as it is: before torch 2.14 it follows no frozen dataclass into its
+# text.
 @torch.compiler.assume_constant_result
 def _choose(arch: str, inputs: int, outputs: int, join: bool, forced: bool) -> str:
     """The passes of a weight `[O, I]` that run kernels, and the log's line; `forced` by name."""
     sizes = ProductSizes(inputs, outputs, join)
     plan = planned(arch, sizes)
     passes = plan.passes if plan.measured or forced else ""
-    _report(f"1x1 convolution, {sizes}, {arch}: kernels for {passes or 'no pass'}: {plan.reason}")
+    kernels = f"kernels for {passes or 'no pass'}: {plan.reason}"
+    say_once(LOGGER, f"1x1 convolution, {sizes}, {arch}: {kernels}")
     return passes
 
 

@@ -9,37 +9,27 @@ Backends:
 
 from __future__ import annotations
 
-import logging
-from functools import cache
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from coded_resnext.kernels.backend import ConvBackend, check_conv_backend
-from coded_resnext.kernels.checks import check_filled
+from coded_resnext.kernels.backend import LOGGER, ConvBackend, check_conv_backend, say_once
+from coded_resnext.kernels.checks import check_affine, check_filled
 from coded_resnext.kernels.layout import architecture
 
 from . import operator as conv3x3_operator
 from .rows import GroupedSizes, winning_passes
 
-logger = logging.getLogger(__name__)
 
-
-@cache
-def _report(choice: str) -> None:
-    """Say a choice once."""
-    logger.info(choice)
-
-
-# The compiler takes the result as it is: it follows no logger, and before torch 2.14 neither a
-# cached class method nor a frozen dataclass into its text.
+# The compiler takes the result as it is: before torch 2.14 it follows neither a cached class method
+# nor a frozen dataclass into its text.
 @torch.compiler.assume_constant_result
 def _choose(arch: str, channels: int, width: int, stride: int) -> str:
     """The passes of a weight `[N*D, D, 3, 3]` in which kernels win, and the log's line."""
     sizes = GroupedSizes(channels // width, width, stride)
     passes, why = winning_passes(arch, sizes)
-    _report(f"grouped 3x3 convolution, {sizes}: kernels for {passes or 'no pass'}: {why}")
+    text = f"grouped 3x3 convolution, {sizes}: kernels for {passes or 'no pass'}: {why}"
+    say_once(LOGGER, text)
     return passes
 
 
@@ -128,16 +118,4 @@ def _check(
         )
     if stride not in (1, 2):
         raise ValueError(f"stride: expected 1 or 2, got {stride}")
-    if (scale is None) != (bias is None):
-        missing = "scale" if scale is None else "bias"
-        raise ValueError(f"{missing}: expected a tensor, since the other of scale and bias is one")
-    for name, vector in (("scale", scale), ("bias", bias)):
-        if vector is None:
-            continue
-        if vector.shape != (channels,) or vector.device != x.device:
-            raise ValueError(
-                f"{name}: expected [{channels}] on {x.device}, "
-                f"got {list(vector.shape)} on {vector.device}"
-            )
-        if not vector.is_floating_point():
-            raise ValueError(f"{name}: expected floating-point numbers, got {vector.dtype}")
+    check_affine(x, scale, bias)

@@ -10,7 +10,14 @@ import torch
 from torch import Tensor
 
 from coded_resnext.kernels.checks import check_filled
-from coded_resnext.kernels.layout import DTYPES, variant_of
+from coded_resnext.kernels.layout import (
+    DTYPES,
+    aligned_rows,
+    as_float32,
+    as_rows,
+    empty_float32,
+    variant_of,
+)
 from coded_resnext.kernels.residual import rows as residual_rows
 from coded_resnext.kernels.rows import Variant
 
@@ -39,7 +46,7 @@ def forward(
     batch, height, width, channels = rows.shape
     y = rows.new_empty(batch, -(-height // sizes.stride), -(-width // sizes.stride), channels)
     parts, part_rows = _parts(y, pairs=sizes.stride == 1)
-    partial = _floats(x, parts, 3, channels) if statistics else None
+    partial = empty_float32(x, parts, 3, channels) if statistics else None
     variant = _variant(x, affine=scale is not None, statistics=statistics)
     conv3x3_rows.forward(sizes, variant).launch(
         (GroupedWindows.of(sizes).count * parts,),
@@ -57,8 +64,8 @@ def forward(
         part_rows,
     )
     if partial is None:
-        return _images(y, sizes), _floats(x, 0)
-    total = _floats(x, 3, channels)
+        return _images(y, sizes), empty_float32(x, 0)
+    total = empty_float32(x, 3, channels)
     row = residual_rows.merge_statistics(channels)
     row.launch((-(-channels // 8),), total, partial, parts)
     return _images(y, sizes), _channels(total, sizes)
@@ -90,7 +97,7 @@ def folded_forward(
     kept = None
     if keep is not None:
         (kept,) = _vectors(sizes, keep.repeat_interleave(sizes.width, 1))
-    energy = None if form is None else _floats(x, *_energy_shape(h, sizes, part_rows))
+    energy = None if form is None else empty_float32(x, *_energy_shape(h, sizes, part_rows))
     scaled, peak = (None, None) if form is None else _pack_form(form, sizes, x.dtype)
     variant = _variant(x, folded=True, keep=keep is not None, energies=form is not None)
     conv3x3_rows.forward(sizes, variant).launch(
@@ -111,7 +118,7 @@ def folded_forward(
         part_rows,
     )
     if energy is None or peak is None:
-        return _images(h, sizes), _floats(x, 0)
+        return _images(h, sizes), empty_float32(x, 0)
     return _images(h, sizes), energy.sum((0, 2))[:, : sizes.groups] * peak
 
 
@@ -170,7 +177,7 @@ def input_gradient(
     channels = rows.shape[3]
     dx = rows.new_empty(rows.shape[0], *map_size, channels)
     parts, part_rows = _parts(rows, pairs=sizes.stride == 1)
-    partial = None if scale is None else _floats(grad, parts, 2, channels)
+    partial = None if scale is None else empty_float32(grad, parts, 2, channels)
     variant = _variant(grad, affine=scale is not None, statistics=y is not None)
     conv3x3_rows.input_gradient(sizes, variant).launch(
         (GroupedWindows.of(sizes).count * parts,),
@@ -189,7 +196,7 @@ def input_gradient(
         part_rows,
     )
     if partial is None:
-        return _images(dx, sizes), _floats(grad, 0)
+        return _images(dx, sizes), empty_float32(grad, 0)
     return _images(dx, sizes), _channels(partial.sum(0), sizes)
 
 
@@ -210,7 +217,7 @@ def weight_gradient(
     parts, part_rows = _parts(rows, pairs=False)
     splits = conv3x3_rows.weight_splits(sizes, parts)
     block = windows.block_k
-    partial = _floats(grad, splits, windows.count, 9, block, block)
+    partial = empty_float32(grad, splits, windows.count, 9, block, block)
     variant = _variant(grad, affine=scale is not None, statistics=y is not None)
     conv3x3_rows.weight_gradient(sizes, variant).launch(
         (windows.count * splits,),
@@ -245,10 +252,6 @@ def _parts(rows: Tensor, *, pairs: bool) -> tuple[int, int]:
     return -(-lanes // LANES) * -(-height // part_rows), part_rows
 
 
-def _floats(like: Tensor, *shape: int) -> Tensor:
-    return like.new_empty(shape, dtype=torch.float32)
-
-
 def _pack(weight: Tensor, sizes: GroupedSizes, *, backward: bool) -> Tensor:
     """The weight as the kernels read it, `[windows, 9, BLOCK_K, BLOCK_K]`."""
     windows = GroupedWindows.of(sizes)
@@ -261,16 +264,15 @@ def _pack(weight: Tensor, sizes: GroupedSizes, *, backward: bool) -> Tensor:
 def _rows(x: Tensor, sizes: GroupedSizes, name: str = "x") -> Tensor:
     """`[B, N*D, H, W]` as rows of padded channels, `[B, H, W, windows * channels]`, at 16 bytes."""
     check_filled(name, x)
-    rows = x.permute(0, 2, 3, 1).contiguous()
     if not GroupedWindows.of(sizes).fit(sizes):
-        return _padded(rows, sizes)
-    return rows if rows.data_ptr() % 16 == 0 else rows.clone()
+        return _padded(as_rows(x), sizes)
+    return aligned_rows(x)
 
 
 def _vectors(sizes: GroupedSizes, *vectors: Tensor | None) -> list[Tensor | None]:
     """Numbers per channel in float32, padded with zeros as the channels are."""
     fit = GroupedWindows.of(sizes).fit(sizes)
-    wide = [None if vector is None else vector.float().contiguous() for vector in vectors]
+    wide = [as_float32(vector) for vector in vectors]
     return [v if v is None or fit else _padded(v, sizes) for v in wide]
 
 

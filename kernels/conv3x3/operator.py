@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from coded_resnext.kernels import affine
+from coded_resnext.kernels import affine, layout
 from coded_resnext.kernels.affine import (
     behind_activation,
     follow,
@@ -23,10 +23,8 @@ from coded_resnext.kernels.affine import (
 )
 from coded_resnext.kernels.checks import check_filled
 from coded_resnext.kernels.layout import (
-    DTYPES,
     accumulation_dtype,
     channels_last,
-    interpreted,
     on_device,
 )
 
@@ -38,19 +36,10 @@ PASSES = "forward input weight"
 
 
 def unsupported(x: Tensor, weight: Tensor, stride: int) -> str | None:
-    """Why the kernels cannot run here on `x [B, N*D, H, W]`; None if they can."""
-    if not (x.is_cuda or interpreted()):
-        return f"the kernels run on CUDA tensors, not on {x.device.type}"
-    if x.dtype not in DTYPES:
-        return f"the kernels take float32, float16 and bfloat16, not {x.dtype}"
-    if weight.shape[1] > conv3x3_rows.WIDEST_WINDOW:
-        return (
-            f"the kernels take groups of up to {conv3x3_rows.WIDEST_WINDOW} channels, "
-            f"not {weight.shape[1]}"
-        )
+    """Returns why the kernels cannot run on `x [B, N*D, H, W]`; None if they can."""
     if stride not in (1, 2):
         return f"the kernels take strides 1 and 2, not {stride}"
-    return None
+    return layout.unsupported(x, width=weight.shape[1], widest=conv3x3_rows.WIDEST_WINDOW)
 
 
 def sizes_of(weight: Tensor, stride: int) -> GroupedSizes:

@@ -10,17 +10,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from coded_resnext.kernels.conv1x1.launch import (
-    aligned_rows,
-    aligned_weight,
-    floats,
-    parts_of,
-    pixels_of,
-    share_of,
-    vector_of,
-)
+from coded_resnext.kernels.conv1x1.launch import parts_of, share_of
 from coded_resnext.kernels.conv1x1.rows import ProductSizes, forward_tile, gradient_tile
-from coded_resnext.kernels.layout import empty_rows, variant_of
+from coded_resnext.kernels.layout import (
+    aligned,
+    aligned_rows,
+    as_float32,
+    empty_float32,
+    empty_rows,
+    pixels_of,
+    variant_of,
+)
 
 from . import rows as recompute_rows
 
@@ -73,15 +73,15 @@ def product_join(
         y,
         signs if keep_signs else None,
         rows,
-        vector_of(scale),
-        vector_of(bias),
-        aligned_weight(weight),
-        vector_of(out_scale),
-        vector_of(out_bias),
+        as_float32(scale),
+        as_float32(bias),
+        aligned(weight),
+        as_float32(out_scale),
+        as_float32(out_bias),
         None if residual is None else aligned_rows(residual),
-        vector_of(residual_scale),
-        vector_of(residual_bias),
-        vector_of(factor),
+        as_float32(residual_scale),
+        as_float32(residual_bias),
+        as_float32(factor),
         pixels_of(rows),
         rows.shape[1] * rows.shape[2],
     )
@@ -102,15 +102,15 @@ def moments(x: Tensor, scale: Tensor | None, bias: Tensor | None) -> tuple[Tenso
     tile, rows = recompute_rows.moments_tile(channels, variant), aligned_rows(x)
     blocks = recompute_rows.moments_blocks(channels, tile)
     shares = share_of(-(-pixels_of(rows) // tile.k), blocks, tile, x)
-    partial = floats(x, shares, channels, channels)
-    sums = floats(x, shares, 2, channels)
+    partial = empty_float32(x, shares, channels, channels)
+    sums = empty_float32(x, shares, 2, channels)
     recompute_rows.moments(channels, variant).launch(
         (shares * blocks,),
         partial,
         sums,
         rows,
-        vector_of(scale),
-        vector_of(bias),
+        as_float32(scale),
+        as_float32(bias),
         pixels_of(rows),
     )
     mean, apart = sums.sum(0, dtype=torch.float64) / pixels_of(rows)
@@ -141,23 +141,23 @@ def moments_gradient(
     variant = variant_of(x, affine=scale is not None)
     rows, dx = aligned_rows(x), empty_rows(x)
     parts, columns = parts_of(rows, gradient_tile(sizes, variant), sizes.inputs)
-    partial = None if scale is None else floats(x, parts, 2, sizes.inputs)
+    partial = None if scale is None else empty_float32(x, parts, 2, sizes.inputs)
     size = square.abs().amax().clamp_min(torch.finfo(torch.float32).tiny)
     recompute_rows.moments_gradient(sizes, variant).launch(
         (parts * columns,),
         dx,
         partial,
         aligned_rows(grad),
-        aligned_weight(weight.to(x.dtype)),
-        aligned_weight((square / size).to(x.dtype)),
+        aligned(weight.to(x.dtype)),
+        aligned((square / size).to(x.dtype)),
         size,
-        vector_of(shift),
+        as_float32(shift),
         rows,
-        vector_of(scale),
-        vector_of(bias),
+        as_float32(scale),
+        as_float32(bias),
         pixels_of(rows),
     )
-    return dx.permute(0, 3, 1, 2), floats(x, 0) if partial is None else partial.sum(0)
+    return dx.permute(0, 3, 1, 2), empty_float32(x, 0) if partial is None else partial.sum(0)
 
 
 def folded_forward(

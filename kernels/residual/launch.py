@@ -12,12 +12,14 @@ from torch import Tensor
 from coded_resnext.kernels.affine import statistics_of
 from coded_resnext.kernels.layout import (
     DTYPES,
-    _float32,
     accumulation_dtype,
+    as_float32,
     as_rows,
     channels_last,
+    empty_float32,
     empty_rows,
     on_device,
+    pixels_of,
 )
 
 from . import rows as residual_rows
@@ -51,7 +53,7 @@ def forward(
         return channels_last((wide + residual).relu().to(y.dtype))
     rows = as_rows(y)
     x = empty_rows(y)
-    count, channels = rows.numel() // rows.shape[3], rows.shape[3]
+    count, channels = pixels_of(rows), rows.shape[3]
     row = residual_rows.pointwise_join(
         channels,
         DTYPES[y.dtype],
@@ -64,12 +66,12 @@ def forward(
             residual_rows.grid_of(count, channels),
             x,
             rows,
-            _float32(scale),
-            _float32(bias),
+            as_float32(scale),
+            as_float32(bias),
             as_rows(residual),
-            _float32(residual_scale),
-            _float32(residual_bias),
-            _float32(factor),
+            as_float32(residual_scale),
+            as_float32(residual_bias),
+            as_float32(factor),
             count,
             rows.shape[1] * rows.shape[2],
         )
@@ -91,9 +93,8 @@ def backward(
         return channels_last(g), torch.stack([each.sum((0, 2, 3)) for each in products])
     rows = as_rows(x)
     g = empty_rows(x)
-    count, channels = rows.numel() // rows.shape[3], rows.shape[3]
-    shape = (residual_rows.parts_of(count), 1 + len(factors), channels)
-    partial = x.new_empty(shape, dtype=torch.float32)
+    count, channels = pixels_of(rows), rows.shape[3]
+    partial = empty_float32(x, residual_rows.parts_of(count), 1 + len(factors), channels)
     row = residual_rows.pointwise_join_backward(
         channels, DTYPES[x.dtype], mapped=residual is not None, raw=y is not None
     )
@@ -116,10 +117,10 @@ def statistics(y: Tensor, kernels: bool, wanted: bool = True) -> Tensor:
     if not kernels or not wanted:
         return statistics_of(y, wanted)
     rows = as_rows(y)
-    count, channels = rows.numel() // rows.shape[3], rows.shape[3]
+    count, channels = pixels_of(rows), rows.shape[3]
     parts = residual_rows.parts_of(count)
-    partial = y.new_empty((parts, 3, channels), dtype=torch.float32)
-    total = y.new_empty((3, channels), dtype=torch.float32)
+    partial = empty_float32(y, parts, 3, channels)
+    total = empty_float32(y, 3, channels)
     with on_device(y):
         residual_rows.column_statistics(channels, DTYPES[y.dtype]).launch(
             residual_rows.grid_of(count, channels), partial, rows, count

@@ -194,6 +194,24 @@ def test_debug_flag_refuses_numbers_that_are_not_finite(monkeypatch: pytest.Monk
         coded_aggregate(h, weight, 4)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"scale": torch.ones(12)}, "bias: expected scale and bias, or neither"),
+        ({"scale": torch.ones(12), "bias": torch.ones(11)}, r"bias: expected \[12\] .*got \[11\]"),
+        ({"scale": torch.ones(12).int(), "bias": torch.ones(12)}, "scale: expected floating-point"),
+        ({"branches": 5}, "branches: expected a divisor of 12 channels, got 5"),
+        ({"h": torch.zeros(0, 12, 4, 4)}, "h: expected at least one sample"),
+    ],
+)
+def test_branch_energy_refuses_bad_input(change: dict[str, Any], message: str) -> None:
+    h, weight = Case("valid").inputs(torch.float32)
+    arguments: dict[str, Any] = {"h": h, "weight": weight, "branches": 4}
+    branch_energy(**arguments)
+    with pytest.raises(ValueError, match=message):
+        branch_energy(**{**arguments, **change})
+
+
 def test_torch_and_reference_energies_agree() -> None:
     h, weight = Case("energies").inputs(torch.float64)
     scale, bias = torch.full((12,), 0.5).double(), torch.full((12,), -0.1).double()

@@ -25,13 +25,11 @@ from .values import layers_of
 if TYPE_CHECKING:
     from coded_resnext.models.block import CodedBottleneck
 
-import logging
-from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from coded_resnext.kernels.backend import requested_backend
+from coded_resnext.kernels.backend import LOGGER, requested_backend, say_once
 from coded_resnext.kernels.coded.operator import normalize_branches
 from coded_resnext.kernels.layout import architecture, interpreted
 
@@ -40,8 +38,6 @@ from .values import Affine, Deferred, Map, Product, like, ready
 
 if TYPE_CHECKING:
     from coded_resnext.models.block import CodedBottleneck
-
-logger = logging.getLogger("coded_resnext")
 
 # Architectures on which the fused data flow has been measured to train faster than layer by layer.
 # Empty, since no GPU has timed it: it runs where it is asked for by name.
@@ -138,8 +134,8 @@ def is_fused(block: CodedBottleneck, x: Tensor) -> bool:
     if chosen not in ("fused", "triton"):
         return False
     reason = unfused_reason(block)
-    if reason is not None and not torch.compiler.is_compiling():
-        _report(f"a block runs layer by layer: {reason}")
+    if reason is not None:
+        say_once(LOGGER, f"a block runs layer by layer: {reason}")
     return reason is None
 
 
@@ -150,8 +146,9 @@ def _chosen(block: CodedBottleneck, x: Tensor) -> str:
         arch = architecture(x.device.index) if x.is_cuda else "cpu"
         if arch in WINS:
             return "fused"
-        if x.is_cuda and not torch.compiler.is_compiling():
-            _report(f"blocks run layer by layer: the fused data flow was not timed on {arch}")
+        if x.is_cuda:
+            text = f"blocks run layer by layer: the fused data flow was not timed on {arch}"
+            say_once(LOGGER, text)
         return "torch"
     if chosen == "triton" and not (x.is_cuda or interpreted()):
         raise RuntimeError(f"backend: 'triton' was asked for but x is on {x.device}")
@@ -183,12 +180,6 @@ def unfused_reason(block: CodedBottleneck) -> str | None:
         if module._backward_hooks or module._backward_pre_hooks:
             return "there is a hook on the gradient of a layer"
     return None
-
-
-@cache
-def _report(choice: str) -> None:
-    """Say a choice once."""
-    logger.info(choice)
 
 
 def can_infer(block: CodedBottleneck, drop_mask: Tensor | None) -> bool:

@@ -4,27 +4,25 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from functools import cache
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from coded_resnext.kernels import backends
+from coded_resnext.kernels.backend import LOGGER, say_once
 from coded_resnext.kernels.conv1x1 import operator as conv1x1_operator
 from coded_resnext.kernels.conv1x1.join_operator import join_conv1x1
-from coded_resnext.kernels.conv1x1.operator import POINTWISE, conv1x1, unsupported
+from coded_resnext.kernels.conv1x1.operator import POINTWISE, conv1x1
 from coded_resnext.kernels.conv3x3 import functional as conv3x3_functional
 from coded_resnext.kernels.conv3x3.operator import grouped_conv3x3
 from coded_resnext.kernels.conv3x3.operator import unsupported as grouped_unsupported
 from coded_resnext.kernels.evaluation import folded_conv1x1, folded_grouped_conv3x3
-from coded_resnext.kernels.layout import DTYPES, channels_last
+from coded_resnext.kernels.layout import DTYPES, channels_last, unsupported
 from coded_resnext.kernels.recompute.moments_operator import unwritten_conv1x1
 
 from .norm import Folded
 from .values import Affine, Map, Product, joined_product, like
-
-logger = logging.getLogger("coded_resnext")
 
 NO_MAP = (None, None)
 # Input channels up to which a convolution is computed twice rather than written: the scatter of its
@@ -181,8 +179,8 @@ class FusedOperators:
     def _backend(self, reason: str | None) -> Literal["auto", "torch", "triton"]:
         """`torch` in place of `triton` where the kernels cannot run, which is said once."""
         if self.backend == "triton" and reason is not None:
-            if not torch.compiler.is_compiling():
-                report_fallback(reason)
+            text = f"a fused operator runs on PyTorch in place of 'triton': {reason}"
+            say_once(LOGGER, text, logging.WARNING)
             return "torch"
         return self.backend
 
@@ -191,9 +189,3 @@ def _picked(x: Tensor, conv: nn.Conv2d) -> Tensor:
     """The pixels that a 1x1 convolution takes."""
     step = conv.stride[0]
     return x if step == 1 else x[:, :, ::step, ::step]
-
-
-@cache
-def report_fallback(reason: str) -> None:
-    """Say once why PyTorch computes something in the place of the kernels."""
-    logger.warning("a fused operator runs on PyTorch in place of 'triton': %s", reason)

@@ -14,6 +14,7 @@ from support.helpers import relative_error
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from coded_resnext.kernels import backend, layout
 from coded_resnext.kernels.conv1x1 import join_operator
 from coded_resnext.kernels.conv1x1 import operator as conv1x1_operator
 from coded_resnext.kernels.conv1x1 import reference as conv1x1_reference
@@ -233,7 +234,7 @@ def test_the_selection_table(
         is_cuda=True, dtype=torch.bfloat16, device=SimpleNamespace(type="cuda", index=0)
     )
     weight = torch.zeros(256, 128, 1, 1)
-    with caplog.at_level(logging.INFO, logger=conv1x1_operator.logger.name):
+    with caplog.at_level(logging.INFO, logger="coded_resnext"):
         for _ in range(2):
             chosen = conv1x1_operator.select_products(on_gpu, weight, "triton")
             assert chosen == "forward input weight"
@@ -261,28 +262,28 @@ def test_the_choice_for_a_gpu_is_compiled_whole(
 ) -> None:
     """On fake CUDA tensors, which need no GPU: on the CPU the rule ends before its table."""
     monkeypatch.setattr(conv1x1_operator, "architecture", lambda _index: "sm90")
-    conv1x1_operator._report.cache_clear()
+    monkeypatch.setattr(backend, "_SAID", set())
 
     def choose(x: Tensor, weight: Tensor) -> tuple[Tensor, str]:
         return x.relu(), conv1x1_operator.select_products(x, weight, "triton")
 
     compiled = torch.compile(choose, fullgraph=True, dynamic=False, backend="eager")
-    with FakeTensorMode(), caplog.at_level(logging.INFO, logger=conv1x1_operator.logger.name):
+    with FakeTensorMode(), caplog.at_level(logging.INFO, logger=backend.LOGGER.name):
         x = torch.empty(2, inputs, 3, 3, dtype=torch.bfloat16, device="cuda")
         weight = torch.empty(outputs, inputs, 1, 1, dtype=torch.bfloat16, device="cuda")
         y, chosen = compiled(x, weight)
     assert y.device.type == "cuda"
     assert chosen == passes
-    said = [r.getMessage() for r in caplog.records if r.name == conv1x1_operator.logger.name]
+    said = [r.getMessage() for r in caplog.records if r.name == backend.LOGGER.name]
     assert [f"inputs={inputs}, outputs={outputs}" in text for text in said] == [True]
 
 
 def test_kernels_asked_for_by_name_that_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(conv1x1_operator, "interpreted", lambda: False)
+    monkeypatch.setattr(layout, "interpreted", lambda: False)
     x, weight = torch.randn(1, 8, 3, 3), torch.randn(8, 8, 1, 1)
     with pytest.raises(RuntimeError, match=r"backend: 'triton' .* CUDA tensors, not on cpu"):
         conv1x1_operator.select_products(x, weight, "triton")
-    monkeypatch.setattr(conv1x1_operator, "interpreted", lambda: True)
+    monkeypatch.setattr(layout, "interpreted", lambda: True)
     with pytest.raises(RuntimeError, match=r"backend: 'triton' .* not torch.float64"):
         conv1x1_operator.select_products(x.double(), weight.double(), "triton")
     with pytest.raises(ValueError, match="expected one of auto, torch, triton; got 'cudnn'"):

@@ -14,7 +14,7 @@ from support.helpers import relative_error
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from coded_resnext.kernels import grouped_conv3x3
+from coded_resnext.kernels import backend, grouped_conv3x3, layout
 from coded_resnext.kernels.conv3x3 import functional as conv3x3_functional
 from coded_resnext.kernels.conv3x3 import operator as conv3x3_operator
 from coded_resnext.kernels.conv3x3 import rows as conv3x3_rows
@@ -183,7 +183,7 @@ def test_nothing_is_chosen_that_was_not_measured(
         is_cuda=True, dtype=torch.bfloat16, device=SimpleNamespace(type="cuda", index=0)
     )
     weight = torch.zeros(512, 16, 3, 3)
-    with caplog.at_level(logging.INFO, logger=conv3x3_functional.logger.name):
+    with caplog.at_level(logging.INFO, logger="coded_resnext"):
         for _ in range(2):
             chosen = conv3x3_functional.select_passes(on_gpu, weight, 2, "auto")  # type: ignore[arg-type]
             assert chosen == "forward weight"
@@ -201,28 +201,28 @@ def test_the_choice_for_a_gpu_is_compiled_whole(
     """On fake CUDA tensors, which need no GPU: on the CPU the rule ends before its table."""
     monkeypatch.setattr(conv3x3_functional, "architecture", lambda _index: "sm90")
     monkeypatch.setitem(conv3x3_rows.WINS, ("sm90", 16, 1), "forward weight")
-    conv3x3_functional._report.cache_clear()
+    monkeypatch.setattr(backend, "_SAID", set())
 
     def choose(x: Tensor, weight: Tensor) -> tuple[Tensor, str]:
         return x.relu(), conv3x3_functional.select_passes(x, weight, 1, "auto")
 
     compiled = torch.compile(choose, fullgraph=True, dynamic=False, backend="eager")
-    with FakeTensorMode(), caplog.at_level(logging.INFO, logger=conv3x3_functional.logger.name):
+    with FakeTensorMode(), caplog.at_level(logging.INFO, logger=backend.LOGGER.name):
         x = torch.empty(2, 2 * width, 3, 3, dtype=torch.bfloat16, device="cuda")
         weight = torch.empty(2 * width, width, 3, 3, dtype=torch.bfloat16, device="cuda")
         y, chosen = compiled(x, weight)
     assert y.device.type == "cuda"
     assert chosen == passes
-    said = [r.getMessage() for r in caplog.records if r.name == conv3x3_functional.logger.name]
+    said = [r.getMessage() for r in caplog.records if r.name == backend.LOGGER.name]
     assert [f"width={width}" in text for text in said] == [True]
 
 
 def test_kernels_asked_for_by_name_that_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(conv3x3_operator, "interpreted", lambda: False)
+    monkeypatch.setattr(layout, "interpreted", lambda: False)
     x, weight = torch.randn(1, 8, 3, 3), torch.randn(8, 4, 3, 3)
     with pytest.raises(RuntimeError, match=r"backend: 'triton' .* CUDA tensors, not on cpu"):
         grouped_conv3x3(x, weight, 2, backend="triton")
-    monkeypatch.setattr(conv3x3_operator, "interpreted", lambda: True)
+    monkeypatch.setattr(layout, "interpreted", lambda: True)
     with pytest.raises(RuntimeError, match=r"backend: 'triton' .* not torch.float64"):
         grouped_conv3x3(x.double(), weight.double(), 2, backend="triton")
     with pytest.raises(RuntimeError, match=r"backend: 'triton' .* up to 64 channels, not 65"):
@@ -242,8 +242,8 @@ def test_kernels_asked_for_by_name_that_cannot_run(monkeypatch: pytest.MonkeyPat
         ),
         ({"weight": torch.zeros(12, 3, 3, 3).double()}, "weight: expected .*float32.*float64"),
         ({"stride": 3}, "stride: expected 1 or 2, got 3"),
-        ({"scale": None}, "scale: expected a tensor"),
-        ({"bias": None}, "bias: expected a tensor"),
+        ({"scale": None}, "scale: expected scale and bias, or neither"),
+        ({"bias": None}, "bias: expected scale and bias, or neither"),
         ({"scale": torch.ones(3)}, r"scale: expected \[12\] on cpu, got \[3\]"),
         ({"bias": torch.ones(12).long()}, "bias: expected floating-point numbers, got torch.int64"),
         ({"backend": "cudnn"}, "backend: expected one of auto, torch, triton; got 'cudnn'"),
