@@ -19,11 +19,14 @@ from __future__ import annotations
 
 import logging
 import os
-from typing import Literal, get_args
+from collections.abc import Callable
+from typing import Any, Literal, get_args
 
 import torch
+from torch import Tensor
 
 from . import layout
+from .rows import Passes, Plan
 
 Backend = Literal["auto", "reference", "torch", "fused", "triton"]
 
@@ -101,6 +104,45 @@ def check_conv_backend(backend: str) -> None:
     if backend not in get_args(ConvBackend):
         expected = ", ".join(get_args(ConvBackend))
         raise ValueError(f"backend: expected one of {expected}; got {backend!r}")
+
+
+def architecture_of_kernels(x: Tensor, backend: ConvBackend, reason: str | None) -> str | None:
+    """Returns the architecture whose selection table says which passes run kernels, or None.
+
+    Args:
+        x: the activations.
+        backend: what is to compute.
+        reason: why the kernels cannot run on `x`, or None.
+
+    Raises:
+        ValueError: no such backend.
+        RuntimeError: `triton` was asked for and cannot run here; the message says why.
+    """
+    check_conv_backend(backend)
+    if backend == "triton" and reason is not None:
+        raise RuntimeError(f"backend: 'triton' was asked for but cannot run: {reason}")
+    if backend == "torch" or reason is not None or (backend == "auto" and not x.is_cuda):
+        return None
+    return layout.architecture(x.device.index) if x.is_cuda else "cpu"
+
+
+def choose_passes(
+    convolution: str, sizes: object, arch: str, forced: bool, planned: Callable[[str, Any], Plan]
+) -> Passes:
+    """Returns the passes of a convolution that run kernels, and says once which they are.
+
+    Args:
+        convolution, sizes: its kind and its static sizes.
+        arch: the architecture.
+        forced: whether `triton` was asked for, which takes the kernels wherever the convolution's
+            selection table has them; `auto` does only where they have been timed to win.
+        planned: returns the line of the table for an architecture and sizes.
+    """
+    plan = planned(arch, sizes)
+    passes = plan.passes if forced else plan.measured
+    kernels = f"kernels for {passes.words()}: {plan.reason}"
+    say_once(LOGGER, f"{convolution}, {sizes}, {arch}: {kernels}")
+    return passes
 
 
 def say_once(logger: logging.Logger, text: str, level: int = logging.INFO) -> None:

@@ -15,7 +15,6 @@ from torch import Tensor
 from coded_resnext.kernels.coded import gram
 from coded_resnext.kernels.coded.operator import branch_energy
 from coded_resnext.kernels.conv1x1 import library as conv1x1_library
-from coded_resnext.kernels.conv1x1.operator import POINTWISE
 from coded_resnext.kernels.conv3x3 import launch as conv3x3_launch
 from coded_resnext.kernels.conv3x3.operator import output_size, sizes_of
 from coded_resnext.kernels.recompute import launch as recompute_launch
@@ -23,6 +22,7 @@ from coded_resnext.kernels.residual import launch as residual_launch
 
 from .checks import check_filled
 from .layout import accumulation_dtype, channels_last, empty_rows, on_device
+from .rows import Passes
 
 
 @torch.library.custom_op("coded_resnext::folded_conv1x1", mutates_args=())
@@ -32,7 +32,7 @@ def folded_conv1x1(
     bias: Tensor,
     residual: Tensor | None,
     factor: Tensor | None,
-    kernels: str,
+    kernels: int,
 ) -> Tensor:
     """`y = relu(factor W x + bias + residual)`.
 
@@ -40,14 +40,14 @@ def folded_conv1x1(
     in the accumulation dtype. A factor needs a residual.
     """
     check_filled("x", x)
-    if "forward" in kernels.split():
+    passes = Passes.decoded(kernels)
+    if passes.forward:
         with on_device(x):
             return recompute_launch.folded_forward(x, weight, bias, residual, factor)
     if residual is None:
         return conv1x1_library.activated(x, weight, bias.to(x.dtype))
     y = conv1x1_library.forward(x, weight)
-    pointwise = POINTWISE in kernels.split()
-    return residual_launch.forward(y, None, bias, residual, None, None, pointwise, factor)
+    return residual_launch.forward(y, None, bias, residual, None, None, passes.pointwise, factor)
 
 
 @folded_conv1x1.register_fake
@@ -57,7 +57,7 @@ def _(
     bias: Tensor,
     residual: Tensor | None,
     factor: Tensor | None,
-    kernels: str,
+    kernels: int,
 ) -> Tensor:
     return empty_rows(x, weight.shape[0]).permute(0, 3, 1, 2)
 
@@ -70,7 +70,7 @@ def folded_grouped_conv3x3(
     branch_weight: Tensor | None,
     keep_mask: Tensor | None,
     stride: int,
-    kernels: str,
+    kernels: int,
 ) -> tuple[Tensor, Tensor]:
     """`h = keep relu(conv(x) + bias)` and its energies (2), (10), (11).
 
@@ -84,7 +84,7 @@ def folded_grouped_conv3x3(
     check_filled("x", x)
     sizes = sizes_of(weight, stride)
     accumulate = accumulation_dtype(x.dtype)
-    if "forward" in kernels.split():
+    if Passes.decoded(kernels).forward:
         form = None if branch_weight is None else gram.branch_forms(branch_weight, accumulate)
         with on_device(x):
             h, sums = conv3x3_launch.folded_forward(x, weight, sizes, bias, keep_mask, form)
@@ -109,7 +109,7 @@ def _(
     branch_weight: Tensor | None,
     keep_mask: Tensor | None,
     stride: int,
-    kernels: str,
+    kernels: int,
 ) -> tuple[Tensor, Tensor]:
     batch, channels, height, width = x.shape
     h = x.new_empty(batch, output_size(height, stride), output_size(width, stride), channels)

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 Dtype = Literal["bf16", "fp16", "fp32"]
 ITEM_BYTES: dict[str, int] = {"bf16": 2, "fp16": 2, "fp32": 4}
@@ -94,6 +94,57 @@ class Variant:
         """A row's words for the scale and the bias of BatchNorm's affine map."""
         pointer = self.pointer(self.affine, "fp32")
         return pointer, pointer
+
+
+class Passes(NamedTuple):
+    """The passes of a convolution that run Triton kernels; PyTorch computes the others."""
+
+    forward: bool = False
+    input: bool = False
+    """The gradient of the input."""
+    weight: bool = False
+    """The gradient of the weight."""
+    pointwise: bool = False
+    """Where PyTorch has the product: the end of a block, its gradient and the statistics."""
+
+    def encoded(self) -> int:
+        """Returns the passes as PyTorch operators take them: a bit for each, the first lowest."""
+        return self.forward + 2 * self.input + 4 * self.weight + 8 * self.pointwise
+
+    @classmethod
+    def decoded(cls, bits: int) -> Passes:
+        """Returns the passes of `encoded`."""
+        return cls(*(bool(bits >> place & 1) for place in range(4)))
+
+    def within(self, others: Passes) -> Passes:
+        """Returns the passes that are in others, too."""
+        return Passes(*(own and other for own, other in zip(self, others, strict=True)))
+
+    def keeps_signs(self, channels: int) -> bool:
+        """Whether a join of so many channels keeps signs, which kernels alone write and read.
+
+        A byte has the signs of eight channels.
+        """
+        return self.forward and self.input and channels % 8 == 0
+
+    def words(self) -> str:
+        """Returns the passes for a log."""
+        return ", ".join(name for name, runs in self._asdict().items() if runs) or "no pass"
+
+
+NO_PASSES = Passes()
+ALL_PASSES = Passes(forward=True, input=True, weight=True)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A line of a selection table: who computes which pass of a convolution."""
+
+    passes: Passes
+    """Those that run kernels where these are asked for."""
+    reason: str
+    measured: Passes = NO_PASSES
+    """Those in which kernels have been timed to win; the others are predicted or unknown."""
 
 
 Argument = str | int | float | None

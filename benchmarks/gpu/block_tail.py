@@ -12,11 +12,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from pass_check import check_call
+from pass_check import KERNELS, PYTORCH, check_call
 from timing import Deadline, median_ms
 from torch import Tensor
 
-from coded_resnext.kernels.conv1x1 import operator as conv1x1_operator
 from coded_resnext.kernels.conv1x1 import rows as conv1x1_rows
 from coded_resnext.kernels.conv1x1.join_operator import pack_signs
 from coded_resnext.kernels.recompute.moments_operator import (
@@ -95,7 +94,7 @@ class Call:
         self.grad_statistics = normal(3, layer.outputs)
         self.grad_sums = normal(layer.outputs, layer.inputs)
         self.mean, self.scatter = normal(layer.inputs), normal(layer.inputs, layer.inputs)
-        self.mean, self.scatter = self._moments("")[3:]
+        self.mean, self.scatter = self._moments(PYTORCH)[3:]
 
     def wide(self) -> Call:
         """The same numbers in float64."""
@@ -107,13 +106,13 @@ class Call:
         other.out_vectors = [vector.double() for vector in self.out_vectors]
         return other
 
-    def _moments(self, kernels: str) -> tuple[Tensor, ...]:
+    def _moments(self, kernels: int) -> tuple[Tensor, ...]:
         found: tuple[Tensor, ...] = unwritten_conv1x1(
             self.x, self.weight, self.scale, self.bias, kernels
         )
         return found
 
-    def run(self, which: str, kernels: str) -> Results:
+    def run(self, which: str, kernels: int) -> Results:
         """One pass."""
         operands = (self.x, self.weight, self.scale, self.bias)
         if which == "statistics":
@@ -130,7 +129,7 @@ class Call:
             return dict(zip(("input", "sums", "weight"), found, strict=True))
         maps = self.out_vectors[2:] if self.layer.mapped else [None, None]
         # Neither a projection's convolution nor a next one, but signs where kernels write them.
-        options = (*[None] * 4, False, bool(kernels), kernels, "")
+        options = (*[None] * 4, False, bool(kernels), kernels, PYTORCH)
         joined, _, _, signs = product_join(
             *(self.grad, self.grad_sums, self.x, self.scale, self.bias, self.weight),
             *(*self.out_vectors[:2], self.residual, *maps, *options),
@@ -146,7 +145,7 @@ def time_tail(call: Call, bandwidth: float | None) -> dict[str, Any]:
     for which in PASSES:
         row["ms"][which] = {
             name: median_ms(lambda which=which, by=by: call.run(which, by), call.x.device)
-            for name, by in (("kernel", conv1x1_operator.PASSES), ("library", ""))
+            for name, by in (("kernel", KERNELS), ("library", PYTORCH))
         }
         if bandwidth is not None:
             floor = 1000 * call.layer.least_bytes(which, call.x.itemsize) / bandwidth

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from block_tail import check_tails
-from pass_check import check_call
+from pass_check import KERNELS, PYTORCH, check_call
 from timing import Deadline, median_ms
 from torch import Tensor
 
@@ -83,7 +83,7 @@ class Call:
         self.gain, self.curve, self.level = (normal(layer.outputs) for _ in range(3))
         # Half of a step's work is backward, from what forward left.
         self.out, self.y, self.signs = self.x, self.grad, None
-        found = self.forward("")
+        found = self.forward(PYTORCH)
         self.y, self.out = found["y"].to(dtype), found.get("x", self.x).to(dtype)
         if layer.join:
             self.signs = join_operator.pack_signs(self.out)
@@ -102,7 +102,7 @@ class Call:
         """In float64."""
         return self.to(torch.float64)
 
-    def forward(self, kernels: str) -> Results:
+    def forward(self, kernels: int) -> Results:
         """Output, statistics, and of a join the block's output."""
         if not self.layer.join:
             y, statistics = conv1x1_operator.conv1x1(
@@ -116,7 +116,7 @@ class Call:
         )
         return {"x": x, "y": y, "statistics": statistics}
 
-    def backward(self, kernels: str, *needs: bool) -> Results:
+    def backward(self, kernels: int, *needs: bool) -> Results:
         """The gradients that are needed: of the input with its sums, of the weight."""
         terms = (self.gain, self.curve, self.level)
         if self.layer.join:
@@ -132,7 +132,7 @@ class Call:
             )
         return dict(zip(("input", "sums", "weight"), found, strict=True))
 
-    def run(self, which: str, kernels: str) -> Results:
+    def run(self, which: str, kernels: int) -> Results:
         """One pass, without what it leaves empty."""
         if which == "forward":
             found = self.forward(kernels)
@@ -164,9 +164,7 @@ def time_layer(
 
     for which in PASSES:
         times = {
-            "kernel": median_ms(
-                lambda which=which: call.run(which, conv1x1_operator.PASSES), device
-            ),
+            "kernel": median_ms(lambda which=which: call.run(which, KERNELS), device),
             "library": median_ms(library(which), device),
         }
         if compiler is not None:

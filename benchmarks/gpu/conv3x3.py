@@ -20,6 +20,7 @@ from torch import Tensor
 from coded_resnext.kernels import grouped_conv3x3
 from coded_resnext.kernels.conv3x3 import operator as conv3x3_operator
 from coded_resnext.kernels.conv3x3.rows import GroupedSizes, GroupedWindows
+from coded_resnext.kernels.rows import ALL_PASSES
 
 PASSES = ("forward", "input", "weight")
 # Errors against float64, over the largest magnitude: eager's own times two, or one rounding.
@@ -83,16 +84,16 @@ class Call:
         self.grad = grad.contiguous(memory_format=torch.channels_last)
         self.scale, self.bias = normal(channels), normal(channels)
 
-    def kernel(self, which: str, passes: str = conv3x3_operator.PASSES) -> Tensor:
-        """One pass by the operator, by its kernels or with PyTorch inside."""
-        stride = self.layer.stride
+    def kernel(self, which: str) -> Tensor:
+        """One pass by the kernels."""
+        stride, kernels = self.layer.stride, ALL_PASSES.encoded()
         if which == "forward":
             return conv3x3_operator.grouped_conv3x3(
-                self.x, self.weight, None, None, stride, False, passes
+                self.x, self.weight, None, None, stride, False, kernels
             )[0]
         needs = (which == "input", which == "weight")
         found = conv3x3_operator.grouped_conv3x3_backward(
-            self.grad, self.x, self.weight, *[None] * 5, stride, *needs, passes
+            self.grad, self.x, self.weight, *[None] * 5, stride, *needs, kernels
         )
         return found[0] if which == "input" else found[2]
 

@@ -8,7 +8,10 @@ from typing import Any
 import torch
 from conv3x3 import ROUNDING, error
 
-from coded_resnext.kernels.conv1x1 import operator as conv1x1_operator
+from coded_resnext.kernels.rows import ALL_PASSES, NO_PASSES
+
+# Who computes, as the operators take it.
+KERNELS, PYTORCH = ALL_PASSES.encoded(), NO_PASSES.encoded()
 
 
 def check_call(call: Any, passes: Sequence[str], repeats: int) -> dict[str, Any]:
@@ -23,8 +26,8 @@ def check_call(call: Any, passes: Sequence[str], repeats: int) -> dict[str, Any]
     name, dtype = call.layer.name, call.x.dtype
     row: dict[str, Any] = {"layer": name, "dtype": str(dtype), "errors": {}, "wrong": []}
     for which in passes:
-        exact, eager = call.wide().run(which, ""), call.run(which, "")
-        found = call.run(which, conv1x1_operator.PASSES)
+        exact, eager = call.wide().run(which, PYTORCH), call.run(which, PYTORCH)
+        found = call.run(which, KERNELS)
         for result, value in exact.items():
             mine, theirs = error(found[result], value), error(eager[result], value)
             limit = 2 * max(theirs, ROUNDING[dtype])
@@ -34,7 +37,7 @@ def check_call(call: Any, passes: Sequence[str], repeats: int) -> dict[str, Any]
                 fault = f"{name} {which} {result}: error {mine:.1e}, at most {limit:.1e}"
                 row["wrong"].append(fault)
         for _ in range(repeats - 1):
-            again = call.run(which, conv1x1_operator.PASSES)
+            again = call.run(which, KERNELS)
             if not all(torch.equal(value, again[result]) for result, value in found.items()):
                 row["wrong"].append(f"{name} {which}: other bits in one of {repeats} runs")
                 break

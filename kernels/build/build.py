@@ -167,8 +167,8 @@ def _current_keys(arch: str, source: str) -> dict[str, str]:
     """The key of every row, from a process that compiles nothing."""
     code = (
         "import json, sys\n"
-        "from coded_resnext.kernels import build_compile as step\n"
-        "from coded_resnext.kernels.build import load_rows\n"
+        "from coded_resnext.kernels.build import compile_step as step\n"
+        "from coded_resnext.kernels.build.build import load_rows\n"
         "step.install_stub_driver(sys.argv[1])\n"
         "rows = load_rows(sys.argv[2], sys.argv[1])\n"
         "print(json.dumps({name: step.row_key(row) for name, row in rows}))"
@@ -226,10 +226,10 @@ def _entries_path(step: Path) -> Path:
 def _ninja_lines(steps: dict[str, list[Path]], work: Path, targets: Path | None) -> Iterable[str]:
     environment = f"TRITON_CACHE_DIR={_quote(work / 'cache')}"
     python = _quote(sys.executable)
-    gather = _quote(Path(__file__).resolve().with_name("build_gather.py"))
+    gather = _quote(Path(__file__).resolve().with_name("gather_step.py"))
     tools = _escape(work / "toolchain.json")
     yield "rule compile"
-    yield f"  command = {environment} {python} -P -m {__package__}.build_compile $in $out"
+    yield f"  command = {environment} {python} -P -m {__package__}.compile_step $in $out"
     yield "  depfile = $out.d\n  deps = gcc\n  description = compile $step"
     yield "rule gather"
     yield f"  command = {python} -P {gather} toolchain.json $out $in"

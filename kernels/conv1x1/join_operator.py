@@ -18,10 +18,11 @@ from coded_resnext.kernels.checks import check_filled
 from coded_resnext.kernels.layout import accumulation_dtype, as_rows, empty_rows, on_device
 from coded_resnext.kernels.residual import launch as residual_launch
 from coded_resnext.kernels.residual.operator import fake_sums
+from coded_resnext.kernels.rows import Passes
 
 from . import launch as conv1x1_launch
 from . import library as conv1x1_library
-from .operator import POINTWISE, fake_outputs
+from .operator import fake_outputs
 
 
 def pack_signs(x: Tensor) -> Tensor:
@@ -44,7 +45,7 @@ def join_conv1x1(
     statistics: bool,
     keep_signs: bool,
     deferred: bool,
-    kernels: str,
+    kernels: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`x = relu(scale y + bias + residual)`, `z = W x`.
 
@@ -58,7 +59,8 @@ def join_conv1x1(
         or `[0]` without `statistics`, and the signs of `x`, `[0]` without `keep_signs`.
     """
     check_filled("y", y)
-    if "forward" in kernels.split():
+    passes = Passes.decoded(kernels)
+    if passes.forward:
         with on_device(y):
             return conv1x1_launch.join_forward(
                 y,
@@ -71,7 +73,7 @@ def join_conv1x1(
                 statistics,
                 keep_signs,
             )
-    pointwise = POINTWISE in kernels.split()
+    pointwise = passes.pointwise
     x = residual_launch.forward(y, scale, bias, residual, residual_scale, residual_bias, pointwise)
     z = conv1x1_library.forward(x, weight)
     signs = pack_signs(x) if keep_signs else y.new_empty((0,), dtype=torch.uint8)
@@ -90,7 +92,7 @@ def _(
     statistics: bool,
     keep_signs: bool,
     deferred: bool,
-    kernels: str,
+    kernels: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     batch, channels, height, width = y.shape
     shape = (batch, height, width, channels // 8) if keep_signs else (0,)
@@ -113,7 +115,7 @@ def join_conv1x1_backward(
     level: Tensor | None,
     need_input: bool,
     need_weight: bool,
-    kernels: str,
+    kernels: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients for that of `z`, `gain grad + curve z + level`, and `grad_x` for that of `x`.
 
@@ -130,20 +132,20 @@ def join_conv1x1_backward(
     check_filled("x", x)
     g, dweight = x.new_empty((0,)), x.new_empty((0,))
     sums = x.new_empty((0,), dtype=accumulation_dtype(x.dtype))
-    chosen = kernels.split()
+    passes = Passes.decoded(kernels)
     with on_device(x):
-        if need_input and "input" in chosen:
+        if need_input and passes.input:
             g, sums, grad = conv1x1_launch.join_input_gradient(
                 grad, grad_x, x, signs, y, residual, weight, z, gain, curve, level, need_weight
             )
         else:
             grad = follow(grad, z, gain, curve, level)
-        if need_weight and "weight" in chosen:
+        if need_weight and passes.weight:
             dweight = conv1x1_launch.weight_gradient(grad, x, weight, None, None)
-    if need_input and "input" not in chosen:
+    if need_input and not passes.input:
         of_x = conv1x1_library.input_gradient(grad, weight, grad_x)
-        g, sums = residual_launch.backward(of_x, x, y, residual, POINTWISE in chosen)
-    if need_weight and "weight" not in chosen:
+        g, sums = residual_launch.backward(of_x, x, y, residual, passes.pointwise)
+    if need_weight and not passes.weight:
         dweight = conv1x1_library.weight_gradient(grad, x, weight)
     return g, sums, dweight
 
@@ -163,7 +165,7 @@ def _(
     level: Tensor | None,
     need_input: bool,
     need_weight: bool,
-    kernels: str,
+    kernels: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     g = empty_rows(x).permute(0, 3, 1, 2) if need_input else x.new_empty((0,))
     sums = fake_sums(x, y, residual) if need_input else fake_sums(x).new_empty((0,))

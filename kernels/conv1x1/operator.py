@@ -1,10 +1,10 @@
 """The 1x1 convolution between two BatchNorms as PyTorch operators `coded_resnext::conv1x1*`.
 
-A pass (`forward`, `input`, `weight`) that the argument `kernels` names runs the Triton kernels, on
-CUDA tensors and in Triton's interpreter; the others run PyTorch's products. Beside those the word
-`pointwise` lets kernels compute the end of a block, its gradient and the statistics, where PyTorch
-goes through the map several times. Results of the size of the activations are channels-last. B
-samples, I channels in, O channels out.
+The argument `kernels` is an encoded `Passes`: those passes run the Triton kernels, on CUDA tensors
+and in Triton's interpreter; the others run PyTorch's products. Around these, `pointwise` lets
+kernels compute the end of a block, its gradient and the statistics, where PyTorch goes through the
+map several times. Results of the size of the activations are channels-last. B samples, I channels
+in, O channels out.
 """
 
 from __future__ import annotations
@@ -16,43 +16,35 @@ from torch import Tensor
 
 from coded_resnext.kernels import affine
 from coded_resnext.kernels.affine import behind_activation, follow, split_sums, statistics_gradient
-from coded_resnext.kernels.backend import LOGGER, ConvBackend, check_conv_backend, say_once
+from coded_resnext.kernels.backend import ConvBackend, architecture_of_kernels, choose_passes
 from coded_resnext.kernels.checks import check_filled
 from coded_resnext.kernels.layout import (
     accumulation_dtype,
-    architecture,
     empty_rows,
     on_device,
     unsupported,
 )
 from coded_resnext.kernels.residual import launch as residual_launch
+from coded_resnext.kernels.rows import NO_PASSES, Passes
 
 from . import launch as conv1x1_launch
 from . import library as conv1x1_library
 from .rows import ProductSizes, planned
 
-PASSES = "forward input weight"
-POINTWISE = "pointwise"
-
 
 # The compiler takes the result as it is: before torch 2.14 it follows no frozen dataclass into its
 # text.
 @torch.compiler.assume_constant_result
-def _choose(arch: str, inputs: int, outputs: int, join: bool, forced: bool) -> str:
-    """The passes of a weight `[O, I]` that run kernels, and the log's line; `forced` by name."""
+def _choose(arch: str, inputs: int, outputs: int, join: bool, forced: bool) -> int:
+    """Returns the encoded passes of a weight `[O, I]` that run kernels; `forced` by name."""
     sizes = ProductSizes(inputs, outputs, join)
-    plan = planned(arch, sizes)
-    passes = plan.passes if plan.measured or forced else ""
-    kernels = f"kernels for {passes or 'no pass'}: {plan.reason}"
-    say_once(LOGGER, f"1x1 convolution, {sizes}, {arch}: {kernels}")
-    return passes
+    return choose_passes("1x1 convolution", sizes, arch, forced, planned).encoded()
 
 
-def select_products(x: Tensor, weight: Tensor, backend: ConvBackend, *, join: bool = False) -> str:
-    """The passes (`forward`, `input`, `weight`) that run kernels, separated by spaces.
-
-    `triton` takes the kernels for the passes that the selection table of kernels/conv1x1/rows.py
-    names, `auto` only for those that have been measured to win on a GPU.
+def select_products(
+    x: Tensor, weight: Tensor, backend: ConvBackend, *, join: bool = False
+) -> Passes:
+    """Returns the passes that run kernels, by the rule of `choose_passes`.
 
     Args:
         x: `[B, I, H, W]`.
@@ -61,18 +53,13 @@ def select_products(x: Tensor, weight: Tensor, backend: ConvBackend, *, join: bo
         join: whether it is `join_conv1x1` that asks, and not `conv1x1`.
 
     Raises:
-        RuntimeError: `triton` was asked for and cannot run here; the message says why.
+        ValueError, RuntimeError: as `architecture_of_kernels`.
     """
-    check_conv_backend(backend)
-    if backend == "torch":
-        return ""
-    reason = unsupported(x)
-    if backend == "triton" and reason is not None:
-        raise RuntimeError(f"backend: 'triton' was asked for but cannot run: {reason}")
-    if reason is not None or (backend == "auto" and not x.is_cuda):
-        return ""
-    arch = architecture(x.device.index) if x.is_cuda else "cpu"
-    return _choose(arch, weight.shape[1], weight.shape[0], join, backend == "triton")
+    arch = architecture_of_kernels(x, backend, unsupported(x))
+    if arch is None:
+        return NO_PASSES
+    outputs, inputs = weight.shape[:2]
+    return Passes.decoded(_choose(arch, inputs, outputs, join, backend == "triton"))
 
 
 @torch.library.custom_op("coded_resnext::conv1x1", mutates_args=())
@@ -83,7 +70,7 @@ def conv1x1(
     bias: Tensor | None,
     statistics: bool,
     deferred: bool,
-    kernels: str,
+    kernels: int,
 ) -> tuple[Tensor, Tensor]:
     """`y = W relu(scale x + bias)` at every pixel; without `scale` and `bias`, `y = W x`.
 
@@ -96,11 +83,12 @@ def conv1x1(
         kernel takes before `y` is rounded; `[0]` without `statistics`.
     """
     check_filled("x", x)
-    if "forward" in kernels.split():
+    passes = Passes.decoded(kernels)
+    if passes.forward:
         with on_device(x):
             return conv1x1_launch.forward(x, weight, scale, bias, statistics)
     y = conv1x1_library.forward(affine.activate(x, scale, bias), weight)
-    return y, residual_launch.statistics(y, POINTWISE in kernels.split(), statistics)
+    return y, residual_launch.statistics(y, passes.pointwise, statistics)
 
 
 @conv1x1.register_fake
@@ -111,7 +99,7 @@ def _(
     bias: Tensor | None,
     statistics: bool,
     deferred: bool,
-    kernels: str,
+    kernels: int,
 ) -> tuple[Tensor, Tensor]:
     return fake_outputs(x, weight, statistics)
 
@@ -136,7 +124,7 @@ def conv1x1_backward(
     level: Tensor | None,
     need_input: bool,
     need_weight: bool,
-    kernels: str,
+    kernels: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients for that of the output, `gain grad + curve y + level`.
 
@@ -149,20 +137,20 @@ def conv1x1_backward(
     check_filled("x", x)
     dx, dweight = x.new_empty((0,)), x.new_empty((0,))
     sums = x.new_empty((0,), dtype=accumulation_dtype(x.dtype))
-    chosen = kernels.split()
+    passes = Passes.decoded(kernels)
     with on_device(x):
-        if need_input and "input" in chosen:
+        if need_input and passes.input:
             dx, sums, grad = conv1x1_launch.input_gradient(
                 grad, weight, x, scale, bias, y, gain, curve, level, need_weight
             )
         else:
             grad = follow(grad, y, gain, curve, level)
-        if need_weight and "weight" in chosen:
+        if need_weight and passes.weight:
             dweight = conv1x1_launch.weight_gradient(grad, x, weight, scale, bias)
-    if need_input and "input" not in chosen:
+    if need_input and not passes.input:
         found = conv1x1_library.input_gradient(grad, weight)
         dx, sums = behind_activation(found.to(accumulation_dtype(x.dtype)), x, scale, bias)
-    if need_weight and "weight" not in chosen:
+    if need_weight and not passes.weight:
         activated = affine.activate(x, scale, bias)
         dweight = conv1x1_library.weight_gradient(grad, activated, weight)
     return dx, sums, dweight
@@ -181,7 +169,7 @@ def _(
     level: Tensor | None,
     need_input: bool,
     need_weight: bool,
-    kernels: str,
+    kernels: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dx = empty_rows(x).permute(0, 3, 1, 2) if need_input else x.new_empty((0,))
     dweight = weight.new_empty(tuple(weight.shape)) if need_weight else x.new_empty((0,))

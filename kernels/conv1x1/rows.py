@@ -11,9 +11,13 @@ from dataclasses import dataclass, replace
 from functools import cache
 
 from coded_resnext.kernels.rows import (
+    ALL_PASSES,
     ITEM_BYTES,
+    NO_PASSES,
     Argument,
     LaunchRow,
+    Passes,
+    Plan,
     Variant,
     next_power_of_2,
 )
@@ -254,53 +258,43 @@ def weight_gradient(sizes: ProductSizes, variant: Variant) -> LaunchRow:
     return row_of(kernel, tensors, sizes, variant, weight_tile(sizes, variant), wide=1, narrow=1)
 
 
-@dataclass(frozen=True)
-class Plan:
-    """Who computes which pass of a 1x1 convolution."""
-
-    passes: str
-    """`forward`, `input`, `weight`: those that run kernels."""
-    reason: str
-    measured: bool = False
-    """Whether it was timed, and not only predicted."""
-
-
 # The selection table: where kernels are worth their launch. Nothing was timed yet. The prediction
 # is of microseconds on an H200 for a batch of 256 images of 160 pixels in bfloat16: kernel, and in
 # its place cuBLAS, one pass over the maps and one for the sums. By channels in and out.
 CONVOLUTIONS = {
-    (128, 256): Plan("forward input weight", "predicted: forward 114 for 199, input 220 for 332"),
-    (256, 512): Plan("forward input weight", "predicted: forward 88 for 102, input 137 for 169"),
+    (128, 256): Plan(ALL_PASSES, "predicted: forward 114 for 199, input 220 for 332"),
+    (256, 512): Plan(ALL_PASSES, "predicted: forward 88 for 102, input 137 for 169"),
 }
 # The gradient of a join's weight is a product of two maps as they are, which cuBLAS has.
+_NOT_WEIGHT = Passes(forward=True, input=True)
 JOINS = {
-    (256, 128): Plan("forward input", "predicted: forward 190 for 278, input 255 for 438"),
-    (256, 256): Plan("forward input", "predicted by its neighbours, at either end of the stage"),
-    (512, 256): Plan("forward input", "predicted: forward 118 for 142, input 163 for 222"),
+    (256, 128): Plan(_NOT_WEIGHT, "predicted: forward 190 for 278, input 255 for 438"),
+    (256, 256): Plan(_NOT_WEIGHT, "predicted by its neighbours, at either end of the stage"),
+    (512, 256): Plan(_NOT_WEIGHT, "predicted: forward 118 for 142, input 163 for 222"),
 }
-WIDER = Plan("", "predicted: from 1024 channels on cuBLAS is as fast, 92 to 90 and 70 to 82")
-OTHERS = Plan("", "not predicted")
+WIDER = Plan(NO_PASSES, "predicted: from 1024 channels on cuBLAS is as fast, 92 to 90 and 70 to 82")
+OTHERS = Plan(NO_PASSES, "not predicted")
 # What has been compiled without a register in memory, by architecture: elements of the largest
 # weight, and passes. On sm80 the gradient of the input spills 4416 instructions. The interpreter
 # takes all.
 COMPILED = {
-    "sm80": (128 * 256, "forward weight"),
-    "sm90": (512 * 256, "forward input weight"),
-    "sm100": (512 * 256, "forward input weight"),
-    "cpu": (512 * 256, "forward input weight"),
+    "sm80": (128 * 256, Passes(forward=True, weight=True)),
+    "sm90": (512 * 256, ALL_PASSES),
+    "sm100": (512 * 256, ALL_PASSES),
+    "cpu": (512 * 256, ALL_PASSES),
 }
 
 
 def planned(arch: str, sizes: ProductSizes) -> Plan:
     """The line of the selection table for an architecture and a convolution."""
     if arch not in COMPILED:
-        return Plan("", f"the kernels have no settings for {arch}")
+        return Plan(NO_PASSES, f"the kernels have no settings for {arch}")
     other = WIDER if max(sizes.inputs, sizes.outputs) >= 1024 else OTHERS
     plan = (JOINS if sizes.join else CONVOLUTIONS).get((sizes.inputs, sizes.outputs), other)
-    largest, passes = COMPILED[arch]
-    if plan.passes and sizes.inputs * sizes.outputs > largest:
-        return Plan("", f"the kernels for weights of this size were not compiled for {arch}")
-    return replace(plan, passes=" ".join(p for p in plan.passes.split() if p in passes.split()))
+    largest, compiled = COMPILED[arch]
+    if any(plan.passes) and sizes.inputs * sizes.outputs > largest:
+        return Plan(NO_PASSES, f"the kernels for weights of this size were not compiled for {arch}")
+    return Plan(plan.passes.within(compiled), plan.reason, plan.measured.within(compiled))
 
 
 # Where the ImageNet network has the convolutions of the table; the join at the end of a stage's
@@ -320,18 +314,19 @@ def operator_rows(arch: str) -> Iterator[tuple[str, LaunchRow]]:
     statistics from the output. Steps of training launch those of kernels/recompute/rows.py."""
     # The gradient of what ends a block comes without its factor.
     between = Variant(affine=True, statistics=True, gain=True, moved=True, arch=arch)
-    makers = {"forward": forward, "input": input_gradient}
     for place, (inputs, outputs) in PAPER_CONVOLUTIONS.items():
         sizes = ProductSizes(inputs, outputs)
-        for which in planned(arch, sizes).passes.split():
-            if which in makers:
-                row = makers[which](sizes, between)
+        passes = planned(arch, sizes).passes
+        for runs, make in ((passes.forward, forward), (passes.input, input_gradient)):
+            if runs:
+                row = make(sizes, between)
                 yield f"1x1 {row.kernel.split(':')[1]} {place}", row
-    makers = {"forward": join_forward, "input": join_input_gradient}
     for place, (inputs, outputs) in PAPER_JOINS.items():
         sizes = ProductSizes(inputs, outputs, join=True)
-        passes = planned(arch, sizes).passes.split()
-        mapped, signs = place.endswith("mapped"), "input" in passes
-        for which in passes:
-            row = makers[which](sizes, replace(between, affine=mapped, gain=False, signs=signs))
-            yield f"1x1 {row.kernel.split(':')[1]} {place}", row
+        passes = planned(arch, sizes).passes
+        mapped = place.endswith("mapped")
+        variant = replace(between, affine=mapped, gain=False, signs=passes.input)
+        for runs, make in ((passes.forward, join_forward), (passes.input, join_input_gradient)):
+            if runs:
+                row = make(sizes, variant)
+                yield f"1x1 {row.kernel.split(':')[1]} {place}", row

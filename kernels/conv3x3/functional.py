@@ -13,43 +13,34 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from coded_resnext.kernels.backend import LOGGER, ConvBackend, check_conv_backend, say_once
+from coded_resnext.kernels.backend import ConvBackend, architecture_of_kernels, choose_passes
 from coded_resnext.kernels.checks import check_affine, check_filled
-from coded_resnext.kernels.layout import architecture
+from coded_resnext.kernels.rows import NO_PASSES, Passes
 
 from . import operator as conv3x3_operator
-from .rows import GroupedSizes, winning_passes
+from .rows import GroupedSizes, planned
 
 
 # The compiler takes the result as it is: before torch 2.14 it follows neither a cached class method
 # nor a frozen dataclass into its text.
 @torch.compiler.assume_constant_result
-def _choose(arch: str, channels: int, width: int, stride: int) -> str:
-    """The passes of a weight `[N*D, D, 3, 3]` in which kernels win, and the log's line."""
+def _choose(arch: str, channels: int, width: int, stride: int, forced: bool) -> int:
+    """Returns the encoded passes of a weight `[N*D, D, 3, 3]` that run kernels."""
     sizes = GroupedSizes(channels // width, width, stride)
-    passes, why = winning_passes(arch, sizes)
-    text = f"grouped 3x3 convolution, {sizes}: kernels for {passes or 'no pass'}: {why}"
-    say_once(LOGGER, text)
-    return passes
+    return choose_passes("grouped 3x3 convolution", sizes, arch, forced, planned).encoded()
 
 
-def select_passes(x: Tensor, weight: Tensor, stride: int, backend: ConvBackend) -> str:
-    """The passes (`forward`, `input`, `weight`) that run kernels, separated by spaces.
+def select_passes(x: Tensor, weight: Tensor, stride: int, backend: ConvBackend) -> Passes:
+    """Returns the passes that run kernels, by the rule of `choose_passes`.
 
     Raises:
-        RuntimeError: `triton` was asked for and cannot run here; the message says why.
+        ValueError, RuntimeError: as `architecture_of_kernels`.
     """
-    check_conv_backend(backend)
-    if backend == "torch":
-        return ""
-    reason = conv3x3_operator.unsupported(x, weight, stride)
-    if backend == "triton":
-        if reason is not None:
-            raise RuntimeError(f"backend: 'triton' was asked for but cannot run: {reason}")
-        return conv3x3_operator.PASSES
-    if reason is not None or not x.is_cuda:
-        return ""
-    return _choose(architecture(x.device.index), weight.shape[0], weight.shape[1], stride)
+    arch = architecture_of_kernels(x, backend, conv3x3_operator.unsupported(x, weight, stride))
+    if arch is None:
+        return NO_PASSES
+    channels, width = weight.shape[:2]
+    return Passes.decoded(_choose(arch, channels, width, stride, backend == "triton"))
 
 
 def grouped_conv3x3(
@@ -93,9 +84,11 @@ def grouped_conv3x3(
         x, weight = x.to(dtype), weight.to(dtype)
     _check(x, weight, groups, stride, scale, bias)
     passes = select_passes(x, weight, stride, backend)
-    if not passes and scale is None and not statistics:
+    if not any(passes) and scale is None and not statistics:
         return F.conv2d(x, weight, None, stride, 1, 1, groups), None
-    y, sums = conv3x3_operator.grouped_conv3x3(x, weight, scale, bias, stride, statistics, passes)
+    y, sums = conv3x3_operator.grouped_conv3x3(
+        x, weight, scale, bias, stride, statistics, passes.encoded()
+    )
     return y, sums if statistics else None
 
 

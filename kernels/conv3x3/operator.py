@@ -1,8 +1,8 @@
 """The grouped 3x3 convolution as PyTorch operators `coded_resnext::grouped_conv3x3*`.
 
-A pass (`forward`, `input`, `weight`) that the argument `kernels` names runs the Triton kernels, on
-CUDA tensors and in Triton's interpreter; the others run PyTorch's convolution. Results of the size
-of the activations are channels-last. B samples, N groups of width D.
+The argument `kernels` is an encoded `Passes`: those passes run the Triton kernels, on CUDA tensors
+and in Triton's interpreter; the others run PyTorch's convolution. Results of the size of the
+activations are channels-last. B samples, N groups of width D.
 """
 
 from __future__ import annotations
@@ -27,12 +27,11 @@ from coded_resnext.kernels.layout import (
     channels_last,
     on_device,
 )
+from coded_resnext.kernels.rows import Passes
 
 from . import launch as conv3x3_launch
 from . import rows as conv3x3_rows
 from .rows import GroupedSizes
-
-PASSES = "forward input weight"
 
 
 def unsupported(x: Tensor, weight: Tensor, stride: int) -> str | None:
@@ -60,7 +59,7 @@ def grouped_conv3x3(
     bias: Tensor | None,
     stride: int,
     statistics: bool,
-    kernels: str,
+    kernels: int,
 ) -> tuple[Tensor, Tensor]:
     """The convolution of `relu(scale x + bias)`, padded with zeros after the ReLU.
 
@@ -72,7 +71,7 @@ def grouped_conv3x3(
     """
     check_filled("x", x)
     sizes = sizes_of(weight, stride)
-    if "forward" in kernels.split():
+    if Passes.decoded(kernels).forward:
         with on_device(x):
             return conv3x3_launch.forward(x, weight, sizes, scale, bias, statistics)
     activated = affine.activate(x, scale, bias)
@@ -88,7 +87,7 @@ def _(
     bias: Tensor | None,
     stride: int,
     statistics: bool,
-    kernels: str,
+    kernels: int,
 ) -> tuple[Tensor, Tensor]:
     batch, channels, height, width = x.shape
     rows = x.new_empty(batch, output_size(height, stride), output_size(width, stride), channels)
@@ -109,7 +108,7 @@ def grouped_conv3x3_backward(
     stride: int,
     need_input: bool,
     need_weight: bool,
-    kernels: str,
+    kernels: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients for that of the output, `grad + curve y + level` with `curve`, `level [N*D]`.
 
@@ -122,16 +121,16 @@ def grouped_conv3x3_backward(
     accumulate = accumulation_dtype(x.dtype)
     dx, dweight = x.new_empty((0,)), x.new_empty((0,))
     sums = x.new_empty((0,), dtype=accumulate)
-    chosen = kernels.split()
+    passes = Passes.decoded(kernels)
     with on_device(x):
-        if need_input and "input" in chosen:
+        if need_input and passes.input:
             map_size = (x.shape[2], x.shape[3])
             dx, sums = conv3x3_launch.input_gradient(
                 grad, weight, sizes, map_size, y, curve, level, x, scale, bias
             )
-        if need_weight and "weight" in chosen:
+        if need_weight and passes.weight:
             dweight = conv3x3_launch.weight_gradient(grad, sizes, y, curve, level, x, scale, bias)
-    mask = [need_input and "input" not in chosen, need_weight and "weight" not in chosen, False]
+    mask = [need_input and not passes.input, need_weight and not passes.weight, False]
     if any(mask):
         grad = follow(grad, y, None, curve, level)
         activated = affine.activate(x, scale, bias)
@@ -157,7 +156,7 @@ def _(
     stride: int,
     need_input: bool,
     need_weight: bool,
-    kernels: str,
+    kernels: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch, channels, height, width = x.shape
     rows = x.new_empty(batch, height, width, channels)

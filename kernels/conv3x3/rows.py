@@ -13,18 +13,21 @@ from functools import cache
 
 from coded_resnext.kernels.residual.rows import merge_statistics
 from coded_resnext.kernels.rows import (
+    ALL_PASSES,
     ITEM_BYTES,
     Dtype,
     LaunchRow,
+    Passes,
+    Plan,
     Variant,
     next_power_of_2,
     triton_release,
 )
 
 # The selection table: where the kernels have been measured to win against cuDNN. Architecture,
-# width D and stride to the passes (`forward`, `input`, `weight`) that run them. Empty, since no GPU
-# has timed them: cuDNN is used everywhere unless a call asks for the kernels by name.
-WINS: dict[tuple[str, int, int], str] = {}
+# width D and stride to the passes that run them. Empty, since no GPU has timed them: cuDNN is used
+# everywhere unless a call asks for the kernels by name.
+WINS: dict[tuple[str, int, int], Passes] = {}
 # Groups wider than this need windows of 64 channels, whose kernels spill registers to memory: they
 # are for checks, and never in the table.
 WIDEST_SHIPPED = 32
@@ -105,16 +108,16 @@ class GroupedWindows:
         return self.padded == sizes.width and self.count * self.group == sizes.groups
 
 
-def winning_passes(arch: str, sizes: GroupedSizes) -> tuple[str, str]:
-    """The passes in which the kernels win on an architecture, and why it is these."""
+def planned(arch: str, sizes: GroupedSizes) -> Plan:
+    """Returns the line of the selection table for an architecture and a convolution."""
     if sizes.width > WIDEST_SHIPPED:
-        return "", f"groups of more than {WIDEST_SHIPPED} channels spill registers"
+        return Plan(ALL_PASSES, f"groups of more than {WIDEST_SHIPPED} channels spill registers")
     if not GroupedWindows.of(sizes).fit(sizes):
-        return "", "the channels would have to be copied to pad them"
+        return Plan(ALL_PASSES, "the channels would have to be copied to pad them")
     passes = WINS.get((arch, sizes.width, sizes.stride))
     if passes is None:
-        return "", f"not measured on {arch}"
-    return passes, f"measured on {arch}"
+        return Plan(ALL_PASSES, f"not measured on {arch}")
+    return Plan(ALL_PASSES, f"measured on {arch}", passes)
 
 
 def _row(

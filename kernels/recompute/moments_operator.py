@@ -18,15 +18,15 @@ from coded_resnext.kernels import affine
 from coded_resnext.kernels.affine import behind_activation, split_sums
 from coded_resnext.kernels.checks import check_filled
 from coded_resnext.kernels.conv1x1 import library as conv1x1_library
-from coded_resnext.kernels.conv1x1.operator import POINTWISE
 from coded_resnext.kernels.layout import accumulation_dtype, empty_rows, on_device
+from coded_resnext.kernels.rows import Passes
 
 from . import launch as recompute_launch
 
 
 @torch.library.custom_op("coded_resnext::unwritten_conv1x1", mutates_args=())
 def unwritten_conv1x1(
-    x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, kernels: str
+    x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, kernels: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The statistics of `y = W relu(scale x + bias)`; without `scale` and `bias`, of `y = W x`.
 
@@ -42,7 +42,8 @@ def unwritten_conv1x1(
     """
     check_filled("x", x)
     # They are statistics, and kernels compute those wherever they compute what is pointwise.
-    if {"forward", POINTWISE} & set(kernels.split()):
+    passes = Passes.decoded(kernels)
+    if passes.forward or passes.pointwise:
         with on_device(x):
             mean, scatter = recompute_launch.moments(x, scale, bias)
     else:
@@ -53,7 +54,7 @@ def unwritten_conv1x1(
 
 @unwritten_conv1x1.register_fake
 def _(
-    x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, kernels: str
+    x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, kernels: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     outputs, inputs = weight.shape[:2]
     wide = accumulation_dtype(x.dtype)
@@ -98,7 +99,7 @@ def unwritten_conv1x1_backward(
     mean: Tensor,
     scatter: Tensor,
     need_input: bool,
-    kernels: str,
+    kernels: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradient of `x`, `[2, I]`, those of `bias` and `scale`, and the gradient of `weight`;
     `[0]` in place of the first two if they are not needed, or not there.
@@ -120,7 +121,7 @@ def unwritten_conv1x1_backward(
     of_output, square, shift = (
         each.to(mean.dtype) for each in (gain[:, None] * wide, square, shift)
     )
-    if "input" in kernels.split():
+    if Passes.decoded(kernels).input:
         with on_device(x):
             dx, sums = recompute_launch.moments_gradient(
                 grad, of_output, square, shift, x, scale, bias
@@ -144,7 +145,7 @@ def _(
     mean: Tensor,
     scatter: Tensor,
     need_input: bool,
-    kernels: str,
+    kernels: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dx = empty_rows(x).permute(0, 3, 1, 2) if need_input else x.new_empty((0,))
     sums = mean.new_empty((2, x.shape[1]) if need_input and scale is not None else (0,))

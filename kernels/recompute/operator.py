@@ -19,10 +19,11 @@ from coded_resnext.kernels.checks import check_filled
 from coded_resnext.kernels.conv1x1 import launch as conv1x1_launch
 from coded_resnext.kernels.conv1x1 import library as conv1x1_library
 from coded_resnext.kernels.conv1x1.join_operator import join_conv1x1_backward, pack_signs
-from coded_resnext.kernels.conv1x1.operator import POINTWISE, fake_outputs
+from coded_resnext.kernels.conv1x1.operator import fake_outputs
 from coded_resnext.kernels.layout import accumulation_dtype, empty_rows, on_device
 from coded_resnext.kernels.residual import launch as residual_launch
 from coded_resnext.kernels.residual.operator import join_backward
+from coded_resnext.kernels.rows import NO_PASSES, Passes
 
 from . import launch as recompute_launch
 
@@ -46,8 +47,8 @@ def product_join(
     next_weight: Tensor | None,
     statistics: bool,
     keep_signs: bool,
-    kernels: str,
-    next_kernels: str,
+    kernels: int,
+    next_kernels: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`joined = relu(scale W relu(x_scale x + x_bias) + bias + residual)`, `z = V joined`.
 
@@ -72,7 +73,8 @@ def product_join(
     check_filled("x", x)
     if residual_weight is not None:
         residual = conv1x1_library.forward(residual, residual_weight)
-    if "forward" in kernels.split():
+    passes, next_passes = Passes.decoded(kernels), Passes.decoded(next_kernels)
+    if passes.forward:
         with on_device(x):
             joined, signs = recompute_launch.product_join(
                 x,
@@ -88,19 +90,18 @@ def product_join(
             )
     else:
         y = conv1x1_library.forward(affine.activate(x, x_scale, x_bias), weight)
-        pointwise = POINTWISE in kernels.split()
         joined = residual_launch.forward(
-            y, scale, bias, residual, residual_scale, residual_bias, pointwise
+            y, scale, bias, residual, residual_scale, residual_bias, passes.pointwise
         )
         signs = pack_signs(joined) if keep_signs else x.new_empty((0,), dtype=torch.uint8)
     if next_weight is None:
         return joined, x.new_empty((0,)), _no_statistics(x), signs
-    if "forward" in next_kernels.split():
+    if next_passes.forward:
         with on_device(x):
             z, sums = conv1x1_launch.forward(joined, next_weight, None, None, statistics)
     else:
         z = conv1x1_library.forward(joined, next_weight)
-        sums = residual_launch.statistics(z, POINTWISE in next_kernels.split(), statistics)
+        sums = residual_launch.statistics(z, next_passes.pointwise, statistics)
     return joined, z, sums, signs
 
 
@@ -123,8 +124,8 @@ def _(
     next_weight: Tensor | None,
     statistics: bool,
     keep_signs: bool,
-    kernels: str,
-    next_kernels: str,
+    kernels: int,
+    next_kernels: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     batch, channels, height, width = place.shape
     shape = (batch, height, width, channels // 8) if keep_signs else (0,)
@@ -146,13 +147,13 @@ def product_sums(
     weight: Tensor,
     scale: Tensor | None,
     bias: Tensor | None,
-    kernels: str,
+    kernels: int,
 ) -> Tensor:
     """The sums over the pixels of `grad relu(scale x + bias)^T`, `[O, I]`, not rounded to the dtype
     of `weight`, which is there for its shape."""
     check_filled("x", x)
     wide = accumulation_dtype(x.dtype)
-    if "weight" in kernels.split():
+    if Passes.decoded(kernels).weight:
         with on_device(x):
             sums = conv1x1_launch.weight_gradient(grad, x, weight, scale, bias, wide)
         return sums.flatten(1)
@@ -160,7 +161,7 @@ def product_sums(
 
 
 @product_sums.register_fake
-def _(grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor, kernels: str) -> Tensor:
+def _(grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor, kernels: int) -> Tensor:
     return x.new_empty(tuple(weight.shape[:2]), dtype=accumulation_dtype(x.dtype))
 
 
@@ -192,7 +193,7 @@ def _gradients(ctx: Any, grad_joined: Tensor, grad: Tensor, grad_statistics: Ten
     written = residual if residual_weight is None else None
     dnext = None
     if next_weight is None:
-        pointwise = POINTWISE in ctx.kernels.split()
+        pointwise = Passes.decoded(ctx.kernels).pointwise
         g, sums = join_backward(grad_joined, joined, None, written, pointwise)
     else:
         curve = level = None
@@ -229,7 +230,7 @@ def _gradients(ctx: Any, grad_joined: Tensor, grad: Tensor, grad_statistics: Ten
         found[8], found[9] = g, None if residual is None else sums[1]
     else:
         # These are sums of maps as they are, which cuBLAS has.
-        of_residual = product_sums(g, residual, residual_weight, None, None, "")
+        of_residual = product_sums(g, residual, residual_weight, None, None, NO_PASSES.encoded())
         found[9] = of_scale(of_residual, residual_weight)
         found[11], found[12] = g, of_residual
     if ctx.needs_input_grad[14]:

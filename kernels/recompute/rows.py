@@ -139,11 +139,9 @@ def shipped_rows(arch: str) -> Iterator[tuple[str, LaunchRow]]:
     launches."""
     for place, (inputs, outputs) in PAPER_CONVOLUTIONS.items():
         sizes = ProductSizes(inputs, outputs)
-        passes = planned(arch, sizes).passes.split()
-        trained = Variant(
-            residual=True, affine=True, scaled=True, signs="input" in passes, arch=arch
-        )
-        if "forward" in passes:
+        passes = planned(arch, sizes).passes
+        trained = Variant(residual=True, affine=True, scaled=True, signs=passes.input, arch=arch)
+        if passes.forward:
             ends = Variant(residual=True, arch=arch)
             yield f"1x1 product_join {place} folded", product_join(sizes, ends)
             yield f"1x1 product_join {place} identity", product_join(sizes, trained)
@@ -152,12 +150,12 @@ def shipped_rows(arch: str) -> Iterator[tuple[str, LaunchRow]]:
             if trained.signs and place in LAST:
                 last = replace(trained, signs=False)
                 yield f"1x1 product_join {place} last", product_join(sizes, last)
-        if "input" in passes:
+        if passes.input:
             yield f"1x1 moments_input_gradient {place}", moments_gradient(sizes, trained)
             if place in PROJECTED:
                 row = moments_gradient(sizes, replace(trained, affine=False))
                 yield f"1x1 moments_input_gradient {place} projection", row
-        if "weight" in passes:
+        if passes.weight:
             yield f"1x1 product_weight_gradient {place}", weight_gradient(sizes, trained)
     for place, (channels, affine) in PAPER_MOMENTS.items():
         row = moments(channels, Variant(affine=affine, arch=arch))
@@ -167,10 +165,10 @@ def shipped_rows(arch: str) -> Iterator[tuple[str, LaunchRow]]:
     for place, (inputs, outputs) in PAPER_JOINS.items():
         if not place.endswith("identity"):
             continue
-        passes = planned(arch, ProductSizes(inputs, outputs, join=True)).passes.split()
-        if "forward" in passes:
+        passes = planned(arch, ProductSizes(inputs, outputs, join=True)).passes
+        if passes.forward:
             row = forward(ProductSizes(inputs, outputs), Variant(statistics=True, arch=arch))
             yield f"1x1 product_forward {place} behind a product_join", row
-        if "input" in passes:
+        if passes.input:
             row = join_input_gradient(ProductSizes(inputs, outputs, join=True), behind)
             yield f"1x1 join_input_gradient {place} of a product_join", row

@@ -19,11 +19,10 @@ import pytest
 import timing
 import torch
 from operators import OPERATORS, TINY, Place, Tensors, aggregate_by
-from pass_check import check_call
+from pass_check import KERNELS, check_call
 from support import strategies
 from torch import Tensor
 
-from coded_resnext.kernels.conv1x1 import operator as conv1x1_operator
 from coded_resnext.models.fused import block as fused_block
 
 SCRIPT = Path(check.__file__)
@@ -212,7 +211,7 @@ def test_a_tail_that_is_wrong_is_found(
 
     def wrong(*arguments: Any) -> Any:
         found = right(*arguments)
-        if conv1x1_operator.PASSES not in arguments:
+        if not any(isinstance(value, int) and value == KERNELS for value in arguments):
             return found
         many = (found,) if isinstance(found, Tensor) else found
         changed = [v * 1.1 if v.is_floating_point() else v for v in many]

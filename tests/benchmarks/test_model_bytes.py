@@ -17,8 +17,7 @@ from torch.utils._pytree import tree_leaves
 from coded_resnext import CodedResNeXt, Stage
 from coded_resnext.kernels.conv1x1 import library as conv1x1_library
 from coded_resnext.kernels.conv1x1 import operator as conv1x1_operator
-from coded_resnext.kernels.conv1x1.rows import Plan
-from coded_resnext.kernels.rows import LaunchRow
+from coded_resnext.kernels.rows import ALL_PASSES, LaunchRow, Plan
 from coded_resnext.models.fused.operators import FusedOperators
 
 # As many samples as no weight has channels: what tells maps from weights.
@@ -118,7 +117,7 @@ def test_it_counts_what_training_launches_kernels_with(
     for name in ("forward", "wide_sums"):
         monkeypatch.setattr(conv1x1_library, name, counted(name, moved))
     monkeypatch.setattr(FusedOperators, "joins", lambda *_: True)
-    every = Plan(conv1x1_operator.PASSES, "all of them")
+    every = Plan(ALL_PASSES, "all of them")
     monkeypatch.setattr(conv1x1_operator, "planned", lambda *_: every)
     model = network(stages).float()
     for block in model.blocks:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from coded_resnext.kernels import (
     select_backend,
 )
 from coded_resnext.kernels.backend import BACKEND_VARIABLE
+from coded_resnext.kernels.rows import ALL_PASSES, Passes
 
 CODEWORDS = torch.tensor([[1, 1, 0, 0], [0, 1, 1, 0], [0, 0, 1, 1]], dtype=torch.bool)
 
@@ -210,6 +212,20 @@ def test_branch_energy_refuses_bad_input(change: dict[str, Any], message: str) -
     branch_energy(**arguments)
     with pytest.raises(ValueError, match=message):
         branch_energy(**{**arguments, **change})
+
+
+def test_passes_are_what_their_encoding_says() -> None:
+    every = [Passes(*flags) for flags in itertools.product((False, True), repeat=4)]
+    assert [Passes.decoded(passes.encoded()) for passes in every] == every
+    assert len({passes.encoded() for passes in every}) == len(every)
+    assert Passes(forward=True, weight=True).within(Passes(weight=True)) == Passes(weight=True)
+
+
+def test_signs_are_kept_where_kernels_write_and_read_whole_bytes() -> None:
+    assert ALL_PASSES.keeps_signs(256)
+    assert not ALL_PASSES.keeps_signs(12)
+    assert not Passes(forward=True, weight=True).keeps_signs(256)
+    assert not Passes(input=True).keeps_signs(256)
 
 
 def test_torch_and_reference_energies_agree() -> None:

@@ -21,8 +21,12 @@ from coded_resnext.kernels.conv3x3 import launch as conv3x3_launch
 from coded_resnext.kernels.conv3x3 import reference as conv3x3_reference
 from coded_resnext.kernels.conv3x3.rows import MOST_ROWS, GroupedSizes
 from coded_resnext.kernels.layout import interpreted
-from coded_resnext.kernels.rows import LaunchRow
+from coded_resnext.kernels.rows import NO_PASSES, LaunchRow, Passes
 
+# Who computes, as the operators take it.
+FORWARD = Passes(forward=True).encoded()
+POINTWISE = Passes(pointwise=True).encoded()
+PYTORCH = NO_PASSES.encoded()
 # Results are rounded once. Energies are those of what was rounded, in float32.
 TOLERANCES = {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
 # By PyTorch the bias, and what is added to the residual, is rounded too.
@@ -80,7 +84,7 @@ def grouped_defined(case: GroupedCase, inputs: dict[str, Tensor]) -> Tensor:
 
 
 def grouped_called(
-    case: GroupedCase, inputs: dict[str, Tensor], kernels: str
+    case: GroupedCase, inputs: dict[str, Tensor], kernels: int
 ) -> tuple[Tensor, Tensor]:
     keep, bias = inputs.get("keep"), inputs["bias"]
     accumulate = layout.accumulation_dtype(inputs["x"].dtype)
@@ -96,7 +100,7 @@ def grouped_called(
     return found
 
 
-def check_grouped(case: GroupedCase, dtype: torch.dtype, kernels: str, tolerance: float) -> None:
+def check_grouped(case: GroupedCase, dtype: torch.dtype, kernels: int, tolerance: float) -> None:
     inputs = grouped_inputs(case, dtype)
     for kept in (True, False):
         if not kept:
@@ -116,14 +120,14 @@ def check_grouped(case: GroupedCase, dtype: torch.dtype, kernels: str, tolerance
 
 @pytest.mark.parametrize("case", GROUPED, ids=lambda case: case.name)
 def test_a_grouped_convolution_with_its_energies(case: GroupedCase) -> None:
-    check_grouped(case, torch.float32, "forward", TOLERANCES[torch.float32])
+    check_grouped(case, torch.float32, FORWARD, TOLERANCES[torch.float32])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("stride", [1, 2])
 def test_half_precision_rounds_the_map_alone(dtype: torch.dtype, stride: int) -> None:
     case = GroupedCase("half", N=3, D=12, H=5, W=5, stride=stride)
-    check_grouped(case, dtype, "forward", TOLERANCES[dtype])
+    check_grouped(case, dtype, FORWARD, TOLERANCES[dtype])
 
 
 @pytest.mark.parametrize("size", [1e4, 1e-6])
@@ -132,7 +136,7 @@ def test_forms_of_any_size(size: float) -> None:
     case = GroupedCase("exact", N=3, D=8, H=5, W=4)
     inputs = grouped_inputs(case, torch.float16)
     inputs["branch_weight"] *= size
-    h, energies = grouped_called(case, inputs, "forward")
+    h, energies = grouped_called(case, inputs, FORWARD)
     expected = coded_reference.branch_energy(h.double(), inputs["branch_weight"].double())
     assert relative_error(energies.double(), expected) < 1e-6
 
@@ -140,7 +144,7 @@ def test_forms_of_any_size(size: float) -> None:
 @pytest.mark.parametrize("dtype", LIBRARY_TOLERANCES, ids=str)
 @pytest.mark.parametrize("case", GROUPED[1:3], ids=lambda case: case.name)
 def test_by_pytorch_it_is_the_same(case: GroupedCase, dtype: torch.dtype) -> None:
-    check_grouped(case, dtype, "", LIBRARY_TOLERANCES[dtype])
+    check_grouped(case, dtype, PYTORCH, LIBRARY_TOLERANCES[dtype])
 
 
 def test_a_plain_block_has_no_energies() -> None:
@@ -148,7 +152,7 @@ def test_a_plain_block_has_no_energies() -> None:
     inputs = grouped_inputs(case, torch.float32)
     del inputs["keep"]
     expected = grouped_defined(case, inputs)
-    for kernels in ("forward", ""):
+    for kernels in (FORWARD, PYTORCH):
         h, energies = evaluation.folded_grouped_conv3x3(
             inputs["x"], inputs["weight"], inputs["bias"], None, None, 1, kernels
         )
@@ -159,8 +163,8 @@ def test_a_plain_block_has_no_energies() -> None:
 def test_energies_repeat_bit_by_bit() -> None:
     case = GroupedCase("repeat", N=4, D=4, B=2, H=MOST_ROWS + 5, W=11)
     inputs = grouped_inputs(case, torch.float32)
-    first = grouped_called(case, inputs, "forward")
-    for again in (grouped_called(case, inputs, "forward") for _ in range(2)):
+    first = grouped_called(case, inputs, FORWARD)
+    for again in (grouped_called(case, inputs, FORWARD) for _ in range(2)):
         assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 
@@ -169,11 +173,11 @@ def test_an_energy_is_not_negative_and_nan_stays() -> None:
     inputs = grouped_inputs(case, torch.float32)
     del inputs["keep"]
     inputs["x"][0, 5, 1, 1] = torch.nan
-    _, energies = grouped_called(case, inputs, "forward")
+    _, energies = grouped_called(case, inputs, FORWARD)
     assert energies.isnan().tolist() == [[True] * 4, [False] * 4]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gram, "branch_forms", lambda *_: -torch.eye(4).expand(4, 4, 4))
-        h, energies = grouped_called(case, inputs, "forward")
+        h, energies = grouped_called(case, inputs, FORWARD)
     assert h[1].max() > 0
     assert (energies[1] == 0).all()
 
@@ -187,9 +191,9 @@ def product_inputs(case: ProductCase, dtype: torch.dtype) -> dict[str, Tensor]:
     return found
 
 
-@pytest.mark.parametrize("kernels", ["forward", "", "pointwise"])
+@pytest.mark.parametrize("kernels", [FORWARD, PYTORCH, POINTWISE])
 @pytest.mark.parametrize("case", PRODUCTS, ids=lambda case: case.name)
-def test_a_product_with_all_that_is_behind_it(case: ProductCase, kernels: str) -> None:
+def test_a_product_with_all_that_is_behind_it(case: ProductCase, kernels: int) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         inputs = product_inputs(case, dtype)
         wide = {name: value.double() for name, value in inputs.items()}
@@ -206,7 +210,7 @@ def test_a_product_with_all_that_is_behind_it(case: ProductCase, kernels: str) -
             expected = (expected + (wide["residual"] if "residual" in names else 0.0)).relu()
             assert found.dtype == dtype
             assert found.is_contiguous(memory_format=torch.channels_last)
-            tolerances = TOLERANCES if kernels == "forward" else LIBRARY_TOLERANCES
+            tolerances = TOLERANCES if kernels == FORWARD else LIBRARY_TOLERANCES
             assert relative_error(found.double(), expected) < tolerances[dtype], names
 
 
@@ -223,8 +227,8 @@ def test_operands_side_by_side(dtype: torch.dtype) -> None:
     assert torch.equal(evaluation.side_by_side(h, None, x)[:, :3], h)
 
 
-@pytest.mark.parametrize("kernels", ["forward", ""])
-def test_opcheck(kernels: str) -> None:
+@pytest.mark.parametrize("kernels", [FORWARD, PYTORCH])
+def test_opcheck(kernels: int) -> None:
     case = GroupedCase("opcheck", H=3, W=3, stride=2)
     i = grouped_inputs(case, torch.float32)
     operator = evaluation.folded_grouped_conv3x3

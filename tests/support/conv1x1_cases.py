@@ -13,8 +13,7 @@ from coded_resnext.kernels.conv1x1 import join_operator
 from coded_resnext.kernels.conv1x1 import operator as conv1x1_operator
 from coded_resnext.kernels.conv1x1 import reference as conv1x1_reference
 from coded_resnext.kernels.residual import reference as residual_reference
-
-ALL_PASSES = conv1x1_operator.PASSES
+from coded_resnext.kernels.rows import Passes
 
 
 @dataclass(frozen=True)
@@ -79,7 +78,7 @@ class ProductCase:
         }
 
 
-def called(case: ProductCase, inputs: dict[str, Tensor], kernels: str) -> dict[str, Tensor]:
+def called(case: ProductCase, inputs: dict[str, Tensor], passes: Passes) -> dict[str, Tensor]:
     """Outputs and all gradients by the operators."""
     leaves = {name: value.detach().requires_grad_() for name, value in inputs.items()}
     given = case.gradients(next(iter(inputs.values())).dtype)
@@ -89,13 +88,16 @@ def called(case: ProductCase, inputs: dict[str, Tensor], kernels: str) -> dict[s
             case.statistics,
             case.signs,
             case.deferred,
-            kernels,
+            passes.encoded(),
         )
         outputs = {"x": x, "y": y}
         assert torch.equal(signs, join_operator.pack_signs(x) if case.signs else signs[:0])
     else:
         y, statistics = conv1x1_operator.conv1x1(
-            *(leaves.get(name) for name in ARGUMENTS), case.statistics, case.deferred, kernels
+            *(leaves.get(name) for name in ARGUMENTS),
+            case.statistics,
+            case.deferred,
+            passes.encoded(),
         )
         outputs = {"y": y}
     if case.statistics:

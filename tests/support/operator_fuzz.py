@@ -23,11 +23,12 @@ from coded_resnext.kernels import (
 from coded_resnext.kernels.coded import reference as coded_reference
 from coded_resnext.kernels.conv1x1 import reference as conv1x1_reference
 from coded_resnext.kernels.conv1x1.join_operator import join_conv1x1
-from coded_resnext.kernels.conv1x1.operator import POINTWISE, conv1x1
+from coded_resnext.kernels.conv1x1.operator import conv1x1
 from coded_resnext.kernels.conv3x3 import reference as conv3x3_reference
 from coded_resnext.kernels.recompute.moments_operator import unwritten_conv1x1
 from coded_resnext.kernels.recompute.operator import product_join
 from coded_resnext.kernels.residual import reference as residual_reference
+from coded_resnext.kernels.rows import NO_PASSES, Passes
 from coded_resnext.models.fused.norm import _CarryScale
 
 # Sums of up to 70,000 terms, where the table is for some hundred.
@@ -237,8 +238,9 @@ def _conv1x1(call: Call, backend: str, x: Results) -> Results:
     if backend == "reference":
         y = conv1x1_reference.conv1x1(**x)
         return {"y": y, "sum": y.sum((0, 2, 3))}
+    kernels = _chosen(call, backend).encoded()
     y, statistics = conv1x1(
-        x["x"], x["weight"], x.get("scale"), x.get("bias"), True, False, _chosen(call, backend)
+        x["x"], x["weight"], x.get("scale"), x.get("bias"), True, False, kernels
     )
     return {"y": y, "sum": _checked_sum(call, y, statistics)}
 
@@ -249,15 +251,14 @@ def _join_conv1x1(call: Call, backend: str, x: Results) -> Results:
         z = conv1x1_reference.conv1x1(joined, x["weight"])
         return {"x": joined, "z": z, "sum": z.sum((0, 2, 3))}
     passes = _chosen(call, backend)
-    both = {"forward", "input"} <= set(passes.split())
     joined, z, statistics, _ = join_conv1x1(
         *(x[name] for name in ("y", "scale", "bias", "residual")),
         *(x.get(name) for name in ("residual_scale", "residual_bias")),
         x["weight"],
         True,
-        both and x["y"].shape[1] % 8 == 0,
+        passes.keeps_signs(x["y"].shape[1]),
         False,
-        passes,
+        passes.encoded(),
     )
     return {"x": joined, "z": z, "sum": _checked_sum(call, z, statistics)}
 
@@ -272,9 +273,9 @@ def _product_join(call: Call, backend: str, x: Results) -> Results:
         joined = residual_reference.join(y, *vectors, x["residual"], *maps)
         z = conv1x1_reference.conv1x1(joined, x["next_weight"])
         return {"x": joined, "z": z, "sum": z.sum((0, 2, 3)), "sum of y": y.sum((0, 2, 3))}
-    passes = _chosen(call, backend)
+    kernels = _chosen(call, backend).encoded()
     place, of_sums, statistics, _, _ = unwritten_conv1x1(
-        operands[0], x["weight"], *operands[1:], passes
+        operands[0], x["weight"], *operands[1:], kernels
     )
     exact = [value.detach().double() for value in (operands[0], x["weight"], *operands[1:])]
     of_y = _checked_sum(call, conv1x1_reference.conv1x1(*exact), statistics)
@@ -294,18 +295,17 @@ def _product_join(call: Call, backend: str, x: Results) -> Results:
         x["next_weight"],
         True,
         False,
-        passes,
-        passes,
+        kernels,
+        kernels,
     )
     return {"x": joined, "z": z, "sum": _checked_sum(call, z, of_z), "sum of y": of_y}
 
 
-def _chosen(call: Call, backend: str) -> str:
+def _chosen(call: Call, backend: str) -> Passes:
     """All passes of a 1x1 convolution, or only some; none for PyTorch."""
     if backend != "triton":
-        return ""
-    wanted = {"forward": True, "input": not call.drop, "weight": not call.keep, POINTWISE: True}
-    return " ".join(name for name, runs in wanted.items() if runs)
+        return NO_PASSES
+    return Passes(forward=True, input=not call.drop, weight=not call.keep, pointwise=True)
 
 
 def _block(call: Call, backend: str, x: Results) -> Results:

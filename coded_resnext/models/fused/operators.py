@@ -13,13 +13,14 @@ from coded_resnext.kernels import backends
 from coded_resnext.kernels.backend import LOGGER, say_once
 from coded_resnext.kernels.conv1x1 import operator as conv1x1_operator
 from coded_resnext.kernels.conv1x1.join_operator import join_conv1x1
-from coded_resnext.kernels.conv1x1.operator import POINTWISE, conv1x1
+from coded_resnext.kernels.conv1x1.operator import conv1x1
 from coded_resnext.kernels.conv3x3 import functional as conv3x3_functional
 from coded_resnext.kernels.conv3x3.operator import grouped_conv3x3
 from coded_resnext.kernels.conv3x3.operator import unsupported as grouped_unsupported
 from coded_resnext.kernels.evaluation import folded_conv1x1, folded_grouped_conv3x3
 from coded_resnext.kernels.layout import DTYPES, channels_last, unsupported
 from coded_resnext.kernels.recompute.moments_operator import unwritten_conv1x1
+from coded_resnext.kernels.rows import Passes
 
 from .norm import Folded
 from .values import Affine, Map, Product, joined_product, like
@@ -77,7 +78,7 @@ class FusedOperators:
         weight = self.cast(conv.weight)
         x = _picked(x, conv)
         passes = self._products(x, weight)
-        y, sums = conv1x1(x, weight, *(affine or NO_MAP), statistics, deferred, passes)
+        y, sums = conv1x1(x, weight, *(affine or NO_MAP), statistics, deferred, passes.encoded())
         return y, sums
 
     def leaves_unwritten(self, x: Tensor, conv: nn.Conv2d) -> bool:
@@ -96,7 +97,7 @@ class FusedOperators:
         # It is read four times, of which each would copy what a stride picks.
         x = channels_last(_picked(x, conv))
         passes = self._products(x, weight)
-        arguments = (x, weight, *(affine or NO_MAP), passes)
+        arguments = (x, weight, *(affine or NO_MAP), passes.encoded())
         place, of_sums, statistics, _, _ = unwritten_conv1x1(*arguments)
         return Product(place, of_sums, x, affine, weight, passes), statistics
 
@@ -111,13 +112,13 @@ class FusedOperators:
         passes = self._products(like(x), weight, join=True)
         if isinstance(x.raw, Product):
             # Signs are written by a kernel of one convolution, and read by one of the other.
-            both = "forward" in x.raw.passes.split() and "input" in passes.split()
-            signs = both and conv.in_channels % 8 == 0 and torch.is_grad_enabled()
+            both = Passes(forward=x.raw.passes.forward, input=passes.input)
+            signs = both.keeps_signs(conv.in_channels) and torch.is_grad_enabled()
             return joined_product(
                 x, x.raw, weight, statistics=statistics, signs=signs, passes=passes
             )
         assert isinstance(x.residual, Tensor)
-        signs = {"forward", "input"} <= set(passes.split()) and torch.is_grad_enabled()
+        signs = passes.keeps_signs(conv.in_channels) and torch.is_grad_enabled()
         joined, y, sums, _ = join_conv1x1(
             x.raw,
             *x.affine,
@@ -127,7 +128,7 @@ class FusedOperators:
             statistics,
             signs,
             x.deferred,
-            passes,
+            passes.encoded(),
         )
         return joined, y, sums
 
@@ -137,7 +138,7 @@ class FusedOperators:
         """The grouped 3x3 convolution of `relu(scale x + bias)`, raw, and its statistics."""
         weight, stride = self.cast(conv.weight), conv.stride[0]
         passes = self._grouped_passes(x, weight, stride)
-        y, sums = grouped_conv3x3(x, weight, *affine, stride, statistics, passes)
+        y, sums = grouped_conv3x3(x, weight, *affine, stride, statistics, passes.encoded())
         return y, sums
 
     def folded_conv1x1(
@@ -150,7 +151,7 @@ class FusedOperators:
     ) -> Tensor:
         """`relu(factor W x + bias + residual)`; `factor [B]`, with a residual alone."""
         passes = self._products(x, conv.weight)
-        y: Tensor = folded_conv1x1(x, *conv, residual, factor, passes)
+        y: Tensor = folded_conv1x1(x, *conv, residual, factor, passes.encoded())
         return y
 
     def folded_grouped(
@@ -163,18 +164,20 @@ class FusedOperators:
     ) -> tuple[Tensor, Tensor]:
         """`keep relu(W x + bias)` of the grouped 3x3 convolution, and its energies `[B, N]`."""
         passes = self._grouped_passes(x, conv.weight, stride)
-        h, energy = folded_grouped_conv3x3(x, *conv, branch_weight, keep_mask, stride, passes)
+        h, energy = folded_grouped_conv3x3(
+            x, *conv, branch_weight, keep_mask, stride, passes.encoded()
+        )
         return h, energy
 
-    def _grouped_passes(self, x: Tensor, weight: Tensor, stride: int) -> str:
+    def _grouped_passes(self, x: Tensor, weight: Tensor, stride: int) -> Passes:
         backend = self._backend(grouped_unsupported(x, weight, stride))
         return conv3x3_functional.select_passes(x, weight, stride, backend)
 
-    def _products(self, x: Tensor, weight: Tensor, *, join: bool = False) -> str:
+    def _products(self, x: Tensor, weight: Tensor, *, join: bool = False) -> Passes:
         """The passes of a 1x1 convolution that run kernels, and whether what is around it does."""
         backend = self._backend(unsupported(x))
         passes = conv1x1_operator.select_products(x, weight, backend, join=join)
-        return f"{passes} {POINTWISE}" if self.joins(x) else passes
+        return Passes(passes.forward, passes.input, passes.weight, pointwise=self.joins(x))
 
     def _backend(self, reason: str | None) -> Literal["auto", "torch", "triton"]:
         """`torch` in place of `triton` where the kernels cannot run, which is said once."""

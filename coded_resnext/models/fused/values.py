@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from coded_resnext.kernels.recompute.operator import product_join
 from coded_resnext.kernels.residual.operator import join
+from coded_resnext.kernels.rows import NO_PASSES, Passes
 
 
 class Affine(NamedTuple):
@@ -33,7 +34,7 @@ class Product(NamedTuple):
     affine: Affine | None
     weight: Tensor
     """`[O, I, 1, 1]`."""
-    passes: str
+    passes: Passes
     """Those that run kernels."""
 
 
@@ -82,7 +83,7 @@ def joined_product(
     *,
     statistics: bool = False,
     signs: bool = False,
-    passes: str = "",
+    passes: Passes = NO_PASSES,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """A map whose raw tensor is a product, the next 1x1 convolution of it, and its statistics.
 
@@ -111,8 +112,8 @@ def joined_product(
         next_weight,
         statistics,
         signs,
-        product.passes,
-        passes,
+        product.passes.encoded(),
+        passes.encoded(),
     )
     return joined, y, sums
 

@@ -19,9 +19,11 @@ from coded_resnext.kernels.conv1x1 import join_operator
 from coded_resnext.kernels.conv1x1 import operator as conv1x1_operator
 from coded_resnext.kernels.conv1x1 import reference as conv1x1_reference
 from coded_resnext.kernels.conv1x1 import rows as conv1x1_rows
-from coded_resnext.kernels.conv1x1.rows import Plan, ProductSizes, planned
+from coded_resnext.kernels.conv1x1.rows import ProductSizes, planned
 from coded_resnext.kernels.residual import reference as residual_reference
+from coded_resnext.kernels.rows import ALL_PASSES, NO_PASSES, Passes, Plan
 
+PYTORCH = NO_PASSES.encoded()
 CASES = [
     ProductCase("odd_map", I=8, O=3, H=5, W=3),
     ProductCase("one_pixel", I=8, O=8, B=3, H=1, W=1),
@@ -65,7 +67,7 @@ def test_equals_the_definition(case: ProductCase, dtype: torch.dtype) -> None:
     # Float32 rounds sums; bfloat16 also results, and the gradient that goes into the convolution.
     tolerance = {torch.float64: 1e-13, torch.float32: 3e-6, torch.bfloat16: 2e-2}[dtype]
     inputs = case.inputs(dtype)
-    found, expected = called(case, inputs, ""), defined(case, inputs)
+    found, expected = called(case, inputs, NO_PASSES), defined(case, inputs)
     assert set(found) == set(expected)
     for name in ("x", "y"):
         assert name not in found or found[name].dtype == dtype
@@ -79,11 +81,11 @@ def outputs(case: ProductCase, leaves: dict[str, Tensor]) -> tuple[Tensor, ...]:
     if case.join:
         arguments = [leaves.get(name) for name in JOIN_ARGUMENTS]
         *maps, statistics, _ = join_operator.join_conv1x1(
-            *arguments, case.statistics, False, False, ""
+            *arguments, case.statistics, False, False, PYTORCH
         )
     else:
         arguments = [leaves.get(name) for name in ARGUMENTS]
-        *maps, statistics = conv1x1_operator.conv1x1(*arguments, case.statistics, False, "")
+        *maps, statistics = conv1x1_operator.conv1x1(*arguments, case.statistics, False, PYTORCH)
     return (*maps, statistics) if case.statistics else tuple(maps)
 
 
@@ -119,14 +121,14 @@ def test_two_blocks_without_a_pass_over_a_map(projected: bool) -> None:
 
     def fused() -> tuple[Tensor, Tensor]:
         conv1x1 = conv1x1_operator.conv1x1
-        y, statistics = conv1x1(h, last, None, None, True, False, "")
+        y, statistics = conv1x1(h, last, None, None, True, False, PYTORCH)
         last_map = batch_norm_map(statistics, gains[0], shifts[0])
         residual, skip_map = skip, (None, None)
         if projected:
-            residual, of_residual = conv1x1(skip, projection, None, None, True, False, "")
+            residual, of_residual = conv1x1(skip, projection, None, None, True, False, PYTORCH)
             skip_map = batch_norm_map(of_residual, gains[1], shifts[1])
         x, z, _, _ = join_operator.join_conv1x1(
-            y, *last_map, residual, *skip_map, first, True, False, False, ""
+            y, *last_map, residual, *skip_map, first, True, False, False, PYTORCH
         )
         return x, z
 
@@ -151,13 +153,14 @@ def test_registered_as_pytorch_wants_it(fused: bool) -> None:
     case = ProductCase("op", I=8, O=6, H=3, affine=fused)
     inputs = {name: value.requires_grad_() for name, value in case.inputs(torch.float32).items()}
     tensors = [inputs.get(name) for name in ARGUMENTS]
-    torch.library.opcheck(conv1x1_operator.conv1x1, (*tensors, fused, False, ""))
+    torch.library.opcheck(conv1x1_operator.conv1x1, (*tensors, fused, False, PYTORCH))
     detached = [None if v is None else v.detach() for v in tensors]
     y = torch.randn(2, 6, 3, 5)
     terms = (y, None, torch.ones(6), torch.ones(6)) if fused else (None, torch.ones(6), None, None)
     for needs in ((True, True), (True, False), (False, True)):
         torch.library.opcheck(
-            conv1x1_operator.conv1x1_backward, (torch.randn_like(y), *detached, *terms, *needs, "")
+            conv1x1_operator.conv1x1_backward,
+            (torch.randn_like(y), *detached, *terms, *needs, PYTORCH),
         )
 
 
@@ -167,7 +170,7 @@ def test_a_join_is_registered_as_pytorch_wants_it(mapped: bool) -> None:
     inputs = {name: value.requires_grad_() for name, value in case.inputs(torch.float32).items()}
     tensors = [inputs.get(name) for name in JOIN_ARGUMENTS]
     operator = join_operator.join_conv1x1
-    torch.library.opcheck(operator, (*tensors, mapped, mapped, False, ""))
+    torch.library.opcheck(operator, (*tensors, mapped, mapped, False, PYTORCH))
     y, residual, weight = (inputs[name].detach() for name in ("y", "residual", "weight"))
     x, z = y.relu(), torch.randn(2, 6, 3, 5)
     signs = join_operator.pack_signs(x)
@@ -177,7 +180,7 @@ def test_a_join_is_registered_as_pytorch_wants_it(mapped: bool) -> None:
     for needs in ((True, True), (True, False), (False, True)):
         torch.library.opcheck(
             join_operator.join_conv1x1_backward,
-            (z + 1, x + 1 if mapped else None, *masks, weight, *terms, *needs, ""),
+            (z + 1, x + 1 if mapped else None, *masks, weight, *terms, *needs, PYTORCH),
         )
 
 
@@ -212,24 +215,24 @@ def test_the_selection_table(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     for inputs, outputs, join, passes in (
-        (128, 256, False, "forward input weight"),
-        (256, 512, False, "forward input weight"),
-        (256, 128, True, "forward input"),
-        (512, 256, True, "forward input"),
-        (512, 256, False, ""),
-        (1024, 512, True, ""),
-        (512, 1024, False, ""),
+        (128, 256, False, ALL_PASSES),
+        (256, 512, False, ALL_PASSES),
+        (256, 128, True, Passes(forward=True, input=True)),
+        (512, 256, True, Passes(forward=True, input=True)),
+        (512, 256, False, NO_PASSES),
+        (1024, 512, True, NO_PASSES),
+        (512, 1024, False, NO_PASSES),
     ):
         plan = planned("sm90", ProductSizes(inputs, outputs, join))
         assert plan.passes == passes
         assert plan.reason
-        assert not plan.measured
-    assert planned("sm75", ProductSizes(128, 256)).passes == ""
-    assert planned("sm80", ProductSizes(256, 128, join=True)).passes == "forward"
-    assert planned("sm80", ProductSizes(512, 256, join=True)).passes == ""
+        assert plan.measured == NO_PASSES
+    assert planned("sm75", ProductSizes(128, 256)).passes == NO_PASSES
+    assert planned("sm80", ProductSizes(256, 128, join=True)).passes == Passes(forward=True)
+    assert planned("sm80", ProductSizes(512, 256, join=True)).passes == NO_PASSES
 
     # What the rule does with a CUDA tensor, on a machine that has none.
-    monkeypatch.setattr(conv1x1_operator, "architecture", lambda _index: "sm90")
+    monkeypatch.setattr(layout, "architecture", lambda _index: "sm90")
     on_gpu: Any = SimpleNamespace(
         is_cuda=True, dtype=torch.bfloat16, device=SimpleNamespace(type="cuda", index=0)
     )
@@ -237,34 +240,35 @@ def test_the_selection_table(
     with caplog.at_level(logging.INFO, logger="coded_resnext"):
         for _ in range(2):
             chosen = conv1x1_operator.select_products(on_gpu, weight, "triton")
-            assert chosen == "forward input weight"
+            assert chosen == ALL_PASSES
     assert len(caplog.records) == 1
     assert "predicted" in caplog.text
     # What was not measured has to be asked for.
-    assert conv1x1_operator.select_products(on_gpu, weight, "auto") == ""
-    measured = {(128, 256): Plan("forward", "measured", measured=True)}
+    assert conv1x1_operator.select_products(on_gpu, weight, "auto") == NO_PASSES
+    forward = Passes(forward=True)
+    measured = {(128, 256): Plan(ALL_PASSES, "measured", measured=forward)}
     monkeypatch.setattr(conv1x1_rows, "CONVOLUTIONS", measured)
-    assert conv1x1_operator.select_products(on_gpu, weight, "auto") == "forward"
-    assert conv1x1_operator.select_products(on_gpu, weight, "torch") == ""
+    assert conv1x1_operator.select_products(on_gpu, weight, "auto") == forward
+    assert conv1x1_operator.select_products(on_gpu, weight, "torch") == NO_PASSES
     on_gpu.dtype = torch.float64
-    assert conv1x1_operator.select_products(on_gpu, weight, "auto") == ""
+    assert conv1x1_operator.select_products(on_gpu, weight, "auto") == NO_PASSES
 
 
 @pytest.mark.parametrize(
-    ("inputs", "outputs", "passes"), [(128, 256, "forward input weight"), (136, 24, "")]
+    ("inputs", "outputs", "passes"), [(128, 256, ALL_PASSES), (136, 24, NO_PASSES)]
 )
 def test_the_choice_for_a_gpu_is_compiled_whole(
     inputs: int,
     outputs: int,
-    passes: str,
+    passes: Passes,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """On fake CUDA tensors, which need no GPU: on the CPU the rule ends before its table."""
-    monkeypatch.setattr(conv1x1_operator, "architecture", lambda _index: "sm90")
+    monkeypatch.setattr(layout, "architecture", lambda _index: "sm90")
     monkeypatch.setattr(backend, "_SAID", set())
 
-    def choose(x: Tensor, weight: Tensor) -> tuple[Tensor, str]:
+    def choose(x: Tensor, weight: Tensor) -> tuple[Tensor, Passes]:
         return x.relu(), conv1x1_operator.select_products(x, weight, "triton")
 
     compiled = torch.compile(choose, fullgraph=True, dynamic=False, backend="eager")

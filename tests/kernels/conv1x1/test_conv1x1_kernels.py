@@ -6,13 +6,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.conv1x1_cases import ALL_PASSES, ProductCase, called, defined
+from support.conv1x1_cases import ProductCase, called, defined
 from support.guarded_memory import guarded_memory
 from support.helpers import relative_error
 
 from coded_resnext.kernels.conv1x1 import launch as conv1x1_launch
 from coded_resnext.kernels.layout import interpreted
-from coded_resnext.kernels.rows import LaunchRow
+from coded_resnext.kernels.rows import ALL_PASSES, NO_PASSES, LaunchRow, Passes
 
 # Float32: rounding of sums of at most a few hundred products. The others: rounding of the results
 # and of the gradient that goes in, half units of 2^-9 and 2^-12, in gradients twice.
@@ -194,17 +194,17 @@ def test_the_operators_run_the_kernels(join: bool, monkeypatch: pytest.MonkeyPat
         "forward": [f"{name}_forward", "merge_statistics"],
         "input": [f"{name}_input_gradient"],
         "weight": ["product_weight_gradient"],
-        "": [],
         # Around PyTorch's products.
         "pointwise": ["pointwise_join"] * join + ["column_statistics", "merge_statistics"],
     }
     kernels["pointwise"] += ["pointwise_join_backward"] * join
     # Whoever computes a pass, all give the same.
     expected = defined(case, inputs)
-    for passes in (*kernels, "input weight"):
+    for names in (*((name,) for name in kernels), ("input", "weight"), ()):
+        passes = Passes(**dict.fromkeys(names, True))
         launches.clear()
         found = called(case, inputs, passes)
-        assert launches == [kernel for p in passes.split() for kernel in kernels[p]]
+        assert launches == [kernel for n in names for kernel in kernels[n]]
         for name_, value in expected.items():
             assert relative_error(found[name_].double(), value) < 2e-6, (passes, name_)
 
@@ -212,11 +212,11 @@ def test_the_operators_run_the_kernels(join: bool, monkeypatch: pytest.MonkeyPat
 def test_only_needed_gradients_are_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     case = ProductCase("frozen", affine=False)
     inputs = case.inputs(torch.float32)
-    expected = called(case, inputs, "")
+    expected = called(case, inputs, NO_PASSES)
     for needed, unused in (("weight", "input_gradient"), ("x", "weight_gradient")):
         leaves = {n: v.detach().requires_grad_(n == needed) for n, v in inputs.items()}
         y, statistics = torch.ops.coded_resnext.conv1x1(
-            leaves["x"], leaves["weight"], None, None, True, False, ALL_PASSES
+            leaves["x"], leaves["weight"], None, None, True, False, ALL_PASSES.encoded()
         )
         given_ = case.gradients(torch.float32)
         with monkeypatch.context() as patch:

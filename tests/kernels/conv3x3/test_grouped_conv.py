@@ -19,9 +19,11 @@ from coded_resnext.kernels.conv3x3 import functional as conv3x3_functional
 from coded_resnext.kernels.conv3x3 import operator as conv3x3_operator
 from coded_resnext.kernels.conv3x3 import rows as conv3x3_rows
 from coded_resnext.kernels.conv3x3.reference import grouped_conv3x3 as definition
-from coded_resnext.kernels.conv3x3.rows import GroupedSizes, winning_passes
+from coded_resnext.kernels.conv3x3.rows import GroupedSizes, planned
 from coded_resnext.kernels.residual.reference import channel_statistics
+from coded_resnext.kernels.rows import ALL_PASSES, NO_PASSES, Passes, Plan
 
+PYTORCH = NO_PASSES.encoded()
 CASES = [
     GroupedCase("odd_map", N=2, D=3, H=5, W=3),
     GroupedCase("stride_2", N=2, D=3, H=4, W=5, stride=2),
@@ -127,7 +129,7 @@ def test_registered_as_pytorch_wants_it(stride: int, fused: bool) -> None:
     inputs = {name: value.requires_grad_() for name, value in case.inputs(torch.float32).items()}
     x, weight, scale, bias = (inputs.get(name) for name in ("x", "weight", "scale", "bias"))
     torch.library.opcheck(
-        conv3x3_operator.grouped_conv3x3, (x, weight, scale, bias, stride, fused, "")
+        conv3x3_operator.grouped_conv3x3, (x, weight, scale, bias, stride, fused, PYTORCH)
     )
     y, _ = call(case, *inputs.values())
     detached = [None if v is None else v.detach() for v in (x, weight, scale, bias)]
@@ -135,7 +137,7 @@ def test_registered_as_pytorch_wants_it(stride: int, fused: bool) -> None:
     for needs in ((True, True), (True, False), (False, True)):
         torch.library.opcheck(
             conv3x3_operator.grouped_conv3x3_backward,
-            (torch.randn_like(y), *detached, *terms, stride, *needs, ""),
+            (torch.randn_like(y), *detached, *terms, stride, *needs, PYTORCH),
         )
 
 
@@ -168,17 +170,17 @@ def test_autocast_takes_both_operands() -> None:
 def test_nothing_is_chosen_that_was_not_measured(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    sizes = GroupedSizes(32, 16, 2)
-    assert winning_passes("sm90", sizes) == ("", "not measured on sm90")
-    monkeypatch.setitem(conv3x3_rows.WINS, ("sm90", 16, 2), "forward weight")
-    assert winning_passes("sm90", sizes) == ("forward weight", "measured on sm90")
-    assert winning_passes("sm80", sizes)[0] == ""
-    monkeypatch.setitem(conv3x3_rows.WINS, ("sm90", 44, 1), "forward")
-    assert winning_passes("sm90", GroupedSizes(10, 44))[0] == ""
-    assert "pad" in winning_passes("sm90", GroupedSizes(10, 11))[1]
+    sizes, measured = GroupedSizes(32, 16, 2), Passes(forward=True, weight=True)
+    assert planned("sm90", sizes) == Plan(ALL_PASSES, "not measured on sm90")
+    monkeypatch.setitem(conv3x3_rows.WINS, ("sm90", 16, 2), measured)
+    assert planned("sm90", sizes) == Plan(ALL_PASSES, "measured on sm90", measured)
+    assert planned("sm80", sizes).measured == NO_PASSES
+    monkeypatch.setitem(conv3x3_rows.WINS, ("sm90", 44, 1), measured)
+    assert planned("sm90", GroupedSizes(10, 44)).measured == NO_PASSES
+    assert "pad" in planned("sm90", GroupedSizes(10, 11)).reason
 
     # What the rule does with a CUDA tensor, on a machine that has none.
-    monkeypatch.setattr(conv3x3_functional, "architecture", lambda _index: "sm90")
+    monkeypatch.setattr(layout, "architecture", lambda _index: "sm90")
     on_gpu = SimpleNamespace(
         is_cuda=True, dtype=torch.bfloat16, device=SimpleNamespace(type="cuda", index=0)
     )
@@ -186,24 +188,27 @@ def test_nothing_is_chosen_that_was_not_measured(
     with caplog.at_level(logging.INFO, logger="coded_resnext"):
         for _ in range(2):
             chosen = conv3x3_functional.select_passes(on_gpu, weight, 2, "auto")  # type: ignore[arg-type]
-            assert chosen == "forward weight"
+            assert chosen == measured
     assert len(caplog.records) == 1
     assert "measured on sm90" in caplog.text
-    assert conv3x3_functional.select_passes(on_gpu, weight, 2, "torch") == ""  # type: ignore[arg-type]
+    assert conv3x3_functional.select_passes(on_gpu, weight, 2, "torch") == NO_PASSES  # type: ignore[arg-type]
     on_gpu.dtype = torch.float64
-    assert conv3x3_functional.select_passes(on_gpu, weight, 2, "auto") == ""  # type: ignore[arg-type]
+    assert conv3x3_functional.select_passes(on_gpu, weight, 2, "auto") == NO_PASSES  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(("width", "passes"), [(16, "forward weight"), (4, ""), (6, "")])
+WON = Passes(forward=True, weight=True)
+
+
+@pytest.mark.parametrize(("width", "passes"), [(16, WON), (4, NO_PASSES), (6, NO_PASSES)])
 def test_the_choice_for_a_gpu_is_compiled_whole(
-    width: int, passes: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    width: int, passes: Passes, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """On fake CUDA tensors, which need no GPU: on the CPU the rule ends before its table."""
-    monkeypatch.setattr(conv3x3_functional, "architecture", lambda _index: "sm90")
-    monkeypatch.setitem(conv3x3_rows.WINS, ("sm90", 16, 1), "forward weight")
+    monkeypatch.setattr(layout, "architecture", lambda _index: "sm90")
+    monkeypatch.setitem(conv3x3_rows.WINS, ("sm90", 16, 1), WON)
     monkeypatch.setattr(backend, "_SAID", set())
 
-    def choose(x: Tensor, weight: Tensor) -> tuple[Tensor, str]:
+    def choose(x: Tensor, weight: Tensor) -> tuple[Tensor, Passes]:
         return x.relu(), conv3x3_functional.select_passes(x, weight, 1, "auto")
 
     compiled = torch.compile(choose, fullgraph=True, dynamic=False, backend="eager")

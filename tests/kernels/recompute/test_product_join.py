@@ -21,9 +21,11 @@ from coded_resnext.kernels.recompute.moments_operator import (
 )
 from coded_resnext.kernels.recompute.operator import product_join, product_sums
 from coded_resnext.kernels.residual import reference as residual_reference
+from coded_resnext.kernels.rows import NO_PASSES, Passes
 from coded_resnext.models.fused.norm import affine_of
 
-EVERY = "forward input weight pointwise"
+EVERY = Passes(True, True, True, True).encoded()
+PYTORCH = NO_PASSES.encoded()
 
 
 @dataclass(frozen=True)
@@ -125,7 +127,7 @@ CASES = [
 ]
 
 
-def called(case: Case, inputs: dict[str, Tensor], kernels: str) -> dict[str, Tensor]:
+def called(case: Case, inputs: dict[str, Tensor], kernels: int) -> dict[str, Tensor]:
     """Outputs, running statistics and all gradients by the operators."""
     leaves = {name: value.detach().requires_grad_() for name, value in inputs.items()}
     given = case.gradients(inputs["x"].dtype)
@@ -215,7 +217,7 @@ def defined(case: Case, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: value.detach() for name, value in results.items()}
 
 
-def compare(case: Case, dtype: torch.dtype, kernels: str, tolerance: float) -> None:
+def compare(case: Case, dtype: torch.dtype, kernels: int, tolerance: float) -> None:
     inputs = case.inputs(dtype)
     found, expected = called(case, inputs, kernels), defined(case, inputs)
     assert set(found) == set(expected)
@@ -236,7 +238,7 @@ BY_DTYPE = {torch.float64: CASES, torch.float32: CASES, torch.bfloat16: ROUNDED}
 def test_equals_what_is_written_out(dtype: torch.dtype, case: Case) -> None:
     # bfloat16 rounds the gradients that enter a product, of which differences remain.
     tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2}[dtype]
-    compare(case, dtype, "", tolerance)
+    compare(case, dtype, PYTORCH, tolerance)
 
 
 @needs_triton
@@ -250,7 +252,7 @@ def test_statistics_of_a_large_mean() -> None:
     case = Case("far", I=16, O=8, B=4, H=9, W=9, mean=1000.0)
     inputs = case.inputs(torch.float32)
     x = [inputs[name] for name in ("x", "x_scale", "x_bias")]
-    found = unwritten_conv1x1(x[0], inputs["weight"], *x[1:], "")[2]
+    found = unwritten_conv1x1(x[0], inputs["weight"], *x[1:], PYTORCH)[2]
     expected = defined(case, inputs)["unwritten statistics"]
     assert relative_error(found[2].double(), expected[2]) < 1e-4
     h = torch.relu(x[1][:, None, None] * x[0] + x[2][:, None, None])
@@ -288,7 +290,7 @@ def test_tiny_gradients_in_float16() -> None:
 def test_what_is_not_written_has_no_memory() -> None:
     inputs = Case("place").inputs(torch.float32)
     place, of_sums, _, _, _ = unwritten_conv1x1(
-        inputs["x"], inputs["weight"], inputs["x_scale"], inputs["x_bias"], ""
+        inputs["x"], inputs["weight"], inputs["x_scale"], inputs["x_bias"], PYTORCH
     )
     assert place.shape == inputs["residual"].shape
     assert of_sums.shape == inputs["weight"].shape[:2]
@@ -302,14 +304,14 @@ def test_registered_as_pytorch_wants_it(kind: str) -> None:
     x, weight, scale, bias = (inputs[name] for name in ("x", "weight", "x_scale", "x_bias"))
     if kind == "projected":
         scale, bias = None, None
-    torch.library.opcheck(unwritten_conv1x1, (x, weight, scale, bias, ""))
-    places = [value.detach() for value in unwritten_conv1x1(x, weight, scale, bias, "")]
+    torch.library.opcheck(unwritten_conv1x1, (x, weight, scale, bias, PYTORCH))
+    places = [value.detach() for value in unwritten_conv1x1(x, weight, scale, bias, PYTORCH)]
     grad, x, weight = (v.detach() for v in (inputs["residual"], x, weight))
     maps = [None if v is None else v.detach() for v in (scale, bias)]
     saved, wanted = (x, weight, *maps, *places[3:]), kind != "mapped"
     gradients = (grad, weight.flatten(1), places[2])
-    torch.library.opcheck(unwritten_conv1x1_backward, (*gradients, *saved, wanted, ""))
-    torch.library.opcheck(product_sums, (grad, x, weight, *maps, ""))
+    torch.library.opcheck(unwritten_conv1x1_backward, (*gradients, *saved, wanted, PYTORCH))
+    torch.library.opcheck(product_sums, (grad, x, weight, *maps, PYTORCH))
     names = ("x", "x_scale", "x_bias", "weight", "gain", "shift")
     own = (*(value.requires_grad_() for value in places[:2]), *(inputs[name] for name in names))
     residual = [inputs.get(n) for n in ("residual", "residual_scale", "residual_bias")]
@@ -317,5 +319,5 @@ def test_registered_as_pytorch_wants_it(kind: str) -> None:
     if kind == "projected":
         residual = [x, inputs["gain"], inputs["shift"]]
         convolution = [*own[:2], inputs["weight"]]
-    options = (inputs.get("next_weight"), True, kind == "mapped", "", "")
+    options = (inputs.get("next_weight"), True, kind == "mapped", PYTORCH, PYTORCH)
     torch.library.opcheck(product_join, (*own, *residual, *convolution, *options))

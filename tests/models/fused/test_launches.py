@@ -13,8 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from coded_resnext import Codebook, CodedBottleneck
 from coded_resnext.kernels.conv1x1 import operator as conv1x1_operator
-from coded_resnext.kernels.conv1x1.rows import Plan
-from coded_resnext.kernels.rows import LaunchRow
+from coded_resnext.kernels.rows import ALL_PASSES, LaunchRow, Plan
 from coded_resnext.models.block import apply_block
 from coded_resnext.models.fused.operators import FusedOperators
 from coded_resnext.models.fused.values import Map, ready
@@ -121,7 +120,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     monkeypatch.setattr(LaunchRow, "launch", note)
     monkeypatch.setattr(FusedOperators, "joins", lambda *_: True)
-    every = Plan(conv1x1_operator.PASSES, "all of them")
+    every = Plan(ALL_PASSES, "all of them")
     monkeypatch.setattr(conv1x1_operator, "planned", lambda *_: every)
     return names
 

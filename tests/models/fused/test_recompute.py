@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from coded_resnext import CodedBottleneck
 from coded_resnext.kernels.conv1x1 import operator as conv1x1_operator
+from coded_resnext.kernels.rows import Passes
 from coded_resnext.models.fused.block import fused_block
 from coded_resnext.models.fused.operators import UNWRITTEN, FusedOperators
 from coded_resnext.models.fused.values import Deferred, Product, ready
@@ -135,10 +136,10 @@ def test_a_block_of_every_kind_behind_one(case: BlockCase) -> None:
 
 def test_kernels_that_run_a_pass_are_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """The passes of the product go with it to where it is computed."""
-    monkeypatch.setattr(conv1x1_operator, "select_products", lambda *_a, **_k: "weight")
+    monkeypatch.setattr(conv1x1_operator, "select_products", lambda *_a, **_k: Passes(weight=True))
     block = PLAIN.make()
     block.backend = "fused"
     y, _ = fused_block(block, image(), drop_mask=None, keep_mask=None)
     assert isinstance(y, Deferred)
     assert isinstance(y.raw, Product)
-    assert y.raw.passes == "weight"
+    assert y.raw.passes == Passes(weight=True)
