@@ -1,10 +1,10 @@
-"""The public coded operations: validation, and the one rule that picks an implementation.
+"""Which backend runs, and why: the rule for every operation, said once in the log.
 
 Backends:
     `reference`  the unfused definition; any floating dtype; for checks.
     `torch`      the exact Gram form in plain PyTorch; every device.
-    `fused`      for a block the fused data flow (coded_resnext/models/fused/block.py), each of its
-                 operators by kernels where they have been seen to win and by PyTorch elsewhere;
+    `fused`      for a block the fused data flow (coded_resnext/models/fused/block.py): each of its
+                 operators by kernels where these have been seen to win, and by PyTorch elsewhere;
                  every device. For an operation alone, `torch`.
     `triton`     the kernels, for a block in the fused data flow, on CUDA devices; on CPU tensors in
                  Triton's interpreter.
@@ -36,7 +36,7 @@ _SAID: set[str] = set()
 
 
 def backends() -> dict[str, str | None]:
-    """Every backend by name, with the reason why it cannot run here, or None if it can."""
+    """Returns every backend by name, with the reason why it cannot run here, or None if it can."""
     reason = None
     if not layout.HAS_TRITON:
         reason = "Triton is not installed"
@@ -46,7 +46,7 @@ def backends() -> dict[str, str | None]:
 
 
 def select_backend(backend: Backend = "auto") -> str:
-    """The backend that runs for a request, `auto` resolved.
+    """Returns the backend that runs for a request, `auto` resolved.
 
     Raises:
         ValueError: no such backend.
@@ -57,11 +57,11 @@ def select_backend(backend: Backend = "auto") -> str:
 
 
 def check_backend(backend: Backend, device: str | torch.device | None = None) -> None:
-    """For commands, which say in one sentence what about their input is at fault.
+    """Refuse a backend in one sentence, for commands.
 
     Args:
-        backend: that was asked for.
-        device: that the network will be on, where this is known.
+        backend: the one that was asked for.
+        device: where the network will be, if this is known.
 
     Raises:
         ValueError: no such backend, or it cannot run here or on this device.
@@ -79,7 +79,7 @@ def check_backend(backend: Backend, device: str | torch.device | None = None) ->
 
 
 def requested_backend(backend: Backend) -> str:
-    """As `select_backend`, with `auto` where neither the call nor the environment names one."""
+    """Returns the backend as `select_backend`, but `auto` where nobody names one."""
     source = "backend"
     requested: str = backend
     if requested == "auto":
@@ -100,7 +100,7 @@ ConvBackend = Literal["auto", "torch", "triton"]
 
 
 def check_conv_backend(backend: str) -> None:
-    """Refuse a backend that there is not."""
+    """Refuse a backend of a convolution that does not exist."""
     if backend not in get_args(ConvBackend):
         expected = ", ".join(get_args(ConvBackend))
         raise ValueError(f"backend: expected one of {expected}; got {backend!r}")

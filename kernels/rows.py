@@ -1,10 +1,9 @@
 """What launch settings are made of: one row for each specialisation of a kernel.
 
 The code that launches a kernel, the table of compiled code and the ahead-of-time build read the
-same rows. Settings follow from static sizes and the architecture by the rules in the files
-`rows.py` of each folder, one for each family of kernels; `kernels/build/shipped.py` lists those
-that training the paper's networks needs. Nothing is tuned while a program runs. No imports of
-PyTorch or Triton in any of these files.
+same rows. Settings follow from static sizes and the architecture by the rules in the `rows.py` of
+each operation's folder; `kernels/build/shipped.py` lists those that training the paper's networks
+needs. Nothing is tuned while a program runs. No imports of PyTorch or Triton in any of these files.
 """
 
 from __future__ import annotations

@@ -56,7 +56,7 @@ def coded_aggregate(
         keep_mask: branch removal, (10), `[B, N]` of 0/1 or booleans; before they are taken.
         aggregation: `"sum"`, or `"concat"`, the ablation in which branch `n` writes channels
             `n*C/N .. (n+1)*C/N`.
-        backend: see the module.
+        backend: see kernels/backend.py.
 
     Returns:
         `y [B, C, H, W]` in the dtype of the convolution, and the normalised energies
@@ -108,7 +108,7 @@ def branch_energy(
         scale, bias: the affine map of BatchNorm, `[N*D]`, both or neither: energies are those of
             `relu(scale h + bias)`, and both have gradients.
         keep_mask: branch removal, (10), `[B, N]`.
-        backend: see the module; `reference` forms the branch outputs.
+        backend: see kernels/backend.py; `reference` forms the branch outputs.
 
     Returns:
         `E [B, N]` in float32, float64 for float64.

@@ -154,7 +154,7 @@ EXAMPLE_PIXELS = 1600
 
 @cache
 def forward(sizes: ProductSizes, variant: Variant) -> LaunchRow:
-    """Settings of `conv1x1.product_forward`."""
+    """Settings of `forward.product_forward`."""
     vector = "*fp32" if variant.affine else None
     tensors = (
         variant.pointer(),
@@ -172,7 +172,7 @@ def forward(sizes: ProductSizes, variant: Variant) -> LaunchRow:
 
 @cache
 def join_forward(sizes: ProductSizes, variant: Variant) -> LaunchRow:
-    """Settings of `conv1x1.join_forward`."""
+    """Settings of `forward.join_forward`."""
     vector = "*fp32" if variant.affine else None
     tensors = (
         variant.pointer(),
@@ -207,7 +207,7 @@ def _moved(variant: Variant) -> tuple[tuple[Argument, ...], int]:
 
 @cache
 def input_gradient(sizes: ProductSizes, variant: Variant) -> LaunchRow:
-    """Settings of `conv1x1_backward.product_input_gradient`."""
+    """Settings of `backward.product_input_gradient`."""
     vector = "*fp32" if variant.affine else None
     pointers, narrow = _moved(variant)
     tensors = (
@@ -228,7 +228,7 @@ def input_gradient(sizes: ProductSizes, variant: Variant) -> LaunchRow:
 
 @cache
 def join_input_gradient(sizes: ProductSizes, variant: Variant) -> LaunchRow:
-    """Settings of `conv1x1_backward.join_input_gradient`."""
+    """Settings of `backward.join_input_gradient`."""
     pointers, narrow = _moved(variant)
     tensors = (
         variant.pointer(),
@@ -251,7 +251,7 @@ def join_input_gradient(sizes: ProductSizes, variant: Variant) -> LaunchRow:
 
 @cache
 def weight_gradient(sizes: ProductSizes, variant: Variant) -> LaunchRow:
-    """Settings of `conv1x1_weight.product_weight_gradient`."""
+    """Settings of `backward.product_weight_gradient`."""
     vector = "*fp32" if variant.affine else None
     tensors = ("*fp32", variant.pointer(), variant.pointer(), vector, vector)
     kernel = "conv1x1.backward:product_weight_gradient"

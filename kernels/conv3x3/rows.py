@@ -172,7 +172,7 @@ def _ahead_in_3_6(row: LaunchRow, sizes: GroupedSizes) -> LaunchRow:
 
 @cache
 def forward(sizes: GroupedSizes, variant: Variant) -> LaunchRow:
-    """Settings of `grouped_conv.forward_stride1` and `forward_stride2`."""
+    """Settings of `forward.forward_stride1` and `forward_stride2`."""
     vector = "*fp32" if variant.affine else None
     tensors = (
         variant.pointer(),
@@ -200,7 +200,7 @@ def forward(sizes: GroupedSizes, variant: Variant) -> LaunchRow:
 
 @cache
 def input_gradient(sizes: GroupedSizes, variant: Variant) -> LaunchRow:
-    """Settings of `grouped_conv_backward.input_gradient_stride1` and `_stride2`."""
+    """Settings of `backward.input_gradient_stride1` and `_stride2`."""
     vector = "*fp32" if variant.affine else None
     coefficient = "*fp32" if variant.statistics else None
     tensors = (
@@ -222,7 +222,7 @@ def input_gradient(sizes: GroupedSizes, variant: Variant) -> LaunchRow:
 
 @cache
 def weight_gradient(sizes: GroupedSizes, variant: Variant) -> LaunchRow:
-    """Settings of `grouped_conv_weight.weight_gradient_stride1` and `_stride2`."""
+    """Settings of `weight.weight_gradient_stride1` and `_stride2`."""
     vector = "*fp32" if variant.affine else None
     coefficient = "*fp32" if variant.statistics else None
     tensors = (
@@ -262,7 +262,7 @@ def _weights(sizes: GroupedSizes) -> tuple[tuple[str, int], ...]:
 
 @cache
 def pack_weights(sizes: GroupedSizes, dtype: Dtype, *, backward: bool) -> LaunchRow:
-    """Settings of `grouped_weights.pack_weights`."""
+    """Settings of `weight.pack_weights`."""
     windows = GroupedWindows.of(sizes)
     return LaunchRow(
         kernel="conv3x3.weight:pack_weights",
@@ -280,7 +280,7 @@ def pack_weights(sizes: GroupedSizes, dtype: Dtype, *, backward: bool) -> Launch
 
 @cache
 def reduce_weight_gradient(sizes: GroupedSizes, dtype: Dtype) -> LaunchRow:
-    """Settings of `grouped_weights.reduce_weight_gradient`."""
+    """Settings of `weight.reduce_weight_gradient`."""
     return LaunchRow(
         kernel="conv3x3.weight:reduce_weight_gradient",
         args=(f"*{dtype}", "*fp32", 128),

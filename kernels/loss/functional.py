@@ -39,7 +39,7 @@ def coding_loss(
         exponent: `q >= 1`; the paper uses 4.
         threshold: `t >= 0`; deviations up to it cost nothing.
         check_values: refuse energies on the CPU that are not finite.
-        backend: see the module.
+        backend: see kernels/backend.py.
 
     Returns:
         A scalar in the dtype of the energies (float32 at least).

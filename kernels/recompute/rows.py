@@ -33,7 +33,7 @@ from coded_resnext.kernels.rows import ITEM_BYTES, LaunchRow, Variant
 
 @cache
 def product_join(sizes: ProductSizes, variant: Variant) -> LaunchRow:
-    """Settings of `conv1x1_product_join.product_join`."""
+    """Settings of `kernel.product_join`."""
     before = "*fp32" if variant.affine else None
     own = "*fp32" if variant.mapped else None
     tensors = (
@@ -73,7 +73,7 @@ def moments_blocks(channels: int, tile: Tile) -> int:
 
 @cache
 def moments(channels: int, variant: Variant) -> LaunchRow:
-    """Settings of `conv1x1_moments.activation_moments`."""
+    """Settings of `moments.activation_moments`."""
     tile = moments_tile(channels, variant)
     vector = "*fp32" if variant.affine else None
     pixel_bytes = ITEM_BYTES[variant.dtype] * channels
@@ -97,7 +97,7 @@ def moments(channels: int, variant: Variant) -> LaunchRow:
 
 @cache
 def moments_gradient(sizes: ProductSizes, variant: Variant) -> LaunchRow:
-    """Settings of `conv1x1_moments_backward.moments_input_gradient`."""
+    """Settings of `moments.moments_input_gradient`."""
     vector = "*fp32" if variant.affine else None
     tensors = (
         variant.pointer(),

@@ -57,7 +57,7 @@ def _row(
 def pointwise_join(
     channels: int, dtype: Dtype, *, mapped: bool, folded: bool = False, factor: bool = False
 ) -> LaunchRow:
-    """Settings of `join.pointwise_join`.
+    """Settings of `kernel.pointwise_join`.
 
     Args:
         channels, dtype: of the map.
@@ -76,7 +76,7 @@ def pointwise_join(
 def pointwise_join_backward(
     channels: int, dtype: Dtype, *, mapped: bool, raw: bool = True
 ) -> LaunchRow:
-    """Settings of `join.pointwise_join_backward`.
+    """Settings of `kernel.pointwise_join_backward`.
 
     Args:
         channels, dtype: of the map.
@@ -90,7 +90,7 @@ def pointwise_join_backward(
 
 @cache
 def column_statistics(channels: int, dtype: Dtype) -> LaunchRow:
-    """Settings of `join.column_statistics`."""
+    """Settings of `kernel.column_statistics`."""
     return _row("column_statistics", channels, dtype, ("*fp32", f"*{dtype}"), 1)
 
 
@@ -122,7 +122,7 @@ def shipped_rows() -> Iterator[tuple[str, LaunchRow]]:
 
 @cache
 def merge_statistics(channels: int) -> LaunchRow:
-    """Settings of `batch_norm.merge_statistics`."""
+    """Settings of `merge.merge_statistics`."""
     return LaunchRow(
         kernel="residual.merge:merge_statistics",
         args=("*fp32", "*fp32", 960),
