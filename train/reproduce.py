@@ -86,7 +86,7 @@ SCALES = {
         (
             *("--config", "cifar10_small", "--train-images", "2500", "--test-images", "1000"),
             *("--epochs", "4", "--batch-size", "64", "--augment-on", "device"),
-            *("--threshold-images", "300", "--repeats", "1", "--budget", "20m", "--device", "cpu"),
+            *("--threshold-images", "300", "--repeats", "1", "--device", "cpu"),
         ),
         (*PUBLISHED_ROWS, "concatenation", "DropSubNNs 0", "coding weight 1"),
         "fourteen runs of about a minute each on two CPU cores",
@@ -154,7 +154,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> tuple[argparse.Namespa
     parser = argparse.ArgumentParser(
         description=(__doc__ or "").split("\n\n")[0],
         epilog="Other flags are those of train/cifar.py, and hold for all runs: --epochs, "
-        "--data-dir, --device, --workers, --budget .. Finished runs are not run again, and the "
+        "--data-dir, --device, --workers .. Finished runs are not run again, and the "
         "command goes on with one that was interrupted, on this machine or on one that OUT was "
         f"copied to. OUT/{TABLE_FILE} and OUT/{RESULTS_FILE} hold the results, OUT/{REPORT_FILE} "
         "the report of the coded run with the best test accuracy.",

@@ -203,8 +203,7 @@ def _add_evaluate(commands: Commands) -> None:
         "--out",
         type=Path,
         metavar="DIR",
-        help="write evaluation.json and the figures, PNG and SVG; an interrupted evaluation goes "
-        "on when the same command is given again",
+        help="write evaluation.json and the figures, PNG and SVG, into this folder",
     )
     parser.add_argument("--csv", action="store_true", help="write the tables as CSV into DIR too")
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
@@ -221,14 +220,37 @@ def _add_evaluate(commands: Commands) -> None:
         "class, or 'all' (default: all of up to 100 classes, 9 of more)",
     )
     parser.add_argument(
-        "--budget",
-        metavar="TIME",
-        help="such as 90s, 5m or 1h: compute what fits into that, seeded draws of images, classes "
-        "and numbers of removed branches, and say what is missing",
+        "--test-images",
+        type=int,
+        metavar="N",
+        help="remove branches from about so many test images, and test the one-class classifiers "
+        "on these (default: all)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of everything random (default 0)")
     parser.add_argument(
-        "--repeats", type=int, default=5, help="of removing branches at random (default 5)"
+        "--threshold-images",
+        type=int,
+        metavar="N",
+        help="choose the thresholds of the one-class classifiers on about so many training images "
+        "(default: all)",
+    )
+    parser.add_argument(
+        "--classes",
+        type=int,
+        metavar="N",
+        help="test the one-class classifiers of so many classes (default: all)",
+    )
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        help="decides the images and classes that are drawn, and the order in which branches are "
+        "removed (default 0)",
+    )
+    parser.add_argument(
+        "--repeats",
+        type=int,
+        default=5,
+        help="random orders in which branches are removed (default 5)",
     )
     parser.add_argument(
         "--batch-size",

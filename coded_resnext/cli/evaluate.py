@@ -14,10 +14,10 @@ from coded_resnext.data.batches import batches
 from coded_resnext.data.datasets import load_digits_split
 from coded_resnext.data.image_folder import find_images, find_splits, image_folder, read_image
 from coded_resnext.data.preprocessing import SPLIT_SEED, Preprocessing
-from coded_resnext.interpret.budget import Budget, parse_duration
+from coded_resnext.interpret import tables
 from coded_resnext.interpret.evaluate import evaluate
 from coded_resnext.interpret.observe import Loader
-from coded_resnext.interpret.results import PROGRESS_FILE, save_evaluation, save_pictures, to_json
+from coded_resnext.interpret.results import save_evaluation, save_pictures, to_json
 from coded_resnext.models.checkpoint import LoadedModel, load_model
 
 DIGITS = "digits"
@@ -34,7 +34,6 @@ def run(arguments: argparse.Namespace) -> int:
         OSError: a file cannot be read or written.
         ImportError: an optional package is missing; the message names the extra that has it.
     """
-    budget = Budget(parse_duration(arguments.budget) if arguments.budget else None)
     out: Path | None = arguments.out
     if arguments.csv and out is None:
         raise ValueError("--csv: expected --out DIR beside it, where the tables go")
@@ -50,8 +49,6 @@ def run(arguments: argparse.Namespace) -> int:
     outside = None
     if arguments.outside is not None:
         outside = OutsideImages(arguments.outside, _preprocessing(loaded), batch_size)
-    if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
     evaluation = evaluate(
         loaded.model,
         train_loader,
@@ -60,10 +57,11 @@ def run(arguments: argparse.Namespace) -> int:
         seed=arguments.seed,
         repeats=arguments.repeats,
         negatives_per_positive=negatives,
-        budget=budget,
-        progress=None if out is None else out / PROGRESS_FILE,
+        test_images=arguments.test_images,
+        threshold_images=arguments.threshold_images,
+        classes=arguments.classes,
     )
-    print(to_json(evaluation) if arguments.json else evaluation)
+    print(to_json(evaluation) if arguments.json else tables.text(evaluation))
     if out is not None:
         written = save_evaluation(
             evaluation, out, csv=arguments.csv, codebooks=loaded.model.codebooks

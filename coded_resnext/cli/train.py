@@ -27,8 +27,14 @@ from coded_resnext.data.loaders import EvalImages, TrainImages
 from coded_resnext.data.on_device import DeviceEvalImages, DeviceTrainImages
 from coded_resnext.data.preprocessing import Preprocessing
 from coded_resnext.files import read_json, write_atomically
-from coded_resnext.interpret import Evaluation, Loader, evaluate, save_figures, save_pictures
-from coded_resnext.interpret.budget import Budget, parse_duration
+from coded_resnext.interpret import (
+    Evaluation,
+    Loader,
+    evaluate,
+    save_figures,
+    save_pictures,
+    tables,
+)
 from coded_resnext.kernels import check_backend
 from coded_resnext.models.checkpoint import MODEL_FILE, load_model
 from coded_resnext.models.registry import create_model
@@ -69,6 +75,8 @@ INCIDENTAL = (
     "storage",
     "workers",
     "validation_batch_size",
+    "eval_images",
+    "threshold_images",
     "initial_checkpoint",
     "codebooks",
 )
@@ -256,15 +264,16 @@ def run_recipe(
     if command.outside is not None:
         outside = in_order(recipe, open_outside(command.outside, splits, recipe))
     thresholds = loaders.train_in_order
-    if command.threshold_images is not None:
-        thresholds = in_order(recipe, splits.slice(train_images=command.threshold_images).train)
+    if recipe.data.threshold_images is not None:
+        chosen = splits.slice(train_images=min(recipe.data.threshold_images, len(splits.train)))
+        thresholds = in_order(recipe, chosen.train)
     evaluation = evaluate(
         model,
         thresholds,
         loaders.test,
         outside_loader=outside,
         repeats=command.repeats,
-        budget=Budget(command.budget),
+        test_images=recipe.data.eval_images,
     )
     write_results(
         run,
@@ -425,13 +434,9 @@ class Command:
     out: Path
     resume: bool
     evaluation: bool
-    budget: float
-    """Seconds that the evaluation may take."""
     device: str
     outside: str | None = None
     """Images of none of the classes, see `outside.open_outside`."""
-    threshold_images: int | None = None
-    """Training images on which the one-class classifiers choose their thresholds; None for all."""
     repeats: int = 5
     """Of the random branch removals."""
 
@@ -471,19 +476,10 @@ def parse_command(
         help="end with the training; --resume without this flag makes up for it",
     )
     parser.add_argument(
-        "--budget", default="30m", help="time for the evaluation, such as 90s or 1h (%(default)s)"
-    )
-    parser.add_argument(
         "--outside",
         metavar="IMAGES",
         help="of none of the classes, for the one-class classifiers: rotated (the test images, "
         "turned by a quarter), cifar10, cifar100, or a folder of images",
-    )
-    parser.add_argument(
-        "--threshold-images",
-        type=int,
-        metavar="N",
-        help="choose the thresholds of the one-class classifiers on about so many training images",
     )
     parser.add_argument(
         "--repeats", type=int, default=5, help="of the random branch removals (%(default)s)"
@@ -497,16 +493,13 @@ def parse_command(
     path = named if named.is_file() else Path(own["config"])
     recipe = load_recipe(path, arguments)
     out = own["out"] or Path("runs") / path.stem
-    budget = parse_duration(own["budget"])
     return Command(
         recipe,
         out,
         own["resume"],
         own["evaluation"],
-        budget,
         own["device"],
         own["outside"],
-        own["threshold_images"],
         own["repeats"],
     )
 
@@ -567,7 +560,7 @@ def write_results(
     figures = save_figures(evaluation, model.codebooks, run.path / "figures")
     if evaluation.samples is not None:
         save_pictures(evaluation.samples.positions, test_loader, preprocessing, run.path)
-    print(f"\n{evaluation}\n\nsummary: {run.path / SUMMARY_FILE}")
+    print(f"\n{tables.text(evaluation)}\n\nsummary: {run.path / SUMMARY_FILE}")
     for figure in figures:
         if figure.suffix == ".png":
             print(f"picture: {figure}")

@@ -1,39 +1,31 @@
-"""The experiments of the paper and the talk, each a function of a network and a loader."""
+"""The experiments of the paper and the talk, each a function of what a network does."""
 
-from .budget import Budget, parse_duration
-from .decoding import (
-    BlockDecoding,
-    Classification,
-    EarlyDecoding,
-    ExitCurve,
-    ExitPoint,
-    decode_early,
-    exit_curve,
-)
+from .decoding import BlockDecoding, Classification, EarlyDecoding, ExitCurve, ExitPoint
 from .evaluate import Evaluation, evaluate
 from .figures import save_figures
 from .observe import Loader, Observations, observe
 from .one_class import (
+    ClassScores,
     Curve,
     Histogram,
     OneClass,
     OneClassClassifier,
     Outside,
     one_class,
-    one_class_scores,
+    score_classes,
 )
-from .paths import Disobedient, Paths, measure_paths
+from .paths import Disobedient, Paths
 from .removal import BlockRemoval, Removal, RemovalCurve, remove_branches
 from .results import load_evaluation, load_pictures, save_evaluation, save_pictures
-from .samples import BlockTrace, SampleBlock, Samples, Trace, trace, trace_samples
-from .semantic import BlockSemantics, Semantics, compare_classes
+from .samples import BlockTrace, SampleBlock, Samples, Trace, trace
+from .semantic import BlockSemantics, Semantics
 
 __all__ = [
     "BlockDecoding",
     "BlockRemoval",
     "BlockSemantics",
     "BlockTrace",
-    "Budget",
+    "ClassScores",
     "Classification",
     "Curve",
     "Disobedient",
@@ -54,21 +46,15 @@ __all__ = [
     "Samples",
     "Semantics",
     "Trace",
-    "compare_classes",
-    "decode_early",
     "evaluate",
-    "exit_curve",
     "load_evaluation",
     "load_pictures",
-    "measure_paths",
     "observe",
     "one_class",
-    "one_class_scores",
-    "parse_duration",
     "remove_branches",
     "save_evaluation",
     "save_figures",
     "save_pictures",
+    "score_classes",
     "trace",
-    "trace_samples",
 ]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,11 +12,10 @@ from coded_resnext.deploy.early_exit import EarlyExit, ExitScores, exit_macs
 from coded_resnext.models.decode import read_class
 from coded_resnext.models.resnext import CodedResNeXt
 
-from .observe import Loader, Observations, observe, require_coded_blocks
-from .records import describe
+from .observe import Observations, require_coded_blocks
 
 Confusion = tuple[tuple[int, int, int], ...]
-"""What occurs of a confusion matrix, in order: (class, class that is said, images)."""
+"""The cells of a confusion matrix that are not 0, in order: (class, class that is said, images)."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +25,7 @@ class Classification:
     accuracy: float
     """Share of the images whose class is said."""
     class_accuracy: tuple[float | None, ...]
-    """The same by true class; None for a class without images."""
+    """The accuracy by true class; None for a class without images."""
     confusion: Confusion
     """(true class, said class, images), of those that occur."""
 
@@ -39,7 +37,7 @@ class BlockDecoding(Classification):
     agreement: float
     """Share of the images whose decoded class is the final prediction."""
     class_agreement: tuple[float | None, ...]
-    """The same by true class."""
+    """The agreement by true class; None for a class without images."""
     confusion_with_final: Confusion
     """(final prediction, decoded class, images), of those that occur."""
 
@@ -67,7 +65,8 @@ class EarlyDecoding:
 
     @classmethod
     def of(cls, observed: Observations) -> EarlyDecoding:
-        """From what was observed of a coded network."""
+        """Decode every coded block of an observed network; ValueError for a plain one."""
+        require_coded_blocks(observed.codebooks)
         final, targets = observed.predictions, observed.targets
         classes = len(observed.class_names)
         blocks = []
@@ -85,26 +84,6 @@ class EarlyDecoding:
                 )
             )
         return cls(len(targets), observed.accuracy, tuple(blocks))
-
-    def to_dict(self) -> dict[str, Any]:
-        """A JSON-ready description."""
-        described: dict[str, Any] = describe(self)
-        return described
-
-
-def decode_early(model: CodedResNeXt, loader: Loader) -> EarlyDecoding:
-    """Decode the class from the branch energies of every coded block, (9).
-
-    Args:
-        model: with at least one coded block; its mode is left as found.
-        loader: batches of images `[B, C, H, W]` and class indices `[B]`.
-
-    Raises:
-        ValueError: the network has no coded block, the loader has no batch, or targets are not
-            class indices of the model.
-    """
-    require_coded_blocks(model)
-    return EarlyDecoding.of(observe(model, loader))
 
 
 def classification(said: Tensor, targets: Tensor, classes: int) -> Classification:
@@ -139,7 +118,7 @@ STEPS = 48
 
 @dataclass(frozen=True)
 class ExitPoint:
-    """What an early exit at one margin for all coded blocks does to the test images."""
+    """The effect on the test images of an early exit at one margin for all coded blocks."""
 
     margin: float | None
     """Images with at least this margin leave; None is the network without early exit."""
@@ -162,9 +141,21 @@ class ExitCurve:
 
     @classmethod
     def of(cls, observed: Observations, model: CodedResNeXt) -> ExitCurve:
-        """From what was observed of a coded network."""
+        """Accuracy and cost of early exit for margins from 0, where all leave at once, to none.
+
+        The margins between part those that occur into equal shares. Every point is what
+        `predict_early(model, images, EarlyExit.at_margin(model, margin))` would give.
+
+        Args:
+            observed: what `observe` returned for the network.
+            model: the network.
+
+        Raises:
+            ValueError: the network has no coded block.
+        """
+        require_coded_blocks(observed.codebooks)
         scores = scores_of(observed)
-        height, width = observed.gathered.image_size
+        height, width = observed.image_size
         costs = torch.tensor(exit_macs(model, height, width), dtype=torch.float64)
         criteria = [EarlyExit.at_margin(model, margin) for margin in _margins(scores)]
         criteria.append(EarlyExit((None,) * len(model.coded_blocks)))
@@ -174,32 +165,9 @@ class ExitCurve:
             points=tuple(_point(scores, criterion, costs) for criterion in criteria),
         )
 
-    def to_dict(self) -> dict[str, Any]:
-        """A JSON-ready description."""
-        described: dict[str, Any] = describe(self)
-        return described
-
-
-def exit_curve(model: CodedResNeXt, loader: Loader) -> ExitCurve:
-    """Accuracy and cost of early exit for margins from 0, where all leave at once, to none.
-
-    The margins between part those that occur into equal shares. Every point is what
-    `predict_early(model, images, EarlyExit.at_margin(model, margin))` would give.
-
-    Args:
-        model: with at least one coded block; its mode is left as found.
-        loader: batches of images `[B, C, H, W]` and class indices `[B]`.
-
-    Raises:
-        ValueError: the network has no coded block, the loader has no batch, or targets are not
-            class indices of the model.
-    """
-    require_coded_blocks(model)
-    return ExitCurve.of(observe(model, loader), model)
-
 
 def scores_of(observed: Observations) -> ExitScores:
-    """What early exit needs to know of the images: readings, their margins, classes."""
+    """The numbers of the images that early exit needs: decoded classes, margins, true classes."""
     read = [
         read_class(energies, book.codewords)
         for energies, book in zip(observed.energies, observed.codebooks, strict=True)
@@ -217,10 +185,10 @@ def _margins(scores: ExitScores) -> list[float]:
 
     They lie halfway between two that occur, so that rounding moves no image to the other side.
     """
-    found = torch.cat([torch.zeros(1), scores.margins.flatten()]).double().sort().values
+    ordered = torch.cat([torch.zeros(1), scores.margins.flatten()]).double().sort().values
     shares = torch.linspace(0, 1, STEPS, dtype=torch.float64)
-    places = (shares * (len(found) - 1)).round().long().clamp(min=1)
-    below, above = found[places - 1], found[places]
+    places = (shares * (len(ordered) - 1)).round().long().clamp(min=1)
+    below, above = ordered[places - 1], ordered[places]
     return sorted({0.0, *((below + above) / 2)[above > below].tolist()})
 
 

@@ -3,14 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
-
-from .path_figure import BLUE, INK, heading, small_multiples
-from .semantic import Semantics
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,19 +13,24 @@ from .decoding import EarlyDecoding
 from .evaluate import Evaluation
 from .one_class import OneClass, OneClassClassifier
 from .path_figure import (
+    BLUE,
+    INK,
     PALE,
     PANEL_NAME,
     SHOWN_CLASSES,
     SKY,
     VERMILLION,
     figure_style,
+    heading,
     label,
     new_figure,
     path_figure,
     save_figure,
     shown_note,
+    small_multiples,
 )
 from .removal import Removal
+from .semantic import Semantics
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -175,19 +172,16 @@ def _removal_curve(
     panel: Axes,
     removed: Sequence[int],
     whole: float,
-    means: Sequence[float | None],
-    deviations: Sequence[float | None],
+    means: Sequence[float],
+    deviations: Sequence[float],
     style: tuple[str, str, str],
 ) -> None:
     colour, line, marker = style
-    points = [(0, whole, 0.0)] + [
-        (count, mean, spread)
-        for count, mean, spread in zip(removed, means, deviations, strict=True)
-        if mean is not None and spread is not None
-    ]
-    x, centre, spread = zip(*((k, 100 * m, 100 * d) for k, m, d in points), strict=True)
-    low = [mean - around for mean, around in zip(centre, spread, strict=True)]
-    high = [mean + around for mean, around in zip(centre, spread, strict=True)]
+    x = [0, *removed]
+    centre = [100 * mean for mean in (whole, *means)]
+    band = [100 * deviation for deviation in (0.0, *deviations)]
+    low = [mean - deviation for mean, deviation in zip(centre, band, strict=True)]
+    high = [mean + deviation for mean, deviation in zip(centre, band, strict=True)]
     panel.fill_between(x, low, high, color=colour, alpha=0.22, linewidth=0)
     panel.plot(x, centre, color=colour, linestyle=line, marker=marker, markersize=3.5)
 
@@ -231,8 +225,8 @@ def score_figure(result: OneClass, thresholds_from: str) -> Figure:
             panel.stairs(shares, edges, color=INK, linewidth=0.9)
         if one.threshold is not None:
             panel.axvline(one.threshold, color=INK, linestyle="--", linewidth=1)
-        found = "n/a" if one.f1 is None else f"{one.f1:.3f}"
-        panel.set_title(f"{label(one.class_name, PANEL_NAME)}: F1 {found}")
+        f1 = "n/a" if one.f1 is None else f"{one.f1:.3f}"
+        panel.set_title(f"{label(one.class_name, PANEL_NAME)}: F1 {f1}")
         panel.locator_params(axis="x", nbins=4)
         panel.set_yticks([])
         panel.spines["left"].set_visible(False)
@@ -291,8 +285,8 @@ def precision_recall_figure(result: OneClass, thresholds_from: str) -> Figure:
                 markersize=4.5,
                 linestyle="none",
             )
-        found = "n/a" if one.average_precision is None else f"{one.average_precision:.3f}"
-        panel.set_title(f"{label(one.class_name, PANEL_NAME)}: AP {found}")
+        precision = "n/a" if one.average_precision is None else f"{one.average_precision:.3f}"
+        panel.set_title(f"{label(one.class_name, PANEL_NAME)}: AP {precision}")
     panels[0].set_xlim(-0.03, 1.03)
     panels[0].set_ylim(-0.03, 1.05)
     panels[0].set_xticks([0, 0.5, 1], ["0", "0.5", "1"])
@@ -337,9 +331,9 @@ def semantic_figure(result: Semantics) -> Figure:
             markersize=4,
             capsize=3,
         )
-        found, p = block.confusion_correlation, block.confusion_p
-        said = "n/a" if found is None or p is None else f"{found:+.2f}, p {p:.2f}"
-        panel.set_title(f"coded block {index + 1}\nconfusion {said}")
+        correlation, p = block.confusion_correlation, block.confusion_p
+        words = "n/a" if correlation is None or p is None else f"{correlation:+.2f}, p {p:.2f}"
+        panel.set_title(f"coded block {index + 1}\nconfusion {words}")
         panel.grid(axis="y")
     panels[0].set_ylim(bottom=0)
     line, bar = panels[0].get_lines()[0], panels[0].containers[0]

@@ -1,4 +1,4 @@
-"""What a network does with every image of a loader: one pass, from which experiments are computed.
+"""Predictions and energies of all images of a loader: the pass that the experiments share.
 
 Letters as in docs/math.md: n samples, K classes, N branches, A of them active for each class.
 """
@@ -6,7 +6,7 @@ Letters as in docs/math.md: n samples, K classes, N branches, A of them active f
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
@@ -20,36 +20,34 @@ from coded_resnext.kernels.coded.reference import is_dead
 from coded_resnext.models.decode import decode
 from coded_resnext.models.resnext import CodedResNeXt
 
-from .budget import Budget
-
-# Of a limited time, for this pass; what it leaves is for the experiments that need more passes.
-TIME_SHARE = 0.5
+Loader = Iterable[tuple[Tensor, Tensor]]
+"""Batches of images `[B, C, H, W]` and class indices `[B]`; every iteration starts afresh, in the
+same order."""
+Item = TypeVar("Item")
+_INDEX_TYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 @dataclass(frozen=True, eq=False)
 class Observations:
-    """Predictions and energies of n images; all tensors are on the CPU."""
+    """Predictions and energies of n images in the order of their loader, all on the CPU."""
 
     class_names: tuple[str, ...]
     codebooks: tuple[Codebook, ...]
-    """Of every coded block; none for a plain network."""
-    gathered: Gathered
-    """The pass itself: targets, places in the loader, features."""
+    """The codebook of every coded block; none for a plain network."""
+    targets: Tensor
+    """True classes, `[n]`."""
     predictions: Tensor
     """Classes that the network says, `[n]`."""
     confidences: Tensor
-    """Softmax probability of each, `[n]`."""
+    """Softmax probability of each prediction, `[n]`."""
     energies: tuple[Tensor, ...]
     """Normalised energies, (4), of every coded block, `[n, N]`."""
     decoded: tuple[Tensor, ...]
     """Early decoding, (9), of every coded block, `[n]`."""
     probabilities: Tensor
     """Mean softmax probabilities by true class, `[K, K]` in float64; NaN rows without images."""
-
-    @property
-    def targets(self) -> Tensor:
-        """True classes, `[n]`."""
-        return self.gathered.targets
+    image_size: tuple[int, int]
+    """Height and width of the images."""
 
     @property
     def samples(self) -> int:
@@ -62,69 +60,49 @@ class Observations:
         return int((self.predictions == self.targets).sum()) / self.samples
 
 
-def observe(
-    model: CodedResNeXt,
-    loader: Loader,
-    *,
-    budget: Budget | None = None,
-    seed: int = 0,
-    looked_at: float | None = None,
-) -> Observations:
+def observe(model: CodedResNeXt, loader: Loader) -> Observations:
     """Run a network on every image once.
 
     Args:
         model: coded or plain; its mode is left as found.
         loader: batches of images `[B, C, H, W]` and class indices `[B]`.
-        budget: under a limit, a seeded subset of the images is run when all would take more than
-            half of the time that remains.
-        seed: of that subset.
-        looked_at: share of the images to run, in place of what the time suffices for.
 
     Raises:
         ValueError: the loader has no batch, or targets are not class indices of the model.
     """
-    names = [f"energies_{index}" for index in range(len(model.coded_blocks))]
-    with evaluating(model), _first_coded_input(model) as seen:
-
-        def compute(images: Tensor) -> tuple[Tensor | None, Found]:
-            seen.clear()
-            logits, energies = model(images, return_energies=True)
-            accurate = torch.float64 if logits.dtype == torch.float64 else torch.float32
-            found = {"logits": logits.to(accurate), **dict(zip(names, energies, strict=True))}
-            return (seen[0] if seen else None), found
-
-        gathered = gather(
-            model,
-            loader,
-            "test images",
-            compute,
-            budget=budget,
-            share=TIME_SHARE,
-            seed=seed,
-            looked_at=looked_at,
-        )
-    found = gathered.found
-    likely = found["logits"].softmax(1)
-    energies = tuple(
-        found[name] if block.normalize else _normalized(found[name])
-        for name, block in zip(names, model.coded_blocks, strict=True)
-    )
+    columns: list[tuple[Tensor, ...]] = []
     sums = torch.zeros(model.num_classes, model.num_classes, dtype=torch.float64)
-    sums.index_add_(0, gathered.targets, likely.double())
-    counts = gathered.targets.bincount(minlength=model.num_classes)
-    predictions = found["logits"].argmax(1)
+    image_size = (0, 0)
+    with evaluating(model):
+        for images, targets in batches(model, loader, "test images"):
+            image_size = (images.shape[2], images.shape[3])
+            logits, energies = model(images, return_energies=True)
+            exact = torch.float64 if logits.dtype == torch.float64 else torch.float32
+            logits = logits.to("cpu", exact)
+            likely, predictions = logits.softmax(1), logits.argmax(1)
+            sums.index_add_(0, targets.cpu(), likely.double())
+            confidences = likely.gather(1, predictions[:, None])[:, 0]
+            of_blocks = [energy.cpu() for energy in energies]
+            columns.append((targets.cpu(), predictions, confidences, *of_blocks))
+    targets, predictions, confidences, *whole = map(torch.cat, zip(*columns, strict=True))
+    all_energies = tuple(
+        energy if block.normalize else _normalized(energy)
+        for energy, block in zip(whole, model.coded_blocks, strict=True)
+    )
+    counts = targets.bincount(minlength=model.num_classes)
     return Observations(
         class_names=model.class_names,
         codebooks=model.codebooks,
-        gathered=gathered,
+        targets=targets,
         predictions=predictions,
-        confidences=likely.gather(1, predictions[:, None])[:, 0],
-        energies=energies,
+        confidences=confidences,
+        energies=all_energies,
         decoded=tuple(
-            decode(energy, book) for energy, book in zip(energies, model.codebooks, strict=True)
+            decode(energy, book) for energy, book in zip(all_energies, model.codebooks, strict=True)
         ),
         # A class without images divides 0 by 0: NaN.
         probabilities=sums / counts[:, None],
+        image_size=image_size,
     )
 
 
@@ -134,276 +112,81 @@ def _normalized(energies: Tensor) -> Tensor:
     return torch.where(is_dead(mean), 0.0, energies / mean)
 
 
-@contextmanager
-def _first_coded_input(model: CodedResNeXt) -> Iterator[list[Tensor]]:
-    """A list that holds, after a pass, the input of the first coded block."""
-    seen: list[Tensor] = []
-    blocks = model.coded_blocks
-    if not blocks:
-        yield seen
-        return
-    handle = blocks[0].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-    try:
-        yield seen
-    finally:
-        handle.remove()
-
-
-FEATURE_BYTES = 2**30
-
-
-Found = dict[str, Tensor]
-
-
-Compute = Callable[[Tensor], tuple[Tensor | None, Found]]
-
-
-"""From images `[B, C, H, W]` to their features `[B, C', H', W']`, and whatever else is wanted."""
-
-
-@dataclass(frozen=True, eq=False)
-class Segment:
-    """Samples at the input of the first coded block."""
-
-    rows: Tensor
-    """Which of the gathered samples, `[m]`, ascending."""
-    features: Tensor
-    """`[m, C, H, W]`."""
-
-    def where(self, rows: Tensor) -> Tensor:
-        """The places in this segment of those of the rows that it has."""
-        return torch.isin(self.rows, rows).nonzero()[:, 0]
-
-
-@dataclass(frozen=True, eq=False)
-class Gathered:
-    """What one pass over a loader has left."""
-
-    targets: Tensor
-    """Class indices `[n]`."""
-    positions: Tensor
-    """Places of the samples in the loader, `[n]`, ascending."""
-    available: int
-    """Samples that the loader has; n of them were looked at, all unless time was limited."""
-    kept: Segment | None
-    """Features of all samples, or of a seeded subset under a limit of time; None if too large."""
-    found: Found
-    """What else was computed, each `[n, ..]`, on the CPU."""
-    batch_size: int
-    image_size: tuple[int, int]
-    """Height and width."""
-    seconds: float
-    """Time that a sample took, loading included."""
-    looked_at: float
-    """Share of the samples that was aimed at, 0 to 1."""
-
-
-def gather(
-    model: CodedResNeXt,
-    loader: Loader,
-    activity: str,
-    compute: Compute,
-    *,
-    budget: Budget | None = None,
-    share: float = 1.0,
-    seed: int = 0,
-    looked_at: float | None = None,
-    feature_bytes: int = FEATURE_BYTES,
-) -> Gathered:
-    """Go through a loader once.
+def draw_rows(targets: Tensor, images: int | None, seed: int) -> Tensor:
+    """A seeded draw of about so many of the images, the same share of every class.
 
     Args:
-        model: in evaluation mode.
-        loader: batches of images and class indices.
-        activity: what is being done, for the progress bar.
-        compute: what is wanted of a batch of images.
-        budget: under a limit a seeded subset of the images is looked at, as many as `share` of the
-            remaining time is likely to suffice for; a loader without a length is gone through.
-        share: of the remaining time, 0 to 1.
-        seed: of the subset.
-        looked_at: share of the images to look at, in place of what the time suffices for.
-        feature_bytes: memory for features. Where all of them need more, none are kept; under a
-            limit of time those of a subset are, for there is no second pass then.
+        targets: classes of all images, `[n]`.
+        images: how many are drawn, and at least one of each class; None takes all.
+        seed: decides the draw; a larger draw of one seed contains a smaller one.
 
-    Raises:
-        ValueError: as `running.batches`.
+    Returns:
+        Places of the images that are drawn, `[m]`, ascending.
     """
-    budget = budget or Budget()
-    generator = np.random.default_rng((seed, 0))
-    allowed = share * budget.remaining
-    total = len(loader) if isinstance(loader, Sized) else None
-    chosen_share = 1.0 if looked_at is None else looked_at
-    store: _FeatureStore | None = None
-    targets_seen: list[Tensor] = []
-    positions: list[Tensor] = []
-    others: list[Found] = []
-    taken = 0
-    available = batch_size = 0
-    size = (0, 0)
-    begin = last = budget.clock()
-    for images, targets in batches(model, loader, activity):
-        count = len(targets)
-        # One draw for every sample, whatever is done with it: subsets do not depend on the batches.
-        draws = torch.from_numpy(generator.random((count, 2)))
-        if not available:
-            batch_size, size = count, (images.shape[2], images.shape[3])
-            if budget.is_limited and total is not None and looked_at is None:
-                compute(images)
-                now = budget.clock()
-                chosen_share = min(1.0, allowed / max(total * (now - last), 1e-9))
-                begin = now
-        chosen = draws[:, 0] < chosen_share
-        if not available:
-            chosen[0] = True
-        if bool(chosen.any()):
-            features, found = compute(
-                images if bool(chosen.all()) else images[chosen.to(images.device)]
-            )
-            if features is not None:
-                if store is None:
-                    estimate = (
-                        None if total is None else round(chosen_share * total * count) + count
-                    )
-                    store = _FeatureStore(features, estimate, feature_bytes, budget.is_limited)
-                store.add(features, draws[chosen, 1], taken)
-            taken += int(chosen.sum())
-            targets_seen.append(targets[chosen.to(targets.device)].cpu())
-            positions.append(available + chosen.nonzero()[:, 0])
-            others.append({name: value.cpu() for name, value in found.items()})
-        available += count
-        last = budget.clock()
-    all_targets = torch.cat(targets_seen)
-    return Gathered(
-        targets=all_targets,
-        positions=torch.cat(positions),
-        available=available,
-        kept=store.segment() if store else None,
-        found={name: torch.cat([part[name] for part in others]) for name in others[0]},
-        batch_size=batch_size,
-        image_size=size,
-        seconds=max(last - begin, 0.0) / len(all_targets),
-        looked_at=chosen_share,
-    )
+    if images is None:
+        return torch.arange(len(targets))
+    rows = []
+    for target in torch.unique(targets).tolist():
+        members = (targets == target).nonzero()[:, 0]
+        order = np.random.default_rng((seed, 1, target)).permutation(len(members))
+        rows.append(members[order[: max(1, round(len(members) * images / len(targets)))]])
+    return torch.cat(rows).sort().values
 
 
-def segments(
-    model: CodedResNeXt,
-    loader: Loader,
-    gathered: Gathered,
-    *,
-    feature_bytes: int = FEATURE_BYTES,
-) -> Iterator[Segment]:
-    """The gathered samples at the input of the first coded block, as many at a time as fit.
+class DrawnImages:
+    """A loader of some images of a loader, in its order, in batches as large as its first one.
 
-    Features that were kept are all that is given; otherwise the loader is gone through again.
+    Args:
+        loader: batches of images `[B, C, H, W]` and class indices `[B]`.
+        rows: places of the images in the loader, `[m]`, ascending.
     """
-    if gathered.kept is not None:
-        yield gathered.kept
-        return
-    wanted = torch.zeros(gathered.available, dtype=torch.bool)
-    wanted[gathered.positions] = True
-    first = position = 0
-    parts: list[Tensor] = []
-    with evaluating(model):
-        for images, _ in batches(model, loader, "features"):
-            chosen = wanted[position : position + len(images)]
-            position += len(images)
-            if bool(chosen.any()):
-                parts.append(trunk(model, images if bool(chosen.all()) else images[chosen]))
-            held = sum(part.nbytes for part in parts)
-            # Another part must fit, and for a moment all of them twice.
-            if parts and 2 * (held + parts[-1].nbytes) > feature_bytes:
-                segment = _joined(parts, first)
-                first, parts = first + len(segment.rows), []
-                yield segment
-    if parts:
-        yield _joined(parts, first)
+
+    def __init__(self, loader: Loader, rows: Tensor) -> None:
+        self.loader, self.rows = loader, rows
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        start = batch_size = 0
+        waiting: list[tuple[Tensor, Tensor]] = []
+        for images, targets in self.loader:
+            batch_size = batch_size or len(targets)
+            low, high = torch.searchsorted(self.rows, torch.tensor([start, start + len(targets)]))
+            places = self.rows[low:high] - start
+            start += len(targets)
+            waiting.append((images[places], targets[places]))
+            if sum(len(part) for _, part in waiting) >= batch_size:
+                images, targets = _joined(waiting)
+                yield images[:batch_size], targets[:batch_size]
+                waiting = [(images[batch_size:], targets[batch_size:])]
+        if sum(len(part) for _, part in waiting):
+            yield _joined(waiting)
 
 
-def trunk(model: CodedResNeXt, images: Tensor) -> Tensor:
-    """The input of the first coded block."""
-    x: Tensor = model.stem(images)
-    for block in model.blocks:
-        if block.is_coded:
-            break
-        x, _ = block(x)
-    return x
+def _joined(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    return torch.cat([images for images, _ in parts]), torch.cat([targets for _, targets in parts])
 
 
-def gather_features(
-    model: CodedResNeXt,
-    loader: Loader,
-    activity: str,
-    *,
-    budget: Budget | None = None,
-    share: float = 1.0,
-    seed: int = 0,
-    looked_at: float | None = None,
-) -> Gathered:
-    """Only the features and targets of a loader."""
-    with evaluating(model):
-        return gather(
-            model,
-            loader,
-            activity,
-            lambda images: (trunk(model, images), {}),
-            budget=budget,
-            share=share,
-            seed=seed,
-            looked_at=looked_at,
-        )
+def read_targets(model: CodedResNeXt, loader: Loader) -> Tensor:
+    """The checked classes of all images of a loader, `[n]` on the CPU; raises as `batches`."""
+    return torch.cat([targets.cpu() for _, targets in batches(model, loader, "targets")])
 
 
-def _joined(parts: list[Tensor], first: int) -> Segment:
-    features = torch.cat(parts)
-    return Segment(torch.arange(first, first + len(features)), features)
+class _WithoutTargets:
+    def __init__(self, loader: Loader) -> None:
+        self.loader = loader
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for images, _ in self.loader:
+            yield images, torch.zeros(len(images), dtype=torch.int64)
 
 
-class _FeatureStore:
-    """Features of samples as they come, up to a limit of memory."""
-
-    def __init__(
-        self, example: Tensor, samples: int | None, limit: int, subset_allowed: bool
-    ) -> None:
-        room = limit // example[0].nbytes
-        self.share = 1.0 if samples is None else min(1.0, room / samples)
-        if self.share < 1 and not subset_allowed:
-            room = 0
-        self.subset_allowed = subset_allowed
-        last = example.is_contiguous(memory_format=torch.channels_last)
-        capacity = room if samples is None else min(room, samples)
-        self.buffer = torch.empty(
-            (capacity, *example.shape[1:]),
-            dtype=example.dtype,
-            memory_format=torch.channels_last if last else torch.contiguous_format,
-        )
-        self.rows: list[Tensor] = []
-        self.count = 0
-        self.is_whole = True
-
-    def add(self, features: Tensor, draws: Tensor, first_row: int) -> None:
-        """Keep the features whose draw, 0 to 1, is below the share that fits."""
-        places = (draws < self.share).nonzero()[:, 0]
-        places = places[: len(self.buffer) - self.count]
-        self.is_whole &= len(places) == len(features)
-        self.buffer[self.count : self.count + len(places)] = features[places]
-        self.rows.append(first_row + places)
-        self.count += len(places)
-
-    def segment(self) -> Segment | None:
-        """What was kept; None when that is nothing, or less than was asked for."""
-        if not self.count or not (self.is_whole or self.subset_allowed):
-            return None
-        return Segment(torch.cat(self.rows), self.buffer[: self.count])
+class _SizedWithoutTargets(_WithoutTargets):
+    def __len__(self) -> int:
+        return len(self.loader)  # type: ignore[arg-type]
 
 
-Loader = Iterable[tuple[Tensor, Tensor]]
-
-
-"""Batches of images `[B, C, H, W]` and class indices `[B]`; every iteration starts afresh."""
-
-
-Item = TypeVar("Item")
+def without_targets(loader: Loader) -> Loader:
+    """The images of a loader, all as class 0: images outside the classes have no class here."""
+    return _SizedWithoutTargets(loader) if isinstance(loader, Sized) else _WithoutTargets(loader)
 
 
 @contextmanager
@@ -419,12 +202,23 @@ def evaluating(model: CodedResNeXt) -> Iterator[None]:
             module.training = training
 
 
-def require_coded_blocks(model: CodedResNeXt) -> None:
-    """Refuse a network without coded blocks, on which most experiments are not defined."""
-    if not model.coded_blocks:
+def require_coded_blocks(coded: Sequence[object]) -> None:
+    """Refuse a network without coded blocks, on which most experiments are not defined.
+
+    Args:
+        coded: its coded blocks, or their codebooks.
+    """
+    if not coded:
         raise ValueError(
             "model: expected at least one coded block, got a plain network, which has no codebook"
         )
+
+
+def require_at_least(low: int, **numbers: int | None) -> None:
+    """Refuse arguments, given by name, that are below a number; None is no number."""
+    for name, number in numbers.items():
+        if number is not None and number < low:
+            raise ValueError(f"{name}: expected at least {low}, got {number}")
 
 
 def batches(model: CodedResNeXt, loader: Loader, activity: str) -> Iterator[tuple[Tensor, Tensor]]:
@@ -462,6 +256,16 @@ def batches(model: CodedResNeXt, loader: Loader, activity: str) -> Iterator[tupl
         yield images.to(parameter), targets.to(parameter.device).long()
     if empty:
         raise ValueError("loader: expected at least one batch, got none")
+
+
+def trunk(model: CodedResNeXt, images: Tensor) -> Tensor:
+    """The input of the first coded block."""
+    x: Tensor = model.stem(images)
+    for block in model.blocks:
+        if block.is_coded:
+            break
+        x, _ = block(x)
+    return x
 
 
 def coded_inputs(model: CodedResNeXt, x: Tensor) -> list[Tensor]:
@@ -509,9 +313,6 @@ def resume_with_energies(
         else:
             x, _ = block(x)
     return model.head(x.mean((2, 3))), all_energies
-
-
-_INDEX_TYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 def with_progress(loader: Iterable[Item], activity: str, unit: str = "batch") -> Iterable[Item]:

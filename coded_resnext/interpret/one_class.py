@@ -6,7 +6,7 @@ Without the branches of the other classes the logit of the class is the score, (
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sized
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,18 +17,17 @@ from torch import Tensor
 
 from coded_resnext.models.resnext import CodedResNeXt
 
-from .budget import Ledger
 from .observe import (
-    Gathered,
     Loader,
-    Segment,
+    batches,
     evaluating,
-    gather_features,
+    read_targets,
+    require_at_least,
     require_coded_blocks,
     resume_with_energies,
-    segments,
+    trunk,
+    without_targets,
 )
-from .records import describe
 
 Role = Literal["threshold", "test", "outside"]
 """Data on which thresholds are chosen, on which is tested, and of none of the classes."""
@@ -36,358 +35,14 @@ ROLES: tuple[Role, Role, Role] = ("threshold", "test", "outside")
 # Of more classes than this, each is tested against some of the others' images, as in the paper.
 MANY_CLASSES = 100
 PAPER_NEGATIVES = 9
-# Points of their curves, so that a file of 1,000 classes stays small.
-MANY_POINTS = 64
-
-
-@dataclass(frozen=True)
-class Outside:
-    """A classifier on images of none of the classes; None is "not available"."""
-
-    samples: int
-    average_precision: float | None
-    """Of telling test images of the class from these."""
-    accepted: float | None
-    """Share of these that reach the threshold."""
-
-
-@dataclass(frozen=True)
-class OneClassClassifier:
-    """How well one class is told from the others; None is "not available"."""
-
-    class_name: str
-    computed: bool
-    """Whether there was time for it; if not, nothing else says anything."""
-    positives: int = 0
-    """Test images of the class."""
-    negatives: int = 0
-    """Test images of other classes that were scored."""
-    average_precision: float | None = None
-    """On the test images; None unless there are two positives and a negative."""
-    curve: Curve | None = None
-    """On the test images; None unless there are positives and negatives."""
-    threshold: float | None = None
-    """Scores of at least this say yes: best F1 on the threshold images (of equal ones the lowest);
-    None unless those have positives and negatives."""
-    threshold_f1: float | None = None
-    """F1 at the threshold on the images on which it was chosen."""
-    precision: float | None = None
-    """On the test images at the threshold; 0 where no image reaches it."""
-    recall: float | None = None
-    """On the test images at the threshold."""
-    f1: float | None = None
-    """On the test images at the threshold."""
-    dead: float | None = None
-    """Share of the scored test images for which some coded block had no energy left: its branches
-    of this class are silent, and the score does not depend on the block."""
-    histogram: Histogram | None = None
-    """Scores of the test images, and of those outside."""
-    outside: Outside | None = None
-    """On images of none of the classes; None where there are no such."""
-
-
-@dataclass(frozen=True)
-class OneClass:
-    """The one-class classifiers of all classes."""
-
-    classifiers: tuple[OneClassClassifier, ...]
-    """In the order of the logits."""
-    negatives_per_positive: int | None
-    """Images of other classes scored for each one of the class; None for all there are."""
-    seed: int
-    """Of the images of other classes."""
-
-    @property
-    def average_precisions(self) -> tuple[float | None, ...]:
-        """Average precision by class, None where it is not available."""
-        return tuple(classifier.average_precision for classifier in self.classifiers)
-
-    @property
-    def mean_average_precision(self) -> float | None:
-        """Mean over the classes that have one; None if none has."""
-        known = [value for value in self.average_precisions if value is not None]
-        return math.fsum(known) / len(known) if known else None
-
-    @property
-    def computed(self) -> int:
-        """The number of classes for which there was time."""
-        return sum(classifier.computed for classifier in self.classifiers)
-
-    def to_dict(self) -> dict[str, Any]:
-        """A JSON-ready description."""
-        described: dict[str, Any] = describe(self)
-        return described
-
-
-def one_class(
-    model: CodedResNeXt,
-    threshold_loader: Loader,
-    test_loader: Loader,
-    *,
-    outside_loader: Loader | None = None,
-    negatives_per_positive: int | None = None,
-    seed: int = 0,
-) -> OneClass:
-    """Turn the network into a yes-or-no classifier for every class and test each.
-
-    Args:
-        model: with at least one coded block; its mode is left as found.
-        threshold_loader: training data, on which the thresholds are chosen.
-        test_loader: data on which everything else is measured. The same object as
-            `threshold_loader` is scored once.
-        outside_loader: images of none of the classes; their targets do not matter.
-        negatives_per_positive: images of other classes scored for each image of the class, drawn
-            anew for every class; None scores all.
-        seed: of these draws, at least 0.
-
-    Raises:
-        ValueError: the network has no coded block, a loader has no batch, targets are not class
-            indices of the model, a score is not finite, or a number is outside its range.
-        ImportError: scikit-learn is not installed.
-    """
-    require_coded_blocks(model)
-    loaders: dict[Role, Loader] = {"test": test_loader}
-    if threshold_loader is not test_loader:
-        loaders["threshold"] = threshold_loader
-    if outside_loader is not None:
-        loaders["outside"] = without_targets(outside_loader)
-    data = {role: gather_features(model, loader, role) for role, loader in loaders.items()}
-    work = OneClassWork(model, data, negatives_per_positive=negatives_per_positive, seed=seed)
-    for role, loader in loaders.items():
-        for segment in segments(model, loader, data[role]):
-            for _ in work.steps({role: segment}):
-                pass
-    return work.result()
-
-
-def one_class_scores(model: CodedResNeXt, loader: Loader) -> tuple[Tensor, Tensor]:
-    """The score of every image for every class, each from the branches of that class alone, (10).
-
-    Args:
-        model: with at least one coded block; its mode is left as found.
-        loader: batches of images `[B, C, H, W]` and class indices `[B]`.
-
-    Returns:
-        Scores `[n, K]`, column c the logit c of `model(images, keep=c)`, and the targets `[n]`,
-        both on the CPU.
-
-    Raises:
-        ValueError: the network has no coded block, the loader has no batch, or targets are not
-            class indices of the model.
-    """
-    require_coded_blocks(model)
-    gathered = gather_features(model, loader, "one-class classifiers")
-    parts = [
-        torch.stack(
-            [
-                score(model, segment.features, index, gathered.batch_size)[0]
-                for index in range(model.num_classes)
-            ],
-            1,
-        )
-        for segment in segments(model, loader, gathered)
-    ]
-    return torch.cat(parts), gathered.targets
-
-
-def score(
-    model: CodedResNeXt, features: Tensor, index: int, batch_size: int
-) -> tuple[Tensor, Tensor]:
-    """Scores `[m]` of one class, and which samples some block has no energy left for, `[m]`.
-
-    Args:
-        model: coded.
-        features: inputs of the first coded block, `[m, C, H, W]`.
-        index: the class.
-        batch_size: samples at a time.
-    """
-    words = [block.codewords[index] for block in model.coded_blocks]
-    scores, dead = [], []
-    device = next(model.parameters()).device
-    with evaluating(model):
-        for part in torch.split(features, batch_size):
-            masks = [word.expand(len(part), -1) for word in words]
-            logits, energies = resume_with_energies(model, part.to(device), 0, masks)
-            scores.append(logits[:, index].cpu())
-            silent = torch.stack([energy.sum(1) == 0 for energy in energies], 1)
-            dead.append(silent.any(1).cpu())
-    return torch.cat(scores), torch.cat(dead)
-
-
-def without_targets(loader: Loader) -> Loader:
-    """The images of a loader, all as class 0: images outside the classes have no class here."""
-    return _SizedUntargeted(loader) if isinstance(loader, Sized) else _Untargeted(loader)
-
-
-class OneClassWork:
-    """One-class classifiers in steps, each of them one class on one segment of each data set.
-
-    Args:
-        model: coded.
-        data: what was gathered of `test`, and of `threshold` and `outside` where there are any;
-            without `threshold` the thresholds are chosen on the test data.
-        negatives_per_positive: as `one_class`.
-        seed: of the negatives, and of the order in which classes are computed.
-        ledger: finished steps, of this run and of an interrupted one.
-
-    Raises:
-        ValueError: a number is outside its range.
-        ImportError: scikit-learn is not installed.
-    """
-
-    def __init__(
-        self,
-        model: CodedResNeXt,
-        data: Mapping[Role, Gathered],
-        *,
-        negatives_per_positive: int | None = None,
-        seed: int = 0,
-        ledger: Ledger | None = None,
-    ) -> None:
-        if negatives_per_positive is not None and negatives_per_positive < 1:
-            raise ValueError(
-                f"negatives_per_positive: expected at least 1, got {negatives_per_positive}"
-            )
-        if seed < 0:
-            raise ValueError(f"seed: expected at least 0, got {seed}")
-        # Refused here rather than when all the work is done.
-        average_precision(np.array([0.0, 1.0]), np.array([False, True]))
-        self.model, self.data, self.seed = model, data, seed
-        self.negatives_per_positive = negatives_per_positive
-        self.ledger = ledger or Ledger()
-        self.found: dict[tuple[Role, int], list[tuple[Tensor, Tensor, Tensor]]] = {}
-        self.order = np.random.default_rng((seed, 2)).permutation(model.num_classes).tolist()
-
-    def steps(self, segments: Mapping[Role, Segment]) -> Iterator[None]:
-        """Score the segments for class after class, in a seeded order."""
-        for index in self.order:
-            for role, segment in segments.items():
-                self._score(role, index, segment)
-            yield
-
-    def result(self) -> OneClass:
-        """What the steps so far have found."""
-        return OneClass(
-            tuple(
-                self._classifier(index, name) for index, name in enumerate(self.model.class_names)
-            ),
-            self.negatives_per_positive,
-            self.seed,
-        )
-
-    def wanted(self, role: Role, index: int) -> Tensor:
-        """The samples of a data set that are scored for a class, ascending."""
-        targets = self.data[role].targets
-        limit = self.negatives_per_positive
-        if role == "outside":
-            positives = torch.empty(0, dtype=torch.int64)
-            others = torch.arange(len(targets))
-            scale = int((self.data["test"].targets == index).sum())
-        else:
-            positives = (targets == index).nonzero()[:, 0]
-            others = (targets != index).nonzero()[:, 0]
-            scale = len(positives)
-        if limit is not None and limit * scale < len(others):
-            generator = np.random.default_rng((self.seed, 3, ROLES.index(role), index))
-            others = others[generator.permutation(len(others))[: limit * scale]]
-        return torch.cat([positives, others]).sort().values
-
-    def _score(self, role: Role, index: int, segment: Segment) -> None:
-        places = segment.where(self.wanted(role, index))
-        rows = segment.rows[places]
-        if not len(rows):
-            # Computed, though there is nothing to compute.
-            self.found.setdefault((role, index), [])
-            return
-        key = f"one_class/{role}/{index}/{int(segment.rows[0])}-{len(segment.rows)}"
-        stored = self.ledger.get(key)
-        if stored is None:
-            whole = len(places) == len(segment.rows)
-            features = segment.features if whole else segment.features[places]
-            scores, dead = score(self.model, features, index, self.data[role].batch_size)
-            if not bool(scores.isfinite().all()):
-                raise ValueError("scores: expected finite logits of the model, got NaN or infinity")
-            self.ledger.put(key, {"scores": scores.tolist(), "dead": dead.nonzero()[:, 0].tolist()})
-        else:
-            scores = torch.tensor(stored["scores"], dtype=segment.features.dtype)
-            dead = torch.zeros(len(rows), dtype=torch.bool)
-            dead[stored["dead"]] = True
-        self.found.setdefault((role, index), []).append((rows, scores, dead))
-
-    def _scores(self, role: Role, index: int) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
-        """Scores of a class, whether each is a positive, and whether it is of a dead sample."""
-        parts = self.found.get((role, index), [])
-        if not parts:
-            return np.empty(0), np.empty(0, bool), np.empty(0, bool)
-        rows, scores, dead = (torch.cat(values) for values in zip(*parts, strict=True))
-        return scores.numpy(), (self.data[role].targets[rows] == index).numpy(), dead.numpy()
-
-    def _classifier(self, index: int, name: str) -> OneClassClassifier:
-        computed = all((role, index) in self.found for role in self.data)
-        if not computed:
-            return OneClassClassifier(name, computed=False)
-        many = self.model.num_classes > MANY_CLASSES
-        scores, positive, dead = self._scores("test", index)
-        learned: Role = "threshold" if "threshold" in self.data else "test"
-        chosen_scores, chosen_positive, _ = self._scores(learned, index)
-        threshold = best_threshold(chosen_scores, chosen_positive)
-        threshold_f1 = at_threshold(chosen_scores, chosen_positive, threshold)[2]
-        precision, recall, f1 = at_threshold(scores, positive, threshold)
-        outside, outside_scores = None, np.empty(0)
-        if "outside" in self.data:
-            outside_scores = self._scores("outside", index)[0]
-            joined = np.concatenate([scores[positive], outside_scores])
-            wanted = np.arange(len(joined)) < positive.sum()
-            accepted = None
-            if threshold is not None and len(outside_scores):
-                accepted = float((outside_scores >= threshold).mean())
-            outside = Outside(len(outside_scores), average_precision(joined, wanted), accepted)
-        return OneClassClassifier(
-            class_name=name,
-            computed=computed,
-            positives=int(positive.sum()),
-            negatives=int((~positive).sum()),
-            average_precision=average_precision(scores, positive),
-            curve=sweep(scores, positive, MANY_POINTS if many else MOST_POINTS),
-            threshold=threshold,
-            threshold_f1=threshold_f1,
-            precision=precision,
-            recall=recall,
-            f1=f1,
-            dead=float(dead.mean()) if len(scores) else None,
-            histogram=count(scores, positive, outside_scores),
-            outside=outside,
-        )
-
-
-class _Untargeted:
-    def __init__(self, loader: Loader) -> None:
-        self.loader = loader
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for images, _ in self.loader:
-            yield images, torch.zeros(len(images), dtype=torch.int64)
-
-
-class _SizedUntargeted(_Untargeted):
-    def __len__(self) -> int:
-        return len(self.loader)  # type: ignore[arg-type]
-
-
 BINS = 30
-
-
-# Points of a curve that are kept; of more, an even choice.
-MOST_POINTS = 256
-
-
-# Kept besides those at which recall changes: between two of these precision may change a lot.
+# Points of a curve that are kept, of more an even choice; and of one of many classes, so that a
+# file of 1,000 classes stays small.
+MOST_POINTS, MANY_POINTS = 256, 64
+# Points that are kept besides those at which recall changes: between two of these precision may
+# change a lot.
 EVEN_POINTS = 48
-
-
 Flags = NDArray[np.bool_]
-
-
 Scores = NDArray[Any]
 
 
@@ -417,6 +72,335 @@ class Curve:
     recall: tuple[float, ...]
     thresholds: tuple[float | None, ...]
     """Scores of at least this say yes; None at the last point, where nothing does."""
+
+
+@dataclass(frozen=True)
+class Outside:
+    """A classifier on images of none of the classes; None is "not available"."""
+
+    samples: int
+    average_precision: float | None
+    """Average precision of telling test images of the class from these."""
+    accepted: float | None
+    """Share of these that reach the threshold."""
+
+
+@dataclass(frozen=True)
+class OneClassClassifier:
+    """How well one class is told from the others; None is "not available"."""
+
+    class_name: str
+    computed: bool
+    """Whether the class is among those that were drawn; if not, nothing else says anything."""
+    positives: int = 0
+    """Test images of the class."""
+    negatives: int = 0
+    """Test images of other classes that were scored."""
+    average_precision: float | None = None
+    """Average precision on the test images; None unless there are two positives and a negative."""
+    curve: Curve | None = None
+    """Precision and recall on the test images; None unless there are positives and negatives."""
+    threshold: float | None = None
+    """Scores of at least this say yes: best F1 on the threshold images (of equal ones the lowest);
+    None unless those have positives and negatives."""
+    threshold_f1: float | None = None
+    """F1 at the threshold on the images on which it was chosen."""
+    precision: float | None = None
+    """Precision on the test images at the threshold; 0 where no image reaches it."""
+    recall: float | None = None
+    """Recall on the test images at the threshold."""
+    f1: float | None = None
+    """F1 on the test images at the threshold."""
+    dead: float | None = None
+    """Share of the scored test images for which some coded block had no energy left: its branches
+    of this class are silent, and the score does not depend on the block."""
+    histogram: Histogram | None = None
+    """Scores of the test images, and of those outside."""
+    outside: Outside | None = None
+    """The classifier on images of none of the classes; None where there are no such."""
+
+
+@dataclass(frozen=True)
+class OneClass:
+    """The one-class classifiers of all classes."""
+
+    classifiers: tuple[OneClassClassifier, ...]
+    """One classifier for each class, in the order of the logits."""
+    negatives_per_positive: int | None
+    """Images of other classes scored for each one of the class; None for all there are."""
+    seed: int
+    """Seed of the draws of classes and of images of other classes."""
+
+    @property
+    def average_precisions(self) -> tuple[float | None, ...]:
+        """Average precision by class, None where it is not available."""
+        return tuple(classifier.average_precision for classifier in self.classifiers)
+
+    @property
+    def mean_average_precision(self) -> float | None:
+        """Mean over the classes that have one; None if none has."""
+        known = [value for value in self.average_precisions if value is not None]
+        return math.fsum(known) / len(known) if known else None
+
+    @classmethod
+    def of(
+        cls,
+        class_names: Sequence[str],
+        test: ClassScores,
+        threshold: ClassScores | None = None,
+        outside: ClassScores | None = None,
+        *,
+        negatives_per_positive: int | None = None,
+        seed: int = 0,
+    ) -> OneClass:
+        """Test the classifiers of the classes that were scored.
+
+        Args:
+            class_names: names of all classes, in the order of the logits.
+            test: scores of the images on which everything but the thresholds is measured.
+            threshold: scores on which the thresholds are chosen; None chooses them on the test
+                images.
+            outside: scores of images of none of the classes.
+            negatives_per_positive, seed: what the pairs were drawn by, noted in the result.
+        """
+        points = MANY_POINTS if len(class_names) > MANY_CLASSES else MOST_POINTS
+        classifiers = (
+            _classifier(name, index, test, threshold or test, outside, points)
+            if index in test.classes
+            else OneClassClassifier(name, computed=False)
+            for index, name in enumerate(class_names)
+        )
+        return cls(tuple(classifiers), negatives_per_positive, seed)
+
+
+@dataclass(frozen=True, eq=False)
+class ClassScores:
+    """Scores of p pairs of an image and a class, all on the CPU."""
+
+    classes: tuple[int, ...]
+    """The classes whose classifiers were computed."""
+    targets: Tensor
+    """True classes of all n images, `[n]`; -1 for images of none of the classes."""
+    rows: Tensor
+    """The image of each pair, `[p]`; those of one class ascend."""
+    columns: Tensor
+    """The class of each pair, `[p]`."""
+    scores: Tensor
+    """The logit of the class from its own branches alone, `[p]`."""
+    dead: Tensor
+    """Whether some coded block had no energy left, `[p]`."""
+
+    def of_class(self, index: int) -> tuple[Scores, Flags, Flags]:
+        """Scores of a class, whether each is of the class, and whether each is of a dead sample."""
+        pairs = (self.columns == index).nonzero()[:, 0]
+        positive = self.targets[self.rows[pairs]] == index
+        return self.scores[pairs].numpy(), positive.numpy(), self.dead[pairs].numpy()
+
+
+def one_class(
+    model: CodedResNeXt,
+    threshold_loader: Loader,
+    test_loader: Loader,
+    *,
+    outside_loader: Loader | None = None,
+    classes: int | None = None,
+    negatives_per_positive: int | None = None,
+    seed: int = 0,
+) -> OneClass:
+    """Turn the network into a yes-or-no classifier for every class and test each.
+
+    Args:
+        model: with at least one coded block; its mode is left as found.
+        threshold_loader: training data, on which the thresholds are chosen.
+        test_loader: data on which everything else is measured. The same object as
+            `threshold_loader` is scored once.
+        outside_loader: images of none of the classes; their targets do not matter.
+        classes: how many classes get a classifier, drawn by seed; None for all.
+        negatives_per_positive: images of other classes scored for each image of the class, drawn
+            anew for every class; None scores all.
+        seed: decides these draws; at least 0.
+
+    Raises:
+        ValueError, ImportError: as `score_classes`.
+    """
+    chosen = draw_classes(model.num_classes, classes, seed)
+    options: dict[str, Any] = {"negatives_per_positive": negatives_per_positive, "seed": seed}
+    test = score_classes(model, test_loader, "test", classes=chosen, **options)
+    threshold = outside = None
+    if threshold_loader is not test_loader:
+        threshold = score_classes(model, threshold_loader, "threshold", classes=chosen, **options)
+    if outside_loader is not None:
+        outside = score_classes(
+            model, outside_loader, "outside", classes=chosen, test=test, **options
+        )
+    return OneClass.of(model.class_names, test, threshold, outside, **options)
+
+
+def draw_classes(classes: int, count: int | None, seed: int) -> tuple[int, ...]:
+    """So many of the classes 0, 1, .., drawn by seed; all of them for None.
+
+    Raises:
+        ValueError: a number is outside its range.
+    """
+    require_at_least(1, classes=count)
+    require_at_least(0, seed=seed)
+    return tuple(np.random.default_rng((seed, 2)).permutation(classes)[:count].tolist())
+
+
+def score_classes(
+    model: CodedResNeXt,
+    loader: Loader,
+    role: Role,
+    *,
+    classes: Sequence[int] | None = None,
+    negatives_per_positive: int | None = None,
+    seed: int = 0,
+    targets: Tensor | None = None,
+    test: ClassScores | None = None,
+) -> ClassScores:
+    """Score images for classes, for each class from its branches alone, (10).
+
+    Args:
+        model: with at least one coded block; its mode is left as found.
+        loader: batches of images `[B, C, H, W]` and class indices `[B]`.
+        role: what the images are for; the targets of those outside do not matter.
+        classes: the classes whose classifiers score; None for all.
+        negatives_per_positive: images of other classes scored for each image of the class, drawn
+            anew for every class; None scores all images for all classes.
+        seed: decides these draws; at least 0.
+        targets: the classes of all images `[n]`, where they are known; otherwise a draw takes a
+            pass of its own over the loader.
+        test: scores of the test images, whose number decides how many images outside are drawn.
+
+    Raises:
+        ValueError: the network has no coded block, the loader has no batch, targets are not class
+            indices of the model, a score is not finite, or a number is outside its range.
+        ImportError: scikit-learn is not installed, which `OneClass.of` needs.
+    """
+    require_coded_blocks(model.coded_blocks)
+    require_at_least(1, negatives_per_positive=negatives_per_positive)
+    require_at_least(0, seed=seed)
+    _metrics()
+    classes = tuple(range(model.num_classes) if classes is None else classes)
+    if role == "outside":
+        loader = without_targets(loader)
+    pairs = None
+    if negatives_per_positive is not None:
+        if targets is None:
+            targets = read_targets(model, loader)
+        if role == "outside":
+            targets = torch.full_like(targets, -1)
+        counted = targets if test is None else test.targets
+        limits = [negatives_per_positive * int((counted == index).sum()) for index in classes]
+        pairs = _draw_pairs(targets, classes, limits, (seed, 3, ROLES.index(role)))
+    start = batch_size = 0
+    parts: list[tuple[Tensor, ...]] = []
+    with evaluating(model):
+        for images, of_batch in batches(model, loader, f"one-class classifiers, {role} images"):
+            count = len(images)
+            batch_size = batch_size or count
+            if pairs is None:
+                rows = torch.arange(start, start + count).repeat(len(classes))
+                columns = torch.tensor(classes).repeat_interleave(count)
+            else:
+                low, high = torch.searchsorted(pairs[0], torch.tensor([start, start + count]))
+                rows, columns = pairs[0][low:high], pairs[1][low:high]
+            scores, dead = _score_pairs(
+                model, trunk(model, images), rows - start, columns, batch_size
+            )
+            parts.append((of_batch.cpu(), rows, columns, scores, dead))
+            start += count
+    read, rows, columns, scores, dead = map(torch.cat, zip(*parts, strict=True))
+    if role == "outside":
+        read = torch.full_like(read, -1)
+    return ClassScores(classes, read, rows, columns, scores, dead)
+
+
+def _draw_pairs(
+    targets: Tensor, classes: Sequence[int], limits: Sequence[int], seed: tuple[int, ...]
+) -> tuple[Tensor, Tensor]:
+    """The images and classes of pairs: all images of a class, and so many others; by image."""
+    rows, columns = [], []
+    for index, limit in zip(classes, limits, strict=True):
+        others = (targets != index).nonzero()[:, 0]
+        if limit < len(others):
+            generator = np.random.default_rng((*seed, index))
+            others = others[generator.permutation(len(others))[:limit]]
+        rows.append(torch.cat([(targets == index).nonzero()[:, 0], others]))
+        columns.append(torch.full_like(rows[-1], index))
+    order = torch.cat(rows).argsort(stable=True)
+    return torch.cat(rows)[order], torch.cat(columns)[order]
+
+
+def _score_pairs(
+    model: CodedResNeXt, features: Tensor, places: Tensor, columns: Tensor, batch_size: int
+) -> tuple[Tensor, Tensor]:
+    """The score of each pair, and whether some block has no energy left for it, both `[p]`.
+
+    Args:
+        model: in evaluation mode.
+        features: inputs of the first coded block, `[B, C, H, W]`.
+        places: for each pair the place of its image among the features, `[p]`.
+        columns: for each pair its class, `[p]`.
+        batch_size: pairs at a time.
+    """
+    scores, dead = [features.new_empty(0).cpu()], [torch.empty(0, dtype=torch.bool)]
+    every = torch.arange(len(features))
+    for some, asked in zip(
+        torch.split(places, batch_size), torch.split(columns, batch_size), strict=True
+    ):
+        x = features if torch.equal(some, every) else features[some.to(features.device)]
+        asked = asked.to(features.device)
+        masks = [block.codewords[asked] for block in model.coded_blocks]
+        logits, energies = resume_with_energies(model, x, 0, masks)
+        scores.append(logits.gather(1, asked[:, None])[:, 0].cpu())
+        dead.append(torch.stack([energy.sum(1) == 0 for energy in energies], 1).any(1).cpu())
+    if not all(bool(part.isfinite().all()) for part in scores):
+        raise ValueError("scores: expected finite logits of the model, got NaN or infinity")
+    return torch.cat(scores), torch.cat(dead)
+
+
+def _classifier(
+    name: str,
+    index: int,
+    test: ClassScores,
+    threshold_images: ClassScores,
+    outside_images: ClassScores | None,
+    points: int,
+) -> OneClassClassifier:
+    """The classifier of one class, its curve with so many points."""
+    scores, positive, dead = test.of_class(index)
+    learned_scores, learned_positive, _ = threshold_images.of_class(index)
+    threshold = best_threshold(learned_scores, learned_positive)
+    precision, recall, f1 = at_threshold(scores, positive, threshold)
+    outside, outside_scores = None, np.empty(0)
+    if outside_images is not None:
+        outside_scores = outside_images.of_class(index)[0]
+        joined = np.concatenate([scores[positive], outside_scores])
+        accepted = None
+        if threshold is not None and len(outside_scores):
+            accepted = float((outside_scores >= threshold).mean())
+        outside = Outside(
+            samples=len(outside_scores),
+            average_precision=average_precision(joined, np.arange(len(joined)) < positive.sum()),
+            accepted=accepted,
+        )
+    return OneClassClassifier(
+        class_name=name,
+        computed=True,
+        positives=int(positive.sum()),
+        negatives=int((~positive).sum()),
+        average_precision=average_precision(scores, positive),
+        curve=sweep(scores, positive, points),
+        threshold=threshold,
+        threshold_f1=at_threshold(learned_scores, learned_positive, threshold)[2],
+        precision=precision,
+        recall=recall,
+        f1=f1,
+        dead=float(dead.mean()) if len(scores) else None,
+        histogram=count_scores(scores, positive, outside_scores),
+        outside=outside,
+    )
 
 
 def average_precision(scores: Scores, positive: Flags) -> float | None:
@@ -450,13 +434,13 @@ def sweep(scores: Scores, positive: Flags, points: int = MOST_POINTS) -> Curve |
     precision, recall, thresholds = _metrics().precision_recall_curve(positive, scores)
     steps = np.flatnonzero(np.diff(recall))
     every = np.arange(len(recall))
-    kept = np.unique(np.concatenate([steps, steps + 1, _even(every, EVEN_POINTS)]))
-    kept = _even(kept, points)
+    telling = np.unique(np.concatenate([steps, steps + 1, _even(every, EVEN_POINTS)]))
+    chosen = _even(telling, points)
     known = [*thresholds.tolist(), None]
     return Curve(
-        tuple(precision[kept].tolist()),
-        tuple(recall[kept].tolist()),
-        tuple(known[index] for index in kept.tolist()),
+        tuple(precision[chosen].tolist()),
+        tuple(recall[chosen].tolist()),
+        tuple(known[index] for index in chosen.tolist()),
     )
 
 
@@ -470,7 +454,7 @@ def best_threshold(scores: Scores, positive: Flags) -> float | None:
         return None
     precision, recall, thresholds = _metrics().precision_recall_curve(positive, scores)
     precision, recall = precision[:-1], recall[:-1]
-    # Every threshold is a score, so something is found: precision + recall is 0 only with F1 = 0.
+    # Precision + recall is 0 only where F1 is.
     f1 = 2 * precision * recall / np.maximum(precision + recall, np.finfo(np.float64).tiny)
     return float(thresholds[f1.argmax()])
 
@@ -484,14 +468,14 @@ def at_threshold(
     """
     if threshold is None or not _both(positive):
         return None, None, None
-    found = _metrics().precision_recall_fscore_support(
+    numbers = _metrics().precision_recall_fscore_support(
         positive, scores >= threshold, average="binary", zero_division=0
     )
-    precision, recall, f1 = (float(value) for value in found[:3])
+    precision, recall, f1 = (float(value) for value in numbers[:3])
     return precision, recall, f1
 
 
-def count(scores: Scores, positive: Flags, outside: Scores) -> Histogram | None:
+def count_scores(scores: Scores, positive: Flags, outside: Scores) -> Histogram | None:
     """Histograms in common bins, which span the scores; None without any."""
     every = np.concatenate([scores, outside]).astype(np.float64)
     if not len(every):

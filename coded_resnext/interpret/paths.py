@@ -6,15 +6,11 @@ And on every image: one whose energy lies outside the path of its class is odd, 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from coded_resnext.models.resnext import CodedResNeXt
-
-from .observe import Loader, Observations, observe, require_coded_blocks
-from .records import describe
+from .observe import Observations, require_coded_blocks
 
 LISTED = 20
 
@@ -24,9 +20,9 @@ class Disobedient:
     """An image that does not keep to the path of its class."""
 
     position: int
-    """Its place in the loader, from 0."""
+    """Place of the image in the loader, from 0."""
     target: int
-    """Its class, according to its label."""
+    """Class of the image, according to its label."""
     prediction: int
     """The class that the network says."""
     decoded: tuple[int, ...]
@@ -55,7 +51,8 @@ class Paths:
 
     @classmethod
     def of(cls, observed: Observations) -> Paths:
-        """From what was observed of a coded network."""
+        """Average the energies by class in every coded block; ValueError if there is none."""
+        require_coded_blocks(observed.codebooks)
         targets = observed.targets
         counts = targets.bincount(minlength=len(observed.class_names))
         means = []
@@ -75,7 +72,7 @@ class Paths:
             disobeying=tuple(disobeying.sum(0).tolist()),
             disobedient=tuple(
                 Disobedient(
-                    position=int(observed.gathered.positions[row]),
+                    position=row,
                     target=int(targets[row]),
                     prediction=int(observed.predictions[row]),
                     decoded=tuple(int(decoded[row]) for decoded in observed.decoded),
@@ -84,26 +81,6 @@ class Paths:
                 for row in listed
             ),
         )
-
-    def to_dict(self) -> dict[str, Any]:
-        """A JSON-ready description; the row of a class without images is None."""
-        described: dict[str, Any] = describe(self)
-        return described
-
-
-def measure_paths(model: CodedResNeXt, loader: Loader) -> Paths:
-    """Average the branch energies of the images of each class in every coded block.
-
-    Args:
-        model: with at least one coded block; its mode is left as found.
-        loader: batches of images `[B, C, H, W]` and class indices `[B]`.
-
-    Raises:
-        ValueError: the network has no coded block, the loader has no batch, or targets are not
-            class indices of the model.
-    """
-    require_coded_blocks(model)
-    return Paths.of(observe(model, loader))
 
 
 def energy_outside(observed: Observations) -> Tensor:

@@ -16,33 +16,33 @@ Record = TypeVar("Record")
 DECIMALS = 5
 
 
-def describe(value: Any) -> Any:
-    """A JSON-ready description of a result; `build` reads it back.
+def to_plain(value: Any) -> Any:
+    """A JSON-ready description of a result; `from_plain` reads it back.
 
     A matrix `[rows, columns]` becomes a list of rows, rounded to five decimals; a row of NaN,
     "there is none", becomes None.
     """
     if dataclasses.is_dataclass(value):
-        return {f.name: describe(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return {f.name: to_plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, Tensor):
         return [
             None if math.isnan(row[0]) else [round(number, DECIMALS) for number in row]
             for row in value.tolist()
         ]
     if isinstance(value, tuple | list):
-        return [describe(item) for item in value]
+        return [to_plain(item) for item in value]
     if isinstance(value, dict):
-        return {key: describe(item) for key, item in value.items()}
+        return {key: to_plain(item) for key, item in value.items()}
     return value
 
 
-def build(kind: type[Record], data: Any, name: str = "result") -> Record:
-    """The dataclass that `describe` has described.
+def from_plain(kind: type[Record], data: Any, name: str = "result") -> Record:
+    """The dataclass that `to_plain` described.
 
     Args:
-        kind: its type.
-        data: what JSON gave.
-        name: what it is called in an error.
+        kind: the type of the dataclass.
+        data: what was read from JSON.
+        name: the name of the value in an error.
 
     Raises:
         ValueError: a field is missing, unknown or of another type; the message names it.
@@ -59,7 +59,7 @@ def build(kind: type[Record], data: Any, name: str = "result") -> Record:
         if key in data:
             arguments[key] = _read(hints[key], data[key], f"{name}.{key}")
         elif field.default is dataclasses.MISSING:
-            raise ValueError(f"{name}.{key}: expected a value, found none")
+            raise ValueError(f"{name}.{key}: expected a value, got none")
     return kind(**arguments)
 
 
@@ -73,7 +73,7 @@ def _read(kind: Any, data: Any, name: str) -> Any:
     if origin is Literal:
         return _checked(data in parts, data, name, f"one of {', '.join(map(repr, parts))}")
     if dataclasses.is_dataclass(kind):
-        return build(kind, data, name)  # type: ignore[arg-type]
+        return from_plain(kind, data, name)  # type: ignore[arg-type]
     if origin is tuple:
         _checked(isinstance(data, list), data, name, "a list")
         if parts[-1] is not Ellipsis:

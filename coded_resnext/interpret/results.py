@@ -22,7 +22,10 @@ from .observe import Loader
 from .tables import csv_tables
 
 EVALUATION_FILE = "evaluation.json"
-PROGRESS_FILE = "evaluation.progress.json"
+PICTURES_FILE = "pictures.json"
+PICTURES_VERSION = 1
+# Larger images are made smaller, in pixels; up to the other size they are kept without loss.
+LARGEST, LOSSLESS = 96, 48
 
 
 def to_json(evaluation: Evaluation) -> str:
@@ -80,16 +83,6 @@ def load_evaluation(path: str | Path) -> Evaluation:
         raise ValueError(f"{path}: not an evaluation: {error}") from error
 
 
-FORMAT_VERSION = 1
-
-
-PICTURES_FILE = "pictures.json"
-
-
-# Larger images are made smaller, in pixels; up to the other size they are kept without loss.
-LARGEST, LOSSLESS = 96, 48
-
-
 def save_pictures(
     positions: Sequence[int], loader: Loader, preprocessing: Preprocessing, folder: str | Path
 ) -> Path:
@@ -99,7 +92,7 @@ def save_pictures(
         positions: places in the loader, counted from 0.
         loader: batches of images `[B, C, H, W]` and class indices, in the same order always.
         preprocessing: what made the images; undone, so that they can be looked at.
-        folder: where the file goes.
+        folder: the folder that gets the file.
 
     Returns:
         The file.
@@ -108,21 +101,21 @@ def save_pictures(
         ValueError: the loader has fewer images, or other channels than the preprocessing.
         ImportError: Pillow is not installed.
     """
-    wanted, found = set(positions), dict[int, str]()
+    wanted, pictures = set(positions), dict[int, str]()
     start = 0
     for images, _ in loader:
-        if len(found) == len(wanted):
+        if len(pictures) == len(wanted):
             break
         here = sorted(wanted.intersection(range(start, start + len(images))))
         if here:
             rows = torch.tensor([position - start for position in here])
-            found.update(zip(here, pictures_of(images[rows], preprocessing), strict=True))
+            pictures.update(zip(here, pictures_of(images[rows], preprocessing), strict=True))
         start += len(images)
-    if missing := wanted - found.keys():
+    if missing := wanted - pictures.keys():
         raise ValueError(f"positions: expected places below {start}, got {max(missing)}")
     content: dict[str, Any] = {
-        "format_version": FORMAT_VERSION,
-        "pictures": {str(position): found[position] for position in sorted(found)},
+        "format_version": PICTURES_VERSION,
+        "pictures": {str(position): pictures[position] for position in sorted(pictures)},
     }
     path = Path(folder) / PICTURES_FILE
     write_atomically(path, (json.dumps(content, indent=1) + "\n").encode())
@@ -138,9 +131,9 @@ def load_pictures(path: str | Path) -> dict[int, str]:
     """
     try:
         content = read_json(path)
-        if content["format_version"] != FORMAT_VERSION:
+        if content["format_version"] != PICTURES_VERSION:
             raise ValueError(
-                f"format_version: expected {FORMAT_VERSION}, got {content['format_version']!r}"
+                f"format_version: expected {PICTURES_VERSION}, got {content['format_version']!r}"
             )
         pictures = {int(place): picture for place, picture in content["pictures"].items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -6,7 +6,6 @@ Letters: n chosen images, N branches of a block, K classes, L coded blocks.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,8 +16,7 @@ from coded_resnext.models.decode import decode
 from coded_resnext.models.resnext import CodedResNeXt
 
 from .decoding import scores_of
-from .observe import Loader, Observations, evaluating, observe, require_coded_blocks
-from .records import describe
+from .observe import Observations, evaluating, require_at_least, require_coded_blocks
 
 # Images of a data set with few classes; one of each class where there are more, up to the most.
 CHOSEN, MOST_CHOSEN = 240, 1000
@@ -37,7 +35,7 @@ class SampleBlock:
     decoded: tuple[int, ...]
     """The class whose codeword is nearest, (9)."""
     margins: tuple[float, ...]
-    """Of that reading, as early exit measures it."""
+    """Margin of the decoded class, as early exit measures it."""
     nearest: tuple[tuple[int, ...], ...]
     """For every image the three classes of the nearest codewords, nearest first."""
     shares: Tensor
@@ -62,16 +60,30 @@ class Samples:
     blocks: tuple[SampleBlock, ...]
     """The coded blocks, in order."""
     seed: int
-    """Of the choice."""
+    """Seed of the choice."""
 
     @classmethod
     def of(cls, observed: Observations, *, limit: int | None = None, seed: int = 0) -> Samples:
-        """From what was observed of a coded network; arguments as `trace_samples`."""
+        """Follow some of the test images: the misread ones first, then as many of every class.
+
+        A quarter of the places is for images that the classifier misreads and, after them, those
+        that an early decoder reads otherwise than the classifier. What is left goes around the
+        classes.
+
+        Args:
+            observed: what `observe` returned for a coded network.
+            limit: images to choose at most, at least 1; by default 240, or one of every class
+                where there are more, up to 1000.
+            seed: decides the choice; at least 0.
+
+        Raises:
+            ValueError: the network has no coded block, or a number is outside its range.
+        """
+        require_coded_blocks(observed.codebooks)
+        require_at_least(1, limit=limit)
+        require_at_least(0, seed=seed)
         if limit is None:
             limit = min(max(CHOSEN, len(observed.class_names)), MOST_CHOSEN)
-        for name, value, low in (("limit", limit, 1), ("seed", seed, 0)):
-            if value < low:
-                raise ValueError(f"{name}: expected at least {low}, got {value}")
         scores = scores_of(observed)
         chosen = choose(scores, limit, seed)
         blocks = []
@@ -91,7 +103,7 @@ class Samples:
                 )
             )
         return cls(
-            positions=tuple(observed.gathered.positions[chosen].tolist()),
+            positions=tuple(chosen.tolist()),
             targets=tuple(scores.targets[chosen].tolist()),
             predictions=tuple(scores.final[chosen].tolist()),
             probabilities=tuple(observed.confidences[chosen].tolist()),
@@ -102,41 +114,13 @@ class Samples:
 
     @property
     def scores(self) -> ExitScores:
-        """What early exit needs to know of the images."""
+        """The numbers of the images that early exit needs."""
         return ExitScores(
             decoded=torch.tensor([block.decoded for block in self.blocks]).T,
             margins=torch.tensor([block.margins for block in self.blocks]).T,
             final=torch.tensor(self.predictions),
             targets=torch.tensor(self.targets),
         )
-
-    def to_dict(self) -> dict[str, Any]:
-        """A JSON-ready description."""
-        described: dict[str, Any] = describe(self)
-        return described
-
-
-def trace_samples(
-    model: CodedResNeXt, loader: Loader, *, limit: int | None = None, seed: int = 0
-) -> Samples:
-    """Follow some of the test images: the misread ones first, then as many of every class.
-
-    A quarter of the places is for images that the classifier misreads and, after them, those that
-    an early decoder reads otherwise than the classifier. What is left goes around the classes.
-
-    Args:
-        model: with at least one coded block; its mode is left as found.
-        loader: batches of images `[B, C, H, W]` and class indices `[B]`.
-        limit: images to choose at most, at least 1; by default 240, or one of every class where
-            there are more, up to 1000.
-        seed: of the choice, at least 0.
-
-    Raises:
-        ValueError: the network has no coded block, the loader has no batch, targets are not class
-            indices of the model, or a number is outside its range.
-    """
-    require_coded_blocks(model)
-    return Samples.of(observe(model, loader), limit=limit, seed=seed)
 
 
 def choose(scores: ExitScores, limit: int, seed: int) -> Tensor:
@@ -180,15 +164,6 @@ class BlockTrace:
     path: tuple[int, ...]
     """The A branches with the most energy, ascending."""
 
-    def to_dict(self) -> dict[str, Any]:
-        """A JSON-ready description."""
-        return {
-            "energies": list(self.energies),
-            "distances": list(self.distances),
-            "prediction": self.prediction,
-            "path": list(self.path),
-        }
-
 
 @dataclass(frozen=True)
 class Trace:
@@ -200,15 +175,6 @@ class Trace:
     logits: tuple[float, ...]
     prediction: int
     """The class of the classifier."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """A JSON-ready description."""
-        return {
-            "class_names": list(self.class_names),
-            "blocks": [block.to_dict() for block in self.blocks],
-            "logits": list(self.logits),
-            "prediction": self.prediction,
-        }
 
     def __str__(self) -> str:
         lines = []
@@ -232,7 +198,7 @@ def trace(model: CodedResNeXt, x: Tensor) -> Trace:
     Raises:
         ValueError: the network has no coded block, or `x` is not one image.
     """
-    require_coded_blocks(model)
+    require_coded_blocks(model.coded_blocks)
     batch = x[None] if x.ndim == 3 else x
     if batch.ndim != 4 or len(batch) != 1:
         raise ValueError(f"x: expected one image [C, H, W] or [1, C, H, W], got {list(x.shape)}")

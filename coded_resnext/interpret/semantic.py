@@ -18,11 +18,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from coded_resnext.codebooks.codebook import Codebook
-from coded_resnext.models.resnext import CodedResNeXt
 
-from .observe import Loader, Observations, observe, require_coded_blocks
+from .observe import Observations
 from .paths import Paths
-from .records import describe
 
 Floats = NDArray[np.float64]
 # Random relabellings of up to 100 classes, and of more, where each costs milliseconds.
@@ -66,7 +64,7 @@ class BlockSemantics:
     """One coded block; correlations are None where one side does not vary."""
 
     by_distance: tuple[ByDistance, ...]
-    """By Hamming distance, ascending."""
+    """The pairs of classes by Hamming distance, ascending."""
     codeword_correlation: float | None
     """Pearson's, of the energy distances with the Euclidean distances of the codewords: 1 when the
     code alone decides."""
@@ -98,12 +96,12 @@ class Semantics:
 
     @classmethod
     def of(cls, observed: Observations, paths: Paths, *, seed: int = 0) -> Semantics:
-        """From what was observed of a coded network.
+        """Compare the distances of classes in energies, codewords and confusion.
 
         Args:
-            observed: of the test images.
-            paths: of the same.
-            seed: of the relabellings.
+            observed: what `observe` returned for a coded network.
+            paths: the paths of the same observations.
+            seed: decides the random relabellings; at least 0.
 
         Raises:
             ValueError: fewer than three classes have images.
@@ -124,28 +122,6 @@ class Semantics:
             for energies, book in zip(paths.energies, observed.codebooks, strict=True)
         )
         return cls(len(present), blocks, count, seed)
-
-    def to_dict(self) -> dict[str, Any]:
-        """A JSON-ready description."""
-        described: dict[str, Any] = describe(self)
-        return described
-
-
-def compare_classes(model: CodedResNeXt, loader: Loader, *, seed: int = 0) -> Semantics:
-    """Compare the distances of classes in energies, codewords and confusion.
-
-    Args:
-        model: with at least one coded block; its mode is left as found.
-        loader: batches of images `[B, C, H, W]` and class indices `[B]`.
-        seed: of the relabellings, at least 0.
-
-    Raises:
-        ValueError: the network has no coded block, the loader has no batch, targets are not class
-            indices of the model, or fewer than three classes have images.
-    """
-    require_coded_blocks(model)
-    observed = observe(model, loader)
-    return Semantics.of(observed, Paths.of(observed), seed=seed)
 
 
 def _compare(
@@ -216,8 +192,8 @@ def _mantel(
     ranked[upper] = _ranks(confusion[upper])
     ranked += ranked.T
     ranks = _ranks(excess)
-    found = _pearson(ranks, ranked[upper])
-    if found is None:
+    correlation = _pearson(ranks, ranked[upper])
+    if correlation is None:
         return None, None
     centred = np.zeros_like(confusion)
     centred[upper] = ranks - ranks.mean()
@@ -228,7 +204,7 @@ def _mantel(
     for order in orders:
         relabelled = ranked[order].take(order, axis=1)
         extreme += abs(np.vdot(centred, relabelled)) >= limit
-    return found, (1 + int(extreme)) / (1 + len(orders))
+    return correlation, (1 + int(extreme)) / (1 + len(orders))
 
 
 def _squared_distances(rows: Floats) -> Floats:

@@ -52,20 +52,20 @@ def _classes(evaluation: Evaluation) -> Iterator[dict[str, Any]]:
             row[f"early_decoding_{number}"] = block.class_accuracy[index]
             row[f"early_agreement_{number}"] = block.class_agreement[index]
         if one:
-            found = one.classifiers[index]
+            classifier = one.classifiers[index]
             row |= {
-                "one_class_computed": found.computed,
-                "one_class_positives": found.positives,
-                "one_class_negatives": found.negatives,
-                "average_precision": found.average_precision,
-                "threshold": found.threshold,
-                "precision": found.precision,
-                "recall": found.recall,
-                "f1": found.f1,
-                "dead": found.dead,
+                "one_class_computed": classifier.computed,
+                "one_class_positives": classifier.positives,
+                "one_class_negatives": classifier.negatives,
+                "average_precision": classifier.average_precision,
+                "threshold": classifier.threshold,
+                "precision": classifier.precision,
+                "recall": classifier.recall,
+                "f1": classifier.f1,
+                "dead": classifier.dead,
             }
             if evaluation.outside_samples:
-                outside = found.outside
+                outside = classifier.outside
                 row["outside_average_precision"] = outside.average_precision if outside else None
                 row["outside_accepted"] = outside.accepted if outside else None
         yield row
@@ -139,7 +139,7 @@ def _csv(rows: Iterable[dict[str, Any]]) -> str:
 
 
 def _lines(evaluation: Evaluation) -> Iterator[str]:
-    yield f"Test accuracy {_percent(evaluation.test_accuracy)} on {evaluation.test_samples} images."
+    yield str(evaluation)
     early, removal, paths = evaluation.early_decoding, evaluation.removal, evaluation.paths
     if not (early and removal and paths):
         yield "A plain network: without coded blocks there is nothing more to evaluate."
@@ -238,8 +238,8 @@ def _percent(share: float) -> str:
     return f"{100 * share:.2f} %"
 
 
-def _points(share: float | None, whole: float) -> str:
-    return "n/a" if share is None else f"{100 * (share - whole):+.2f}"
+def _points(share: float, whole: float) -> str:
+    return f"{100 * (share - whole):+.2f}"
 
 
 def _fraction(value: float | None) -> str:

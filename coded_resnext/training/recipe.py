@@ -82,6 +82,16 @@ class DataConfig:
         float,
         "Largest share of the training images that may be unreadable; these images are skipped.",
     ] = 0.01
+    eval_images: Annotated[
+        int | None,
+        "Number of test images, about, from which the evaluation after the training removes "
+        "branches and on which it tests the one-class classifiers. The default is all of them.",
+    ] = None
+    threshold_images: Annotated[
+        int | None,
+        "Number of training images, about, on which the evaluation chooses the thresholds of the "
+        "one-class classifiers. The default is all of them.",
+    ] = None
 
     @property
     def preprocessing(self) -> Preprocessing:
@@ -192,10 +202,7 @@ class Recipe:
 
 
 GROUPS = (DataConfig, Augmentation, ModelConfig, TrainingConfig, LearningRateRule)
-OWN_FLAGS = (
-    *("config", "out", "resume", "evaluation", "budget", "device"),
-    *("outside", "threshold_images", "repeats"),
-)
+OWN_FLAGS = ("config", "out", "resume", "evaluation", "device", "outside", "repeats")
 SETTINGS = tuple(field.name for group in GROUPS for field in fields(group))
 
 

@@ -14,7 +14,7 @@ from coded_resnext.cli.arguments import make_parser
 from coded_resnext.data.batches import batches
 from coded_resnext.data.datasets import load_digits_split
 from coded_resnext.data.preprocessing import Preprocessing
-from coded_resnext.interpret import evaluate
+from coded_resnext.interpret import evaluate, tables
 from coded_resnext.models.checkpoint import save_model
 
 PREPROCESSING = Preprocessing(8, 1, (0.3,), (0.4,))
@@ -81,12 +81,14 @@ def test_digits(tmp_path, capsys):
 def test_folder_without_training_images(model, checkpoint, tmp_path, capsys):
     images, targets = write_images(tmp_path / "data")
     out = tmp_path / "out"
-    arguments = ("--seed", 3, "--repeats", 2, "--out", out)
+    arguments = ("--seed", 3, "--repeats", 2, "--test-images", 6, "--classes", 2, "--out", out)
     assert run(checkpoint / "model.safetensors", tmp_path / "data", *arguments) == 0
-    expected = evaluate(model, None, batches(images, targets, 64), seed=3, repeats=2)
+    options = {"seed": 3, "repeats": 2, "test_images": 6, "classes": 2}
+    expected = evaluate(model, None, batches(images, targets, 64), **options)
     assert json.loads((out / "evaluation.json").read_text()) == expected.to_dict()
     printed = capsys.readouterr().out
-    assert str(expected) in printed
+    assert tables.text(expected) in printed
+    assert expected.removal.samples == 6
     assert "on the test data itself" in printed
     pictures = sorted(path.name for path in out.glob("*.png"))
     assert len(pictures) == 7
@@ -96,10 +98,11 @@ def test_folder_without_training_images(model, checkpoint, tmp_path, capsys):
 def test_folder_with_training_images(model, checkpoint, tmp_path, capsys):
     train = write_images(tmp_path / "data" / "train", seed=1)
     test = write_images(tmp_path / "data" / "test", seed=2)
-    assert run(checkpoint, tmp_path / "data", "--json", "--repeats", 1) == 0
-    expected = evaluate(model, batches(*train), batches(*test), repeats=1)
+    arguments = ("--json", "--repeats", 1, "--threshold-images", 3)
+    assert run(checkpoint, tmp_path / "data", *arguments) == 0
+    expected = evaluate(model, batches(*train), batches(*test), repeats=1, threshold_images=3)
     assert json.loads(capsys.readouterr().out) == expected.to_dict()
-    assert expected.thresholds_from == "training data"
+    assert (expected.thresholds_from, expected.threshold_samples) == ("training data", 3)
 
 
 def test_data_that_do_not_fit(model, checkpoint, tmp_path):

@@ -1,8 +1,9 @@
-"""The whole evaluation: what it collects, and what is left of it for a plain network."""
+"""The whole evaluation: what it collects and draws, and experiments that cannot be done."""
 
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 import torch
@@ -11,12 +12,19 @@ from support.small_networks import make_data
 from coded_resnext import Codebook, CodedResNeXt, Stage, create_model
 from coded_resnext.data.batches import batches
 from coded_resnext.interpret import (
-    decode_early,
+    EarlyDecoding,
+    Evaluation,
+    ExitCurve,
+    Paths,
+    Samples,
     evaluate,
-    measure_paths,
+    observe,
     one_class,
     remove_branches,
 )
+from coded_resnext.interpret.observe import draw_rows
+from coded_resnext.interpret.records import to_plain
+from coded_resnext.interpret.tables import text
 
 
 def test_collects_every_experiment(network, data):
@@ -25,10 +33,13 @@ def test_collects_every_experiment(network, data):
     found = evaluate(network, train, data, seed=5, repeats=2)
     assert all(module.training for module in network.modules())
     assert found.is_coded
-    assert found.early_decoding == decode_early(network, data)
-    assert found.removal == remove_branches(network, data, seed=5, repeats=2)
+    observed = observe(network, data)
+    assert found.early_decoding == EarlyDecoding.of(observed)
+    assert found.early_exit == ExitCurve.of(observed, network)
+    assert found.removal == remove_branches(network, data, observed, seed=5, repeats=2)
     assert found.one_class == one_class(network, train, data, seed=5)
-    assert found.paths.to_dict() == measure_paths(network, data).to_dict()
+    assert to_plain(found.paths) == to_plain(Paths.of(observed))
+    assert to_plain(found.samples) == to_plain(Samples.of(observed, seed=5))
     assert found.test_accuracy == found.early_decoding.accuracy == 0.8
 
     summary = found.summary()
@@ -54,15 +65,15 @@ def test_thresholds_on_the_test_data_are_said(network, data):
     found = evaluate(network, None, data, repeats=1)
     assert found.one_class == one_class(network, data, data)
     assert found.to_dict()["thresholds_from"] == "test data"
-    assert "on the test data itself" in str(found)
-    assert "optimistic" in str(found)
+    assert "on the test data itself" in text(found)
+    assert "optimistic" in text(found)
 
 
 def test_table_says_the_numbers(network, data):
     some = data.targets != 1
-    lines = str(
-        evaluate(network, data, batches(data.images[some], data.targets[some]), repeats=1)
-    ).splitlines()
+    found = evaluate(network, data, batches(data.images[some], data.targets[some]), repeats=1)
+    lines = text(found).splitlines()
+    assert lines[0] == str(found)
     [row] = [line.split() for line in lines if line.strip().startswith("bee")]
     assert row == ["bee", "0", "n/a", "n/a", "n/a", "n/a"]
     assert any("3 of 4 classes" in line for line in lines)
@@ -78,6 +89,17 @@ def test_plain_network_has_an_accuracy():
     targets[:3] = (targets[:3] + 1) % 10
     found = evaluate(model, None, batches(images, targets, 4))
     assert not found.is_coded
+    assert found.classification.accuracy == found.test_accuracy
+    assert set(found.not_computed) == {
+        "early_decoding",
+        "early_exit",
+        "paths",
+        "samples",
+        "semantics",
+        "removal",
+        "one_class",
+    }
+    assert set(found.not_computed.values()) == {"a plain network, which has no coded block"}
     assert found.summary() == {
         "test_accuracy": pytest.approx(2 / 3),
         "early_decoding": [],
@@ -85,7 +107,7 @@ def test_plain_network_has_an_accuracy():
         "remove_active_accuracy": [],
         "remove_inactive_accuracy": [],
     }
-    assert "plain network" in str(found)
+    assert "plain network" in text(found)
     assert found.to_dict()["removal"] is None
     json.dumps(found.to_dict(), allow_nan=False)
 
@@ -97,7 +119,7 @@ def test_of_many_classes_the_weakest_are_shown():
     model = CodedResNeXt([Stage(1, 8, 1, 7, 2)], 21, codebooks=[book], stem_channels=4)
     images, targets = torch.randn(63, 3, 4, 4), torch.arange(63) % 21
     found = evaluate(model, None, batches(images, targets), repeats=1)
-    lines = str(found).splitlines()
+    lines = text(found).splitlines()
     start = next(i for i, line in enumerate(lines) if line.startswith("The 20 weakest"))
     shown = [line.split()[0] for line in lines[start + 1 : start + 21]]
     values = found.one_class.average_precisions
@@ -113,3 +135,121 @@ def test_a_loader_that_ends_is_refused(network, data):
         evaluate(network, iter(list(data)), data)
     with pytest.raises(ValueError, match="loader: expected at least one batch"):
         evaluate(network, data, [])
+
+
+@pytest.mark.parametrize(
+    "experiment",
+    [
+        lambda model, observed: EarlyDecoding.of(observed),
+        lambda model, observed: ExitCurve.of(observed, model),
+        lambda model, observed: Paths.of(observed),
+        lambda model, observed: Samples.of(observed),
+        lambda model, observed: remove_branches(model, [], observed),
+        lambda model, observed: one_class(model, [], []),
+    ],
+)
+def test_an_experiment_refuses_a_plain_network(experiment):
+    model = create_model("resnext_digits")
+    observed = observe(model, batches(torch.zeros(2, 1, 8, 8), torch.tensor([0, 1])))
+    with pytest.raises(ValueError, match="model: expected at least one coded block, got a plain"):
+        experiment(model, observed)
+
+
+def test_draws_have_the_numbers_of_the_drawn_images(network, data):
+    train = make_data(network, 70, seed=2)
+    whole = evaluate(network, train, data, repeats=2, seed=3)
+    drawing = {"test_images": 20, "threshold_images": 30, "classes": 3, "repeats": 2, "seed": 3}
+    drawn = evaluate(network, train, data, **drawing)
+    assert drawn.to_dict() == evaluate(network, train, data, **drawing).to_dict()
+    rows = draw_rows(data.targets, 20, 3)
+    # What one pass gives is of all images.
+    for name in ("test_samples", "classification", "early_decoding", "early_exit"):
+        assert getattr(drawn, name) == getattr(whole, name)
+    observed = observe(network, data)
+    assert drawn.removal == remove_branches(network, data, observed, rows=rows, seed=3, repeats=2)
+    learned = draw_rows(train.targets, 30, 3)
+    assert drawn.threshold_samples == len(learned) < 35
+    expected = one_class(
+        network,
+        batches(train.images[learned], train.targets[learned], 16),
+        batches(data.images[rows], data.targets[rows], 16),
+        classes=3,
+        seed=3,
+    )
+    assert drawn.one_class == expected
+    assert drawn.not_computed == {
+        "removal": f"{len(rows)} of 50 test images, a seeded draw",
+        "one_class": "3 of 4 classes, a seeded draw",
+    }
+    lines = text(drawn)
+    assert f"Branches were removed for {len(rows)} images, a seeded draw." in lines
+    assert "Not computed, or not all: one_class: 3 of 4 classes, a seeded draw" in lines
+    assert whole.not_computed == {}
+    for name in ("test_images", "threshold_images", "classes"):
+        with pytest.raises(ValueError, match=f"{name}: expected at least 1, got 0"):
+            evaluate(network, train, data, **{name: 0})
+
+
+def test_a_thousand_classes():
+    """The paper's numbers of classes, branches and images of other classes."""
+    torch.manual_seed(0)
+    book = Codebook.shipped(1000, 32, 8)
+    stages = [Stage(1, 16, 1, 32, 32), Stage(2, 16, 1, 32, 8)]
+    model = CodedResNeXt(stages, 1000, codebooks=[book], stem_channels=8).eval()
+    for block in model.blocks:
+        torch.nn.init.normal_(block.expand_bn.weight)
+    images = torch.randn(2000, 3, 4, 4, generator=torch.Generator().manual_seed(1))
+    data = batches(images, torch.arange(2000) % 1000)
+    found = evaluate(model, None, data, repeats=1, test_images=1000, classes=40)
+    assert found.test_samples == 2000
+    assert found.removal.samples == 1000
+    computed = [one for one in found.one_class.classifiers if one.computed]
+    assert len(computed) == 40
+    for one in computed:
+        assert (one.positives, one.negatives) == (1, 9)
+        # Of one image there is a curve and no average precision.
+        assert one.average_precision is None
+        assert None not in (one.curve, one.threshold, one.f1)
+    assert "Negatives: 9 images of other classes" in text(found)
+    described = json.loads(json.dumps(found.to_dict(), allow_nan=False))
+    assert Evaluation.from_dict(described).to_dict() == described
+
+
+def test_images_of_one_class(network, data):
+    only = data.targets == 3
+    found = evaluate(network, data, batches(data.images[only], data.targets[only]), repeats=1)
+    assert found.not_computed == {
+        "semantics": "classes: expected images of at least three to compare their distances, "
+        "got images of 1"
+    }
+    assert found.one_class.average_precisions == (None,) * 4
+    assert found.one_class.classifiers[3].threshold is not None
+    assert found.early_decoding.blocks[0].class_accuracy[:3] == (None,) * 3
+    assert all(len(block.active.accuracy) > 1 for block in found.removal.blocks)
+    json.dumps(found.to_dict(), allow_nan=False)
+
+
+def test_training_data_of_other_classes(network, data):
+    other = batches(data.images, data.targets + 1)
+    found = evaluate(network, other, data, repeats=1)
+    assert "expected classes 0 to 3 of the model, got 4" in found.not_computed["threshold data"]
+    assert found.thresholds_from == "test data"
+    assert all(one.computed for one in found.one_class.classifiers)
+    with pytest.raises(ValueError, match="expected classes 0 to 3 of the model, got 4"):
+        evaluate(network, None, other)
+
+
+def test_without_scikit_learn_the_others_run(network, data, monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    found = evaluate(network, data, data, repeats=1)
+    assert found.one_class is None
+    assert "scikit-learn" in found.not_computed["one_class"]
+    assert len(found.removal.blocks) == 3
+
+
+def test_scores_that_are_no_numbers_stop_only_their_experiment(network, data):
+    with torch.no_grad():
+        network.head.weight[1, 0] = torch.nan
+    found = evaluate(network, data, data, repeats=1)
+    assert "expected finite logits" in found.not_computed["one_class"]
+    assert len(found.removal.blocks) == 3

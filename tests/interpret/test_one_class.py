@@ -19,8 +19,9 @@ from support.helpers import assert_alike, below, load_golden, relative_error
 from support.small_networks import make_data
 
 from coded_resnext.data.batches import batches
-from coded_resnext.interpret import one_class, one_class_scores
+from coded_resnext.interpret import one_class, score_classes
 from coded_resnext.interpret.one_class import best_threshold, sweep
+from coded_resnext.interpret.records import to_plain
 from coded_resnext.models.published import published_model
 
 
@@ -33,19 +34,21 @@ def scores_by_keep(model, images):
 def test_scores_of_the_golden_network():
     meta, golden = load_golden("net_cifar10")
     model = published_model(below(golden, "state."), meta["architecture"])
-    scores, targets = one_class_scores(model, batches(golden["x"], golden["targets"], 2))
+    scored = score_classes(model, batches(golden["x"], golden["targets"], 2), "test")
+    scores = torch.stack([torch.tensor(scored.of_class(k)[0]) for k in range(10)], 1)
     index = int(golden["single_class"])
     assert relative_error(scores[:, index], golden["single_class_logits"][:, index]) < 1e-10
     assert relative_error(scores, scores_by_keep(model.eval(), golden["x"])) < 1e-10
-    assert torch.equal(targets, golden["targets"])
+    assert torch.equal(scored.targets, golden["targets"])
 
 
 def test_numbers_of_scikit_learn(network, data):
     train = make_data(network, 70, seed=2)
     result = one_class(network, train, data)
     # A threshold is the score of an image, of which every bit counts: by the same function.
+    scored = [score_classes(network, loader, "test") for loader in (train, data)]
     train_scores, test_scores = (
-        one_class_scores(network, loader)[0].numpy() for loader in (train, data)
+        np.stack([scores.of_class(k)[0] for k in range(4)], 1) for scores in scored
     )
     assert_alike(torch.from_numpy(test_scores), scores_by_keep(network, data.images))
     for index, found in enumerate(result.classifiers):
@@ -130,7 +133,7 @@ def test_a_class_without_images_has_no_numbers(network, data):
     unlearned = one_class(network, partial, data).classifiers[2]
     assert unlearned.average_precision is not None
     assert unlearned.threshold is unlearned.f1 is unlearned.precision is None
-    json.dumps(untested.to_dict(), allow_nan=False)
+    json.dumps(to_plain(untested), allow_nan=False)
 
 
 def test_one_image_of_a_class_gives_no_average_precision(network, data):
@@ -196,6 +199,18 @@ def test_nine_others_for_each_of_the_class(network, data):
     assert other.average_precisions != found.average_precisions
     with pytest.raises(ValueError, match="negatives_per_positive: expected at least 1, got 0"):
         one_class(network, data, data, negatives_per_positive=0)
+
+
+def test_some_classes_have_the_numbers_that_they_have_among_all(network, data):
+    whole = one_class(network, data, data, seed=3)
+    for count in (1, 3, 4, 9):
+        some = one_class(network, data, data, classes=count, seed=3)
+        computed = [one.computed for one in some.classifiers]
+        assert sum(computed) == min(count, 4)
+        for one, other in zip(some.classifiers, whole.classifiers, strict=True):
+            assert one == other or (not one.computed and one.curve is one.histogram is None)
+    with pytest.raises(ValueError, match="classes: expected at least 1, got 0"):
+        one_class(network, data, data, classes=0)
 
 
 def test_images_of_no_class(network, data):

@@ -9,7 +9,8 @@ import torch
 from support.small_networks import NARROW, ToldNetwork, make_network, tell
 
 from coded_resnext.data.batches import batches
-from coded_resnext.interpret import measure_paths
+from coded_resnext.interpret import Paths, observe
+from coded_resnext.interpret.records import to_plain
 
 
 def test_known_answer_and_a_class_without_images():
@@ -21,7 +22,7 @@ def test_known_answer_and_a_class_without_images():
             tell(1, [0.0, 2, 2, 0], [0.0, 2, 2, 0]),
         ]
     )
-    found = measure_paths(ToldNetwork(), batches(images, torch.tensor([0, 0, 3, 1]), 3))
+    found = Paths.of(observe(ToldNetwork(), batches(images, torch.tensor([0, 0, 3, 1]), 3)))
     assert found.samples_per_class == (2, 1, 0, 1)
     present = [0, 1, 3]
     assert torch.equal(found.energies[0][present], NARROW.codewords.double()[present])
@@ -33,7 +34,7 @@ def test_known_answer_and_a_class_without_images():
             [[1.0, 0.5, 0.5, 0.0], [0.0, 1.0, 1.0, 0.0], None, [0.5, 0.5, 0.5, 0.5]],
         ],
     }
-    described = json.loads(json.dumps(found.to_dict(), allow_nan=False))
+    described = json.loads(json.dumps(to_plain(found), allow_nan=False))
     assert {key: described[key] for key in expected} == expected
     # Of 4 images one sends half of its energy astray in the second block, one half, one none.
     assert described["outside"] == [0.0, (0 + 0.5 + 0.5 + 0) / 4]
@@ -42,7 +43,7 @@ def test_known_answer_and_a_class_without_images():
 
 def test_means_of_the_reference(data):
     model = make_network(backend="reference")
-    found = measure_paths(make_network().train(), data)
+    found = Paths.of(observe(make_network().train(), data))
     with torch.no_grad():
         _, all_energies = model(data.images, return_energies=True)
     for energies, mean, codebook in zip(all_energies, found.energies, model.codebooks, strict=True):
@@ -61,7 +62,7 @@ def test_images_that_leave_their_path():
             tell(2, [0.0, 0, 2, 2], [0.0, 0, 2, 2]),
         ]
     )
-    found = measure_paths(ToldNetwork(), batches(images, torch.tensor([0, 0, 0]), 2))
+    found = Paths.of(observe(ToldNetwork(), batches(images, torch.tensor([0, 0, 0]), 2)))
     assert found.disobeying == (1, 2)
     assert found.outside == pytest.approx((1 / 3, 0.5))
     assert [image.position for image in found.disobedient] == [2, 1]

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from coded_resnext.interpret.records import build, describe
+from coded_resnext.interpret.records import from_plain, to_plain
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ def make() -> Outer:
 
 
 def test_there_and_back() -> None:
-    described = describe(make())
+    described = to_plain(make())
     assert described == {
         "name": "x",
         "kind": "b",
@@ -50,13 +50,13 @@ def test_there_and_back() -> None:
         "notes": {"k": "v"},
         "last": None,
     }
-    read = build(Outer, json.loads(json.dumps(described, allow_nan=False)))
-    assert describe(read) == described
+    read = from_plain(Outer, json.loads(json.dumps(described, allow_nan=False)))
+    assert to_plain(read) == described
     assert read.inner == make().inner
     assert read.pair == (3, 0.5)
     assert read.matrix[1].isnan().all()
     del described["last"]
-    assert build(Outer, described).last is None
+    assert from_plain(Outer, described).last is None
 
 
 @pytest.mark.parametrize(
@@ -67,7 +67,7 @@ def test_there_and_back() -> None:
         ({"flag": 1}, r"result\.flag: expected bool, got 1"),
         ({"pair": [1]}, r"result\.pair: expected 2 values"),
         ({"pair": [True, 1.0]}, r"result\.pair\[0\]: expected int, got True"),
-        ({"inner": [{"count": 1}]}, r"result\.inner\[0\]\.share: expected a value, found none"),
+        ({"inner": [{"count": 1}]}, r"result\.inner\[0\]\.share: expected a value, got none"),
         ({"inner": [{"count": 1, "share": "x"}]}, r"inner\[0\]\.share: expected a number"),
         ({"inner": {}}, r"result\.inner: expected a list"),
         ({"matrix": [[1.0], [1.0, 2.0]]}, r"result\.matrix: expected rows of equally many"),
@@ -79,9 +79,9 @@ def test_there_and_back() -> None:
 )
 def test_damage_is_named(change: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        build(Outer, {**describe(make()), **change})
+        from_plain(Outer, {**to_plain(make()), **change})
 
 
 def test_something_else() -> None:
     with pytest.raises(ValueError, match="result: expected an object, got"):
-        build(Outer, [1])
+        from_plain(Outer, [1])

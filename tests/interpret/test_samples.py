@@ -6,17 +6,17 @@ import json
 
 import pytest
 import torch
-from support.small_networks import ToldNetwork, tell
+from support.small_networks import NAMES, ToldNetwork, tell
 
-from coded_resnext import ExitScores, create_model
+from coded_resnext import ExitScores, create_model, decode
 from coded_resnext.data.batches import batches
-from coded_resnext.interpret import Samples, trace, trace_samples
-from coded_resnext.interpret.records import build
-from coded_resnext.interpret.samples import choose
+from coded_resnext.interpret import Samples, observe, trace
+from coded_resnext.interpret.records import from_plain, to_plain
+from coded_resnext.interpret.samples import choose, strongest
 
 
 def test_every_image_has_the_numbers_of_its_trace(network, data):
-    samples = trace_samples(network, data)
+    samples = Samples.of(observe(network, data))
     assert len(samples.positions) == 50
     for index, position in enumerate(samples.positions):
         traced = trace(network, data.images[position])
@@ -50,7 +50,8 @@ def test_an_image_settles_where_all_later_decoders_agree_with_the_network():
             tell(2, other, other),
         ]
     )
-    samples = trace_samples(ToldNetwork().eval(), batches(images, torch.tensor([0, 0, 0, 2])))
+    loader = batches(images, torch.tensor([0, 0, 0, 2]))
+    samples = Samples.of(observe(ToldNetwork().eval(), loader))
     assert samples.settled == (0, 1, 2, 0)
     assert samples.predictions == (0, 0, 0, 2)
 
@@ -89,10 +90,10 @@ def test_a_limit_of_one_image_a_class_leaves_no_class_out():
 
 
 def test_it_is_read_back_from_json(network, data):
-    samples = trace_samples(network, data, limit=12)
-    described = samples.to_dict()
-    again = build(Samples, json.loads(json.dumps(described, allow_nan=False)))
-    assert again.to_dict() == described
+    samples = Samples.of(observe(network, data), limit=12)
+    described = to_plain(samples)
+    again = from_plain(Samples, json.loads(json.dumps(described, allow_nan=False)))
+    assert to_plain(again) == described
     assert torch.equal(again.scores.margins, samples.scores.margins)
     assert torch.equal(again.scores.decoded, samples.scores.decoded)
 
@@ -100,9 +101,62 @@ def test_it_is_read_back_from_json(network, data):
 @pytest.mark.parametrize("arguments", [{"limit": 0}, {"seed": -1}])
 def test_bad_numbers_are_refused(network, data, arguments):
     with pytest.raises(ValueError, match=f"{next(iter(arguments))}: expected at least"):
-        trace_samples(network, data, **arguments)
+        Samples.of(observe(network, data), **arguments)
 
 
-def test_a_plain_network_is_refused():
-    with pytest.raises(ValueError, match="model: expected at least one coded block"):
-        trace_samples(create_model("resnext_digits"), [])
+def test_a_trace_has_the_numbers_of_the_network(network, data):
+    network = network.double()
+    images = data.images[:6].double()
+    with torch.inference_mode():
+        logits, all_energies = network(images, return_energies=True)
+    for sample in range(6):
+        found = trace(network, images[sample])
+        assert found.logits == pytest.approx(logits[sample].tolist(), rel=1e-9)
+        assert found.prediction == int(logits[sample].argmax())
+        assert len(found.blocks) == 3
+        for block, energies, book in zip(
+            found.blocks, all_energies, network.codebooks, strict=True
+        ):
+            scaled = book.active / book.branches * energies[sample]
+            assert block.energies == pytest.approx(scaled.tolist(), rel=1e-9)
+            assert sum(block.energies) == pytest.approx(book.active)
+            for distance, word in zip(block.distances, book.words, strict=True):
+                wanted = torch.tensor([float(digit) for digit in word], dtype=torch.float64)
+                assert distance == pytest.approx(float(torch.dist(scaled, wanted)), rel=1e-9)
+            assert block.prediction == int(decode(energies[sample : sample + 1], book))
+            assert block.distances[block.prediction] == min(block.distances)
+            assert len(block.path) == book.active
+            inside = min(block.energies[branch] for branch in block.path)
+            outside = set(range(book.branches)) - set(block.path)
+            assert inside >= max(block.energies[branch] for branch in outside)
+
+
+def test_description_and_table_of_a_trace(network, data):
+    found = trace(network, data.images[:1])
+    assert json.loads(json.dumps(to_plain(found), allow_nan=False)) == to_plain(found)
+    text = str(found)
+    assert text.count("energies") == 3
+    first = found.blocks[0]
+    assert f"nearest {NAMES[first.prediction]} {min(first.distances):.2f}" in text
+    assert text.endswith(f"classifier: {NAMES[found.prediction]}")
+
+
+def test_the_mode_is_as_before_a_trace(network, data):
+    network.train()
+    state = {key: value.clone() for key, value in network.state_dict().items()}
+    trace(network, data.images[0])
+    assert network.training
+    assert all(torch.equal(state[key], value) for key, value in network.state_dict().items())
+
+
+def test_strongest_branches_by_hand():
+    assert strongest(torch.tensor([0.1, 3.0, 0.0, 2.0]), 2) == (1, 3)
+    assert strongest(torch.tensor([1.0, 1.0, 1.0]), 2) == (0, 1)
+
+
+def test_a_trace_is_of_one_image(network, data):
+    for wrong in (data.images[:2], data.images[0, 0]):
+        with pytest.raises(ValueError, match="x: expected one image"):
+            trace(network, wrong)
+    with pytest.raises(ValueError, match="got a plain network"):
+        trace(create_model("resnext_digits"), torch.zeros(1, 8, 8))

@@ -12,8 +12,9 @@ from support.small_networks import make_network
 
 from coded_resnext import Codebook
 from coded_resnext.data.batches import batches
-from coded_resnext.interpret import Paths, Semantics, compare_classes, observe
-from coded_resnext.interpret.observe import Gathered, Observations
+from coded_resnext.interpret import Paths, Semantics, observe
+from coded_resnext.interpret.observe import Observations
+from coded_resnext.interpret.records import to_plain
 
 RING = [[int((n - k) % 8 < 3) for n in range(8)] for k in range(8)]
 BOOK = Codebook(RING)
@@ -23,22 +24,25 @@ def observations(energies, probabilities, book=BOOK):
     """One image of every class, with these energies `[K, N]` on the scale of the codewords."""
     classes = book.classes
     targets = torch.arange(classes)
-    gathered = Gathered(targets, targets, classes, None, {}, classes, (8, 8), 0.0, 1.0)
     return Observations(
         class_names=book.class_names,
         codebooks=(book,),
-        gathered=gathered,
+        targets=targets,
         predictions=targets,
         confidences=torch.ones(classes),
         energies=(energies / book.ratio,),
         decoded=(targets,),
         probabilities=probabilities,
+        image_size=(8, 8),
     )
 
 
+def semantics(observed):
+    return Semantics.of(observed, Paths.of(observed))
+
+
 def compare(energies, probabilities):
-    observed = observations(energies, probabilities)
-    return Semantics.of(observed, Paths.of(observed)).blocks[0]
+    return semantics(observations(energies, probabilities)).blocks[0]
 
 
 def random_probabilities(seed=0):
@@ -109,14 +113,15 @@ def test_planted_likeness_is_found_and_noise_is_not():
 def test_a_class_without_images_is_left_out(network, data):
     some = data.targets != 1
     loader = batches(data.images[some], data.targets[some], 16)
-    found = compare_classes(network, loader)
+    found = semantics(observe(network, loader))
     assert found.classes == 3
     assert all(sum(group.pairs for group in block.by_distance) == 3 for block in found.blocks)
-    described = json.loads(json.dumps(found.to_dict(), allow_nan=False))
+    described = json.loads(json.dumps(to_plain(found), allow_nan=False))
     assert described["blocks"][0]["energy_distances"][1] is None
     two = data.targets < 2
+    observed = observe(network, batches(data.images[two], data.targets[two]))
     with pytest.raises(ValueError, match=r"expected images of at least three .* got images of 2"):
-        compare_classes(network, batches(data.images[two], data.targets[two]))
+        semantics(observed)
 
 
 def test_energies_are_those_of_the_network(data):

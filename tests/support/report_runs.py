@@ -30,7 +30,7 @@ from coded_resnext.interpret import (
 )
 from coded_resnext.interpret.decoding import classification, scores_of
 from coded_resnext.interpret.evaluate import BlockDescription
-from coded_resnext.interpret.one_class import at_threshold, average_precision, count, sweep
+from coded_resnext.interpret.one_class import at_threshold, average_precision, count_scores, sweep
 from coded_resnext.interpret.results import PICTURES_FILE, pictures_of
 from coded_resnext.models.checkpoint import save_model
 
@@ -106,7 +106,6 @@ def thousand_run(folder: Path) -> Run:
     evaluation = Evaluation(
         class_names=model.class_names,
         test_samples=1000,
-        available_samples=1000,
         samples_per_class=(0, 2, *(1,) * 998),
         classification=classification(observed.predictions, observed.targets, 1000),
         codebooks=tuple(book.to_dict() for book in model.stage_codebooks),
@@ -120,7 +119,7 @@ def thousand_run(folder: Path) -> Run:
         early_exit=ExitCurve.of(observed, model),
         samples=Samples.of(observed),
         one_class=drawn_classifiers(model.class_names),
-        not_computed={"removal": "0 of 418 points: budget"},
+        not_computed={"removal": "not asked for"},
     )
     assert evaluation.samples is not None
     save_model(
@@ -157,7 +156,7 @@ def drawn_classifiers(names: tuple[str, ...]) -> OneClass:
                 precision=precision,
                 recall=recall,
                 f1=f1,
-                histogram=count(scores, positive, scores[:0]),
+                histogram=count_scores(scores, positive, scores[:0]),
             )
         )
     found = (replace(drawn[i % len(drawn)], class_name=name) for i, name in enumerate(names))

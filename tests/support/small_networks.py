@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 from support.helpers import class_margins
 from torch import Tensor, nn
@@ -77,19 +75,3 @@ def tell(said: int, first: list[float], second: list[float]) -> Tensor:
     """An image that makes the network say a class and show normalised energies."""
     logits = [float(index == said) for index in range(4)]
     return torch.tensor([[logits, first, second]])
-
-
-class CountingClock:
-    """A clock on which a second passes for every image that goes through one of these modules."""
-
-    def __init__(self, modules: Iterable[nn.Module]) -> None:
-        self.images = 0
-        for module in modules:
-            module.register_forward_pre_hook(self._count)
-
-    def _count(self, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        self.images += len(inputs[0])
-
-    def __call__(self) -> float:
-        """Seconds."""
-        return float(self.images)

@@ -57,7 +57,9 @@ def test_a_slice_of_cifar10(tmp_path: Path) -> None:
     arguments = ("--config", "cifar10_small", "--data-dir", REAL_DATA, "--out", tmp_path / "run")
     arguments += ("--train-images", 500, "--test-images", 100, "--batch-size", 50)
     arguments += ("--epochs", 2, "--warmup-epochs", 0)
-    result = run("cifar.py", *arguments, "--budget", "10s")
+    result = run(
+        "cifar.py", *arguments, "--eval-images", 20, "--threshold-images", 50, "--repeats", 1
+    )
     assert result.returncode == 0, result.stderr
     assert "cifar10, 10 classes: 500 images (50 of each)" in result.stderr
     assert "weight decay 0.0005 on all parameters, BatchNorm's included" in result.stderr

@@ -123,7 +123,7 @@ def test_the_learning_rate_scales_with_the_batch() -> None:
 def test_flags_replace_settings() -> None:
     flags = (
         "-c cifar10 --epochs 3 --aa none --mean 0.1 0.2 0.3 --clip-grad 1 --amp "
-        "--no-channels-last --train-images none --out here --resume --budget 90s"
+        "--no-channels-last --train-images none --out here --resume --eval-images 90"
     )
     command = parse_command(flags.split(), description="", recipes=RECIPES, default="cifar100")
     settings = command.recipe.settings()
@@ -134,7 +134,7 @@ def test_flags_replace_settings() -> None:
     assert (settings["clip_grad"], settings["amp"], settings["channels_last"]) == (1.0, True, False)
     assert settings["model"] == "coded_resnext29_10x11d"
     assert (command.out, command.resume, command.evaluation) == (Path("here"), True, True)
-    assert command.budget == 90
+    assert (settings["eval_images"], settings["threshold_images"]) == (90, None)
     unnamed = parse_command([], description="", recipes=RECIPES, default="cifar100")
     assert unnamed.recipe.model.model == "coded_resnext29_20x6d"
     assert unnamed.out == Path("runs/cifar100")

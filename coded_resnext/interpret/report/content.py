@@ -1,4 +1,4 @@
-"""What a report shows, gathered from the files of a run; what is not there is listed as missing."""
+"""Gathers the content of a report from the files of a run, and lists what is missing."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class _Gathering:
     def read(
         self, part: str, name: str, reader: Callable[[Path], Read], remedy: str | None = None
     ) -> Read | None:
-        """What a file holds; None, and a word about it, where that cannot be had."""
+        """The content of a file; None, and a word about it, where it cannot be read."""
         path = self.folder / name
         if not path.is_file():
             self.lacks(part, f"{name} is not in the run's folder.", remedy)
@@ -71,7 +71,7 @@ class _Gathering:
             return None
 
     def read_if_there(self, part: str, name: str, reader: Callable[[Path], Read]) -> Read | None:
-        """The same of a file that a run need not have."""
+        """The content of a file that a run need not have; None where it is not there."""
         return self.read(part, name, reader) if (self.folder / name).is_file() else None
 
 
@@ -88,17 +88,17 @@ def gather(folder: str | Path) -> dict[str, Any]:
     folder = Path(folder)
     if not folder.is_dir():
         raise NotADirectoryError(f"RUN: expected the folder of a run, found none at {folder}")
-    found = _Gathering(folder)
-    loaded = found.read("The network", MODEL_FILE, load_model)
-    config = found.read("Configuration", CONFIG_FILE, _read_object)
-    summary = found.read("Summary", SUMMARY_FILE, _read_object) or {}
-    log = found.read("Training curves", METRICS_FILE, read_log)
-    evaluation = found.read("Results", EVALUATION_FILE, load_evaluation, _EVALUATE)
-    if not found.files:
+    gathering = _Gathering(folder)
+    loaded = gathering.read("The network", MODEL_FILE, load_model)
+    config = gathering.read("Configuration", CONFIG_FILE, _read_object)
+    summary = gathering.read("Summary", SUMMARY_FILE, _read_object) or {}
+    log = gathering.read("Training curves", METRICS_FILE, read_log)
+    evaluation = gathering.read("Results", EVALUATION_FILE, load_evaluation, _EVALUATE)
+    if not gathering.files:
         raise ValueError(
             f"RUN: expected the folder of a run, got {folder}, which has no file of one"
         )
-    evaluation = _fitting(found, evaluation, loaded)
+    evaluation = _fitting(gathering, evaluation, loaded)
     content: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
         "title": folder.resolve().name,
@@ -112,14 +112,14 @@ def gather(folder: str | Path) -> dict[str, Any]:
         "summary": None,
     }
     if evaluation is not None:
-        _note_missing_experiments(found, evaluation)
+        _note_missing_experiments(gathering, evaluation)
         described = evaluation.to_dict()
         content["evaluation"] = {k: v for k, v in described.items() if k not in _NOT_REPEATED}
         content["summary"] = evaluation.summary()
     samples = evaluation.samples if evaluation is not None else None
-    content["pictures"] = None if samples is None else _pictures(found, samples)
-    content |= _early_exit(found, samples)
-    return {**content, "missing": found.missing}
+    content["pictures"] = None if samples is None else _pictures(gathering, samples)
+    content |= _early_exit(gathering, samples)
+    return {**content, "missing": gathering.missing}
 
 
 def _read_object(path: Path) -> dict[str, Any]:
@@ -150,7 +150,7 @@ def read_log(path: Path) -> dict[str, list[float | None]]:
 
 
 def _fitting(
-    found: _Gathering, evaluation: Evaluation | None, loaded: LoadedModel | None
+    gathering: _Gathering, evaluation: Evaluation | None, loaded: LoadedModel | None
 ) -> Evaluation | None:
     """The evaluation, unless it is of another network."""
     if evaluation is None or loaded is None:
@@ -160,25 +160,25 @@ def _fitting(
     ours = [book.words for book in loaded.model.codebooks]
     if evaluation.class_names == loaded.model.class_names and evaluated == ours:
         return evaluation
-    found.lacks(
+    gathering.lacks(
         "Results", f"{EVALUATION_FILE} is of other classes or codebooks than the model.", _EVALUATE
     )
     return None
 
 
-def _note_missing_experiments(found: _Gathering, evaluation: Evaluation) -> None:
-    """What was not computed, or not all of it, with the reasons that the evaluation gives."""
+def _note_missing_experiments(gathering: _Gathering, evaluation: Evaluation) -> None:
+    """List the experiments that lack something, with the reasons that the evaluation gives."""
     if not evaluation.is_coded:
         return
     reasons = dict(evaluation.not_computed)
     for key, words in EXPERIMENTS.items():
         reason = reasons.pop(key, None)
         if reason is not None:
-            found.lacks(words, f"not computed, or not all: {reason}.")
+            gathering.lacks(words, f"not computed, or not all: {reason}.")
         elif getattr(evaluation, key) is None:
-            found.lacks(words, f"{EVALUATION_FILE} has no result of it.", _EVALUATE)
+            gathering.lacks(words, f"{EVALUATION_FILE} has no result of it.", _EVALUATE)
     for name, reason in reasons.items():
-        found.lacks(name.replace("_", " ").capitalize(), f"not computed, or not all: {reason}.")
+        gathering.lacks(name.replace("_", " ").capitalize(), f"not computed, or not all: {reason}.")
 
 
 def _network(loaded: LoadedModel | None, evaluation: Evaluation | None) -> dict[str, Any]:
@@ -237,7 +237,7 @@ def _described(books: Sequence[Codebook], of_blocks: list[int]) -> dict[str, Any
 
 
 def _cost(loaded: LoadedModel, size: int) -> dict[str, Any]:
-    """Of the network and, beside it, of the classifier of its first class."""
+    """Cost of the network and, beside it, of the classifier of its first class."""
     model = loaded.model
     whole = network_cost(model, size)
     classifier = None
@@ -247,7 +247,7 @@ def _cost(loaded: LoadedModel, size: int) -> dict[str, Any]:
     return {"network": whole.to_dict(), "classifier": classifier}
 
 
-def _pictures(found: _Gathering, samples: Samples) -> list[str] | None:
+def _pictures(gathering: _Gathering, samples: Samples) -> list[str] | None:
     """A picture for every sample."""
 
     def read(path: Path) -> list[str]:
@@ -256,10 +256,10 @@ def _pictures(found: _Gathering, samples: Samples) -> list[str] | None:
             raise ValueError(f"its images are not those of {EVALUATION_FILE}")
         return [pictures[position] for position in samples.positions]
 
-    return found.read("Pictures of the test images", PICTURES_FILE, read, _EVALUATE)
+    return gathering.read("Pictures of the test images", PICTURES_FILE, read, _EVALUATE)
 
 
-def _early_exit(found: _Gathering, samples: Samples | None) -> dict[str, Any]:
+def _early_exit(gathering: _Gathering, samples: Samples | None) -> dict[str, Any]:
     """The run's own margins, where they were chosen, and what they were measured to do."""
     part = "The margins of this run"
 
@@ -267,14 +267,14 @@ def _early_exit(found: _Gathering, samples: Samples | None) -> dict[str, Any]:
         content = _read_object(path)
         return {key: float(content[key]) for key in ("early_accuracy", "macs_saved")}
 
-    criterion = found.read_if_there(part, EXIT_FILE, EarlyExit.load)
+    criterion = gathering.read_if_there(part, EXIT_FILE, EarlyExit.load)
     exits = None
     if criterion is not None and samples is not None:
         if len(criterion.margins) == len(samples.blocks):
             exits = samples.scores.exits(criterion).tolist()
         else:
-            found.lacks(part, f"{EXIT_FILE} is for another number of blocks.")
+            gathering.lacks(part, f"{EXIT_FILE} is for another number of blocks.")
     return {
         "sample_exits": exits,
-        "exit_measured": found.read_if_there(part, EXIT_MEASUREMENT_FILE, read),
+        "exit_measured": gathering.read_if_there(part, EXIT_MEASUREMENT_FILE, read),
     }

@@ -31,7 +31,7 @@ _STATIC = ("missing", "config", "command", "versions", "seconds", "title", "summ
 
 
 def render(content: dict[str, Any]) -> str:
-    """The page of what `gather` found.
+    """The page of the content that `gather` returned.
 
     Nothing in a name or a setting is taken for markup: the template escapes, and the data is JSON
     without any `<`. The page's own policy forbids every request and every other script.
@@ -103,10 +103,10 @@ def parts_shown(content: dict[str, Any]) -> dict[str, bool]:
 
 def tiles(content: dict[str, Any]) -> list[dict[str, str]]:
     """The headline numbers, as far as they are known."""
-    found: list[dict[str, str]] = []
+    headlines: list[dict[str, str]] = []
 
     def add(value: str, name: str, note: str = "") -> None:
-        found.append({"value": value, "name": name, "note": note})
+        headlines.append({"value": value, "name": name, "note": note})
 
     evaluation, summary, cost = content["evaluation"], content["summary"], content["cost"]
     if summary is not None:
@@ -135,7 +135,7 @@ def tiles(content: dict[str, Any]) -> list[dict[str, str]]:
                 "of the parameters do for one class",
                 f"and {100 * share['macs']:.0f} % of the multiply-accumulates",
             )
-    return found
+    return headlines
 
 
 def _count(number: int) -> str:

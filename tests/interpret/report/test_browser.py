@@ -14,7 +14,7 @@ from support.report_runs import ODD_NAMES, Run
 
 from coded_resnext import EarlyExit, decode
 from coded_resnext.deploy.early_exit import EXIT_FILE, predict_early
-from coded_resnext.interpret import measure_paths, one_class_scores, trace
+from coded_resnext.interpret import Paths, observe, score_classes, trace
 
 pytestmark = pytest.mark.long
 
@@ -45,7 +45,7 @@ def expected_branches(run: Run, target: int, energies: list[Any]) -> list[tuple[
 
 
 def test_choosing_a_class_lights_its_codewords_and_shows_its_energies(page: Any, run: Run) -> None:
-    measured = measure_paths(run.model, run.test)
+    measured = Paths.of(observe(run.model, run.test))
     for target in CLASSES:
         choose_class(page, target)
         energies = [block[target].tolist() for block in measured.energies]
@@ -111,7 +111,8 @@ def test_a_misread_image_can_be_jumped_to(page: Any, run: Run) -> None:
 
 
 def test_the_threshold_moves_precision_and_recall(page: Any, run: Run) -> None:
-    scores, targets = one_class_scores(run.model, run.test)
+    scored = score_classes(run.model, run.test, "test")
+    targets = scored.targets
     for target in CLASSES:
         choose_class(page, target)
         slider = page.locator("#threshold")
@@ -127,7 +128,7 @@ def test_the_threshold_moves_precision_and_recall(page: Any, run: Run) -> None:
             assert page.inner_text("#at-threshold") == f"{threshold:.3f}"
             expected = precision_recall_fscore_support(
                 targets == target,
-                scores[:, target].double().numpy() >= threshold,
+                scored.of_class(target)[0].astype(float) >= threshold,
                 average="binary",
                 zero_division=0,
             )
@@ -343,6 +344,6 @@ def test_a_thousand_classes_stay_small_and_quick(pages: Any, thousand: Run) -> N
     assert branches_shown(page) == expected_branches(thousand, 977, energies)
     page.get_by_role("button", name="Show all 1,000 classes").click()
     assert page.locator("#classifier-table tbody tr").count() == 1000
-    assert "0 of 418 points: budget" in page.inner_text("#missing")
+    assert "not computed, or not all: not asked for" in page.inner_text("#missing")
     page.close()
     assert pages.complaints == []

@@ -94,7 +94,7 @@ def put(name: str, text: str) -> Callable[[Path], None]:
         (remove("evaluation.json"), "Results", "evaluation.json is not in the run's folder"),
         (cut("evaluation.json"), "Results", "evaluation.json cannot be read"),
         (put("evaluation.json", "[]"), "Results", "cannot be read: evaluation.json: not an"),
-        (put("evaluation.json", '{"format_version": 1}'), "Results", "expected 2, got 1"),
+        (put("evaluation.json", '{"format_version": 1}'), "Results", "expected 3, got 1"),
         (remove("model.safetensors"), "The network", "model.safetensors is not in"),
         (cut("model.safetensors"), "The network", "not a readable model file"),
         (remove("config.json"), "Configuration", "config.json is not in"),
@@ -148,13 +148,13 @@ def test_results_of_another_network_are_not_shown(folder: Path) -> None:
     assert "other classes or codebooks" in missing(folder)["Results"]
 
 
-def test_what_the_budget_left_out_is_said(folder: Path, run: Run) -> None:
-    reasons = {"removal": "3 of 10 points: budget", "test images": "40 of 120: budget"}
+def test_what_was_not_drawn_is_said(folder: Path, run: Run) -> None:
+    reasons = {"removal": "3 of 10 test images, a seeded draw", "threshold data": "no such classes"}
     save_evaluation(replace(run.evaluation, not_computed=reasons, samples=None), folder)
     assert missing(folder) == {
-        "Removing branches": "not computed, or not all: 3 of 10 points: budget.",
+        "Removing branches": "not computed, or not all: 3 of 10 test images, a seeded draw.",
         "Single test images": "evaluation.json has no result of it.",
-        "Test images": "not computed, or not all: 40 of 120: budget.",
+        "Threshold data": "not computed, or not all: no such classes.",
     }
 
 

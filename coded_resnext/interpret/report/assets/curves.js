@@ -39,7 +39,7 @@ function setUpRemoval() {
     const [active, inactive] = kinds.map(([kind]) => {
       const { accuracy } = block[kind];
       const last = accuracy[accuracy.length - 1];
-      return known(last) ? percent(last) : "not computed";
+      return percent(last);
     });
     grid.append(html("figure", {},
       html("figcaption", { text: `coded block ${index + 1}` }),

@@ -1,4 +1,4 @@
-"""Partial passes equal whole ones; modes are restored; bad batches are refused."""
+"""One pass observes; partial passes equal whole ones; draws, modes, and bad batches."""
 
 from __future__ import annotations
 
@@ -8,7 +8,65 @@ import pytest
 import torch
 from support.helpers import assert_alike
 
-from coded_resnext.interpret.observe import batches, coded_inputs, evaluating, resume, trunk
+from coded_resnext.interpret import observe
+from coded_resnext.interpret.observe import (
+    DrawnImages,
+    batches,
+    coded_inputs,
+    draw_rows,
+    evaluating,
+    read_targets,
+    resume,
+    trunk,
+    without_targets,
+)
+
+
+def test_one_pass_has_what_the_network_says(network, data):
+    observed = observe(network, data)
+    with torch.no_grad():
+        logits, all_energies = network(data.images, return_energies=True)
+    assert (observed.samples, observed.image_size) == (50, (6, 6))
+    assert torch.equal(observed.targets, data.targets)
+    assert torch.equal(observed.predictions, logits.argmax(1))
+    assert torch.allclose(observed.confidences, logits.softmax(1).amax(1), atol=1e-6)
+    for energies, expected in zip(observed.energies, all_energies, strict=True):
+        assert torch.allclose(energies, expected, atol=1e-5)
+    for index in range(4):
+        mean = logits[data.targets == index].softmax(1).double().mean(0)
+        assert torch.allclose(observed.probabilities[index], mean, atol=1e-6)
+
+
+def test_a_draw_has_the_same_share_of_every_class_and_contains_a_smaller_one():
+    targets = torch.arange(300) % 3
+    targets[0] = 7
+    rows = draw_rows(targets, 60, seed=4)
+    assert torch.equal(rows, rows.sort().values)
+    assert targets[rows].bincount(minlength=8).tolist() == [20, 20, 20, 0, 0, 0, 0, 1]
+    assert set(draw_rows(targets, 12, seed=4).tolist()) < set(rows.tolist())
+    assert torch.equal(rows, draw_rows(targets, 60, seed=4))
+    assert not torch.equal(rows, draw_rows(targets, 60, seed=5))
+    for images in (None, 300, 1000):
+        assert torch.equal(draw_rows(targets, images, seed=4), torch.arange(300))
+
+
+@pytest.mark.parametrize("step", [1, 3, 20, 49])
+def test_drawn_images_come_in_order_and_in_batches_as_large(data, step):
+    rows = torch.arange(0, 50, step)
+    drawn = list(DrawnImages(data, rows))
+    assert torch.equal(torch.cat([images for images, _ in drawn]), data.images[rows])
+    assert torch.equal(torch.cat([targets for _, targets in drawn]), data.targets[rows])
+    sizes = [len(targets) for _, targets in drawn]
+    assert sizes == [16] * (len(rows) // 16) + [len(rows) % 16] * (len(rows) % 16 > 0)
+
+
+def test_targets_outside_the_classes_may_be_ignored(network, data):
+    odd = [(images, targets + 100) for images, targets in data]
+    with pytest.raises(ValueError, match="expected classes 0 to 3 of the model, got 103"):
+        read_targets(network, odd)
+    assert read_targets(network, without_targets(odd)).tolist() == [0] * 50
+    assert len(without_targets(odd)) == 4
+    assert torch.equal(read_targets(network, data), data.targets)
 
 
 def test_resuming_with_masks_is_a_pass_with_keep(network, data):
