@@ -37,12 +37,10 @@ from coded_resnext.interpret import Loader, evaluate, save_evaluation
 from coded_resnext.interpret.ablations import (
     ABLATIONS,
     Ablation,
-    find,
-    markdown,
-    measure,
-    summarize,
-    vary,
+    ablated_network,
+    select_ablations,
 )
+from coded_resnext.interpret.comparing import ablation_table, measures, summarize
 from coded_resnext.training.config import TrainingConfig
 from coded_resnext.training.engine import fit
 from coded_resnext.training.processes import run_script, training_session
@@ -54,14 +52,14 @@ RESULTS_FILE = "ablations.json"
 
 @dataclass(frozen=True)
 class Task:
-    """What the ablations are ablations of."""
+    """Network, data and recipe that the ablations change."""
 
     name: str
     base: CodedResNeXt
     config: TrainingConfig
     preprocessing: Preprocessing
     train_loader: Callable[[int], TrainLoader]
-    """For a seed."""
+    """Makes the training loader for a seed."""
     train_in_order: Loader
     test_loader: Loader
 
@@ -145,7 +143,7 @@ def run_folder(out: Path, ablation: Ablation, seed: int) -> Path:
 def train(task: Task, ablation: Ablation, seed: int, folder: Path) -> None:
     """Train and evaluate one row with one seed; nothing is done if that was done."""
     config = dataclasses.replace(task.config, seed=seed, **ablation.training)
-    model = vary(task.base, ablation, seed=seed)
+    model = ablated_network(task.base, ablation, seed=seed)
     run = RunFolder(
         folder,
         {
@@ -177,7 +175,7 @@ def train(task: Task, ablation: Ablation, seed: int, folder: Path) -> None:
             **evaluation.summary(),
             "ablation": ablation.name,
             "seed": seed,
-            "measures": measure(evaluation),
+            "measures": measures(evaluation),
             "seconds": sum(row["seconds"] for row in history),
             "versions": versions(),
         },
@@ -186,14 +184,14 @@ def train(task: Task, ablation: Ablation, seed: int, folder: Path) -> None:
 
 def collect(out: Path, rows: list[Ablation], seeds: list[int]) -> dict[str, dict[int, Any]]:
     """The measures of the finished runs, by row and seed."""
-    found: dict[str, dict[int, Any]] = {}
+    finished: dict[str, dict[int, Any]] = {}
     for ablation in rows:
         for seed in seeds:
             path = run_folder(out, ablation, seed) / SUMMARY_FILE
             if path.exists():
                 summary = json.loads(path.read_text(encoding="utf-8"))
-                found.setdefault(ablation.name, {})[seed] = summary["measures"]
-    return found
+                finished.setdefault(ablation.name, {})[seed] = summary["measures"]
+    return finished
 
 
 def report(arguments: argparse.Namespace, rows: list[Ablation]) -> None:
@@ -215,12 +213,12 @@ def report(arguments: argparse.Namespace, rows: list[Ablation]) -> None:
     }
     text = json.dumps(content, indent=1, allow_nan=False)
     write_atomically(arguments.out / RESULTS_FILE, f"{text}\n".encode())
-    print(markdown(summaries))
+    print(ablation_table(summaries))
 
 
-def run(arguments: argparse.Namespace) -> None:
+def train_and_report(arguments: argparse.Namespace) -> None:
     """Train what is missing, seed by seed so that all rows have some early on, and report."""
-    rows = find(arguments.rows)
+    rows = select_ablations(arguments.rows)
     if not arguments.table:
         with training_session():
             task = TASKS[arguments.task](arguments.epochs)
@@ -233,7 +231,7 @@ def run(arguments: argparse.Namespace) -> None:
 def main() -> int:
     """Run the command; 2 when the input is at fault, 130 or 143 when a signal ended it."""
     arguments = parse_arguments()
-    return run_script("ablations.py", lambda: run(arguments))
+    return run_script("ablations.py", lambda: train_and_report(arguments))
 
 
 if __name__ == "__main__":

@@ -25,7 +25,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import compare
 import torch
 
 from coded_resnext.cli.report import REPORT_FILE
@@ -35,18 +34,19 @@ from coded_resnext.interpret.ablations import (
     BASE,
     PLAIN,
     Ablation,
-    find,
-    markdown,
-    measure,
-    summarize,
-    vary,
+    ablated_network,
+    select_ablations,
 )
 from coded_resnext.interpret.comparing import (
     FinishedRun,
+    ablation_table,
     accuracy_table,
-    best,
+    best_run,
     class_table,
+    measures,
     removal_table,
+    summarize,
+    summary_table,
 )
 from coded_resnext.interpret.results import load_evaluation
 from coded_resnext.training.processes import run_script
@@ -73,10 +73,10 @@ GPU = (
 
 @dataclass(frozen=True)
 class Scale:
-    """A budget: which recipe, and what is changed in it."""
+    """A size of the experiment: which recipe, and what is changed in it."""
 
     flags: tuple[str, ...]
-    """Of train/cifar.py."""
+    """Flags of train/cifar.py."""
     rows: tuple[str, ...]
     cost: str
 
@@ -114,7 +114,7 @@ class PlannedRun:
 
     @property
     def images(self) -> int:
-        """That it goes through in training."""
+        """The number of images that the training goes through."""
         recipe = self.command.recipe
         return (recipe.data.train_images or CIFAR_IMAGES) * recipe.training.total_epochs
 
@@ -135,7 +135,7 @@ class PlannedRun:
         return True
 
     def result(self) -> FinishedRun:
-        """Of a finished run."""
+        """The measurements of a finished run."""
         folder = self.command.out
         with (folder / METRICS_FILE).open(encoding="utf-8") as file:
             epochs = list(csv.DictReader(file))
@@ -192,7 +192,7 @@ def plan(arguments: argparse.Namespace, rest: Sequence[str]) -> list[PlannedRun]
     scale = SCALES[arguments.scale]
     runs = []
     for seed in arguments.seeds:
-        for ablation in find(arguments.rows or scale.rows):
+        for ablation in select_ablations(arguments.rows or scale.rows):
             name = re.sub("[^a-z0-9.]+", "-", ablation.name.lower())
             changes = {**ablation.training, "seed": seed}
             flags = [f"--{key.replace('_', '-')}={value}" for key, value in changes.items()]
@@ -228,11 +228,11 @@ def describe_plan(runs: Sequence[PlannedRun], cost: str) -> str:
 
 
 def _speeds(runs: Sequence[PlannedRun]) -> dict[str, float]:
-    found: dict[str, list[float]] = {}
+    by_row: dict[str, list[float]] = {}
     for run in runs:
         if run.is_finished:
-            found.setdefault(run.ablation.name, []).append(run.result().images_per_second)
-    return {name: statistics.fmean(speeds) for name, speeds in found.items()}
+            by_row.setdefault(run.ablation.name, []).append(run.result().images_per_second)
+    return {name: statistics.fmean(speeds) for name, speeds in by_row.items()}
 
 
 def carry_out(runs: Sequence[PlannedRun]) -> None:
@@ -246,7 +246,7 @@ def carry_out(runs: Sequence[PlannedRun]) -> None:
         )
         # Compiled code of the networks before would count against the limit of recompilations.
         torch.compiler.reset()
-        run_recipe(run.command, partial(vary, ablation=run.ablation, seed=run.seed))
+        run_recipe(run.command, partial(ablated_network, ablation=run.ablation, seed=run.seed))
 
 
 def report(runs: Sequence[PlannedRun], arguments: argparse.Namespace) -> str:
@@ -261,33 +261,33 @@ def report(runs: Sequence[PlannedRun], arguments: argparse.Namespace) -> str:
         raise ValueError(f"out: {arguments.out} holds no finished run of the base")
     results = {run.command.out: run.result() for run in finished}
     by_row: dict[str, dict[int, Any]] = {}
-    groups: dict[str, list[dict[str, float]]] = {}
+    groups: dict[str, list[Any]] = {}
     summaries = {run.command.out: read_json(run.command.out / SUMMARY_FILE) for run in finished}
     for run in finished:
         name = run.ablation.name
-        by_row.setdefault(name, {})[run.seed] = measure(results[run.command.out].evaluation)
-        groups.setdefault(name, []).append(compare.columns(summaries[run.command.out]))
+        by_row.setdefault(name, {})[run.seed] = measures(results[run.command.out].evaluation)
+        groups.setdefault(name, []).append(summaries[run.command.out])
     order = dict.fromkeys(run.ablation.name for run in runs)
     every = sorted(results.values(), key=lambda result: [*order].index(result.row))
     of_base = [results[run.command.out] for run in coded]
-    chosen = coded[of_base.index(best(of_base))].command.out
+    chosen = coded[of_base.index(best_run(of_base))].command.out
     shutil.copyfile(chosen / REPORT_FILE, arguments.out / REPORT_FILE)
     machines = [summary["machine"] for summary in summaries.values()]
     outside = of_base[0].evaluation.outside_samples
     compared = summarize({name: by_row[name] for name in order if name in by_row})
     parts = [
-        describe_budget(coded[0]),
+        describe_setting(coded[0]),
         accuracy_table(every, PAPER),
         "By block:",
-        compare.table({name: groups[name] for name in order if name in groups}),
+        summary_table({name: groups[name] for name in order if name in groups}),
         "Ablations:",
-        markdown(compared),
+        ablation_table(compared),
         f"One-class classifiers of the base; outside: {outside} images, {arguments.outside}:",
         class_table(of_base),
         "Accuracy of the base, in percent, with so many branches of a block removed:",
         removal_table(of_base),
         f"Report of the best coded run: {arguments.out / REPORT_FILE}",
-        where(machines),
+        describe_machines(machines),
     ]
     text = "\n\n".join(parts) + "\n"
     write_atomically(arguments.out / TABLE_FILE, text.encode())
@@ -304,7 +304,7 @@ def report(runs: Sequence[PlannedRun], arguments: argparse.Namespace) -> str:
     return text
 
 
-def describe_budget(run: PlannedRun) -> str:
+def describe_setting(run: PlannedRun) -> str:
     """Network, data, epochs and how a step is computed."""
     recipe = run.command.recipe
     data, training = recipe.data, recipe.training
@@ -319,7 +319,7 @@ def describe_budget(run: PlannedRun) -> str:
     )
 
 
-def where(machines: Sequence[dict[str, Any]]) -> str:
+def describe_machines(machines: Sequence[dict[str, Any]]) -> str:
     """The machines, versions, commits and dates of the runs, each once."""
     texts = [
         f"{machine.get('gpu', machine['cpu'])}, {machine['threads']} threads, "
@@ -330,7 +330,7 @@ def where(machines: Sequence[dict[str, Any]]) -> str:
     return " ".join(dict.fromkeys(texts))
 
 
-def run(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
+def train_and_report(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
     """Print the plan, or train what is missing and print the tables."""
     runs = plan(arguments, rest)
     if arguments.plan:
@@ -345,7 +345,7 @@ def run(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
 def main() -> int:
     """Run the command; 2 when the input is at fault, 130 or 143 when a signal ended it."""
     arguments, rest = parse_arguments()
-    return run_script("reproduce.py", lambda: run(arguments, rest))
+    return run_script("reproduce.py", lambda: train_and_report(arguments, rest))
 
 
 if __name__ == "__main__":

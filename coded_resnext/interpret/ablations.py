@@ -1,10 +1,9 @@
-"""Ablations: what a training loses or gains by one change, over several seeds."""
+"""Ablations: networks and trainings that differ from a base by one change."""
 
 from __future__ import annotations
 
 import copy
-import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -13,8 +12,6 @@ from torch import nn
 
 from coded_resnext.codebooks.codebook import Codebook
 from coded_resnext.models.resnext import CodedResNeXt, default_codebook
-
-from .evaluate import Evaluation
 
 BASE = "base"
 PLAIN = "plain twin"
@@ -56,21 +53,8 @@ ABLATIONS = (
     Ablation("more active branches", ratios="more"),
 )
 
-# The measures of a run by column: scale and decimals in a table, where shares become percent.
-COLUMNS = {
-    "accuracy": (100, 2),
-    "early decoding, first block": (100, 1),
-    "early decoding, last block": (100, 1),
-    "one-class average precision": (1, 4),
-    "one-class F1": (1, 3),
-    "dead one-class samples": (100, 1),
-    "energy outside the path": (100, 1),
-    "points without active branches, first block": (1, 1),
-    "points without inactive branches, worst block": (1, 1),
-}
 
-
-def find(names: Sequence[str] | None) -> list[Ablation]:
+def select_ablations(names: Sequence[str] | None) -> list[Ablation]:
     """The ablations of these names, all without names; always with the base, to compare with.
 
     Raises:
@@ -83,13 +67,13 @@ def find(names: Sequence[str] | None) -> list[Ablation]:
     return [one for one in ABLATIONS if names is None or one.name in {BASE, *names}]
 
 
-def vary(base: CodedResNeXt, ablation: Ablation, *, seed: int) -> CodedResNeXt:
+def ablated_network(base: CodedResNeXt, ablation: Ablation, *, seed: int) -> CodedResNeXt:
     """The network of an ablation, with fresh weights of a seed.
 
     Args:
         base: the coded network that is varied; only its configuration and codebooks count.
         ablation: what changes.
-        seed: of the weights. The base and its variants of one seed are drawn alike, and equal
+        seed: decides the weights. The base and its variants of one seed are drawn alike, and equal
             wherever they have the same tensors in the same order.
 
     Raises:
@@ -142,115 +126,6 @@ def near_codebook(book: Codebook) -> Codebook:
     for index in range(book.classes):
         words[index, (index + torch.arange(book.active)) % book.branches] = True
     return Codebook(words, book.class_names)
-
-
-def measure(evaluation: Evaluation) -> dict[str, float]:
-    """The measures of a run by column; those that do not apply are left out."""
-    row = {"accuracy": evaluation.test_accuracy}
-    early, removal, paths = evaluation.early_decoding, evaluation.removal, evaluation.paths
-    if early and removal and paths:
-        row["early decoding, first block"] = early.block_accuracy[0]
-        row["early decoding, last block"] = early.block_accuracy[-1]
-        row["energy outside the path"] = statistics.fmean(paths.outside)
-        changes = {
-            kind: [
-                100 * (accuracy - removal.accuracy)
-                for block in removal.blocks
-                if (accuracy := getattr(block, kind).accuracy[-1]) is not None
-            ]
-            for kind in ("active", "inactive")
-        }
-        row["points without active branches, first block"] = changes["active"][0]
-        row["points without inactive branches, worst block"] = min(changes["inactive"])
-    if evaluation.one_class:
-        classifiers = evaluation.one_class.classifiers
-        for name, values in (
-            ("one-class average precision", [one.average_precision for one in classifiers]),
-            ("one-class F1", [one.f1 for one in classifiers]),
-            ("dead one-class samples", [one.dead for one in classifiers]),
-        ):
-            known = [value for value in values if value is not None]
-            if known:
-                row[name] = statistics.fmean(known)
-    return row
-
-
-@dataclass(frozen=True)
-class Summary:
-    """One measure of one ablation over seeds."""
-
-    seeds: tuple[int, ...]
-    mean: float
-    deviation: float | None
-    """Standard deviation (n - 1); None for one seed."""
-    difference: float | None
-    """Mean difference from the base, seed by seed; None where they share no seed."""
-    difference_deviation: float | None
-    """Standard deviation of these differences (n - 1); None for fewer than two seeds."""
-
-
-def summarize(
-    runs: Mapping[str, Mapping[int, Mapping[str, float]]],
-) -> dict[str, dict[str, Summary]]:
-    """Compare the runs of ablations with the base's.
-
-    Args:
-        runs: measures by name of the ablation and seed.
-
-    Returns:
-        Summaries by name of the ablation and measure.
-    """
-    base = runs.get(BASE, {})
-    result: dict[str, dict[str, Summary]] = {}
-    for name, by_seed in runs.items():
-        result[name] = {}
-        for column in COLUMNS:
-            values = {seed: row[column] for seed, row in by_seed.items() if column in row}
-            if not values:
-                continue
-            differences = [
-                value - base[seed][column]
-                for seed, value in values.items()
-                if name != BASE and column in base.get(seed, {})
-            ]
-            result[name][column] = Summary(
-                seeds=tuple(sorted(values)),
-                mean=statistics.fmean(values.values()),
-                deviation=_deviation(list(values.values())),
-                difference=statistics.fmean(differences) if differences else None,
-                difference_deviation=_deviation(differences),
-            )
-    return result
-
-
-def markdown(summaries: Mapping[str, Mapping[str, Summary]]) -> str:
-    """A row for each ablation: mean ± deviation, and below it the paired difference."""
-    lines = [
-        "| | seeds | " + " | ".join(COLUMNS) + " |",
-        "|---|---|" + "---|" * len(COLUMNS),
-    ]
-    for name, columns in summaries.items():
-        seeds = sorted({seed for summary in columns.values() for seed in summary.seeds})
-        cells = [_cell(columns.get(column), *form) for column, form in COLUMNS.items()]
-        lines.append(f"| {name} | {len(seeds)} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def _cell(summary: Summary | None, scale: int, digits: int) -> str:
-    if summary is None:
-        return ""
-
-    def shown(value: float | None, sign: str = "") -> str:
-        return "?" if value is None else f"{scale * value:{sign}.{digits}f}"
-
-    text = f"{shown(summary.mean)} ± {shown(summary.deviation)}"
-    if summary.difference is not None:
-        text += f"<br>({shown(summary.difference, '+')} ± {shown(summary.difference_deviation)})"
-    return text
-
-
-def _deviation(values: Sequence[float]) -> float | None:
-    return statistics.stdev(values) if len(values) > 1 else None
 
 
 def _other_active(active: int, branches: int, ratios: str) -> int:

@@ -1,13 +1,29 @@
-"""Tables of trainings over several seeds beside published figures: accuracy, classes, removal."""
+"""Runs over several seeds beside each other and beside published figures: mean and deviation."""
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+from .ablations import BASE
 from .evaluate import Evaluation
 from .removal import KINDS
+
+# The measures of a run by column: scale and decimals in a table, where shares become percent.
+MEASURES = {
+    "accuracy": (100, 2),
+    "early decoding, first block": (100, 1),
+    "early decoding, last block": (100, 1),
+    "one-class average precision": (1, 4),
+    "one-class F1": (1, 3),
+    "dead one-class samples": (100, 1),
+    "energy outside the path": (100, 1),
+    "points without active branches, first block": (1, 1),
+    "points without inactive branches, worst block": (1, 1),
+}
+AVERAGE_PRECISION = "one-class mean average precision"
 
 
 @dataclass(frozen=True)
@@ -15,15 +31,116 @@ class FinishedRun:
     """A training and what was measured of it."""
 
     row: str
-    """What was trained: an ablation's name."""
+    """Name of the ablation that was trained."""
     seed: int
     evaluation: Evaluation
     seconds: float
-    """Of the training, without the evaluation after it."""
+    """Wall time of the training, in seconds, without the evaluation after it."""
     images_per_second: float
-    """Median over the epochs."""
+    """Median of the epochs' images per second."""
     memory_mib: float
-    """Largest of the epochs."""
+    """Largest peak memory of the epochs, in MiB."""
+
+
+@dataclass(frozen=True)
+class Summary:
+    """One measure of one ablation over seeds."""
+
+    seeds: tuple[int, ...]
+    """The seeds that have the measure."""
+    mean: float
+    """Mean over the seeds."""
+    deviation: float | None
+    """Standard deviation (n - 1); None for one seed."""
+    difference: float | None
+    """Mean difference from the base, seed by seed; None where they share no seed."""
+    difference_deviation: float | None
+    """Standard deviation of these differences (n - 1); None for fewer than two seeds."""
+
+
+def summarize(
+    runs: Mapping[str, Mapping[int, Mapping[str, float]]],
+) -> dict[str, dict[str, Summary]]:
+    """Compare the runs of ablations with the base's.
+
+    Args:
+        runs: measures by name of the ablation and seed.
+
+    Returns:
+        Summaries by name of the ablation and measure.
+    """
+    base = runs.get(BASE, {})
+    summaries: dict[str, dict[str, Summary]] = {}
+    for name, by_seed in runs.items():
+        summaries[name] = {}
+        for measure in MEASURES:
+            values = {seed: row[measure] for seed, row in by_seed.items() if measure in row}
+            if not values:
+                continue
+            differences = [
+                value - base[seed][measure]
+                for seed, value in values.items()
+                if name != BASE and measure in base.get(seed, {})
+            ]
+            summaries[name][measure] = Summary(
+                seeds=tuple(sorted(values)),
+                mean=statistics.fmean(values.values()),
+                deviation=deviation_of(list(values.values())),
+                difference=statistics.fmean(differences) if differences else None,
+                difference_deviation=deviation_of(differences),
+            )
+    return summaries
+
+
+def ablation_table(summaries: Mapping[str, Mapping[str, Summary]]) -> str:
+    """A line for each ablation: mean ± deviation, and below it the paired difference."""
+    lines = []
+    for name, of_ablation in summaries.items():
+        seeds = {seed for summary in of_ablation.values() for seed in summary.seeds}
+        cells = [_summary_cell(of_ablation.get(key), *form) for key, form in MEASURES.items()]
+        lines.append([name, str(len(seeds)), *cells])
+    return markdown_table(["", "seeds", *MEASURES], lines)
+
+
+def _summary_cell(summary: Summary | None, scale: int, digits: int) -> str:
+    if summary is None:
+        return ""
+    text = _with_deviation(summary.mean, summary.deviation, scale, digits)
+    if summary.difference is not None:
+        paired = (summary.difference, summary.difference_deviation)
+        text += f"<br>({_with_deviation(*paired, scale, digits, sign='+')})"
+    return text
+
+
+def measures(evaluation: Evaluation) -> dict[str, float]:
+    """The measures of a run by name; those that do not apply are left out."""
+    row = {"accuracy": evaluation.test_accuracy}
+    early, removal, paths = evaluation.early_decoding, evaluation.removal, evaluation.paths
+    if early and removal and paths:
+        row["early decoding, first block"] = early.block_accuracy[0]
+        row["early decoding, last block"] = early.block_accuracy[-1]
+        row["energy outside the path"] = statistics.fmean(paths.outside)
+        changes = {
+            kind: [
+                100 * (accuracy - removal.accuracy)
+                for block in removal.blocks
+                if (accuracy := getattr(block, kind).accuracy[-1]) is not None
+            ]
+            for kind in ("active", "inactive")
+        }
+        row["points without active branches, first block"] = changes["active"][0]
+        row["points without inactive branches, worst block"] = min(changes["inactive"])
+    if evaluation.one_class:
+        classifiers = evaluation.one_class.classifiers
+        for name, values in (
+            ("one-class average precision", [one.average_precision for one in classifiers]),
+            ("one-class F1", [one.f1 for one in classifiers]),
+            ("dead one-class samples", [one.dead for one in classifiers]),
+        ):
+            known = [value for value in values if value is not None]
+            if known:
+                row[name] = statistics.fmean(known)
+    return row
 
 
 def accuracy_table(runs: Sequence[FinishedRun], paper: Mapping[str, float]) -> str:
@@ -46,16 +163,16 @@ def accuracy_table(runs: Sequence[FinishedRun], paper: Mapping[str, float]) -> s
             [
                 name,
                 f"{paper[name]:g}" if name in paper else "",
-                spread([run.evaluation.test_accuracy for run in group], 100, 2),
-                "" if is_base else spread(changes, 100, 2, sign="+"),
+                mean_and_deviation([run.evaluation.test_accuracy for run in group], 100, 2),
+                "" if is_base else mean_and_deviation(changes, 100, 2, sign="+"),
                 ", ".join(str(run.seed) for run in group),
-                spread([run.seconds for run in group], 1, 0),
-                spread([run.images_per_second for run in group], 1, 0),
+                mean_and_deviation([run.seconds for run in group], 1, 0),
+                mean_and_deviation([run.images_per_second for run in group], 1, 0),
                 f"{max(run.memory_mib for run in group):.0f}",
             ]
         )
     titles = ["", "paper, %", "ours, %", "against the first row", "seeds", "training, s"]
-    return _table([*titles, "images/s", "peak memory, MiB"], lines)
+    return markdown_table([*titles, "images/s", "peak memory, MiB"], lines)
 
 
 def class_table(runs: Sequence[FinishedRun]) -> str:
@@ -64,8 +181,7 @@ def class_table(runs: Sequence[FinishedRun]) -> str:
     Empty for plain networks. Average precision of telling the class from the other classes and from
     images of none of them; F1, and the share of the latter that is accepted, at the threshold.
     """
-    found = [run.evaluation.one_class for run in runs]
-    known = [one for one in found if one is not None]
+    known = [one for run in runs if (one := run.evaluation.one_class) is not None]
     if not known:
         return ""
     lines = []
@@ -89,13 +205,12 @@ def class_table(runs: Sequence[FinishedRun]) -> str:
     ]
     lines.append(["mean", *_class_cells(whole)])
     titles = ["class", "average precision", "F1", "average precision, outside"]
-    return _table([*titles, "accepted outside, %"], lines)
+    return markdown_table([*titles, "accepted outside, %"], lines)
 
 
 def removal_table(runs: Sequence[FinishedRun]) -> str:
     """A line for each coded block and kind of branch: accuracy with 0, 1, .. of them removed."""
-    found = [run.evaluation.removal for run in runs]
-    known = [removal for removal in found if removal is not None]
+    known = [one for run in runs if (one := run.evaluation.removal) is not None]
     if not known:
         return ""
     lines = []
@@ -103,30 +218,89 @@ def removal_table(runs: Sequence[FinishedRun]) -> str:
     for number, blocks in enumerate(zip(*(one.blocks for one in known), strict=True), 1):
         for kind in KINDS:
             curves = [getattr(block, kind).accuracy for block in blocks]
-            cells = [spread([one.accuracy for one in known], 100, 1)]
-            cells += [spread(_known(points), 100, 1) for points in zip(*curves, strict=True)]
+            cells = [mean_and_deviation([one.accuracy for one in known], 100, 1)]
+            cells += [mean_and_deviation(points, 100, 1) for points in zip(*curves, strict=True)]
             longest = max(longest, len(cells))
             lines.append([f"{number}, {kind}", *cells])
     titles = ["block, branches", *map(str, range(longest))]
-    return _table(titles, [line + [""] * (len(titles) - len(line)) for line in lines])
+    return markdown_table(titles, [line + [""] * (len(titles) - len(line)) for line in lines])
 
 
-def best(runs: Sequence[FinishedRun]) -> FinishedRun:
+def summary_table(groups: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+    """A line for each number of the runs' summaries: mean ± deviation of every group, and range.
+
+    Args:
+        groups: the contents of `summary.json` of the runs of each group.
+    """
+    numbers = {group: [_summary_numbers(one) for one in runs] for group, runs in groups.items()}
+    names = dict.fromkeys(name for runs in numbers.values() for one in runs for name in one)
+    lines = []
+    for name in names:
+        digits = 4 if name == AVERAGE_PRECISION else 2
+        cells = []
+        for runs in numbers.values():
+            values = [one[name] for one in runs if name in one]
+            cell = mean_and_deviation(values, 1, digits)
+            if len(values) > 1:
+                cell += f" ({min(values):.{digits}f} to {max(values):.{digits}f})"
+            cells.append(cell)
+        lines.append([name, *cells])
+    titles = [f"{name} ({len(runs)} runs)" for name, runs in groups.items()]
+    return markdown_table(["", *titles], lines)
+
+
+def _summary_numbers(summary: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers of a summary by name: percent, but for average precision and seconds."""
+    numbers = {"test accuracy": 100 * summary["test_accuracy"]}
+    for block, accuracy in enumerate(summary["early_decoding"], 1):
+        numbers[f"early decoding {block}"] = 100 * accuracy
+    precisions = _known(summary["single_class_average_precision"])
+    if precisions:
+        numbers[AVERAGE_PRECISION] = statistics.fmean(precisions)
+    for kind in ("inactive", "active"):
+        for block, accuracy in enumerate(summary[f"remove_{kind}_accuracy"], 1):
+            # Evaluations that once had a limit of time may lack some.
+            if accuracy is not None:
+                change = 100 * (accuracy - summary["test_accuracy"])
+                numbers[f"points without {kind} branches {block}"] = change
+    return {**numbers, "seconds": summary["seconds"]}
+
+
+def best_run(runs: Sequence[FinishedRun]) -> FinishedRun:
     """The run with the best test accuracy, of equal ones the first."""
     return max(runs, key=lambda run: run.evaluation.test_accuracy)
 
 
-def spread(values: Sequence[float], scale: float, digits: int, *, sign: str = "") -> str:
+def mean_and_deviation(
+    values: Sequence[float], scale: float, digits: int, *, sign: str = ""
+) -> str:
     """Mean ± standard deviation (n - 1), `?` for that of one value; nothing for no value."""
     if not values:
         return ""
-    deviation = f"{scale * statistics.stdev(values):.{digits}f}" if len(values) > 1 else "?"
-    return f"{scale * statistics.fmean(values):{sign}.{digits}f} ± {deviation}"
+    return _with_deviation(statistics.fmean(values), deviation_of(values), scale, digits, sign=sign)
+
+
+def deviation_of(values: Sequence[float]) -> float | None:
+    """Standard deviation (n - 1); None for fewer than two values."""
+    return statistics.stdev(values) if len(values) > 1 else None
+
+
+def markdown_table(titles: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    """Cells as a Markdown table."""
+    rows = ["| " + " | ".join(cells) + " |" for cells in (titles, *lines)]
+    return "\n".join([rows[0], "|" + "---|" * len(titles), *rows[1:]])
+
+
+def _with_deviation(
+    mean: float, deviation: float | None, scale: float, digits: int, *, sign: str = ""
+) -> str:
+    after = "?" if deviation is None else f"{scale * deviation:.{digits}f}"
+    return f"{scale * mean:{sign}.{digits}f} ± {after}"
 
 
 def _class_cells(columns: Sequence[Sequence[float]]) -> list[str]:
     forms = ((1, 3), (1, 3), (1, 3), (100, 1))
-    return [spread(values, *form) for values, form in zip(columns, forms, strict=True)]
+    return [mean_and_deviation(values, *form) for values, form in zip(columns, forms, strict=True)]
 
 
 def _by_row(runs: Iterable[FinishedRun]) -> dict[str, list[FinishedRun]]:
@@ -138,12 +312,3 @@ def _by_row(runs: Iterable[FinishedRun]) -> dict[str, list[FinishedRun]]:
 
 def _known(values: Iterable[float | None]) -> list[float]:
     return [value for value in values if value is not None]
-
-
-def _table(titles: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    rule = "|" + "---|" * len(titles)
-    return "\n".join([_line(titles), rule, *map(_line, lines)])
-
-
-def _line(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cells) + " |"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import shutil
 import subprocess
@@ -114,7 +113,7 @@ def test_every_part_is_there(finished: Path, reproduce: ModuleType) -> None:
     early = evaluation.early_decoding
     assert early is not None
     for number, share in enumerate(early.block_accuracy, 1):
-        assert f"| early decoding {number} | {100 * share:.2f} ± 0.00" in text
+        assert f"| early decoding {number} | {100 * share:.2f} ± ?" in text
     assert (finished / "report.html").read_bytes() == (finished / "base-0/report.html").read_bytes()
     results = json.loads((finished / "reproduce.json").read_text())
     assert results["measures"]["base"]["0"]["accuracy"] == evaluation.test_accuracy
@@ -161,27 +160,3 @@ def test_a_folder_without_runs_has_no_table(tmp_path: Path) -> None:
     result = run_here(TRAIN / "reproduce.py", "--out", tmp_path, "--rows", "no such row")
     assert result.returncode == 2
     assert "rows: expected some of base, plain twin" in result.stderr
-
-
-@pytest.mark.long
-def test_tables_over_seeds(finished: Path, reproduce: ModuleType) -> None:
-    """Means, deviations, and differences seed by seed."""
-    evaluation = load_evaluation(finished / "base-0")
-
-    def made(row: str, seed: int, accuracy: float) -> Any:
-        changed = dataclasses.replace(
-            evaluation,
-            classification=dataclasses.replace(evaluation.classification, accuracy=accuracy),
-        )
-        return reproduce.FinishedRun(row, seed, changed, 100.0 + seed, 50.0, 1000.0 + seed)
-
-    runs = [
-        made("base", 0, 0.5),
-        made("base", 1, 0.6),
-        made("other", 0, 0.55),
-        made("other", 1, 0.61),
-    ]
-    lines = reproduce.accuracy_table(runs, {"base": 94.41}).splitlines()
-    assert lines[2] == "| base | 94.41 | 55.00 ± 7.07 |  | 0, 1 | 100 ± 1 | 50 ± 0 | 1001 |"
-    assert lines[3] == "| other |  | 58.00 ± 4.24 | +3.00 ± 2.83 | 0, 1 | 100 ± 1 | 50 ± 0 | 1001 |"
-    assert reproduce.best(runs) is runs[3]
