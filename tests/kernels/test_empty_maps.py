@@ -20,11 +20,12 @@ from coded_resnext.kernels.loss import operator as loss_operator
 from coded_resnext.kernels.recompute import moments_operator
 from coded_resnext.kernels.recompute import operator as recompute_operator
 from coded_resnext.kernels.residual import operator as residual_operator
+from coded_resnext.kernels.rows import Passes
 
 N, D, OUT = 4, 3, 8
 CHANNELS = N * D
 SHAPES = {"no_sample": (0, 3, 2), "no_row": (2, 0, 3), "no_column": (2, 3, 0)}
-ALL = "forward input weight pointwise"
+ALL = Passes(*(True,) * 4).encoded()
 Size = tuple[int, int, int]
 
 
@@ -65,7 +66,7 @@ def energies(size: Size) -> Tensor:
     return torch.ones(2, size[0], N if size[1] and size[2] else 0)
 
 
-# An operator's name, the argument that its message names, and its call; kernels are words or a
+# An operator's name, the argument that its message names, and its call; kernels are encoded or a
 # boolean where they can be chosen.
 CALLS: dict[str, tuple[str, Callable[[Size, str], Any]]] = {
     "branch_energy": (
@@ -222,10 +223,10 @@ def test_every_operator_is_among_them() -> None:
     assert CALLS.keys() == {name.partition(".")[0] for name in registered}
 
 
-@pytest.mark.parametrize("kernels", [ALL, ""], ids=["interpreter", "pytorch"])
+@pytest.mark.parametrize("kernels", [ALL, 0], ids=["interpreter", "pytorch"])
 @pytest.mark.parametrize("operator", CALLS)
 def test_calls_are_right_but_for_their_size(
-    operator: str, kernels: str, monkeypatch: pytest.MonkeyPatch
+    operator: str, kernels: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With a sample and pixels they give what is finite."""
     _choose(kernels, monkeypatch)
@@ -234,11 +235,11 @@ def test_calls_are_right_but_for_their_size(
         assert value.isfinite().all()
 
 
-@pytest.mark.parametrize("kernels", [ALL, ""], ids=["interpreter", "pytorch"])
+@pytest.mark.parametrize("kernels", [ALL, 0], ids=["interpreter", "pytorch"])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("operator", CALLS)
 def test_refused_in_words(
-    operator: str, shape: str, kernels: str, monkeypatch: pytest.MonkeyPatch
+    operator: str, shape: str, kernels: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _choose(kernels, monkeypatch)
     name, call = CALLS[operator]
@@ -267,7 +268,7 @@ def test_the_grouped_launches_refuse_them_too(shape: str) -> None:
             call()
 
 
-def _choose(kernels: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def _choose(kernels: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The energies and the loss run kernels wherever they can; the others are told."""
     if not kernels:
         for module, name in (

@@ -18,9 +18,11 @@ from coded_resnext.kernels.coded import gram
 from coded_resnext.kernels.coded import reference as coded_reference
 from coded_resnext.kernels.coded.operator import normalize_branches
 from coded_resnext.kernels.evaluation import folded_grouped_conv3x3
+from coded_resnext.kernels.rows import Passes
 
 # Branches of which four share a window, of which two do not fill it, and of which one does.
 SIZES = [(4, 4), (3, 6), (2, 16)]
+FORWARD = Passes(forward=True).encoded()
 SPECIAL = [float("nan"), float("inf"), -float("inf")]
 
 
@@ -133,7 +135,7 @@ def bad_branch(
     return found, bad
 
 
-@pytest.mark.parametrize("kernels", ["forward", ""])
+@pytest.mark.parametrize("kernels", [FORWARD, 0], ids=["kernels", "pytorch"])
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("width", [3, 4])
 @pytest.mark.parametrize(
@@ -146,7 +148,7 @@ def bad_branch(
     ids=str,
 )
 def test_it_stays_in_its_energy_behind_a_convolution(
-    dtype: torch.dtype, value: float, width: int, stride: int, kernels: str
+    dtype: torch.dtype, value: float, width: int, stride: int, kernels: int
 ) -> None:
     given, bad = bad_branch(width, dtype, value)
     x, weight, bias, branch_weight = given.values()
@@ -169,7 +171,7 @@ def test_an_infinite_energy_is_not_taken_for_a_rounded_one(sign: float) -> None:
     weight[:] = 0.0
     weight[0] = 1.0
     bias[1] = 60000.0
-    h, energies = folded_grouped_conv3x3(x, weight, bias, branch_weight, None, 1, "forward")
+    h, energies = folded_grouped_conv3x3(x, weight, bias, branch_weight, None, 1, FORWARD)
     assert h[1, 0].isinf().any()
     assert not energies[1, 0].isfinite()
     assert energies[0, 0].isfinite()
