@@ -40,7 +40,7 @@ matrix: .venv/dev.stamp
 
 # The tests of arithmetic under imitated processors: sixteen rows, each as long as `make test`.
 portability: .venv/dev.stamp
-	$(BIN)/python -P tests/portability.py --out benchmarks/results/portability.json
+	$(BIN)/python tests/portability.py --out benchmarks/results/portability.json
 
 # Known weaknesses of what is installed. What the advisory service does not know is an error.
 audit: .venv/dev.stamp

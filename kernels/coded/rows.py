@@ -129,30 +129,37 @@ def _aggregate_constexprs(
 
 
 def _windows_per_program(sizes: CodedSizes) -> int:
-    """Windows that a program of `aggregate` holds at once: eight, or four where fewer idle.
-
-    One of 64 channels.
-    """
+    """Windows that a program of `aggregate` holds at once: eight, or four where fewer idle; one of
+    64 channels."""
     cut = Windows.of(sizes)
-    count = cut.count
     if cut.block_k > 32:
         return 1
-    if count <= 4:
-        return next_power_of_2(count)
-    return min((8, 4), key=lambda windows: -(-count // windows) * windows)
+    if cut.count <= 4:
+        return next_power_of_2(cut.count)
+    return min((8, 4), key=lambda windows: -(-cut.count // windows) * windows)
 
 
-def _forward(sizes: CodedSizes, variant: Variant, windows: int) -> LaunchRow:
-    """A program a sample, a warp a window of 16 pixels.
+def _shared_tile(variant: Variant, backward: bool) -> tuple[int, int]:
+    """The most pixels of a window of 64 channels, and the warps that share it.
 
-    One of 64 channels is shared by four warps and as large as four others; in float32, where the
-    compiler keeps to 64 registers, by eight, and half as large.
+    In float32 the compiler keeps to 64 registers. For sm100 it takes 64 rows and four warps to its
+    tensor memory, from which the forward kernel spills and the backward one issues more.
     """
+    if variant.dtype == "fp32":
+        return 32, 8
+    if variant.arch == "sm100":
+        return (32, 4) if backward else (64, 2)
+    return 64, 4
+
+
+def _row(sizes: CodedSizes, variant: Variant, windows: int, backward: bool = False) -> LaunchRow:
+    """The forward row, or what the backward one takes over: a program a sample, a warp a window of
+    16 pixels where several warps do not share one."""
     cut = Windows.of(sizes)
     block_p, warps = 16, windows
     if cut.block_k > 32:
-        most, warps = (32, 8) if variant.dtype == "fp32" else (64, 4)
-        block_p = block_pixels(sizes, most)
+        pixels, warps = _shared_tile(variant, backward)
+        block_p = block_pixels(sizes, pixels)
     item = ITEM_BYTES[variant.dtype]
     return LaunchRow(
         kernel="coded.aggregate:aggregate_forward",
@@ -178,7 +185,7 @@ def _forward(sizes: CodedSizes, variant: Variant, windows: int) -> LaunchRow:
 @cache
 def aggregate_forward(sizes: CodedSizes, variant: Variant) -> LaunchRow:
     """Settings of `aggregate.aggregate_forward`."""
-    return tuned(_forward(sizes, variant, _windows_per_program(sizes)), variant.arch)
+    return tuned(_row(sizes, variant, _windows_per_program(sizes)), variant.arch)
 
 
 @cache
@@ -188,7 +195,8 @@ def aggregate_backward(sizes: CodedSizes, variant: Variant) -> LaunchRow:
     But for float32, of which eight windows would spill.
     """
     windows = _windows_per_program(sizes)
-    forward = _forward(sizes, variant, min(windows, 4) if variant.dtype == "fp32" else windows)
+    most = min(windows, 4) if variant.dtype == "fp32" else windows
+    forward = _row(sizes, variant, most, backward=True)
     row = replace(
         forward,
         kernel="coded.aggregate:aggregate_backward",

@@ -160,14 +160,21 @@ def _row(
     )
 
 
-def _ahead_in_3_6(row: LaunchRow, sizes: GroupedSizes) -> LaunchRow:
-    """A row that loads a trip ahead, for windows of 24 channels and Triton 3.6 alone.
+# Releases of Triton that keep 2 to 8 registers of a program in memory unless its loads are a trip
+# ahead, by kernel and the channels of a window. Others would issue 2 to 7 % more instructions.
+AHEAD = {
+    ("3.6", "forward_stride1", 24),
+    ("3.6", "input_gradient_stride2", 24),
+    ("3.7", "forward_stride1", 16),
+    ("3.8", "forward_stride1", 16),
+}
 
-    That keeps two or three of their registers in memory otherwise. Later versions do not, and would
-    issue 3 to 8 % more instructions for it.
-    """
-    spilled = GroupedWindows.of(sizes).channels == 24 and triton_release() == "3.6"
-    return replace(row, num_stages=2) if spilled else row
+
+def _ahead(row: LaunchRow, sizes: GroupedSizes) -> LaunchRow:
+    """The row with its loads a trip ahead where AHEAD has it."""
+    name = row.kernel.partition(":")[2]
+    ahead = (triton_release(), name, GroupedWindows.of(sizes).channels) in AHEAD
+    return replace(row, num_stages=2) if ahead else row
 
 
 @cache
@@ -190,8 +197,8 @@ def forward(sizes: GroupedSizes, variant: Variant) -> LaunchRow:
     channels, *others = row.constexprs
     more = (("PADDED", GroupedWindows.of(sizes).padded), ("FOLDED", variant.folded))
     row = replace(row, constexprs=(channels, *more, *others))
-    if sizes.stride == 1 and variant.energies:
-        row = _ahead_in_3_6(row, sizes)
+    if variant.energies:
+        row = _ahead(row, sizes)
     # With two warps for 24 channels the compiler for sm100 keeps two registers in memory.
     partly_filled = GroupedWindows.of(sizes).channels == 24
     plain = not (variant.affine or variant.statistics or variant.energies)
@@ -217,7 +224,7 @@ def input_gradient(sizes: GroupedSizes, variant: Variant) -> LaunchRow:
     )
     inputs, outputs = 1 + variant.affine, 1 + variant.statistics
     row = _row("conv3x3.backward:input_gradient", sizes, variant, tensors, inputs, outputs)
-    return _ahead_in_3_6(row, sizes) if sizes.stride == 2 and variant.affine else row
+    return _ahead(row, sizes) if variant.affine else row
 
 
 @cache

@@ -79,6 +79,7 @@ def test_logits_that_differ_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> No
     assert "apart from those of the first plain" in bench_model.table(content["rows"])
 
 
+@pytest.mark.long
 def test_who_writes_the_last_convolutions(monkeypatch: pytest.MonkeyPatch) -> None:
     """The two ways to train differ in that alone, and lead to the same loss."""
     left: list[str] = []

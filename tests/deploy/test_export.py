@@ -316,6 +316,7 @@ def test_int8(model, files, tmp_path):
     assert sorted(file.name for file in tmp_path.iterdir()) == ["int8.onnx"]
 
 
+@pytest.mark.long
 @torch.inference_mode()
 def test_files_that_differ_are_refused_and_not_written(tmp_path, monkeypatch):
     network = make_network()

@@ -29,6 +29,7 @@ FIGURES = [
 ]
 
 
+@pytest.mark.long
 def test_files_are_pictures_and_reproducible(tmp_path):
     model = make_network()
     data = make_data(model, 50, seed=1)

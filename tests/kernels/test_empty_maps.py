@@ -68,7 +68,7 @@ def energies(size: Size) -> Tensor:
 
 # An operator's name, the argument that its message names, and its call; kernels are encoded or a
 # boolean where they can be chosen.
-CALLS: dict[str, tuple[str, Callable[[Size, str], Any]]] = {
+CALLS: dict[str, tuple[str, Callable[[Size, int], Any]]] = {
     "branch_energy": (
         "z",
         lambda size, _: coded_operator.branch_energy(*of_branches(size)[:4], None),

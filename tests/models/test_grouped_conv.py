@@ -55,13 +55,14 @@ def test_swapped_into_a_network_nothing_changes(name: str) -> None:
         assert torch.equal(found[key], value), key
 
 
+@pytest.mark.long
 @needs_triton
 @pytest.mark.parametrize(
     ("name", "layer"),
     [
         ("torchvision", "layer1.0.conv2"),
-        pytest.param("torchvision", "layer2.0.conv2", marks=pytest.mark.long),
-        pytest.param("timm", "layer2.1.conv2", marks=pytest.mark.long),
+        ("torchvision", "layer2.0.conv2"),
+        ("timm", "layer2.1.conv2"),
     ],
 )
 def test_a_layer_of_a_network_by_the_kernels_agrees_to_rounding(name: str, layer: str) -> None:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -114,6 +115,7 @@ def test_damage_is_compiled_over(built: Path, toys: Path, tmp_path: Path) -> Non
     assert "not an index" in lacking[2]
 
 
+@pytest.mark.long
 def test_kernels_of_another_triton_are_left_out(built: Path, toys: Path, tmp_path: Path) -> None:
     kernels = tmp_path / "other"
     shutil.copytree(built / "sm90", kernels / "sm90")
@@ -166,6 +168,7 @@ def test_a_changed_source_is_compiled_again(
     source.write_text(text)
 
 
+@pytest.mark.long
 def test_a_kernel_that_does_not_compile_is_named(
     toys: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -182,6 +185,20 @@ def test_a_kernel_that_does_not_compile_is_named(
     assert "compiled scale 256 for sm90" in output
     assert "scale 300 for sm90 does not compile" in output
     assert not (tmp_path / "sm90").exists()
+
+
+def test_kernels_of_few_rows_share_a_step() -> None:
+    """A step holds at most a dozen rows, and the rows of a kernel stand together."""
+    counts = {"a": 5, "b": 7, "c": 30, "d": 1}
+    rows = {
+        f"{kernel} {n}": SimpleNamespace(kernel=f"module:{kernel}")
+        for kernel, count in counts.items()
+        for n in range(count)
+    }
+    steps = build_build._divide(rows)
+    assert [name for part in steps.values() for name in part] == list(rows)
+    sizes = {name: len(part) for name, part in steps.items()}
+    assert sizes == {"a-0": 12, "c-0": 12, "c-12": 12, "c-24": 7}
 
 
 def test_without_ninja_the_error_says_so(

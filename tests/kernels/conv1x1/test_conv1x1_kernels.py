@@ -123,7 +123,7 @@ def test_any_sizes(
     assert max(found.values()) < 1, found
 
 
-@pytest.mark.parametrize("join", [False, True])
+@pytest.mark.parametrize("join", [False, pytest.param(True, marks=pytest.mark.long)])
 def test_programs_that_share_the_tiles_give_the_same(
     join: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -46,6 +46,7 @@ def results(case: Case, given: dict[str, Tensor]) -> list[Tensor]:
     ]
 
 
+@pytest.mark.long
 def test_programs_that_share_the_tiles_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     """However many programs there are; and bits repeat where as many are."""
     case = Case("shared", I=72, O=24, B=1, H=13, W=9)

@@ -10,6 +10,7 @@ from support.helpers import needs_triton, relative_error
 # What issue-sized promises need: float32 against float64 after three convolutions and BatchNorms.
 SINGLE = 1e-5
 NAMES = [case.name for case in CASES]
+LONG = {"coded, keeping some branches", "coded, evaluation", "coded, evaluation, stride 2"}
 
 
 def compare(case: BlockCase, backend: str, dtype: torch.dtype, tolerance: float) -> None:
@@ -28,6 +29,12 @@ def test_in_float64_it_is_the_block_to_rounding(case: BlockCase) -> None:
 
 
 @needs_triton
-@pytest.mark.parametrize("case", CASES, ids=NAMES)
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, id=case.name, marks=pytest.mark.long if case.name in LONG else ())
+        for case in CASES
+    ],
+)
 def test_kernels_in_float32(case: BlockCase) -> None:
     compare(case, "triton", torch.float32, SINGLE)
