@@ -141,13 +141,18 @@ def choose_passes(
     plan = planned(arch, sizes)
     passes = plan.passes if forced else plan.measured
     kernels = f"kernels for {passes.words()}: {plan.reason}"
-    say_once(LOGGER, f"{convolution}, {sizes}, {arch}: {kernels}")
+    # The compiler calls this as it is, so that it may log.
+    _log_once(LOGGER, f"{convolution}, {sizes}, {arch}: {kernels}")
     return passes
 
 
 def say_once(logger: logging.Logger, text: str, level: int = logging.INFO) -> None:
     """Log a sentence the first time that it comes up, and never while a graph is traced."""
-    if torch.compiler.is_compiling() or text in _SAID:
-        return
-    _SAID.add(text)
-    logger.log(level, text)
+    if not torch.compiler.is_compiling():
+        _log_once(logger, text, level)
+
+
+def _log_once(logger: logging.Logger, text: str, level: int = logging.INFO) -> None:
+    if text not in _SAID:
+        _SAID.add(text)
+        logger.log(level, text)

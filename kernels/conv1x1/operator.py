@@ -34,7 +34,7 @@ from .rows import ProductSizes, planned
 
 # The compiler takes the result as it is: before torch 2.14 it follows no frozen dataclass into its
 # text.
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _choose(arch: str, inputs: int, outputs: int, join: bool, forced: bool) -> int:
     """Returns the encoded passes of a weight `[O, I]` that run kernels; `forced` by name."""
     sizes = ProductSizes(inputs, outputs, join)

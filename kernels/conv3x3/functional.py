@@ -23,7 +23,7 @@ from .rows import GroupedSizes, planned
 
 # The compiler takes the result as it is: before torch 2.14 it follows neither a cached class method
 # nor a frozen dataclass into its text.
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _choose(arch: str, channels: int, width: int, stride: int, forced: bool) -> int:
     """Returns the encoded passes of a weight `[N*D, D, 3, 3]` that run kernels."""
     sizes = GroupedSizes(channels // width, width, stride)

@@ -14,8 +14,7 @@ from torch import Tensor
 
 from coded_resnext import CodedLoss, CodedResNeXt, Stage
 from coded_resnext.kernels.conv1x1 import rows as conv1x1_rows
-from coded_resnext.kernels.conv1x1.rows import Plan
-from coded_resnext.kernels.rows import LaunchRow
+from coded_resnext.kernels.rows import ALL_PASSES, LaunchRow, Plan
 from coded_resnext.models.published import (
     published_block,
     published_block_state,
@@ -173,7 +172,7 @@ def test_a_network_by_kernels_compiles_whole(
 
     In evaluation BatchNorm is folded, by kernels of its own.
     """
-    every_pass = Plan("forward input weight", "for this test", measured=True)
+    every_pass = Plan(ALL_PASSES, "for this test", measured=ALL_PASSES)
     monkeypatch.setattr(conv1x1_rows, "OTHERS", every_pass)
     whole, eager = (small_network("triton", drop_branches=0.0).train(training) for _ in range(2))
     compiled = torch.compile(whole, fullgraph=True, backend="aot_eager")

@@ -76,12 +76,9 @@ def test_it_stays_in_its_energy(form: str, backend: str, device: torch.device) -
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("value", SPECIAL)
-@pytest.mark.parametrize("form", ["branch_energy", "expand_from_tiles"])
-def test_in_half_precision(
-    form: str, value: float, dtype: torch.dtype, device: torch.device
-) -> None:
+def test_in_half_precision(value: float, dtype: torch.dtype, device: torch.device) -> None:
     h, weight = one_bad_number(4, 4, value, dtype)
-    energies = FORMS[form](h.to(device), weight.to(device), 4, "triton").cpu()
+    energies = FORMS["branch_energy"](h.to(device), weight.to(device), 4, "triton").cpu()
     expected = branch_energy(h.double(), weight.double(), 4, backend="reference")
     check_alone(energies, expected, 1e-5)
 

@@ -11,6 +11,7 @@ from support.helpers import relative_error
 from support.product_join_cases import BOTH, CASES, Case, activated, by_channel, check_moments
 from torch import Tensor
 
+from coded_resnext.kernels import layout
 from coded_resnext.kernels.conv1x1 import launch as conv1x1_launch
 from coded_resnext.kernels.conv1x1.rows import ProductSizes
 from coded_resnext.kernels.layout import interpreted
@@ -274,7 +275,7 @@ def test_moments_are_never_plain_tf32(allowed: bool, monkeypatch: pytest.MonkeyP
     """Its rounding would be seen in small variances; everything else may have it."""
     rows: list[LaunchRow] = []
     monkeypatch.setattr(LaunchRow, "launch", lambda row, *_: rows.append(row))
-    monkeypatch.setattr(conv1x1_launch, "tf32_allowed", lambda: allowed)
+    monkeypatch.setattr(layout, "tf32_allowed", lambda: allowed)
     results(Case("tf32"), Case("tf32").inputs(torch.float32))
     found = {row.kernel.partition(":")[2]: dict(row.constexprs)["PRECISION"] for row in rows}
     assert found == {
