@@ -12,8 +12,8 @@ from coded_resnext.data.image_folder import find_images, read_image
 from coded_resnext.data.preprocessing import Preprocessing
 from coded_resnext.deploy.early_exit import EXIT_FILE, EarlyExit
 from coded_resnext.deploy.export import (
+    Exportable,
     Heads,
-    Network,
     export_early_exit,
     to_aot_package,
     to_exported_program,
@@ -123,7 +123,7 @@ def _write(arguments: argparse.Namespace, loaded: LoadedModel, folder: Path) -> 
         notes = {"early_exit": EarlyExit.load(criterion).to_dict()}
         out = arguments.out or target / EARLY_EXIT_FOLDER
         return export_early_exit(model, out, opset=arguments.opset, metadata=notes, **options)
-    network: Network = model
+    network: Exportable = model
     name = "network"
     if arguments.heads:
         network, name = Heads(model), "heads"

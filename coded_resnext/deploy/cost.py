@@ -1,4 +1,4 @@
-"""What a network costs: parameters, bytes, multiply-accumulates and time, counted two ways.
+"""The cost of a network: parameters, bytes, multiply-accumulates and time, counted two ways.
 
 Projection skips are counted apart, since the paper's sizes of one-class classifiers leave them out:
 with them a classifier is a larger part of its network than without.
@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
+from coded_resnext.models.block import CodedBottleneck
 from coded_resnext.models.resnext import CodedResNeXt
 from coded_resnext.models.sizes import BlockSizes, halved
 
-from .extract import ExtractedBlock, ExtractedNetwork
+from .extract import ExtractedNetwork
 
 WARM_UP = 3
 
@@ -28,25 +28,25 @@ class Cost:
     """The cost of a network; multiply-accumulates are for one square image."""
 
     parameters: int
-    """Of all tensors that are trained."""
+    """Parameters of all tensors that are trained."""
     projection_parameters: int
-    """Of these, in projection skips and their BatchNorm."""
+    """Parameters of projection skips and their BatchNorm among these."""
     bytes: int
-    """Of all tensors, running statistics and codewords included."""
+    """Bytes of all tensors, running statistics and codewords included."""
     macs: int
     """Multiply-accumulates of convolutions, classifier, and the energies of coded blocks."""
     projection_macs: int
-    """Of these, in projection skips."""
+    """Multiply-accumulates of projection skips among these."""
     macs_per_pass: int
-    """Besides, once for a batch of any size: `Q_n` of (11), unless it is stored."""
+    """Further ones once for a batch of any size: `Q_n` of (11), unless it is stored."""
 
     @property
     def flops(self) -> int:
-        """Floating-point operations for one image: two for each multiply-accumulate."""
+        """The floating-point operations for one image: two for each multiply-accumulate."""
         return 2 * self.macs
 
     def relative_to(self, whole: Cost) -> Share:
-        """This cost as shares of another network's."""
+        """Returns this cost as shares of another network's."""
         return Share(
             parameters=self.parameters / whole.parameters,
             parameters_without_projections=(self.parameters - self.projection_parameters)
@@ -58,7 +58,7 @@ class Cost:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
+        """Returns this as JSON-ready data."""
         return {**vars(self), "flops": self.flops}
 
 
@@ -67,20 +67,23 @@ class Share:
     """A cost as shares of a larger one, 0 to 1."""
 
     parameters: float
-    """By all tensors."""
+    """Share of all parameters."""
     parameters_without_projections: float
-    """As the paper counts."""
+    """Share of the parameters without projection skips, as the paper counts."""
     bytes: float
+    """Share of the bytes."""
     macs: float
+    """Share of all multiply-accumulates."""
     macs_without_projections: float
+    """Share of those without projection skips."""
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
+        """Returns this as JSON-ready data."""
         return dict(vars(self))
 
 
 def network_cost(network: CodedResNeXt | ExtractedNetwork, image_size: int) -> Cost:
-    """Count a network: parameters and bytes from its tensors, multiplications from its sizes.
+    """Counts the cost of a network, multiplications from its sizes and the rest from its tensors.
 
     Args:
         network: whole or cut out.
@@ -94,13 +97,13 @@ def network_cost(network: CodedResNeXt | ExtractedNetwork, image_size: int) -> C
     macs = stem_macs(network, image_size, image_size)
     size = stem_size(network, image_size)
     projection_parameters = projection_macs = per_pass = 0
-    for block, sizes, folded in _blocks(network):
+    for block in network.blocks:
+        assert isinstance(block, CodedBottleneck)
+        sizes = BlockSizes.of(block)
         macs += sizes.macs(size, size) + sizes.projection_macs(size, size)
         projection_macs += sizes.projection_macs(size, size)
-        per_pass += 0 if folded else sizes.macs_per_pass()
-        skip = block.skip
-        assert isinstance(skip, nn.Module)
-        projection_parameters += sum(p.numel() for p in skip.parameters())
+        per_pass += sizes.macs_per_pass() if block.form is None else 0
+        projection_parameters += sum(p.numel() for p in block.skip.parameters())
         size = halved(size, sizes.stride)
     return Cost(
         parameters=sum(p.numel() for p in network.parameters()),
@@ -112,25 +115,8 @@ def network_cost(network: CodedResNeXt | ExtractedNetwork, image_size: int) -> C
     )
 
 
-def closed_parameters(network: CodedResNeXt | ExtractedNetwork) -> int:
-    """The number of parameters by formula, from the sizes alone.
-
-    `stem + sum over blocks of (N D (C_in + 9 D + C) + 2 (2 N D + C) + projection) + head`, with A
-    in place of N where branches were cut out, and one bias in place of two BatchNorm parameters
-    where those are folded in.
-    """
-    stem, head = network.stem[0], network.head
-    assert isinstance(stem, nn.Conv2d)
-    folded = stem.bias is not None
-    kernel = stem.kernel_size[0] * stem.kernel_size[1]
-    count = stem.out_channels * (stem.in_channels * kernel + (1 if folded else 2))
-    for _, sizes, _ in _blocks(network):
-        count += sizes.parameters(folded=folded) + sizes.projection_parameters(folded=folded)
-    return count + head.out_features * (head.in_features + (head.bias is not None))
-
-
 def stem_size(network: CodedResNeXt | ExtractedNetwork, size: int) -> int:
-    """Height or width behind the stem for images of this height or width."""
+    """Returns height or width behind the stem for images of this height or width."""
     stem = network.stem[0]
     assert isinstance(stem, nn.Conv2d)
     size = halved(size, stem.stride[0])
@@ -139,7 +125,7 @@ def stem_size(network: CodedResNeXt | ExtractedNetwork, size: int) -> int:
 
 
 def stem_macs(network: CodedResNeXt | ExtractedNetwork, height: int, width: int) -> int:
-    """Multiply-accumulates of the stem for one image of this height and width."""
+    """Counts the multiply-accumulates of the stem for one image of this height and width."""
     stem = network.stem[0]
     assert isinstance(stem, nn.Conv2d)
     return stem.weight.numel() * halved(height, stem.stride[0]) * halved(width, stem.stride[1])
@@ -148,7 +134,7 @@ def stem_macs(network: CodedResNeXt | ExtractedNetwork, height: int, width: int)
 def measure_latency(
     network: nn.Module, images: torch.Tensor, *, repeats: int = 30, synchronize: bool = True
 ) -> float:
-    """Median time of a pass in evaluation mode, in seconds.
+    """Measures the median time of a pass in evaluation mode, in seconds.
 
     Args:
         network: any module; its mode is left as found.
@@ -177,16 +163,3 @@ def measure_latency(
     finally:
         network.train(was_training)
     return statistics.median(seconds)
-
-
-def _blocks(
-    network: CodedResNeXt | ExtractedNetwork,
-) -> Iterator[tuple[nn.Module, BlockSizes, bool]]:
-    """Every block with its sizes, and whether BatchNorm is folded in."""
-    if isinstance(network, CodedResNeXt):
-        for block in network.blocks:
-            yield block, BlockSizes.of(block), False
-        return
-    for part in network.blocks:
-        assert isinstance(part, ExtractedBlock)
-        yield part, part.sizes, part.folded

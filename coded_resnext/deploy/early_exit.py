@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from coded_resnext.files import read_json, write_atomically
-from coded_resnext.models.block import check_images
+from coded_resnext.models.block import Step, check_images
 from coded_resnext.models.decode import read_class
 from coded_resnext.models.resnext import CodedResNeXt
 from coded_resnext.models.sizes import BlockSizes, halved
@@ -33,14 +33,14 @@ EXIT_FILE = "early_exit.json"
 
 @dataclass(frozen=True)
 class EarlyExit:
-    """When an image leaves: its margin reaches that of the block; two decoders agree if they must.
+    """Says when an image leaves: at a block whose margin it reaches, if its decoders agree.
 
     The margin is the share of a sample's energy in the branches of the nearest codeword, less the
     share in those of the second: `(s_1 - s_2) / N` for the scores `s = Ebar codewords^T`; 0 to 1.
     """
 
     margins: tuple[float | None, ...]
-    """For every coded block the margin that suffices; None where no image leaves."""
+    """The margin that suffices, for every coded block; None where no image leaves."""
     agreement: bool = False
     """Whether the decoder of the coded block before must name the same class."""
     calibration: dict[str, Any] = field(default_factory=dict)
@@ -53,13 +53,13 @@ class EarlyExit:
 
     @classmethod
     def at_margin(cls, model: CodedResNeXt, margin: float, *, agreement: bool = False) -> EarlyExit:
-        """One margin for all coded blocks of a network."""
+        """Makes a criterion with one margin for all coded blocks of a network."""
         return cls((margin,) * len(model.coded_blocks), agreement)
 
     def leaves(
         self, block: int, decoded: Tensor, margin: Tensor, previous: Tensor | None
     ) -> Tensor:
-        """Which samples leave behind a coded block, booleans `[B]`.
+        """Returns which samples leave behind a coded block, booleans `[B]`.
 
         Args:
             block: which coded block, counted from 0.
@@ -73,12 +73,8 @@ class EarlyExit:
         sure = margin >= wanted
         return sure & (decoded == previous) if self.agreement else sure
 
-    def predict(self, model: CodedResNeXt, x: Tensor) -> EarlyPrediction:
-        """As `predict_early`."""
-        return predict_early(model, x, self)
-
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready; `from_dict` reads it back."""
+        """Returns the criterion as JSON-ready data, which `from_dict` reads back."""
         return {
             "format_version": FORMAT_VERSION,
             "margins": list(self.margins),
@@ -88,7 +84,7 @@ class EarlyExit:
 
     @classmethod
     def from_dict(cls, data: Any) -> EarlyExit:
-        """Read what `to_dict` wrote.
+        """Reads what `to_dict` returned.
 
         Raises:
             ValueError: it describes no criterion, or is of another format version.
@@ -107,13 +103,13 @@ class EarlyExit:
         )
 
     def save(self, path: str | Path) -> None:
-        """Write the criterion as JSON."""
+        """Writes the criterion as JSON."""
         text = json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n"
         write_atomically(path, text.encode())
 
     @classmethod
     def load(cls, path: str | Path) -> EarlyExit:
-        """Read what `save` wrote.
+        """Reads what `save` wrote.
 
         Raises:
             ValueError: the file is damaged, or of another format version.
@@ -127,24 +123,24 @@ class EarlyExit:
 
 @dataclass(frozen=True)
 class EarlyPrediction:
-    """What `predict_early` returns, on the device of the model."""
+    """The outcome of `predict_early`, on the device of the model."""
 
     classes: Tensor
-    """`[B]`, class indices."""
+    """The class indices `[B]`."""
     exit_blocks: Tensor
-    """`[B]`, the coded block that decided, counted from 0; L for the classifier at the end."""
+    """The coded block that decided, `[B]`, from 0; L stands for the classifier at the end."""
     macs: Tensor
-    """`[B]`, multiply-accumulates spent on each sample."""
+    """The multiply-accumulates spent on each sample, `[B]`."""
     energies: tuple[Tensor, ...]
-    """For every coded block, `[B, N]`: normalised energies, NaN behind a sample's exit; empty
-    unless asked for."""
+    """Normalised energies `[B, N]` of every coded block, NaN behind a sample's exit; empty unless
+    they were asked for."""
 
 
 @torch.inference_mode()
 def predict_early(
     model: CodedResNeXt, x: Tensor, criterion: EarlyExit, *, return_energies: bool = False
 ) -> EarlyPrediction:
-    """Classify images, each no further than needed.
+    """Classifies images, each no further than needed.
 
     Behind each coded block the samples that pass the criterion take the class of its early decoder
     and leave; the batch shrinks to the others. When none is left the pass ends. Samples that never
@@ -160,7 +156,7 @@ def predict_early(
         ValueError: the network is plain, does not normalise its energies or is in training mode,
             the criterion is for another number of coded blocks, or `x` has the wrong shape.
     """
-    check(model, criterion, x)
+    check_early_exit(model, criterion, x)
     batch = len(x)
     classes = torch.empty(batch, dtype=torch.int64, device=x.device)
     exits = torch.full_like(classes, len(model.coded_blocks))
@@ -170,16 +166,16 @@ def predict_early(
     previous: Tensor | None = None
     spent = exit_macs(model, x.shape[2], x.shape[3])
     index = 0
-    x = model.stem(x)
-    for block in model.blocks:
-        x, energies = block(x)
+    step: Step | None = None
+    for step in model.walk(x):
+        energies = step.energies
         if energies is None:
             continue
         if return_energies:
             kept = energies.new_full((batch, energies.shape[1]), math.nan)
             kept[remaining] = energies
             kept_energies.append(kept)
-        decoded, margin = read_class(energies, block.codewords)
+        decoded, margin = read_class(energies, step.block.codewords)
         leaving = criterion.leaves(index, decoded, margin, previous)
         if bool(leaving.any()):
             gone = remaining[leaving]
@@ -188,11 +184,12 @@ def predict_early(
             remaining = remaining[staying]
             if not len(remaining):
                 break
-            x, decoded = x[staying], decoded[staying]
+            step.map, decoded = step.map[staying], decoded[staying]
         previous = decoded
         index += 1
     else:
-        classes[remaining] = model.head(x.mean((2, 3))).argmax(1)
+        assert step is not None
+        classes[remaining] = model.forward_head(step.map).argmax(1)
         macs[remaining] = spent[-1]
     if return_energies:
         for rest in model.coded_blocks[len(kept_energies) :]:
@@ -201,7 +198,7 @@ def predict_early(
 
 
 def exit_macs(model: CodedResNeXt, height: int, width: int) -> list[int]:
-    """Multiply-accumulates spent on an image that leaves behind each coded block.
+    """Counts the multiply-accumulates spent on an image that leaves behind each coded block.
 
     Decoding is included. The last of the L + 1 numbers is for an image that never leaves.
 
@@ -222,8 +219,10 @@ def exit_macs(model: CodedResNeXt, height: int, width: int) -> list[int]:
     return [*counts, spent + model.head.weight.numel()]
 
 
-def check(model: CodedResNeXt, criterion: EarlyExit | None = None, x: Tensor | None = None) -> None:
-    """Refuse what early exit is not defined for, as `predict_early` says."""
+def check_early_exit(
+    model: CodedResNeXt, criterion: EarlyExit | None = None, x: Tensor | None = None
+) -> None:
+    """Refuses what early exit is not defined for, as `predict_early` says."""
     blocks = len(model.coded_blocks)
     if not blocks:
         raise ValueError(
@@ -247,20 +246,20 @@ def check(model: CodedResNeXt, criterion: EarlyExit | None = None, x: Tensor | N
 
 @dataclass(frozen=True)
 class ExitScores:
-    """What every decoder says about labelled samples: all that a calibration needs."""
+    """The readings of every decoder for labelled samples: all that a calibration needs."""
 
     decoded: Tensor
-    """`[n, L]`, the class that each coded block shows."""
+    """The class that each coded block shows, `[n, L]`."""
     margins: Tensor
-    """`[n, L]`, of these readings."""
+    """The margins of these readings, `[n, L]`."""
     final: Tensor
-    """`[n]`, the class of the classifier."""
+    """The class of the classifier, `[n]`."""
     targets: Tensor
-    """`[n]`, the true class."""
+    """The true class, `[n]`."""
 
     @classmethod
     def joined(cls, parts: Sequence[ExitScores]) -> ExitScores:
-        """The samples of several, such as the held-out parts of a cross-validation."""
+        """Joins the samples of several, such as the held-out parts of a cross-validation."""
         return cls(
             *(
                 torch.cat([getattr(part, name) for part in parts])
@@ -269,7 +268,7 @@ class ExitScores:
         )
 
     def exits(self, criterion: EarlyExit) -> Tensor:
-        """Where every sample leaves, `[n]`: a coded block counted from 0, or L."""
+        """Returns where every sample leaves, `[n]`: a coded block counted from 0, or L."""
         blocks = self.decoded.shape[1]
         exits = torch.full_like(self.final, blocks)
         for block in reversed(range(blocks)):
@@ -281,7 +280,7 @@ class ExitScores:
         return exits
 
     def accuracy(self, criterion: EarlyExit | None = None) -> float:
-        """Share of correct predictions, with early exit or, by default, of the classifier."""
+        """Returns the share of correct predictions, with early exit or of the classifier alone."""
         said = self.final
         if criterion is not None:
             every = torch.cat([self.decoded, self.final[:, None]], 1)
@@ -291,7 +290,7 @@ class ExitScores:
 
 @torch.inference_mode()
 def exit_scores(model: CodedResNeXt, loader: Iterable[tuple[Tensor, Tensor]]) -> ExitScores:
-    """Decode labelled images behind every coded block.
+    """Decodes labelled images behind every coded block.
 
     Args:
         model: with at least one coded block, in evaluation mode.
@@ -301,7 +300,7 @@ def exit_scores(model: CodedResNeXt, loader: Iterable[tuple[Tensor, Tensor]]) ->
     Raises:
         ValueError: the network is plain or in training mode, or the loader has no batch.
     """
-    check(model)
+    check_early_exit(model)
     parameter = next(model.parameters())
     parts = []
     for images, targets in loader:
@@ -321,7 +320,7 @@ def exit_scores(model: CodedResNeXt, loader: Iterable[tuple[Tensor, Tensor]]) ->
 def calibrate(
     scores: ExitScores, max_accuracy_loss: float = 0.001, *, agreement: bool = False
 ) -> EarlyExit:
-    """Choose margins so that early exit costs at most so much accuracy on held-out samples.
+    """Chooses margins so that early exit costs at most so much accuracy on held-out samples.
 
     A sample is lost when the classifier is right about it and the decoder with which it leaves is
     not; samples that early exit gains do not make up for lost ones. From the first coded block on,
@@ -364,7 +363,7 @@ def calibrate(
 
 
 def _lowest_margin(margins: Tensor, eligible: Tensor, lost: Tensor, allowed: int) -> float | None:
-    """The lowest margin of an eligible sample with at most so many lost ones at or above it."""
+    """Returns the lowest margin of an eligible sample with few enough lost ones from it on."""
     worst = margins[lost].sort(descending=True).values
     usable = margins[eligible]
     if len(worst) > allowed:

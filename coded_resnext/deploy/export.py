@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from coded_resnext.data.preprocessing import Preprocessing
-from coded_resnext.models.block import CodedBottleneck
+from coded_resnext.models.block import CodedBottleneck, classify, features
 from coded_resnext.models.decode import read_class
 from coded_resnext.models.resnext import CodedResNeXt
 
-from .early_exit import check
+from .early_exit import check_early_exit
 from .extract import ExtractedClassifier, ExtractedNetwork
 from .onnx_files import check_onnx, require_onnx
 
@@ -33,7 +33,7 @@ FORMAT_VERSION = 1
 
 
 class Heads(nn.Module):
-    """A network with what each of its early decoders says, (9).
+    """A network that also returns what each of its early decoders says, (9).
 
     Args:
         model: with at least one coded block.
@@ -45,10 +45,10 @@ class Heads(nn.Module):
     def __init__(self, model: CodedResNeXt) -> None:
         super().__init__()
         self.model = model.eval()
-        check(model)
+        check_early_exit(model)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Images to logits `[B, K]`, decoded classes `[B, L]` and their margins `[B, L]`."""
+        """Maps images to logits `[B, K]`, decoded classes `[B, L]` and their margins `[B, L]`."""
         logits, energies = self.model(images, return_energies=True)
         read = [
             read_class(value, block.codewords)
@@ -62,40 +62,39 @@ class ExitPart(nn.Module):
     """The layers from behind one coded block to the next, or to the logits.
 
     Args:
-        layers: stem and blocks, the coded one last; or the blocks behind the last coded one.
+        stem: the stem, of the first part.
+        blocks: the blocks, the coded one last; or those behind the last coded one.
         head: the classifier, of the last part.
-        input_shape: of the map that comes in, without the batch.
+        input_shape: the shape of the map that comes in, without the batch.
     """
 
     def __init__(
-        self, layers: Sequence[nn.Module], head: nn.Module | None, input_shape: tuple[int, ...]
+        self,
+        stem: nn.Module | None,
+        blocks: Sequence[CodedBottleneck],
+        head: nn.Module | None,
+        input_shape: tuple[int, ...],
     ) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(layers)
+        self.stem = stem
+        self.blocks = nn.ModuleList(blocks)
         self.head = head
         self.input_shape = input_shape
 
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor, Tensor]:
-        """A map to the logits `[B, K]`; or to the next map, a class `[B]` and a margin `[B]`."""
-        energies: Tensor | None = None
-        for layer in self.layers:
-            if isinstance(layer, CodedBottleneck):
-                x, energies = layer(x)
-            else:
-                x = layer(x)
+        """Maps `x` to the logits `[B, K]`; or to the next map, a class `[B]` and a margin `[B]`."""
+        if self.stem is not None:
+            x = self.stem(x)
+        blocks: Any = list(self.blocks)
+        x, energies = features(blocks, x)
         if self.head is not None:
-            logits: Tensor = self.head(x.mean((2, 3)))
-            return logits
-        assert energies is not None
-        last = self.layers[-1]
-        assert isinstance(last, CodedBottleneck)
-        decoded, margin = read_class(energies, last.codewords)
-        return x, decoded, margin
+            return classify(self.head, x)
+        return x, *read_class(energies[-1], blocks[-1].codewords)
 
 
 @torch.no_grad()
 def exit_parts(model: CodedResNeXt, image_size: int) -> list[ExitPart]:
-    """A network cut behind each coded block: L parts that may decide, and one with the classifier.
+    """Cuts a network behind each coded block: L parts may decide, and one has the classifier.
 
     Args:
         model: with at least one coded block, in evaluation mode; the parts share its weights.
@@ -104,24 +103,22 @@ def exit_parts(model: CodedResNeXt, image_size: int) -> list[ExitPart]:
     Raises:
         ValueError: a plain network, or one in training mode.
     """
-    check(model)
-    groups: list[list[nn.Module]] = [[model.stem]]
+    check_early_exit(model)
+    groups: list[list[CodedBottleneck]] = [[]]
     for block in model.blocks:
         groups[-1].append(block)
         if block.is_coded:
             groups.append([])
     x = torch.zeros(1, model.in_channels, image_size, image_size).to(model.head.weight)
-    parts = []
-    for index, layers in enumerate(groups):
-        is_last = index == len(groups) - 1
-        part = ExitPart(layers, model.head if is_last else None, tuple(x.shape[1:])).eval()
-        parts.append(part)
-        if not is_last:
-            x = part(x)[0]
-    return parts
+    parts: list[ExitPart] = []
+    for blocks in groups[:-1]:
+        stem = None if parts else model.stem
+        parts.append(ExitPart(stem, blocks, None, tuple(x.shape[1:])).eval())
+        x = parts[-1](x)[0]
+    return [*parts, ExitPart(None, groups[-1], model.head, tuple(x.shape[1:])).eval()]
 
 
-Network = CodedResNeXt | ExtractedNetwork | Heads | ExitPart
+Exportable = CodedResNeXt | ExtractedNetwork | Heads | ExitPart
 
 
 @dataclass(frozen=True)
@@ -130,21 +127,21 @@ class Signature:
 
     input_name: str
     input_shape: tuple[int, ...]
-    """Without the batch."""
+    """The shape of the input, without the batch."""
     output_names: tuple[str, ...]
     notes: dict[str, Any]
-    """JSON-ready: kind, classes, threshold, image size, preprocessing."""
+    """Kind, classes, threshold, image size and preprocessing, JSON-ready."""
 
     def example(self, batch: int, like: Tensor) -> Tensor:
-        """Noise for so many samples, in the dtype of a tensor and on its device."""
+        """Draws noise for so many samples, in the dtype of a tensor and on its device."""
         generator = torch.Generator().manual_seed(0)
         return torch.randn(batch, *self.input_shape, generator=generator).to(like)
 
 
 def signature(
-    network: Network, image_size: int | None, preprocessing: Preprocessing | None
+    network: Exportable, image_size: int | None, preprocessing: Preprocessing | None
 ) -> Signature:
-    """The signature of a network under the rules of `export.to_exported_program`.
+    """Returns the signature of a network under the rules of `to_exported_program`.
 
     Raises:
         ValueError: the image size is not positive.
@@ -190,16 +187,16 @@ __all__ = [
     "to_onnx",
 ]
 
-Exported = TypeVar("Exported", bound=Network)
+Exported = TypeVar("Exported", bound=Exportable)
 
 
 def to_exported_program(
-    network: Network,
+    network: Exportable,
     *,
     image_size: int | None = None,
     preprocessing: Preprocessing | None = None,
 ) -> ExportedProgram:
-    """A network as a `torch.export` program in evaluation mode, with weights of its own.
+    """Returns a network as a `torch.export` program in evaluation mode, with its own weights.
 
     Args:
         network: a whole network, one that was cut out, or `Heads(model)`, which also gives what the
@@ -230,7 +227,7 @@ def to_exported_program(
 
 
 def to_onnx(
-    network: Network,
+    network: Exportable,
     path: str | Path,
     *,
     image_size: int | None = None,
@@ -238,7 +235,7 @@ def to_onnx(
     opset: int = OPSET,
     metadata: dict[str, Any] | None = None,
 ) -> Path:
-    """Write a network as an ONNX file that agrees with it at batches of 1, 2 and 7.
+    """Writes a network as an ONNX file that agrees with it at batches of 1, 2 and 7.
 
     Args:
         network, image_size, preprocessing: as for `to_exported_program`; the weights in float32.
@@ -290,7 +287,7 @@ def export_early_exit(
     opset: int = OPSET,
     metadata: dict[str, Any] | None = None,
 ) -> list[Path]:
-    """Write a network as ONNX files that end behind its coded blocks: `part-0.onnx`, ..
+    """Writes a network as ONNX files that end behind its coded blocks: `part-0.onnx`, ..
 
     Each takes the map of the one before, the first the images, and gives its own map with the class
     that its energies show and the margin of that reading; the last gives the logits. A program
@@ -320,13 +317,13 @@ def export_early_exit(
 
 
 def to_aot_package(
-    network: Network,
+    network: Exportable,
     path: str | Path,
     *,
     image_size: int | None = None,
     preprocessing: Preprocessing | None = None,
 ) -> Path:
-    """Compile a network with AOTInductor for the device it is on.
+    """Compiles a network with AOTInductor for the device it is on.
 
     Args:
         network, image_size, preprocessing: as for `to_exported_program`.
@@ -351,7 +348,7 @@ def to_aot_package(
 
 
 def _frozen(network: Exported) -> Exported:
-    """A copy in evaluation mode that is made of PyTorch's own operations."""
+    """Returns a copy in evaluation mode that is made of PyTorch's own operations."""
     network = copy.deepcopy(network)
     network.eval().requires_grad_(False)
     for module in network.modules():

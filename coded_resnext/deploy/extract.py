@@ -7,20 +7,21 @@ gone, as are the classifier's other rows. Stem, plain blocks and skip connection
 
 from __future__ import annotations
 
+import copy
 import difflib
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from coded_resnext.kernels.coded.gram import branch_grams
-from coded_resnext.kernels.coded.reference import is_dead
+from coded_resnext.kernels.coded.gram import branch_forms, split_weight
 from coded_resnext.kernels.layout import accumulation_dtype
-from coded_resnext.models.block import CodedBottleneck, check_images
-from coded_resnext.models.resnext import CodedResNeXt, Stem
+from coded_resnext.models.block import CodedBottleneck, check_images, classify, features
+from coded_resnext.models.fused.norm import fold
+from coded_resnext.models.resnext import CodedResNeXt, Stem, make_stem
 from coded_resnext.models.sizes import BlockSizes
 
 
@@ -37,104 +38,47 @@ class ExtractedConfig:
     blocks: tuple[BlockSizes, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready; `from_dict` reads it back."""
+        """Returns the architecture as JSON-ready data, which `from_dict` reads back."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> ExtractedConfig:
-        """Read what `to_dict` wrote."""
+        """Reads what `to_dict` returned."""
         return cls(**{**data, "blocks": tuple(BlockSizes(**block) for block in data["blocks"])})
 
 
-def convolution(
-    in_channels: int,
-    channels: int,
-    kernel: int,
-    *,
-    stride: int = 1,
-    groups: int = 1,
-    folded: bool,
-) -> nn.Sequential:
-    """A convolution with its BatchNorm, or with the bias that is left when that is folded in."""
-    conv = nn.Conv2d(in_channels, channels, kernel, stride, kernel // 2, groups=groups, bias=folded)
-    return nn.Sequential(conv) if folded else nn.Sequential(conv, nn.BatchNorm2d(channels))
+class PixelPicker(nn.Conv2d):
+    """A 1x1 convolution that first takes the pixels that its stride reads.
 
-
-class ExtractedBlock(nn.Module):
-    """A bottleneck block with the kept branches only; energies are still divided by the whole N.
-
-    Args:
-        sizes: of the block, with the branches that are kept.
-        folded: BatchNorm is folded into the convolutions. The energies need the expand weights
-            without it, so that their `Q_n` of (11), `[A, D, D]`, is stored.
+    Without a stride it is faster on these than with one on all pixels.
     """
 
-    form: Tensor
-
-    def __init__(self, sizes: BlockSizes, *, folded: bool) -> None:
-        super().__init__()
-        self.sizes, self.folded = sizes, folded
-        wide, channels = sizes.wide, sizes.channels
-        self.reduce = convolution(sizes.in_channels, wide, 1, folded=folded)
-        self.grouped = convolution(
-            wide, wide, 3, stride=sizes.stride, groups=sizes.branches, folded=folded
-        )
-        self.expand = convolution(wide, channels, 1, folded=folded)
-        self.skip: nn.Module = nn.Identity()
-        if sizes.has_projection and sizes.skip_rank is not None:
-            self.skip = nn.Sequential(
-                nn.Conv2d(sizes.in_channels, sizes.skip_rank, 1, bias=False),
-                nn.Conv2d(sizes.skip_rank, channels, 1),
-            )
-        elif sizes.has_projection:
-            self.skip = convolution(sizes.in_channels, channels, 1, folded=folded)
-        if folded and sizes.is_coded:
-            self.register_buffer("form", torch.zeros(sizes.branches, sizes.width, sizes.width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """`[B, C_in, H_in, W_in]` to `[B, C, H, W]`."""
-        h = F.relu(self.reduce(x), inplace=True)
-        h = F.relu(self.grouped(h), inplace=True)
-        if self.sizes.is_coded:
-            # Autocast would take the energies to half precision.
-            if torch.is_autocast_enabled(h.device.type):
-                with torch.autocast(h.device.type, enabled=False):
-                    h = self._normalize(h)
-            else:
-                h = self._normalize(h)
-        # In place: a further tensor of this size costs as much as a small convolution.
-        y = self.expand(h)
-        stride = self.sizes.stride
-        # A 1x1 convolution with a stride is slower than without one on the pixels that it reads.
-        y += self.skip(x if stride == 1 else x[:, :, ::stride, ::stride])
-        return F.relu(y, inplace=True)
-
-    def _normalize(self, h: Tensor) -> Tensor:
-        """`h / sqrt(M)` by (3) and (11), or 0 for a sample without energy."""
-        sizes = self.sizes
-        assert sizes.normalized_by is not None
-        wide = h.to(accumulation_dtype(h.dtype))
-        expand = self.expand[0]
-        assert isinstance(expand, nn.Conv2d)
-        form = self.form if self.folded else branch_form(expand.weight, sizes.branches)
-        energy = branch_grams(wide, sizes.branches).flatten(1) @ form.to(wide.dtype).view(-1, 1)
-        count = sizes.channels * h.shape[2] * h.shape[3] * sizes.normalized_by
-        # Rounding must not make the sum of squares negative.
-        mean = energy.clamp_min(0) / count
-        dead = is_dead(mean)
-        scale = torch.where(dead, 0.0, torch.where(dead, 1.0, mean).rsqrt())
-        return (wide * scale[:, :, None, None]).to(h.dtype)
-
-    def extra_repr(self) -> str:
-        of = self.sizes.normalized_by
-        return f"branches={self.sizes.branches}" + (f" of {of}" if of else ", plain")
+    def forward(self, input: Tensor) -> Tensor:
+        """Maps `[B, C_in, H_in, W_in]` to `[B, C, H, W]`."""
+        down, right = self.stride
+        return F.conv2d(input[:, :, ::down, ::right], self.weight, self.bias)
 
 
-def branch_form(expand_weight: Tensor, branches: int) -> Tensor:
-    """`Q_n = W_n^T W_n` of (11): `[C, A*D, 1, 1]` to `[A, D, D]`, in float32 at least."""
-    weight = expand_weight.to(accumulation_dtype(expand_weight.dtype))
-    per_branch = weight.reshape(weight.shape[0], branches, -1).transpose(0, 1)
-    return torch.bmm(per_branch.transpose(1, 2), per_branch)
+def make_block(sizes: BlockSizes) -> CodedBottleneck:
+    """Makes a block of these sizes, with fresh weights: it has the kept branches only.
+
+    Its energies are still divided by the branches of the whole block.
+    """
+    block = CodedBottleneck(
+        sizes.in_channels,
+        sizes.channels,
+        sizes.width,
+        sizes.branches,
+        stride=sizes.stride,
+        normalized_by=sizes.normalized_by,
+        backend="torch",
+    )
+    rank, stride = sizes.skip_rank, sizes.stride
+    if rank or stride > 1:
+        first = PixelPicker(sizes.in_channels, rank or sizes.channels, 1, stride, bias=False)
+        second = nn.BatchNorm2d(sizes.channels)
+        block.skip = nn.Sequential(first, nn.Conv2d(rank, sizes.channels, 1) if rank else second)
+    return block
 
 
 class ExtractedNetwork(nn.Module):
@@ -156,37 +100,23 @@ class ExtractedNetwork(nn.Module):
             raise ValueError("class_names: expected at least one class, got none")
         self.config = config
         self.class_names = tuple(class_names)
-        small = config.stem == "conv3x3"
-        layers = convolution(
-            config.in_channels,
-            config.stem_channels,
-            3 if small else 7,
-            stride=1 if small else 2,
-            folded=config.folded,
-        )
-        layers.append(nn.ReLU(inplace=True))
-        if not small:
-            layers.append(nn.MaxPool2d(3, 2, 1))
-        self.stem = layers
-        self.blocks = nn.ModuleList(
-            ExtractedBlock(sizes, folded=config.folded) for sizes in config.blocks
-        )
+        self.stem = make_stem(config.stem, config.in_channels, config.stem_channels)
+        self.blocks = nn.ModuleList(make_block(sizes) for sizes in config.blocks)
         self.head = nn.Linear(
             config.blocks[-1].channels, len(self.class_names), bias=config.head_bias
         )
+        if config.folded:
+            _fold_batch_norm(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images `[B, in_channels, H, W]` to the logits `[B, len(class_names)]`.
+        """Maps images `[B, in_channels, H, W]` to the logits `[B, len(class_names)]`.
 
         Raises:
             ValueError: `x` has the wrong rank or channels, or no samples.
         """
         check_images(x, self.config.in_channels)
-        x = self.stem(x)
-        for block in self.blocks:
-            x = block(x)
-        logits: Tensor = self.head(x.mean((2, 3)))
-        return logits
+        blocks: Any = list(self.blocks)
+        return classify(self.head, features(blocks, self.stem(x))[0])
 
 
 class ExtractedClassifier(ExtractedNetwork):
@@ -217,12 +147,12 @@ class ExtractedClassifier(ExtractedNetwork):
         return self.class_names[0]
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images `[B, in_channels, H, W]` to the logits `[B]` of the class."""
+        """Maps images `[B, in_channels, H, W]` to the logits `[B]` of the class."""
         return super().forward(x)[:, 0]
 
     @torch.no_grad()
     def predict(self, x: Tensor) -> Tensor:
-        """Whether the images `[B, in_channels, H, W]` are of the class, booleans `[B]`.
+        """Returns whether the images `[B, in_channels, H, W]` are of the class, booleans `[B]`.
 
         Raises:
             ValueError: the classifier has no threshold.
@@ -235,11 +165,11 @@ class ExtractedClassifier(ExtractedNetwork):
         return logits >= self.threshold
 
 
-Network = TypeVar("Network", bound=ExtractedNetwork)
+Extracted = TypeVar("Extracted", bound=ExtractedNetwork)
 
 
 def class_index(class_names: Sequence[str], wanted: int | str) -> int:
-    """The index of a class that is given by its name or index.
+    """Returns the index of a class that is given by its name or index.
 
     Raises:
         ValueError: there is no such class; the message has the names that come nearest.
@@ -268,7 +198,7 @@ def extract_classifier(
     fold_batch_norm: bool = False,
     skip_rank: float | None = None,
 ) -> ExtractedClassifier:
-    """Cut out the classifier of one class.
+    """Cuts out the classifier of one class.
 
     Its logit is `model(x, keep=c)[:, c]` of the network in evaluation mode: energies are divided by
     the mean over the N branches of the whole block, (3). The weights are copies.
@@ -290,11 +220,11 @@ def extract_classifier(
             blocks, an ablation (concatenation, no normalisation), or a rank outside its range.
     """
     index = class_index(model.class_names, class_index_or_name)
-    config = _config(model, [index], fold_batch_norm, skip_rank)
+    config = _config(model, [index], skip_rank)
     # Without storage, since every tensor is about to be filled.
     with torch.device("meta"):
         network = ExtractedClassifier(config, [model.class_names[index]], threshold)
-    return _fill(network, model, [index])
+    return _fill(network, model, [index], fold_batch_norm)
 
 
 def extract_subset(
@@ -304,7 +234,7 @@ def extract_subset(
     fold_batch_norm: bool = False,
     skip_rank: float | None = None,
 ) -> ExtractedNetwork:
-    """Cut out the network of several classes: it has the branches that work for any of them.
+    """Cuts out the network of several classes: it has the branches that work for any of them.
 
     Its logits are columns of the masked network's, with those unions as the masks. With all classes
     it is the whole network, on which BatchNorm can be folded and skips be thinned likewise.
@@ -322,24 +252,24 @@ def extract_subset(
     indices = [class_index(model.class_names, wanted) for wanted in classes]
     if not indices or len(set(indices)) != len(indices):
         raise ValueError(f"classes: expected one or more, each once, got {list(classes)}")
-    config = _config(model, indices, fold_batch_norm, skip_rank)
+    config = _config(model, indices, skip_rank)
     names = [model.class_names[index] for index in indices]
     with torch.device("meta"):
         network = ExtractedNetwork(config, names)
-    return _fill(network, model, indices)
+    return _fill(network, model, indices, fold_batch_norm)
 
 
 def kept_branches(block: CodedBottleneck, classes: Sequence[int]) -> Tensor:
-    """The branches of a block that work for any of the classes, ascending, `[A]`; all if plain."""
+    """Returns the branches that work for any of the classes, ascending, `[A]`; all if plain."""
     if not block.is_coded:
         return torch.arange(block.branches)
     return block.codewords[list(classes)].any(0).nonzero().flatten().cpu()
 
 
 def _config(
-    model: CodedResNeXt, classes: Sequence[int], folded: bool, skip_rank: float | None
+    model: CodedResNeXt, classes: Sequence[int], skip_rank: float | None
 ) -> ExtractedConfig:
-    """The architecture of what is cut out."""
+    """Returns the architecture of what is cut out, before BatchNorm is folded."""
     if not all(block.normalize for block in model.coded_blocks):
         raise ValueError("model: expected one with energy normalisation, got the ablation without")
     if not model.coded_blocks:
@@ -356,29 +286,20 @@ def _config(
     sizes = []
     for block in model.blocks:
         whole = BlockSizes.of(block)
-        sizes.append(
-            BlockSizes(
-                in_channels=whole.in_channels,
-                channels=whole.channels,
-                width=whole.width,
-                branches=len(kept_branches(block, classes)),
-                stride=whole.stride,
-                normalized_by=whole.normalized_by,
-                skip_rank=_rank(whole, skip_rank),
-            )
-        )
+        branches = len(kept_branches(block, classes))
+        sizes.append(replace(whole, branches=branches, skip_rank=_rank(whole, skip_rank)))
     return ExtractedConfig(
         stem=model.config["stem"],
         stem_channels=model.config["stem_channels"],
         in_channels=model.config["in_channels"],
         head_bias=model.config["head_bias"],
-        folded=folded,
+        folded=False,
         blocks=tuple(sizes),
     )
 
 
 def _rank(sizes: BlockSizes, share: float | None) -> int | None:
-    """The rank of a thinned skip; None where there is none, or where it would not be smaller."""
+    """Returns the rank of a thinned skip; None where it would not be smaller, or there is none."""
     if share is None or not sizes.has_projection:
         return None
     rank = max(1, round(share * min(sizes.in_channels, sizes.channels)))
@@ -387,73 +308,91 @@ def _rank(sizes: BlockSizes, share: float | None) -> int | None:
 
 
 @torch.no_grad()
-def _fill(network: Network, model: CodedResNeXt, classes: Sequence[int]) -> Network:
-    """Give the network that was cut out the weights of the model."""
+def _fill(
+    network: Extracted, model: CodedResNeXt, classes: Sequence[int], fold_batch_norm: bool
+) -> Extracted:
+    """Gives the network that was cut out the weights of the model."""
     like = model.head.weight
     network.to(like.dtype).to_empty(device=like.device)
-    _copy(network.stem, model.stem[0], model.stem[1])
+    _load(network.stem, model.stem, model.stem.state_dict())
     for target, block in zip(network.blocks, model.blocks, strict=True):
-        assert isinstance(target, ExtractedBlock)
-        branches = kept_branches(block, classes)
-        offsets = torch.arange(block.width)
-        kept = (branches[:, None] * block.width + offsets).flatten().to(block.expand.weight.device)
-        _copy(target.reduce, block.reduce, block.reduce_bn, rows=kept)
-        _copy(target.grouped, block.grouped, block.grouped_bn, rows=kept)
-        _copy(target.expand, block.expand, block.expand_bn, columns=kept)
-        if target.folded and block.is_coded:
-            target.form.copy_(branch_form(block.expand.weight[:, kept], len(branches)))
-        if target.sizes.skip_rank is not None:
+        assert isinstance(target, CodedBottleneck)
+        _load(target, block, _sliced(block, kept_branches(block, classes)))
+        if BlockSizes.of(target).skip_rank is not None:
             _factorise(target.skip, block.skip)
-        elif target.sizes.has_projection:
-            assert isinstance(block.skip, nn.Sequential)
-            _copy(target.skip, block.skip[0], block.skip[1])
     network.head.weight.copy_(model.head.weight[list(classes)])
     if model.head.bias is not None:
         network.head.bias.copy_(model.head.bias[list(classes)])
+    if fold_batch_norm:
+        _fold_batch_norm(network)
     return network.eval()
 
 
-def _copy(
-    target: nn.Module,
-    conv: nn.Module,
-    norm: nn.Module,
-    *,
-    rows: Tensor | None = None,
-    columns: Tensor | None = None,
-) -> None:
-    """Copy a convolution and its BatchNorm, or some rows or columns, folding if the target is."""
-    assert isinstance(target, nn.Sequential)
-    assert isinstance(conv, nn.Conv2d)
-    assert isinstance(norm, nn.BatchNorm2d)
-    into = target[0]
-    assert isinstance(into, nn.Conv2d)
-    every = slice(None)
-    out, of = every if rows is None else rows, every if columns is None else columns
-    if into.bias is not None:
-        weight, bias = fold(conv, norm)
-        into.weight.copy_(weight[out][:, of])
-        into.bias.copy_(bias[out])
-        return
-    into.weight.copy_(conv.weight[out][:, of])
-    into_norm = target[1]
-    assert isinstance(into_norm, nn.BatchNorm2d)
-    into_norm.eps, into_norm.momentum = norm.eps, norm.momentum
-    for name, value in norm.state_dict().items():
-        into_norm.state_dict()[name].copy_(value[out] if value.ndim else value)
+def _sliced(block: CodedBottleneck, branches: Tensor) -> dict[str, Tensor]:
+    """Returns the state of a block with the channels of these branches alone."""
+    channels = branches[:, None] * block.width + torch.arange(block.width)
+    kept = channels.flatten().to(block.expand.weight.device)
+    state = {}
+    for name, value in block.state_dict().items():
+        layer = name.split(".")[0]
+        if layer in ("reduce", "reduce_bn", "grouped", "grouped_bn") and value.ndim:
+            value = value[kept]
+        elif layer == "expand":
+            value = value[:, kept]
+        if layer != "codewords":
+            state[name] = value
+    return state
 
 
-def fold(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
-    """Weight and bias, in float64, of the convolution that does what both do in evaluation."""
-    mean, variance = norm.running_mean, norm.running_var
-    assert mean is not None
-    assert variance is not None
-    gain = norm.weight.double() / (variance.double() + norm.eps).sqrt()
-    weight = conv.weight.double() * gain[:, None, None, None]
-    return weight, norm.bias.double() - mean.double() * gain
+def _load(target: nn.Module, source: nn.Module, state: dict[str, Tensor]) -> None:
+    """Copies a state and the settings of BatchNorm layers; a thinned skip is left as it is."""
+    thinned = isinstance(target, CodedBottleneck) and BlockSizes.of(target).skip_rank is not None
+    if thinned:
+        state = {name: value for name, value in state.items() if not name.startswith("skip.")}
+    target.load_state_dict(state, strict=not thinned)
+    for name, layer in target.named_modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            other: Any = source.get_submodule(name)
+            layer.eps, layer.momentum = other.eps, other.momentum
+
+
+@torch.no_grad()
+def _fold_batch_norm(network: ExtractedNetwork) -> None:
+    """Folds every BatchNorm into its convolution, in place."""
+    network.config = replace(network.config, folded=True)
+    _fold_first(network.stem)
+    for block in network.blocks:
+        assert isinstance(block, CodedBottleneck)
+        if block.is_coded:
+            weight = split_weight(block.expand.weight, block.branches, concatenate=False)
+            form = branch_forms(weight, accumulation_dtype(weight.dtype))
+            block.form = form.to(weight.dtype)
+        for name in ("reduce", "grouped", "expand"):
+            conv, norm = getattr(block, name), getattr(block, f"{name}_bn")
+            setattr(block, name, _folded(conv, norm))
+            setattr(block, f"{name}_bn", nn.Identity())
+        if isinstance(block.skip, nn.Sequential):
+            _fold_first(block.skip)
+
+
+def _fold_first(layers: nn.Sequential) -> None:
+    """Folds the BatchNorm that follows the first convolution, if one does."""
+    if isinstance(layers[1], nn.BatchNorm2d):
+        layers[0] = _folded(layers[0], layers[1])
+        del layers[1]
+
+
+def _folded(conv: Any, norm: Any) -> nn.Conv2d:
+    """Returns a convolution that does what both do in evaluation; its weights are rounded once."""
+    both: nn.Conv2d = copy.deepcopy(conv)
+    weight, bias = fold(conv, norm, torch.float64)
+    both.weight = nn.Parameter(weight.to(conv.weight.dtype))
+    both.bias = nn.Parameter(bias.to(conv.weight.dtype))
+    return both
 
 
 def _factorise(target: nn.Module, skip: nn.Module) -> None:
-    """Fill two thin convolutions with the best approximation of a projection skip.
+    """Fills two thin convolutions with the best approximation of a projection skip.
 
     Truncating the singular values of the weight with BatchNorm folded in is the best in the sum of
     squared weights for its rank.
@@ -463,7 +402,7 @@ def _factorise(target: nn.Module, skip: nn.Module) -> None:
     conv, norm = skip[0], skip[1]
     assert isinstance(conv, nn.Conv2d)
     assert isinstance(norm, nn.BatchNorm2d)
-    weight, bias = fold(conv, norm)
+    weight, bias = fold(conv, norm, torch.float64)
     first, second = target[0], target[1]
     assert isinstance(first, nn.Conv2d)
     assert isinstance(second, nn.Conv2d)

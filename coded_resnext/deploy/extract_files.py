@@ -14,9 +14,9 @@ import torch
 from coded_resnext.data.preprocessing import Preprocessing
 from coded_resnext.files import write_atomically
 from coded_resnext.models.checkpoint import (
-    FORMAT_VERSION,
     UNFIT,
     check_tensors,
+    check_version,
     read_tensors,
     write_tensors,
 )
@@ -24,23 +24,26 @@ from coded_resnext.models.resnext import CodedResNeXt
 
 from .extract import ExtractedClassifier, ExtractedConfig, ExtractedNetwork, extract_classifier
 
+FORMAT_VERSION = 2
+INDEX_VERSION = 1
 KIND = "extracted"
 INDEX_FILE = "index.json"
 
 
 @dataclass(frozen=True)
 class LoadedExtract:
-    """What the file of a cut-out network holds."""
+    """The content of the file of a cut-out network."""
 
     network: ExtractedNetwork
-    """An `ExtractedClassifier` when it is one of one class; in evaluation mode."""
+    """The network in evaluation mode, an `ExtractedClassifier` when it is one of one class."""
     preprocessing: Preprocessing | None
+    """How images become its input; None when the file does not say so."""
 
 
 def save_extracted(
     path: str | Path, network: ExtractedNetwork, *, preprocessing: Preprocessing | None = None
 ) -> None:
-    """Write a cut-out network; an older file stays until this is complete.
+    """Writes a cut-out network; an older file stays until this is complete.
 
     Args:
         path: the file.
@@ -61,7 +64,7 @@ def save_extracted(
 
 
 def load_extracted(path: str | Path) -> LoadedExtract:
-    """Read what `save_extracted` wrote; nothing in the file is executed.
+    """Reads what `save_extracted` wrote; nothing in the file is executed.
 
     Raises:
         FileNotFoundError: no such file.
@@ -70,6 +73,9 @@ def load_extracted(path: str | Path) -> LoadedExtract:
     description, state = read_tensors(path)
     if description.get("kind") != KIND:
         raise ValueError(f"{path}: expected a cut-out classifier, got a whole network")
+    check_version(path, description, (1, FORMAT_VERSION))
+    if description["format_version"] == 1:
+        state = {_name_since_version_2(name): value for name, value in state.items()}
     try:
         config = ExtractedConfig.from_dict(description["config"])
         names = description["class_names"]
@@ -89,8 +95,17 @@ def load_extracted(path: str | Path) -> LoadedExtract:
     return LoadedExtract(network.eval(), preprocessing)
 
 
+def _name_since_version_2(name: str) -> str:
+    """Returns today's name of a tensor of version 1, where a pair of layers was a sequence."""
+    match = re.fullmatch(r"(blocks\.\d+\.(?:reduce|grouped|expand))\.([01])\.(\w+)", name)
+    if match is None:
+        return name
+    layer, place, tensor = match.groups()
+    return f"{layer}.{tensor}" if place == "0" else f"{layer}_bn.{tensor}"
+
+
 def file_name(index: int, class_name: str) -> str:
-    """The default file name of a class's classifier: its index, and what the name has of ASCII."""
+    """Returns the default file name of a classifier: its index and the ASCII part of its name."""
     slug = re.sub(r"[^A-Za-z0-9]+", "-", class_name).strip("-").lower()[:40]
     stem = f"class-{index}" if slug in ("", str(index)) else f"class-{index}-{slug}"
     return f"{stem}.safetensors"
@@ -106,7 +121,7 @@ def extract_all(
     skip_rank: float | None = None,
     report: Callable[[int, int], None] | None = None,
 ) -> Path:
-    """Cut out the classifiers of all classes and write them to a folder with an index.
+    """Cuts out the classifiers of all classes and writes them to a folder with an index.
 
     Args:
         model: as for `extract_classifier`.
@@ -152,7 +167,7 @@ def extract_all(
         )
         if report is not None:
             report(index + 1, model.num_classes)
-    content = {"format_version": FORMAT_VERSION, "classifiers": rows}
+    content = {"format_version": INDEX_VERSION, "classifiers": rows}
     index_path = folder / INDEX_FILE
     write_atomically(index_path, (json.dumps(content, indent=1, allow_nan=False) + "\n").encode())
     return index_path

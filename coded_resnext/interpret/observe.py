@@ -259,31 +259,30 @@ def batches(model: CodedResNeXt, loader: Loader, activity: str) -> Iterator[tupl
 
 
 def trunk(model: CodedResNeXt, images: Tensor) -> Tensor:
-    """The input of the first coded block."""
-    x: Tensor = model.stem(images)
-    for block in model.blocks:
-        if block.is_coded:
-            break
-        x, _ = block(x)
-    return x
+    """Returns the input of the first coded block."""
+    return model.features(images, stop=_position(model, 0) if model.coded_blocks else None)[0]
 
 
 def coded_inputs(model: CodedResNeXt, x: Tensor) -> list[Tensor]:
-    """The inputs of all coded blocks, from that of the first one; to `resume` from."""
-    inputs = []
-    for block in model.blocks[model.blocks.index(model.coded_blocks[0]) :]:
+    """Returns the inputs of all coded blocks, from that of the first one; to `resume` from."""
+    first, last = _position(model, 0), _position(model, -1)
+    inputs = [x]
+    following = model.blocks[first + 1 :]
+    for step, block in zip(model.walk(x, start=first, stop=last), following, strict=False):
         if block.is_coded:
-            inputs.append(x)
-        if len(inputs) == len(model.coded_blocks):
-            break
-        x, _ = block(x)
+            inputs.append(step.map)
     return inputs
+
+
+def _position(model: CodedResNeXt, coded_block: int) -> int:
+    """Returns the index of a coded block among all blocks."""
+    return model.blocks.index(model.coded_blocks[coded_block])
 
 
 def resume(
     model: CodedResNeXt, x: Tensor, start: int, keep_masks: Sequence[Tensor | None]
 ) -> Tensor:
-    """The logits of a network that goes on from the input of one of its coded blocks.
+    """Returns the logits of a network that goes on from the input of one of its coded blocks.
 
     This equals `model(images, keep=...)` at a fraction of the cost when many masks are tried on
     the same images.
@@ -303,16 +302,9 @@ def resume(
 def resume_with_energies(
     model: CodedResNeXt, x: Tensor, start: int, keep_masks: Sequence[Tensor | None]
 ) -> tuple[Tensor, list[Tensor]]:
-    """As `resume`; besides the logits the energies `[B, N]` of the coded blocks from `start` on."""
-    masks = iter(keep_masks)
-    all_energies = []
-    for block in model.blocks[model.blocks.index(model.coded_blocks[start]) :]:
-        if block.is_coded:
-            x, energies = block(x, keep_mask=next(masks))
-            all_energies.append(energies)
-        else:
-            x, _ = block(x)
-    return model.head(x.mean((2, 3))), all_energies
+    """Does as `resume`, and also returns the energies `[B, N]` of the coded blocks on the way."""
+    x, energies = model.features(x, keep_masks, start=_position(model, start))
+    return model.forward_head(x), energies
 
 
 def with_progress(loader: Iterable[Item], activity: str, unit: str = "batch") -> Iterable[Item]:

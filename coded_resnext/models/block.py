@@ -6,6 +6,8 @@ Letters as in docs/math.md: B samples, N branches of width D, C output channels,
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,7 +16,9 @@ from torch import Tensor, nn
 
 from coded_resnext.codebooks.codebook import Codebook
 from coded_resnext.kernels import Aggregation, Backend, coded_aggregate, select_backend
-from coded_resnext.kernels.coded.gram import unnormalized_aggregate
+from coded_resnext.kernels.checks import checked_mask
+from coded_resnext.kernels.coded import gram
+from coded_resnext.kernels.layout import accumulation_dtype
 from coded_resnext.models.fused.block import fused_block, is_fused
 from coded_resnext.models.fused.values import Map, like, ready
 
@@ -36,7 +40,7 @@ class DropSubNNs(nn.Module):
         self.p = float(p)
 
     def forward(self, batch: int, branches: int, like: Tensor) -> Tensor | None:
-        """A mask `[batch, branches]` of 0 and `1 / (1 - p)`, or None where nothing is dropped.
+        """Draws a mask `[batch, branches]` of 0 and `1 / (1 - p)`; None where nothing is dropped.
 
         The mask is drawn on the device of `like` from PyTorch's default generator, in float32, or
         in float64 when `like` is.
@@ -70,14 +74,24 @@ class CodedBottleneck(nn.Module):
         aggregation: `"sum"`, or `"concat"`, the ablation of the paper's talk; a plain block sums.
         normalize: whether energies are normalised, (3)-(4); without it, an ablation, the branches
             are summed as they are and the block returns the energies (2).
+        normalized_by: for a block that was cut out of a coded one (deploy/extract.py) and has only
+            some of its branches, but no codebook: the number `N` of branches of the whole block, by
+            which the mean energy (3) is still divided.
         backend: implementation of the coded operation, see `coded_resnext.kernels`.
 
     Raises:
-        ValueError: a size is not positive, the codebook has another number of branches, or
-            `channels` is not divisible by the branches that are to be concatenated.
+        ValueError: a size is not positive, the codebook has another number of branches,
+            `channels` is not divisible by the branches that are to be concatenated, or
+            `normalized_by` does not fit.
+
+    Attributes:
+        normalized_by: the number of branches that the mean energy is over; None for a plain block.
+        form: None, or `Q_n [N, D, D]` of (11) in a block whose last BatchNorm is folded into its
+            convolution, which then no longer tells the energies.
     """
 
     codewords: Tensor
+    form: Tensor | None
 
     def __init__(
         self,
@@ -91,6 +105,7 @@ class CodedBottleneck(nn.Module):
         drop_branches: float = 0.0,
         aggregation: Aggregation = "sum",
         normalize: bool = True,
+        normalized_by: int | None = None,
         backend: Backend = "auto",
     ) -> None:
         super().__init__()
@@ -116,12 +131,18 @@ class CodedBottleneck(nn.Module):
                 f"channels: expected a multiple of {branches} branches to concatenate, "
                 f"got {channels}"
             )
+        if normalized_by is not None and (codebook is not None or normalized_by < branches):
+            raise ValueError(
+                f"normalized_by: expected at least {branches} branches and no codebook, "
+                f"got {normalized_by}"
+            )
         select_backend(backend)
         self.in_channels, self.branches, self.stride = in_channels, branches, stride
         self.width = width
         self.codebook = codebook
         self.aggregation: Aggregation = aggregation
         self.normalize = normalize
+        self.normalized_by = normalized_by if codebook is None else branches
         self.backend: Backend = backend
 
         wide = branches * width
@@ -141,15 +162,16 @@ class CodedBottleneck(nn.Module):
         self.drop = DropSubNNs(drop_branches if codebook is not None else 0.0)
         if codebook is not None:
             self.register_buffer("codewords", codebook.codewords)
+        self.register_buffer("form", None)
         self.reset_parameters()
 
     @property
     def is_coded(self) -> bool:
-        """Whether the block normalises energies and follows a codebook."""
-        return self.codebook is not None
+        """Whether branch outputs are normalised by their energies, by a codebook or cut out."""
+        return self.normalized_by is not None
 
     def reset_parameters(self) -> None:
-        """Kaiming normal by fan-out for every convolution; the last BatchNorm starts at zero.
+        """Draws every convolution, Kaiming normal by fan-out; the last BatchNorm starts at zero.
 
         PyTorch's fan-out does not divide by the groups. The expand convolution of a coded block
         counts as the grouped one that it is, with N*C outputs.
@@ -165,14 +187,14 @@ class CodedBottleneck(nn.Module):
         nn.init.zeros_(self.expand_bn.weight)
 
     def draw_drop_mask(self, x: Tensor) -> Tensor | None:
-        """A DropSubNNs mask `[B, N]` for the samples of `x`, or None where nothing is dropped."""
+        """Draws a DropSubNNs mask `[B, N]` for these samples; None where nothing is dropped."""
         mask: Tensor | None = self.drop(x.shape[0], self.branches, x)
         return mask
 
     def forward(
         self, x: Tensor, *, drop_mask: Tensor | None = None, keep_mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """Apply the block.
+        """Applies the block.
 
         Args:
             x: `[B, C_in, H_in, W_in]`.
@@ -203,19 +225,28 @@ class CodedBottleneck(nn.Module):
             y, energies = self._aggregate(h, drop_mask, keep_mask)
         else:
             y = self.expand(h)
-        return F.relu(self.expand_bn(y) + self.skip(x)), energies
+        y, residual = self.expand_bn(y), self.skip(x)
+        # In place in networks for inference only, where BatchNorm is folded in: another tensor of
+        # this size costs as much as a small convolution.
+        y = y.add_(residual) if isinstance(self.expand_bn, nn.Identity) else y + residual
+        return F.relu(y, inplace=True), energies
 
     def _aggregate(
         self, h: Tensor, drop_mask: Tensor | None, keep_mask: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        if not self.normalize:
-            return unnormalized_aggregate(
+        if not self.normalize or self.normalized_by != self.branches or self.form is not None:
+            accumulate = accumulation_dtype(h.dtype)
+            return gram.coded_aggregate(
                 h,
                 self.expand.weight,
                 self.branches,
-                drop_mask=drop_mask,
-                keep_mask=keep_mask,
+                checked_mask("drop_mask", drop_mask, h, self.branches, accumulate),
+                checked_mask("keep_mask", keep_mask, h, self.branches, accumulate),
                 concatenate=self.aggregation == "concat",
+                bias=self.expand.bias,
+                branches_of_whole=self.normalized_by,
+                normalize=self.normalize,
+                form=self.form,
             )
         return coded_aggregate(
             h,
@@ -230,9 +261,9 @@ class CodedBottleneck(nn.Module):
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
-        """Refuse weights that were trained for other codewords."""
+        """Refuses weights that were trained for other codewords."""
         key = f"{prefix}codewords"
-        compared = self.is_coded and key in state_dict and not self.codewords.is_meta
+        compared = self.codebook is not None and key in state_dict and not self.codewords.is_meta
         if compared and not torch.equal(state_dict[key].cpu().bool(), self.codewords.cpu()):
             raise ValueError(
                 f"{key}: the weights were trained for other codewords than this model has; "
@@ -241,13 +272,14 @@ class CodedBottleneck(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def extra_repr(self) -> str:
-        if self.codebook is None:
-            return f"branches={self.branches}, plain"
-        return f"branches={self.branches}, active={self.codebook.active}"
+        if self.codebook is not None:
+            return f"branches={self.branches}, active={self.codebook.active}"
+        whole = self.normalized_by
+        return f"branches={self.branches}" + (f" of {whole}" if whole else ", plain")
 
 
 def check_images(x: Tensor, channels: int) -> None:
-    """Refuse what is not a batch of maps `[B, channels, H, W]`."""
+    """Refuses what is not a batch of maps `[B, channels, H, W]`."""
     if x.ndim != 4 or x.shape[1] != channels or x.shape[0] == 0:
         raise ValueError(f"x: expected [B, {channels}, H, W] with B >= 1, got {list(x.shape)}")
 
@@ -259,7 +291,7 @@ def apply_block(
     drop_mask: Tensor | None = None,
     keep_mask: Tensor | None = None,
 ) -> tuple[Map, Tensor | None]:
-    """The block, fused with the next where its backend says so.
+    """Applies a block, fused with the next where its backend says so.
 
     Args:
         block: what to apply.
@@ -273,3 +305,75 @@ def apply_block(
         return fused_block(block, x, drop_mask=drop_mask, keep_mask=keep_mask)
     y, energies = block(ready(x), drop_mask=drop_mask, keep_mask=keep_mask)
     return y, energies
+
+
+@dataclass
+class Step:
+    """The state of a walk behind one block. The next block goes on from `map`."""
+
+    block: CodedBottleneck
+    handed_over: Map
+    """The block's output, which in the fused data flow the next block computes on the way."""
+    energies: Tensor | None
+    """Of the branches, `[B, N]`; None for a plain block."""
+
+    @property
+    def map(self) -> Tensor:
+        """The block's output `[B, C, H, W]`, computed when it is read.
+
+        Setting it replaces what the next block goes on from, for instance by fewer samples.
+        """
+        self.handed_over = ready(self.handed_over)
+        return self.handed_over
+
+    @map.setter
+    def map(self, value: Tensor) -> None:
+        self.handed_over = value
+
+
+def walk(
+    blocks: Sequence[CodedBottleneck], x: Tensor, keep_masks: Sequence[Tensor | None] | None = None
+) -> Iterator[Step]:
+    """Applies blocks one after another and yields a `Step` behind each.
+
+    Consecutive blocks of one codebook silence the same branches in training, (5).
+
+    Args:
+        blocks: the blocks, first to last.
+        x: the input of the first, `[B, C_in, H, W]`.
+        keep_masks: branches to keep, (10), `[B, N]` or None for every coded block; None keeps all.
+    """
+    masks: Iterator[Tensor | None] = iter(
+        [None] * len(blocks) if keep_masks is None else keep_masks
+    )
+    drop_mask: Tensor | None = None
+    previous: Codebook | None = None
+    handed_over: Map = x
+    for block in blocks:
+        arguments: dict[str, Tensor | None] = {}
+        if block.is_coded:
+            if previous is None or block.codebook is not previous:
+                drop_mask = block.draw_drop_mask(like(handed_over))
+            arguments = {"drop_mask": drop_mask, "keep_mask": next(masks)}
+        previous = block.codebook
+        step = Step(block, *apply_block(block, handed_over, **arguments))
+        yield step
+        handed_over = step.handed_over
+
+
+def features(
+    blocks: Sequence[CodedBottleneck], x: Tensor, keep_masks: Sequence[Tensor | None] | None = None
+) -> tuple[Tensor, list[Tensor]]:
+    """Returns the map at the end of a walk, `x` itself without blocks, and all its energies."""
+    last: Step | None = None
+    all_energies: list[Tensor] = []
+    for last in walk(blocks, x, keep_masks):
+        if last.energies is not None:
+            all_energies.append(last.energies)
+    return (x if last is None else last.map), all_energies
+
+
+def classify(head: nn.Module, x: Tensor) -> Tensor:
+    """Returns the logits `[B, K]` of a classifier for the map behind the last block."""
+    logits: Tensor = head(x.mean((2, 3)))
+    return logits

@@ -115,6 +115,7 @@ def load_model(
         raise ValueError(
             f"{path}: expected a whole network, got a part of one; load_extracted reads it"
         )
+    check_version(path, description, (FORMAT_VERSION,))
     try:
         stored = [Codebook.from_dict(data) for data in description["codebooks"]]
         model = _build(description, stored, state, backend)
@@ -180,11 +181,11 @@ def write_tensors(
 
 
 def read_tensors(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The description and the tensors of a file that `write_tensors` wrote.
+    """Returns the description and the tensors of a file that `write_tensors` wrote.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: a damaged file, one of other software, or one of another format version.
+        ValueError: a damaged file, or one of other software.
     """
     path = Path(path)
     if not path.is_file():
@@ -198,12 +199,15 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise ValueError(f"{path}: not a readable model file: {error}") from error
     if not isinstance(description, dict):
         raise ValueError(f"{path}: a safetensors file, but not one of a Coded ResNeXt")
-    if description.get("format_version") != FORMAT_VERSION:
-        raise ValueError(
-            f"{path}: format_version: expected {FORMAT_VERSION}, "
-            f"got {description.get('format_version')!r}"
-        )
     return description, state
+
+
+def check_version(path: str | Path, description: dict[str, Any], versions: Sequence[int]) -> None:
+    """Refuses a file of a format version that is none of these."""
+    version = description.get("format_version")
+    if version not in versions:
+        expected = " or ".join(map(str, versions))
+        raise ValueError(f"{path}: format_version: expected {expected}, got {version!r}")
 
 
 def check_codebooks(stored: Sequence[Codebook], expected: Sequence[Codebook]) -> None:

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from coded_resnext.codebooks.codebook import Codebook
+from coded_resnext.kernels.loss.reference import class_scores
 
 
 def decode(energies: Tensor, codebook: Codebook | Tensor) -> Tensor:
-    """The class whose codeword is nearest to the energies.
-
-    All codewords have the same number of ones, so the nearest one in Euclidean distance is the one
-    with the largest inner product.
+    """Returns the class whose codeword is nearest to the energies.
 
     Args:
         energies: `[B, N]`, normalised or not: only their proportions matter.
@@ -30,26 +27,20 @@ def decode(energies: Tensor, codebook: Codebook | Tensor) -> Tensor:
         raise ValueError(
             f"energies: expected [B, {codewords.shape[1]}], got {list(energies.shape)}"
         )
-    selected = codewords.to(device=energies.device, dtype=energies.dtype)
-    # Autocast would round the energies to half precision and make ties.
-    with torch.autocast(energies.device.type, enabled=False):
-        return (energies @ selected.T).argmax(1)
+    return read_class(energies, codewords.to(energies.device))[0]
 
 
 def read_class(energies: Tensor, codewords: Tensor) -> tuple[Tensor, Tensor]:
-    """Early decoding, (9), and its margin.
+    """Returns what early decoding, (9), says, and its margin.
 
     Args:
         energies: normalised, `[B, N]`.
-        codewords: `[K, N]`.
+        codewords: `[K, N]`, `K >= 2`.
 
     Returns:
-        Class indices `[B]`, the lowest on ties, and margins `[B]` from 0 to 1 (see `EarlyExit`).
+        Class indices `[B]`, the lowest on ties, and margins `[B]` from 0 to 1: the share of a
+        sample's energy in the branches of the nearest codeword, less that of the second.
     """
-    if torch.is_autocast_enabled(energies.device.type):
-        # It would round the energies to half precision and make ties.
-        with torch.autocast(energies.device.type, enabled=False):
-            return read_class(energies, codewords)
-    scores = energies @ codewords.to(energies.dtype).T
+    scores = class_scores(energies, codewords)
     best = scores.topk(2).values
     return scores.argmax(1), (best[:, 0] - best[:, 1]) / energies.shape[1]

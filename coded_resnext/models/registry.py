@@ -12,15 +12,17 @@ from .resnext import CodedResNeXt, Stage
 
 
 @dataclass(frozen=True)
-class Network:
-    """A network of the registry, coded or plain."""
+class Architecture:
+    """The sizes of a named network, coded or plain."""
 
     make_stages: Callable[[tuple[int, ...]], list[Stage]]
-    """The stages for given numbers of active branches, one number for each stage."""
+    """Makes the stages for given numbers of active branches, one number for each stage."""
     branches: int
+    """Branches `N` of every stage."""
     active: tuple[int, ...]
     """Active branches of every stage of the coded network."""
     num_classes: int
+    """Number of classes `K`."""
     arguments: dict[str, Any] = field(default_factory=dict)
     """Further arguments of `CodedResNeXt`."""
     codebook_variant: str = "best"
@@ -28,7 +30,7 @@ class Network:
 
 
 def _cifar(branches: int, width: int) -> Callable[[tuple[int, ...]], list[Stage]]:
-    """Three stages of three blocks; the paper's table of architectures."""
+    """Returns a maker of three stages of three blocks; the paper's table of architectures."""
 
     def make_stages(active: tuple[int, ...]) -> list[Stage]:
         return [
@@ -47,14 +49,14 @@ def _resnext50(active: tuple[int, ...]) -> list[Stage]:
 
 
 def _small_resnext50(active: tuple[int, ...]) -> list[Stage]:
-    """The shape of ResNeXt-50 with a block a stage: tries out recipes for 1000 classes."""
+    """Makes the shape of ResNeXt-50 with one block in each stage, to try out recipes with."""
     return [
         Stage(1, 32 << i, 1 << i, 32, a, stride=1 if i == 0 else 2) for i, a in enumerate(active)
     ]
 
 
 def _digits(active: tuple[int, ...]) -> list[Stage]:
-    """Channels are multiples of the branches, so that they can be concatenated too."""
+    """Makes stages whose channels are multiples of the branches, to be concatenated too."""
     return [
         Stage(1, 60, 6, 10, active[0]),
         Stage(2, 120, 8, 10, active[1], stride=2),
@@ -63,7 +65,7 @@ def _digits(active: tuple[int, ...]) -> list[Stage]:
 
 
 def _small(active: tuple[int, ...]) -> list[Stage]:
-    """For a CPU: few pixels, since every stage halves the map. Channels as in `_digits`."""
+    """Makes stages for a CPU: each halves the map. Channels are as in `_digits`."""
     return [
         Stage(depth, 60 << i, 4 << i, 10, a, stride=2)
         for i, (depth, a) in enumerate(zip((1, 2, 2), active, strict=True))
@@ -71,26 +73,28 @@ def _small(active: tuple[int, ...]) -> list[Stage]:
 
 
 NETWORKS = {
-    "resnext14_32x1d": Network(
+    "resnext14_32x1d": Architecture(
         _small_resnext50, 32, (32, 32, 16, 8), 1000, {"stem": "conv7x7", "stem_channels": 16}
     ),
-    "resnext17_10x4d": Network(
+    "resnext17_10x4d": Architecture(
         _small, 10, (10, 5, 3), 10, {"stem_channels": 32}, codebook_variant="paper"
     ),
-    "resnext29_10x11d": Network(_cifar(10, 11), 10, (10, 5, 3), 10, codebook_variant="paper"),
-    "resnext29_20x6d": Network(_cifar(20, 6), 20, (20, 8, 4), 100),
-    "resnext50_32x4d": Network(_resnext50, 32, (32, 32, 16, 8), 1000, {"stem": "conv7x7"}),
-    "resnext_digits": Network(_digits, 10, (10, 5, 3), 10, {"in_channels": 1, "stem_channels": 32}),
+    "resnext29_10x11d": Architecture(_cifar(10, 11), 10, (10, 5, 3), 10, codebook_variant="paper"),
+    "resnext29_20x6d": Architecture(_cifar(20, 6), 20, (20, 8, 4), 100),
+    "resnext50_32x4d": Architecture(_resnext50, 32, (32, 32, 16, 8), 1000, {"stem": "conv7x7"}),
+    "resnext_digits": Architecture(
+        _digits, 10, (10, 5, 3), 10, {"in_channels": 1, "stem_channels": 32}
+    ),
 }
 
 
 def list_models() -> list[str]:
-    """The names that `create_model` takes: every network plain and, prefixed, coded."""
+    """Returns the names that `create_model` takes: every network plain and, prefixed, coded."""
     return sorted([*NETWORKS, *(f"coded_{name}" for name in NETWORKS)])
 
 
 def create_model(name: str, **overrides: Any) -> CodedResNeXt:
-    """Build a named network with fresh weights.
+    """Builds a named network with fresh weights.
 
     Args:
         name: one of `list_models()`; `resnext..` is the plain twin of `coded_resnext..`.
@@ -105,25 +109,25 @@ def create_model(name: str, **overrides: Any) -> CodedResNeXt:
 
 
 def network_arguments(name: str, **overrides: Any) -> dict[str, Any]:
-    """The arguments of `CodedResNeXt` that make a named network; as `create_model`."""
+    """Returns the arguments of `CodedResNeXt` for a named network, as `create_model`."""
     if name not in list_models():
         raise ValueError(f"name: expected one of {', '.join(list_models())}; got {name!r}")
-    network = NETWORKS[name.removeprefix("coded_")]
+    architecture = NETWORKS[name.removeprefix("coded_")]
     coded = name.startswith("coded_")
-    active = network.active if coded else (network.branches,) * len(network.active)
+    active = architecture.active if coded else (architecture.branches,) * len(architecture.active)
     arguments = {
-        "stages": network.make_stages(active),
-        "num_classes": network.num_classes,
-        **network.arguments,
+        "stages": architecture.make_stages(active),
+        "num_classes": architecture.num_classes,
+        **architecture.arguments,
         **overrides,
     }
-    published = network.codebook_variant == "paper" and coded
+    published = architecture.codebook_variant == "paper" and coded
     if published and not {"stages", "num_classes", "codebooks"} & overrides.keys():
         names = overrides.get("class_names")
         books = [
-            Codebook.shipped(network.num_classes, network.branches, a, variant="paper")
+            Codebook.shipped(architecture.num_classes, architecture.branches, a, variant="paper")
             for a in active
-            if a < network.branches
+            if a < architecture.branches
         ]
         arguments["codebooks"] = [b.with_class_names(names) if names else b for b in books]
     return arguments

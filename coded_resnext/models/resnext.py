@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Literal, get_args, overload
+from typing import Any, Literal, get_args, overload
 
 import numpy as np
 import torch
@@ -13,12 +13,8 @@ from torch import Tensor, nn
 from coded_resnext.codebooks.codebook import Codebook
 from coded_resnext.codebooks.shipped import Size, shipped_sizes
 from coded_resnext.kernels import Aggregation, Backend
-from coded_resnext.models.fused.values import Map, like, ready
 
-from .block import CodedBottleneck, apply_block, check_images
-
-if TYPE_CHECKING:
-    from coded_resnext.deploy.early_exit import EarlyExit, EarlyPrediction
+from .block import CodedBottleneck, Step, check_images, classify, features, walk
 
 Stem = Literal["conv3x3", "conv7x7"]
 Keep = int | Tensor | Sequence[Tensor | None]
@@ -99,7 +95,7 @@ class CodedResNeXt(nn.Module):
             "normalize": normalize,
         }
 
-        self.stem = _make_stem(stem, in_channels, stem_channels)
+        self.stem = make_stem(stem, in_channels, stem_channels)
         self.stages = nn.ModuleList()
         channels = stem_channels
         for stage, codebook in zip(stages, stage_codebooks, strict=True):
@@ -176,24 +172,22 @@ class CodedResNeXt(nn.Module):
         Raises:
             ValueError: an argument has the wrong shape, or a class is out of range.
         """
-        features, energies = self._features(x, keep)
-        logits = self.forward_head(features)
+        last_map, energies = self.features(x, keep)
+        logits = self.forward_head(last_map)
         return (logits, energies) if return_energies else logits
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Images `[B, in_channels, H, W]` to the map behind the last block, `[B, C, H', W']`."""
-        return self._features(x)[0]
+        """Maps images `[B, in_channels, H, W]` to the last block's output `[B, C, H', W']`."""
+        return self.features(x)[0]
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """The map behind the last block to logits `[B, K]`.
+        """Maps the last block's output to logits `[B, K]`.
 
         Args:
             x: `[B, C, H', W']`, from `forward_features`.
             pre_logits: stop behind the pooling, at `[B, C]`.
         """
-        pooled = x.mean((2, 3))
-        logits: Tensor = pooled if pre_logits else self.head(pooled)
-        return logits
+        return x.mean((2, 3)) if pre_logits else classify(self.head, x)
 
     def get_classifier(self) -> nn.Module:
         """The layer that makes the logits."""
@@ -241,54 +235,53 @@ class CodedResNeXt(nn.Module):
             dtype=like.dtype,
         ).train(self.training)
 
-    def _features(
+    def walk(
         self,
         x: Tensor,
         keep: Keep | None = None,
         *,
-        maps: list[Tensor] | None = None,
-        stages: int | None = None,
-    ) -> tuple[Tensor, list[Tensor]]:
-        """The map behind the last block and the energies of every coded block.
+        start: int | None = None,
+        stop: int | None = None,
+    ) -> Iterator[Step]:
+        """Yields a `Step` behind each block: the block, its map and its energies.
 
-        Into `maps` go the maps behind the stem's ReLU and behind every stage; with `stages` only so
-        many of the stages are computed.
+        Every partial pass is made of this: a loop that ends early goes no further, and a map that
+        is replaced is what the next block takes.
+
+        Args:
+            x: images `[B, in_channels, H, W]`, or the input of block `start`.
+            keep: as for `forward`; a sequence has a mask for each coded block of the walk.
+            start: the first block, counted from 0; None starts with the stem.
+            stop: the block before which to stop; None goes through all.
+
+        Raises:
+            ValueError: an argument has the wrong shape, or a class is out of range.
         """
-        check_images(x, self.in_channels)
-        keep_masks = iter(self._keep_masks(keep, x))
-        for layer in self.stem:
-            x = layer(x)
-            if maps is not None and isinstance(layer, nn.ReLU):
-                maps.append(x)
-        # What one block leaves to be computed, the next does on the way.
-        y: Map = x
-        all_energies: list[Tensor] = []
-        drop_mask: Tensor | None = None
-        previous: Codebook | None = None
-        for index, stage in enumerate(self.stages):
-            if index == stages:
-                break
-            for block in stage:  # type: ignore[attr-defined]
-                if not block.is_coded:
-                    y, _ = apply_block(block, y)
-                    previous = None
-                    continue
-                # Consecutive blocks of one codebook silence the same branches.
-                if block.codebook is not previous:
-                    drop_mask = block.draw_drop_mask(like(y))
-                    previous = block.codebook
-                masks = {"drop_mask": drop_mask, "keep_mask": next(keep_masks)}
-                y, energies = apply_block(block, y, **masks)
-                assert energies is not None
-                all_energies.append(energies)
-            if maps is not None:
-                y = ready(y)
-                maps.append(y)
-        return ready(y), all_energies
+        return walk(*self._prepared(x, keep, start, stop))
 
-    def predict_early(self, x: Tensor, criterion: EarlyExit) -> EarlyPrediction:
-        """Classify images, each no further than it needs: see `early_exit.predict_early`."""
-        return criterion.predict(self, x)
+    def features(
+        self,
+        x: Tensor,
+        keep: Keep | None = None,
+        *,
+        start: int | None = None,
+        stop: int | None = None,
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Returns the map at the end of a walk and the energies of its coded blocks.
+
+        Arguments as for `walk`. A walk without blocks ends behind the stem.
+        """
+        return features(*self._prepared(x, keep, start, stop))
+
+    def _prepared(
+        self, x: Tensor, keep: Keep | None, start: int | None, stop: int | None
+    ) -> tuple[list[CodedBottleneck], Tensor, list[Tensor | None]]:
+        """Returns the blocks of a walk, the input of the first, and the masks of the coded ones."""
+        blocks = self.blocks[start:stop]
+        if start is None:
+            check_images(x, self.in_channels)
+        masks = self._keep_masks(keep, x, [block for block in blocks if block.is_coded])
+        return blocks, self.stem(x) if start is None else x, masks
 
     @torch.no_grad()
     def extend_classes(self, new_classes: Sequence[str], *, seed: int = 0) -> CodedResNeXt:
@@ -324,12 +317,13 @@ class CodedResNeXt(nn.Module):
                 value.copy_(state[name])
         return grown.train(self.training)
 
-    def _keep_masks(self, keep: Keep | None, x: Tensor) -> list[Tensor | None]:
-        """One mask `[B, N]`, or None, for every coded block."""
-        blocks = self.coded_blocks
+    def _keep_masks(
+        self, keep: Keep | None, x: Tensor, blocks: Sequence[CodedBottleneck]
+    ) -> list[Tensor | None]:
+        """Returns one mask `[B, N]`, or None, for each of these coded blocks."""
         if keep is None:
             return [None] * len(blocks)
-        if not blocks:
+        if not self.coded_blocks:
             raise ValueError("keep: expected None, since this network has no coded block")
         if isinstance(keep, (int, np.integer)):
             self._check_class(int(keep), int(keep))
@@ -357,7 +351,8 @@ class CodedResNeXt(nn.Module):
             raise ValueError(f"keep: expected classes 0 to {self.num_classes - 1}, got {wrong}")
 
 
-def _make_stem(stem: Stem, in_channels: int, channels: int) -> nn.Sequential:
+def make_stem(stem: Stem, in_channels: int, channels: int) -> nn.Sequential:
+    """Makes the layers before the first block: convolution, BatchNorm, ReLU, and max-pooling."""
     small = stem == "conv3x3"
     conv = nn.Conv2d(
         in_channels,

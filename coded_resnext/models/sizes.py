@@ -1,4 +1,4 @@
-"""The sizes of a bottleneck block, and the parameters and multiplications that follow from them.
+"""The sizes of a bottleneck block, and the multiplications that follow from them.
 
 Letters as in docs/math.md: N branches of width D, C output channels, P output pixels.
 """
@@ -8,19 +8,22 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from torch import nn
+
 from .block import CodedBottleneck
 
 
 def halved(pixels: int, stride: int) -> int:
-    """Height or width behind a convolution of this stride whose padding keeps the size."""
+    """Returns height or width behind a convolution of this stride whose padding keeps the size."""
     return -(-pixels // stride)
 
 
 @dataclass(frozen=True)
 class BlockSizes:
-    """What a bottleneck block, whole or cut out, is made of."""
+    """The sizes of a bottleneck block, whole or cut out."""
 
     in_channels: int
+    """Input channels."""
     channels: int
     """Output channels `C`."""
     width: int
@@ -28,6 +31,7 @@ class BlockSizes:
     branches: int
     """Branches that are there: `N`, or fewer in a block that was cut out."""
     stride: int = 1
+    """Stride of the 3x3 convolution and of the skip connection."""
     normalized_by: int | None = None
     """`N` of (3), the branches of the whole coded block; None for a plain block."""
     skip_rank: int | None = None
@@ -44,20 +48,23 @@ class BlockSizes:
 
     @classmethod
     def of(cls, block: CodedBottleneck) -> BlockSizes:
-        """The sizes of a block of a network."""
+        """Returns the sizes of a block of a network, whole or cut out."""
+        skip: tuple[Any, ...] = tuple(block.skip) if isinstance(block.skip, nn.Sequential) else ()
+        is_thin = len(skip) == 2 and isinstance(skip[1], nn.Conv2d)
         return cls(
             in_channels=block.in_channels,
             channels=block.expand.out_channels,
             width=block.width,
             branches=block.branches,
             stride=block.stride,
-            normalized_by=block.branches if block.is_coded else None,
+            normalized_by=block.normalized_by,
+            skip_rank=skip[0].out_channels if is_thin else None,
             concatenated=block.expand.groups > 1,
         )
 
     @property
     def wide(self) -> int:
-        """Channels between the three convolutions, `N D`."""
+        """The number of channels between the three convolutions, `N D`."""
         return self.branches * self.width
 
     @property
@@ -82,27 +89,11 @@ class BlockSizes:
             return self.skip_rank * (self.in_channels + self.channels)
         return self.in_channels * self.channels
 
-    def parameters(self, *, folded: bool = False) -> int:
-        """Parameters without those of a projection skip: weights, and 2 per BatchNorm channel.
-
-        Args:
-            folded: BatchNorm is folded in; what is left of it is 1 bias per channel.
-        """
-        per_channel = 1 if folded else 2
-        weights = self.wide * (self.in_channels + 9 * self.width) + self._expand_weights
-        return weights + per_channel * (2 * self.wide + self.channels)
-
-    def projection_parameters(self, *, folded: bool = False) -> int:
-        """Parameters of the projection skip; a factorised one always has its BatchNorm folded."""
-        if not self.has_projection:
-            return 0
-        per_channel = 1 if folded or self.skip_rank is not None else 2
-        return self._projection_weights + per_channel * self.channels
-
     def macs(self, height: int, width: int) -> int:
-        """Multiply-accumulates for one image without those of a projection skip.
+        """Counts the multiply-accumulates for one image, without those of a projection skip.
 
-        Counted are the convolutions and, in a coded block, the Gram matrices and energies of (11).
+        They are those of the convolutions and, in a coded block, of the Gram matrices and energies
+        of (11).
 
         Args:
             height, width: of the block's input, in pixels.
@@ -115,18 +106,18 @@ class BlockSizes:
         return count
 
     def projection_macs(self, height: int, width: int) -> int:
-        """Multiply-accumulates of the projection skip for one image."""
+        """Counts the multiply-accumulates of the projection skip for one image."""
         return self._projection_weights * self._output_pixels(height, width)
 
     def macs_per_pass(self) -> int:
-        """Multiply-accumulates for each pass, however many images: `Q_n = W_n^T W_n` of (11)."""
+        """Counts those of `Q_n = W_n^T W_n`, (11), once for each pass, however many images."""
         return self._expand_weights * self.width if self.is_coded else 0
 
     def _output_pixels(self, height: int, width: int) -> int:
         return halved(height, self.stride) * halved(width, self.stride)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
+        """Returns the sizes as JSON-ready data."""
         return asdict(self)
 
 

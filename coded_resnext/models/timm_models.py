@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from coded_resnext.codebooks.codebook import Codebook
 
+from .block import check_images
 from .registry import list_models, network_arguments
 from .resnext import CodedResNeXt
 from .warm_start import plain_state
@@ -167,10 +169,20 @@ class TimmCodedResNeXt(CodedResNeXt):
         """
         assert output_fmt == "NCHW", f"output_fmt: expected 'NCHW', got {output_fmt!r}"
         taken, last = feature_take_indices(len(self.stages) + 1, indices)
+        check_images(x, self.in_channels)
         maps: list[Tensor] = []
-        features, _ = self._features(x, maps=maps, stages=last if stop_early else None)
+        for layer in self.stem:
+            x = layer(x)
+            if isinstance(layer, nn.ReLU):
+                maps.append(x)
+        depths = [stage["depth"] for stage in self.config["stages"]]
+        ends = list(accumulate(depths))[: last if stop_early else None]
+        for count, step in enumerate(self.walk(x, start=0, stop=max(ends, default=0)), 1):
+            if count in ends:
+                x = step.map
+                maps.append(x)
         wanted = [maps[index] for index in taken]
-        return wanted if intermediates_only else (features, wanted)
+        return wanted if intermediates_only else (x, wanted)
 
     def prune_intermediate_layers(
         self,

@@ -52,65 +52,105 @@ def apply_per_branch(matrices: Tensor, h: Tensor) -> Tensor:
 
 
 def branch_forms(branch_weight: Tensor, accumulate: torch.dtype) -> Tensor:
-    """`Q_n = W_n^T W_n` of (11): `[N, C, D]` to `[N, D, D]`."""
+    """Returns `Q_n = W_n^T W_n` of (11): `[N, C, D]` to `[N, D, D]`."""
     weight = branch_weight.to(accumulate)
     return torch.bmm(weight.transpose(1, 2), weight)
 
 
 def energies_and_grams(
-    h: Tensor, branch_weight: Tensor, keep_mask: Tensor | None
+    h: Tensor, branch_weight: Tensor, keep_mask: Tensor | None, form: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """(10), (11): `E [B, N]` of `h` in its accumulation dtype, and the Grams `[B, N, D, D]`."""
+    """Computes `E [B, N]`, (10) and (11), in the dtype of `h`, and the Grams `[B, N, D, D]`.
+
+    Args:
+        h: `[B, N*D, H, W]` in the accumulation dtype.
+        branch_weight: `[N, C, D]`.
+        keep_mask: branch removal, (10), `[B, N]`.
+        form: `Q_n [N, D, D]`, where the energies are not those of `branch_weight` itself.
+    """
     branches, out_channels, _ = branch_weight.shape
     grams = branch_grams(h, branches)
+    form = branch_forms(branch_weight, h.dtype) if form is None else form.to(h.dtype)
     # The form and the Gram are positive semidefinite; rounding must not make it negative.
-    form = branch_forms(branch_weight, h.dtype)
     energy = torch.einsum("bnij,nij->bn", grams, form).clamp_min(0)
     energy = energy / (out_channels * h.shape[2] * h.shape[3])
     return (energy if keep_mask is None else energy * keep_mask), grams
 
 
 def energy_gradients(
-    grad_energy: Tensor, h: Tensor, branch_weight: Tensor, grams: Tensor
+    grad_energy: Tensor,
+    h: Tensor,
+    branch_weight: Tensor,
+    grams: Tensor,
+    form: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """What `dE [B, N]` adds to (16) and (17): gradients of `h` and of `branch_weight`."""
+    """Returns what `dE [B, N]` adds to (16) and (17): gradients of `h` and of `branch_weight`.
+
+    A `form` that was given to `energies_and_grams` is a constant, and so is the weight then.
+    """
     out_channels = branch_weight.shape[1]
     coefficient = grad_energy * (2.0 / (out_channels * h.shape[2] * h.shape[3]))
-    form = branch_forms(branch_weight, h.dtype)
-    grad_h = apply_per_branch(coefficient[:, :, None, None] * form, h)
+    matrices = branch_forms(branch_weight, h.dtype) if form is None else form.to(h.dtype)
+    grad_h = apply_per_branch(coefficient[:, :, None, None] * matrices, h)
+    if form is not None:
+        return grad_h, torch.zeros_like(branch_weight, dtype=h.dtype)
     weighted = torch.einsum("bn,bnij->nij", coefficient, grams)
     return grad_h, torch.bmm(branch_weight.to(h.dtype), weighted)
 
 
 class Normalized(NamedTuple):
-    """What `normalize` gives; all but `scaled` in the accumulation dtype."""
+    """What `normalize` returns; all but `scaled` are in the accumulation dtype."""
 
     scaled: Tensor
     """`s h`, like `h`."""
     energies: Tensor
-    """`Ebar [B, N]`."""
+    """`Ebar [B, N]`, or `E` where nothing is normalised."""
     inverse: Tensor
-    """`1/M [B, 1]`, 0 for a dead sample."""
+    """`1/M [B, 1]`: 0 for a dead sample, 1 where nothing is normalised."""
     scale: Tensor
     """`s [B, N]`, or `[B, 1]` where all branches share one."""
     grams: Tensor
     """`[B, N, D, D]`."""
 
 
-def inverse_mean(energy: Tensor) -> Tensor:
-    """`1/M` of (3), `[B, N]` to `[B, 1]`; 0 for a dead sample."""
-    mean = energy.mean(1, keepdim=True)
+def inverse_mean(energy: Tensor, branches_of_whole: int | None = None) -> Tensor:
+    """Returns `1/M` of (3), `[B, N]` to `[B, 1]`; it is 0 for a dead sample.
+
+    Args:
+        energy: of the branches that are there.
+        branches_of_whole: the number of branches that the mean is over, where some were cut out;
+            None for those of `energy`.
+    """
+    mean = energy.sum(1, keepdim=True) / (branches_of_whole or energy.shape[1])
     dead = is_dead(mean)
     return torch.where(dead, 0.0, 1.0 / torch.where(dead, 1.0, mean))
 
 
 def normalize(
-    h: Tensor, branch_weight: Tensor, drop_mask: Tensor | None, keep_mask: Tensor | None
+    h: Tensor,
+    branch_weight: Tensor,
+    drop_mask: Tensor | None,
+    keep_mask: Tensor | None,
+    *,
+    branches_of_whole: int | None = None,
+    normalize: bool = True,
+    form: Tensor | None = None,
 ) -> Normalized:
-    """(2)-(5), (10)-(12) up to the convolution."""
+    """Computes (2)-(5) and (10)-(12) up to the convolution.
+
+    Args:
+        h: `[B, N*D, H, W]`.
+        branch_weight: `[N, C, D]`.
+        drop_mask, keep_mask: (5) and (10), `[B, N]`, in the accumulation dtype.
+        branches_of_whole: as for `inverse_mean`.
+        normalize: whether to divide by `M`, (3)-(4); False is an ablation.
+        form: as for `energies_and_grams`.
+    """
     wide = h.to(accumulation_dtype(h.dtype))
-    energy, grams = energies_and_grams(wide, branch_weight, keep_mask)
-    inverse = inverse_mean(energy)
+    energy, grams = energies_and_grams(wide, branch_weight, keep_mask, form)
+    inverse = (
+        inverse_mean(energy, branches_of_whole) if normalize else torch.ones_like(energy[:, :1])
+    )
     scale = inverse.sqrt()
     for mask in (drop_mask, keep_mask):
         if mask is not None:
@@ -130,26 +170,36 @@ def normalize_backward(
     branch_weight: Tensor,
     forward: Normalized,
     keep_mask: Tensor | None,
+    *,
+    branches_of_whole: int | None = None,
+    normalize: bool = True,
+    form: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(13)-(17) without the part of `dW` that the convolution computes, in float32 or float64."""
+    """Computes (13)-(17) without the part of `dW` that the convolution computes.
+
+    Returns:
+        The gradients of `h` and of `branch_weight`, in the accumulation dtype.
+    """
     branches, _, depth = branch_weight.shape
     accumulate = forward.energies.dtype
     grad = grad_scaled.to(accumulate)
-    # (13), (14): sum_n m ds / sqrt(M) is the inner product of s h with its gradient.
-    through_scale = (forward.scaled * grad).sum((1, 2, 3))[:, None]
-    through_energies = (grad_energies * forward.energies).sum(1, keepdim=True)
-    grad_mean = -forward.inverse * (0.5 * through_scale + through_energies)
-    grad_energy = grad_energies * forward.inverse + grad_mean / branches
+    grad_energy = grad_energies * forward.inverse
+    if normalize:
+        # (13), (14): sum_n m ds / sqrt(M) is the inner product of s h with its gradient.
+        through_scale = (forward.scaled * grad).sum((1, 2, 3))[:, None]
+        through_energies = (grad_energies * forward.energies).sum(1, keepdim=True)
+        grad_mean = -forward.inverse * (0.5 * through_scale + through_energies)
+        grad_energy = grad_energy + grad_mean / (branches_of_whole or branches)
     if keep_mask is not None:
         grad_energy = grad_energy * keep_mask
     grad_h, grad_weight = energy_gradients(
-        grad_energy, h.to(accumulate), branch_weight, forward.grams
+        grad_energy, h.to(accumulate), branch_weight, forward.grams, form
     )
     return grad_h.addcmul(grad, _per_channel(forward.scale, depth)), grad_weight
 
 
 class _NormalizeBranches(torch.autograd.Function):
-    """`(h, W) -> (s h, Ebar)` with the gradients (14)-(17) written out.
+    """Maps `(h, W)` to `(s h, Ebar)`, with the gradients (14)-(17) written out.
 
     Kept for the backward pass: `h`, `s h` (which the convolution behind keeps anyway), the Grams
     and other tensors of size `B*N`. The gradient of `W` through the convolution is not ours.
@@ -162,21 +212,31 @@ class _NormalizeBranches(torch.autograd.Function):
         branch_weight: Tensor,
         drop_mask: Tensor | None,
         keep_mask: Tensor | None,
+        branches_of_whole: int | None,
+        normalized: bool,
+        form: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        result = normalize(h, branch_weight, drop_mask, keep_mask)
-        ctx.save_for_backward(h, branch_weight, keep_mask, *result)
+        ctx.settings = {"branches_of_whole": branches_of_whole, "normalize": normalized}
+        result = normalize(h, branch_weight, drop_mask, keep_mask, form=form, **ctx.settings)
+        ctx.save_for_backward(h, branch_weight, keep_mask, form, *result)
         return result.scaled, result.energies
 
     @staticmethod
     @once_differentiable
-    def backward(
-        ctx: Any, grad_scaled: Tensor, grad_energies: Tensor
-    ) -> tuple[Tensor, Tensor, None, None]:
-        h, branch_weight, keep_mask, *saved = ctx.saved_tensors
+    def backward(ctx: Any, grad_scaled: Tensor, grad_energies: Tensor) -> tuple[Tensor | None, ...]:
+        h, branch_weight, keep_mask, form, *saved = ctx.saved_tensors
         grad_h, grad_weight = normalize_backward(
-            grad_scaled, grad_energies, h, branch_weight, Normalized(*saved), keep_mask
+            grad_scaled,
+            grad_energies,
+            h,
+            branch_weight,
+            Normalized(*saved),
+            keep_mask,
+            form=form,
+            **ctx.settings,
         )
-        return grad_h.to(h.dtype), grad_weight.to(branch_weight.dtype), None, None
+        no_gradients = (None,) * 5
+        return grad_h.to(h.dtype), grad_weight.to(branch_weight.dtype), *no_gradients
 
 
 def _per_channel(scale: Tensor, depth: int) -> Tensor:
@@ -194,8 +254,12 @@ def coded_aggregate(
     keep_mask: Tensor | None = None,
     *,
     concatenate: bool = False,
+    bias: Tensor | None = None,
+    branches_of_whole: int | None = None,
+    normalize: bool = True,
+    form: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Energies, normalisation, DropSubNNs and branch sum by (11)-(12).
+    """Computes energies, normalisation, DropSubNNs and branch sum by (11)-(12).
 
     Args:
         h: `[B, N*D, H, W]`, contiguous or channels-last; other layouts are copied.
@@ -203,20 +267,25 @@ def coded_aggregate(
         branches: `N`.
         drop_mask, keep_mask: as for the reference, in the accumulation dtype.
         concatenate: as for the reference.
+        bias: of the convolution, `[C]`.
+        branches_of_whole, normalize, form: as for `gram.normalize`.
 
     Returns:
-        `y [B, C, H, W]` and the normalised energies `[B, N]`, as the reference.
+        `y [B, C, H, W]` and the normalised energies `[B, N]`, as the reference. Without
+        normalisation these are `E`, (2), which nothing bounds; the coding loss (7) then asks for
+        `r E = 1` of active branches.
     """
     if not (h.is_contiguous() or _is_channels_last(h)):
         h = h.contiguous()
     per_branch = split_weight(weight, branches, concatenate=concatenate)
+    arguments = (h, per_branch, drop_mask, keep_mask, branches_of_whole, normalize, form)
     # Autocast would take the small matrix products, and with them the energies, to half precision.
     if not h.is_meta and torch.is_autocast_enabled(h.device.type):
         with torch.autocast(h.device.type, enabled=False):
-            scaled, energies = _NormalizeBranches.apply(h, per_branch, drop_mask, keep_mask)
+            scaled, energies = _NormalizeBranches.apply(*arguments)
     else:
-        scaled, energies = _NormalizeBranches.apply(h, per_branch, drop_mask, keep_mask)
-    return F.conv2d(scaled, weight, groups=branches if concatenate else 1), energies
+        scaled, energies = _NormalizeBranches.apply(*arguments)
+    return F.conv2d(scaled, weight, bias, groups=branches if concatenate else 1), energies
 
 
 def split_weight(weight: Tensor, branches: int, *, concatenate: bool) -> Tensor:
@@ -224,42 +293,3 @@ def split_weight(weight: Tensor, branches: int, *, concatenate: bool) -> Tensor:
     if concatenate:
         return weight.reshape(branches, -1, weight.shape[1])
     return weight.reshape(weight.shape[0], branches, -1).transpose(0, 1)
-
-
-def unnormalized_aggregate(
-    h: Tensor,
-    weight: Tensor,
-    branches: int,
-    *,
-    drop_mask: Tensor | None = None,
-    keep_mask: Tensor | None = None,
-    concatenate: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """Branch energies and branch sum: `y = sum_n m_n T_n`, and `E` itself in place of `Ebar`.
-
-    Args:
-        h: activations of all branches, `[B, N*D, H, W]`.
-        weight: expand convolution, `[C, N*D, 1, 1]`; `[C, D, 1, 1]` to concatenate.
-        branches: `N`.
-        drop_mask: DropSubNNs, (5), `[B, N]`.
-        keep_mask: branch removal, (10), `[B, N]`.
-        concatenate: branch `n` writes channels of its own.
-
-    Returns:
-        `y [B, C, H, W]`, and the energies `[B, N]`, (2), in float32 (float64 for float64 input).
-        Nothing bounds their sum, so that the coding loss (7) asks for `r E = 1` of active branches.
-    """
-    accumulate = accumulation_dtype(h.dtype)
-    per_branch = split_weight(weight, branches, concatenate=concatenate).to(accumulate)
-    form = torch.bmm(per_branch.transpose(1, 2), per_branch)
-    with torch.autocast(h.device.type, enabled=False):
-        grams = branch_grams(h.to(accumulate), branches)
-        energies = torch.einsum("bnij,nij->bn", grams, form).clamp_min(0)
-    energies = energies / (per_branch.shape[1] * h.shape[2] * h.shape[3])
-    width = h.shape[1] // branches
-    for mask in (drop_mask, keep_mask):
-        if mask is not None:
-            h = h * mask.to(h.dtype).repeat_interleave(width, 1)[:, :, None, None]
-    if keep_mask is not None:
-        energies = energies * keep_mask
-    return F.conv2d(h, weight, groups=branches if concatenate else 1), energies

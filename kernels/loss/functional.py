@@ -105,9 +105,7 @@ def coding_losses(
         )
         if not decode:
             return CodingLosses(losses, None)
-        # Autocast would round the energies to half precision and make ties.
-        with torch.autocast(targets.device.type, enabled=False):
-            scores = [v @ c.to(v.dtype).T for v, c in zip(energies, codewords, strict=True)]
+        scores = map(loss_reference.class_scores, energies, codewords)
         return CodingLosses(losses, tuple(score.argmax(1) for score in scores))
     from . import operator as loss_operator
 

@@ -1,4 +1,4 @@
-"""The definition of the coding loss (7), in plain PyTorch."""
+"""The definition of the coding loss (7) and of early decoding (9), in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -34,3 +34,16 @@ def coding_loss(
         wanted = targets.to(accumulate) @ wanted_of_class
     excess = torch.relu((ratio * energies.to(accumulate) - wanted).abs() - threshold)
     return excess.pow(exponent).mean()
+
+
+def class_scores(energies: Tensor, codewords: Tensor) -> Tensor:
+    """Returns the scores of early decoding, (9): `[B, N]` and `[K, N]` to `[B, K]`.
+
+    All codewords have the same number of ones, so that the nearest one in Euclidean distance is
+    the one with the largest inner product. Ties of `argmax` go to the lowest class.
+    """
+    if torch.is_autocast_enabled(energies.device.type):
+        # It would round the energies to half precision and make ties.
+        with torch.autocast(energies.device.type, enabled=False):
+            return class_scores(energies, codewords)
+    return energies @ codewords.to(energies.dtype).T

@@ -54,8 +54,8 @@ def test_options(run_folder, tmp_path, capsys):
     assert content["class_names"] == ["cat"] == list(network.class_names)
     assert content["threshold"] == network.threshold == -0.5
     assert network.config.folded
-    assert network.blocks[1].sizes.skip_rank is None
-    assert network.blocks[0].sizes.skip_rank == 2
+    assert network.config.blocks[1].skip_rank is None
+    assert network.config.blocks[0].skip_rank == 2
     assert content["cost"] == network_cost(network, 6).to_dict()
 
 

@@ -1,4 +1,4 @@
-"""The account: the issue's fractions, a closed formula, and PyTorch's own counter."""
+"""The account: the paper's fractions, a count by hand, and PyTorch's own counter."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import torch
 from support.random_networks import IMAGE_SIZES, make_images, make_random
 from torch.utils.flop_counter import FlopCounterMode
 
-from coded_resnext import create_model, extract_classifier, extract_subset
-from coded_resnext.deploy.cost import Cost, closed_parameters, measure_latency, network_cost
+from coded_resnext import create_model, extract_classifier
+from coded_resnext.deploy.cost import Cost, measure_latency, network_cost
 from coded_resnext.models.sizes import BlockSizes
 
 # Network, image size, shares by all tensors and without projections, of MACs, and the rank that
@@ -34,22 +34,7 @@ def test_shares_of_the_papers_networks(name, size, all_, paper, macs, rank):
     assert max(thin.parameters, thin.parameters_without_projections, thin.bytes) < 0.4
 
 
-@pytest.mark.parametrize("name", IMAGE_SIZES)
-def test_parameters_by_formula(name):
-    model = create_model(name)
-    parts = [
-        extract_classifier(model, 0),
-        extract_classifier(model, 0, fold_batch_norm=True),
-        extract_classifier(model, 0, skip_rank=0.3),
-        extract_classifier(model, 0, fold_batch_norm=True, skip_rank=0.3),
-        extract_subset(model, [0, 1, 2]),
-    ]
-    counts = [network_cost(network, 32).parameters for network in (model, *parts)]
-    assert counts == [closed_parameters(network) for network in (model, *parts)]
-    assert len(set(counts)) == len(counts)
-
-
-def test_the_closed_formula_by_hand():
+def test_parameters_by_hand():
     """The classifier of a CIFAR-10 class: 10, 5 and 3 branches, and one row of 1024 weights."""
     stem = 27 * 64 + 2 * 64
     blocks = projections = 0

@@ -62,7 +62,7 @@ def by_definition(network, images, criterion):
 
 @pytest.mark.parametrize("criterion", CRITERIA, ids=str)
 def test_equal_to_the_definition(network, images, criterion):
-    found = network.predict_early(images, criterion)
+    found = predict_early(network, images, criterion)
     classes, exits = by_definition(network, images, criterion)
     assert found.classes.tolist() == classes
     assert found.exit_blocks.tolist() == exits
@@ -166,7 +166,7 @@ def test_damaged_files(tmp_path, content, message):
 def test_bad_arguments(network, images):
     plain = create_model("resnext_digits").eval()
     with pytest.raises(ValueError, match="got a plain network"):
-        plain.predict_early(torch.zeros(1, 1, 8, 8), EarlyExit(()))
+        predict_early(plain, torch.zeros(1, 1, 8, 8), EarlyExit(()))
     with pytest.raises(ValueError, match="expected normalised energies"):
         predict_early(make_network(normalize=False).double(), images, CRITERIA[0])
     with pytest.raises(ValueError, match="margin for each of 3 coded blocks, got 1"):

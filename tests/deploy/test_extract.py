@@ -12,6 +12,7 @@ from support.small_networks import make_network
 from coded_resnext import create_model, extract_classifier, extract_subset
 from coded_resnext.deploy.extract import class_index, kept_branches
 from coded_resnext.models.published import published_model
+from coded_resnext.models.sizes import BlockSizes
 
 PAPER = [name for name in IMAGE_SIZES if "digits" not in name]
 
@@ -72,7 +73,8 @@ def test_subset_has_the_union_of_the_branches():
     assert relative_error(subset(x), expected) < 1e-12
     # 11100 and 01110, 1100 and 0110; plain blocks stay whole.
     kept = [5, 4, 4, 4, 3]
-    assert [block.sizes.branches for block in subset.blocks] == kept
+    assert [block.branches for block in subset.blocks] == kept
+    assert [BlockSizes.of(block) for block in subset.blocks] == list(subset.config.blocks)
     assert [len(kept_branches(block, [0, 1])) for block in model.blocks] == kept
 
 
@@ -91,12 +93,12 @@ def test_weights_are_slices_and_copies():
     block, part = model.coded_blocks[0], classifier.blocks[1]
     # The codeword of cat is 00111, and a branch is two channels wide.
     channels = torch.tensor([4, 5, 6, 7, 8, 9])
-    assert torch.equal(part.reduce[0].weight, block.reduce.weight[channels])
-    assert torch.equal(part.grouped[0].weight, block.grouped.weight[channels])
-    assert torch.equal(part.expand[0].weight, block.expand.weight[:, channels])
-    assert torch.equal(part.grouped[1].running_var, block.grouped_bn.running_var[channels])
+    assert torch.equal(part.reduce.weight, block.reduce.weight[channels])
+    assert torch.equal(part.grouped.weight, block.grouped.weight[channels])
+    assert torch.equal(part.expand.weight, block.expand.weight[:, channels])
+    assert torch.equal(part.grouped_bn.running_var, block.grouped_bn.running_var[channels])
     assert torch.equal(classifier.head.weight, model.head.weight[2:3])
-    assert part.grouped[0].groups == 3
+    assert part.grouped.groups == 3
     for parameter in classifier.parameters():
         torch.nn.init.ones_(parameter)
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
@@ -176,12 +178,12 @@ def test_a_skip_of_low_rank_is_thinned_without_loss():
     for folded in (False, True):
         # A quarter of 32 channels is the lowest rank, 8.
         thin = extract_classifier(model, 7, skip_rank=0.25, fold_batch_norm=folded)
-        assert [block.sizes.skip_rank for block in thin.blocks] == [8, 15, None, 30, None]
+        assert [sizes.skip_rank for sizes in thin.config.blocks] == [8, 15, None, 30, None]
         assert relative_error(thin(x), expected) < 1e-11
         # Rank 3 is not enough, and half of the rank is not smaller than the whole.
         assert relative_error(extract_classifier(model, 7, skip_rank=0.1)(x), expected) > 1e-6
     half = extract_classifier(model, 7, skip_rank=1.0)
-    assert all(block.sizes.skip_rank is None for block in half.blocks)
+    assert all(sizes.skip_rank is None for sizes in half.config.blocks)
 
 
 def test_thinned_skips_are_the_best_of_their_rank():

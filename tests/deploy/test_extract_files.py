@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.helpers import assert_same_network
+from support.helpers import assert_same_network, relative_error
 from support.small_networks import make_images, make_network
 
 from coded_resnext import ExtractedClassifier, extract_classifier, extract_subset
@@ -91,6 +92,32 @@ def test_all_classes_with_an_index(tmp_path):
 )
 def test_file_names(index, name, expected):
     assert file_name(index, name) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("classifier", [0.20360234182757533, 0.19842186666956846]),
+        (
+            "subset",
+            [
+                [0.2649570571510532, 0.21372829514920083],
+                [0.26621704209126806, 0.21266434654151609],
+            ],
+        ),
+    ],
+)
+def test_files_of_version_1(name, expected):
+    """Files that the first format's code wrote, with the logits that it gave."""
+    path = Path(__file__).with_name("version_1") / f"{name}.safetensors"
+    loaded = load_extracted(path)
+    images = (torch.arange(72, dtype=torch.float64) % 7 / 7).view(2, 1, 6, 6)
+    with torch.inference_mode():
+        logits = loaded.network(images)
+    assert relative_error(logits, torch.tensor(expected, dtype=torch.float64)) < 1e-12
+    # The classifier as it is; the subset with BatchNorm folded in and thinned skips.
+    assert loaded.network.config.folded == (name == "subset")
+    assert loaded.network.config.blocks[1].skip_rank == (3 if name == "subset" else None)
 
 
 def test_damaged_and_foreign_files(tmp_path):

@@ -172,6 +172,10 @@ def test_removed_branches_do_not_matter() -> None:
         ({"drop_branches": -0.1}, "drop_branches: .* got -0.1"),
         ({"aggregation": "mean"}, "aggregation: expected 'sum' or 'concat', got 'mean'"),
         ({"aggregation": "concat", "channels": 9}, "channels: expected a multiple of 4 branches"),
+        (
+            {"normalized_by": 6},
+            "normalized_by: expected at least 4 branches and no codebook, got 6",
+        ),
         ({"backend": "gpu"}, "backend: expected one of"),
     ],
 )

@@ -371,3 +371,46 @@ def test_state_dict_round_trip_and_other_codewords() -> None:
     swapped = [Codebook.from_words(["0110", "1100", "0011"]), BOOKS[1]]
     with pytest.raises(ValueError, match="other codewords"):
         make_model(codebooks=swapped).load_state_dict(model.state_dict())
+
+
+@pytest.mark.parametrize("backend", ["torch", "fused"])
+def test_a_walk_is_the_forward_pass(backend: str) -> None:
+    model = make_model(backend=backend).double().eval()
+    images = IMAGES.double()
+    with torch.no_grad():
+        logits, energies = model(images, return_energies=True, keep=1)
+        steps = list(model.walk(images, keep=1))
+        assert [step.block for step in steps] == model.blocks
+        walked = [step.energies for step in steps if step.energies is not None]
+        for found, expected in zip(walked, energies, strict=True):
+            assert torch.equal(found, expected)
+        # Behind each block the network goes on from its map to the same logits.
+        for position, step in enumerate(steps, 1):
+            masks = [b.codewords[1].expand(5, -1) for b in model.blocks[position:]]
+            last, _ = model.features(step.map, masks, start=position)
+            assert relative_error(model.forward_head(last), logits) < 1e-12
+
+
+@pytest.mark.parametrize("backend", ["torch", "fused"])
+def test_a_walk_goes_on_from_a_map_that_was_replaced(backend: str) -> None:
+    model = make_model(backend=backend).double().eval()
+    images = IMAGES.double()
+    with torch.no_grad():
+        for position, step in enumerate(model.walk(images)):
+            if position == 1:
+                step.map = step.map[[3, 0]]
+        assert relative_error(model.forward_head(step.map), model(images[[3, 0]])) < 1e-12
+
+
+def test_a_walk_stops_and_refuses() -> None:
+    model = make_model().eval()
+    with torch.no_grad():
+        assert len(list(model.walk(IMAGES, stop=2))) == 2
+        behind_stem, energies = model.features(IMAGES, stop=0)
+        assert torch.equal(behind_stem, model.stem(IMAGES))
+        assert energies == []
+    # A sequence has a mask for each coded block of the walk: here two of three.
+    with pytest.raises(ValueError, match="keep: expected a mask for each of 2 coded blocks, got 3"):
+        model.walk(behind_stem, [None] * 3, start=2)
+    with pytest.raises(ValueError, match=r"x: expected \[B, 3, H, W\]"):
+        model.walk(IMAGES[:, :1])

@@ -1,92 +1,100 @@
 """The fused data flow of a block: BatchNorm, ReLU and addition inside the convolutions around them.
 
 Every tensor between two convolutions is kept *raw*, as the convolution wrote it, together with the
-map of each channel that BatchNorm makes of its statistics; who reads it applies the map. Gradients
+map of each channel that BatchNorm makes of its statistics; the consumer applies the map. Gradients
 are autograd's, operator by operator. Parameters and results are those of the block as
 models/block.py writes it. Letters as in docs/math.md; the data flow is told in docs/fused_block.md.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from coded_resnext.kernels import Aggregation, Backend
+from coded_resnext.kernels.backend import LOGGER, requested_backend, say_once
 from coded_resnext.kernels.checks import check_debug, checked_mask
 from coded_resnext.kernels.coded.gram import inverse_mean, split_weight
-from coded_resnext.kernels.evaluation import side_by_side
-from coded_resnext.kernels.layout import accumulation_dtype
-
-from .norm import fold, uses_batch
-from .operators import FusedOperators
-from .values import layers_of
-
-if TYPE_CHECKING:
-    from coded_resnext.models.block import CodedBottleneck
-
-from typing import TYPE_CHECKING, Any
-
-from torch import nn
-
-from coded_resnext.kernels.backend import LOGGER, requested_backend, say_once
 from coded_resnext.kernels.coded.operator import normalize_branches
-from coded_resnext.kernels.layout import architecture, interpreted
+from coded_resnext.kernels.evaluation import side_by_side
+from coded_resnext.kernels.layout import accumulation_dtype, architecture, interpreted
 
-from .norm import affine_of
-from .values import Affine, Deferred, Map, Product, like, ready
-
-if TYPE_CHECKING:
-    from coded_resnext.models.block import CodedBottleneck
+from .norm import affine_of, fold, uses_batch
+from .operators import FusedOperators
+from .values import Affine, Deferred, Map, Product, layers_of, like, ready
 
 # Architectures on which the fused data flow has been measured to train faster than layer by layer.
 # Empty, since no GPU has timed it: it runs where it is asked for by name.
 WINS: frozenset[str] = frozenset()
 
 
+class Bottleneck(Protocol):
+    """What the fused data flow reads of a block: seven layers, and how branches are combined."""
+
+    reduce: nn.Conv2d
+    reduce_bn: nn.BatchNorm2d
+    grouped: nn.Conv2d
+    grouped_bn: nn.BatchNorm2d
+    expand: nn.Conv2d
+    expand_bn: nn.BatchNorm2d
+    skip: nn.Module
+    """The identity, or a convolution with its BatchNorm."""
+    branches: int
+    normalized_by: int | None
+    aggregation: Aggregation
+    normalize: bool
+    backend: Backend
+    training: bool
+
+    @property
+    def is_coded(self) -> bool: ...
+
+
 def fused_block(
-    block: CodedBottleneck, x: Map, *, drop_mask: Tensor | None, keep_mask: Tensor | None
+    block: Bottleneck, x: Map, *, drop_mask: Tensor | None, keep_mask: Tensor | None
 ) -> tuple[Map, Tensor | None]:
-    """`CodedBottleneck.forward` on raw tensors; arguments as for `apply_block`."""
-    run = FusedOperators.of(_chosen(block, like(x)), like(x))
+    """Does what the block's forward pass does, on raw tensors; arguments as for `apply_block`."""
+    ops = FusedOperators.of(_chosen(block, like(x)), like(x))
     bn1, bn2, bn3 = block.reduce_bn, block.grouped_bn, block.expand_bn
     deferred = _is_deferred(block)
     # What the operators are given has its dtype; autocast would round what they keep in float32.
     with torch.autocast(like(x).device.type, enabled=False):
         if can_infer(block, drop_mask):
-            return inferred_block(block, ready(x), run, keep_mask=keep_mask)
-        x, y1, sums1 = run.join_conv1x1(x, block.reduce, statistics=uses_batch(bn1))
+            return inferred_block(block, ready(x), ops, keep_mask=keep_mask)
+        x, y1, sums1 = ops.join_conv1x1(x, block.reduce, statistics=uses_batch(bn1))
         map1 = affine_of(bn1, sums1, _values(y1))
-        y2, sums2 = run.grouped(y1, block.grouped, map1, statistics=uses_batch(bn2))
+        y2, sums2 = ops.grouped(y1, block.grouped, map1, statistics=uses_batch(bn2))
         map2 = affine_of(bn2, sums2, _values(y2))
         energies: Tensor | None = None
         map_before: Affine | None
         y3: Tensor | Product
-        unwritten = not block.is_coded and deferred and run.leaves_unwritten(y2, block.expand)
-        if unwritten:
-            y3, sums3 = run.unwritten(y2, block.expand, map2)
+        recomputed = not block.is_coded and deferred and ops.leaves_unwritten(y2, block.expand)
+        if recomputed:
+            y3, sums3 = ops.unwritten(y2, block.expand, map2)
         else:
             if block.is_coded:
                 operand, energies = _normalized(block, y2, map2, drop_mask, keep_mask)
                 map_before = None
             else:
                 operand, map_before = y2, map2
-            y3, sums3 = run.conv1x1(
+            y3, sums3 = ops.conv1x1(
                 operand, block.expand, map_before, statistics=uses_batch(bn3), deferred=deferred
             )
         map3 = affine_of(bn3, sums3, _values(y2), deferred=deferred)
-        residual, residual_map = _skip(block, run, x, deferred=deferred, unwritten=unwritten)
-    return Deferred(y3, map3, residual, residual_map, deferred, run.joins(y2)), energies
+        residual, residual_map = _skip(block, ops, x, deferred=deferred, recomputed=recomputed)
+    return Deferred(y3, map3, residual, residual_map, deferred, ops.joins(y2)), energies
 
 
 def _normalized(
-    block: CodedBottleneck,
+    block: Bottleneck,
     y2: Tensor,
     affine: Affine,
     drop_mask: Tensor | None,
     keep_mask: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """`s h` and `Ebar`, (2)-(5) and (10)-(12), of `h = relu(scale y2 + bias)`."""
+    """Returns `s h` and `Ebar`, (2)-(5) and (10)-(12), of `h = relu(scale y2 + bias)`."""
     accumulate = accumulation_dtype(y2.dtype)
     drop_mask = checked_mask("drop_mask", drop_mask, y2, block.branches, accumulate)
     keep_mask = checked_mask("keep_mask", keep_mask, y2, block.branches, accumulate)
@@ -97,39 +105,39 @@ def _normalized(
 
 
 def _skip(
-    block: CodedBottleneck, run: FusedOperators, x: Tensor, *, deferred: bool, unwritten: bool
+    block: Bottleneck, ops: FusedOperators, x: Tensor, *, deferred: bool, recomputed: bool
 ) -> tuple[Tensor | Product, Affine | None]:
-    """The skip connection: `x` itself, or the raw output of its convolution and the map behind.
+    """Returns the residual: `x` itself, or its convolution's raw output and the map behind.
 
-    Where the block's last convolution is not written, that of the skip connection need not be.
+    Where the block's last convolution is recomputed, that of the skip connection may be too.
     """
     layers = layers_of(block.skip)
     if not layers:
         return x, None
     conv, bn = layers
     y: Tensor | Product
-    if unwritten and run.leaves_unwritten(x, conv):
-        y, sums = run.unwritten(x, conv)
+    if recomputed and ops.leaves_unwritten(x, conv):
+        y, sums = ops.unwritten(x, conv)
         return y, affine_of(bn, sums, _values(y.place), deferred=True)
-    y, sums = run.conv1x1(x, conv, statistics=uses_batch(bn), deferred=deferred)
+    y, sums = ops.conv1x1(x, conv, statistics=uses_batch(bn), deferred=deferred)
     return y, affine_of(bn, sums, _values(y), deferred=deferred)
 
 
 def _values(y: Tensor) -> int:
-    """The values of a channel of `[B, C, H, W]`."""
+    """Returns the number of values of a channel of `[B, C, H, W]`."""
     return y.shape[0] * y.shape[2] * y.shape[3]
 
 
-def _is_deferred(block: CodedBottleneck) -> bool:
-    """Whether the gradients of the tensors that are joined leave the join without their scales.
+def _is_deferred(block: Bottleneck) -> bool:
+    """Returns whether the gradients of the summands leave the sum without their scales.
 
     The scales travel with the gradients of the statistics, so that there must be some.
     """
     return all(uses_batch(bn) for bn in (block.expand_bn, *layers_of(block.skip)[1:]))
 
 
-def is_fused(block: CodedBottleneck, x: Tensor) -> bool:
-    """Whether the block takes the fused data flow for activations like `x`."""
+def is_fused(block: Bottleneck, x: Tensor) -> bool:
+    """Returns whether the block takes the fused data flow for activations like `x`."""
     chosen = _chosen(block, x)
     if chosen not in ("fused", "triton"):
         return False
@@ -139,8 +147,8 @@ def is_fused(block: CodedBottleneck, x: Tensor) -> bool:
     return reason is None
 
 
-def _chosen(block: CodedBottleneck, x: Tensor) -> str:
-    """The backend of the block for these activations."""
+def _chosen(block: Bottleneck, x: Tensor) -> str:
+    """Returns the backend of the block for these activations."""
     chosen = requested_backend(block.backend)
     if chosen == "auto":
         arch = architecture(x.device.index) if x.is_cuda else "cpu"
@@ -155,12 +163,14 @@ def _chosen(block: CodedBottleneck, x: Tensor) -> str:
     return chosen
 
 
-def unfused_reason(block: CodedBottleneck) -> str | None:
-    """What about a block keeps it from being fused; None if nothing does."""
+def unfused_reason(block: Bottleneck) -> str | None:
+    """Returns what about a block keeps it from being fused; None if nothing does."""
     if block.is_coded and block.aggregation == "concat":
         return "its branches are concatenated"
     if block.is_coded and not block.normalize:
         return "its energies are not normalised"
+    if block.is_coded and block.normalized_by != block.branches:
+        return "its mean energy is over more branches than it has"
     pairs: list[tuple[Any, Any]] = [
         (block.reduce, block.reduce_bn),
         (block.grouped, block.grouped_bn),
@@ -174,7 +184,8 @@ def unfused_reason(block: CodedBottleneck) -> str | None:
             return f"{type(conv).__name__} stands in the place of a convolution without a bias"
         if type(bn) not in (nn.BatchNorm2d, nn.SyncBatchNorm):
             return f"{type(bn).__name__} stands in the place of BatchNorm"
-    for module in (block, block.skip, *(layer for pair in (*pairs, skip) for layer in pair)):
+    modules: tuple[Any, ...] = (block, block.skip, *(x for pair in (*pairs, skip) for x in pair))
+    for module in modules:
         if module._forward_hooks or module._forward_pre_hooks:
             return "there is a hook on the output or the input of a layer"
         if module._backward_hooks or module._backward_pre_hooks:
@@ -182,35 +193,35 @@ def unfused_reason(block: CodedBottleneck) -> str | None:
     return None
 
 
-def can_infer(block: CodedBottleneck, drop_mask: Tensor | None) -> bool:
-    """Whether a block can be computed here: in evaluation, all of it, and without gradients."""
+def can_infer(block: Bottleneck, drop_mask: Tensor | None) -> bool:
+    """Returns whether `inferred_block` applies: all in evaluation, and without gradients."""
     layers = (block.reduce_bn, block.grouped_bn, block.expand_bn, *layers_of(block.skip)[1:])
     frozen = not block.training and not any(uses_batch(bn) for bn in layers)
     return frozen and drop_mask is None and not torch.is_grad_enabled()
 
 
 def inferred_block(
-    block: CodedBottleneck, x: Tensor, run: FusedOperators, *, keep_mask: Tensor | None
+    block: Bottleneck, x: Tensor, ops: FusedOperators, *, keep_mask: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """`CodedBottleneck.forward` on a map `[B, C_in, H, W]`; results as for the block."""
-    x = run.cast(x)
-    a = run.folded_conv1x1(x, fold(block.reduce, block.reduce_bn, run.dtype))
-    grouped = fold(block.grouped, block.grouped_bn, run.dtype)
+    """Evaluates a block with BatchNorm folded, on a map `[B, C_in, H, W]`; results as its own."""
+    x = ops.cast(x)
+    a = ops.folded_conv1x1(x, fold(block.reduce, block.reduce_bn, ops.dtype))
+    grouped = fold(block.grouped, block.grouped_bn, ops.dtype)
     energies = factor = branch_weight = None
     if block.is_coded:
         accumulate = accumulation_dtype(x.dtype)
         keep_mask = checked_mask("keep_mask", keep_mask, x, block.branches, accumulate)
         branch_weight = split_weight(block.expand.weight, block.branches, concatenate=False)
     stride = block.grouped.stride[0]
-    h, energy = run.folded_grouped(a, grouped, stride, branch_weight, keep_mask)
+    h, energy = ops.folded_grouped(a, grouped, stride, branch_weight, keep_mask)
     if block.is_coded:
         check_debug(h=h, weight=block.expand.weight)
         inverse = inverse_mean(energy)
         energies, factor = energy * inverse, inverse[:, 0].sqrt()
-    expand = fold(block.expand, block.expand_bn, run.dtype)
+    expand = fold(block.expand, block.expand_bn, ops.dtype)
     if not layers_of(block.skip):
-        return run.folded_conv1x1(h, expand, residual=x, factor=factor), energies
+        return ops.folded_conv1x1(h, expand, residual=x, factor=factor), energies
     conv, bn = layers_of(block.skip)
     step = conv.stride[0]
     both = side_by_side(h, factor, x[:, :, ::step, ::step])
-    return run.folded_conv1x1(both, expand.beside(fold(conv, bn, run.dtype))), energies
+    return ops.folded_conv1x1(both, expand.beside(fold(conv, bn, ops.dtype))), energies

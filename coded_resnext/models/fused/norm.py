@@ -60,11 +60,16 @@ def affine_of(
     return Affine(scale, bias)
 
 
-def running_affine(bn: nn.modules.batchnorm._BatchNorm) -> Affine:
-    """The map `scale y + bias` that a BatchNorm is by its running statistics."""
+def running_affine(
+    bn: nn.modules.batchnorm._BatchNorm, dtype: torch.dtype = torch.float32
+) -> Affine:
+    """Returns the map `scale y + bias` that a BatchNorm is by its running statistics.
+
+    Its arithmetic is in `dtype`, or in float64 for such a layer.
+    """
     assert bn.running_mean is not None
     assert bn.running_var is not None
-    dtype = torch.promote_types(bn.running_mean.dtype, torch.float32)
+    dtype = torch.promote_types(bn.running_mean.dtype, dtype)
     return _affine(bn, bn.running_mean.to(dtype), bn.running_var.to(dtype))
 
 
@@ -160,14 +165,17 @@ class Folded(NamedTuple):
 
 
 def fold(conv: nn.Conv2d, bn: nn.modules.batchnorm._BatchNorm, dtype: torch.dtype | None) -> Folded:
-    """`bn(conv(x))` as one convolution; the arithmetic is float32, or float64 for such layers.
+    """Folds a BatchNorm into the convolution before it: `bn(conv(x))` as one convolution.
+
+    The arithmetic is float32, or float64 where that is the dtype of a layer or of the result.
 
     Args:
         conv: without a bias.
         bn: with running statistics.
         dtype: of the weight that is returned, rounded once; None for the convolution's own.
     """
-    scale, bias = running_affine(bn)
-    wide = torch.promote_types(conv.weight.dtype, scale.dtype)
-    weight = conv.weight.to(wide) * scale.to(wide)[:, None, None, None]
-    return Folded(weight.to(dtype or conv.weight.dtype), bias)
+    own = conv.weight.dtype
+    wide = torch.promote_types(torch.promote_types(own, dtype or own), torch.float32)
+    scale, bias = running_affine(bn, wide)
+    weight = conv.weight.to(scale.dtype) * scale[:, None, None, None]
+    return Folded(weight.to(dtype or own), bias)

@@ -9,7 +9,7 @@ from torch import nn
 
 from coded_resnext import Codebook, CodedResNeXt, Stage, extract_classifier
 from coded_resnext.interpret import observe
-from coded_resnext.kernels.coded.gram import split_weight, unnormalized_aggregate
+from coded_resnext.kernels.coded.gram import coded_aggregate, split_weight
 from coded_resnext.kernels.coded.reference import branch_outputs
 from coded_resnext.models.checkpoint import load_model, save_model
 from coded_resnext.models.published import published_block_state
@@ -28,12 +28,38 @@ def test_branches_are_summed_as_they_are(
     branches = branch_outputs(h, split_weight(weight, 4, concatenate=concatenate))
     masked = branches * (drop * keep)[:, :, None, None, None]
     expected = masked.flatten(1, 2) if concatenate else masked.sum(1)
-    y, energies = unnormalized_aggregate(
-        h, weight, 4, drop_mask=drop, keep_mask=keep, concatenate=concatenate
+    y, energies = coded_aggregate(
+        h, weight, 4, drop, keep, concatenate=concatenate, normalize=False
     )
     assert relative_error(y, expected) < 1e-12
     # Removal comes before the energies, DropSubNNs after them.
     assert relative_error(energies, branches.square().mean((2, 3, 4)) * keep) < 1e-12
+
+
+@pytest.mark.parametrize("normalize", [True, False], ids=["cut out", "unnormalised"])
+@pytest.mark.parametrize("stored", [False, True], ids=["weights", "stored form"])
+def test_gradients(normalize: bool, stored: bool) -> None:
+    """Gradients of three of five branches, and without normalisation, by finite differences.
+
+    Nothing flows through a dead sample.
+    """
+    torch.manual_seed(0)
+    h = torch.rand(3, 3 * 2, 4, 3, dtype=torch.float64)
+    h[1] = 0
+    weight = torch.randn(6, 6, 1, 1, dtype=torch.float64)
+    form = torch.eye(2, dtype=torch.float64).expand(3, 2, 2) if stored else None
+
+    def aggregate(h: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        settings = {"branches_of_whole": 5, "normalize": normalize, "form": form}
+        keep = torch.tensor([[1.0, 1, 0]] * len(h)).double()
+        return coded_aggregate(h, weight, 3, keep, keep, **settings)
+
+    alive = h[::2].clone().requires_grad_()
+    assert torch.autograd.gradcheck(aggregate, (alive, weight.requires_grad_()))
+    y, energies = aggregate(h.requires_grad_(), weight)
+    (y.square().sum() + energies.pow(3).sum()).backward()
+    assert torch.equal(h.grad[1], torch.zeros_like(h[1]))
+    assert h.grad.isfinite().all()
 
 
 def make_network(normalize: bool) -> CodedResNeXt:

@@ -78,9 +78,10 @@ def test_evaluation_maps_and_removal() -> None:
     x = make_images(3, seed=5).double()
     outcomes = []
     for model in (fused, plain):
-        maps: list[Tensor] = []
         with torch.no_grad():
-            last, energies = model._features(x, torch.tensor([3, 0, 1]), maps=maps)
+            last, energies = model.features(x, torch.tensor([3, 0, 1]))
+            maps = [step.map for step in model.walk(x, torch.tensor([3, 0, 1]))]
+            assert torch.equal(maps[-1], last)
             outcomes.append([last, *energies, *maps, model(x, keep=2)])
     for found, expected in zip(*outcomes, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-11)
