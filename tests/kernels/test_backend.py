@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.cases import Case
+from support.cases.coded import Case
 
 from coded_resnext.kernels import (
     backend,

@@ -8,8 +8,8 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from support.conv1x1_cases import ProductCase
-from support.grouped_cases import GroupedCase
+from support.cases.conv1x1 import ProductCase
+from support.cases.conv3x3 import GroupedCase
 from support.guarded_memory import guarded_memory
 from support.helpers import relative_error
 from torch import Tensor

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.cases import CASES, KERNEL_CASES, Case, outputs_and_gradients
+from support.cases.coded import CASES, KERNEL_CASES, Case, outputs_and_gradients
 from support.helpers import TOLERANCES, relative_error
 from support.holes import Holes
 from torch import Tensor

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.cases import KERNEL_CASES, Case
+from support.cases.coded import KERNEL_CASES, Case
 from support.helpers import TOLERANCES, relative_error
 from support.holes import Holes
 from torch import Tensor

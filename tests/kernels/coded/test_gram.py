@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from support.cases import CASES, Case, outputs_and_gradients
+from support.cases.coded import CASES, Case, outputs_and_gradients
 from support.helpers import TOLERANCES, relative_error
 
 from coded_resnext.kernels import coded_aggregate

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.cases import Case
+from support.cases.coded import Case
 from support.helpers import relative_error
 from torch import Tensor
 

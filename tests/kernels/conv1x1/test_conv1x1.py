@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from support.conv1x1_cases import ARGUMENTS, JOIN_ARGUMENTS, ProductCase, called, defined
+from support.cases.conv1x1 import ARGUMENTS, JOIN_ARGUMENTS, ProductCase, called, defined
 from support.helpers import relative_error
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode

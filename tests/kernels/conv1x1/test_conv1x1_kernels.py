@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.conv1x1_cases import ProductCase, called, defined
+from support.cases.conv1x1 import ProductCase, called, defined
 from support.guarded_memory import guarded_memory
 from support.helpers import relative_error
 

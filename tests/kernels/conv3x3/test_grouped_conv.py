@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from support.grouped_cases import GroupedCase, defined
+from support.cases.conv3x3 import GroupedCase, defined
 from support.helpers import relative_error
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.grouped_cases import GroupedCase, defined
+from support.cases.conv3x3 import GroupedCase, defined
 from support.guarded_memory import GuardedMemory, guarded_memory
 from support.helpers import relative_error
 from torch import Tensor

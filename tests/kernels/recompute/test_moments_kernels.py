@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from support.cases.recompute import BOTH, CASES, Case, check_moments, moments_of
 from support.helpers import relative_error
 from support.holes import Holes
-from support.product_join_cases import BOTH, CASES, Case, check_moments, moments_of
 from triton.runtime import interpreter
 
 from coded_resnext.kernels.layout import interpreted

@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from support.cases.recompute import BOTH, CASES, Case, activated, by_channel, check_moments
 from support.guarded_memory import guarded_memory
 from support.helpers import relative_error
-from support.product_join_cases import BOTH, CASES, Case, activated, by_channel, check_moments
 from torch import Tensor
 
 from coded_resnext.kernels import layout

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.fused_cases import CASES, BlockCase, step_of
+from support.cases.fused import CASES, BlockCase, step_of
 from support.helpers import needs_triton, relative_error
 
 # What issue-sized promises need: float32 against float64 after three convolutions and BatchNorms.

@@ -9,7 +9,7 @@ from unittest import mock
 
 import pytest
 import torch
-from support.fused_cases import CASES, BlockCase
+from support.cases.fused import CASES, BlockCase
 from support.helpers import needs_triton, relative_error
 from support.small_networks import WIDE, make_images, make_network
 from torch import Tensor, nn

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from support.fused_cases import CASES
+from support.cases.fused import CASES
 from support.small_networks import make_images, make_network
 from torch import Tensor, nn
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.fused_cases import CASES, BlockCase
+from support.cases.fused import CASES, BlockCase
 from torch import Tensor, nn
 
 from coded_resnext import CodedBottleneck
