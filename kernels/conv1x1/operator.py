@@ -32,8 +32,9 @@ from . import library as conv1x1_library
 from .rows import ProductSizes, planned
 
 
-# The compiler takes the result as it is: before torch 2.14 it follows no frozen dataclass into its
-# text.
+# The compiler takes the result as it is: it follows no logger, and that of torch 2.11 with Python
+# 3.12 no frozen dataclass into its text. The sizes of the weight must be constants of the graph,
+# which those of parameters are.
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _choose(arch: str, inputs: int, outputs: int, join: bool, forced: bool) -> int:
     """Returns the encoded passes of a weight `[O, I]` that run kernels; `forced` by name."""

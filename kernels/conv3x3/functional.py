@@ -21,8 +21,9 @@ from . import operator as conv3x3_operator
 from .rows import GroupedSizes, planned
 
 
-# The compiler takes the result as it is: before torch 2.14 it follows neither a cached class method
-# nor a frozen dataclass into its text.
+# The compiler takes the result as it is: it follows no logger, and before torch 2.14 no cached
+# class method. The sizes of the weight must be constants of the graph, which those of parameters
+# are.
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _choose(arch: str, channels: int, width: int, stride: int, forced: bool) -> int:
     """Returns the encoded passes of a weight `[N*D, D, 3, 3]` that run kernels."""

@@ -81,7 +81,8 @@ def test_accumulated_parts_give_the_gradient_of_the_whole_batch(parts: int) -> N
         found.append((parameters(model), step.latest))
     for whole, added in zip(*(weights for weights, _ in found), strict=True):
         assert torch.allclose(whole, added, rtol=0, atol=1e-14)
-    assert torch.allclose(found[0][1], found[1][1], rtol=1e-12)
+    # What is logged is float32, of which the parts are rounded one by one.
+    assert torch.allclose(found[0][1], found[1][1], rtol=1e-6, atol=1e-7)
 
 
 def test_clipping_bounds_the_gradient_of_all_parameters_together() -> None:
