@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from coded_resnext.codebooks.codebook import Codebook
-
 import argparse
 import csv
 import io
 import re
 import sys
 from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -22,6 +18,9 @@ from coded_resnext.codebooks.quality import verify
 from coded_resnext.codebooks.search import Progress, search
 from coded_resnext.codebooks.shipped import read_document
 from coded_resnext.files import write_atomically
+
+if TYPE_CHECKING:
+    from coded_resnext.codebooks.codebook import Codebook
 
 
 def run_search(args: argparse.Namespace) -> int:

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .preprocessing import derive_seed
+
 if TYPE_CHECKING:
     pass
 
-from typing import NamedTuple, Protocol
-
-from .preprocessing import derive_seed
 
 # Epoch, and positions of a batch.
 Key = tuple[int, list[int]]

@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+import os
+import zipfile
+import zlib
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    pass
-import os
-import zipfile
-import zlib
-from dataclasses import replace
-from pathlib import Path
-from typing import Literal, get_args
-
 from .image_folder import TEST_FOLDERS, TRAIN_FOLDER, class_folders, list_images
 from .image_sets import DamagedImages, FileImages, ImageSplits, MemoryImages, into_memory, listed
 from .preprocessing import SPLIT_SEED, TEST_SHARE, Preprocessing
+
+if TYPE_CHECKING:
+    pass
+
 
 DATA_VARIABLE = "CODED_RESNEXT_DATA"
 Storage = Literal["auto", "memory", "files"]

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from .augment import (
     Augmentation,
@@ -20,21 +21,15 @@ from .augment import (
     posterize_to_black,
     seed_generators,
 )
-from .image_sets import MemoryImages
-from .preprocessing import Preprocessing
+from .batches import Batch, Key, ShuffledSamples
+from .image_sets import DamagedImages, ImageSet, MemoryImages
+from .loaders import Plan, make_loader, passing
+from .preprocessing import Preprocessing, derive_seed
 from .rand_augment import NUMBERS, OPERATIONS, apply_operation
 
 if TYPE_CHECKING:
     from timm.data.auto_augment import RandAugment
 
-from typing import NamedTuple
-
-from torch.utils.data import Dataset
-
-from .batches import Batch, Key, ShuffledSamples
-from .image_sets import DamagedImages, ImageSet
-from .loaders import Plan, make_loader, passing
-from .preprocessing import derive_seed
 
 Augment = Callable[[Tensor, Tensor, Tensor], Tensor]
 
