@@ -63,7 +63,7 @@ def test_an_isolated_build_says_that_it_skips(checkout: Path) -> None:
 @pytest.mark.long
 def test_a_build_in_place_runs_the_builder_of_this_checkout(checkout: Path) -> None:
     # What it compiles is not the question here, and would take a minute.
-    command = checkout / "coded_resnext" / "commands" / "build_kernels.py"
+    command = checkout / "coded_resnext" / "cli" / "build_kernels.py"
     text = command.read_text()
     shutil.copy(command, checkout / "original")
     command.write_text(

@@ -160,7 +160,7 @@ def time_layer(
     row: dict[str, Any] = {"layer": layer.name, "ms": {}, "over_floor": {}}
 
     def library(which: str) -> Callable[[], Results]:
-        return lambda: call.run(which, "")
+        return lambda: call.run(which, PYTORCH)
 
     for which in PASSES:
         times = {

@@ -32,7 +32,7 @@ from coded_resnext.kernels.rows import Variant
 
 HERE = Path(static.__file__).parent
 ARCHS = ("sm80", "sm90", "sm100")
-LAUNCH = HERE.parent / "tests" / "kernels" / "launch_rows.py"
+LAUNCH = HERE.parents[1] / "tests" / "kernels" / "build" / "launch_rows.py"
 
 
 def run(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
