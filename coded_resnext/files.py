@@ -21,7 +21,7 @@ _HIDDEN = ("Cc", "Cf", "Zl", "Zp", "Cs")
 
 
 def read_text(path: str | Path, largest: int = LARGEST_TEXT) -> str:
-    """The text of a file.
+    """Returns the text of a file.
 
     Args:
         path: the file.
@@ -48,7 +48,7 @@ def read_json(path: str | Path, largest: int = LARGEST_TEXT) -> Any:
 
 
 def parse_json(text: str) -> Any:
-    """The content of a JSON text; a ValueError also where it is nested too deeply."""
+    """Returns the content of a JSON text; a ValueError also where it is nested too deeply."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -64,7 +64,7 @@ def printable(text: object) -> str:
 
 
 def printable_lines(text: object) -> str:
-    """A message for a terminal: as `printable`, but for its line ends."""
+    """Returns a message for a terminal: as `printable`, but for its line ends."""
     return "\n".join(map(printable, str(text).split("\n")))
 
 
@@ -99,7 +99,7 @@ def write_atomically(path: str | Path, content: bytes) -> None:
 
 
 def load_tensors(file: BinaryIO, allowed: Sequence[type] = ()) -> Any:
-    """The content of a file of `torch.save`, on the CPU.
+    """Returns the content of a file of `torch.save`, on the CPU.
 
     Args:
         file: open for reading bytes, and seekable.

@@ -59,7 +59,7 @@ def activate(z: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
 def behind_activation(
     grad_h: Tensor, z: Tensor, scale: Tensor | None, bias: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """The gradient of `z` from that of `relu(scale z + bias)`, and the sums `[2, N*D]`.
+    """Returns the gradient of `z` from that of `relu(scale z + bias)`, and the sums `[2, N*D]`.
 
     The sums are those of the gradient behind the affine map and of that times `z`: the gradients
     of `bias` and `scale`. Without a map they are empty.
@@ -74,5 +74,5 @@ def behind_activation(
 
 
 def split_sums(sums: Tensor, scale: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """The gradients of `scale` and `bias`."""
+    """Returns the gradients of `scale` and `bias`."""
     return (None, None) if scale is None else (sums[1].to(scale.dtype), sums[0].to(scale.dtype))

@@ -38,7 +38,7 @@ def interpreted() -> bool:
 
 
 def tf32_allowed() -> bool:
-    """Whether PyTorch lets float32 products round their inputs to TF32."""
+    """Returns whether PyTorch lets float32 products round their inputs to TF32."""
     # A property of the module, which type checkers do not see.
     default: str = torch.backends.fp32_precision  # type: ignore[attr-defined]
     precision = torch.backends.cuda.matmul.fp32_precision
@@ -47,7 +47,7 @@ def tf32_allowed() -> bool:
 
 @cache
 def architecture(device: int) -> str:
-    """The name of a CUDA device's architecture, as settings and tables have it: `sm90`."""
+    """Returns the name of a CUDA device's architecture, as settings and tables have it: `sm90`."""
     if torch.version.hip:
         return str(torch.cuda.get_device_properties(device).gcnArchName).split(":")[0]
     major, minor = torch.cuda.get_device_capability(device)

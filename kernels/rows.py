@@ -46,36 +46,36 @@ class Variant:
     """Whether the kernel applies `relu(scale x + bias)`, BatchNorm's affine map and the ReLU, while
     it loads its operand; of a join, whether the residual has such a map, without a ReLU."""
     statistics: bool = False
-    """Whether statistics of the output are taken, and their gradient flows back."""
+    """Says whether statistics of the output are taken, and their gradient flows back."""
     drop: bool = False
-    """Whether there is a DropSubNNs mask (5)."""
+    """Says whether there is a DropSubNNs mask (5)."""
     keep: bool = False
-    """Whether there is a removal mask (10)."""
+    """Says whether there is a removal mask (10)."""
     energies: bool = False
-    """Whether a folded grouped convolution takes energies."""
+    """Says whether a folded grouped convolution takes energies."""
     folded: bool = False
-    """Whether a bias and a ReLU are behind a grouped convolution, as in evaluation."""
+    """Says whether a bias and a ReLU are behind a grouped convolution, as in evaluation."""
     gain: bool = False
-    """Whether the gradient of the output comes without its factor for each channel."""
+    """Says whether the gradient of the output comes without its factor for each channel."""
     signs: bool = False
-    """Whether a join writes, and its gradient reads, one bit for the ReLU of each element."""
+    """Says whether a join writes, and its gradient reads, one bit for the ReLU of each element."""
     moved: bool = False
     """Whether the gradient of the output is written as it enters the product, for the weight's."""
     joined: bool = True
-    """Whether the output of a join has a gradient of its own."""
+    """Says whether the output of a join has a gradient of its own."""
     residual: bool = False
-    """Whether a residual is added to a product."""
+    """Says whether a residual is added to a product."""
     mapped: bool = False
-    """Whether the residual that is added to a product has an affine map."""
+    """Says whether the residual that is added to a product has an affine map."""
     scaled: bool = False
-    """Whether a product has a scale for each output channel."""
+    """Says whether a product has a scale for each output channel."""
     factor: bool = False
-    """Whether a product has a factor for each sample, in evaluation."""
+    """Says whether a product has a factor for each sample, in evaluation."""
     raw: bool = True
     """Whether the map to which a join adds the residual is there, so that the gradient of its scale
     is taken; with statistics from moments it is not."""
     tf32: bool = False
-    """Whether float32 products may round their inputs to TF32."""
+    """Says whether float32 products may round their inputs to TF32."""
     arch: str = "sm90"
     """`sm80`, `sm90`, `sm100`, `gfx942` and so on; `cpu` in Triton's interpreter."""
 
@@ -90,7 +90,7 @@ class Variant:
 
     @property
     def affine_map(self) -> tuple[str | None, str | None]:
-        """A row's words for the scale and the bias of BatchNorm's affine map."""
+        """Returns a row's words for the scale and the bias of BatchNorm's affine map."""
         pointer = self.pointer(self.affine, "fp32")
         return pointer, pointer
 
@@ -166,7 +166,7 @@ class LaunchRow:
     """The least that one sample costs in memory traffic: each tensor moved once."""
     num_stages: int = 1
     enable_fp_fusion: bool = True
-    """Whether a product may be added without being rounded before."""
+    """Says whether a product may be added without being rounded before."""
     steps: int = 1
     """Trips of the innermost loop for one of the loop around it, of which `trip_bytes` then are."""
 
@@ -181,7 +181,7 @@ class LaunchRow:
         }
 
     def function(self) -> Any:
-        """The kernel, a `triton.JITFunction`."""
+        """Returns the kernel, a `triton.JITFunction`."""
         return _function(self.kernel)
 
     def launch(self, grid: tuple[int, ...], *args: Any) -> None:
@@ -211,7 +211,7 @@ def triton_release() -> str:
 
 
 def next_power_of_2(number: int) -> int:
-    """The least power of two that is not below a positive number."""
+    """Returns the least power of two that is not below a positive number."""
     return 1 << (number - 1).bit_length()
 
 
@@ -227,7 +227,7 @@ class Windows:
 
     @classmethod
     def of(cls, sizes: CodedSizes) -> Windows:
-        """The windows of a block."""
+        """Returns the windows of a block."""
         group = max(1, 16 // sizes.width)
         block_k = max(16, next_power_of_2(group * sizes.width))
         return cls(group, block_k, -(-sizes.branches // group))
@@ -249,7 +249,7 @@ class Windows:
 
 
 def with_registers(row: LaunchRow, sizes: CodedSizes, variant: Variant) -> LaunchRow:
-    """A gradient's row with twice the warps where its own would spill.
+    """Returns a gradient's row with twice the warps where its own would spill.
 
     In float32 the compiler for sm_80 leaves 32 registers to a thread that works on 64 channels.
     """
@@ -291,7 +291,7 @@ def sizes_of(row: LaunchRow) -> str:
 
 
 def settings_of(row: LaunchRow) -> dict[str, int]:
-    """The settings of a row that can be changed; empty for a kernel without any."""
+    """Returns the settings of a row that can be changed; empty for a kernel without any."""
     if row.kernel not in TILES:
         return {}
     constexprs = dict(row.constexprs)
@@ -300,7 +300,7 @@ def settings_of(row: LaunchRow) -> dict[str, int]:
 
 
 def changed(row: LaunchRow, settings: Mapping[str, int]) -> LaunchRow:
-    """A row with other tiles, warps or stages.
+    """Returns a row with other tiles, warps or stages.
 
     Raises:
         ValueError: a row has no such setting.
@@ -319,6 +319,6 @@ def changed(row: LaunchRow, settings: Mapping[str, int]) -> LaunchRow:
 
 
 def tuned(row: LaunchRow, arch: str) -> LaunchRow:
-    """The row with what the table has for it."""
+    """Returns the row with what the table has for it."""
     settings = TUNED.get((arch, row.kernel, sizes_of(row)))
     return changed(row, settings) if settings else row

@@ -89,7 +89,7 @@ def anneal(
     best: Annealed | None = None
 
     def total(table: Ints) -> int:
-        """Sum over the pairs with a word that moves, each once."""
+        """Returns the sum over the pairs with a word that moves, each once."""
         values = table[common]
         return int(values[:, :first].sum() + values[:, first:].sum() // 2)
 

@@ -35,7 +35,7 @@ class Bounds(NamedTuple):
 
     @property
     def optimal_distance(self) -> bool:
-        """Whether the minimum distance is proved the largest possible."""
+        """Returns whether the minimum distance is proved the largest possible."""
         return self.distance_found == self.distance
 
     @property
@@ -151,7 +151,7 @@ def pair_bound(
 def codebook_bounds(
     classes: int, branches: int, active: int, distances: dict[int, int], balanced: bool
 ) -> Bounds:
-    """The bounds beside the distance histogram of a codebook.
+    """Returns the bounds beside the distance histogram of a codebook.
 
     `balanced` says that its column loads differ by one at most; the bound on pairs is then that of
     the balanced codebooks, else that of all codebooks.

@@ -57,7 +57,7 @@ class Codebook:
 
     @classmethod
     def from_words(cls, words: Iterable[str], class_names: Sequence[str] | None = None) -> Codebook:
-        """A codebook from strings of 0 and 1, one per class, such as `"1001001000"`."""
+        """Returns a codebook from strings of 0 and 1, one per class, such as `"1001001000"`."""
         words = list(words)
         if len(words) < 2:
             raise ValueError(f"codewords: expected at least two classes, got {len(words)}")
@@ -76,7 +76,7 @@ class Codebook:
 
     @classmethod
     def shipped(cls, classes: int, branches: int, active: int, variant: str = "best") -> Codebook:
-        """A codebook that comes with the package.
+        """Returns a codebook that comes with the package.
 
         Args:
             classes: `K`.
@@ -130,32 +130,32 @@ class Codebook:
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """The `K` class names, in the order of the rows."""
+        """Returns the `K` class names, in the order of the rows."""
         return self._class_names
 
     @property
     def classes(self) -> int:
-        """Number of classes `K`."""
+        """Returns the number of classes `K`."""
         return len(self._words)
 
     @property
     def branches(self) -> int:
-        """Number of branches `N`."""
+        """Returns the number of branches `N`."""
         return int(self._words.shape[1])
 
     @property
     def active(self) -> int:
-        """Number of branches `A` that work for each class."""
+        """Returns the number of branches `A` that work for each class."""
         return int(self._words[0].sum())
 
     @property
     def ratio(self) -> float:
-        """Share of the branches that work for a class, `r = A / N`."""
+        """Returns the share of the branches that work for a class, `r = A / N`."""
         return self.active / self.branches
 
     @cached_property
     def words(self) -> tuple[str, ...]:
-        """The codewords as strings of 0 and 1."""
+        """Returns the codewords as strings of 0 and 1."""
         return tuple(to_strings(self._words))
 
     @property
@@ -174,7 +174,7 @@ class Codebook:
 
     @property
     def min_distance(self) -> int:
-        """Smallest Hamming distance between the codewords of two classes."""
+        """Returns the smallest Hamming distance between the codewords of two classes."""
         return min(self._distances)
 
     @cached_property
@@ -250,7 +250,7 @@ class Codebook:
         return Codebook(torch.from_numpy(words), self._class_names), assignment
 
     def with_class_names(self, class_names: Sequence[str]) -> Codebook:
-        """The same codewords for classes of other names."""
+        """Returns the same codewords for classes of other names."""
         return Codebook(self.codewords, class_names)
 
     def index(self, class_name: str) -> int:
@@ -261,7 +261,7 @@ class Codebook:
         return self._class_names.index(class_name)
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON-ready description; `from_dict` reads it back."""
+        """Returns a JSON-ready description; `from_dict` reads it back."""
         return {
             "format_version": FORMAT_VERSION,
             "classes": self.classes,
@@ -273,7 +273,7 @@ class Codebook:
 
     @classmethod
     def from_dict(cls, data: Any) -> Codebook:
-        """The codebook described by `to_dict`, every field checked against the words."""
+        """Returns the codebook described by `to_dict`, every field checked against the words."""
         if not isinstance(data, dict) or not isinstance(data.get("codewords"), list):
             raise ValueError('codebook: expected an object with a list "codewords"')
         version = data.get("format_version", FORMAT_VERSION)
@@ -319,7 +319,7 @@ class Codebook:
         return f"Codebook(classes={self.classes}, branches={self.branches}, active={self.active})"
 
     def __str__(self) -> str:
-        """The table of classes and codewords, with its distances and column loads."""
+        """Returns the table of classes and codewords, with its distances and column loads."""
         names = [printable(name) for name in self._class_names]
         width = max(map(len, names))
         rows = [f"{name:<{width}}  {word}" for name, word in zip(names, self.words, strict=True)]

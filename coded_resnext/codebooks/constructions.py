@@ -271,7 +271,7 @@ PAPER_TABLES = {
 
 
 def best_content(size: Size) -> dict[str, Any]:
-    """The content of the data file of a constructed codebook."""
+    """Returns the content of the data file of a constructed codebook."""
     construction = CONSTRUCTIONS[size]
     # Sorted, so that the order of the rows says nothing about the way they were made.
     words = sorted(to_strings(construction.build()))
@@ -283,7 +283,7 @@ def best_content(size: Size) -> dict[str, Any]:
 
 
 def paper_content(size: Size) -> dict[str, Any]:
-    """The content of the data file of a published table."""
+    """Returns the content of the data file of a published table."""
     words = PAPER_TABLES[size].split()
     provenance = {"construction": "published table for CIFAR-10", "source": PAPER}
     return {**_content(size, words, provenance), "class_names": CIFAR10}

@@ -36,7 +36,7 @@ class Candidates(NamedTuple):
     limit: int
 
     def select(self, indices: Ints) -> Candidates:
-        """Those of some indices, in their order."""
+        """Returns those of some indices, in their order."""
         return Candidates(self.words[indices], self.sizes[indices], self.inner[indices], self.limit)
 
 
@@ -63,7 +63,7 @@ def full_orbits(
 def short_orbits(
     group: Group, active: int, limit: int, size: int, most: int, rng: np.random.Generator
 ) -> Candidates:
-    """At most `most` orbits of `size` words, for a group that acts freely.
+    """Returns at most `most` orbits of `size` words, for a group that acts freely.
 
     A word has an orbit of `order / h` words when a subgroup of order `h` leaves it in place: it is
     then a union of `A / h` of the blocks into which the subgroup divides the columns.
@@ -111,7 +111,7 @@ def orbits_of(words: Words, group: Group, limit: int) -> Candidates:
 
 
 def join(parts: Sequence[Candidates]) -> Candidates:
-    """The candidates of several lists with one limit."""
+    """Returns the candidates of several lists with one limit."""
     return Candidates(
         np.concatenate([part.words for part in parts]),
         np.concatenate([part.sizes for part in parts]),
@@ -129,7 +129,7 @@ def _random_words(branches: int, active: int, count: int, rng: np.random.Generat
 
 
 def _distant_orbits(words: Words, group: Group, limit: int) -> Words:
-    """The words that share at most `limit` branches with each of their other images."""
+    """Returns the words that share at most `limit` branches with each of their other images."""
     if len(words) == 0:
         return words
     active = int(words[0].sum())
@@ -170,7 +170,7 @@ Group = npt.NDArray[np.intp]
 
 
 def abelian(orders: Sequence[int]) -> Group:
-    """The product of the cyclic groups of these orders, acting on itself by addition."""
+    """Returns the product of the cyclic groups of these orders, acting on itself by addition."""
     elements = list(product(*map(range, orders)))
     index = {element: position for position, element in enumerate(elements)}
     return np.array(
@@ -248,7 +248,7 @@ def subgroup(group: Group, generators: Sequence[int]) -> list[int]:
 
 
 def _abelian_types(order: int) -> list[list[int]]:
-    """The abelian groups of an order as lists of prime-power orders of cyclic factors."""
+    """Returns the abelian groups of an order as lists of prime-power orders of cyclic factors."""
     types: list[list[int]] = [[]]
     prime = 2
     while prod(types[0]) < order:

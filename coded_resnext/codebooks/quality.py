@@ -68,7 +68,7 @@ def quality(
 
 
 def _union_bound(distances: dict[int, int], classes: int, p: float) -> float:
-    """Sum over the other classes of the probability that theirs is the nearer word.
+    """Returns the sum over the other classes of the probability that theirs is the nearer word.
 
     Only the d digits in which two words differ count: more than d/2 must be wrong, and exactly d/2
     lose every other time.

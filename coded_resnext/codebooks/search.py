@@ -253,7 +253,7 @@ class _Search:
                 self.offer(words)
 
     def keep_latest(self, method: Callable[..., Kept | None], *arguments: Any) -> Kept | None:
-        """What a method returns, or what it last reported when Ctrl-C ended it."""
+        """Returns what a method returns, or what it last reported when Ctrl-C ended it."""
         latest: list[Kept] = []
         try:
             return method(*arguments, report=latest.append)
@@ -294,7 +294,7 @@ class _Search:
 
 
 def _expected_conflicts(classes: int, branches: int, active: int, distance: int) -> float:
-    """Number of words that a random word is expected to be too near to."""
+    """Returns the number of words that a random word is expected to be too near to."""
     near = sum(
         comb(active, common) * comb(branches - active, active - common)
         for common in range(active - distance // 2 + 1, active + 1)

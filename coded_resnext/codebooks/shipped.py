@@ -44,7 +44,7 @@ def file_name(size: Size, variant: str = "best") -> str:
 
 
 def shipped_sizes(variant: str = "best") -> tuple[Size, ...]:
-    """The sizes that are shipped, ascending."""
+    """Returns the sizes that are shipped, ascending."""
     _check_variant(variant)
     sizes = []
     for entry in files(__package__).joinpath("data").iterdir():
@@ -57,7 +57,7 @@ def shipped_sizes(variant: str = "best") -> tuple[Size, ...]:
 
 
 def load_shipped(size: Size, variant: str = "best") -> dict[str, Any]:
-    """The content of a data file, its codewords checked against its digest.
+    """Returns the content of a data file, its codewords checked against its digest.
 
     Raises:
         ValueError: there is no such variant, none is shipped in this size (the message names the
@@ -107,7 +107,7 @@ def _from_json(text: str) -> dict[str, Any]:
 
 
 def _joined(word: Any) -> Any:
-    """A list of 0 and 1 as a string; anything else as it is."""
+    """Returns a list of 0 and 1 as a string; anything else as it is."""
     if isinstance(word, list) and all(type(digit) is int and digit in (0, 1) for digit in word):
         return "".join(map(str, word))
     return word

@@ -63,7 +63,7 @@ class Accounts:
         return self._columns[index]
 
     def compatible(self, index: int) -> int:
-        """The candidates without a conflict with this one, as the bits of a number."""
+        """Returns the candidates without a conflict with this one, as the bits of a number."""
         if index not in self._compatible:
             free = np.packbits(self.column(index)[0] == 0, bitorder="little")
             self._compatible[index] = int.from_bytes(free.tobytes(), "little")
@@ -281,7 +281,7 @@ def _even_units(
 
 
 def _subgroups(group: Group, order: int, rng: np.random.Generator) -> list[list[int]]:
-    """Some subgroups of an order, found by generating from random elements."""
+    """Returns some subgroups of an order, found by generating from random elements."""
     found = {tuple(range(len(group)))} if order == len(group) else set()
     for _ in range(0 if found else 60):
         generators = rng.integers(1, len(group), size=int(rng.integers(1, 5))).tolist()
@@ -294,7 +294,7 @@ def _subgroups(group: Group, order: int, rng: np.random.Generator) -> list[list[
 
 
 def _level_choice(words: Words, count: int, rng: np.random.Generator) -> Ints:
-    """Indices of `count` words with column loads as equal as exchanges make them."""
+    """Returns the indices of `count` words with column loads as equal as exchanges make them."""
     rows = words.astype(np.float64)
     chosen = rng.permutation(len(words))[:count]
     ideal = count * int(words[0].sum()) / words.shape[1]

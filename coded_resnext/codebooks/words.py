@@ -27,7 +27,7 @@ def from_strings(words: Iterable[str]) -> Words:
 
 
 def to_strings(words: Words) -> list[str]:
-    """The rows as strings of 0 and 1."""
+    """Returns the rows as strings of 0 and 1."""
     digits = (words + ord("0")).astype(np.uint8)
     return [row.tobytes().decode("ascii") for row in digits]
 
@@ -76,7 +76,7 @@ def distance_histogram(words: Words) -> dict[int, int]:
 
 
 def first_duplicate(words: Words) -> tuple[int, int] | None:
-    """Indices of two equal rows, the first such pair in reading order."""
+    """Returns the indices of two equal rows, the first such pair in reading order."""
     seen: dict[bytes, int] = {}
     for index, row in enumerate(np.packbits(words, axis=1)):
         first = seen.setdefault(row.tobytes(), index)
@@ -86,6 +86,6 @@ def first_duplicate(words: Words) -> tuple[int, int] | None:
 
 
 def is_balanced(words: Words) -> bool:
-    """Whether the column sums differ by one at most."""
+    """Returns whether the column sums differ by one at most."""
     loads = words.sum(axis=0, dtype=np.int64)
     return int(loads.max() - loads.min()) <= 1

@@ -187,7 +187,7 @@ class Flips:
         return ImageOps.flip(image) if flipped else image
 
     def draw(self) -> tuple[bool, bool]:
-        """Whether to flip from left to right, and from top to bottom."""
+        """Returns whether to flip from left to right, and from top to bottom."""
         horizontal = random.random() < self.horizontal  # noqa: S311
         return horizontal, random.random() < self.vertical  # noqa: S311
 

@@ -46,17 +46,17 @@ class TrainLoader(Protocol):
         """
 
     def __iter__(self) -> Iterator[Batch]:
-        """The batches of this process, `len(self) - start_step` of them."""
+        """Returns the batches of this process, `len(self) - start_step` of them."""
 
     def describe(self, indices: Tensor) -> list[str]:
-        """How a person finds the samples of a batch: their files, say."""
+        """Tells a person how to find the samples of a batch: their files, say."""
 
 
 class BatchAugment(Protocol):
     """Changes the images of a batch, each by numbers of its own."""
 
     draws: int
-    """How many numbers an image needs."""
+    """Number of random numbers that an image needs."""
 
     def __call__(self, images: Tensor, draws: Tensor) -> Tensor:
         """`[B, C, H, W]` and uniform numbers `[B, draws]` in [0, 1) to images of the same shape."""
@@ -115,7 +115,7 @@ class ShuffledSamples:
         )
 
     def keys(self) -> Iterator[Key]:
-        """What makes this process's batches where nothing else is drawn in their order."""
+        """Yields what makes this process's batches where nothing else is drawn in their order."""
         for positions in self.chosen(self.generator()):
             yield self.epoch, positions.tolist()
 
@@ -245,5 +245,5 @@ class Batches:
 
 
 def batches(images: Tensor, targets: Tensor, batch_size: int = 256) -> Batches:
-    """All samples in their order, for evaluation."""
+    """Returns all samples in their order, for evaluation."""
     return Batches(images, targets, batch_size)

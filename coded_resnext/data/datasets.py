@@ -31,7 +31,7 @@ _CIFAR = {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python"}
 
 
 def data_folder(folder: str | Path | None = None) -> Path:
-    """The folder of data sets: the one given, `$CODED_RESNEXT_DATA`, or `data`."""
+    """Returns the folder of data sets: the one given, `$CODED_RESNEXT_DATA`, or `data`."""
     return Path(folder or os.environ.get(DATA_VARIABLE) or "data")
 
 
@@ -46,7 +46,7 @@ def load_dataset(
     max_damaged: float = 0.01,
     download: bool = False,
 ) -> ImageSplits:
-    """A data set by name, or a part of it.
+    """Returns a data set by name, or a part of it.
 
     CIFAR is looked for in this order: `FOLDER/NAME.npz` (arrays `x_train [n, 32, 32, 3]` uint8,
     `y_train`, `x_test`, `y_test`, `classes`), `FOLDER/NAME/{train,test}/CLASS/*`, and the files
@@ -214,7 +214,7 @@ def _test_folder(root: Path) -> Path:
 
 
 def _list_images(root: Path, class_names: tuple[str, ...], *, all_classes: bool) -> FileImages:
-    """The files of the classes; empty ones are refused here, before any time is spent."""
+    """Returns the files of the classes; empty ones are refused here, before any time is spent."""
     files = list_images(root, class_names, all_classes=all_classes)
     empty = [str(path) for path, _ in files if path.stat().st_size == 0]
     if empty:
@@ -239,7 +239,7 @@ def _decoded(splits: ImageSplits, storage: Storage, max_damaged: float) -> Image
 
 
 def _decoded_bytes(images: FileImages) -> int:
-    """An estimate from the first image that can be read."""
+    """Returns an estimate from the first image that can be read."""
     for index in range(len(images)):
         try:
             width, height = images.image(index).size

@@ -63,7 +63,7 @@ class ImageFolder(Dataset[tuple[Tensor, int]]):
 def list_images(
     root: Path, class_names: Sequence[str], *, all_classes: bool = True
 ) -> list[tuple[Path, int]]:
-    """The files `ROOT/CLASS/*` with their classes, in the order of classes and file names.
+    """Returns the files `ROOT/CLASS/*` with their classes, in the order of classes and file names.
 
     Hidden files are no images.
 
@@ -121,7 +121,7 @@ def open_image(path: Path, channels: int) -> Image:
 
 
 def read_image(path: Path, preprocessing: Preprocessing) -> Tensor:
-    """An image file as a network's input, `[C, H, W]`; raises as `open_image`."""
+    """Returns an image file as a network's input, `[C, H, W]`; raises as `open_image`."""
     return preprocessing(open_image(path, preprocessing.channels))
 
 
@@ -171,7 +171,7 @@ def image_folder(
     batch_size: int = 64,
     workers: int = 0,
 ) -> DataLoader[tuple[Tensor, int]]:
-    """A loader of the images `ROOT/CLASS/*`: batches `(images [B, C, H, W], targets [B])`.
+    """Returns a loader of the images `ROOT/CLASS/*`: batches `(images [B, C, H, W], targets [B])`.
 
     It can be iterated again and again, always in the same order.
 
@@ -196,7 +196,7 @@ def image_folder(
 
 
 def find_splits(root: str | Path, class_names: Sequence[str]) -> tuple[Path | None, Path]:
-    """The folders of training and test images in a data set.
+    """Returns the folders of training and test images in a data set.
 
     Args:
         root: `ROOT/CLASS/*`, or `ROOT/{train,test}/CLASS/*` (`val` may stand for `test`).

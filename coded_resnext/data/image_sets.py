@@ -34,13 +34,13 @@ class ImageSet(Protocol):
         """Class indices `[n]`, int64."""
 
     def image(self, index: int) -> Image:
-        """An image as 8-bit RGB; a ValueError names one that cannot be read."""
+        """Returns an image as 8-bit RGB; a ValueError names one that cannot be read."""
 
     def name(self, index: int) -> str:
-        """What a message calls an image: its file, where it has one."""
+        """Returns the name of an image in messages: its file, where it has one."""
 
     def subset(self, indices: Sequence[int]) -> ImageSet:
-        """The chosen images, in the order given."""
+        """Returns the chosen images, in the order given."""
 
     def __len__(self) -> int: ...
 
@@ -53,15 +53,15 @@ class FileImages:
     targets: Tensor
 
     def image(self, index: int) -> Image:
-        """An image as 8-bit RGB; a ValueError names one that cannot be read."""
+        """Returns an image as 8-bit RGB; a ValueError names one that cannot be read."""
         return open_image(self.files[index], channels=3)
 
     def name(self, index: int) -> str:
-        """The path of the file."""
+        """Returns the path of the file."""
         return str(self.files[index])
 
     def subset(self, indices: Sequence[int]) -> FileImages:
-        """The chosen images, in the order given."""
+        """Returns the chosen images, in the order given."""
         chosen = tuple(self.files[index] for index in indices)
         return FileImages(chosen, self.targets[torch.as_tensor(indices, dtype=torch.int64)])
 
@@ -101,17 +101,17 @@ class MemoryImages:
         return torch.from_numpy(np.stack(self.images)).permute(0, 3, 1, 2)
 
     def image(self, index: int) -> Image:
-        """An image as 8-bit RGB."""
+        """Returns an image as 8-bit RGB."""
         from PIL import Image
 
         return Image.fromarray(self.images[index])
 
     def name(self, index: int) -> str:
-        """The file that the image came from, or its place in one."""
+        """Returns the file that the image came from, or its place in one."""
         return self.names[index]
 
     def subset(self, indices: Sequence[int]) -> MemoryImages:
-        """The chosen images, in the order given."""
+        """Returns the chosen images, in the order given."""
         chosen = torch.as_tensor(indices, dtype=torch.int64)
         images = (
             self.images[chosen.numpy()]
@@ -135,7 +135,7 @@ class DamagedImages:
     def __init__(self, images: int, limit: float) -> None:
         self.limit = math.ceil(images * limit)
         self.reasons: dict[str, str] = {}
-        """By name of the image."""
+        """Reason why an image cannot be read, by the image's name."""
 
     def add(self, name: str, reason: str) -> None:
         """Count an image, once.
@@ -199,7 +199,7 @@ class ImageSplits:
         test_images: int | None = None,
         holdout: float = 0.0,
     ) -> ImageSplits:
-        """A part of the data set, with the same share of every class, always the same one.
+        """Returns a part of the data set, with the same share of every class, always the same one.
 
         A larger part contains a smaller one, and what is held out is never trained on.
 
@@ -262,7 +262,7 @@ def _held_out(targets: Tensor, holdout: float) -> list[int]:
 
 
 def _held(images: int, holdout: float) -> int:
-    """How many images of a class are held out; one at least is left to train on."""
+    """Returns how many images of a class are held out; one at least is left to train on."""
     return min(math.ceil(images * holdout), images - 1)
 
 
@@ -274,6 +274,6 @@ def _counts(images: ImageSet, classes: int) -> str:
 
 
 def listed(names: Sequence[str]) -> str:
-    """The first names, and how many more there are."""
+    """Returns the first names, and how many more there are."""
     more = f", and {len(names) - NAMES_IN_MESSAGE} more" if len(names) > NAMES_IN_MESSAGE else ""
     return ", ".join(names[:NAMES_IN_MESSAGE]) + more

@@ -32,9 +32,9 @@ class _Read(NamedTuple):
     """What a process that reads hands back; of a named tuple PyTorch pins the tensors."""
 
     batch: Batch | None
-    """None when it failed."""
+    """The batch; None when reading it failed."""
     damaged: dict[str, str]
-    """Why images could not be read, by name."""
+    """Reason why each unreadable image could not be read, by the image's name."""
     failure: str
 
 
@@ -129,7 +129,7 @@ class TrainImages(ShuffledSamples):
             yield _batch(read)
 
     def describe(self, indices: Tensor) -> list[str]:
-        """The files of samples."""
+        """Returns the files of samples."""
         return [self.images.name(index) for index in indices.tolist()]
 
 
@@ -232,7 +232,7 @@ def passing(loader: DataLoader[Any]) -> Iterator[Any]:
 
 
 def _batch(read: _Read) -> Batch:
-    """The batch, or the reason why there is none, in the process that asked for it."""
+    """Returns the batch, or the reason why there is none, in the process that asked for it."""
     if read.batch is None:
         raise ValueError(read.failure)
     return read.batch

@@ -33,7 +33,7 @@ Augment = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def device_pixels(images: ImageSet, preprocessing: Preprocessing, device: torch.device) -> Tensor:
-    """All images of a set in a device's memory, `[n, 3, size, size]`, uint8.
+    """Returns all images of a set in a device's memory, `[n, 3, size, size]`, uint8.
 
     Raises:
         ValueError: the images are not decoded in memory, or not of the network's size; resizing is
@@ -111,7 +111,7 @@ class DeviceTrainImages(ShuffledSamples):
             yield Batch(pixels, drawn.targets, drawn.indices)
 
     def describe(self, indices: Tensor) -> list[str]:
-        """The files of samples."""
+        """Returns the files of samples."""
         return [self.images.name(index) for index in indices.tolist()]
 
 
@@ -283,7 +283,7 @@ class DeviceAugment:
         self._normalize = Normalize(preprocessing, device)
 
     def __call__(self, pixels: Tensor, indices: Tensor, draws: Tensor) -> Tensor:
-        """The chosen images, augmented and normalised.
+        """Returns the chosen images, augmented and normalised.
 
         Args:
             pixels: all images `[n, 3, H, W]`, uint8.

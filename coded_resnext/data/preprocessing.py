@@ -21,7 +21,7 @@ TEST_SHARE = 0.2
 
 
 def derive_seed(*parts: int) -> int:
-    """One seed from several non-negative numbers, such as (seed, epoch)."""
+    """Returns one seed from several non-negative numbers, such as (seed, epoch)."""
     return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
@@ -67,7 +67,7 @@ class Preprocessing:
         return (images - mean) / std
 
     def __call__(self, image: Image) -> Tensor:
-        """A PIL image of any mode and size to `[C, size, size]`, float32; bicubic resizing.
+        """Maps a PIL image of any mode and size to `[C, size, size]`, float32; bicubic resizing.
 
         `pixels.to_channels` says what becomes of orientation, bit depth and colour space.
         """
@@ -75,7 +75,7 @@ class Preprocessing:
         return self.normalize(intensities(image))
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready; `from_dict` reads it back."""
+        """Returns JSON-ready data, which `from_dict` reads back."""
         return asdict(self)
 
     @classmethod
@@ -109,13 +109,13 @@ def resize_and_cut(image: Image, size: int, resize: int | None = None) -> Image:
 
 
 def intensities(image: Image) -> Tensor:
-    """An 8-bit grey or RGB image as `[C, H, W]`, float32 in 0..1."""
+    """Returns an 8-bit grey or RGB image as `[C, H, W]`, float32 in 0..1."""
     pixels = torch.from_numpy(np.array(image, dtype=np.float32)) / 255
     return pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1)
 
 
 def to_channels(image: Image, channels: int) -> Image:
-    """A PIL image of any mode as 8-bit grey or RGB, upright.
+    """Returns a PIL image of any mode as 8-bit grey or RGB, upright.
 
     The orientation that a camera stored (EXIF) is applied. Of 16-bit grey the range 0..65535 is
     scaled to 0..255: Pillow's own conversion clips it at 255, so that almost all of it turns white.

@@ -33,7 +33,7 @@ SOLARIZE_ADD_BELOW = 128
 
 
 def is_operation(rows: Tensor, name: str) -> Tensor:
-    """Which rows `[B, NUMBERS]` ask for an operation, `[B, 1, 1, 1]`."""
+    """Says which rows `[B, NUMBERS]` ask for an operation, `[B, 1, 1, 1]`."""
     return (rows[:, 0] == OPERATIONS.index(name))[:, None, None, None]
 
 
@@ -89,13 +89,13 @@ def blend(degenerate: Tensor, values: Tensor, amounts: Tensor) -> Tensor:
 
 
 def look_up(images: Tensor, table: Tensor) -> Tensor:
-    """Every intensity by the table `[B, 3, 256]` of its image and channel."""
+    """Replaces every intensity by the table `[B, 3, 256]` of its image and channel."""
     found = torch.gather(table, 2, images.flatten(2).long())
     return found.view_as(images)
 
 
 def tables(images: Tensor, grey: Tensor, rows: Tensor) -> Tensor:
-    """What becomes of every intensity, `[B, 3, 256]`, uint8; itself for other operations.
+    """Returns what becomes of every intensity, `[B, 3, 256]`, uint8; itself for other operations.
 
     Args:
         images: `[B, 3, H, W]`.
@@ -127,7 +127,7 @@ def tables(images: Tensor, grey: Tensor, rows: Tensor) -> Tensor:
 
 
 def histograms(images: Tensor) -> Tensor:
-    """How often each intensity occurs, `[B, 3, 256]`, int64."""
+    """Counts how often each intensity occurs, `[B, 3, 256]`, int64."""
     pixels = images.flatten(2).long()
     counts = pixels.new_zeros(*pixels.shape[:2], 256)
     return counts.scatter_add(2, pixels, torch.ones_like(pixels))
@@ -157,7 +157,7 @@ def equalized(counts: Tensor) -> Tensor:
 
 
 def affine(images: Tensor, coefficients: Tensor, cubic: Tensor, fill: Tensor) -> Tensor:
-    """Every pixel from where an affine map puts it in the input, interpolated.
+    """Takes every pixel from where an affine map puts it in the input, interpolated.
 
     Args:
         images: `[B, 3, H, W]`, uint8.
@@ -215,7 +215,7 @@ def _cubic(values: list[Tensor], share: Tensor) -> Tensor:
 
 
 def _mean_grey(grey: Tensor) -> Tensor:
-    """Mean luminance `[B]`, rounded to a whole number, int32."""
+    """Returns the mean luminance `[B]`, rounded to a whole number, int32."""
     values = grey.flatten(1).long()
     count = values.shape[1]
     return ((2 * values.sum(1) + count) // (2 * count)).int()

@@ -42,7 +42,7 @@ class Cost:
 
     @property
     def flops(self) -> int:
-        """The floating-point operations for one image: two for each multiply-accumulate."""
+        """Returns the floating-point operations for one image: two for each multiply-accumulate."""
         return 2 * self.macs
 
     def relative_to(self, whole: Cost) -> Share:

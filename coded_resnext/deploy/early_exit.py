@@ -42,7 +42,7 @@ class EarlyExit:
     margins: tuple[float | None, ...]
     """The margin that suffices, for every coded block; None where no image leaves."""
     agreement: bool = False
-    """Whether the decoder of the coded block before must name the same class."""
+    """Says whether the decoder of the coded block before must name the same class."""
     calibration: dict[str, Any] = field(default_factory=dict)
     """How the margins were chosen, JSON-ready."""
 

@@ -34,7 +34,7 @@ class ExtractedConfig:
     in_channels: int
     head_bias: bool
     folded: bool
-    """Whether BatchNorm is folded into the convolutions."""
+    """Says whether BatchNorm is folded into the convolutions."""
     blocks: tuple[BlockSizes, ...]
 
     def to_dict(self) -> dict[str, Any]:
@@ -143,7 +143,7 @@ class ExtractedClassifier(ExtractedNetwork):
 
     @property
     def class_name(self) -> str:
-        """The class that is told from all others."""
+        """Returns the class that is told from all others."""
         return self.class_names[0]
 
     def forward(self, x: Tensor) -> Tensor:

@@ -32,13 +32,13 @@ class Pretrained:
     """A network with all that is needed to use it, and what is known about it."""
 
     model: CodedResNeXt
-    """In evaluation mode when it was loaded."""
+    """The network, in evaluation mode when it was loaded."""
     preprocessing: Preprocessing | None = None
-    """How images become its input."""
+    """Preprocessing that turns images into the network's input."""
     thresholds: Mapping[str, float] = field(default_factory=dict)
     """Of one-class classifiers, by class; where one was chosen."""
     early_exit: EarlyExit | None = None
-    """When an image may leave early."""
+    """Criterion by which an image may leave early."""
     training: Mapping[str, Any] = field(default_factory=dict)
     """How the network was trained, JSON-ready."""
     results: Mapping[str, Any] = field(default_factory=dict)
@@ -60,7 +60,7 @@ class Pretrained:
             )
 
     def description(self) -> dict[str, Any]:
-        """What `config.json` says, but for the checksum."""
+        """Returns the content of `config.json` without the checksum."""
         from importlib.metadata import version
 
         model = self.model
@@ -366,7 +366,7 @@ def _numbers(values: tuple[float, ...]) -> str:
 
 
 def _decisions(pretrained: Pretrained) -> list[str]:
-    """The section on thresholds and early exit, when there are any."""
+    """Returns the section on thresholds and early exit, when there are any."""
     count, exit_ = len(pretrained.thresholds), pretrained.early_exit
     lines = []
     if count:

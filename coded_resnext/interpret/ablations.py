@@ -68,7 +68,7 @@ def select_ablations(names: Sequence[str] | None) -> list[Ablation]:
 
 
 def ablated_network(base: CodedResNeXt, ablation: Ablation, *, seed: int) -> CodedResNeXt:
-    """The network of an ablation, with fresh weights of a seed.
+    """Returns the network of an ablation, with fresh weights of a seed.
 
     Args:
         base: the coded network that is varied; only its configuration and codebooks count.
@@ -109,7 +109,7 @@ def ablated_network(base: CodedResNeXt, ablation: Ablation, *, seed: int) -> Cod
 
 
 def near_codebook(book: Codebook) -> Codebook:
-    """A codebook of the same size whose minimum distance is 2, the smallest there is.
+    """Returns a codebook of the same size whose minimum distance is 2, the smallest there is.
 
     Class k works with the A branches from `k mod N` on, around the ring: neighbours share all but
     one. With K = N every branch works for A classes.

@@ -93,7 +93,7 @@ def summarize(
 
 
 def ablation_table(summaries: Mapping[str, Mapping[str, Summary]]) -> str:
-    """A line for each ablation: mean ± deviation, and below it the paired difference."""
+    """Returns a line for each ablation: mean ± deviation, and below it the paired difference."""
     lines = []
     for name, of_ablation in summaries.items():
         seeds = {seed for summary in of_ablation.values() for seed in summary.seeds}
@@ -113,7 +113,7 @@ def _summary_cell(summary: Summary | None, scale: int, digits: int) -> str:
 
 
 def measures(evaluation: Evaluation) -> dict[str, float]:
-    """The measures of a run by name; those that do not apply are left out."""
+    """Returns the measures of a run by name; those that do not apply are left out."""
     row = {"accuracy": evaluation.test_accuracy}
     early, removal, paths = evaluation.early_decoding, evaluation.removal, evaluation.paths
     if early and removal and paths:
@@ -176,7 +176,7 @@ def accuracy_table(runs: Sequence[FinishedRun], paper: Mapping[str, float]) -> s
 
 
 def class_table(runs: Sequence[FinishedRun]) -> str:
-    """A line for each class, and their mean: its one-class classifier, over the seeds.
+    """Returns a line for each class, and their mean: its one-class classifier, over the seeds.
 
     Empty for plain networks. Average precision of telling the class from the other classes and from
     images of none of them; F1, and the share of the latter that is accepted, at the threshold.
@@ -250,7 +250,7 @@ def summary_table(groups: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
 
 
 def _summary_numbers(summary: Mapping[str, Any]) -> dict[str, float]:
-    """The numbers of a summary by name: percent, but for average precision and seconds."""
+    """Returns the numbers of a summary by name: percent, but for average precision and seconds."""
     numbers = {"test accuracy": 100 * summary["test_accuracy"]}
     for block, accuracy in enumerate(summary["early_decoding"], 1):
         numbers[f"early decoding {block}"] = 100 * accuracy
@@ -267,7 +267,7 @@ def _summary_numbers(summary: Mapping[str, Any]) -> dict[str, float]:
 
 
 def best_run(runs: Sequence[FinishedRun]) -> FinishedRun:
-    """The run with the best test accuracy, of equal ones the first."""
+    """Returns the run with the best test accuracy, of equal ones the first."""
     return max(runs, key=lambda run: run.evaluation.test_accuracy)
 
 
@@ -281,7 +281,7 @@ def mean_and_deviation(
 
 
 def deviation_of(values: Sequence[float]) -> float | None:
-    """Standard deviation (n - 1); None for fewer than two values."""
+    """Returns the standard deviation (n - 1); None for fewer than two values."""
     return statistics.stdev(values) if len(values) > 1 else None
 
 

@@ -106,7 +106,7 @@ def confusion(rows: Tensor, columns: Tensor, classes: int) -> Confusion:
 
 
 def _by_class(hits: Tensor, targets: Tensor, classes: int) -> tuple[float | None, ...]:
-    """The share of hits by class, None for a class without images."""
+    """Returns the share of hits by class, None for a class without images."""
     all_ = targets.bincount(minlength=classes).tolist()
     right = targets[hits].bincount(minlength=classes).tolist()
     return tuple(hit / count if count else None for hit, count in zip(right, all_, strict=True))

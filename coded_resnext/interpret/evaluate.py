@@ -170,7 +170,7 @@ def evaluate(
 def _attempt(
     not_computed: dict[str, str], experiment: str, function: Callable[[], Result]
 ) -> Result | None:
-    """The result of an experiment, or None with the reason noted."""
+    """Returns the result of an experiment, or None with the reason noted."""
     try:
         return function()
     except (ValueError, ImportError) as error:
@@ -179,7 +179,7 @@ def _attempt(
 
 
 def _drawn(model: CodedResNeXt, loader: Loader, images: int | None, seed: int) -> Loader:
-    """A loader of a seeded draw of the images of a loader; all of them for None."""
+    """Returns a loader of a seeded draw of the images of a loader; all of them for None."""
     if images is None:
         return loader
     return DrawnImages(loader, draw_rows(read_targets(model, loader), images, seed))
@@ -233,16 +233,16 @@ class Evaluation:
 
     @property
     def test_accuracy(self) -> float:
-        """Share of the test images that are classified correctly, 0 to 1."""
+        """Returns the share of the test images that are classified correctly, 0 to 1."""
         return self.classification.accuracy
 
     @property
     def is_coded(self) -> bool:
-        """Whether the network has coded blocks, and so more than a classification."""
+        """Returns whether the network has coded blocks, and so more than a classification."""
         return bool(self.blocks)
 
     def summary(self) -> dict[str, Any]:
-        """The headline numbers; the lists of a plain network are empty.
+        """Returns the headline numbers; the lists of a plain network are empty.
 
         `test_accuracy`; by coded block `early_decoding` (accuracy), `remove_active_accuracy` and
         `remove_inactive_accuracy` (all branches of the kind removed); by class
@@ -262,7 +262,7 @@ class Evaluation:
         }
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON-ready description of everything; `from_dict` reads it back."""
+        """Returns a JSON-ready description of everything; `from_dict` reads it back."""
         return {"format_version": FORMAT_VERSION, **to_plain(self)}
 
     @classmethod

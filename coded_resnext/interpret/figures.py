@@ -248,12 +248,12 @@ def score_figure(result: OneClass, thresholds_from: str) -> Figure:
 
 
 def _computed(result: OneClass) -> list[OneClassClassifier]:
-    """The first classes that there are scores of."""
+    """Returns the first classes that there are scores of."""
     return [one for one in result.classifiers if one.histogram is not None][:SHOWN_CLASSES]
 
 
 def precision_recall_figure(result: OneClass, thresholds_from: str) -> Figure:
-    """Precision-recall curves, a panel for each class, the others' pale behind it."""
+    """Returns precision-recall curves, a panel for each class, the others' pale behind it."""
     from matplotlib.lines import Line2D
 
     shown = _computed(result)

@@ -51,12 +51,12 @@ class Observations:
 
     @property
     def samples(self) -> int:
-        """The number of images, n."""
+        """Returns the number of images, n."""
         return len(self.predictions)
 
     @property
     def accuracy(self) -> float:
-        """Share of the images that the network classifies correctly."""
+        """Returns the share of the images that the network classifies correctly."""
         return int((self.predictions == self.targets).sum()) / self.samples
 
 
@@ -113,7 +113,7 @@ def _normalized(energies: Tensor) -> Tensor:
 
 
 def draw_rows(targets: Tensor, images: int | None, seed: int) -> Tensor:
-    """A seeded draw of about so many of the images, the same share of every class.
+    """Returns a seeded draw of about so many of the images, the same share of every class.
 
     Args:
         targets: classes of all images, `[n]`.
@@ -308,7 +308,7 @@ def resume_with_energies(
 
 
 def with_progress(loader: Iterable[Item], activity: str, unit: str = "batch") -> Iterable[Item]:
-    """The items behind a progress bar, where tqdm is installed and a person is watching."""
+    """Returns the items behind a progress bar, where tqdm is installed and a person is watching."""
     if not sys.stderr.isatty():
         return loader
     try:

@@ -91,7 +91,7 @@ class OneClassClassifier:
 
     class_name: str
     computed: bool
-    """Whether the class is among those that were drawn; if not, nothing else says anything."""
+    """Says whether the class is among those that were drawn; if not, nothing else says anything."""
     positives: int = 0
     """Test images of the class."""
     negatives: int = 0
@@ -133,12 +133,12 @@ class OneClass:
 
     @property
     def average_precisions(self) -> tuple[float | None, ...]:
-        """Average precision by class, None where it is not available."""
+        """Returns the average precision by class, None where it is not available."""
         return tuple(classifier.average_precision for classifier in self.classifiers)
 
     @property
     def mean_average_precision(self) -> float | None:
-        """Mean over the classes that have one; None if none has."""
+        """Returns the mean over the classes that have one; None if none has."""
         known = [value for value in self.average_precisions if value is not None]
         return math.fsum(known) / len(known) if known else None
 
@@ -188,7 +188,7 @@ class ClassScores:
     scores: Tensor
     """The logit of the class from its own branches alone, `[p]`."""
     dead: Tensor
-    """Whether some coded block had no energy left, `[p]`."""
+    """Says whether some coded block had no energy left, `[p]`."""
 
     def of_class(self, index: int) -> tuple[Scores, Flags, Flags]:
         """Scores of a class, whether each is of the class, and whether each is of a dead sample."""
@@ -237,7 +237,7 @@ def one_class(
 
 
 def draw_classes(classes: int, count: int | None, seed: int) -> tuple[int, ...]:
-    """So many of the classes 0, 1, .., drawn by seed; all of them for None.
+    """Returns so many of the classes 0, 1, .., drawn by seed; all of them for None.
 
     Raises:
         ValueError: a number is outside its range.
@@ -335,7 +335,7 @@ def _draw_pairs(
 def _score_pairs(
     model: CodedResNeXt, features: Tensor, places: Tensor, columns: Tensor, batch_size: int
 ) -> tuple[Tensor, Tensor]:
-    """The score of each pair, and whether some block has no energy left for it, both `[p]`.
+    """Returns the score of each pair, and whether some block has no energy left for it, both `[p]`.
 
     Args:
         model: in evaluation mode.
@@ -368,7 +368,7 @@ def _classifier(
     outside_images: ClassScores | None,
     points: int,
 ) -> OneClassClassifier:
-    """The classifier of one class, its curve with so many points."""
+    """Returns the classifier of one class, its curve with so many points."""
     scores, positive, dead = test.of_class(index)
     learned_scores, learned_positive, _ = threshold_images.of_class(index)
     threshold = best_threshold(learned_scores, learned_positive)
@@ -404,7 +404,7 @@ def _classifier(
 
 
 def average_precision(scores: Scores, positive: Flags) -> float | None:
-    """Average precision; None unless there are two positives and a negative.
+    """Returns the average precision; None unless there are two positives and a negative.
 
     Of a single positive it would be one over its rank: a statement about one image, not about a
     classifier.
@@ -445,7 +445,7 @@ def sweep(scores: Scores, positive: Flags, points: int = MOST_POINTS) -> Curve |
 
 
 def best_threshold(scores: Scores, positive: Flags) -> float | None:
-    """The lowest of the thresholds with the best F1, where a score of at least it says yes.
+    """Returns the lowest of the thresholds with the best F1, where a score of at least it says yes.
 
     Returns:
         A score that occurs; None unless there are positives and negatives.
@@ -462,7 +462,7 @@ def best_threshold(scores: Scores, positive: Flags) -> float | None:
 def at_threshold(
     scores: Scores, positive: Flags, threshold: float | None
 ) -> tuple[float | None, float | None, float | None]:
-    """Precision, recall and F1 where scores of at least the threshold say yes.
+    """Returns precision, recall and F1 where scores of at least the threshold say yes.
 
     None without a threshold, or unless there are positives and negatives.
     """
@@ -476,7 +476,7 @@ def at_threshold(
 
 
 def count_scores(scores: Scores, positive: Flags, outside: Scores) -> Histogram | None:
-    """Histograms in common bins, which span the scores; None without any."""
+    """Returns histograms in common bins, which span the scores; None without any."""
     every = np.concatenate([scores, outside]).astype(np.float64)
     if not len(every):
         return None

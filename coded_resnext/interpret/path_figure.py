@@ -93,7 +93,7 @@ def path_figure(
 
 
 def _draw(panel: Axes, values: NDArray[np.float64]) -> QuadMesh:
-    """A matrix [K, N] on the common scale, first class on top."""
+    """Draws a matrix [K, N] on the common scale, first class on top."""
     import matplotlib
 
     classes, branches = values.shape
@@ -202,7 +202,7 @@ def figure_style() -> Iterator[None]:
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """A white figure of a size in inches that pyplot knows nothing of."""
+    """Returns a white figure of a size in inches that pyplot knows nothing of."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")
@@ -226,7 +226,7 @@ def small_multiples(
     *,
     share_x: bool = True,
 ) -> tuple[Figure, list[Axes]]:
-    """A figure with `count` panels of a size in inches, in rows of at most `columns`.
+    """Returns a figure with `count` panels of a size in inches, in rows of at most `columns`.
 
     The labels are those of the horizontal axes together and of the vertical ones, which are shared.
     """
@@ -277,7 +277,7 @@ def heading(
 
 
 def label(name: str, longest: int = 18) -> str:
-    """A class name that fits beside an axis; a dollar sign starts no formula."""
+    """Returns a class name that fits beside an axis; a dollar sign starts no formula."""
     short = name if len(name) <= longest else f"{name[: longest - 1]}…"
     return short.replace("$", r"\$")
 

@@ -84,7 +84,7 @@ class Paths:
 
 
 def energy_outside(observed: Observations) -> Tensor:
-    """Share of every image's energy in branches that do not work for its class.
+    """Returns the share of every image's energy in branches that do not work for its class.
 
     Returns:
         `[n, L]` in float64 for L coded blocks; 1 for an image without any energy in a block.

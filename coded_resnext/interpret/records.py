@@ -17,7 +17,7 @@ DECIMALS = 5
 
 
 def to_plain(value: Any) -> Any:
-    """A JSON-ready description of a result; `from_plain` reads it back.
+    """Returns a JSON-ready description of a result; `from_plain` reads it back.
 
     A matrix `[rows, columns]` becomes a list of rows, rounded to five decimals; a row of NaN,
     "there is none", becomes None.
@@ -37,7 +37,7 @@ def to_plain(value: Any) -> Any:
 
 
 def from_plain(kind: type[Record], data: Any, name: str = "result") -> Record:
-    """The dataclass that `to_plain` described.
+    """Returns the dataclass that `to_plain` described.
 
     Args:
         kind: the type of the dataclass.

@@ -163,12 +163,12 @@ def remove_branches(
 
 
 def _kinds(book: Codebook) -> tuple[tuple[Kind, int], ...]:
-    """Both kinds of branches with how many of them every sample has."""
+    """Returns both kinds of branches with how many of them every sample has."""
     return ("active", book.active), ("inactive", book.branches - book.active)
 
 
 def _points(book: Codebook, repeat: int) -> Iterator[tuple[Kind, int]]:
-    """The kinds and numbers of branches that are removed in a repeat."""
+    """Yields the kinds and numbers of branches that are removed in a repeat."""
     for kind, size in _kinds(book):
         # Where all are removed there is nothing to repeat.
         for removed in range(1, size + (repeat == 0)):
@@ -176,7 +176,7 @@ def _points(book: Codebook, repeat: int) -> Iterator[tuple[Kind, int]]:
 
 
 def _curve(shares: NDArray[np.float64]) -> RemovalCurve:
-    """The curve of `[removed, repeats, 2]` shares of correct predictions and of energy."""
+    """Returns the curve of `[removed, repeats, 2]` shares of correct predictions and of energy."""
     repeated = [*shares[:-1], shares[-1, :1]]
     hits = [_mean_and_deviation(point[:, 0]) for point in repeated]
     left = [_mean_and_deviation(point[:, 1]) for point in repeated]
@@ -197,7 +197,7 @@ def _mean_and_deviation(values: NDArray[np.float64]) -> tuple[float, float]:
 def removal_mask(
     candidates: Tensor, priorities: np.ndarray[Any, np.dtype[np.float64]], removed: int
 ) -> Tensor:
-    """A mask that takes some of each sample's candidate branches away.
+    """Returns a mask that takes some of each sample's candidate branches away.
 
     Args:
         candidates: boolean `[B, N]`, at least `removed` in every row.

@@ -29,7 +29,7 @@ LARGEST, LOSSLESS = 96, 48
 
 
 def to_json(evaluation: Evaluation) -> str:
-    """The text of `evaluation.json`."""
+    """Returns the text of `evaluation.json`."""
     return json.dumps(evaluation.to_dict(), indent=1, allow_nan=False)
 
 

@@ -114,7 +114,7 @@ class Samples:
 
     @property
     def scores(self) -> ExitScores:
-        """The numbers of the images that early exit needs."""
+        """Returns the numbers of the images that early exit needs."""
         return ExitScores(
             decoded=torch.tensor([block.decoded for block in self.blocks]).T,
             margins=torch.tensor([block.margins for block in self.blocks]).T,
@@ -124,7 +124,7 @@ class Samples:
 
 
 def choose(scores: ExitScores, limit: int, seed: int) -> Tensor:
-    """Which images to follow, by true class and place; `[n]` with `n <= limit`."""
+    """Returns which images to follow, by true class and place; `[n]` with `n <= limit`."""
     order = torch.from_numpy(np.random.default_rng(seed).permutation(len(scores.targets)))
     wrong = scores.final != scores.targets
     wavering = (scores.decoded != scores.final[:, None]).any(1)
@@ -143,7 +143,7 @@ def choose(scores: ExitScores, limit: int, seed: int) -> Tensor:
 
 
 def _settled(decoded: Tensor, final: Tensor) -> Tensor:
-    """The block from which on all of `[n, L]` agree with `[n]`."""
+    """Returns the block from which on all of `[n, L]` agree with `[n]`."""
     agree = (decoded == final[:, None]).flip(1).long()
     return decoded.shape[1] - agree.cumprod(1).sum(1)
 

@@ -216,7 +216,7 @@ def _squared_distances(rows: Floats) -> Floats:
 
 
 def _ranks(values: NDArray[Any]) -> Floats:
-    """Ranks from 0; equal values share their mean rank."""
+    """Returns ranks from 0; equal values share their mean rank."""
     _, places, counts = np.unique(values, return_inverse=True, return_counts=True)
     ends = np.cumsum(counts)
     ranks: Floats = (ends - (counts + 1) / 2)[places]

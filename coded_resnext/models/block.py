@@ -319,7 +319,7 @@ class Step:
 
     @property
     def map(self) -> Tensor:
-        """The block's output `[B, C, H, W]`, computed when it is read.
+        """Returns the block's output `[B, C, H, W]`, computed when it is read.
 
         Setting it replaces what the next block goes on from, for instance by fewer samples.
         """

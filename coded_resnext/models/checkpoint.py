@@ -41,10 +41,10 @@ UNFIT = (
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """What a model file holds."""
+    """The content of a model file."""
 
     model: CodedResNeXt
-    """In evaluation mode."""
+    """The network, in evaluation mode."""
     preprocessing: Preprocessing | None
     training: dict[str, Any]
     """How the network was trained, as the trainer wrote it."""
@@ -138,7 +138,7 @@ def _build(
     state: dict[str, Tensor],
     backend: Backend,
 ) -> CodedResNeXt:
-    """The network of a description with these weights.
+    """Returns the network of a description with these weights.
 
     No memory is taken before it is known that the network is as large as the file's tensors.
     """

@@ -92,7 +92,7 @@ class GroupedConv2d(nn.Conv2d):
 
 
 def _is_batch(x: Tensor) -> bool:
-    """Whether there is a batch, with something in it; the rest is left to PyTorch."""
+    """Returns whether there is a batch, with something in it; the rest is left to PyTorch."""
     return x.ndim == 4 and x.numel() > 0
 
 

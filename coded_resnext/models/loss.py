@@ -25,7 +25,7 @@ class LossTerms(NamedTuple):
     """The coding loss (7) of every coded block, unweighted, in the order of the network."""
 
     def named(self) -> dict[str, Tensor]:
-        """Every term by the name under which it is logged; blocks count from 1."""
+        """Returns every term by the name under which it is logged; blocks count from 1."""
         blocks = {f"coding_{index}": term for index, term in enumerate(self.coding, 1)}
         return {"total": self.total, "cross_entropy": self.cross_entropy, **blocks}
 
@@ -82,11 +82,11 @@ class CodedLoss(nn.Module):
             self.register_buffer(f"codewords_{index}", codebook.codewords, persistent=False)
 
     def codewords(self) -> list[Tensor]:
-        """The codewords `[K, N]` of every coded block, on the device of the loss."""
+        """Returns the codewords `[K, N]` of every coded block, on the device of the loss."""
         return [self.get_buffer(f"codewords_{index}") for index in range(self.blocks)]
 
     def forward(self, logits: Tensor, energies: Sequence[Tensor], targets: Tensor) -> LossTerms:
-        """The loss of a batch.
+        """Returns the loss of a batch.
 
         Args:
             logits: `[B, K]`, unnormalised.

@@ -43,7 +43,7 @@ def published_block(
     drop_branches: float = 0.0,
     class_names: Sequence[str] | None = None,
 ) -> CodedBottleneck:
-    """A block with the weights that the published names hold, in their dtype.
+    """Returns a block with the weights that the published names hold, in their dtype.
 
     Args:
         state_dict: tensors (or arrays) under the published names of one block, `Mask_perClass`
@@ -117,7 +117,7 @@ def published_model(
     *,
     class_names: Sequence[str] | None = None,
 ) -> CodedResNeXt:
-    """A network with the weights that the published names hold, in their dtype.
+    """Returns a network with the weights that the published names hold, in their dtype.
 
     Args:
         state_dict: tensors (or arrays) under the published names, `net_list.I.` before each.

@@ -123,24 +123,24 @@ class CodedResNeXt(nn.Module):
     def from_config(
         cls, config: dict[str, Any], codebooks: Sequence[Codebook], **overrides: Any
     ) -> CodedResNeXt:
-        """The network that `model.config` and `model.stage_codebooks` describe."""
+        """Returns the network that `model.config` and `model.stage_codebooks` describe."""
         arguments = {**config, **overrides}
         stages = [Stage(**stage) for stage in arguments.pop("stages")]
         return cls(stages, codebooks=codebooks, **arguments)
 
     @property
     def blocks(self) -> list[CodedBottleneck]:
-        """All blocks, first to last."""
+        """Returns all blocks, first to last."""
         return [block for stage in self.stages for block in stage]  # type: ignore[attr-defined]
 
     @property
     def coded_blocks(self) -> list[CodedBottleneck]:
-        """The blocks that follow a codebook, first to last."""
+        """Returns the blocks that follow a codebook, first to last."""
         return [block for block in self.blocks if block.is_coded]
 
     @property
     def codebooks(self) -> tuple[Codebook, ...]:
-        """The codebook of every coded block, in the order of the returned energies."""
+        """Returns the codebook of every coded block, in the order of the returned energies."""
         return tuple(block.codebook for block in self.coded_blocks if block.codebook is not None)
 
     @overload
@@ -190,7 +190,7 @@ class CodedResNeXt(nn.Module):
         return x.mean((2, 3)) if pre_logits else classify(self.head, x)
 
     def get_classifier(self) -> nn.Module:
-        """The layer that makes the logits."""
+        """Returns the layer that makes the logits."""
         return self.head
 
     def reset_classifier(
@@ -285,7 +285,7 @@ class CodedResNeXt(nn.Module):
 
     @torch.no_grad()
     def extend_classes(self, new_classes: Sequence[str], *, seed: int = 0) -> CodedResNeXt:
-        """A network for more classes, with the weights of this one.
+        """Returns a network for more classes, with the weights of this one.
 
         Each codebook keeps its codewords and gains balanced, distant ones; the classifier gains
         rows with fresh weights. The logits and energies of the known classes stay what they are.
@@ -397,14 +397,14 @@ class Stage:
 
     @property
     def is_coded(self) -> bool:
-        """Whether a codebook assigns the branches of this stage to classes."""
+        """Returns whether a codebook assigns the branches of this stage to classes."""
         return self.active < self.branches
 
 
 def default_codebook(
     classes: int, branches: int, active: int, class_names: Sequence[str] | None = None
 ) -> Codebook:
-    """The shipped codebook of a size, or the one that a seeded search finds."""
+    """Returns the shipped codebook of a size, or the one that a seeded search finds."""
     size = Size(classes, branches, active)
     shipped = size in shipped_sizes()
     codebook = Codebook.shipped(*size) if shipped else Codebook.search(*size)
@@ -417,7 +417,7 @@ def assign_codebooks(
     codebooks: Sequence[Codebook] | None,
     class_names: Sequence[str] | None,
 ) -> list[Codebook | None]:
-    """The codebook of every stage, None for plain ones; equal ones are one object."""
+    """Returns the codebook of every stage, None for plain ones; equal ones are one object."""
     coded = [stage for stage in stages if stage.is_coded]
     if codebooks is None:
         codebooks = [
@@ -446,7 +446,7 @@ def assign_codebooks(
 def check_class_names(
     codebooks: Sequence[Codebook | None], num_classes: int, class_names: Sequence[str] | None
 ) -> tuple[str, ...]:
-    """The names of the classes; the codebooks' when there are any, and they must agree."""
+    """Returns the names of the classes; the codebooks' when there are any, and they must agree."""
     known = next((book.class_names for book in codebooks if book is not None), None)
     if class_names is None:
         return known or tuple(map(str, range(num_classes)))

@@ -37,7 +37,7 @@ class BlockSizes:
     skip_rank: int | None = None
     """Rank of a factorised projection skip; None for a whole one."""
     concatenated: bool = False
-    """Whether branches write channels of their own, the ablation."""
+    """Says whether branches write channels of their own, the ablation."""
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
@@ -64,17 +64,17 @@ class BlockSizes:
 
     @property
     def wide(self) -> int:
-        """The number of channels between the three convolutions, `N D`."""
+        """Returns the number of channels between the three convolutions, `N D`."""
         return self.branches * self.width
 
     @property
     def is_coded(self) -> bool:
-        """Whether branch energies are normalised."""
+        """Returns whether branch energies are normalised."""
         return self.normalized_by is not None
 
     @property
     def has_projection(self) -> bool:
-        """Whether the skip connection is a convolution."""
+        """Returns whether the skip connection is a convolution."""
         return self.stride != 1 or self.in_channels != self.channels
 
     @property

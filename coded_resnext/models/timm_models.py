@@ -80,12 +80,12 @@ class TimmCodedResNeXt(CodedResNeXt):
 
     @property
     def num_features(self) -> int:
-        """Channels of the last map."""
+        """Returns the number of channels of the last map."""
         return int(self.feature_info[-1]["num_chs"])
 
     @property
     def head_hidden_size(self) -> int:
-        """Channels before the classifier."""
+        """Returns the number of channels before the classifier."""
         return self.num_features
 
     @property
@@ -113,7 +113,7 @@ class TimmCodedResNeXt(CodedResNeXt):
         return {"stem": r"^stem", "blocks": blocks}
 
     def get_classifier(self, name_only: bool = False) -> Any:
-        """The classifier, or its name."""
+        """Returns the classifier, or its name."""
         return "head" if name_only else self.head
 
     def reset_classifier(
@@ -157,7 +157,7 @@ class TimmCodedResNeXt(CodedResNeXt):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """The maps behind the stem's ReLU and the stages, counted from 0, and the last map.
+        """Returns the maps behind the stem's ReLU and the stages, counted from 0, and the last map.
 
         Args:
             x: `[B, C, H, W]`.
@@ -228,7 +228,7 @@ def _filter_state(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, 
 
 
 def _entry_point(network: str) -> Any:
-    """What `timm.create_model` calls for a network of the registry."""
+    """Returns the function that `timm.create_model` calls for a network of the registry."""
     # Of features: the map behind the stem's ReLU, and those of all stages.
     everything = tuple(range(1 + len(network_arguments(network)["stages"])))
 

@@ -60,7 +60,7 @@ class WarmStart:
 
 
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
-    """The weights in a safetensors file or a PyTorch checkpoint; nothing in it is executed.
+    """Returns the weights in a safetensors file or a PyTorch checkpoint; nothing in it is executed.
 
     Args:
         path: a file; in a PyTorch one the weights may lie under `state_dict` or `model`, and the
@@ -99,7 +99,7 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
 
 
 def plain_state(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The weights of a plain ResNeXt under our names; those that have them already stay.
+    """Returns the weights of a plain ResNeXt under our names; those that have them already stay.
 
     Args:
         state_dict: of timm's or torchvision's `resnext..`, which use the same names
@@ -177,7 +177,7 @@ def load_plain_weights(model: CodedResNeXt, state_dict: Mapping[str, Tensor]) ->
 
 
 def _to_channels(weight: Tensor, channels: int) -> Tensor:
-    """A first convolution `[C, from, k, k]` for other image channels.
+    """Returns a first convolution `[C, from, k, k]` for other image channels.
 
     Grey images count as ones whose channels are equal: the weights are summed. Otherwise channels
     repeat in turn, scaled by the ratio of their numbers, as timm does.

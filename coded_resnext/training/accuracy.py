@@ -25,14 +25,14 @@ class Accuracy:
 
     final: float
     early: tuple[float, ...]
-    """Of early decoding (9), for every coded block."""
+    """Accuracy of early decoding (9) for every coded block, 0..1."""
     samples: int
-    """How many were predicted, over all processes."""
+    """Number of samples predicted, over all processes."""
     dead_branches: tuple[tuple[int, ...], ...] = ()
     """Of every coded block, the branches without energy for any of the samples."""
 
     def row(self, prefix: str = "") -> dict[str, float]:
-        """By the names under which they are logged."""
+        """Returns the numbers by the names under which they are logged."""
         early = {f"{prefix}early_decoding_{i}": a for i, a in enumerate(self.early, 1)}
         return {f"{prefix}test_accuracy": self.final, **early}
 
@@ -40,7 +40,7 @@ class Accuracy:
 def measure_accuracy(
     model: CodedResNeXt, loader: EvaluationLoader, *, world: World | None = None
 ) -> Accuracy:
-    """Accuracy of the classifier and of every early decoder, in evaluation mode.
+    """Measures the accuracy of the classifier and of every early decoder, in evaluation mode.
 
     Args:
         model: the network; its mode is left as it was.

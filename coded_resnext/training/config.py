@@ -162,11 +162,11 @@ class TrainingConfig:
 
     @property
     def total_epochs(self) -> int:
-        """Epochs of the whole run, the cool-down included."""
+        """Returns the number of epochs of the whole run, the cool-down included."""
         return self.epochs + self.cooldown_epochs
 
     def lr_at(self, step: int, steps_per_epoch: int) -> float:
-        """The learning rate of a step, counted from 0 over the whole run."""
+        """Returns the learning rate of a step, counted from 0 over the whole run."""
         warmup = self.warmup_epochs * steps_per_epoch
         if step < warmup:
             return self.lr * (step + 1) / warmup
@@ -175,7 +175,7 @@ class TrainingConfig:
         return self.min_lr + (self.lr - self.min_lr) * cosine
 
     def local_batch_size(self, processes: int) -> int:
-        """Images of an optimizer step on each of so many processes.
+        """Returns the number of images of an optimizer step on each of so many processes.
 
         Raises:
             ValueError: the processes and the accumulated parts do not divide the batch; the
@@ -193,5 +193,5 @@ class TrainingConfig:
         return self.batch_size // processes
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
+        """Returns JSON-ready data."""
         return asdict(self)

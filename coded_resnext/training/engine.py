@@ -114,9 +114,9 @@ class _Training:
         self.history: list[dict[str, float]] = []
         self.step = 0
         self.joined = False
-        """Whether the processes have joined their running statistics since the last step."""
+        """Says whether the processes have joined their running statistics since the last step."""
         self.seconds = 0.0
-        """Of the epoch so far, in processes before this one."""
+        """Seconds spent on this epoch by the processes before this one."""
         self.started = time.perf_counter()
         """When this process began with the epoch."""
 
@@ -321,12 +321,12 @@ class _Training:
 
 
 def _best(row: dict[str, float]) -> float:
-    """The accuracy by which `best.safetensors` is kept."""
+    """Returns the accuracy by which `best.safetensors` is kept."""
     return max(row["test_accuracy"], row.get("ema_test_accuracy", 0.0))
 
 
 def _mean_process(stored: list[dict[str, Any]]) -> dict[str, Any]:
-    """What a process begins with when their number has changed: means over those before."""
+    """Returns what a process begins with when their number has changed: means over those before."""
     columns = zip(*(process["statistics"] for process in stored), strict=True)
     return {
         "statistics": [torch.stack(c).double().mean(0).to(c[0].dtype) for c in columns],

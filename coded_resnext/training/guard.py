@@ -120,7 +120,7 @@ class StepGuard:
         raise NonFiniteError(pending.step, terms, [i for indices in named for i in indices])
 
     def kept(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """The values that some of the guarded tensors had at `begin`."""
+        """Returns the values that some of the guarded tensors had at `begin`."""
         place = {id(tensor): index for index, tensor in enumerate(self._tensors)}
         return [self._copies[self._turn][place[id(tensor)]] for tensor in tensors]
 

@@ -101,7 +101,7 @@ class World:
     """This process and the others of its run."""
 
     rank: int = 0
-    """Of this process, counted from 0."""
+    """Number of this process, counted from 0."""
     size: int = 1
     """Number of processes."""
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
@@ -109,12 +109,12 @@ class World:
 
     @property
     def is_main(self) -> bool:
-        """Whether this process writes the files and talks to the user."""
+        """Returns whether this process writes the files and talks to the user."""
         return self.rank == 0
 
     @property
     def is_shared(self) -> bool:
-        """Whether there are other processes."""
+        """Returns whether there are other processes."""
         return self.size > 1
 
     def on_main(self, function: Callable[[], Value]) -> Value:
@@ -135,7 +135,7 @@ class World:
         return result  # type: ignore[return-value]
 
     def broadcast(self, value: Value) -> Value:
-        """The main process's value, on all processes."""
+        """Returns the main process's value, on all processes."""
         if not self.is_shared:
             return value
         values = [value]
@@ -143,7 +143,7 @@ class World:
         return values[0]
 
     def gather(self, value: Value) -> list[Value]:
-        """The values of all processes by rank, on all processes."""
+        """Returns the values of all processes by rank, on all processes."""
         if not self.is_shared:
             return [value]
         values: list[Value | None] = [None] * self.size
@@ -151,13 +151,13 @@ class World:
         return values  # type: ignore[return-value]
 
     def add(self, tensor: Tensor) -> Tensor:
-        """The sum over the processes, in place."""
+        """Returns the sum over the processes, in place."""
         if self.is_shared:
             dist.all_reduce(tensor, dist.ReduceOp.SUM)
         return tensor
 
     def maximum(self, tensor: Tensor) -> Tensor:
-        """The largest values over the processes, in place."""
+        """Returns the largest values over the processes, in place."""
         if self.is_shared:
             dist.all_reduce(tensor, dist.ReduceOp.MAX)
         return tensor

@@ -157,7 +157,7 @@ class LearningRateRule:
             raise ValueError(f"lr_base_size: expected at least 1, got {self.lr_base_size}")
 
     def __call__(self, batch_size: int) -> float:
-        """The learning rate for a batch size over all processes."""
+        """Returns the learning rate for a batch size over all processes."""
         share = batch_size / self.lr_base_size
         return self.lr_base * (math.sqrt(share) if self.lr_base_scale == "sqrt" else share)
 
@@ -176,7 +176,7 @@ class Recipe:
     """The rule that the learning rate was made by."""
 
     def settings(self) -> dict[str, Any]:
-        """All settings by name, the learning rate as the rule made it; JSON-ready.
+        """Returns all settings by name, the learning rate as the rule made it; JSON-ready.
 
         A recipe that is made from these is the same one.
         """
@@ -184,11 +184,11 @@ class Recipe:
         return {k: v for group in groups for k, v in asdict(group).items()}
 
     def to_yaml(self) -> str:
-        """The settings as a file that `load_recipe` reads."""
+        """Returns the settings as a file that `load_recipe` reads."""
         return write_yaml({ABOUT: dict(self.about), **self.settings()})
 
     def describe_lr(self) -> str:
-        """The learning rates that the run goes through, and where they come from."""
+        """Returns the learning rates that the run goes through, and where they come from."""
         training, rule = self.training, self.lr_rule
         text = f"learning rate {training.lr:g}"
         if rule is not None:
@@ -247,7 +247,7 @@ def make_recipe(*layers: Mapping[str, Any]) -> Recipe:
 
 
 def load_recipe(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Recipe:
-    """A recipe from its file, with some settings replaced.
+    """Returns a recipe from its file, with some settings replaced.
 
     Raises:
         OSError: the file cannot be read.
@@ -270,7 +270,7 @@ LARGEST_YAML = 256 * 2**10
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """The keys and values of a YAML file.
+    """Returns the keys and values of a YAML file.
 
     Raises:
         FileNotFoundError: no such file.
@@ -384,7 +384,7 @@ def add_flags(parser: argparse.ArgumentParser, group: type) -> None:
 
 
 def _parser(hint: Any) -> Callable[[str], Any]:
-    """What argparse calls on the text of a flag; the checks follow in `convert`."""
+    """Returns what argparse calls on the text of a flag; the checks follow in `convert`."""
 
     def parse(text: str) -> Any:
         if get_origin(hint) in (Union, types.UnionType) and text.lower() == "none":

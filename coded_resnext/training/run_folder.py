@@ -91,7 +91,7 @@ class RunFolder:
 
     @property
     def model_path(self) -> Path:
-        """Where the model of the last finished epoch is."""
+        """Returns the path of the model of the last finished epoch."""
         return self.path / MODEL_FILE
 
     def write_json(self, name: str, content: Any) -> Path:
@@ -115,12 +115,12 @@ class RunFolder:
         return save_state(self.path, name, state)
 
     def load_state(self) -> dict[str, Any] | None:
-        """The last readable checkpoint, or None for a run that has not begun."""
+        """Returns the last readable checkpoint, or None for a run that has not begun."""
         return load_state(self.path)
 
 
 def differences(stored: Any, current: Any, *, ignore: Sequence[str] = ()) -> list[str]:
-    """Where two JSON values differ, as "KEY.KEY was VALUE, is VALUE".
+    """Lists where two JSON values differ, as "KEY.KEY was VALUE, is VALUE".
 
     Args:
         stored: of the run or file.
@@ -149,7 +149,7 @@ def _shown(value: Any) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Versions of everything that a result depends on."""
+    """Returns the versions of everything that a result depends on."""
     from importlib.metadata import version
 
     return {
@@ -200,7 +200,7 @@ def _commit() -> str:
 
 
 def _output(*command: str) -> str:
-    """What a command prints, or nothing where it fails or is not there."""
+    """Returns what a command prints, or nothing where it fails or is not there."""
     try:
         result = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
     except OSError:

@@ -56,7 +56,7 @@ def save_state(run: Path, name: str, state: dict[str, Any]) -> Path:
 
 
 def load_state(run: Path) -> dict[str, Any] | None:
-    """The last readable checkpoint, on the CPU, or None for a run that has none.
+    """Returns the last readable checkpoint, on the CPU, or None for a run that has none.
 
     A damaged one is named on stderr, renamed to `.damaged`, and the one before it is used.
     Nothing in a file is executed.
@@ -92,7 +92,7 @@ def load_state(run: Path) -> dict[str, Any] | None:
 
 
 def _read(path: Path) -> bytes:
-    """The content of a checkpoint that fits its sum; a ValueError says what is wrong."""
+    """Returns the content of a checkpoint that fits its sum; a ValueError says what is wrong."""
     try:
         expected = _sum_path(path).read_text(encoding="ascii").split()
     except (FileNotFoundError, UnicodeDecodeError) as error:

@@ -206,7 +206,7 @@ class TrainStep:
             copy_all(buffers, [p.view_as(b) for p, b in zip(parts, buffers, strict=True)])
 
     def state(self) -> dict[str, Any]:
-        """What all processes have in common, for a checkpoint; after `finish`."""
+        """Returns the state that all processes have in common, for a checkpoint; after `finish`."""
         return {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -215,7 +215,7 @@ class TrainStep:
         }
 
     def local_state(self) -> dict[str, Any]:
-        """What differs between the processes, on the host."""
+        """Returns the state that differs between the processes, on the host."""
         statistics = [b.cpu() for model in self._networks() for b in _batch_norm_buffers(model)]
         return {"statistics": statistics, "sums": self.sums.cpu()}
 
@@ -280,7 +280,7 @@ class TrainStep:
 
     @torch.no_grad()
     def _correct(self, logits: Tensor, energies: list[Tensor], targets: Tensor) -> list[Tensor]:
-        """Shares of correct predictions; of a mixed image the larger part counts."""
+        """Returns the shares of correct predictions; of a mixed image the larger part counts."""
         if targets.ndim == 2:
             targets = targets.argmax(1)
         # The loss has the codewords on the device already; a copy would make the host wait.
@@ -290,7 +290,7 @@ class TrainStep:
 
 
 def compiled(forward: Any, backend: str) -> Any:
-    """A function compiled by a backend of `torch.compile`, or as it is where there is none.
+    """Returns a function compiled by a backend of `torch.compile`, or as it is where there is none.
 
     Raises:
         ValueError: there is no such backend.
@@ -342,7 +342,7 @@ class WeightAverage:
 
 
 def running_statistics(model: torch.nn.Module) -> list[Tensor]:
-    """The floating-point buffers of a network: BatchNorm's running means and variances."""
+    """Returns the floating-point buffers of a network: BatchNorm's running means and variances."""
     return [buffer for buffer in model.buffers() if buffer.is_floating_point()]
 
 
@@ -350,7 +350,7 @@ Mixing = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 def make_mixing(config: TrainingConfig, num_classes: int) -> Mixing | None:
-    """What mixes a batch, or None where neither MixUp nor CutMix is on.
+    """Returns the mixing of a batch, or None where neither MixUp nor CutMix is on.
 
     The transforms are torchvision's: every image is mixed with its neighbour in the batch, by one
     share for all, drawn from PyTorch's default generator on the host. Images `[B, C, H, W]` and

@@ -98,7 +98,7 @@ def build(
 
 
 def missing(archs: Sequence[str], folder: Path, source: str = SHIPPED_ROWS) -> list[str]:
-    """What a folder lacks, in sentences; keys are computed anew and nothing is compiled.
+    """Lists in sentences what a folder lacks; keys are computed anew and nothing is compiled.
 
     Raises:
         BuildError: the keys cannot be computed.
@@ -123,14 +123,14 @@ def missing(archs: Sequence[str], folder: Path, source: str = SHIPPED_ROWS) -> l
 
 
 def load_rows(source: str, arch: str) -> Iterable[tuple[str, Any]]:
-    """The names and rows that `module:function` yields for an architecture."""
+    """Returns the names and rows that `module:function` yields for an architecture."""
     module, _, function = source.partition(":")
     rows: Iterable[tuple[str, Any]] = getattr(import_module(module), function)(arch)
     return rows
 
 
 def find_ninja() -> str:
-    """The ninja of the Python package, or one on the path.
+    """Returns the ninja of the Python package, or one on the path.
 
     Raises:
         BuildError: there is neither.
@@ -154,7 +154,7 @@ def processors() -> int:
 
 
 def clean_environment() -> dict[str, str]:
-    """The environment without what would leak into the kernels or their keys."""
+    """Returns the environment without what would leak into the kernels or their keys."""
     return {
         **{k: v for k, v in os.environ.items() if not k.startswith(COMPILER_VARIABLES)},
         # A kernel must come from the compiler, not from an earlier build.
@@ -164,7 +164,7 @@ def clean_environment() -> dict[str, str]:
 
 
 def _current_keys(arch: str, source: str) -> dict[str, str]:
-    """The key of every row, from a process that compiles nothing."""
+    """Returns the key of every row, from a process that compiles nothing."""
     code = (
         "import json, sys\n"
         "from coded_resnext.kernels.build import compile_step as step\n"
@@ -203,7 +203,7 @@ def _write_steps(arch: str, rows: dict[str, Any], source: str, work: Path) -> li
 
 
 def _divide(rows: dict[str, Any]) -> dict[str, list[str]]:
-    """The names of each step's rows, by the kernel that a step begins with.
+    """Returns the names of each step's rows, by the kernel that a step begins with.
 
     Kernels of few rows share a step: its process takes longer to start than to compile one.
     """
@@ -245,12 +245,12 @@ def _ninja_lines(steps: dict[str, list[Path]], work: Path, targets: Path | None)
 
 
 def _quote(path: Path | str) -> str:
-    """A path as the shell wants it, inside a command of ninja's."""
+    """Returns a path as the shell wants it, inside a command of ninja's."""
     return shlex.quote(str(path)).replace("$", "$$")
 
 
 def _escape(path: Path) -> str:
-    """A path as ninja wants it."""
+    """Returns a path as ninja wants it."""
     return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
 

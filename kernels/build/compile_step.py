@@ -51,7 +51,7 @@ def compile_row(row: Any) -> Any:
 
 
 def row_key(row: Any) -> str:
-    """The name under which the JIT will look for a row's kernel; nothing is compiled."""
+    """Returns the name under which the JIT will look for a row's kernel; nothing is compiled."""
     before = triton.knobs.cache.manager_class
     triton.knobs.cache.manager_class = _raise_key
     try:

@@ -41,7 +41,7 @@ ROW_MAKERS: tuple[RowMaker, ...] = (
 
 
 def shipped_rows(arch: str) -> Iterator[tuple[str, LaunchRow]]:
-    """Every row that training the paper's networks launches, each with a name of its own.
+    """Yields every row that training the paper's networks launches, each with a name of its own.
 
     Training draws a DropSubNNs mask and removes no branches; the affine map of BatchNorm is applied
     by PyTorch. Fused blocks have rows in bfloat16, for training and for evaluation.

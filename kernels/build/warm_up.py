@@ -18,14 +18,14 @@ SAMPLES = 2
 
 @dataclass(frozen=True)
 class WarmUp:
-    """What a warm-up found."""
+    """Counts of the kernels that a warm-up found or compiled, and its time."""
 
     found: int
     """Kernels of this package that were there: prebuilt, or in Triton's cache."""
     compiled: int
     """Kernels that had to be compiled."""
     seconds: float
-    """It took."""
+    """Wall time of the warm-up, in seconds."""
 
 
 def warm_up(

@@ -23,7 +23,7 @@ from . import reference as coded_reference
 
 
 def _select_for(h: Tensor, width: int, backend: Backend) -> str:
-    """The backend for activations; what the kernels do not take goes to `torch`."""
+    """Returns the backend for activations; what the kernels do not take goes to `torch`."""
     chosen = select_backend(backend)
     if chosen != "triton":
         return "torch" if chosen == "fused" else chosen

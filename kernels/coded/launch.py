@@ -21,7 +21,7 @@ def unsupported(h: Tensor, width: int) -> str | None:
 
 
 def runs_kernels(h: Tensor, width: int) -> bool:
-    """Whether an operator runs its kernels on these activations `[B, N*D, H, W]`."""
+    """Returns whether an operator runs its kernels on these activations `[B, N*D, H, W]`."""
     return unsupported(h, width) is None
 
 
@@ -53,7 +53,7 @@ class Launch:
             self.form = gram.branch_forms(branch_weight, torch.float32)
 
     def over_windows(self, row: rows.LaunchRow) -> tuple[int, int]:
-        """The grid of a kernel over samples and windows."""
+        """Returns the grid of a kernel over samples and windows."""
         settings = dict(row.constexprs)
         samples, windows = int(settings["SAMPLES"]), int(settings["WINDOWS"])
         return -(-self.batch // samples), -(-self.windows // windows)

@@ -84,7 +84,7 @@ def branch_energy_backward(
     bias: Tensor | None,
     keep_mask: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `z` and `branch_weight`, and the sums of `behind_activation`."""
+    """Returns the gradients of `z` and `branch_weight`, and the sums of `behind_activation`."""
     check_filled("z", z)
     if keep_mask is not None:
         grad_energy = grad_energy * keep_mask

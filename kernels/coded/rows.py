@@ -140,7 +140,7 @@ def _windows_per_program(sizes: CodedSizes) -> int:
 
 
 def _shared_tile(variant: Variant, backward: bool) -> tuple[int, int]:
-    """The most pixels of a window of 64 channels, and the warps that share it.
+    """Returns the most pixels of a window of 64 channels, and the warps that share it.
 
     In float32 the compiler keeps to 64 registers. For sm100 it takes 64 rows and four warps to its
     tensor memory, from which the forward kernel spills and the backward one issues more.

@@ -26,7 +26,7 @@ from .operator import fake_outputs
 
 
 def pack_signs(x: Tensor) -> Tensor:
-    """The signs `[B, H, W, I / 8]` of `[B, I, H, W]`."""
+    """Returns the signs `[B, H, W, I / 8]` of `[B, I, H, W]`."""
     weights = 2 ** torch.arange(8, device=x.device)
     rows = as_rows(x)
     bits = (rows > 0).view(*rows.shape[:3], x.shape[1] // 8, 8)

@@ -233,7 +233,7 @@ def weight_gradient(
 
 
 def _merged(like: Tensor, partial: Tensor | None) -> Tensor:
-    """The statistics of all tiles from those of the programs."""
+    """Returns the statistics of all tiles from those of the programs."""
     if partial is None:
         return empty_float32(like, 0)
     parts, _, channels = partial.shape
@@ -258,6 +258,6 @@ def share_of(tiles: int, columns: int, tile: Tile, x: Tensor) -> int:
 
 
 def parts_of(rows: Tensor, tile: Tile, channels: int) -> tuple[int, int]:
-    """Programs for each column of tiles of the result, and columns."""
+    """Returns the number of programs for each column of tiles of the result, and columns."""
     columns = -(-channels // tile.n)
     return share_of(-(-pixels_of(rows) // tile.m), columns, tile, rows), columns

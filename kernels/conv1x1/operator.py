@@ -106,7 +106,7 @@ def _(
 
 
 def fake_outputs(x: Tensor, weight: Tensor, statistics: bool) -> tuple[Tensor, Tensor]:
-    """What the output of a 1x1 convolution and its statistics are like."""
+    """Returns what the output of a 1x1 convolution and its statistics are like."""
     y = empty_rows(x, weight.shape[0]).permute(0, 3, 1, 2)
     shape = (3, weight.shape[0]) if statistics else (0,)
     return y, x.new_empty(shape, dtype=accumulation_dtype(x.dtype))
@@ -127,7 +127,7 @@ def conv1x1_backward(
     need_weight: bool,
     kernels: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients for that of the output, `gain grad + curve y + level`.
+    """Returns the gradients for that of the output, `gain grad + curve y + level`.
 
     `gain`, `curve`, `level [O]`; `y`, `curve` and `level` go together.
 

@@ -9,7 +9,7 @@ from torch import Tensor
 def conv1x1(
     x: Tensor, weight: Tensor, scale: Tensor | None = None, bias: Tensor | None = None
 ) -> Tensor:
-    """The 1x1 convolution of `relu(scale x + bias)`, `[B, O, H, W]`.
+    """Returns the 1x1 convolution of `relu(scale x + bias)`, `[B, O, H, W]`.
 
     Args:
         x: `[B, I, H, W]`.

@@ -32,7 +32,7 @@ class ProductSizes:
     outputs: int
     """`O`."""
     join: bool = False
-    """Whether its input is the sum that ends a residual block."""
+    """Says whether its input is the sum that ends a residual block."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def row_of(
     *,
     chunked: bool = False,
 ) -> LaunchRow:
-    """A row of one of the kernels.
+    """Returns a row of one of the kernels.
 
     Args:
         kernel: `module:function`.
@@ -134,17 +134,17 @@ def row_of(
 
 
 def forward_tile(sizes: ProductSizes, variant: Variant) -> Tile:
-    """Of both forward kernels."""
+    """Returns the tile of both forward kernels."""
     return map_tile(sizes.inputs, sizes.outputs, variant, backward=False)
 
 
 def gradient_tile(sizes: ProductSizes, variant: Variant) -> Tile:
-    """Of both kernels for the gradient of the input."""
+    """Returns the tile of both kernels for the gradient of the input."""
     return map_tile(sizes.outputs, sizes.inputs, variant, backward=True)
 
 
 def weight_tile(sizes: ProductSizes, variant: Variant) -> Tile:
-    """Of the kernel for the gradient of the weight."""
+    """Returns the tile of the kernel for the gradient of the weight."""
     return _weight_tile(sizes, variant)
 
 
@@ -286,7 +286,7 @@ COMPILED = {
 
 
 def planned(arch: str, sizes: ProductSizes) -> Plan:
-    """The line of the selection table for an architecture and a convolution."""
+    """Returns the line of the selection table for an architecture and a convolution."""
     if arch not in COMPILED:
         return Plan(NO_PASSES, f"the kernels have no settings for {arch}")
     other = WIDER if max(sizes.inputs, sizes.outputs) >= 1024 else OTHERS

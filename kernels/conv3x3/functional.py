@@ -55,7 +55,7 @@ def grouped_conv3x3(
     statistics: bool = False,
     backend: ConvBackend = "auto",
 ) -> tuple[Tensor, Tensor | None]:
-    """The grouped 3x3 convolution between two BatchNorms, with their elementwise parts.
+    """Returns the grouped 3x3 convolution between two BatchNorms, with their elementwise parts.
 
     `y = conv(relu(scale x + bias))`, with one row and column of zeros around the map *after* the
     ReLU; and the sums from which the next BatchNorm's mean and variance follow. All arguments get

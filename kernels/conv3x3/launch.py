@@ -210,7 +210,7 @@ def weight_gradient(
     scale: Tensor | None,
     bias: Tensor | None,
 ) -> Tensor:
-    """The gradient of the weight, `[N*D, D, 3, 3]`; arguments as for `input_gradient`."""
+    """Returns the gradient of the weight, `[N*D, D, 3, 3]`; arguments as for `input_gradient`."""
     rows, inputs = _rows(grad, sizes, "grad"), _rows(x, sizes)
     scale, bias, curve, level = _vectors(sizes, scale, bias, curve, level)
     windows = GroupedWindows.of(sizes)
@@ -253,7 +253,7 @@ def _parts(rows: Tensor, *, pairs: bool) -> tuple[int, int]:
 
 
 def _pack(weight: Tensor, sizes: GroupedSizes, *, backward: bool) -> Tensor:
-    """The weight as the kernels read it, `[windows, 9, BLOCK_K, BLOCK_K]`."""
+    """Returns the weight as the kernels read it, `[windows, 9, BLOCK_K, BLOCK_K]`."""
     windows = GroupedWindows.of(sizes)
     packed = weight.new_empty(windows.count, 9, windows.block_k, windows.block_k)
     row = conv3x3_rows.pack_weights(sizes, DTYPES[weight.dtype], backward=backward)
@@ -285,7 +285,7 @@ def _padded(values: Tensor, sizes: GroupedSizes) -> Tensor:
 
 
 def _channels(values: Tensor, sizes: GroupedSizes) -> Tensor:
-    """The real channels of the last dimension, without the padding."""
+    """Returns the real channels of the last dimension, without the padding."""
     windows = GroupedWindows.of(sizes)
     if windows.fit(sizes):
         return values

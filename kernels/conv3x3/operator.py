@@ -42,7 +42,7 @@ def unsupported(x: Tensor, weight: Tensor, stride: int) -> str | None:
 
 
 def sizes_of(weight: Tensor, stride: int) -> GroupedSizes:
-    """Of a convolution with a weight `[N*D, D, 3, 3]`."""
+    """Returns the sizes of a convolution with a weight `[N*D, D, 3, 3]`."""
     return GroupedSizes(weight.shape[0] // weight.shape[1], weight.shape[1], stride)
 
 
@@ -61,7 +61,7 @@ def grouped_conv3x3(
     statistics: bool,
     kernels: int,
 ) -> tuple[Tensor, Tensor]:
-    """The convolution of `relu(scale x + bias)`, padded with zeros after the ReLU.
+    """Returns the convolution of `relu(scale x + bias)`, padded with zeros after the ReLU.
 
     `x [B, N*D, H, W]`, `weight [N*D, D, 3, 3]`, `scale` and `bias [N*D]`.
 

@@ -70,7 +70,7 @@ class GroupedWindows:
     @classmethod
     @cache
     def of(cls, sizes: GroupedSizes) -> GroupedWindows:
-        """The smallest windows that start and end at 16 bytes of 16-bit numbers.
+        """Returns the smallest windows that start and end at 16 bytes of 16-bit numbers.
 
         As many whole groups as tile 16 to 32 channels without a gap, or else groups padded to a
         multiple of 4 channels, 8 where one group is a window: D = 11, 22, 44 become 12, 24, 48.
@@ -90,12 +90,12 @@ class GroupedWindows:
 
     @property
     def channels(self) -> int:
-        """Of a window."""
+        """Returns the number of channels of a window."""
         return self.group * self.padded
 
     @property
     def block_k(self) -> int:
-        """Channels of a window, filled up to a power of two."""
+        """Returns the number of channels of a window, filled up to a power of two."""
         return max(16, next_power_of_2(self.channels))
 
     @property
@@ -128,7 +128,7 @@ def _row(
     inputs: int,
     outputs: int,
 ) -> LaunchRow:
-    """A row of one of the three kernels.
+    """Returns a row of one of the three kernels.
 
     Args:
         kernel: `module:function` without the stride.
@@ -171,7 +171,7 @@ AHEAD = {
 
 
 def _ahead(row: LaunchRow, sizes: GroupedSizes) -> LaunchRow:
-    """The row with its loads a trip ahead where AHEAD has it."""
+    """Returns the row with its loads a trip ahead where AHEAD has it."""
     name = row.kernel.partition(":")[2]
     ahead = (triton_release(), name, GroupedWindows.of(sizes).channels) in AHEAD
     return replace(row, num_stages=2) if ahead else row
@@ -247,7 +247,7 @@ def weight_gradient(sizes: GroupedSizes, variant: Variant) -> LaunchRow:
 
 
 def weight_splits(sizes: GroupedSizes, parts: int) -> int:
-    """Programs that share the pixels of one window in the weight gradient.
+    """Returns the number of programs that share the pixels of one window in the weight gradient.
 
     About eight programs of one warp for each processor of a large GPU; every one of them writes
     nine matrices, so that more would move more bytes than the tensors have.
@@ -313,7 +313,7 @@ CODED = ("32x4d c4", "32x4d c5", "20x6d c3", "20x6d c4")
 
 
 def shipped_rows(arch: str) -> Iterator[tuple[str, LaunchRow]]:
-    """Every row that a step of training in bfloat16 launches, alone (`plain`) and between
+    """Yields every row that a step of training in bfloat16 launches, alone (`plain`) and between
     BatchNorms (`fused`), and evaluation (`folded`). Nothing here depends on the architecture."""
     for place, (groups, layers) in PAPER_CONVOLUTIONS.items():
         yield f"grouped merge_statistics {place}", merge_statistics(groups * layers[0][0])

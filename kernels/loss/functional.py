@@ -134,7 +134,7 @@ def coding_losses(
 
 
 def _kernel_takes_loss(energies: Sequence[Tensor], targets: Tensor) -> bool:
-    """Whether the loss kernel computes these; float64 and trained targets are PyTorch's."""
+    """Returns whether the loss kernel computes these; float64 and trained targets are PyTorch's."""
     double = any(values.dtype == torch.float64 for values in energies)
     on_device = all(values.is_cuda or layout.interpreted() for values in energies)
     return on_device and not double and not targets.requires_grad

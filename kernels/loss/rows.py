@@ -15,10 +15,10 @@ class LossSizes:
     branches: int
     classes: int
     soft: bool = False
-    """Whether targets are probabilities."""
+    """Says whether targets are probabilities."""
     exponent: float = 4.0
     decode: bool = False
-    """Whether classes are read off the energies too."""
+    """Says whether classes are read off the energies too."""
 
 
 @cache

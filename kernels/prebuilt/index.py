@@ -22,7 +22,7 @@ FORMAT = 1
 
 
 def toolchain() -> dict[str, str]:
-    """What cache keys are bound to: the exact Triton wheel."""
+    """Returns what cache keys are bound to: the exact Triton wheel."""
     try:
         triton = version("triton")
     except PackageNotFoundError:
@@ -35,7 +35,7 @@ def toolchain() -> dict[str, str]:
 
 
 def default_folder() -> Path:
-    """The folder in the user's cache for this toolchain."""
+    """Returns the folder in the user's cache for this toolchain."""
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(cache, "coded-resnext", "kernels", "-".join(("triton", *toolchain().values())))
 
@@ -66,7 +66,7 @@ class Prebuilt:
 
     @property
     def is_current(self) -> bool:
-        """Whether this process, with its Triton, can have use of them."""
+        """Returns whether this process, with its Triton, can have use of them."""
         return self.toolchain == toolchain()
 
     def files(self, key: str) -> dict[str, str] | None:
@@ -108,7 +108,7 @@ def read_index(path: Path) -> Prebuilt:
 
 
 def find_prebuilt() -> tuple[list[Prebuilt], list[str]]:
-    """What lies in `folders()`, and what is wrong with the rest, in sentences."""
+    """Returns what lies in `folders()`, and what is wrong with the rest, in sentences."""
     found, faults = [], []
     for folder in folders():
         for path in sorted(folder.glob(f"*/{INDEX}")):

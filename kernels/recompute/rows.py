@@ -135,7 +135,7 @@ PAPER_MOMENTS = {
 
 
 def shipped_rows(arch: str) -> Iterator[tuple[str, LaunchRow]]:
-    """Every row of a 1x1 convolution that a step of training, or evaluation, in bfloat16
+    """Yields every row of a 1x1 convolution that a step of training, or evaluation, in bfloat16
     launches."""
     for place, (inputs, outputs) in PAPER_CONVOLUTIONS.items():
         sizes = ProductSizes(inputs, outputs)

@@ -81,7 +81,7 @@ def forward(
 def backward(
     grad: Tensor, x: Tensor, y: Tensor | None, residual: Tensor | None, kernels: bool
 ) -> tuple[Tensor, Tensor]:
-    """The gradient behind the ReLU, `g = grad` where `x > 0`, and sums of it `[1 to 3, C]`.
+    """Returns the gradient behind the ReLU, `g = grad` where `x > 0`, and sums of it `[1 to 3, C]`.
 
     The sums are those of `g`, with a `y` of `g y` and with a `residual` of `g residual`.
     """

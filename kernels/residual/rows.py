@@ -99,7 +99,7 @@ PAPER_CHANNELS = (256, 512, 1024, 2048)
 
 
 def shipped_rows() -> Iterator[tuple[str, LaunchRow]]:
-    """Every row that a step of training, or evaluation, in bfloat16 launches."""
+    """Yields every row that a step of training, or evaluation, in bfloat16 launches."""
     for channels in PAPER_CHANNELS:
         for factor in (False, True):
             row = pointwise_join(channels, "bf16", mapped=False, folded=True, factor=factor)

@@ -56,7 +56,7 @@ class _Gathering:
     def read(
         self, part: str, name: str, reader: Callable[[Path], Read], remedy: str | None = None
     ) -> Read | None:
-        """The content of a file; None, and a word about it, where it cannot be read."""
+        """Returns the content of a file; None, and a word about it, where it cannot be read."""
         path = self.folder / name
         if not path.is_file():
             self.lacks(part, f"{name} is not in the run's folder.", remedy)
@@ -71,7 +71,7 @@ class _Gathering:
             return None
 
     def read_if_there(self, part: str, name: str, reader: Callable[[Path], Read]) -> Read | None:
-        """The content of a file that a run need not have; None where it is not there."""
+        """Returns the content of a file that a run need not have; None where it is not there."""
         return self.read(part, name, reader) if (self.folder / name).is_file() else None
 
 
@@ -130,7 +130,7 @@ def _read_object(path: Path) -> dict[str, Any]:
 
 
 def read_log(path: Path) -> dict[str, list[float | None]]:
-    """The columns of a training log; None where it says NaN.
+    """Returns the columns of a training log; None where it says NaN.
 
     Raises:
         ValueError: it has no row, or something but numbers in one.
@@ -152,7 +152,7 @@ def read_log(path: Path) -> dict[str, list[float | None]]:
 def _fitting(
     gathering: _Gathering, evaluation: Evaluation | None, loaded: LoadedModel | None
 ) -> Evaluation | None:
-    """The evaluation, unless it is of another network."""
+    """Returns the evaluation, unless it is of another network."""
     if evaluation is None or loaded is None:
         return evaluation
     words = [Codebook.from_dict(book).words for book in evaluation.codebooks]
@@ -237,7 +237,7 @@ def _described(books: Sequence[Codebook], of_blocks: list[int]) -> dict[str, Any
 
 
 def _cost(loaded: LoadedModel, size: int) -> dict[str, Any]:
-    """Cost of the network and, beside it, of the classifier of its first class."""
+    """Returns the cost of the network and, beside it, of the classifier of its first class."""
     model = loaded.model
     whole = network_cost(model, size)
     classifier = None
@@ -248,7 +248,7 @@ def _cost(loaded: LoadedModel, size: int) -> dict[str, Any]:
 
 
 def _pictures(gathering: _Gathering, samples: Samples) -> list[str] | None:
-    """A picture for every sample."""
+    """Returns a picture for every sample."""
 
     def read(path: Path) -> list[str]:
         pictures = load_pictures(path)
@@ -260,7 +260,7 @@ def _pictures(gathering: _Gathering, samples: Samples) -> list[str] | None:
 
 
 def _early_exit(gathering: _Gathering, samples: Samples | None) -> dict[str, Any]:
-    """The run's own margins, where they were chosen, and what they were measured to do."""
+    """Returns the run's own margins, where they were chosen, and what they were measured to do."""
     part = "The margins of this run"
 
     def read(path: Path) -> dict[str, Any]:

@@ -31,7 +31,7 @@ _STATIC = ("missing", "config", "command", "versions", "seconds", "title", "summ
 
 
 def render(content: dict[str, Any]) -> str:
-    """The page of the content that `gather` returned.
+    """Returns the page of the content that `gather` returned.
 
     Nothing in a name or a setting is taken for markup: the template escapes, and the data is JSON
     without any `<`. The page's own policy forbids every request and every other script.
@@ -92,7 +92,7 @@ _SECTIONS = (
 
 
 def parts_shown(content: dict[str, Any]) -> dict[str, bool]:
-    """Which parts of the page there is content for."""
+    """Says for which parts of the page there is content."""
     evaluation = content["evaluation"] or {}
     return {
         "coded": bool(content["codebooks"]),
@@ -102,7 +102,7 @@ def parts_shown(content: dict[str, Any]) -> dict[str, bool]:
 
 
 def tiles(content: dict[str, Any]) -> list[dict[str, str]]:
-    """The headline numbers, as far as they are known."""
+    """Returns the headline numbers, as far as they are known."""
     headlines: list[dict[str, str]] = []
 
     def add(value: str, name: str, note: str = "") -> None:

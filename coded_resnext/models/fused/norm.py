@@ -18,7 +18,7 @@ from .values import Affine
 
 
 def uses_batch(bn: nn.modules.batchnorm._BatchNorm) -> bool:
-    """Whether a layer normalises by the batch's own statistics; running ones otherwise."""
+    """Returns whether a layer normalises by the batch's own statistics; running ones otherwise."""
     return bn.training or bn.running_mean is None or bn.running_var is None
 
 
@@ -96,7 +96,7 @@ def _follow(bn: nn.modules.batchnorm._BatchNorm, mean: Tensor, variance: Tensor)
 
 
 def _shared_by(bn: nn.modules.batchnorm._BatchNorm) -> Any:
-    """The processes that share a layer's statistics, or None."""
+    """Returns the processes that share a layer's statistics, or None."""
     if not isinstance(bn, nn.SyncBatchNorm) or not bn.training:
         return None
     if not (dist.is_available() and dist.is_initialized()):

@@ -38,7 +38,7 @@ class FusedOperators:
     backend: Literal["auto", "triton"]
     """Kernels where they have been measured to win, or wherever they can run."""
     dtype: torch.dtype | None
-    """Of autocast, which turns activations and weights to it; None without."""
+    """Dtype to which autocast casts activations and weights; None without autocast."""
 
     @classmethod
     def of(cls, chosen: str, x: Tensor) -> FusedOperators:
@@ -48,7 +48,7 @@ class FusedOperators:
         return cls("triton" if chosen == "triton" else "auto", dtype)
 
     def cast(self, x: Tensor) -> Tensor:
-        """The tensor in the dtype of autocast."""
+        """Returns the tensor in the dtype of autocast."""
         return x if self.dtype is None else x.to(self.dtype)
 
     def joins(self, x: Tensor) -> bool:
@@ -82,14 +82,14 @@ class FusedOperators:
         return y, sums
 
     def leaves_unwritten(self, x: Tensor, conv: nn.Conv2d) -> bool:
-        """Whether a 1x1 convolution of `x [B, I, H, W]` is computed where it is read."""
+        """Returns whether a 1x1 convolution of `x [B, I, H, W]` is computed where it is read."""
         # Its statistics are worked out in float64.
         return conv.in_channels <= UNWRITTEN and x.device.type != "mps"
 
     def unwritten(
         self, x: Tensor, conv: nn.Conv2d, affine: Affine | None = None
     ) -> tuple[Product, Tensor]:
-        """A 1x1 convolution, to be computed by who reads it, and its statistics `[3, O]`.
+        """Returns a 1x1 convolution that its consumer computes, and its statistics `[3, O]`.
 
         Arguments as for `conv1x1`.
         """
@@ -104,7 +104,7 @@ class FusedOperators:
     def join_conv1x1(
         self, x: Map, conv: nn.Conv2d, *, statistics: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The map `x` itself, `y = W x`, raw, and its statistics."""
+        """Returns the map `x` itself, `y = W x`, raw, and its statistics."""
         if isinstance(x, Tensor):
             x = self.cast(x)
             return x, *self.conv1x1(x, conv, statistics=statistics)
@@ -189,6 +189,6 @@ class FusedOperators:
 
 
 def _picked(x: Tensor, conv: nn.Conv2d) -> Tensor:
-    """The pixels that a 1x1 convolution takes."""
+    """Returns the pixels that a 1x1 convolution takes."""
     step = conv.stride[0]
     return x if step == 1 else x[:, :, ::step, ::step]

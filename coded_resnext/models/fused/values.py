@@ -26,7 +26,7 @@ class Product(NamedTuple):
     computed where it is read. Its gradients go to whoever took the statistics, in two places."""
 
     place: Tensor
-    """Like what the convolution gives, `[B, O, H, W]`, but without memory."""
+    """Placeholder of the convolution's output, `[B, O, H, W]`, without memory."""
     place_of_sums: Tensor
     """`[O, I]`, also without memory."""
     operand: Tensor
@@ -35,7 +35,7 @@ class Product(NamedTuple):
     weight: Tensor
     """`[O, I, 1, 1]`."""
     passes: Passes
-    """Those that run kernels."""
+    """Passes that run kernels."""
 
 
 class Deferred(NamedTuple):
@@ -47,7 +47,7 @@ class Deferred(NamedTuple):
     raw: Tensor | Product
     """`[B, C, H, W]`, what the last convolution gave, or what will give it."""
     affine: Affine
-    """Of the last BatchNorm."""
+    """Scale and bias of the last BatchNorm."""
     residual: Tensor | Product
     """`[B, C, H, W]`: the block's input, or what the convolution of its skip connection gave; what
     will give it, only where that is so of `raw`."""
@@ -58,14 +58,14 @@ class Deferred(NamedTuple):
     so that one tensor serves both. `fused_norm.affine_of` then hands the scale that is missing to
     whoever made the raw tensor."""
     kernels: bool
-    """Whether Triton kernels compute `x`."""
+    """Says whether Triton kernels compute `x`."""
 
 
 Map = Tensor | Deferred
 
 
 def ready(x: Map) -> Tensor:
-    """The map itself, `[B, C, H, W]`."""
+    """Returns the map itself, `[B, C, H, W]`."""
     if isinstance(x, Tensor):
         return x
     if isinstance(x.raw, Product):
@@ -119,12 +119,12 @@ def joined_product(
 
 
 def like(x: Map) -> Tensor:
-    """A tensor with the map's shape, dtype and device."""
+    """Returns a tensor with the map's shape, dtype and device."""
     if isinstance(x, Tensor):
         return x
     return x.raw.place if isinstance(x.raw, Product) else x.raw
 
 
 def layers_of(skip: nn.Module) -> tuple[Any, ...]:
-    """The convolution and the BatchNorm of a skip connection; none for the identity."""
+    """Returns the convolution and the BatchNorm of a skip connection; none for the identity."""
     return tuple(skip) if isinstance(skip, nn.Sequential) else ()
