@@ -166,7 +166,6 @@ AHEAD = {
     ("3.6", "forward_stride1", 24),
     ("3.6", "input_gradient_stride2", 24),
     ("3.7", "forward_stride1", 16),
-    ("3.8", "forward_stride1", 16),
 }
 
 
@@ -175,6 +174,18 @@ def _ahead(row: LaunchRow, sizes: GroupedSizes) -> LaunchRow:
     name = row.kernel.partition(":")[2]
     ahead = (triton_release(), name, GroupedWindows.of(sizes).channels) in AHEAD
     return replace(row, num_stages=2) if ahead else row
+
+
+def _folded_in_3_8(row: LaunchRow, sizes: GroupedSizes, arch: str) -> LaunchRow:
+    """Returns a row of evaluation's energies, 16 channels and stride 1 as Triton 3.8 needs it.
+
+    Its code for sm_90 keeps 6 registers in memory unless its loads are a trip ahead, and that for
+    sm_100 keeps 8, or 14 with them, unless two warps share the tile.
+    """
+    one_warp = GroupedWindows.of(sizes).channels == 16 and sizes.stride == 1
+    if triton_release() != "3.8" or not one_warp or arch not in ("sm90", "sm100"):
+        return row
+    return replace(row, num_stages=2) if arch == "sm90" else replace(row, num_warps=2)
 
 
 @cache
@@ -198,7 +209,7 @@ def forward(sizes: GroupedSizes, variant: Variant) -> LaunchRow:
     more = (("PADDED", GroupedWindows.of(sizes).padded), ("FOLDED", variant.folded))
     row = replace(row, constexprs=(channels, *more, *others))
     if variant.energies:
-        row = _ahead(row, sizes)
+        row = _folded_in_3_8(_ahead(row, sizes), sizes, variant.arch)
     # With two warps for 24 channels the compiler for sm100 keeps two registers in memory.
     partly_filled = GroupedWindows.of(sizes).channels == 24
     plain = not (variant.affine or variant.statistics or variant.energies)
@@ -314,18 +325,19 @@ CODED = ("32x4d c4", "32x4d c5", "20x6d c3", "20x6d c4")
 
 def shipped_rows(arch: str) -> Iterator[tuple[str, LaunchRow]]:
     """Yields every row that a step of training in bfloat16 launches, alone (`plain`) and between
-    BatchNorms (`fused`), and evaluation (`folded`). Nothing here depends on the architecture."""
+    BatchNorms (`fused`), and evaluation (`folded`). With Triton 3.8 one row depends on the
+    architecture."""
     for place, (groups, layers) in PAPER_CONVOLUTIONS.items():
         yield f"grouped merge_statistics {place}", merge_statistics(groups * layers[0][0])
         for width, stride in layers:
             sizes = GroupedSizes(groups, width, stride)
             for kind in ("plain", "fused"):
                 fused = kind == "fused"
-                variant = Variant("bf16", affine=fused, statistics=fused)
+                variant = Variant("bf16", affine=fused, statistics=fused, arch=arch)
                 for make in (forward, input_gradient, weight_gradient):
                     row = make(sizes, variant)
                     yield f"grouped {row.kernel.split(':')[1]} {place} {kind}", row
-            folded = Variant("bf16", folded=True, energies=place in CODED)
+            folded = Variant("bf16", folded=True, energies=place in CODED, arch=arch)
             row = forward(sizes, folded)
             yield f"grouped {row.kernel.split(':')[1]} {place} folded", row
             for backward in (False, True):

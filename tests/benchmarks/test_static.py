@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -193,12 +194,17 @@ def test_limits_differ_by_version(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("release", "stages_of_16", "stages_of_24", "gradient_stages"),
-    [("3.6", 1, 2, 2), ("3.7", 2, 1, 1), ("3.8", 2, 1, 1), ("3.9", 1, 1, 1)],
+    ("release", "of_16", "stages_of_24", "gradient_stages"),
+    [
+        ("3.6", ((1, 1), (1, 1), (1, 1)), 2, 2),
+        ("3.7", ((1, 2), (1, 2), (1, 2)), 1, 1),
+        ("3.8", ((1, 1), (1, 2), (2, 1)), 1, 1),
+        ("3.9", ((1, 1), (1, 1), (1, 1)), 1, 1),
+    ],
 )
 def test_rows_of_one_version(
     release: str,
-    stages_of_16: int,
+    of_16: tuple[tuple[int, int], ...],
     stages_of_24: int,
     gradient_stages: int,
     monkeypatch: pytest.MonkeyPatch,
@@ -209,7 +215,8 @@ def test_rows_of_one_version(
     forward = conv3x3_rows.forward.__wrapped__
     gradient = conv3x3_rows.input_gradient.__wrapped__
     coded = Variant(folded=True, energies=True)
-    assert forward(GroupedSizes(32, 16), coded).num_stages == stages_of_16
+    rows = [forward(GroupedSizes(32, 16), replace(coded, arch=arch)) for arch in ARCHS]
+    assert tuple((row.num_warps, row.num_stages) for row in rows) == of_16
     assert forward(GroupedSizes(20, 12), coded).num_stages == stages_of_24
     assert forward(GroupedSizes(32, 32), coded).num_stages == 1
     fused = Variant(affine=True, statistics=True)
