@@ -70,7 +70,7 @@ def timm_tests(request: pytest.FixtureRequest) -> ModuleType:
     archive = SOURCES / f"timm-{timm.__version__}.tar.gz"
     if not archive.is_file():
         pytest.skip(f"timm's tests are not here: `make timm-tests` fetches {archive.name}")
-    member = f"timm-{timm.__version__}/tests/models/test_resnext.py"
+    member = f"timm-{timm.__version__}/tests/test_models.py"
     with tarfile.open(archive) as sources:
         sources.extract(member, SOURCES, filter="data")
     spec = importlib.util.spec_from_file_location("timm_test_models", SOURCES / member)
