@@ -66,7 +66,7 @@ LEFT_OUT = {
 
 @pytest.fixture(scope="module")
 def timm_tests(request: pytest.FixtureRequest) -> ModuleType:
-    """timm's `tests/models/test_resnext.py`, of the installed version."""
+    """timm's `tests/test_models.py`, of the installed version."""
     archive = SOURCES / f"timm-{timm.__version__}.tar.gz"
     if not archive.is_file():
         pytest.skip(f"timm's tests are not here: `make timm-tests` fetches {archive.name}")
