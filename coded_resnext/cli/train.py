@@ -436,7 +436,7 @@ class Command:
     evaluation: bool
     device: str
     outside: str | None = None
-    """Images of none of the classes, see `outside.open_outside`."""
+    """Images of none of the classes, see `open_outside`."""
     repeats: int = 5
     """Of the random branch removals."""
 

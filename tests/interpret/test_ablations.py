@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from script_runs import run_here
 
 from coded_resnext import Codebook, create_model
 from coded_resnext.interpret.ablations import (
@@ -112,6 +113,9 @@ def test_the_command_runs_what_is_missing(tmp_path):
     again = command(tmp_path, *rows)
     assert again.stderr.count("epoch 1/1") == 0
     assert again.stdout == first.stdout
-    empty = command(tmp_path, "--table", "--seeds", "4")
+
+
+def test_a_folder_without_runs_has_no_table(tmp_path):
+    empty = run_here(SCRIPT, "digits", "--out", tmp_path, "--table", "--seeds", 4)
     assert empty.returncode == 2
     assert "holds no finished run" in empty.stderr

@@ -12,13 +12,15 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from script_runs import run_here
 from support.image_data import REAL_DATA, needs_cifar10, needs_photographs, write_images
 
 from coded_resnext import Codebook, create_model
-from coded_resnext.cli.train import identity, make_model, start_from
+from coded_resnext.cli.train import identity, make_model, open_outside, start_from
+from coded_resnext.data.datasets import load_dataset
 from coded_resnext.models.checkpoint import load_model, save_model
 from coded_resnext.training.processes import World
 from coded_resnext.training.recipe import load_recipe
@@ -188,6 +190,22 @@ def test_weights_of_another_architecture_are_refused(pets: Path, tmp_path: Path)
     assert result.returncode == 2
     assert "initial_checkpoint:" in result.stderr
     assert "is of another architecture than coded_resnext17_10x4d" in result.stderr
+
+
+def test_images_of_none_of_the_classes(pets: Path, tmp_path: Path) -> None:
+    """For one-class classifiers to refuse: the test images on their side, or a folder's."""
+    splits = load_dataset("folder", pets)
+    recipe = load_recipe(TRAIN / "recipes" / "cifar10_small.yaml", {"data_dir": str(tmp_path)})
+    turned = open_outside("rotated", splits, recipe)
+    assert len(turned) == len(splits.test) == 9
+    for index in range(9):
+        found, original = np.asarray(turned.image(index)), np.asarray(splits.test.image(index))
+        # What was on the right is on top.
+        assert np.array_equal(found[0], original[:, -1])
+        assert turned.name(index) == f"{splits.test.name(index)}, turned"
+    assert len(open_outside(str(pets / "train"), splits, recipe)) == 60
+    with pytest.raises(ValueError, match="outside: expected another data set than cifar10"):
+        open_outside("cifar10", splits, recipe)
 
 
 def recipe_for(tmp_path: Path, **settings: Any) -> Any:
