@@ -123,7 +123,7 @@ def architecture_of_kernels(x: Tensor, backend: ConvBackend, reason: str | None)
         raise RuntimeError(f"backend: 'triton' was asked for but cannot run: {reason}")
     if backend == "torch" or reason is not None or (backend == "auto" and not x.is_cuda):
         return None
-    return layout.architecture(x.device.index) if x.is_cuda else "cpu"
+    return layout.architecture_of(x)
 
 
 def choose_passes(

@@ -54,6 +54,11 @@ def architecture(device: int) -> str:
     return f"sm{major}{minor}"
 
 
+def architecture_of(x: Tensor) -> str:
+    """Returns the name of the architecture that computes on a tensor; `cpu` without a GPU."""
+    return architecture(x.device.index) if x.is_cuda else "cpu"
+
+
 def unsupported(x: Tensor, *, width: int = 0, widest: int = 0) -> str | None:
     """Returns why the kernels cannot run on activations `x [B, C, H, W]`; None if they can.
 
@@ -81,8 +86,8 @@ def variant_of(x: Tensor, *, tf32: bool | None = None, **options: bool) -> rows.
     """
     dtype = DTYPES[x.dtype]
     allowed = tf32_allowed() if tf32 is None else tf32
-    arch = architecture(x.device.index) if x.is_cuda else "cpu"
-    return rows.Variant(dtype=dtype, tf32=dtype == "fp32" and allowed, arch=arch, **options)
+    tf32 = dtype == "fp32" and allowed
+    return rows.Variant(dtype=dtype, tf32=tf32, arch=architecture_of(x), **options)
 
 
 def on_device(tensor: Tensor) -> AbstractContextManager[Any]:

@@ -15,6 +15,7 @@ from support.small_networks import WIDE, make_images, make_network
 from torch import Tensor, nn
 
 from coded_resnext import CodedBottleneck, CodedResNeXt, Stage, create_model
+from coded_resnext.kernels import layout
 from coded_resnext.kernels.build.shipped import shipped_rows
 from coded_resnext.kernels.conv1x1 import operator as conv1x1_operator
 from coded_resnext.kernels.rows import ALL_PASSES, NO_PASSES, LaunchRow, Passes, Plan
@@ -210,8 +211,7 @@ def test_what_it_launches_is_built_ahead_of_time(
     """Every row of a whole network on an H200 in bfloat16; nothing is computed here."""
     launched: list[LaunchRow] = []
     monkeypatch.setattr(LaunchRow, "launch", lambda row, *_: launched.append(row))
-    planned = conv1x1_operator.planned
-    monkeypatch.setattr(conv1x1_operator, "planned", lambda _, sizes: planned("sm90", sizes))
+    monkeypatch.setattr(layout, "architecture_of", lambda _: "sm90")
     model = create_model(name, backend="triton").bfloat16().eval()
     with torch.no_grad():
         model(torch.zeros(1, 3, 32, 32, dtype=torch.bfloat16))
