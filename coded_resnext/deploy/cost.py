@@ -15,7 +15,8 @@ import torch
 from torch import nn
 
 from coded_resnext.models.block import CodedBottleneck
-from coded_resnext.models.resnext import CodedResNeXt
+from coded_resnext.models.layers import check_layers
+from coded_resnext.models.resnext import CodedResNeXt, own_network
 from coded_resnext.models.sizes import BlockSizes, halved
 
 from .extract import ExtractedNetwork
@@ -90,8 +91,14 @@ def network_cost(network: CodedResNeXt | ExtractedNetwork, image_size: int) -> C
         image_size: height and width of the images in pixels, at least 1.
 
     Raises:
-        ValueError: the image size is not positive.
+        ValueError: the image size is not positive, or layers were changed or replaced since the
+            network was made, so that it has other sizes than it tells.
     """
+    if not isinstance(network, ExtractedNetwork):
+        network = own_network(network)
+    check_layers(network, "counting goes by the sizes of its own layers", sizes_only=True)
+    if not isinstance(network.head, nn.Linear | nn.Identity):
+        raise ValueError(f"head: expected Linear, or Identity, got {type(network.head).__name__}")
     if image_size < 1:
         raise ValueError(f"image_size: expected a positive number of pixels, got {image_size}")
     macs = stem_macs(network, image_size, image_size)
@@ -109,10 +116,24 @@ def network_cost(network: CodedResNeXt | ExtractedNetwork, image_size: int) -> C
         parameters=sum(p.numel() for p in network.parameters()),
         projection_parameters=projection_parameters,
         bytes=sum(t.numel() * t.element_size() for t in network.state_dict().values()),
-        macs=macs + network.head.weight.numel(),
+        macs=macs + head_macs(network),
         projection_macs=projection_macs,
         macs_per_pass=per_pass,
     )
+
+
+def head_macs(network: CodedResNeXt | ExtractedNetwork) -> int:
+    """Counts the multiply-accumulates of the classifier for one image; 0 where there is none.
+
+    Raises:
+        ValueError: it is not one linear layer.
+    """
+    head: Any = network.head
+    if isinstance(head, nn.Identity):
+        return 0
+    if not hasattr(head, "in_features"):
+        raise ValueError(f"head: expected a linear layer, got {type(head).__name__}")
+    return int(head.in_features * head.out_features)
 
 
 def stem_size(network: CodedResNeXt | ExtractedNetwork, size: int) -> int:

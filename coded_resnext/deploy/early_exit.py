@@ -17,15 +17,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from coded_resnext.files import read_json, write_atomically
 from coded_resnext.models.block import Step, check_images
 from coded_resnext.models.decode import read_class
-from coded_resnext.models.resnext import CodedResNeXt
+from coded_resnext.models.layers import check_layers
+from coded_resnext.models.resnext import CodedResNeXt, own_network
 from coded_resnext.models.sizes import BlockSizes, halved
 
-from .cost import stem_macs, stem_size
+from .cost import head_macs, stem_macs, stem_size
 
 FORMAT_VERSION = 1
 EXIT_FILE = "early_exit.json"
@@ -54,7 +55,7 @@ class EarlyExit:
     @classmethod
     def at_margin(cls, model: CodedResNeXt, margin: float, *, agreement: bool = False) -> EarlyExit:
         """Makes a criterion with one margin for all coded blocks of a network."""
-        return cls((margin,) * len(model.coded_blocks), agreement)
+        return cls((margin,) * len(own_network(model).coded_blocks), agreement)
 
     def leaves(
         self, block: int, decoded: Tensor, margin: Tensor, previous: Tensor | None
@@ -136,7 +137,7 @@ class EarlyPrediction:
     they were asked for."""
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def predict_early(
     model: CodedResNeXt, x: Tensor, criterion: EarlyExit, *, return_energies: bool = False
 ) -> EarlyPrediction:
@@ -156,6 +157,7 @@ def predict_early(
         ValueError: the network is plain, does not normalise its energies or is in training mode,
             the criterion is for another number of coded blocks, or `x` has the wrong shape.
     """
+    model = own_network(model)
     check_early_exit(model, criterion, x)
     batch = len(x)
     classes = torch.empty(batch, dtype=torch.int64, device=x.device)
@@ -205,7 +207,11 @@ def exit_macs(model: CodedResNeXt, height: int, width: int) -> list[int]:
     Args:
         model: with or without coded blocks.
         height, width: of the image in pixels.
+
+    Raises:
+        ValueError: layers were changed or replaced since the network was made.
     """
+    check_layers(model, "counting goes by the sizes of its own layers", sizes_only=True)
     spent = stem_macs(model, height, width)
     height, width = stem_size(model, height), stem_size(model, width)
     counts = []
@@ -216,7 +222,7 @@ def exit_macs(model: CodedResNeXt, height: int, width: int) -> list[int]:
         if block.is_coded:
             spent += block.codewords.numel()
             counts.append(spent)
-    return [*counts, spent + model.head.weight.numel()]
+    return [*counts, spent + head_macs(model)]
 
 
 def check_early_exit(
@@ -233,6 +239,8 @@ def check_early_exit(
             "model: expected normalised energies, which margins are measured in, got a network "
             "made with normalize=False"
         )
+    if isinstance(model.head, nn.Identity):
+        raise ValueError("head: expected the classifier, for images that never leave; got none")
     if model.training:
         raise ValueError("model: expected evaluation mode, got training mode; call model.eval()")
     if criterion is not None and len(criterion.margins) != blocks:
@@ -288,7 +296,7 @@ class ExitScores:
         return float((said == self.targets).double().mean())
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def exit_scores(model: CodedResNeXt, loader: Iterable[tuple[Tensor, Tensor]]) -> ExitScores:
     """Decodes labelled images behind every coded block.
 
@@ -300,6 +308,7 @@ def exit_scores(model: CodedResNeXt, loader: Iterable[tuple[Tensor, Tensor]]) ->
     Raises:
         ValueError: the network is plain or in training mode, or the loader has no batch.
     """
+    model = own_network(model)
     check_early_exit(model)
     parameter = next(model.parameters())
     parts = []

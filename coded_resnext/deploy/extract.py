@@ -14,14 +14,15 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from coded_resnext.kernels.coded.gram import branch_forms, split_weight
 from coded_resnext.kernels.layout import accumulation_dtype
 from coded_resnext.models.block import CodedBottleneck, check_images, classify, features
+from coded_resnext.models.checkpoint import check_tensors
 from coded_resnext.models.fused.norm import fold
-from coded_resnext.models.resnext import CodedResNeXt, Stem, make_stem
+from coded_resnext.models.layers import PixelPicker, check_layers
+from coded_resnext.models.resnext import CodedResNeXt, Stem, make_stem, own_network
 from coded_resnext.models.sizes import BlockSizes
 
 
@@ -45,18 +46,6 @@ class ExtractedConfig:
     def from_dict(cls, data: dict[str, Any]) -> ExtractedConfig:
         """Reads what `to_dict` returned."""
         return cls(**{**data, "blocks": tuple(BlockSizes(**block) for block in data["blocks"])})
-
-
-class PixelPicker(nn.Conv2d):
-    """A 1x1 convolution that first takes the pixels that its stride reads.
-
-    Without a stride it is faster on these than with one on all pixels.
-    """
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Maps `[B, C_in, H_in, W_in]` to `[B, C, H, W]`."""
-        down, right = self.stride
-        return F.conv2d(input[:, :, ::down, ::right], self.weight, self.bias)
 
 
 def make_block(sizes: BlockSizes) -> CodedBottleneck:
@@ -217,8 +206,10 @@ def extract_classifier(
 
     Raises:
         ValueError: no such class (the nearest names are in the message), a network without coded
-            blocks, an ablation (concatenation, no normalisation), or a rank outside its range.
+            blocks, an ablation (concatenation, no normalisation), layers that were changed or
+            replaced, or a rank outside its range.
     """
+    model = own_network(model)
     index = class_index(model.class_names, class_index_or_name)
     config = _config(model, [index], skip_rank)
     # Without storage, since every tensor is about to be filled.
@@ -249,6 +240,7 @@ def extract_subset(
     """
     if isinstance(classes, str):
         raise ValueError(f"classes: expected a sequence of classes, got {classes!r}")
+    model = own_network(model)
     indices = [class_index(model.class_names, wanted) for wanted in classes]
     if not indices or len(set(indices)) != len(indices):
         raise ValueError(f"classes: expected one or more, each once, got {list(classes)}")
@@ -281,6 +273,7 @@ def _config(
         raise ValueError(
             "model: expected a network that sums its branches, got one that concatenates them"
         )
+    check_layers(model, "cutting out copies the weights of its own layers")
     if skip_rank is not None and not 0 < skip_rank <= 1:
         raise ValueError(f"skip_rank: expected a share 0 < skip_rank <= 1, got {skip_rank}")
     sizes = []
@@ -349,6 +342,10 @@ def _load(target: nn.Module, source: nn.Module, state: dict[str, Tensor]) -> Non
     thinned = isinstance(target, CodedBottleneck) and BlockSizes.of(target).skip_rank is not None
     if thinned:
         state = {name: value for name, value in state.items() if not name.startswith("skip.")}
+    own = target.state_dict()
+    check_tensors(
+        {name: value for name, value in own.items() if name in state or not thinned}, state
+    )
     target.load_state_dict(state, strict=not thinned)
     for name, layer in target.named_modules():
         if isinstance(layer, nn.BatchNorm2d):
@@ -391,17 +388,14 @@ def _folded(conv: Any, norm: Any) -> nn.Conv2d:
     return both
 
 
-def _factorise(target: nn.Module, skip: nn.Module) -> None:
+def _factorise(target: nn.Module, skip: Any) -> None:
     """Fills two thin convolutions with the best approximation of a projection skip.
 
     Truncating the singular values of the weight with BatchNorm folded in is the best in the sum of
     squared weights for its rank.
     """
     assert isinstance(target, nn.Sequential)
-    assert isinstance(skip, nn.Sequential)
     conv, norm = skip[0], skip[1]
-    assert isinstance(conv, nn.Conv2d)
-    assert isinstance(norm, nn.BatchNorm2d)
     weight, bias = fold(conv, norm, torch.float64)
     first, second = target[0], target[1]
     assert isinstance(first, nn.Conv2d)

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from coded_resnext.deploy.early_exit import ExitScores
 from coded_resnext.models.decode import decode
-from coded_resnext.models.resnext import CodedResNeXt
+from coded_resnext.models.resnext import CodedResNeXt, own_network
 
 from .decoding import scores_of
 from .observe import Observations, evaluating, require_at_least, require_coded_blocks
@@ -198,7 +198,10 @@ def trace(model: CodedResNeXt, x: Tensor) -> Trace:
     Raises:
         ValueError: the network has no coded block, or `x` is not one image.
     """
+    model = own_network(model)
     require_coded_blocks(model.coded_blocks)
+    if isinstance(model.head, nn.Identity):
+        raise ValueError("head: expected the classifier, which names the class; got none")
     batch = x[None] if x.ndim == 3 else x
     if batch.ndim != 4 or len(batch) != 1:
         raise ValueError(f"x: expected one image [C, H, W] or [1, C, H, W], got {list(x.shape)}")

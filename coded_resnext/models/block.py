@@ -6,21 +6,22 @@ Letters as in docs/math.md: B samples, N branches of width D, C output channels,
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from coded_resnext.codebooks.codebook import Codebook
 from coded_resnext.kernels import Aggregation, Backend, coded_aggregate, select_backend
-from coded_resnext.kernels.checks import checked_mask
-from coded_resnext.kernels.coded import gram
-from coded_resnext.kernels.layout import accumulation_dtype
+from coded_resnext.kernels.coded.functional import normalized_branches
 from coded_resnext.models.fused.block import fused_block, is_fused
 from coded_resnext.models.fused.values import Map, like, ready
+from coded_resnext.models.layers import applied_weight, unusual_layer
 
 
 class DropSubNNs(nn.Module):
@@ -86,6 +87,9 @@ class CodedBottleneck(nn.Module):
 
     Attributes:
         normalized_by: the number of branches that the mean energy is over; None for a plain block.
+        codewords: of the codebook, `[K, N]` in booleans, on the device of the weights. They are a
+            constant and no buffer, so that neither averaging nor `to_empty` touches them; the state
+            dict has them all the same, and loading compares them.
         form: None, or `Q_n [N, D, D]` of (11) in a block whose last BatchNorm is folded into its
             convolution, which then no longer tells the energies.
     """
@@ -138,7 +142,7 @@ class CodedBottleneck(nn.Module):
             )
         select_backend(backend)
         self.in_channels, self.branches, self.stride = in_channels, branches, stride
-        self.width = width
+        self.width, self.channels = width, channels
         self.codebook = codebook
         self.aggregation: Aggregation = aggregation
         self.normalize = normalize
@@ -161,7 +165,7 @@ class CodedBottleneck(nn.Module):
             )
         self.drop = DropSubNNs(drop_branches if codebook is not None else 0.0)
         if codebook is not None:
-            self.register_buffer("codewords", codebook.codewords)
+            self.codewords = codebook.codewords
         self.register_buffer("form", None)
         self.reset_parameters()
 
@@ -179,7 +183,7 @@ class CodedBottleneck(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-            elif isinstance(module, nn.BatchNorm2d):
+            elif isinstance(module, nn.BatchNorm2d | nn.SyncBatchNorm):
                 module.reset_parameters()
         if self.is_coded and self.aggregation == "sum":
             outputs = self.branches * self.expand.out_channels
@@ -219,8 +223,8 @@ class CodedBottleneck(nn.Module):
         if is_fused(self, x):
             joined, energies = fused_block(self, x, drop_mask=drop_mask, keep_mask=keep_mask)
             return ready(joined), energies
-        h = F.relu(self.reduce_bn(self.reduce(x)), inplace=True)
-        h = F.relu(self.grouped_bn(self.grouped(h)), inplace=True)
+        h = activated(self.reduce_bn, self.reduce(x))
+        h = activated(self.grouped_bn, self.grouped(h))
         if self.is_coded:
             y, energies = self._aggregate(h, drop_mask, keep_mask)
         else:
@@ -234,48 +238,112 @@ class CodedBottleneck(nn.Module):
     def _aggregate(
         self, h: Tensor, drop_mask: Tensor | None, keep_mask: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        if not self.normalize or self.normalized_by != self.branches or self.form is not None:
-            accumulate = accumulation_dtype(h.dtype)
-            return gram.coded_aggregate(
+        concatenate = self.aggregation == "concat"
+        # Parametrizations that change with every use give one weight to energies and convolution.
+        with parametrize.cached() if parametrize.is_parametrized(self.expand) else nullcontext():
+            groups = self.branches if concatenate else 1
+            weight = applied_weight(self.expand, h.shape[1], groups, h)
+            whole = self.normalize and self.normalized_by == self.branches and self.form is None
+            if whole and select_backend(self.backend) == "reference":
+                return coded_aggregate(
+                    h,
+                    weight,
+                    self.branches,
+                    drop_mask=drop_mask,
+                    keep_mask=keep_mask,
+                    aggregation=self.aggregation,
+                    backend="reference",
+                )
+            scaled, energies = normalized_branches(
                 h,
-                self.expand.weight,
+                weight,
                 self.branches,
-                checked_mask("drop_mask", drop_mask, h, self.branches, accumulate),
-                checked_mask("keep_mask", keep_mask, h, self.branches, accumulate),
-                concatenate=self.aggregation == "concat",
-                bias=self.expand.bias,
+                drop_mask=drop_mask,
+                keep_mask=keep_mask,
+                aggregation=self.aggregation,
+                backend=self.backend,
                 branches_of_whole=self.normalized_by,
                 normalize=self.normalize,
                 form=self.form,
             )
-        return coded_aggregate(
-            h,
-            self.expand.weight,
-            self.branches,
-            drop_mask=drop_mask,
-            keep_mask=keep_mask,
-            aggregation=self.aggregation,
-            backend=self.backend,
-        )
+            return self.expand(scaled), energies
 
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
-    ) -> None:
-        """Refuses weights that were trained for other codewords."""
+    def unusual_layer(self, *, sizes_only: bool = False) -> str | None:
+        """Returns which layer is not as it was made, and how; see models/layers.py."""
+        if type(self).forward is not CodedBottleneck.forward:
+            return f"forward: {type(self).__name__} has one of its own"
+        return unusual_layer(self, sizes_only=sizes_only)
+
+    def follow(self, codebook: Codebook) -> None:
+        """Assigns the branches by another codebook of as many branches; weights stay."""
+        self.codebook = codebook
+        self._place_codewords()
+
+    def _place_codewords(self) -> None:
+        """Takes the codewords from the codebook to where the weights are; never to `meta`."""
+        device = next(self.parameters()).device
+        if self.codebook is not None:
+            words = self.codebook.codewords
+            self.codewords = words if device.type == "meta" else words.to(device)
+
+    def check_codewords(self, state_dict: dict[str, Any], prefix: str = "") -> None:
+        """Raises ValueError where a state dict has other codewords for this block than its own."""
         key = f"{prefix}codewords"
-        compared = self.codebook is not None and key in state_dict and not self.codewords.is_meta
-        if compared and not torch.equal(state_dict[key].cpu().bool(), self.codewords.cpu()):
+        stored = state_dict.get(key)
+        if self.codebook is None or stored is None or stored.is_meta:
+            return
+        own = self.codebook.codewords
+        if stored.shape != own.shape or not bool((stored.cpu() == own).all()):
             raise ValueError(
                 f"{key}: the weights were trained for other codewords than this model has; "
                 "build the model with the codebook of its checkpoint"
             )
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CodedBottleneck:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._place_codewords()
+        return self
+
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.codebook is not None:
+            destination[f"{prefix}codewords"] = self.codewords
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """Refuses weights that were trained for other codewords."""
+        self.check_codewords(state_dict, prefix)
+        key = f"{prefix}codewords"
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        if self.codebook is not None:
+            unexpected_keys[:] = [name for name in unexpected_keys if name != key]
+            if strict and key not in state_dict:
+                missing_keys.append(key)
+        self._place_codewords()
 
     def extra_repr(self) -> str:
         if self.codebook is not None:
             return f"branches={self.branches}, active={self.codebook.active}"
         whole = self.normalized_by
         return f"branches={self.branches}" + (f" of {whole}" if whole else ", plain")
+
+
+def activated(norm: nn.Module, x: Tensor) -> Tensor:
+    """Returns `relu(norm(x))`, in place where nobody else may have taken the norm's output."""
+    watched = norm._forward_hooks or norm._backward_hooks or norm._backward_pre_hooks
+    return F.relu(norm(x), inplace=not watched)
 
 
 def check_images(x: Tensor, channels: int) -> None:

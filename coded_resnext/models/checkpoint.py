@@ -22,7 +22,8 @@ from coded_resnext.data.preprocessing import Preprocessing
 from coded_resnext.files import parse_json, write_atomically
 from coded_resnext.kernels import Backend, check_backend
 
-from .resnext import CodedResNeXt
+from .layers import check_layers
+from .resnext import CodedResNeXt, own_network
 
 FORMAT_VERSION = 1
 MODEL_FILE = "model.safetensors"
@@ -68,6 +69,8 @@ def save_model(
     Raises:
         ValueError: the network has no classifier, so that nothing could be made of the file.
     """
+    model = own_network(model)
+    check_layers(model, "a file holds weights for the network's own layers", sizes_only=True)
     if not isinstance(model.head, nn.Linear):
         raise ValueError("model: expected a network with its classifier, got one without")
     description = {

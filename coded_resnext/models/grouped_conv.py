@@ -74,12 +74,14 @@ class GroupedConv2d(nn.Conv2d):
     def forward(self, input: Tensor) -> Tensor:
         """Convolve `[B, N*D, H, W]`, or `[N*D, H, W]` without a batch.
 
+        Settings that were changed since, such as a dilation, are left to `nn.Conv2d`.
+
         Raises:
             RuntimeError: the kernels were asked for by name and cannot run; or as `nn.Conv2d`.
         """
         if self.backend == "torch" or not _is_batch(input):
             return super().forward(input)
-        if self.backend == "auto" and not input.is_cuda:
+        if (self.backend == "auto" and not input.is_cuda) or mismatch(self) is not None:
             return super().forward(input)
         y, _ = grouped_conv3x3(
             input, self.weight, self.groups, stride=self.stride[0], backend=self.backend
@@ -105,9 +107,9 @@ def mismatch(conv: nn.Conv2d) -> str | None:
         "padding_mode": (conv.padding_mode, "zeros"),
         "out_channels": (conv.out_channels, conv.in_channels),
     }
-    for name, (found, expected) in settings.items():
-        if found != expected:
-            return f"{name}: expected {expected}, got {found}"
+    for name, (value, expected) in settings.items():
+        if value != expected:
+            return f"{name}: expected {expected}, got {value}"
     if conv.stride not in ((1, 1), (2, 2)):
         return f"stride: expected 1 or 2, got {conv.stride}"
     return None
@@ -139,7 +141,7 @@ def use_grouped_kernels(model: nn.Module, backend: ConvBackend = "auto") -> int:
                 continue
             # The object stays, so that whatever refers to it or hooks into it still does.
             module.__class__ = GroupedConv2d
-        if isinstance(module, GroupedConv2d):
+        if type(module) is GroupedConv2d and mismatch(module) is None:
             module.backend = backend
             count += 1
     return count

@@ -15,6 +15,7 @@ from coded_resnext.codebooks.shipped import Size, shipped_sizes
 from coded_resnext.kernels import Aggregation, Backend
 
 from .block import CodedBottleneck, Step, check_images, classify, features, walk
+from .layers import check_layers
 
 Stem = Literal["conv3x3", "conv7x7"]
 Keep = int | Tensor | Sequence[Tensor | None]
@@ -223,8 +224,7 @@ class CodedResNeXt(nn.Module):
         for blocks, book in zip(self.stages, books, strict=True):
             for block in blocks:  # type: ignore[attr-defined]
                 if book is not None:
-                    block.codebook = book
-                    block.register_buffer("codewords", book.codewords.to(block.codewords.device))
+                    block.follow(book)
         self.num_classes = self.config["num_classes"] = num_classes
         like = self.stem[0].weight
         self.head = nn.Linear(
@@ -295,8 +295,10 @@ class CodedResNeXt(nn.Module):
             seed: of the new codewords.
 
         Raises:
-            ValueError: the names do not fit, or a codebook has no room for so many classes.
+            ValueError: the names do not fit, a codebook has no room for so many classes, or layers
+                were changed since the network was made.
         """
+        check_layers(self, "extending copies the weights of its own layers")
         names = [*self.class_names, *new_classes]
         if len(names) == self.num_classes or len(set(names)) < len(names):
             raise ValueError(
@@ -317,6 +319,16 @@ class CodedResNeXt(nn.Module):
                 value.copy_(state[name])
         return grown.train(self.training)
 
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        """Refuses weights for other codewords before any of the network's own is overwritten."""
+        for stage, blocks in enumerate(self.stages):
+            for index, block in enumerate(blocks.children()):
+                if isinstance(block, CodedBottleneck):
+                    block.check_codewords(state_dict, f"{prefix}stages.{stage}.{index}.")
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
     def _keep_masks(
         self, keep: Keep | None, x: Tensor, blocks: Sequence[CodedBottleneck]
     ) -> list[Tensor | None]:
@@ -325,9 +337,11 @@ class CodedResNeXt(nn.Module):
             return [None] * len(blocks)
         if not self.coded_blocks:
             raise ValueError("keep: expected None, since this network has no coded block")
-        if isinstance(keep, (int, np.integer)):
+        if isinstance(keep, (int, np.integer)) and not isinstance(keep, bool):
             self._check_class(int(keep), int(keep))
-            return [block.codewords[int(keep)].expand(x.shape[0], -1) for block in blocks]
+            return [
+                block.codewords[int(keep)].to(x.device).expand(x.shape[0], -1) for block in blocks
+            ]
         if isinstance(keep, Tensor):
             if keep.shape != (x.shape[0],) or keep.is_floating_point() or keep.dtype == torch.bool:
                 raise ValueError(
@@ -337,7 +351,14 @@ class CodedResNeXt(nn.Module):
             if keep.device.type == "cpu" and not torch.compiler.is_compiling():
                 self._check_class(int(keep.min()), int(keep.max()))
             keep = keep.to(x.device).long()
-            return [block.codewords[keep] for block in blocks]
+            return [block.codewords.to(x.device)[keep] for block in blocks]
+        if not isinstance(keep, Sequence) or any(
+            not isinstance(mask, Tensor | None) for mask in keep
+        ):
+            raise ValueError(
+                "keep: expected a class, a tensor of class indices, or a sequence of masks or None "
+                f"for the coded blocks; got {keep!r:.80}"
+            )
         masks = list(keep)
         if len(masks) != len(blocks):
             raise ValueError(
@@ -346,9 +367,25 @@ class CodedResNeXt(nn.Module):
         return masks
 
     def _check_class(self, low: int, high: int) -> None:
-        if low < 0 or high >= self.num_classes:
+        classes = self.stage_codebooks[0].classes
+        if low < 0 or high >= classes:
             wrong = low if low < 0 else high
-            raise ValueError(f"keep: expected classes 0 to {self.num_classes - 1}, got {wrong}")
+            raise ValueError(f"keep: expected classes 0 to {classes - 1}, got {wrong}")
+
+
+def own_network(model: nn.Module) -> CodedResNeXt:
+    """Returns the network within wrappers for devices, averaging and compilation.
+
+    Raises:
+        ValueError: there is none.
+    """
+    network = model
+    while not isinstance(network, CodedResNeXt):
+        inner = getattr(network, "_orig_mod", None) or getattr(network, "module", None)
+        if not isinstance(inner, nn.Module):
+            raise ValueError(f"model: expected a CodedResNeXt, got {type(model).__name__}")
+        network = inner
+    return network
 
 
 def make_stem(stem: Stem, in_channels: int, channels: int) -> nn.Sequential:

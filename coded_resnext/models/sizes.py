@@ -53,13 +53,13 @@ class BlockSizes:
         is_thin = len(skip) == 2 and isinstance(skip[1], nn.Conv2d)
         return cls(
             in_channels=block.in_channels,
-            channels=block.expand.out_channels,
+            channels=block.channels,
             width=block.width,
             branches=block.branches,
             stride=block.stride,
             normalized_by=block.normalized_by,
             skip_rank=skip[0].out_channels if is_thin else None,
-            concatenated=block.expand.groups > 1,
+            concatenated=block.is_coded and block.aggregation == "concat",
         )
 
     @property

@@ -119,7 +119,7 @@ class TrainStep:
         terms = [f"coding loss of coded block {i}" for i in blocks]
         self._guard = StepGuard(
             [*terms, "cross-entropy", "total loss", "gradient", "optimizer state"],
-            [*_batch_norm_buffers(model), self.sums],
+            [*model.buffers(), self.sums],
             world,
         )
         self._unsettled: int | None = None
@@ -216,7 +216,7 @@ class TrainStep:
 
     def local_state(self) -> dict[str, Any]:
         """Returns the state that differs between the processes, on the host."""
-        statistics = [b.cpu() for model in self._networks() for b in _batch_norm_buffers(model)]
+        statistics = [b.cpu() for model in self._networks() for b in model.buffers()]
         return {"statistics": statistics, "sums": self.sums.cpu()}
 
     def load(self, state: dict[str, Any], local: dict[str, Any]) -> None:
@@ -230,7 +230,7 @@ class TrainStep:
         self.scaler.load_state_dict(state["scaler"])
         if self.average is not None:
             self.average.model.load_state_dict(state["average"])
-        statistics = [b for model in self._networks() for b in _batch_norm_buffers(model)]
+        statistics = [b for model in self._networks() for b in model.buffers()]
         copy_all(statistics, [value.to(self.device) for value in local["statistics"]])
         self.sums.copy_(local["sums"])
 
@@ -301,11 +301,6 @@ def compiled(forward: Any, backend: str) -> Any:
     if backend not in known:
         raise ValueError(f"torchcompile: expected one of {', '.join(known)}; got {backend!r}")
     return torch.compile(forward, backend=backend)
-
-
-def _batch_norm_buffers(model: nn.Module) -> list[Tensor]:
-    """What a forward pass in training changes: all buffers but the codewords."""
-    return [buffer for buffer in model.buffers() if buffer.dtype != torch.bool]
 
 
 class WeightAverage:

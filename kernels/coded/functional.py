@@ -68,25 +68,90 @@ def coded_aggregate(
             With CODED_RESNEXT_DEBUG=1 also numbers that are not finite.
         RuntimeError: the requested backend cannot run.
     """
+    check_aggregate(h, weight, branches, aggregation)
+    if _select_for(h, h.shape[1] // branches, backend) != "reference":
+        scaled, energies = normalized_branches(
+            h,
+            weight,
+            branches,
+            drop_mask=drop_mask,
+            keep_mask=keep_mask,
+            aggregation=aggregation,
+            backend=backend,
+        )
+        groups = branches if aggregation == "concat" else 1
+        return F.conv2d(scaled, weight, groups=groups), energies
+    concatenate, drop_mask, keep_mask = _checked(
+        h, weight, branches, aggregation, drop_mask, keep_mask
+    )
+    per_branch = gram.split_weight(weight, branches, concatenate=concatenate)
+    return coded_reference.coded_aggregate(
+        h, per_branch, drop_mask, keep_mask, concatenate=concatenate
+    )
+
+
+def normalized_branches(
+    h: Tensor,
+    weight: Tensor,
+    branches: int,
+    *,
+    drop_mask: Tensor | None = None,
+    keep_mask: Tensor | None = None,
+    aggregation: Aggregation = "sum",
+    backend: Backend = "auto",
+    branches_of_whole: int | None = None,
+    normalize: bool = True,
+    form: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """What comes before the convolution of `coded_aggregate`, for who has a layer to apply.
+
+    Args:
+        h, weight, branches, drop_mask, keep_mask, aggregation: as for `coded_aggregate`.
+        backend: the same; `reference` has no such intermediate result, and `torch` runs.
+        branches_of_whole, normalize, form: as for `gram.normalize`; kernels take none of them.
+
+    Returns:
+        `s h [B, N*D, H, W]` and the normalised energies `[B, N]`.
+
+    Raises:
+        ValueError, RuntimeError: as `coded_aggregate`.
+    """
+    concatenate, drop_mask, keep_mask = _checked(
+        h, weight, branches, aggregation, drop_mask, keep_mask
+    )
+    per_branch = gram.split_weight(weight, branches, concatenate=concatenate)
+    whole = branches_of_whole in (None, branches) and normalize and form is None
+    if whole and _select_for(h, h.shape[1] // branches, backend) == "triton":
+        from .operator import normalize_branches
+
+        scaled, energies, _ = normalize_branches(h, per_branch, None, None, drop_mask, keep_mask)
+        return scaled, energies
+    return gram.normalized_branches(
+        h,
+        per_branch,
+        drop_mask,
+        keep_mask,
+        branches_of_whole=branches_of_whole,
+        normalize=normalize,
+        form=form,
+    )
+
+
+def _checked(
+    h: Tensor,
+    weight: Tensor,
+    branches: int,
+    aggregation: Aggregation,
+    drop_mask: Tensor | None,
+    keep_mask: Tensor | None,
+) -> tuple[bool, Tensor | None, Tensor | None]:
+    """Checks arguments; returns whether branches are concatenated, and the masks."""
     concatenate = check_aggregate(h, weight, branches, aggregation)
-    chosen = _select_for(h, h.shape[1] // branches, backend)
     accumulate = layout.accumulation_dtype(h.dtype)
     drop_mask = checked_mask("drop_mask", drop_mask, h, branches, accumulate)
     keep_mask = checked_mask("keep_mask", keep_mask, h, branches, accumulate)
     check_debug(h=h, weight=weight)
-    if chosen == "torch":
-        return gram.coded_aggregate(
-            h, weight, branches, drop_mask, keep_mask, concatenate=concatenate
-        )
-    per_branch = gram.split_weight(weight, branches, concatenate=concatenate)
-    if chosen == "reference":
-        return coded_reference.coded_aggregate(
-            h, per_branch, drop_mask, keep_mask, concatenate=concatenate
-        )
-    from .operator import normalize_branches
-
-    scaled, energies, _ = normalize_branches(h, per_branch, None, None, drop_mask, keep_mask)
-    return F.conv2d(scaled, weight, groups=branches if concatenate else 1), energies
+    return concatenate, drop_mask, keep_mask
 
 
 def branch_energy(

@@ -12,7 +12,6 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -246,46 +245,39 @@ def _per_channel(scale: Tensor, depth: int) -> Tensor:
     return scale[:, :, None, None]
 
 
-def coded_aggregate(
+def normalized_branches(
     h: Tensor,
-    weight: Tensor,
-    branches: int,
+    branch_weight: Tensor,
     drop_mask: Tensor | None = None,
     keep_mask: Tensor | None = None,
     *,
-    concatenate: bool = False,
-    bias: Tensor | None = None,
     branches_of_whole: int | None = None,
     normalize: bool = True,
     form: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Computes energies, normalisation, DropSubNNs and branch sum by (11)-(12).
+    """Computes energies, normalisation and DropSubNNs by (11)-(12), up to the convolution.
 
     Args:
         h: `[B, N*D, H, W]`, contiguous or channels-last; other layouts are copied.
-        weight: the 1x1 convolution, `[C, N*D, 1, 1]`, or `[C, D, 1, 1]` when concatenated.
-        branches: `N`.
+        branch_weight: `[N, C, D]`, see `split_weight`.
         drop_mask, keep_mask: as for the reference, in the accumulation dtype.
-        concatenate: as for the reference.
-        bias: of the convolution, `[C]`.
         branches_of_whole, normalize, form: as for `gram.normalize`.
 
     Returns:
-        `y [B, C, H, W]` and the normalised energies `[B, N]`, as the reference. Without
-        normalisation these are `E`, (2), which nothing bounds; the coding loss (7) then asks for
-        `r E = 1` of active branches.
+        `s h`, whose 1x1 convolution is the branch sum, and the normalised energies `[B, N]`.
+        Without normalisation these are `E`, (2), which nothing bounds; the coding loss (7) then
+        asks for `r E = 1` of active branches.
     """
     if not (h.is_contiguous() or _is_channels_last(h)):
         h = h.contiguous()
-    per_branch = split_weight(weight, branches, concatenate=concatenate)
-    arguments = (h, per_branch, drop_mask, keep_mask, branches_of_whole, normalize, form)
+    arguments = (h, branch_weight, drop_mask, keep_mask, branches_of_whole, normalize, form)
     # Autocast would take the small matrix products, and with them the energies, to half precision.
     if not h.is_meta and torch.is_autocast_enabled(h.device.type):
         with torch.autocast(h.device.type, enabled=False):
             scaled, energies = _NormalizeBranches.apply(*arguments)
     else:
         scaled, energies = _NormalizeBranches.apply(*arguments)
-    return F.conv2d(scaled, weight, bias, groups=branches if concatenate else 1), energies
+    return scaled, energies
 
 
 def split_weight(weight: Tensor, branches: int, *, concatenate: bool) -> Tensor:

@@ -8,7 +8,7 @@ models/block.py writes it. Letters as in docs/math.md; the data flow is told in 
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from coded_resnext.kernels.coded.gram import inverse_mean, split_weight
 from coded_resnext.kernels.coded.operator import normalize_branches
 from coded_resnext.kernels.evaluation import side_by_side
 from coded_resnext.kernels.layout import accumulation_dtype, architecture, interpreted
+from coded_resnext.models.layers import NORMS
 
 from .norm import affine_of, fold, uses_batch
 from .operators import FusedOperators
@@ -50,6 +51,8 @@ class Bottleneck(Protocol):
 
     @property
     def is_coded(self) -> bool: ...
+
+    def unusual_layer(self) -> str | None: ...
 
 
 def fused_block(
@@ -171,25 +174,14 @@ def unfused_reason(block: Bottleneck) -> str | None:
         return "its energies are not normalised"
     if block.is_coded and block.normalized_by != block.branches:
         return "its mean energy is over more branches than it has"
-    pairs: list[tuple[Any, Any]] = [
-        (block.reduce, block.reduce_bn),
-        (block.grouped, block.grouped_bn),
-        (block.expand, block.expand_bn),
-    ]
+    reason = block.unusual_layer()
+    if reason is not None:
+        return reason
     skip = layers_of(block.skip)
-    if len(skip) != 2 and not isinstance(block.skip, nn.Identity):
-        return "its skip connection is not a convolution and a BatchNorm"
-    for conv, bn in [*pairs, *([skip] if skip else [])]:
-        if not isinstance(conv, nn.Conv2d) or conv.bias is not None:
-            return f"{type(conv).__name__} stands in the place of a convolution without a bias"
-        if type(bn) not in (nn.BatchNorm2d, nn.SyncBatchNorm):
-            return f"{type(bn).__name__} stands in the place of BatchNorm"
-    modules: tuple[Any, ...] = (block, block.skip, *(x for pair in (*pairs, skip) for x in pair))
-    for module in modules:
-        if module._forward_hooks or module._forward_pre_hooks:
-            return "there is a hook on the output or the input of a layer"
-        if module._backward_hooks or module._backward_pre_hooks:
-            return "there is a hook on the gradient of a layer"
+    layers = (block.reduce, block.grouped, block.expand, *skip[:1])
+    norms = (block.reduce_bn, block.grouped_bn, block.expand_bn, *skip[1:])
+    if any(type(norm) not in NORMS for norm in norms) or any(c.bias is not None for c in layers):
+        return "a BatchNorm is not there, or a convolution has a bias"
     return None
 
 
