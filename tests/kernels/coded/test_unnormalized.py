@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from support.helpers import assert_same_network, relative_error
@@ -9,10 +11,27 @@ from torch import nn
 
 from coded_resnext import Codebook, CodedResNeXt, Stage, extract_classifier
 from coded_resnext.interpret import observe
-from coded_resnext.kernels.coded.gram import coded_aggregate, split_weight
+from coded_resnext.kernels.coded.functional import normalized_branches
+from coded_resnext.kernels.coded.gram import split_weight
 from coded_resnext.kernels.coded.reference import branch_outputs
 from coded_resnext.models.checkpoint import load_model, save_model
 from coded_resnext.models.published import published_block_state
+
+
+def coded_aggregate(
+    h: torch.Tensor,
+    weight: torch.Tensor,
+    branches: int,
+    drop_mask: torch.Tensor,
+    keep_mask: torch.Tensor,
+    **settings: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The operation with its convolution, as a block has it."""
+    scaled, energies = normalized_branches(
+        h, weight, branches, drop_mask=drop_mask, keep_mask=keep_mask, **settings
+    )
+    groups = branches if settings.get("aggregation") == "concat" else 1
+    return torch.nn.functional.conv2d(scaled, weight, groups=groups), energies
 
 
 @pytest.mark.parametrize("concatenate", [False, True])
@@ -28,8 +47,9 @@ def test_branches_are_summed_as_they_are(
     branches = branch_outputs(h, split_weight(weight, 4, concatenate=concatenate))
     masked = branches * (drop * keep)[:, :, None, None, None]
     expected = masked.flatten(1, 2) if concatenate else masked.sum(1)
+    aggregation = "concat" if concatenate else "sum"
     y, energies = coded_aggregate(
-        h, weight, 4, drop, keep, concatenate=concatenate, normalize=False
+        h, weight, 4, drop, keep, aggregation=aggregation, normalize=False
     )
     assert relative_error(y, expected) < 1e-12
     # Removal comes before the energies, DropSubNNs after them.
