@@ -21,11 +21,8 @@ lint: .venv/dev.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# mypy does not see the kernels/ mapping in an editable install, so it reads an installed copy.
 type: .venv/dev.stamp
-	rm -rf build/typed
-	$(BIN)/python -m pip install --quiet --no-deps --target build/typed .
-	cd build/typed && ../../$(BIN)/mypy --config-file ../../pyproject.toml -p coded_resnext
+	$(BIN)/mypy -p coded_resnext
 
 bench: .venv/dev.stamp
 	$(BIN)/python -m pytest benchmarks --benchmark-only

@@ -1,13 +1,14 @@
-"""Packaging of Coded ResNeXt: `kernels/` is installed as `coded_resnext.kernels`."""
+"""Packaging of Coded ResNeXt: `kernels/` is `coded_resnext.kernels`, by a link in the package."""
 
 import os
+import shutil
 import subprocess
 import sys
-import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 
 from setuptools import setup
+from setuptools.command.build_py import build_py
 from setuptools.command.editable_wheel import editable_wheel
 
 VERSION = "0.1.0"
@@ -45,6 +46,9 @@ BENCH = ["pytest-benchmark>=5.1"]
 # timm's own tests of models run on ours, so that its version is pinned.
 DEV = [*TEST, *BENCH, "build>=1.2", "mypy==2.4.1", "ruff==0.17.6", "timm==1.0.31"]
 
+ROOT = Path(__file__).resolve().parent
+# Where a checkout cannot hold links, as on Windows by default, a plain install has the kernels.
+IS_LINKED = (ROOT / "coded_resnext" / "kernels").is_dir()
 ARCHS_VARIABLE = "CODED_RESNEXT_BUILD_ARCHS"
 
 
@@ -69,20 +73,22 @@ class EditableWheel(editable_wheel):
                 file=sys.stderr,
             )
             return
-        root = Path(__file__).resolve().parent
-        with tempfile.TemporaryDirectory() as folder:
-            # The package as it will look when installed, made of links.
-            package = Path(folder, "coded_resnext")
-            package.mkdir()
-            for path in [*(root / "coded_resnext").iterdir(), root / "kernels"]:
-                (package / path.name).symlink_to(path)
-            options = [option for arch in archs for option in ("--arch", arch)]
-            command = "import sys; from coded_resnext.cli.main import main; sys.exit(main())"
-            subprocess.run(  # noqa: S603
-                [sys.executable, "-P", "-c", command, "build-kernels", *options],
-                env={**os.environ, "PYTHONPATH": folder},
-                check=True,
-            )
+        options = [option for arch in archs for option in ("--arch", arch)]
+        command = "import sys; from coded_resnext.cli.main import main; sys.exit(main())"
+        subprocess.run(  # noqa: S603
+            [sys.executable, "-P", "-c", command, "build-kernels", *options],
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            check=True,
+        )
+
+
+class CleanBuild(build_py):
+    """A build that packs nothing that an earlier one left behind."""
+
+    def run(self) -> None:
+        if not self.editable_mode:
+            shutil.rmtree(self.build_lib, ignore_errors=True)
+        super().run()
 
 
 setup(
@@ -94,7 +100,6 @@ setup(
     license="MIT",
     license_files=["LICENSE"],
     python_requires=">=3.11",
-    # Listed in full: package discovery does not see through the package_dir mapping.
     packages=[
         "coded_resnext",
         "coded_resnext.cli",
@@ -116,7 +121,8 @@ setup(
         "coded_resnext.models.fused",
         "coded_resnext.training",
     ],
-    package_dir={"coded_resnext.kernels": "kernels"},
+    # A name for the root makes setuptools install editable by a plain path and no import hook.
+    package_dir={"": "."} if IS_LINKED else {"coded_resnext.kernels": "kernels"},
     package_data={
         "coded_resnext": ["py.typed"],
         "coded_resnext.codebooks": ["data/*.json"],
@@ -141,7 +147,7 @@ setup(
         "dev": DEV,
         "all": sorted({*TRAIN, *REPORT, *CODES, *DEV}),
     },
-    cmdclass={"editable_wheel": EditableWheel},
+    cmdclass={"build_py": CleanBuild, "editable_wheel": EditableWheel},
     entry_points={"console_scripts": ["coded-resnext = coded_resnext.cli.main:main"]},
     classifiers=[
         "Development Status :: 3 - Alpha",

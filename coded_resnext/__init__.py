@@ -5,6 +5,7 @@ question for help without loading PyTorch.
 """
 
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -24,6 +25,13 @@ if TYPE_CHECKING:
     from .models.loss import CodedLoss, LossTerms
     from .models.registry import create_model, list_models
     from .models.resnext import CodedResNeXt, Stage
+
+if not Path(__file__).with_name("kernels").is_dir():
+    raise ImportError(
+        "coded_resnext/kernels: expected a link to ../kernels, which this checkout lacks; run "
+        "`git config core.symlinks true` and `git checkout -- coded_resnext/kernels`, or install "
+        "it with `pip install .` and import it from another folder"
+    )
 
 _MODULES = {
     "Codebook": "codebooks.codebook",

@@ -41,8 +41,7 @@ def run_tests(
     A run that ends before its first test counts as one failure, and what it said is printed.
     `environment` is added to this process's, with one thread unless it says otherwise.
     """
-    # Without -P the checkout, which lacks coded_resnext.kernels, would be in front of the package.
-    command = [str(python), "-P", "-m", "pytest", "-q", "-p", "no:cacheprovider", *options]
+    command = [str(python), "-m", "pytest", "-q", "-p", "no:cacheprovider", *options]
     if processes > 1:
         command += ["-n", "auto", "--maxprocesses", str(processes), "--dist", "loadfile"]
     begun = time.monotonic()

@@ -1,4 +1,4 @@
-"""What an editable install says and does when it is asked to compile the kernels."""
+"""A checkout is one package, as it lies and installed; an editable install compiles kernels."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -17,14 +18,18 @@ PARTS = ("setup.py", "pyproject.toml", "README.md", "LICENSE", "coded_resnext", 
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    """A copy of what an installation reads."""
-    folder = tmp_path / "check out"
+    """Returns a copy of what an installation reads."""
+    return copy_checkout(tmp_path / "check out")
+
+
+def copy_checkout(folder: Path) -> Path:
+    """Copies what an installation reads into a new folder, which it returns."""
     folder.mkdir()
     ignored = shutil.ignore_patterns("__pycache__")
     for name in PARTS:
         source = ROOT / name
         if source.is_dir():
-            shutil.copytree(source, folder / name, ignore=ignored)
+            shutil.copytree(source, folder / name, symlinks=True, ignore=ignored)
         else:
             shutil.copy(source, folder)
     return folder
@@ -81,3 +86,76 @@ def test_a_build_in_place_runs_the_builder_of_this_checkout(checkout: Path) -> N
     failed = install(checkout, "ninety")
     assert failed.returncode != 0
     assert "--arch: expected a capability" in failed.stderr
+
+
+def python(folder: Path, code: str, path: str = "") -> subprocess.CompletedProcess[str]:
+    """Runs Python in a folder, with one path in front of what is installed."""
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+WHERE = (
+    "import coded_resnext, coded_resnext.kernels as k; print(coded_resnext.__file__, k.__file__)"
+)
+
+
+def test_a_second_checkout_computes_with_its_own_kernels(checkout: Path, tmp_path: Path) -> None:
+    """NIPET#18, pip#11467: parts of a package came from different places, without a word."""
+    assert install(checkout, "").returncode == 0
+    with zipfile.ZipFile(next((checkout / "dist").glob("*.whl"))) as wheel:
+        # Type checkers and editors read a plain path, and run no import hook (pyright#11777).
+        hooks = [name for name in wheel.namelist() if name.endswith((".py", ".pth"))]
+        assert [Path(name).suffix for name in hooks] == [".pth"]
+        path = wheel.read(hooks[0]).decode().strip()
+    assert Path(path).samefile(checkout)
+
+    second = copy_checkout(tmp_path / "second")
+    for folder, expected in ((second, second), (tmp_path, checkout)):
+        result = python(folder, WHERE, path)
+        assert result.returncode == 0, result.stderr
+        package, kernels = result.stdout.replace(".py ", ".py\n").splitlines()
+        assert Path(package).samefile(expected / "coded_resnext" / "__init__.py")
+        assert Path(kernels).samefile(expected / "kernels" / "__init__.py")
+
+
+def test_a_checkout_is_imported_where_it_lies(checkout: Path) -> None:
+    """pykdtree#69, NIPET#18: in the folder of the sources, the package lacked a part of itself."""
+    result = python(checkout, f"{WHERE}; coded_resnext.kernels.backends()")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count(str(checkout)) == 2
+
+
+def test_a_wheel_has_no_module_that_is_gone(checkout: Path) -> None:
+    """setuptools packs what lies in `build/lib`, where an earlier build left its modules."""
+    gone = [Path("coded_resnext", "files.py"), Path("kernels", "tile.py")]
+    for is_gone in (False, True):
+        if is_gone:
+            for path in gone:
+                (checkout / path).unlink()
+        subprocess.run([sys.executable, "setup.py", "-q", "bdist_wheel"], cwd=checkout, check=True)
+        with zipfile.ZipFile(next((checkout / "dist").glob("*.whl"))) as wheel:
+            names = wheel.namelist()
+        held = {"coded_resnext/files.py", "coded_resnext/kernels/tile.py"} & set(names)
+        assert len(held) == (0 if is_gone else 2)
+        assert "coded_resnext/kernels/coded/energy.py" in names
+        assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {
+            "coded_resnext"
+        }
+
+
+def test_without_links_the_sentence_says_what_to_do(checkout: Path) -> None:
+    """A checkout on Windows may hold a text file in the place of the link; a wheel is whole."""
+    link = checkout / "coded_resnext" / "kernels"
+    link.unlink()
+    link.write_text("../kernels")
+    result = python(checkout, "import coded_resnext")
+    assert "ImportError: coded_resnext/kernels: expected a link to ../kernels" in result.stderr
+    subprocess.run([sys.executable, "setup.py", "-q", "bdist_wheel"], cwd=checkout, check=True)
+    with zipfile.ZipFile(next((checkout / "dist").glob("*.whl"))) as wheel:
+        assert "coded_resnext/kernels/coded/energy.py" in wheel.namelist()
