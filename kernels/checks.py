@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 import os
-from typing import Literal, get_args
+from typing import Literal, NoReturn, get_args
 
 import torch
 from torch import Tensor
+
+from .layout import transformed
 
 Aggregation = Literal["sum", "concat"]
 
@@ -52,7 +54,27 @@ def check_debug(**values: Tensor) -> None:
 
 
 def _readable(value: Tensor) -> bool:
-    return value.device.type == "cpu" and not torch.compiler.is_compiling()
+    """Returns whether the values can be read without waiting, and are numbers at all."""
+    on_cpu = value.device.type == "cpu"
+    return on_cpu and not torch.compiler.is_compiling() and not transformed(value)
+
+
+def check_kernels_differentiate(*values: Tensor) -> None:
+    """Refuse what the kernels have no derivative for."""
+    if transformed(*values):
+        refuse_derivative()
+
+
+def refuse_derivative(*_arguments: object) -> NoReturn:
+    """Says that the kernels have one derivative in reverse mode and no other.
+
+    Raises:
+        NotImplementedError: always.
+    """
+    raise NotImplementedError(
+        "the kernels have gradients of first order in reverse mode alone: for transforms of "
+        'torch.func, forward mode and second derivatives use backend="torch"'
+    )
 
 
 def check_filled(name: str, value: Tensor, expected: str = "sample, channel and pixel") -> None:

@@ -6,15 +6,20 @@ No import of Triton before a kernel runs.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from functools import cache
+from functools import cache, wraps
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import rows
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 DTYPES: dict[torch.dtype, rows.Dtype] = {
     torch.bfloat16: "bf16",
@@ -88,6 +93,39 @@ def variant_of(x: Tensor, *, tf32: bool | None = None, **options: bool) -> rows.
     allowed = tf32_allowed() if tf32 is None else tf32
     tf32 = dtype == "fp32" and allowed
     return rows.Variant(dtype=dtype, tf32=tf32, arch=architecture_of(x), **options)
+
+
+def transformed(*values: Tensor) -> bool:
+    """Returns whether a transform of `torch.func`, or forward mode, differentiates with values."""
+    return torch._C._are_functorch_transforms_active() or (
+        not torch.compiler.is_compiling()
+        and any(
+            forward_ad.unpack_dual(value).tangent is not None  # type: ignore[no-untyped-call]
+            for value in values
+        )
+    )
+
+
+def without_autocast(
+    function: Callable[Concatenate[Tensor, P], R],
+) -> Callable[Concatenate[Tensor, P], R]:
+    """Returns the function with its products in the dtypes of its arguments, whatever autocast is
+    on for the device of the first one.
+
+    Whatever multiplies matrices here has it, so that no result and no gradient is rounded,
+    wherever it is computed.
+    """
+
+    @wraps(function)
+    def in_own_dtypes(first: Tensor, /, *others: P.args, **keywords: P.kwargs) -> R:
+        device = first.device.type
+        # There is no autocast for `meta`, and asking for it is an error.
+        if first.is_meta or not torch.is_autocast_enabled(device):
+            return function(first, *others, **keywords)
+        with torch.autocast(device, enabled=False):
+            return function(first, *others, **keywords)
+
+    return in_own_dtypes
 
 
 def on_device(tensor: Tensor) -> AbstractContextManager[Any]:

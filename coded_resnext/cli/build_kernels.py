@@ -27,6 +27,8 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError(f"--jobs: expected at least 1, got {arguments.jobs}")
     archs = [f"sm{arch}" for arch in archs]
     folder = arguments.out or default_folder()
+    if folder is None:
+        raise ValueError("--out: expected a folder, since this user has no home; got none")
     try:
         if arguments.check:
             lacking = missing(archs, folder)

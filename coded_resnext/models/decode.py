@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from coded_resnext.codebooks.codebook import Codebook
+from coded_resnext.kernels.checks import check_finite
 from coded_resnext.kernels.loss.reference import class_scores
 
 
@@ -20,13 +21,14 @@ def decode(energies: Tensor, codebook: Codebook | Tensor) -> Tensor:
         all classes.
 
     Raises:
-        ValueError: the energies are not `[B, N]` with the codebook's N.
+        ValueError: the energies are not `[B, N]` with the codebook's N, or on the CPU not finite.
     """
     codewords = codebook.codewords if isinstance(codebook, Codebook) else codebook
     if energies.ndim != 2 or energies.shape[1] != codewords.shape[1]:
         raise ValueError(
             f"energies: expected [B, {codewords.shape[1]}], got {list(energies.shape)}"
         )
+    check_finite("energies", energies)
     return read_class(energies, codewords.to(energies.device))[0]
 
 

@@ -14,6 +14,7 @@ from coded_resnext.kernels.checks import (
     check_affine,
     check_aggregate,
     check_debug,
+    check_kernels_differentiate,
     checked_mask,
 )
 
@@ -67,6 +68,8 @@ def coded_aggregate(
         ValueError: an argument has the wrong rank, size, type or device; the message names it.
             With CODED_RESNEXT_DEBUG=1 also numbers that are not finite.
         RuntimeError: the requested backend cannot run.
+        NotImplementedError: the kernels were to be differentiated by `torch.func`, in forward mode,
+            or twice.
     """
     check_aggregate(h, weight, branches, aggregation)
     if _select_for(h, h.shape[1] // branches, backend) != "reference":
@@ -124,6 +127,7 @@ def normalized_branches(
     if whole and _select_for(h, h.shape[1] // branches, backend) == "triton":
         from .operator import normalize_branches
 
+        check_kernels_differentiate(h, weight)
         scaled, energies, _ = normalize_branches(h, per_branch, None, None, drop_mask, keep_mask)
         return scaled, energies
     return gram.normalized_branches(
@@ -132,7 +136,7 @@ def normalized_branches(
         drop_mask,
         keep_mask,
         branches_of_whole=branches_of_whole,
-        normalize=normalize,
+        divided=normalize,
         form=form,
     )
 
@@ -192,10 +196,11 @@ def branch_energy(
     if chosen == "triton":
         from . import operator as coded_operator
 
+        check_kernels_differentiate(h, weight)
         energies: Tensor = coded_operator.branch_energy(h, per_branch, scale, bias, keep_mask)
         return energies
     activated = affine.activate(h, scale, bias).to(accumulate)
     if chosen == "reference":
         energy = coded_reference.branch_energy(activated, per_branch.to(accumulate))
         return energy if keep_mask is None else energy * keep_mask
-    return gram.energies_and_grams(activated, per_branch, keep_mask)[0]
+    return gram.normalized_branches(activated, per_branch, None, keep_mask, divided=False)[1]

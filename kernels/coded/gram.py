@@ -13,17 +13,18 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from coded_resnext.kernels.layout import accumulation_dtype
+from coded_resnext.kernels.layout import accumulation_dtype, transformed, without_autocast
 
 from .reference import is_dead
 
 
 def _is_channels_last(x: Tensor) -> bool:
-    return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    # Asked this way, since vmap answers no question for a memory format.
+    return x.permute(0, 2, 3, 1).is_contiguous() and not x.is_contiguous()
 
 
+@without_autocast
 def branch_grams(h: Tensor, branches: int) -> Tensor:
     """`G[b, n] = h_n h_n^T` over the pixels: `[B, N*D, H, W]` to `[B, N, D, D]`."""
     batch, channels, height, width = h.shape
@@ -50,12 +51,14 @@ def apply_per_branch(matrices: Tensor, h: Tensor) -> Tensor:
     return torch.bmm(matrices.flatten(0, 1), columns).view_as(h)
 
 
+@without_autocast
 def branch_forms(branch_weight: Tensor, accumulate: torch.dtype) -> Tensor:
     """Returns `Q_n = W_n^T W_n` of (11): `[N, C, D]` to `[N, D, D]`."""
     weight = branch_weight.to(accumulate)
     return torch.bmm(weight.transpose(1, 2), weight)
 
 
+@without_autocast
 def energies_and_grams(
     h: Tensor, branch_weight: Tensor, keep_mask: Tensor | None, form: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -76,6 +79,7 @@ def energies_and_grams(
     return (energy if keep_mask is None else energy * keep_mask), grams
 
 
+@without_autocast
 def energy_gradients(
     grad_energy: Tensor,
     h: Tensor,
@@ -201,7 +205,8 @@ class _NormalizeBranches(torch.autograd.Function):
     """Maps `(h, W)` to `(s h, Ebar)`, with the gradients (14)-(17) written out.
 
     Kept for the backward pass: `h`, `s h` (which the convolution behind keeps anyway), the Grams
-    and other tensors of size `B*N`. The gradient of `W` through the convolution is not ours.
+    and other tensors of size `B*N`. The gradient of `W` through the convolution is not ours. A
+    backward pass that is to be differentiated itself computes the forward one again.
     """
 
     @staticmethod
@@ -217,19 +222,22 @@ class _NormalizeBranches(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         ctx.settings = {"branches_of_whole": branches_of_whole, "normalize": normalized}
         result = normalize(h, branch_weight, drop_mask, keep_mask, form=form, **ctx.settings)
-        ctx.save_for_backward(h, branch_weight, keep_mask, form, *result)
+        ctx.save_for_backward(h, branch_weight, drop_mask, keep_mask, form, *result)
         return result.scaled, result.energies
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_scaled: Tensor, grad_energies: Tensor) -> tuple[Tensor | None, ...]:
-        h, branch_weight, keep_mask, form, *saved = ctx.saved_tensors
+        h, branch_weight, drop_mask, keep_mask, form, *saved = ctx.saved_tensors
+        forward = Normalized(*saved)
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            # The results above are constants to whoever differentiates this.
+            forward = normalize(h, branch_weight, drop_mask, keep_mask, form=form, **ctx.settings)
         grad_h, grad_weight = normalize_backward(
             grad_scaled,
             grad_energies,
             h,
             branch_weight,
-            Normalized(*saved),
+            forward,
             keep_mask,
             form=form,
             **ctx.settings,
@@ -252,16 +260,20 @@ def normalized_branches(
     keep_mask: Tensor | None = None,
     *,
     branches_of_whole: int | None = None,
-    normalize: bool = True,
+    divided: bool = True,
     form: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Computes energies, normalisation and DropSubNNs by (11)-(12), up to the convolution.
+
+    Reverse mode, once or twice, has its gradients written out; transforms of `torch.func` and
+    forward mode see plain operations.
 
     Args:
         h: `[B, N*D, H, W]`, contiguous or channels-last; other layouts are copied.
         branch_weight: `[N, C, D]`, see `split_weight`.
         drop_mask, keep_mask: as for the reference, in the accumulation dtype.
-        branches_of_whole, normalize, form: as for `gram.normalize`.
+        branches_of_whole, form: as for `gram.normalize`.
+        divided: its option `normalize`.
 
     Returns:
         `s h`, whose 1x1 convolution is the branch sum, and the normalised energies `[B, N]`.
@@ -270,13 +282,13 @@ def normalized_branches(
     """
     if not (h.is_contiguous() or _is_channels_last(h)):
         h = h.contiguous()
-    arguments = (h, branch_weight, drop_mask, keep_mask, branches_of_whole, normalize, form)
-    # Autocast would take the small matrix products, and with them the energies, to half precision.
-    if not h.is_meta and torch.is_autocast_enabled(h.device.type):
-        with torch.autocast(h.device.type, enabled=False):
-            scaled, energies = _NormalizeBranches.apply(*arguments)
-    else:
-        scaled, energies = _NormalizeBranches.apply(*arguments)
+    tensors = (h, branch_weight, drop_mask, keep_mask)
+    if transformed(h, branch_weight):
+        result = normalize(
+            *tensors, branches_of_whole=branches_of_whole, normalize=divided, form=form
+        )
+        return result.scaled, result.energies
+    scaled, energies = _NormalizeBranches.apply(*tensors, branches_of_whole, divided, form)
     return scaled, energies
 
 

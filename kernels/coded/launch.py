@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from coded_resnext.kernels import layout, rows
-from coded_resnext.kernels.layout import as_float32, as_rows, variant_of
+from coded_resnext.kernels.layout import as_float32, as_rows, variant_of, without_autocast
 
 from . import gram
 from . import rows as coded_rows
@@ -48,9 +48,7 @@ class Launch:
         self.scale, self.bias = as_float32(scale), as_float32(bias)
         self.drop, self.keep = as_float32(drop_mask), as_float32(keep_mask)
         self.windows = rows.Windows.of(self.sizes).count
-        # Under autocast this product would be rounded to half precision.
-        with torch.autocast(z.device.type, enabled=False):
-            self.form = gram.branch_forms(branch_weight, torch.float32)
+        self.form = gram.branch_forms(branch_weight, torch.float32)
 
     def over_windows(self, row: rows.LaunchRow) -> tuple[int, int]:
         """Returns the grid of a kernel over samples and windows."""
@@ -65,5 +63,10 @@ class Launch:
         branches, width = self.sizes.branches, self.sizes.width
         parts = self.form.new_empty((grid[0], branches, width, width))
         row.launch(grid, parts, self.rows, self.scale, self.bias, coefficient, self.batch)
-        with torch.autocast(parts.device.type, enabled=False):
-            return torch.bmm(branch_weight.to(torch.float32), parts.sum(0)).to(branch_weight.dtype)
+        return _weight_gradient(parts, branch_weight)
+
+
+@without_autocast
+def _weight_gradient(parts: Tensor, branch_weight: Tensor) -> Tensor:
+    """Returns `W_n` times the weighted Grams, `[programs, N, D, D]`, in the dtype of the weight."""
+    return torch.bmm(branch_weight.to(torch.float32), parts.sum(0)).to(branch_weight.dtype)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from coded_resnext.kernels import affine
 from coded_resnext.kernels.affine import behind_activation, split_sums
-from coded_resnext.kernels.checks import check_filled
+from coded_resnext.kernels.checks import check_filled, refuse_derivative
 from coded_resnext.kernels.layout import (
     accumulation_dtype,
     as_rows,
@@ -150,6 +150,7 @@ def _branch_energy_gradients(ctx: Any, grad_energy: Tensor) -> Any:
     return grad_z, grad_weight, *split_sums(sums, scale), None
 
 
+branch_energy_backward.register_autograd(refuse_derivative)
 branch_energy.register_autograd(_branch_energy_gradients, setup_context=_save_for_branch_energy)
 
 
@@ -288,11 +289,11 @@ def _save_for_normalize(ctx: Any, inputs: Any, output: Any) -> None:
 
 
 def _normalize_gradients(ctx: Any, grad_scaled: Tensor, grad_normalized: Tensor, _: Any) -> Any:
-    scale = ctx.saved_tensors[2]
-    grad_z, grad_weight, sums = normalize_branches_backward(
-        grad_scaled, grad_normalized, *ctx.saved_tensors
-    )
-    return grad_z, grad_weight, *split_sums(sums, scale), None, None
+    # Checkpointing without reentrance gives every saved tensor once.
+    saved = ctx.saved_tensors
+    grad_z, grad_weight, sums = normalize_branches_backward(grad_scaled, grad_normalized, *saved)
+    return grad_z, grad_weight, *split_sums(sums, saved[2]), None, None
 
 
+normalize_branches_backward.register_autograd(refuse_derivative)
 normalize_branches.register_autograd(_normalize_gradients, setup_context=_save_for_normalize)

@@ -13,13 +13,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from coded_resnext.kernels.layout import accumulation_dtype
+from coded_resnext.kernels.layout import accumulation_dtype, without_autocast
 
 # A sample whose mean energy is not above this is dead: nothing flows through it, in either
 # direction. Its square root and the powers that the gradients need stay inside float32.
 DEAD_ENERGY = 1e-24
 
 
+@without_autocast
 def branch_outputs(h: Tensor, branch_weight: Tensor) -> Tensor:
     """(1) `T_n = W_n h_n`: `[B, N*D, H, W]` and `[N, C, D]` to `[B, N, C, H, W]`."""
     branches, _, width = branch_weight.shape

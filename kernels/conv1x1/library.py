@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from coded_resnext.kernels.layout import accumulation_dtype, as_rows
+from coded_resnext.kernels.layout import accumulation_dtype, as_rows, without_autocast
 
 
 def _matrix(x: Tensor) -> Tensor:
@@ -24,17 +24,20 @@ def _images(rows: Tensor, like: Tensor) -> Tensor:
     return rows.view(batch, height, width, rows.shape[1]).permute(0, 3, 1, 2)
 
 
+@without_autocast
 def forward(x: Tensor, weight: Tensor) -> Tensor:
     """`y = W x` at every pixel."""
     return _images(_matrix(x) @ weight.flatten(1).t(), x)
 
 
+@without_autocast
 def activated(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """`relu(W x + bias)` at every pixel; `bias [O]` in the dtype of `x`."""
     # cuBLAS adds the bias and applies the ReLU to what it has in registers.
     return _images(torch._addmm_activation(bias, _matrix(x), weight.flatten(1).t()), x)
 
 
+@without_autocast
 def input_gradient(grad: Tensor, weight: Tensor, more: Tensor | None = None) -> Tensor:
     """`W^T grad` at every pixel, with another gradient `[B, I, H, W]` added by the product."""
     if more is None:
@@ -42,6 +45,7 @@ def input_gradient(grad: Tensor, weight: Tensor, more: Tensor | None = None) -> 
     return _images(torch.addmm(_matrix(more), _matrix(grad), weight.flatten(1)), grad)
 
 
+@without_autocast
 def weight_gradient(grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     """`grad x^T`, summed over the pixels, in the shape of the weight."""
     return (_matrix(grad).t() @ _matrix(x)).view_as(weight)
@@ -62,6 +66,7 @@ def moments(x: Tensor) -> tuple[Tensor, Tensor]:
     return mean, _wide_product(deviations, deviations)
 
 
+@without_autocast
 def moments_gradient(
     grad: Tensor, weight: Tensor, square: Tensor, shift: Tensor, x: Tensor
 ) -> Tensor:
@@ -81,11 +86,10 @@ def moments_gradient(
     return _images(torch.addmm(more, _matrix(grad), weight.to(x.dtype)), grad)
 
 
+@without_autocast
 def _wide_product(left: Tensor, right: Tensor) -> Tensor:
     """`left^T right` of matrices with a row for each pixel, in the accumulation dtype."""
     wide = accumulation_dtype(left.dtype)
-    # Autocast, where a backward pass runs in it, would round what is to be kept.
-    with torch.autocast(left.device.type, enabled=False):
-        if left.is_cuda and wide != left.dtype and torch.version.hip is None:
-            return torch.mm(left.t(), right, out_dtype=wide)
-        return left.t().to(wide) @ right.to(wide)
+    if left.is_cuda and wide != left.dtype and torch.version.hip is None:
+        return torch.mm(left.t(), right, out_dtype=wide)
+    return left.t().to(wide) @ right.to(wide)

@@ -13,11 +13,15 @@ from coded_resnext.kernels.backend import Backend, select_backend
 from coded_resnext.kernels.checks import (
     check_device,
     check_finite,
+    check_kernels_differentiate,
     check_loss,
     check_targets,
 )
 
 from . import reference as loss_reference
+
+# Branches whose products with 64 codewords fit into 48 KiB of shared memory, which every GPU has.
+WIDEST = 128
 
 
 def coding_loss(
@@ -109,6 +113,7 @@ def coding_losses(
         return CodingLosses(losses, tuple(score.argmax(1) for score in scores))
     from . import operator as loss_operator
 
+    check_kernels_differentiate(*energies)
     # Blocks of equal sizes share a launch.
     groups: dict[tuple[torch.Size, torch.Size], list[int]] = {}
     for index, (values, book) in enumerate(zip(energies, codewords, strict=True)):
@@ -134,7 +139,11 @@ def coding_losses(
 
 
 def _kernel_takes_loss(energies: Sequence[Tensor], targets: Tensor) -> bool:
-    """Returns whether the loss kernel computes these; float64 and trained targets are PyTorch's."""
-    double = any(values.dtype == torch.float64 for values in energies)
+    """Returns whether the loss kernel computes these; others are PyTorch's.
+
+    That is float64, targets that are trained, and codewords that do not fit into shared memory.
+    """
+    if any(values.dtype == torch.float64 or values.shape[1] > WIDEST for values in energies):
+        return False
     on_device = all(values.is_cuda or layout.interpreted() for values in energies)
-    return on_device and not double and not targets.requires_grad
+    return on_device and not targets.requires_grad

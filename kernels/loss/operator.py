@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from coded_resnext.kernels.checks import check_filled
-from coded_resnext.kernels.layout import interpreted, on_device
+from coded_resnext.kernels.checks import check_filled, refuse_derivative
+from coded_resnext.kernels.layout import interpreted, on_device, without_autocast
 
 from . import rows as loss_rows
 
@@ -61,6 +61,7 @@ def coding_loss(
     return parts.sum(1) / (batch * branches), grad, decoded
 
 
+@without_autocast
 def _in_torch(
     energies: Tensor,
     codewords: Tensor,
@@ -105,6 +106,9 @@ def _save(ctx: Any, inputs: Any, output: Any) -> None:
 
 
 def _gradients(ctx: Any, grad_losses: Tensor, *_: Any) -> Any:
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        # The gradient was computed with the losses: another derivative would take it for constant.
+        refuse_derivative()
     (grad,) = ctx.saved_tensors
     return grad * grad_losses[:, None, None], None, None, None, None, None
 

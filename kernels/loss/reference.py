@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from coded_resnext.kernels.layout import accumulation_dtype
+from coded_resnext.kernels.layout import accumulation_dtype, without_autocast
 
 
+@without_autocast
 def coding_loss(
     energies: Tensor,
     codewords: Tensor,
@@ -36,14 +37,11 @@ def coding_loss(
     return excess.pow(exponent).mean()
 
 
+@without_autocast
 def class_scores(energies: Tensor, codewords: Tensor) -> Tensor:
     """Returns the scores of early decoding, (9): `[B, N]` and `[K, N]` to `[B, K]`.
 
     All codewords have the same number of ones, so that the nearest one in Euclidean distance is
     the one with the largest inner product. Ties of `argmax` go to the lowest class.
     """
-    if torch.is_autocast_enabled(energies.device.type):
-        # It would round the energies to half precision and make ties.
-        with torch.autocast(energies.device.type, enabled=False):
-            return class_scores(energies, codewords)
     return energies @ codewords.to(energies.dtype).T

@@ -34,9 +34,15 @@ def toolchain() -> dict[str, str]:
     }
 
 
-def default_folder() -> Path:
-    """Returns the folder in the user's cache for this toolchain."""
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+def default_folder() -> Path | None:
+    """Returns the folder in the user's cache for this toolchain; None for a user without a home."""
+    cache = os.environ.get("XDG_CACHE_HOME")
+    if not cache:
+        try:
+            cache = str(Path.home() / ".cache")
+        except RuntimeError:
+            # A container's user may have neither HOME nor an entry in passwd.
+            return None
     return Path(cache, "coded-resnext", "kernels", "-".join(("triton", *toolchain().values())))
 
 
@@ -47,7 +53,8 @@ def folders() -> list[Path]:
     """
     value = os.environ.get(FOLDERS_VARIABLE)
     if value is None:
-        return [default_folder()]
+        folder = default_folder()
+        return [] if folder is None else [folder]
     return [Path(part) for part in value.split(os.pathsep) if part]
 
 

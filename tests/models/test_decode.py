@@ -45,3 +45,9 @@ def test_autocast_does_not_round_the_energies() -> None:
 def test_wrong_number_of_branches_is_refused() -> None:
     with pytest.raises(ValueError, match=r"energies: expected \[B, 10\], got \[2, 9\]"):
         decode(torch.zeros(2, 9), Codebook.shipped(10, 10, 3))
+
+
+def test_energies_that_are_not_finite_name_no_class() -> None:
+    """A NaN would decode to the lowest class."""
+    with pytest.raises(ValueError, match="energies: expected finite numbers"):
+        decode(torch.full((1, 10), torch.nan), Codebook.shipped(10, 10, 3))

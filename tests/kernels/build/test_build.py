@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from coded_resnext.cli import main
+from coded_resnext.cli import doctor, main
 from coded_resnext.kernels.build import build as build_build
 from coded_resnext.kernels.build.build import BuildError, build, missing
 from coded_resnext.kernels.prebuilt.index import FOLDERS_VARIABLE, INDEX, read_index
@@ -232,3 +232,17 @@ def test_bad_arguments_are_refused(
 def test_check_of_an_empty_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main.main(["build-kernels", "--arch", "90", "--check", "--out", str(tmp_path)]) == 1
     assert "sm90: " in capsys.readouterr().out
+
+
+def test_a_user_without_a_home_has_no_default_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    """fms-hf-tuning#367, triton#518: a container's user may have no HOME and no passwd entry."""
+
+    def nobody(_uid: int) -> None:
+        raise KeyError("getpwuid(): uid not found")
+
+    for name in ("HOME", "XDG_CACHE_HOME", FOLDERS_VARIABLE):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", nobody)
+    assert list(doctor.prebuilt_kernels()) == [
+        "none prebuilt in no folder; each is compiled when first used"
+    ]
