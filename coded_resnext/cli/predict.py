@@ -18,6 +18,7 @@ from coded_resnext.files import printable
 from coded_resnext.interpret.observe import evaluating, with_progress
 from coded_resnext.interpret.samples import strongest
 from coded_resnext.models.checkpoint import LoadedModel, load_model
+from coded_resnext.models.decode import check_results, not_finite
 from coded_resnext.models.resnext import CodedResNeXt
 
 
@@ -94,6 +95,7 @@ def classify(
     else:
         with evaluating(model):
             logits, all_energies = model(images, return_energies=True)
+        check_results(model, not_finite(logits, all_energies))
         classes = logits.argmax(1)
         exits = [blocks] * len(images)
         macs = [network_cost(model, images.shape[2]).macs] * len(images)

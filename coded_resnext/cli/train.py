@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -163,7 +162,7 @@ def start_from(model: CodedResNeXt, settings: ModelConfig, calibration: EvalImag
     Args:
         model: the network.
         settings: with `initial_checkpoint`.
-        calibration: training images without augmentation.
+        calibration: some hundred training images of all classes, without augmentation.
 
     Raises:
         ValueError: the weights are those of another architecture, or no weights.
@@ -187,8 +186,7 @@ def start_from(model: CodedResNeXt, settings: ModelConfig, calibration: EvalImag
         text += "; the classifier is fresh all the same, since its classes are others"
     was_coded = source is not None and bool(source.coded_blocks)
     if model.coded_blocks and not was_coded:
-        batches = -(-CALIBRATION_IMAGES // calibration.batch_size)
-        images = recalibrate_batch_norm(model, islice(calibration, batches))
+        images = recalibrate_batch_norm(model, calibration)
         text += f"; BatchNorm of the coded blocks measured on {images} images"
     return text
 
@@ -242,7 +240,8 @@ def run_recipe(
             print(f"{splits}\n{settings_in_words(recipe)}", file=sys.stderr)
         loaders = make_loaders(recipe, splits, world)
         if recipe.model.initial_checkpoint and world.on_main(lambda: run.load_state() is None):
-            taken = start_from(model, recipe.model, loaders.train_in_order)
+            some = splits.slice(train_images=min(CALIBRATION_IMAGES, len(splits.train)))
+            taken = start_from(model, recipe.model, in_order(recipe, some.train))
             if world.is_main:
                 print(taken, file=sys.stderr)
         history = fit(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -99,6 +99,10 @@ class ShuffledSamples:
     def set_epoch(self, epoch: int, start_step: int = 0) -> None:
         """Choose order and draws of the next pass, and its first step."""
         self.epoch, self.start_step = epoch, start_step
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Returns the number of images, and where it can a digest of which they are; JSON-ready."""
+        return {"images": self.samples}
 
     def generator(self) -> torch.Generator:
         """Of the epoch, the same on all processes; the order is its first draw."""

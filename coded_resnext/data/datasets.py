@@ -199,7 +199,13 @@ def _from_torchvision(name: str, folder: Path, download: bool) -> ImageSplits:
 
 
 def _targets(values: Any) -> Tensor:
-    return torch.from_numpy(np.asarray(values, dtype=np.int64))
+    # Keras stores [n, 1].
+    targets = np.asarray(values, dtype=np.int64)
+    if targets.ndim == 2 and targets.shape[1] == 1:
+        targets = targets[:, 0]
+    if targets.ndim != 1 or (targets < 0).any():
+        raise ValueError(f"expected class numbers [n] from 0, got {list(targets.shape)}")
+    return torch.from_numpy(targets)
 
 
 def _numbered(what: str, count: int) -> list[str]:

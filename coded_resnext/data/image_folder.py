@@ -19,6 +19,11 @@ if TYPE_CHECKING:
 
 TEST_FOLDERS = ("test", "val")
 TRAIN_FOLDER = "train"
+# Of Pillow's formats those that hold pixels; PostScript, for one, would start another program.
+FORMATS = (
+    *("AVIF", "BMP", "DDS", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "MPO", "PCX", "PNG", "PPM"),
+    *("QOI", "SGI", "TGA", "TIFF", "WEBP", "XBM"),
+)
 
 
 class ImageFolder(Dataset[tuple[Tensor, int]]):
@@ -107,17 +112,12 @@ def open_image(path: Path, channels: int) -> Image:
     """
     image_module = _pillow()
     try:
-        with image_module.open(path) as image:
+        with image_module.open(path, formats=_formats(image_module)) as image:
             return to_channels(image, channels)
-    # What Pillow raises depends on the format and the damage.
-    except (
-        OSError,
-        SyntaxError,
-        ValueError,
-        EOFError,
-        image_module.DecompressionBombError,
-    ) as error:
-        raise ValueError(f"{path}: not a readable image: {error}") from error
+    # What Pillow raises depends on the format and the damage; it is no closed list.
+    except Exception as error:
+        reason = str(error) or type(error).__name__
+        raise ValueError(f"{path}: not a readable image: {reason}") from error
 
 
 def read_image(path: Path, preprocessing: Preprocessing) -> Tensor:
@@ -128,7 +128,8 @@ def read_image(path: Path, preprocessing: Preprocessing) -> Tensor:
 def find_images(paths: Sequence[str | Path]) -> list[Path]:
     """Files as they are given, and in place of a folder the images anywhere in it, by name.
 
-    Hidden files, and in folders those whose ending Pillow does not read, are left out.
+    In folders, hidden files and folders are left out, and files without the ending of one of
+    `FORMATS`.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -136,11 +137,11 @@ def find_images(paths: Sequence[str | Path]) -> list[Path]:
         ImportError: Pillow is not installed.
     """
     image_module = _pillow()
-    # Pillow also writes formats that it does not read.
+    formats = _formats(image_module)
     endings = {
         ending
         for ending, format_ in image_module.registered_extensions().items()
-        if format_ in image_module.OPEN
+        if format_ in formats
     }
     found: list[Path] = []
     for path in map(Path, paths):
@@ -155,7 +156,9 @@ def find_images(paths: Sequence[str | Path]) -> list[Path]:
         inside = sorted(
             file
             for file in path.rglob("*")
-            if file.suffix.lower() in endings and not file.name.startswith(".") and file.is_file()
+            if file.suffix.lower() in endings
+            and not any(part.startswith(".") for part in file.relative_to(path).parts)
+            and file.is_file()
         )
         if not inside:
             raise ValueError(f"{path}: expected a folder with images, found none in it")
@@ -226,17 +229,24 @@ def class_folders(root: Path) -> dict[str, Path]:
     """The folders in a folder by name, hidden ones left out; NotADirectoryError if it is none."""
     if not root.is_dir():
         raise NotADirectoryError(f"{root}: expected a folder of images, found none")
-    return {
-        path.name: path
-        for path in sorted(root.iterdir())
-        if path.is_dir() and not path.name.startswith(".")
-    }
+    paths = [path for path in sorted(root.iterdir()) if not path.name.startswith(".")]
+    for path in paths:
+        if path.is_symlink() and not path.exists():
+            raise ValueError(f"{path}: expected a folder, got a link to nothing")
+    # An archive from a Mac leaves this one beside the classes.
+    return {path.name: path for path in paths if path.is_dir() and path.name != "__MACOSX"}
 
 
 def _listed(what: str, names: Sequence[str]) -> str:
     if not names:
         return f"{what}: none"
     return f"{what}: {', '.join(names[:10])}{', ..' if len(names) > 10 else ''}"
+
+
+def _formats(image_module: ModuleType) -> list[str]:
+    """Returns those of `FORMATS` that this Pillow reads, in the order in which it tries them."""
+    image_module.init()
+    return [name for name in image_module.ID if name in FORMATS]
 
 
 def _pillow() -> ModuleType:

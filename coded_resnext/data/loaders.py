@@ -6,8 +6,10 @@ processes or ranks, nor from where a run was resumed.
 
 from __future__ import annotations
 
+import hashlib
 import signal
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -128,6 +130,17 @@ class TrainImages(ShuffledSamples):
                 self.damaged.add(name, reason)
             yield _batch(read)
 
+    def fingerprint(self) -> dict[str, Any]:
+        """Returns the number of images, and a digest of their names and classes.
+
+        Of a path the class's folder and the file count, since a data set may be moved.
+        """
+        digest = hashlib.sha256()
+        for index, target in enumerate(self.images.targets.tolist()):
+            name = "/".join(Path(self.images.name(index)).parts[-2:])
+            digest.update(f"{target} {name}\n".encode(errors="surrogateescape"))
+        return {"images": len(self.images), "names": digest.hexdigest()}
+
     def describe(self, indices: Tensor) -> list[str]:
         """Returns the files of samples."""
         return [self.images.name(index) for index in indices.tolist()]
@@ -227,6 +240,9 @@ def passing(loader: DataLoader[Any]) -> Iterator[Any]:
     iterator = iter(loader)
     try:
         yield from iterator
+    except RuntimeError as error:
+        # Without its traceback, which would hold the iterator, and so the other workers.
+        raise OSError(f"a process that reads images has failed: {error}") from None
     finally:
         del iterator
 

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 # Of a network's input in pixels: no description of unknown origin asks for more memory.
 LARGEST_SIZE = 8192
+# Of an image's longer side to its shorter one; what lies beyond, the crop never shows.
+LONGEST_SIDES = 16
 SPLIT_SEED = 0
 TEST_SHARE = 0.2
 
@@ -57,8 +59,16 @@ class Preprocessing:
                 raise ValueError(f"{name}: expected {self.channels} numbers, got {len(values)}")
             if not all(isinstance(value, (int, float)) and isfinite(value) for value in values):
                 raise ValueError(f"{name}: expected finite numbers, got {values}")
-        if min(self.std) <= 0:
-            raise ValueError(f"std: expected positive numbers, got {self.std}")
+        # What lies in 0..1 has no other mean, and deviates from it by half at most.
+        if not 0 <= min(self.mean) <= max(self.mean) <= 1:
+            raise ValueError(
+                f"mean: expected numbers from 0 to 1, of intensities in 0..1, got {self.mean}"
+            )
+        if not 0 < min(self.std) <= max(self.std) <= 1:
+            raise ValueError(
+                f"std: expected numbers above 0 and at most 1, of intensities in 0..1, "
+                f"got {self.std}"
+            )
 
     def normalize(self, images: Tensor) -> Tensor:
         """Intensities in 0..1, `[.., C, H, W]`, to the network's input."""
@@ -102,6 +112,15 @@ def resize_and_cut(image: Image, size: int, resize: int | None = None) -> Image:
     shorter = resize or size
     scale = shorter / min(width, height)
     new_size = (max(shorter, round(width * scale)), max(shorter, round(height * scale)))
+    # Of a long strip the centre alone is resized, so that work follows the size asked for.
+    longest = LONGEST_SIDES * shorter
+    if max(new_size) > longest:
+        kept_width, kept_height = (
+            min(side, LONGEST_SIDES * min(width, height)) for side in image.size
+        )
+        left, top = (width - kept_width) // 2, (height - kept_height) // 2
+        image = image.crop((left, top, left + kept_width, top + kept_height))
+        new_size = (min(new_size[0], longest), min(new_size[1], longest))
     if new_size != image.size:
         image = image.resize(new_size)
     left, top = (image.width - size) // 2, (image.height - size) // 2
@@ -112,6 +131,18 @@ def intensities(image: Image) -> Tensor:
     """Returns an 8-bit grey or RGB image as `[C, H, W]`, float32 in 0..1."""
     pixels = torch.from_numpy(np.array(image, dtype=np.float32)) / 255
     return pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1)
+
+
+_ORIENTATION = 0x0112
+_TURNS = {
+    2: "FLIP_LEFT_RIGHT",
+    3: "ROTATE_180",
+    4: "FLIP_TOP_BOTTOM",
+    5: "TRANSPOSE",
+    6: "ROTATE_270",
+    7: "TRANSVERSE",
+    8: "ROTATE_90",
+}
 
 
 def to_channels(image: Image, channels: int) -> Image:
@@ -131,9 +162,15 @@ def to_channels(image: Image, channels: int) -> Image:
         ValueError: the pixels are 32-bit numbers, whose range is unknown.
         OSError: the file behind the image is damaged.
     """
-    from PIL import ImageOps
+    import PIL.Image
 
-    image = ImageOps.exif_transpose(image)
+    # The tag alone is read: other entries may be anything, and none of them is written anew.
+    turn = _TURNS.get(image.getexif().get(_ORIENTATION))
+    if turn is not None:
+        image = image.transpose(PIL.Image.Transpose[turn])
+        # It is upright now, and must not be turned again.
+        for entry in ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp"):
+            image.info.pop(entry, None)
     if image.mode == "F":
         raise ValueError("expected 8 or 16 bits for a pixel, got 32-bit floating-point numbers")
     # Pillow reads 16-bit grey as I;16 from most formats, and as I from the others.

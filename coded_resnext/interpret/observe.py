@@ -17,7 +17,7 @@ from torch import Tensor
 
 from coded_resnext.codebooks.codebook import Codebook
 from coded_resnext.kernels.coded.reference import is_dead
-from coded_resnext.models.decode import decode
+from coded_resnext.models.decode import check_results, decode, not_finite
 from coded_resnext.models.resnext import CodedResNeXt
 
 Loader = Iterable[tuple[Tensor, Tensor]]
@@ -77,6 +77,7 @@ def observe(model: CodedResNeXt, loader: Loader) -> Observations:
         for images, targets in batches(model, loader, "test images"):
             image_size = (images.shape[2], images.shape[3])
             logits, energies = model(images, return_energies=True)
+            check_results(model, not_finite(logits, energies))
             exact = torch.float64 if logits.dtype == torch.float64 else torch.float32
             logits = logits.to("cpu", exact)
             likely, predictions = logits.softmax(1), logits.argmax(1)

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor
 
 from coded_resnext.codebooks.codebook import Codebook
 from coded_resnext.kernels.checks import check_finite
 from coded_resnext.kernels.loss.reference import class_scores
+
+from .resnext import CodedResNeXt
 
 
 def decode(energies: Tensor, codebook: Codebook | Tensor) -> Tensor:
@@ -46,3 +51,37 @@ def read_class(energies: Tensor, codewords: Tensor) -> tuple[Tensor, Tensor]:
     scores = class_scores(energies, codewords)
     best = scores.topk(2).values
     return scores.argmax(1), (best[:, 0] - best[:, 1]) / energies.shape[1]
+
+
+def not_finite(logits: Tensor, energies: Sequence[Tensor]) -> Tensor:
+    """Returns whether the energies of each coded block, then the logits, hold NaN or infinity.
+
+    Args:
+        logits: `[B, K]`.
+        energies: of every coded block, `[B, N]`.
+
+    Returns:
+        Booleans `[blocks + 1]`, on the device of the logits.
+    """
+    return torch.stack([~values.isfinite().all() for values in (*energies, logits)])
+
+
+def check_results(model: CodedResNeXt, bad: Tensor) -> None:
+    """Refuse results that hold NaN or infinity, of which `argmax` would still make a class.
+
+    Args:
+        model: the network, whose first tensor that is not finite is named.
+        bad: from `not_finite`; the host waits for it.
+
+    Raises:
+        ValueError: something is not finite; the message names the first of the network.
+    """
+    flags = bad.tolist()
+    if not any(flags):
+        return
+    first = flags.index(True)
+    place = "logits" if first == len(flags) - 1 else f"energies of coded block {first + 1}"
+    state = model.state_dict().items()
+    tensors = [name for name, value in state if not bool(value.isfinite().all())]
+    cause = f"{tensors[0]} of the network is not" if tensors else "the network's tensors are"
+    raise ValueError(f"model: expected finite results, got NaN or infinity in the {place}; {cause}")

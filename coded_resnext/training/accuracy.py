@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from coded_resnext.kernels.checks import check_targets
-from coded_resnext.models.decode import decode
+from coded_resnext.models.decode import check_results, decode, not_finite
 from coded_resnext.models.resnext import CodedResNeXt
 
 from .processes import World
@@ -49,7 +49,8 @@ def measure_accuracy(
         world: the processes that share the samples. All must call this.
 
     Raises:
-        ValueError: no process has samples, or targets are no classes of the network.
+        ValueError: no process has samples, targets are no classes of the network, or results are
+            not finite.
     """
     accuracy, _ = measure_until_stopped(model, loader, world or World())
     return accuracy
@@ -64,24 +65,30 @@ def measure_until_stopped(
     A process leaves its samples when a signal reaches it; the others finish theirs.
     """
     device = next(model.parameters()).device
-    was_training = model.training
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     codewords = [book.codewords.to(device) for book in model.codebooks]
     largest = [torch.zeros(book.branches, device=device) for book in model.codebooks]
     # The last entry counts the samples.
     counts = torch.zeros(2 + len(codewords), dtype=torch.int64, device=device)
-    for images, targets in loader:
-        check_targets(targets, len(images), model.num_classes)
-        logits, energies = model(images.to(device), return_energies=True)
-        for most, values in zip(largest, energies, strict=True):
-            torch.maximum(most, values.amax(0).to(most), out=most)
-        early = [decode(e, words) for e, words in zip(energies, codewords, strict=True)]
-        correct = torch.stack([logits.argmax(1), *early]) == targets.to(device)
-        counts[:-1] += correct.sum(1)
-        counts[-1] += len(targets)
-        if world.signals.received:
-            break
-    model.train(was_training)
+    bad = torch.zeros(1 + len(codewords), dtype=torch.bool, device=device)
+    try:
+        for images, targets in loader:
+            check_targets(targets, len(images), model.num_classes)
+            logits, energies = model(images.to(device), return_energies=True)
+            bad |= not_finite(logits, energies)
+            for most, values in zip(largest, energies, strict=True):
+                torch.maximum(most, values.amax(0).to(most), out=most)
+            early = [decode(e, words) for e, words in zip(energies, codewords, strict=True)]
+            correct = torch.stack([logits.argmax(1), *early]) == targets.to(device)
+            counts[:-1] += correct.sum(1)
+            counts[-1] += len(targets)
+            if world.signals.received:
+                break
+    finally:
+        for module, training in modes:
+            module.training = training
+    check_results(model, world.maximum(bad.int()).bool())
     stop = int(world.maximum(torch.tensor(world.signals.received)))
     *correct_counts, samples = world.add(counts).tolist()
     if samples == 0:

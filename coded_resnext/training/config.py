@@ -155,6 +155,11 @@ class TrainingConfig:
         ):
             if choice not in choices:
                 raise ValueError(f"{name}: expected {' or '.join(choices)}, got {choice!r}")
+        if self.min_lr > self.lr:
+            raise ValueError(f"min_lr: expected at most lr, {self.lr}, got {self.min_lr}")
+        for name, count in (("epochs", self.epochs), ("cooldown_epochs", self.cooldown_epochs)):
+            if not isinstance(count, int):
+                raise ValueError(f"{name}: expected a whole number, got {count!r}")
         if self.warmup_epochs >= self.epochs:
             raise ValueError(
                 f"warmup_epochs: expected fewer than {self.epochs} epochs, got {self.warmup_epochs}"
@@ -169,7 +174,7 @@ class TrainingConfig:
         """Returns the learning rate of a step, counted from 0 over the whole run."""
         warmup = self.warmup_epochs * steps_per_epoch
         if step < warmup:
-            return self.lr * (step + 1) / warmup
+            return self.lr * min((step + 1) / warmup, 1.0)
         last = max(self.epochs * steps_per_epoch - 1 - warmup, 1)
         cosine = 0.5 * (1 + math.cos(math.pi * min((step - warmup) / last, 1.0)))
         return self.min_lr + (self.lr - self.min_lr) * cosine

@@ -25,7 +25,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from coded_resnext.data.batches import TrainLoader
+from coded_resnext.data.batches import ShuffledSamples, TrainLoader
 from coded_resnext.data.preprocessing import Preprocessing
 from coded_resnext.models.checkpoint import describe_network, save_model
 from coded_resnext.models.resnext import CodedResNeXt
@@ -112,6 +112,9 @@ class _Training:
         self.steps_per_epoch = len(train_loader)
         self.make_step = TrainStep(model, config, world, self.steps_per_epoch)
         self.history: list[dict[str, float]] = []
+        # What the caller has frozen stays so; a network in evaluation mode is trained whole.
+        self.frozen = [m for m in model.modules() if model.training and not m.training]
+        self.data = _fingerprint(train_loader)
         self.step = 0
         self.joined = False
         """Says whether the processes have joined their running statistics since the last step."""
@@ -137,6 +140,10 @@ class _Training:
         try:
             while len(self.history) < self.config.total_epochs:
                 self._epoch()
+            # One that came while the last epoch was saved.
+            stop = int(self.world.maximum(torch.tensor(self.world.signals.received)))
+            if stop:
+                self._stop(stop)
         except NonFiniteError as error:
             self._explain(error)
         finally:
@@ -156,6 +163,8 @@ class _Training:
         if not self.joined:
             self.make_step.join_statistics()
             self.joined = True
+            # A test image that cannot be read then costs the evaluation and not the epoch.
+            self._save()
         accuracy, stop = measure_until_stopped(self.model, self.test_loader, self.world)
         row, dead = accuracy.row(), accuracy.dead_branches
         if self.make_step.average is not None and not stop:
@@ -198,6 +207,8 @@ class _Training:
         """The steps that are left of an epoch."""
         epoch, end = len(self.history) + 1, (len(self.history) + 1) * self.steps_per_epoch
         self.model.train()
+        for module in self.frozen:
+            module.training = False
         self.train_loader.set_epoch(epoch, self.step - (end - self.steps_per_epoch))
         self.joined = False
         for batch in self.train_loader:
@@ -233,6 +244,7 @@ class _Training:
             "joined": self.joined,
             "seconds": self._elapsed(),
             "network": describe_network(self.model),
+            "data": self.data,
             "processes": locals_,
             **self.make_step.state(),
         }
@@ -272,6 +284,13 @@ class _Training:
             raise ValueError(
                 f"model: the checkpoint in {self.run.path} is of another network: "
                 f"{'; '.join(differing)}"
+            )
+        # Checkpoints of earlier versions do not know what they were trained on.
+        changed = differences(state.get("data", self.data), self.data)
+        if changed:
+            raise ValueError(
+                f"data: the run in {self.run.path} was trained on other images: "
+                f"{'; '.join(changed)}; give it the same ones, or begin a new run"
             )
         self.step, self.history = state["step"], state["history"]
         self.joined, self.seconds = state["joined"], state["seconds"]
@@ -318,6 +337,12 @@ class _Training:
 
     def _elapsed(self) -> float:
         return self.seconds + time.perf_counter() - self.started
+
+
+def _fingerprint(loader: TrainLoader) -> dict[str, Any]:
+    """Returns what tells the images of a loader from others, where the loader can say it."""
+    steps = {"steps_per_epoch": len(loader)}
+    return steps | (loader.fingerprint() if isinstance(loader, ShuffledSamples) else {})
 
 
 def _best(row: dict[str, float]) -> float:

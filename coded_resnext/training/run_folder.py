@@ -67,8 +67,13 @@ class RunFolder:
     def _open(self, *, resume: bool) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
         lock_folder(self.path)
+        # What a process left that was killed while it wrote.
+        for stale in self.path.glob(".*.tmp"):
+            stale.unlink()
         config_path = self.path / CONFIG_FILE
-        if not config_path.exists():
+        # A start that failed before its first checkpoint is no run.
+        begun = (self.model_path, *(self.path / "checkpoints").glob("step-*"))
+        if not config_path.exists() or not any(path.exists() for path in begun):
             self.write_json(CONFIG_FILE, self.config)
             return
         if not resume:
@@ -85,9 +90,6 @@ class RunFolder:
             raise ValueError(
                 f"out: {self.path} holds a run of another kind: {'; '.join(differing)}"
             )
-        # What a process left that was killed while it wrote.
-        for stale in self.path.glob(".*.tmp"):
-            stale.unlink()
 
     @property
     def model_path(self) -> Path:
@@ -236,7 +238,10 @@ def lock_folder(folder: Path) -> None:
             return
         # The folder was removed, and another is in its place.
         os.close(_held.pop(key))
-    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    if path.is_symlink():
+        raise ValueError(f"out: {path}: expected a file, got a link; remove it")
+    # The flag closes the gap between the question and the opening.
+    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
     try:
         # Of the process and not of the open file: loader workers that outlive it hold nothing.
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

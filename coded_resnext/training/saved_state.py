@@ -38,7 +38,7 @@ def save_state(run: Path, name: str, state: dict[str, Any]) -> Path:
     Raises:
         OSError: the disk is full or not writable; the checkpoints that were there are intact.
     """
-    folder = run / FOLDER
+    folder = _folder(run)
     folder.mkdir(exist_ok=True)
     path = folder / f"{name}.pt"
     if _is_whole(path):
@@ -64,7 +64,7 @@ def load_state(run: Path) -> dict[str, Any] | None:
     Raises:
         ValueError: there are checkpoints and none is readable, or the last is of another version.
     """
-    folder = run / FOLDER
+    folder = _folder(run)
     paths = sorted(folder.glob("*.pt"), reverse=True)
     for path in paths:
         try:
@@ -89,6 +89,14 @@ def load_state(run: Path) -> dict[str, Any] | None:
             "model.safetensors if that is whole"
         )
     return None
+
+
+def _folder(run: Path) -> Path:
+    """Returns the folder of checkpoints; a ValueError where it is a link, which is not followed."""
+    folder = run / FOLDER
+    if folder.is_symlink():
+        raise ValueError(f"{folder}: expected a folder, got a link; remove it")
+    return folder
 
 
 def _read(path: Path) -> bytes:
@@ -116,12 +124,13 @@ def _sum_path(path: Path) -> Path:
 
 
 def _tidy(folder: Path) -> None:
-    """Remove what older checkpoints and killed processes have left."""
-    kept = sorted(folder.glob("*.pt"))[-KEPT:]
+    """Remove what older checkpoints and killed processes have left, and no other file."""
+    kept = sorted(folder.glob("step-*.pt"))[-KEPT:]
     wanted = {*kept, *map(_sum_path, kept)}
-    for path in folder.iterdir():
-        if path not in wanted and path.suffix != ".damaged":
-            path.unlink()
+    for pattern in ("step-*.pt", "step-*.pt.sha256", ".step-*.tmp"):
+        for path in folder.glob(pattern):
+            if path not in wanted:
+                path.unlink()
 
 
 def get_rng_state() -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -118,7 +119,10 @@ class TrainStep:
         self.stop = 0
         terms = [f"coding loss of coded block {i}" for i in blocks]
         self._guard = StepGuard(
-            [*terms, "cross-entropy", "total loss", "gradient", "optimizer state"],
+            [
+                *(*terms, "cross-entropy", "total loss", "running statistics"),
+                *("gradient", "optimizer state"),
+            ],
             [*model.buffers(), self.sums],
             world,
         )
@@ -162,7 +166,9 @@ class TrainStep:
         # Finite norms of both leave the momentum that follows from them finite.
         momenta = [values["momentum_buffer"] for values in self.optimizer.state.values()]
         state = ~get_total_norm(momenta).isfinite()
-        bad = torch.cat([~losses.isfinite(), torch.stack([overflow & (scale <= 1), state])])
+        largest = get_total_norm(running_statistics(self.model), norm_type=math.inf)
+        others = [~largest.isfinite(), overflow & (scale <= 1), state]
+        bad = torch.cat([~losses.isfinite(), torch.stack(others)])
         gate = self._guard.post(step, bad, self.world.signals.received, batch.indices)
         self._unsettled = step
         self.latest = values

@@ -112,7 +112,7 @@ def test_preprocessing_cuts_the_centre() -> None:
         ({"size": 0}, "size: expected a positive number of pixels, got 0"),
         ({"channels": 2}, r"channels: expected 1 \(grey\) or 3 \(RGB\), got 2"),
         ({"mean": (0.1, 0.2)}, "mean: expected 1 numbers, got 2"),
-        ({"std": (0.0,)}, "std: expected positive numbers"),
+        ({"std": (0.0,)}, "std: expected numbers above 0"),
     ],
 )
 def test_preprocessing_refuses(change: dict[str, Any], message: str) -> None:

@@ -26,7 +26,7 @@ def test_differences_are_named_by_their_place() -> None:
 
 def test_what_changes_no_result_may_change(tmp_path: Path) -> None:
     settings = {"lr": 0.1, "recovery_interval": 0, "log_interval": 50}
-    RunFolder(tmp_path, {"training": settings})
+    RunFolder(tmp_path, {"training": settings}).save_state("step-1", {})
     RunFolder(tmp_path, {"training": {**settings, "recovery_interval": 9}}, resume=True)
     with pytest.raises(ValueError, match=r"another kind: training.lr was 0.1, is 0.2"):
         RunFolder(tmp_path, {"training": {**settings, "lr": 0.2}}, resume=True)

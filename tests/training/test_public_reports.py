@@ -1,0 +1,197 @@
+"""Situations of public bug reports of other projects: what a run must not do silently."""
+
+from __future__ import annotations
+
+import signal
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support.image_data import write_images
+from support.tiny_training import IMAGES, TARGETS, make_config, make_loader, make_model, train
+
+import coded_resnext.training.engine as engine
+from coded_resnext.data.batches import TrainingBatches, batches
+from coded_resnext.data.datasets import load_dataset
+from coded_resnext.training.accuracy import measure_accuracy
+from coded_resnext.training.config import TrainingConfig
+from coded_resnext.training.engine import fit
+from coded_resnext.training.processes import TrainingStopped
+from coded_resnext.training.run_folder import RunFolder
+from coded_resnext.training.saved_state import load_state
+
+
+def test_nan_is_no_accuracy() -> None:
+    """keras#1925, spoter#15: argmax of NaN is a class, and may be the right one."""
+    model = make_model()
+    model.head.weight.data[0, 0] = float("nan")
+    with pytest.raises(ValueError, match=r"logits; head\.weight of the network is not"):
+        measure_accuracy(model, batches(IMAGES, TARGETS))
+
+
+def test_running_statistics_that_are_not_finite_end_the_run(tmp_path: Path) -> None:
+    """keras#1925: training never looks at them, and evaluation is void."""
+    model = make_model()
+    model.blocks[-1].expand_bn.running_var.fill_(float("nan"))
+    with pytest.raises(FloatingPointError, match="running statistics"):
+        train(tmp_path, make_config(), model=model)
+    assert not (tmp_path / "best.safetensors").exists()
+
+
+def test_a_run_goes_on_with_the_images_that_it_began_with(tmp_path: Path) -> None:
+    """litData#436, tensorflow#41571: fewer images, and epochs without a step."""
+    config = make_config(epochs=2)
+
+    def go(images: int, *, resume: bool) -> None:
+        loader = TrainingBatches(IMAGES[:images], TARGETS[:images], config.batch_size, seed=0)
+        run = RunFolder(tmp_path, {}, resume=resume)
+        fit(make_model(), loader, batches(IMAGES, TARGETS), config, run)
+
+    go(24, resume=False)
+    with pytest.raises(ValueError, match="images was 24, is 16"):
+        go(16, resume=True)
+
+
+def test_a_start_that_failed_is_no_run(tmp_path: Path) -> None:
+    """mindshub#791, instructlab#1416: a folder without a checkpoint can be begun again."""
+    RunFolder(tmp_path, {"batch_size": 64})
+    RunFolder(tmp_path, {"batch_size": 16})
+    train(tmp_path / "run", make_config(epochs=1, warmup_epochs=0))
+    with pytest.raises(ValueError, match="holds a run already"):
+        RunFolder(tmp_path / "run", {})
+
+
+@given(
+    warmup=st.floats(0, 3.9),
+    steps=st.integers(1, 40),
+    low=st.floats(0, 1),
+)
+@settings(max_examples=50, deadline=None)
+def test_no_learning_rate_is_above_lr(warmup: float, steps: int, low: float) -> None:
+    """DeepSpec#32, MIL_BASELINE#47: a warm-up that is no whole number of steps overshoots."""
+    config = TrainingConfig(4, 8, lr=0.1, min_lr=0.1 * low, warmup_epochs=warmup, cooldown_epochs=1)
+    rates = [config.lr_at(step, steps) for step in range(5 * steps)]
+    assert max(rates) <= 0.1 * (1 + 1e-12)
+    warm = rates[: int(warmup * steps)]
+    assert all(before <= after for before, after in pairwise(warm))
+    if 4 * steps - 1 - warmup * steps >= 1:
+        assert rates[4 * steps - 1 :] == pytest.approx([0.1 * low] * (steps + 1))
+
+
+@pytest.mark.parametrize(
+    ("changes", "name"),
+    [({"min_lr": 1.0}, "min_lr"), ({"epochs": 1.5}, "epochs")],
+)
+def test_settings_are_checked_where_they_come_in(changes: dict[str, Any], name: str) -> None:
+    """fairseq#2916, gpt-neox#1008: a smallest rate above the largest makes the rate rise."""
+    with pytest.raises(ValueError, match=f"^{name}: expected"):
+        make_config(**{"warmup_epochs": 0, **changes})
+
+
+def test_each_module_keeps_its_mode() -> None:
+    """lightning#18930, #2551: what was frozen stays so, and after an error too."""
+    model = make_model().train()
+    model.stem.eval()
+    modes = [module.training for module in model.modules()]
+    measure_accuracy(model, batches(IMAGES, TARGETS))
+    assert [module.training for module in model.modules()] == modes
+    with pytest.raises(ValueError, match="targets"):
+        measure_accuracy(model, [(IMAGES[:1], torch.tensor([10]))])
+    assert [module.training for module in model.modules()] == modes
+
+
+def test_a_frozen_batch_norm_is_not_trained(tmp_path: Path) -> None:
+    """mmaction2#1781: its statistics are those that it had."""
+    model = make_model().train()
+    model.stem.eval()
+    before = {k: v.clone() for k, v in model.stem.named_buffers()}
+    train(tmp_path, make_config(epochs=1, warmup_epochs=0), model=model)
+    for name, buffer in model.stem.named_buffers():
+        torch.testing.assert_close(buffer, before[name], rtol=0, atol=0)
+
+
+def test_a_signal_in_the_last_save_ends_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """spd#677, #741: a request that was noted is obeyed."""
+    save = engine._Training._save
+
+    def last(self: engine._Training, *, models: bool = False) -> None:
+        save(self, models=models)
+        if self.history:
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(engine._Training, "_save", last)
+    with pytest.raises(TrainingStopped):
+        train(tmp_path, make_config(epochs=1, warmup_epochs=0))
+
+
+def test_an_evaluation_that_fails_does_not_cost_the_epoch(tmp_path: Path) -> None:
+    """fairseq#2140: the state is saved before."""
+    config = make_config(epochs=1, warmup_epochs=0)
+    loader = make_loader(config)
+    with pytest.raises(ValueError, match="targets"):
+        fit(
+            make_model(), loader, [(IMAGES[:1], torch.tensor([9]))], config, RunFolder(tmp_path, {})
+        )
+    state = load_state(tmp_path)
+    assert state is not None
+    assert state["step"] == len(loader)
+
+
+def test_a_calibration_sees_every_class(tmp_path: Path) -> None:
+    """mmdetection#259, SinglePathOneShot#4: the head of a sorted set is one class."""
+    for split in ("train", "test"):
+        write_images(tmp_path / split, {"a": 20, "b": 20, "c": 20})
+    some = load_dataset("folder", tmp_path).slice(train_images=12)
+    assert some.train.targets.bincount().tolist() == [4, 4, 4]
+
+
+def test_labels_of_an_archive_may_be_a_column(tmp_path: Path) -> None:
+    """keras#12669: Keras writes [n, 1]; what is no list of class numbers is refused."""
+    pixels = np.zeros((4, 32, 32, 3), np.uint8)
+    labels = np.array([0, 1, 0, 1])
+    arrays = {
+        "x_train": pixels,
+        "x_test": pixels,
+        "y_test": labels,
+        "classes": np.array(["a", "b"]),
+    }
+    path = tmp_path / "cifar10.npz"
+    np.savez(path, **arrays, y_train=labels[:, None])
+    assert load_dataset("cifar10", tmp_path).train.targets.tolist() == [0, 1, 0, 1]
+    np.savez(path, **arrays, y_train=np.eye(4))
+    with pytest.raises(ValueError, match=r"cifar10\.npz.*class numbers"):
+        load_dataset("cifar10", tmp_path)
+
+
+@pytest.mark.parametrize("linked", ["checkpoints", ".lock"])
+def test_a_link_in_a_runs_folder_is_refused(tmp_path: Path, linked: str) -> None:
+    """queens#277, SDL#11887: a handed-over run neither deletes nor writes outside its folder."""
+    outside = tmp_path / "outside"
+    if linked == "checkpoints":
+        outside.mkdir()
+        (outside / "thesis.tex").write_text("precious")
+    else:
+        outside.write_text("precious")
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / linked).symlink_to(outside)
+    with pytest.raises(ValueError, match="got a link"):
+        train(run, make_config(epochs=1, warmup_epochs=0))
+    kept = outside / "thesis.tex" if outside.is_dir() else outside
+    assert kept.read_text() == "precious"
+
+
+def test_only_checkpoints_are_removed(tmp_path: Path) -> None:
+    """SDL#11887: what a user keeps beside them stays."""
+    (tmp_path / "checkpoints").mkdir()
+    note = tmp_path / "checkpoints" / "notes.txt"
+    note.write_text("mine")
+    RunFolder(tmp_path, {}).save_state("step-000000001", {"step": 1})
+    assert note.read_text() == "mine"
