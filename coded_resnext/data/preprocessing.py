@@ -165,7 +165,7 @@ def to_channels(image: Image, channels: int) -> Image:
     import PIL.Image
 
     # The tag alone is read: other entries may be anything, and none of them is written anew.
-    turn = _TURNS.get(image.getexif().get(_ORIENTATION))
+    turn = _TURNS.get(image.getexif().get(_ORIENTATION, 1))
     if turn is not None:
         image = image.transpose(PIL.Image.Transpose[turn])
         # It is upright now, and must not be turned again.
