@@ -39,6 +39,22 @@ def check_targets(targets: Tensor, batch: int, classes: int) -> None:
             raise ValueError(f"targets: expected classes 0 to {classes - 1}, got {wrong}")
 
 
+def checked_number(name: str, value: object, lowest: float = -math.inf) -> float:
+    """Returns a number of Python, NumPy or PyTorch as a float.
+
+    Raises:
+        ValueError: it is no number, not finite, or below the lowest.
+    """
+    try:
+        number = math.nan if isinstance(value, str | bytes | bool) else float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        number = math.nan
+    if not (math.isfinite(number) and number >= lowest):
+        least = "" if lowest == -math.inf else f" of at least {lowest:g}"
+        raise ValueError(f"{name}: expected a finite number{least}, got {value!r:.80}")
+    return number
+
+
 def check_finite(name: str, value: Tensor) -> None:
     """Refuse NaN and infinity in a CPU tensor, with the argument's name."""
     if _readable(value) and not bool(value.isfinite().all()):

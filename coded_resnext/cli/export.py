@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from coded_resnext.deploy.extract import extract_classifier
 from coded_resnext.deploy.extract_files import file_name
 from coded_resnext.deploy.hub import Pretrained, push_to_hub, save_pretrained
 from coded_resnext.deploy.onnx_files import quantize_onnx
-from coded_resnext.files import read_json
+from coded_resnext.files import read_json, write_atomically
 from coded_resnext.models.checkpoint import LoadedModel, load_model
 from coded_resnext.training.run_folder import SUMMARY_FILE
 
@@ -135,7 +136,9 @@ def _write(arguments: argparse.Namespace, loaded: LoadedModel, folder: Path) -> 
     out = arguments.out or target / f"{name}{SUFFIXES[arguments.format]}"
     out.parent.mkdir(parents=True, exist_ok=True)
     if arguments.format == "program":
-        torch.export.save(to_exported_program(network, **options), out)
+        content = io.BytesIO()
+        torch.export.save(to_exported_program(network, **options), content)
+        write_atomically(out, content.getvalue())
         return [out]
     if arguments.format == "aot":
         return [to_aot_package(network, out, **options)]

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from coded_resnext.files import read_json, write_atomically
+from coded_resnext.kernels.checks import checked_number
 from coded_resnext.models.block import Step, check_images
 from coded_resnext.models.decode import read_class
 from coded_resnext.models.layers import check_layers
@@ -48,9 +49,8 @@ class EarlyExit:
     """How the margins were chosen, JSON-ready."""
 
     def __post_init__(self) -> None:
-        for margin in self.margins:
-            if margin is not None and not (math.isfinite(margin) and margin >= 0):
-                raise ValueError(f"margins: expected numbers of at least 0, or None, got {margin}")
+        margins = [None if m is None else checked_number("margins", m, 0) for m in self.margins]
+        object.__setattr__(self, "margins", tuple(margins))
 
     @classmethod
     def at_margin(cls, model: CodedResNeXt, margin: float, *, agreement: bool = False) -> EarlyExit:
@@ -96,12 +96,10 @@ class EarlyExit:
             raise ValueError(
                 f"format_version: expected {FORMAT_VERSION}, got {data.get('format_version')!r}"
             )
-        for margin in data["margins"]:
-            if isinstance(margin, bool) or not isinstance(margin, float | int | None):
-                raise ValueError(f"margins: expected numbers or null, got {margin!r}")
-        return cls(
-            tuple(data["margins"]), bool(data.get("agreement")), dict(data.get("calibration") or {})
-        )
+        calibration = data.get("calibration") or {}
+        if not isinstance(calibration, dict):
+            raise ValueError(f"calibration: expected an object, got {calibration!r:.80}")
+        return cls(tuple(data["margins"]), bool(data.get("agreement")), calibration)
 
     def save(self, path: str | Path) -> None:
         """Writes the criterion as JSON."""

@@ -240,15 +240,17 @@ def to_onnx(
     Args:
         network, image_size, preprocessing: as for `to_exported_program`; the weights in float32.
         path: the file; an older one stays until this is complete and has been compared.
-        opset: version of the ONNX operators.
+        opset: version of the ONNX operators, at least 18.
         metadata: JSON-ready, kept with what the file says about itself.
 
     Raises:
-        ValueError: the weights are not in float32, or onnxruntime's outputs differ from the
-            network's by more than 1e-4.
+        ValueError: the weights are not in float32, the opset cannot be written, or
+            onnxruntime's outputs differ from the network's by more than 1e-4.
         ImportError: onnx, onnxscript or onnxruntime is missing; the message names the extra.
     """
     require_onnx()
+    if isinstance(opset, bool) or not isinstance(opset, int) or opset < OPSET:
+        raise ValueError(f"opset: expected an integer of at least {OPSET}, got {opset!r}")
     dtype = next(network.parameters()).dtype
     if dtype != torch.float32:
         raise ValueError(f"network: expected float32 weights, got {dtype}; try network.float()")
@@ -264,6 +266,10 @@ def to_onnx(
         verbose=False,
     )
     assert exported is not None
+    # A conversion that fails is logged and no error.
+    written = exported.model.opset_imports.get("")
+    if written != opset:
+        raise ValueError(f"opset: expected one that can be written, got {opset}, not {written}")
     for key, value in {**shapes.notes, **(metadata or {})}.items():
         exported.model.metadata_props[key] = json.dumps(value, allow_nan=False)
     path = Path(path)

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from coded_resnext.kernels.checks import checked_number
 from coded_resnext.kernels.coded.gram import branch_forms, split_weight
 from coded_resnext.kernels.layout import accumulation_dtype
 from coded_resnext.models.block import CodedBottleneck, check_images, classify, features
@@ -128,7 +129,7 @@ class ExtractedClassifier(ExtractedNetwork):
         super().__init__(config, class_names)
         if len(self.class_names) != 1:
             raise ValueError(f"class_names: expected one class, got {len(self.class_names)}")
-        self.threshold = None if threshold is None else float(threshold)
+        self.threshold = None if threshold is None else checked_number("threshold", threshold)
 
     @property
     def class_name(self) -> str:

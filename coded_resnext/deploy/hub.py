@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from coded_resnext.data.preprocessing import Preprocessing
-from coded_resnext.files import read_json, write_atomically
+from coded_resnext.files import printable, read_json, write_atomically
+from coded_resnext.kernels.checks import checked_number
 from coded_resnext.models.checkpoint import MODEL_FILE, UNFIT, load_model, save_model
 from coded_resnext.models.resnext import CodedResNeXt
 
@@ -52,6 +54,8 @@ class Pretrained:
         unknown = sorted(set(self.thresholds) - set(self.model.class_names))
         if unknown:
             raise ValueError(f"thresholds: expected classes of the model, got {unknown[0]!r}")
+        numbers = {k: checked_number(f"thresholds: {k}", v) for k, v in self.thresholds.items()}
+        object.__setattr__(self, "thresholds", numbers)
         blocks = len(self.model.coded_blocks)
         if self.early_exit is not None and len(self.early_exit.margins) != blocks:
             raise ValueError(
@@ -139,6 +143,14 @@ def from_pretrained(
     if Path(source).is_dir():
         folder = Path(source)
     else:
+        if Path(source).exists():
+            raise ValueError(
+                f"source: expected a folder of save_pretrained or OWNER/NAME, got the file {source}"
+            )
+        if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(source)):
+            raise FileNotFoundError(
+                f"source: expected a folder or OWNER/NAME on the Hub; {source} is neither"
+            )
         folder = _download(str(source), revision, token, cache_dir)
     path, weights = folder / CONFIG_FILE, folder / MODEL_FILE
     for needed in (path, weights):
@@ -208,7 +220,10 @@ def push_to_hub(
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: expected a folder of save_pretrained, found none")
-    from_pretrained(folder)
+    links = [name for name in FILES if (folder / name).is_symlink()]
+    if links:
+        raise ValueError(f"{folder / links[0]}: expected a file of its own, got a link to another")
+    write_atomically(folder / CARD_FILE, model_card(from_pretrained(folder)).encode())
     hub = _hub()
     api = hub.HfApi(token=token)
     api.create_repo(repository, private=private, exist_ok=True)
@@ -283,7 +298,7 @@ def model_card(pretrained: Pretrained) -> str:
     names += ", .." if model.num_classes > SHOWN_CLASSES else ""
     parameters = sum(parameter.numel() for parameter in model.parameters())
     lines += [
-        f"# {pretrained.name}",
+        f"# {_cell(pretrained.name)}",
         "",
         _kind(pretrained),
         "",
@@ -295,7 +310,7 @@ def model_card(pretrained: Pretrained) -> str:
             f"{stage['branches']} branches of width {stage['width']}, " + _assignment(stage)
             for number, stage in enumerate(model.config["stages"], 1)
         ),
-        f"- licence of the weights: {pretrained.license or 'not stated'}",
+        f"- licence of the weights: {_cell(pretrained.license or 'not stated')}",
         "",
         "## Use",
         "",
@@ -404,5 +419,7 @@ def _cell(value: Any) -> str:
     else:
         text = str(value)
     # A bar or a line break would end the cell.
-    text = " ".join(text.replace("|", "/").split())
-    return text if len(text) <= CELL else text[: CELL - 2] + ".."
+    text = " ".join(printable(" ".join(text.replace("|", "/").split())).split())
+    text = text if len(text) <= CELL else text[: CELL - 2] + ".."
+    # What is left is text, whatever marks of Markdown or HTML it has.
+    return re.sub(r"([\\`*\[\]<>&#!~])", r"\\\1", text)

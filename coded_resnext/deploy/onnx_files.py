@@ -81,6 +81,7 @@ def quantize_onnx(source: str | Path, path: str | Path, images: Iterable[Tensor]
         ImportError: as `require_onnx`.
     """
     require_onnx()
+    import onnxruntime
     from onnxruntime.quantization import (
         CalibrationDataReader,
         QuantFormat,
@@ -94,13 +95,15 @@ def quantize_onnx(source: str | Path, path: str | Path, images: Iterable[Tensor]
     if first is None:
         raise ValueError("images: expected at least one batch, got none")
 
+    name = onnxruntime.InferenceSession(str(source)).get_inputs()[0].name
+
     class Reader(CalibrationDataReader):  # type: ignore[misc]
         def __init__(self, tensors: Iterator[Tensor]) -> None:
             self._tensors = tensors
 
         def get_next(self) -> dict[str, Any] | None:
             batch = next(self._tensors, None)
-            return None if batch is None else {"images": batch.float().cpu().numpy()}
+            return None if batch is None else {name: batch.float().cpu().numpy()}
 
     path = Path(path)
     prepared, unfinished = (path.with_name(f".{path.name}.{part}") for part in ("prepared", "tmp"))

@@ -28,6 +28,7 @@ from .resnext import CodedResNeXt, own_network
 FORMAT_VERSION = 1
 MODEL_FILE = "model.safetensors"
 _HEADER = "coded_resnext"
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # What code that was written for sound values raises for others.
 UNFIT = (
     ArithmeticError,
@@ -53,7 +54,7 @@ class LoadedModel:
 
 def save_model(
     path: str | Path,
-    model: CodedResNeXt,
+    model: nn.Module,
     *,
     preprocessing: Preprocessing | None = None,
     training: dict[str, Any] | None = None,
@@ -62,24 +63,32 @@ def save_model(
 
     Args:
         path: the file, usually `model.safetensors`.
-        model: the network.
+        model: the network, or a wrapper of `torch.compile`, `DataParallel` or averaging around it.
         preprocessing: how images become its input.
         training: JSON-ready notes on how it was trained.
 
     Raises:
-        ValueError: the network has no classifier, so that nothing could be made of the file.
+        ValueError: a layer was taken away or replaced, so that the file could not be read again.
     """
     model = own_network(model)
     check_layers(model, "a file holds weights for the network's own layers", sizes_only=True)
-    if not isinstance(model.head, nn.Linear):
-        raise ValueError("model: expected a network with its classifier, got one without")
+    # Compiling a block puts its name before those of the layers.
+    state = {name.replace("_orig_mod.", ""): value for name, value in model.state_dict().items()}
+    with torch.device("meta"):
+        described = CodedResNeXt.from_config(
+            model.config, model.stage_codebooks, class_names=model.class_names
+        )
+    try:
+        check_tensors(described.state_dict(), state, any_precision=True)
+    except ValueError as error:
+        raise ValueError(f"model: {error}, which its description does not rebuild") from error
     description = {
         "format_version": FORMAT_VERSION,
         **describe_network(model),
         "preprocessing": None if preprocessing is None else preprocessing.to_dict(),
         "training": training or {},
     }
-    write_tensors(path, model.state_dict(), description)
+    write_tensors(path, state, description)
 
 
 def describe_network(model: CodedResNeXt) -> dict[str, Any]:
@@ -153,25 +162,31 @@ def _build(
         raise ValueError(f"stages: {sum(depths)} blocks, and tensors for {len(state)} at most")
     with torch.device("meta"):
         shape = CodedResNeXt.from_config(config, codebooks, class_names=names)
-    dtype = state["head.weight"].dtype
-    check_tensors(shape.to(dtype).state_dict(), state)
+    check_tensors(shape.state_dict(), state, any_precision=True)
     model = CodedResNeXt.from_config(config, codebooks, class_names=names, backend=backend)
-    model.to(dtype).load_state_dict(state)
+    model.load_state_dict(state, assign=True)
     return model
 
 
-def check_tensors(expected: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
-    """Refuse tensors of other names, shapes or types; a ValueError names them."""
+def check_tensors(
+    expected: Mapping[str, Tensor], state: Mapping[str, Tensor], *, any_precision: bool = False
+) -> None:
+    """Refuse tensors of other names, shapes or types; a ValueError names them.
+
+    With `any_precision` floating-point tensors may be of other floating-point types.
+    """
     odd = sorted(expected.keys() ^ state.keys())
     if odd:
         said = [f"{'no' if name in expected else 'an unknown'} {name!r:.80}" for name in odd[:8]]
         raise ValueError(f"tensors: expected those of the network, got {', '.join(said)}")
     for name, value in expected.items():
-        found = state[name]
-        if found.shape != value.shape or found.dtype != value.dtype:
+        given = state[name]
+        floats = any_precision and value.dtype in _FLOATS
+        fits = given.dtype in (_FLOATS if floats else (value.dtype,))
+        if given.shape != value.shape or not fits:
             raise ValueError(
                 f"tensors: {name}: expected {list(value.shape)} {value.dtype}, "
-                f"got {list(found.shape)} {found.dtype}"
+                f"got {list(given.shape)} {given.dtype}"
             )
 
 

@@ -222,9 +222,15 @@ class TimmCodedResNeXt(CodedResNeXt):
 
 
 def _filter_state(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Weights under our names, timm's or torchvision's; the codewords stay the model's own."""
+    """Returns weights of our names, timm's or torchvision's, for `load_state_dict`.
+
+    Codewords stay the model's own where the weights have none, or are for another number of
+    classes; others are left in, so that the model refuses weights that were trained for them.
+    """
     own = {k: v for k, v in model.state_dict().items() if k.endswith(".codewords")}
-    return own | plain_state(state_dict)
+    given = {k: state_dict.get(k, v) for k, v in own.items()}
+    codewords = {k: v if v.shape == own[k].shape else own[k] for k, v in given.items()}
+    return codewords | plain_state(state_dict)
 
 
 def _entry_point(network: str) -> Any:
@@ -262,6 +268,7 @@ def _default_cfg(network: str) -> dict[str, Any]:
         "num_classes": arguments["num_classes"],
         "input_size": (channels, size, size),
         "pool_size": (pool, pool),
+        **({"mean": (0.5,), "std": (0.5,)} if channels == 1 else {}),
         "first_conv": "stem.0",
         "classifier": "head",
         "license": "mit",

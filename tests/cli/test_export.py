@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,8 +11,9 @@ from PIL import Image
 from support.helpers import assert_same_network
 from support.small_networks import make_images
 
-from coded_resnext import EarlyExit, extract_classifier, from_pretrained
+from coded_resnext import EarlyExit, create_model, extract_classifier, from_pretrained
 from coded_resnext.cli import main
+from coded_resnext.models.checkpoint import save_model
 
 onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
@@ -120,3 +122,12 @@ def test_bad_requests(run_folder, tmp_path, capsys):
     (run_folder / "summary.json").write_text("{")
     assert "not a readable summary" in refused(capsys, run_folder, "--format", "shared")
     assert not any(path.is_file() for path in run_folder.glob("export/**/*"))
+
+
+def test_a_program_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
+    """pytorch#10577."""
+    save_model(tmp_path / "model.safetensors", create_model("coded_resnext_digits"))
+    (tmp_path / "folder.pt2").mkdir()
+    out = tmp_path / "folder.pt2"
+    assert export(tmp_path, "--format", "program", "--out", out) == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder.pt2", "model.safetensors"]

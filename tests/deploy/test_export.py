@@ -368,3 +368,11 @@ def test_aot_package(tmp_path):
     for batch in (1, 7):
         x = torch.randn(batch, 1, 6, 6)
         torch.testing.assert_close(compiled(x), network(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("opset", [13, 17, 99, True, "20"])
+def test_an_opset_that_cannot_be_written_is_refused(tmp_path: Path, opset: int) -> None:
+    """pytorch#150592, pytorch#161056."""
+    with pytest.raises(ValueError, match="opset"):
+        to_onnx(make_network(), tmp_path / "m.onnx", image_size=8, opset=opset)
+    assert not list(tmp_path.iterdir())

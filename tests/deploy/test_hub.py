@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 from unittest.mock import create_autospec
 
+import numpy as np
 import pytest
 import torch
 from support.helpers import assert_same_network
@@ -17,11 +19,13 @@ from coded_resnext import (
     EarlyExit,
     Pretrained,
     create_model,
+    extract_classifier,
     from_pretrained,
     push_to_hub,
     save_pretrained,
 )
 from coded_resnext.data.preprocessing import Preprocessing
+from coded_resnext.deploy.hub import model_card
 
 PREPROCESSING = Preprocessing(6, 1, (0.3,), (0.4,))
 FRESH = """
@@ -197,3 +201,59 @@ def test_without_the_hub_library(monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(ImportError, match=r"pip install 'coded-resnext\[hub\]'"):
         from_pretrained("someone/four-animals")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), "0.2", None, 10**400, True])
+def test_a_threshold_or_margin_that_is_no_number_is_refused(value: object) -> None:
+    """transformers#10632, tensorboard#3057."""
+    model = create_model("coded_resnext_digits").eval()
+    with pytest.raises(ValueError, match="thresholds: 3"):
+        Pretrained(model, thresholds={"3": value})  # type: ignore[dict-item]
+    if value is not None:
+        with pytest.raises(ValueError, match="threshold"):
+            extract_classifier(model, 3, threshold=value)  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match="margins"):
+            EarlyExit((value,))  # type: ignore[arg-type]
+
+
+def test_numbers_of_numpy_and_torch_become_floats() -> None:
+    """transformers#10632, tensorboard#3057."""
+    pretrained = Pretrained(
+        create_model("coded_resnext_digits"),
+        thresholds={"3": np.float32(0.25)},
+        early_exit=EarlyExit((torch.tensor(0.5), None, np.float32(0.25), None)),  # type: ignore[arg-type]
+    )
+    json.dumps(pretrained.description(), allow_nan=False)
+
+
+def test_a_slip_in_the_path_or_a_file_gets_its_sentence(tmp_path: Path) -> None:
+    """huggingface_hub#1464."""
+    with pytest.raises(FileNotFoundError, match="neither"):
+        from_pretrained(tmp_path / "not" / "there")
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="got the file"):
+        from_pretrained(tmp_path / "file")
+
+
+@pytest.mark.parametrize("name", ["README.md", "config.json", "model.safetensors"])
+def test_a_link_is_not_published(tmp_path: Path, name: str) -> None:
+    folder = save_pretrained(Pretrained(create_model("coded_resnext_digits")), tmp_path / "d")
+    (folder / name).rename(tmp_path / "secret")
+    (folder / name).symlink_to(tmp_path / "secret")
+    with pytest.raises(ValueError, match="link"):
+        push_to_hub(folder, "me/net")
+
+
+def test_the_card_shows_markup_as_text() -> None:
+    names = ["<img onerror>", "[x](javascript:y)", "![t](https://a/b)", *"defghij"]
+    card = model_card(
+        Pretrained(
+            create_model("coded_resnext_digits", class_names=names),
+            name="n\n\n<script>",
+            license="mit\n## Results\n100 %",
+            training={"note": "`<b>`"},
+        )
+    )
+    body = card.split("---", 2)[2]
+    assert not re.search(r"(?<!\\)<(script|img|b)|(?<!\\)\[(x|t)\]|^100 %", body, re.MULTILINE)
+    assert len(re.findall(r"^## Results", body, re.MULTILINE)) == 1

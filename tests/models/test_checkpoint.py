@@ -122,3 +122,43 @@ def test_missing_fields_and_tensors(path: Path) -> None:
     save_file(tensors, path, metadata)
     with pytest.raises(ValueError, match=r"(?s)damaged or incomplete.*stem\.0\.weight"):
         load_model(path)
+
+
+@pytest.mark.parametrize("wrap", ["compiled", "parallel", "compiled block"])
+def test_a_wrapped_network_is_written_as_the_network(tmp_path: Path, wrap: str) -> None:
+    """pytorch#101107, transformers#14218."""
+    model = create_model("coded_resnext_digits")
+    wrapped: torch.nn.Module = model
+    if wrap == "compiled":
+        wrapped = torch.compile(model, backend="eager")  # type: ignore[assignment]
+    elif wrap == "parallel":
+        wrapped = torch.nn.DataParallel(model)
+    expected = {name: value.clone() for name, value in model.state_dict().items()}
+    if wrap == "compiled block":
+        block = torch.compile(model.blocks[0], backend="eager")
+        model.stages[0][0] = block  # type: ignore[index]
+    save_model(tmp_path / "m.safetensors", wrapped)
+    loaded = load_model(tmp_path / "m.safetensors").model.state_dict()
+    assert loaded.keys() == expected.keys()
+    assert all(torch.equal(loaded[name], value) for name, value in expected.items())
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_replaced_head_is_refused_before_writing(tmp_path: Path, bias: bool) -> None:
+    """timm#2003, lightning#20233."""
+    model = create_model("coded_resnext_digits")
+    model.head = torch.nn.Linear(200, 7, bias=bias)
+    with pytest.raises(ValueError, match="head"):
+        save_model(tmp_path / "m.safetensors", model)
+    assert not list(tmp_path.iterdir())
+
+
+def test_tensors_keep_their_own_precision(tmp_path: Path) -> None:
+    """A bfloat16 network whose last BatchNorm is in float32 comes back so."""
+    model = create_model("coded_resnext_digits").bfloat16()
+    model.blocks[-1].expand_bn.float()
+    save_model(tmp_path / "m.safetensors", model)
+    loaded = load_model(tmp_path / "m.safetensors").model.state_dict()
+    assert {k: v.dtype for k, v in loaded.items()} == {
+        k: v.dtype for k, v in model.state_dict().items()
+    }

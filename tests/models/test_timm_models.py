@@ -194,3 +194,26 @@ def test_reset_of_a_network_without_timm():
     rebuilt.load_state_dict(model.state_dict())
     with pytest.raises(ValueError, match="num_classes: expected at least 2, got 1"):
         model.reset_classifier(1)
+
+
+def test_pretrained_weights_of_other_codewords_are_refused(tmp_path: Path) -> None:
+    """timm#819, timm#1278, simple-HRNet#79."""
+    name = "coded_resnext_digits"
+    books = create_model(name).stage_codebooks
+    file = tmp_path / "mine.safetensors"
+
+    def pretrained() -> CodedResNeXt:
+        return timm.create_model(name, pretrained=True, pretrained_cfg_overlay={"file": str(file)})
+
+    mine = create_model(name, codebooks=[Codebook(book.codewords.flip(0)) for book in books])
+    save_model(file, mine)
+    with pytest.raises(ValueError, match="other codewords"):
+        pretrained()
+    mine = create_model(name)
+    save_model(file, mine)
+    assert_same_network(pretrained().eval(), mine.eval(), torch.randn(2, 1, 8, 8))
+
+
+def test_a_grey_network_has_one_mean_and_one_deviation() -> None:
+    config = timm.data.resolve_model_data_config(timm.create_model("coded_resnext_digits"))
+    assert (len(config["mean"]), len(config["std"])) == (1, 1)
