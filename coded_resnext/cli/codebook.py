@@ -23,8 +23,14 @@ if TYPE_CHECKING:
     from coded_resnext.codebooks.codebook import Codebook
 
 
+# 128 and the number of SIGINT.
+INTERRUPTED = 130
+
+
 def run_search(args: argparse.Namespace) -> int:
-    """Search a codebook, and print or write it."""
+    """Search a codebook, and print or write it; 130 where Ctrl-C ended the search early."""
+    if args.output is not None and not args.output.resolve().parent.is_dir():
+        raise FileNotFoundError(f"--output: expected a folder at {args.output.parent}, found none")
     report = _progress_printer() if sys.stderr.isatty() else None
     found = search(args.classes, args.branches, args.active, args.effort, args.seed, report)
     if found.interrupted:
@@ -33,10 +39,15 @@ def run_search(args: argparse.Namespace) -> int:
     if args.output is None:
         print(codebook)
     else:
-        codebook.save(args.output)
+        try:
+            codebook.save(args.output)
+        except OSError:
+            # What took minutes to find is not lost.
+            print(codebook)
+            raise
         print(f"{args.output}: {_summary(codebook)}")
     print(codebook.bounds)
-    return 0
+    return INTERRUPTED if found.interrupted else 0
 
 
 def _progress_printer() -> Callable[[Progress], None]:

@@ -262,6 +262,8 @@ class _Search:
             return latest[-1] if latest else None
 
     def offer(self, words: Words) -> None:
+        if len(words) != self.classes:
+            raise RuntimeError(f"expected {self.classes} words, the search has {len(words)}")
         distances = distance_histogram(words)
         distance = min(distances)
         found = Found(words, distance, distances[distance])

@@ -114,8 +114,11 @@ def exchange(
     def insert(size: int, price: float, step: int) -> None:
         score = (price * conflicts + near) * weights + inner + barred[size]
         score += rng.random(count) * 0.5
-        score[tabu > step] = np.inf
         score[chosen] = np.inf
+        allowed = tabu <= step
+        # Where all orbits of the size are chosen or tabu, one that is tabu has to do.
+        if np.isfinite(score[allowed]).any():
+            score[~allowed] = np.inf
         index = int(np.argmin(score))
         clashing, touching = accounts.column(index)
         np.add(conflicts, clashing, out=conflicts)

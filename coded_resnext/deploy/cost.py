@@ -26,7 +26,7 @@ WARM_UP = 3
 
 @dataclass(frozen=True)
 class Cost:
-    """The cost of a network; multiply-accumulates are for one square image."""
+    """The cost of a network; multiply-accumulates are for one image."""
 
     parameters: int
     """Parameters of all tensors that are trained."""
@@ -83,12 +83,14 @@ class Share:
         return dict(vars(self))
 
 
-def network_cost(network: CodedResNeXt | ExtractedNetwork, image_size: int) -> Cost:
+def network_cost(
+    network: CodedResNeXt | ExtractedNetwork, image_size: int | tuple[int, int]
+) -> Cost:
     """Counts the cost of a network, multiplications from its sizes and the rest from its tensors.
 
     Args:
         network: whole or cut out.
-        image_size: height and width of the images in pixels, at least 1.
+        image_size: height and width of the images in pixels, at least 1; one number for both.
 
     Raises:
         ValueError: the image size is not positive, or layers were changed or replaced since the
@@ -99,19 +101,20 @@ def network_cost(network: CodedResNeXt | ExtractedNetwork, image_size: int) -> C
     check_layers(network, "counting goes by the sizes of its own layers", sizes_only=True)
     if not isinstance(network.head, nn.Linear | nn.Identity):
         raise ValueError(f"head: expected Linear, or Identity, got {type(network.head).__name__}")
-    if image_size < 1:
+    height, width = image_size if isinstance(image_size, tuple) else (image_size, image_size)
+    if min(height, width) < 1:
         raise ValueError(f"image_size: expected a positive number of pixels, got {image_size}")
-    macs = stem_macs(network, image_size, image_size)
-    size = stem_size(network, image_size)
+    macs = stem_macs(network, height, width)
+    height, width = stem_size(network, height), stem_size(network, width)
     projection_parameters = projection_macs = per_pass = 0
     for block in network.blocks:
         assert isinstance(block, CodedBottleneck)
         sizes = BlockSizes.of(block)
-        macs += sizes.macs(size, size) + sizes.projection_macs(size, size)
-        projection_macs += sizes.projection_macs(size, size)
+        macs += sizes.macs(height, width) + sizes.projection_macs(height, width)
+        projection_macs += sizes.projection_macs(height, width)
         per_pass += sizes.macs_per_pass() if block.form is None else 0
         projection_parameters += sum(p.numel() for p in block.skip.parameters())
-        size = halved(size, sizes.stride)
+        height, width = halved(height, sizes.stride), halved(width, sizes.stride)
     return Cost(
         parameters=sum(p.numel() for p in network.parameters()),
         projection_parameters=projection_parameters,

@@ -260,8 +260,10 @@ def _summary_numbers(summary: Mapping[str, Any]) -> dict[str, float]:
     for kind in ("inactive", "active"):
         for block, accuracy in enumerate(summary[f"remove_{kind}_accuracy"], 1):
             # Evaluations that once had a limit of time may lack some.
-            if accuracy is not None:
-                change = 100 * (accuracy - summary["test_accuracy"])
+            # Those from before `removal_accuracy` do not say of which images the removals are.
+            whole = summary.get("removal_accuracy")
+            if accuracy is not None and whole is not None:
+                change = 100 * (accuracy - whole)
                 numbers[f"points without {kind} branches {block}"] = change
     return {**numbers, "seconds": summary["seconds"]}
 

@@ -161,7 +161,7 @@ class ExitCurve:
         criteria.append(EarlyExit((None,) * len(model.coded_blocks)))
         return cls(
             samples=observed.samples,
-            network_macs=network_cost(model, height).macs,
+            network_macs=network_cost(model, (height, width)).macs,
             points=tuple(_point(scores, criterion, costs) for criterion in criteria),
         )
 

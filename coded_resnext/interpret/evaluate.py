@@ -107,7 +107,7 @@ def evaluate(
             BlockDescription(codebooks.index(book), place)
             for book, place in zip(observed.codebooks, places, strict=True)
         ),
-        cost=network_cost(model, observed.image_size[0]).to_dict(),
+        cost=network_cost(model, observed.image_size).to_dict(),
         not_computed=not_computed,
     )
     if not model.coded_blocks:
@@ -246,7 +246,9 @@ class Evaluation:
 
         `test_accuracy`; by coded block `early_decoding` (accuracy), `remove_active_accuracy` and
         `remove_inactive_accuracy` (all branches of the kind removed); by class
-        `single_class_average_precision`. Shares, 0 to 1; None where one is not available.
+        `single_class_average_precision`; `removal_accuracy`, that of the same images with nothing
+        removed, from which the removals are to be subtracted. Shares, 0 to 1; None where one is not
+        available.
         """
         blocks = self.removal.blocks if self.removal else ()
         return {
@@ -257,6 +259,7 @@ class Evaluation:
             "single_class_average_precision": list(
                 self.one_class.average_precisions if self.one_class else ()
             ),
+            "removal_accuracy": self.removal.accuracy if self.removal else None,
             "remove_active_accuracy": [block.active.accuracy[-1] for block in blocks],
             "remove_inactive_accuracy": [block.inactive.accuracy[-1] for block in blocks],
         }

@@ -166,6 +166,23 @@ def _joined(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     return torch.cat([images for images, _ in parts]), torch.cat([targets for _, targets in parts])
 
 
+def require_same_order(targets: Tensor, known: Tensor) -> None:
+    """Refuse a loader whose later pass gives other images than its first one, as shuffling does.
+
+    Args:
+        targets: classes of some images in this pass, `[B]` or, if there are fewer, what is left.
+        known: classes at the same places in the first pass.
+
+    Raises:
+        ValueError: they differ.
+    """
+    if not torch.equal(targets.cpu().long(), known.cpu().long()):
+        raise ValueError(
+            "loader: expected the same images in the same order in every pass, got other classes "
+            "than in the first pass; a loader for evaluation must not shuffle"
+        )
+
+
 def read_targets(model: CodedResNeXt, loader: Loader) -> Tensor:
     """The checked classes of all images of a loader, `[n]` on the CPU; raises as `batches`."""
     return torch.cat([targets.cpu() for _, targets in batches(model, loader, "targets")])

@@ -24,6 +24,7 @@ from .observe import (
     read_targets,
     require_at_least,
     require_coded_blocks,
+    require_same_order,
     resume_with_energies,
     trunk,
     without_targets,
@@ -274,7 +275,8 @@ def score_classes(
 
     Raises:
         ValueError: the network has no coded block, the loader has no batch, targets are not class
-            indices of the model, a score is not finite, or a number is outside its range.
+            indices of the model, a second pass gives other targets, a score is not finite, or a
+            number is outside its range.
         ImportError: scikit-learn is not installed, which `OneClass.of` needs.
     """
     require_coded_blocks(model.coded_blocks)
@@ -285,9 +287,11 @@ def score_classes(
     if role == "outside":
         loader = without_targets(loader)
     pairs = None
+    if negatives_per_positive is not None and targets is None:
+        targets = read_targets(model, loader)
+    known = targets
     if negatives_per_positive is not None:
-        if targets is None:
-            targets = read_targets(model, loader)
+        assert targets is not None
         if role == "outside":
             targets = torch.full_like(targets, -1)
         counted = targets if test is None else test.targets
@@ -299,6 +303,8 @@ def score_classes(
         for images, of_batch in batches(model, loader, f"one-class classifiers, {role} images"):
             count = len(images)
             batch_size = batch_size or count
+            if known is not None:
+                require_same_order(of_batch, known[start : start + count])
             if pairs is None:
                 rows = torch.arange(start, start + count).repeat(len(classes))
                 columns = torch.tensor(classes).repeat_interleave(count)
@@ -344,7 +350,7 @@ def _score_pairs(
         columns: for each pair its class, `[p]`.
         batch_size: pairs at a time.
     """
-    scores, dead = [features.new_empty(0).cpu()], [torch.empty(0, dtype=torch.bool)]
+    scores, dead = [torch.empty(0)], [torch.empty(0, dtype=torch.bool)]
     every = torch.arange(len(features))
     for some, asked in zip(
         torch.split(places, batch_size), torch.split(columns, batch_size), strict=True
@@ -353,7 +359,9 @@ def _score_pairs(
         asked = asked.to(features.device)
         masks = [block.codewords[asked] for block in model.coded_blocks]
         logits, energies = resume_with_energies(model, x, 0, masks)
-        scores.append(logits.gather(1, asked[:, None])[:, 0].cpu())
+        # NumPy, which sorts the scores, has no bfloat16.
+        exact = torch.promote_types(logits.dtype, torch.float32)
+        scores.append(logits.gather(1, asked[:, None])[:, 0].to("cpu", exact))
         dead.append(torch.stack([energy.sum(1) == 0 for energy in energies], 1).any(1).cpu())
     if not all(bool(part.isfinite().all()) for part in scores):
         raise ValueError("scores: expected finite logits of the model, got NaN or infinity")
@@ -452,11 +460,12 @@ def best_threshold(scores: Scores, positive: Flags) -> float | None:
     """
     if not _both(positive):
         return None
-    precision, recall, thresholds = _metrics().precision_recall_curve(positive, scores)
-    precision, recall = precision[:-1], recall[:-1]
-    # Precision + recall is 0 only where F1 is.
-    f1 = 2 * precision * recall / np.maximum(precision + recall, np.finfo(np.float64).tiny)
-    return float(thresholds[f1.argmax()])
+    thresholds = np.unique(scores)
+    accepted = len(scores) - np.searchsorted(np.sort(scores), thresholds)
+    of_class = np.sort(scores[positive])
+    hits = len(of_class) - np.searchsorted(of_class, thresholds)
+    # One division of whole numbers: equal fractions are equal numbers, of which the first counts.
+    return float(thresholds[(2 * hits / (accepted + len(of_class))).argmax()])
 
 
 def at_threshold(
@@ -480,7 +489,11 @@ def count_scores(scores: Scores, positive: Flags, outside: Scores) -> Histogram 
     every = np.concatenate([scores, outside]).astype(np.float64)
     if not len(every):
         return None
-    edges = np.histogram_bin_edges(every, BINS)
+    low, high = float(every.min()), float(every.max())
+    # Scores nearer to each other than bins can be told apart share the middle of a wider range.
+    if high - low < 1e-9 * max(abs(low), abs(high), 1e-9):
+        low, high = low - 0.5, high + 0.5
+    edges = np.linspace(low, high, BINS + 1)
     groups = (scores[positive], scores[~positive], outside)
     counts = [tuple(np.histogram(group, edges)[0].tolist()) for group in groups]
     return Histogram(tuple(edges.tolist()), *counts)

@@ -27,6 +27,7 @@ from .observe import (
     evaluating,
     require_at_least,
     require_coded_blocks,
+    require_same_order,
     resume,
     trunk,
 )
@@ -107,7 +108,8 @@ def remove_branches(
 
     Raises:
         ValueError: the network has no coded block, the loader has no batch, targets are not class
-            indices of the model, or a number is outside its range.
+            indices of the model, its images are not those of `observed` in their order, or a
+            number is outside its range.
     """
     require_coded_blocks(model.coded_blocks)
     require_at_least(0, seed=seed)
@@ -128,9 +130,10 @@ def remove_branches(
     ]
     end = done = 0
     with evaluating(model):
-        for images, _ in batches(model, loader, "removal of branches"):
+        for images, of_batch in batches(model, loader, "removal of branches"):
             batch = rows[done : done + len(images)]
             done += len(images)
+            require_same_order(of_batch, observed.targets[batch])
             # An order is drawn for every image of the loader, whether it loses branches or not.
             start, end = end, int(batch[-1]) + 1
             inputs = coded_inputs(model, trunk(model, images))

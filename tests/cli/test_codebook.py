@@ -134,3 +134,23 @@ def test_export_refuses_other_endings(run, tmp_path):
 def test_unknown_shipped_codebook(run):
     with pytest.raises(ValueError, match="no 'best' codebook of 7 x 3/10"):
         run("show", "7x3/10")
+
+
+def test_search_looks_for_the_folder_before_the_work(run, monkeypatch, tmp_path):
+    monkeypatch.setattr(codebook, "search", lambda *_: pytest.fail("the search had begun"))
+    with pytest.raises(FileNotFoundError, match="--output: expected a folder"):
+        run("search", 4, 6, 3, "-o", tmp_path / "nowhere" / "b.json")
+
+
+def test_an_interrupted_search_keeps_the_best_and_says_so_by_its_status(run, monkeypatch, tmp_path):
+    real = codebook.search
+    monkeypatch.setattr(codebook, "search", lambda *a: real(*a)._replace(interrupted=True))
+    path = tmp_path / "b.json"
+    assert run("search", 4, 6, 3, "--effort", "fast", "-o", path) == 130
+    assert Codebook.load(path).classes == 4
+
+
+def test_search_prints_what_it_cannot_write(run, tmp_path, capsys):
+    with pytest.raises(OSError, match="cannot write"):
+        run("search", 4, 6, 3, "--effort", "fast", "-o", tmp_path)
+    assert "4 classes, 3 of 6 branches each" in capsys.readouterr().out

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from coded_resnext.codebooks import search as module
 from coded_resnext.codebooks.bounds import distance_bound
 from coded_resnext.codebooks.search import search
-from coded_resnext.codebooks.words import first_duplicate
+from coded_resnext.codebooks.words import first_duplicate, is_balanced
 
 
 def check(found, classes, branches, active):
@@ -151,3 +151,25 @@ def test_interrupt_before_anything_is_found(monkeypatch):
     found = search(100, 20, 4)
     check(found, 100, 20, 4)
     assert found.interrupted
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_as_many_words_as_asked_for_where_orbits_have_several_lengths(seed):
+    """The exchange of orbits took one of another length where all of a length were taken."""
+    for classes in range(8, 14):
+        for effort in ("fast", "default") if classes < 10 else ("fast",):
+            words = search(classes, 8, 4, effort, seed).words
+            assert words.shape == (classes, 8)
+            assert first_duplicate(words) is None
+
+
+@given(st.integers(2, 60), st.integers(2, 40), st.data())
+@settings(max_examples=60, deadline=None)
+def test_any_size_has_its_number_of_words(classes, branches, data):
+    active = data.draw(st.integers(1, branches))
+    assume(comb(branches, active) >= classes)
+    words = search(classes, branches, active, "fast", data.draw(st.integers(0, 99))).words
+    assert words.shape == (classes, branches)
+    assert (words.sum(1) == active).all()
+    assert first_duplicate(words) is None
+    assert is_balanced(words)

@@ -50,6 +50,7 @@ def test_collects_every_experiment(network, data):
         "single_class_average_precision": [
             one.average_precision for one in found.one_class.classifiers
         ],
+        "removal_accuracy": found.removal.accuracy,
         "remove_active_accuracy": [block.active.accuracy[-1] for block in blocks],
         "remove_inactive_accuracy": [block.inactive.accuracy[-1] for block in blocks],
     }
@@ -104,6 +105,7 @@ def test_plain_network_has_an_accuracy():
         "test_accuracy": pytest.approx(2 / 3),
         "early_decoding": [],
         "single_class_average_precision": [],
+        "removal_accuracy": None,
         "remove_active_accuracy": [],
         "remove_inactive_accuracy": [],
     }
@@ -253,3 +255,50 @@ def test_scores_that_are_no_numbers_stop_only_their_experiment(network, data):
     found = evaluate(network, data, data, repeats=1)
     assert "expected finite logits" in found.not_computed["one_class"]
     assert len(found.removal.blocks) == 3
+
+
+class _Shuffling:
+    """A loader of one order in its first pass and another one in every later pass."""
+
+    def __init__(self, data, passes=1):
+        self.data, self.passes = data, passes
+
+    def __iter__(self):
+        count = len(self.data.targets)
+        order = torch.arange(count) if self.passes > 0 else torch.arange(count).flip(0)
+        self.passes -= 1
+        yield from batches(self.data.images[order], self.data.targets[order], 16)
+
+
+@pytest.mark.parametrize("negatives", [None, 2])
+def test_a_loader_that_shuffles_is_refused(network, data, negatives):
+    """ipex-llm#6308, ipex-llm#6326: the second pass was taken for the order of the first."""
+    with pytest.raises(ValueError, match="same images in the same order"):
+        evaluate(network, None, _Shuffling(data), repeats=1, negatives_per_positive=negatives)
+    found = evaluate(
+        network, None, _Shuffling(data, 2), repeats=1, negatives_per_positive=negatives
+    )
+    assert "same images in the same order" in found.not_computed["one_class"]
+    shuffled = evaluate(network, _Shuffling(data), data, repeats=1, negatives_per_positive=2)
+    assert "same images in the same order" in shuffled.not_computed["threshold data"]
+
+
+def test_cost_of_images_that_are_not_square(network):
+    """ultralytics#9350, pytorch-OpCounter#8: one side was taken for both."""
+    whole = []
+    for height, width in ((16, 8), (8, 16)):
+        images = torch.randn(12, 1, height, width, generator=torch.Generator().manual_seed(0))
+        found = evaluate(network, None, batches(images, torch.arange(12) % 4), repeats=1)
+        assert found.cost["macs"] == found.early_exit.network_macs
+        # The whole network, and the products with all codewords that decode its blocks.
+        decoding = sum(4 * book.branches for book in network.codebooks)
+        assert found.early_exit.points[-1].macs == found.cost["macs"] + decoding
+        whole.append(found.cost["macs"])
+    assert whole[0] == whole[1]
+
+
+def test_a_bfloat16_network_is_evaluated(network, data):
+    """mteb#1297, pytorch#110285: NumPy has no bfloat16."""
+    found = evaluate(network.bfloat16(), data, data, repeats=1)
+    assert found.one_class is not None
+    assert found.not_computed == {}

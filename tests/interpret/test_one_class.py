@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from support.small_networks import make_data
 
 from coded_resnext.data.batches import batches
 from coded_resnext.interpret import one_class, score_classes
-from coded_resnext.interpret.one_class import best_threshold, sweep
+from coded_resnext.interpret.one_class import best_threshold, count_scores, sweep
 from coded_resnext.interpret.records import to_plain
 from coded_resnext.models.published import published_model
 
@@ -264,3 +265,32 @@ def test_points_of_a_long_curve():
     # Where recall does not change precision still does, and an even choice of that is kept.
     separable = sweep(np.arange(1000.0), np.arange(1000) >= 990)
     assert sum(recall == 1 for recall in separable.recall) > 40
+
+
+def test_scores_nearer_than_bins_are_counted():
+    """rio-stac#68, skrub#2189: nearly equal scores in float64 had no bins."""
+    scores = 1.0 + 1e-16 * np.arange(6)
+    scores[3:] = np.nextafter(1.0, 2.0)
+    counted = count_scores(scores, np.arange(6) < 2, np.empty(0))
+    assert sum(counted.positives) == 2
+    assert sum(counted.negatives) == 4
+    assert list(counted.edges) == sorted(set(counted.edges))
+
+
+def test_the_lowest_of_equally_good_thresholds():
+    """sentence-transformers#384: equal F1 differ in the last bit when computed by rates."""
+    scores = np.array([1.0] * 5 + [0.0] * 7, np.float32)
+    positive = np.array([1, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0], bool)
+    assert best_threshold(scores, positive) == 0.0
+    random = np.random.default_rng(0)
+    for _ in range(200):
+        scores = random.integers(0, 5, 20).astype(np.float32)
+        positive = random.random(20) < 0.4
+        positive[:2] = True, False
+        f1 = {
+            float(t): Fraction(
+                2 * int((positive & (scores >= t)).sum()), int((scores >= t).sum() + positive.sum())
+            )
+            for t in np.unique(scores)
+        }
+        assert best_threshold(scores, positive) == min(t for t in f1 if f1[t] == max(f1.values()))
