@@ -14,12 +14,13 @@ from coded_resnext.kernels.loss.reference import class_scores
 from .resnext import CodedResNeXt
 
 
-def decode(energies: Tensor, codebook: Codebook | Tensor) -> Tensor:
+def decode(energies: Tensor, codebook: Codebook | Tensor, *, check_values: bool = True) -> Tensor:
     """Returns the class whose codeword is nearest to the energies.
 
     Args:
         energies: `[B, N]`, normalised or not: only their proportions matter.
         codebook: the codebook of the block, or its codewords `[K, N]`.
+        check_values: refuse energies on the CPU that are not finite.
 
     Returns:
         Class indices `[B]`. Ties go to the lowest index; a sample without any energy ties between
@@ -33,7 +34,8 @@ def decode(energies: Tensor, codebook: Codebook | Tensor) -> Tensor:
         raise ValueError(
             f"energies: expected [B, {codewords.shape[1]}], got {list(energies.shape)}"
         )
-    check_finite("energies", energies)
+    if check_values:
+        check_finite("energies", energies)
     return read_class(energies, codewords.to(energies.device))[0]
 
 

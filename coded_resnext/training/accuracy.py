@@ -79,7 +79,10 @@ def measure_until_stopped(
             bad |= not_finite(logits, energies)
             for most, values in zip(largest, energies, strict=True):
                 torch.maximum(most, values.amax(0).to(most), out=most)
-            early = [decode(e, words) for e, words in zip(energies, codewords, strict=True)]
+            early = [
+                decode(e, words, check_values=False)
+                for e, words in zip(energies, codewords, strict=True)
+            ]
             correct = torch.stack([logits.argmax(1), *early]) == targets.to(device)
             counts[:-1] += correct.sum(1)
             counts[-1] += len(targets)

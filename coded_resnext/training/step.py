@@ -291,7 +291,11 @@ class TrainStep:
             targets = targets.argmax(1)
         # The loss has the codewords on the device already; a copy would make the host wait.
         codewords = self.loss.codewords()
-        decoded = [decode(e.detach(), words) for e, words in zip(energies, codewords, strict=True)]
+        # A step that is not finite is the guard's to find.
+        decoded = [
+            decode(e.detach(), words, check_values=False)
+            for e, words in zip(energies, codewords, strict=True)
+        ]
         return [(found == targets).float().mean() for found in (logits.argmax(1), *decoded)]
 
 
