@@ -249,12 +249,16 @@ def test_without_scikit_learn_the_others_run(network, data, monkeypatch):
     assert len(found.removal.blocks) == 3
 
 
-def test_scores_that_are_no_numbers_stop_only_their_experiment(network, data):
+def test_results_that_are_no_numbers_are_refused(network, data):
+    images = data.images.clone()
+    images[3, 0, 0, 0] = torch.nan
+    found = evaluate(network, batches(images, data.targets), data, repeats=1)
+    assert "expected finite logits" in found.not_computed["threshold data"]
+    assert len(found.removal.blocks) == 3
     with torch.no_grad():
         network.head.weight[1, 0] = torch.nan
-    found = evaluate(network, data, data, repeats=1)
-    assert "expected finite logits" in found.not_computed["one_class"]
-    assert len(found.removal.blocks) == 3
+    with pytest.raises(ValueError, match=r"finite results.*head.weight of the network is not"):
+        evaluate(network, data, data, repeats=1)
 
 
 class _Shuffling:
