@@ -76,6 +76,8 @@ def bounded(h, SIGNED: tl.constexpr):
     x = h
     if INTERPRETED:
         x = h.to(tl.float32)
+        # In Triton 3.6 the interpreter's smaller number of NaN and another is NaN.
+        x = tl.where(x == x, x, LARGEST)
     x = tl.minimum(x, LARGEST)
     if SIGNED:
         x = tl.maximum(x, -LARGEST)

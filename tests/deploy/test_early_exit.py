@@ -149,10 +149,16 @@ def test_on_disk(tmp_path):
         ("{", "not an early-exit file"),
         ("[]", 'expected an object with a list "margins"'),
         ('{"margins": [0.1]}', "format_version: expected 1, got None"),
-        ('{"margins": ["a"], "format_version": 1}', "margins: expected numbers or null, got 'a'"),
-        ('{"margins": [true], "format_version": 1}', "expected numbers or null, got True"),
-        ('{"margins": [-1], "format_version": 1}', "expected numbers of at least 0"),
-        ('{"margins": [NaN], "format_version": 1}', "expected numbers of at least 0"),
+        (
+            '{"margins": ["a"], "format_version": 1}',
+            "margins: expected a finite number of at least 0, got 'a'",
+        ),
+        (
+            '{"margins": [true], "format_version": 1}',
+            "expected a finite number of at least 0, got True",
+        ),
+        ('{"margins": [-1], "format_version": 1}', "expected a finite number of at least 0"),
+        ('{"margins": [NaN], "format_version": 1}', "expected a finite number of at least 0"),
     ],
 )
 def test_damaged_files(tmp_path, content, message):

@@ -214,8 +214,8 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_told_one_step_late() -
         step(BATCH, 5)
     assert caught.value.step == 4
     assert caught.value.indices == list(range(8))
-    names = ["coding loss of coded block 1", "cross-entropy", "total loss", "gradient"]
-    assert caught.value.terms == names
+    losses = ["coding loss of coded block 1", "cross-entropy", "total loss"]
+    assert caught.value.terms == [*losses, "running statistics", "gradient"]
     assert_same(dict(model.state_dict()), before)
     assert_same([v["momentum_buffer"] for v in step.optimizer.state.values()], momenta)
     assert torch.equal(step.sums, sums)
