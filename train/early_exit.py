@@ -16,6 +16,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from coded_resnext.data.preprocessing import SPLIT_SEED
 from coded_resnext.deploy.cost import network_cost
 from coded_resnext.deploy.early_exit import EXIT_FILE, predict_early
 from coded_resnext.files import write_atomically
-from coded_resnext.models.checkpoint import LoadedModel, load_model
+from coded_resnext.models.checkpoint import LoadedModel, load_model, weights_sha256
 from coded_resnext.training.config import TrainingConfig
 from coded_resnext.training.engine import fit
 from coded_resnext.training.processes import run_script
@@ -181,7 +182,8 @@ def calibrate_runs(arguments: argparse.Namespace) -> None:
         },
     )
     for path, loaded in zip(arguments.runs, runs, strict=True):
-        criterion.save(path / EXIT_FILE)
+        own = replace(criterion, weights_sha256=weights_sha256(loaded.model))
+        own.save(path / EXIT_FILE)
         split = load_digits_split(loaded.training.get("split_seed", SPLIT_SEED))
         model = loaded.model.to(memory_format=torch.channels_last)
         row = measure(model, criterion, split.test_images, split.test_targets, arguments.rounds)

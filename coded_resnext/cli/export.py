@@ -5,13 +5,12 @@ from __future__ import annotations
 import argparse
 import io
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from coded_resnext.data.image_folder import find_images, read_image
 from coded_resnext.data.preprocessing import Preprocessing
-from coded_resnext.deploy.early_exit import EXIT_FILE, EarlyExit
+from coded_resnext.deploy.early_exit import EXIT_FILE
 from coded_resnext.deploy.export import (
     Exportable,
     Heads,
@@ -24,25 +23,17 @@ from coded_resnext.deploy.extract import extract_classifier
 from coded_resnext.deploy.extract_files import file_name
 from coded_resnext.deploy.hub import Pretrained, push_to_hub, save_pretrained
 from coded_resnext.deploy.onnx_files import quantize_onnx
-from coded_resnext.files import read_json, write_atomically
+from coded_resnext.files import write_atomically
 from coded_resnext.models.checkpoint import LoadedModel, load_model
-from coded_resnext.training.run_folder import SUMMARY_FILE
 
-from .extract import parse_class, stored_thresholds
+from .companions import Companions
+from .extract import parse_class
 
 FOLDER = "export"
 EARLY_EXIT_FOLDER = "early-exit"
 SHARED_FOLDER = "shared"
 SUFFIXES = {"onnx": ".onnx", "program": ".pt2", "aot": ".aot.pt2"}
 CALIBRATION_BATCH = 32
-# Of a run's summary: what was measured, and not where or how long.
-RESULTS = (
-    "test_accuracy",
-    "early_decoding",
-    "single_class_average_precision",
-    "remove_active_accuracy",
-    "remove_inactive_accuracy",
-)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -56,47 +47,26 @@ def run(arguments: argparse.Namespace) -> int:
     """
     _check(arguments)
     loaded = load_model(arguments.checkpoint)
-    folder = Path(arguments.checkpoint)
-    folder = folder if folder.is_dir() else folder.parent
+    companions = Companions(arguments.checkpoint, loaded.model)
     if arguments.format == "shared":
-        out = arguments.out or folder / FOLDER / SHARED_FOLDER
-        shared = pretrained_run(loaded, folder, arguments.name, arguments.license)
+        out = arguments.out or companions.folder / FOLDER / SHARED_FOLDER
+        shared = Pretrained(
+            loaded.model,
+            loaded.preprocessing,
+            companions.thresholds(),
+            companions.early_exit(),
+            loaded.training,
+            companions.results(),
+            arguments.name,
+            arguments.license,
+        )
         print(f"wrote {save_pretrained(shared, out)}")
         if arguments.push:
             print(f"pushed {push_to_hub(out, arguments.push)}")
         return 0
-    for path in _write(arguments, loaded, folder):
+    for path in _write(arguments, loaded, companions):
         print(f"wrote {path} ({path.stat().st_size:,} bytes)")
     return 0
-
-
-def pretrained_run(
-    loaded: LoadedModel, folder: Path, name: str, license_: str | None
-) -> Pretrained:
-    """A run as what is shared: with the thresholds, criterion and results that its folder has.
-
-    Raises:
-        ValueError: a file of the run is damaged.
-    """
-    thresholds = stored_thresholds(folder)
-    criterion, summary = folder / EXIT_FILE, folder / SUMMARY_FILE
-    results: dict[str, Any] = {}
-    if summary.is_file():
-        try:
-            content = read_json(summary)
-            results = {key: content[key] for key in RESULTS if key in content}
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"{summary}: not a readable summary: {error}") from error
-    return Pretrained(
-        loaded.model,
-        loaded.preprocessing,
-        {key: value for key, value in thresholds.items() if value is not None},
-        EarlyExit.load(criterion) if criterion.is_file() else None,
-        loaded.training,
-        results,
-        name,
-        license_,
-    )
 
 
 def _check(arguments: argparse.Namespace) -> None:
@@ -112,16 +82,21 @@ def _check(arguments: argparse.Namespace) -> None:
         raise ValueError("--int8: expected for a single file, not with --early-exit")
 
 
-def _write(arguments: argparse.Namespace, loaded: LoadedModel, folder: Path) -> list[Path]:
+def _write(
+    arguments: argparse.Namespace, loaded: LoadedModel, companions: Companions
+) -> list[Path]:
     """Write what is asked for; the files."""
     model = loaded.model
     options = {"image_size": arguments.image_size, "preprocessing": loaded.preprocessing}
-    target = folder / FOLDER
+    target = companions.folder / FOLDER
     if arguments.early_exit:
-        criterion = folder / EXIT_FILE
-        if not criterion.is_file():
-            raise ValueError(f"--early-exit: expected {criterion}; train/early_exit.py makes it")
-        notes = {"early_exit": EarlyExit.load(criterion).to_dict()}
+        criterion = companions.early_exit()
+        if criterion is None:
+            raise ValueError(
+                f"--early-exit: expected {companions.folder / EXIT_FILE} for these weights; "
+                "train/early_exit.py makes it"
+            )
+        notes = {"early_exit": criterion.to_dict()}
         out = arguments.out or target / EARLY_EXIT_FOLDER
         return export_early_exit(model, out, opset=arguments.opset, metadata=notes, **options)
     network: Exportable = model
@@ -130,7 +105,7 @@ def _write(arguments: argparse.Namespace, loaded: LoadedModel, folder: Path) -> 
         network, name = Heads(model), "heads"
     elif arguments.class_name is not None:
         index = parse_class(model, arguments.class_name)
-        threshold = stored_thresholds(folder).get(model.class_names[index])
+        threshold = companions.thresholds().get(model.class_names[index])
         network = extract_classifier(model, index, threshold=threshold, fold_batch_norm=True)
         name = Path(file_name(index, model.class_names[index])).stem
     out = arguments.out or target / f"{name}{SUFFIXES[arguments.format]}"

@@ -18,12 +18,13 @@ from coded_resnext.deploy.extract import (
     extract_subset,
 )
 from coded_resnext.deploy.extract_files import INDEX_FILE, extract_all, file_name, save_extracted
-from coded_resnext.files import LARGEST_RESULTS, printable, read_json
+from coded_resnext.files import printable
 from coded_resnext.models.checkpoint import LoadedModel, load_model
 from coded_resnext.models.resnext import CodedResNeXt
 
+from .companions import Companions
+
 FOLDER = "classifiers"
-EVALUATION_FILE = "evaluation.json"
 DEFAULT_IMAGE_SIZE = 32
 
 
@@ -41,9 +42,9 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError("--threshold: expected with one class only")
     books = [Codebook.load(path) for path in arguments.codebooks or ()]
     loaded = load_model(arguments.checkpoint, codebooks=books or None)
-    run_folder = Path(arguments.checkpoint)
-    run_folder = run_folder if run_folder.is_dir() else run_folder.parent
-    thresholds = stored_thresholds(run_folder)
+    companions = Companions(arguments.checkpoint, loaded.model)
+    run_folder = companions.folder
+    thresholds = companions.thresholds()
     options = {"fold_batch_norm": arguments.fold, "skip_rank": arguments.skip_rank}
     if arguments.all:
         folder = arguments.out or run_folder / FOLDER
@@ -71,22 +72,6 @@ def parse_class(model: CodedResNeXt, text: str) -> int:
     return class_index(model.class_names, text)
 
 
-def stored_thresholds(run_folder: Path) -> dict[str, float | None]:
-    """The thresholds that the run's evaluation chose, by class; empty when there is none.
-
-    Raises:
-        ValueError: the file of the evaluation is damaged.
-    """
-    path = run_folder / EVALUATION_FILE
-    if not path.is_file():
-        return {}
-    try:
-        one_class = read_json(path, LARGEST_RESULTS).get("one_class") or {}
-        return {row["class_name"]: row["threshold"] for row in one_class.get("classifiers", [])}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path}: not a readable evaluation: {error}") from error
-
-
 def describe(loaded: LoadedModel, part: ExtractedNetwork, path: Path) -> dict[str, Any]:
     """What was written, and its cost beside that of the whole network."""
     size = loaded.preprocessing.size if loaded.preprocessing else DEFAULT_IMAGE_SIZE
@@ -105,7 +90,7 @@ def _extract(
     model: CodedResNeXt,
     indices: list[int],
     threshold: float | None,
-    thresholds: dict[str, float | None],
+    thresholds: dict[str, float],
     options: dict[str, Any],
 ) -> ExtractedNetwork:
     if len(indices) > 1:
@@ -118,7 +103,7 @@ def _extract(
 def _extract_all(
     loaded: LoadedModel,
     folder: Path,
-    thresholds: dict[str, float | None],
+    thresholds: dict[str, float],
     options: dict[str, Any],
 ) -> dict[str, Any]:
     index = extract_all(

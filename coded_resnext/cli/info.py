@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from coded_resnext.deploy.cost import measure_latency, network_cost
-from coded_resnext.deploy.early_exit import EXIT_FILE, EarlyExit
+from coded_resnext.deploy.early_exit import EarlyExit
 from coded_resnext.deploy.extract import extract_classifier, extract_subset
 from coded_resnext.files import printable
 from coded_resnext.models.checkpoint import LoadedModel, load_model
 
+from .companions import Companions
 from .extract import DEFAULT_IMAGE_SIZE
 
 SHOWN_CLASSES = 10
@@ -28,21 +28,20 @@ def run(arguments: argparse.Namespace) -> int:
         OSError: a file cannot be read.
     """
     loaded = load_model(arguments.checkpoint)
-    path = Path(arguments.checkpoint)
-    folder = path if path.is_dir() else path.parent
-    content = describe(loaded, folder, arguments.image_size, latency=arguments.latency)
+    criterion = Companions(arguments.checkpoint, loaded.model).early_exit()
+    content = describe(loaded, criterion, arguments.image_size, latency=arguments.latency)
     print(json.dumps(content, indent=1, allow_nan=False) if arguments.json else _sentences(content))
     return 0
 
 
 def describe(
-    loaded: LoadedModel, folder: Path, image_size: int | None, *, latency: bool
+    loaded: LoadedModel, early_exit: EarlyExit | None, image_size: int | None, *, latency: bool
 ) -> dict[str, Any]:
     """JSON-ready facts about a network and the classifier of its first class.
 
     Args:
         loaded: the network.
-        folder: where the run's criterion of early exit is, if it has one.
+        early_exit: the criterion of the run, if it has one.
         image_size: in pixels; None takes that of the preprocessing.
         latency: measure the time of one image, both networks with BatchNorm folded in.
     """
@@ -66,11 +65,8 @@ def describe(
         "training": loaded.training,
         "cost": whole.to_dict(),
         "classifier": None,
-        "early_exit": None,
+        "early_exit": None if early_exit is None else early_exit.to_dict(),
     }
-    exit_path = folder / EXIT_FILE
-    if exit_path.is_file():
-        content["early_exit"] = EarlyExit.load(exit_path).to_dict()
     if model.coded_blocks and model.config["aggregation"] == "sum":
         part = extract_classifier(model, 0)
         cost = network_cost(part, image_size)

@@ -21,6 +21,8 @@ from coded_resnext.models.checkpoint import LoadedModel, load_model
 from coded_resnext.models.decode import check_results, not_finite
 from coded_resnext.models.resnext import CodedResNeXt
 
+from .companions import Companions
+
 
 def run(arguments: argparse.Namespace) -> int:
     """Classify and print; the exit status.
@@ -41,7 +43,8 @@ def run(arguments: argparse.Namespace) -> int:
         )
     criterion = None
     if arguments.early or arguments.margin is not None:
-        criterion = read_criterion(arguments.margin, Path(arguments.checkpoint), loaded.model)
+        companions = Companions(arguments.checkpoint, loaded.model)
+        criterion = read_criterion(arguments.margin, companions, loaded.model)
     files = find_images(arguments.images)
     groups = [
         files[start : start + arguments.batch_size]
@@ -58,7 +61,7 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def read_criterion(margin: float | None, checkpoint: Path, model: CodedResNeXt) -> EarlyExit:
+def read_criterion(margin: float | None, companions: Companions, model: CodedResNeXt) -> EarlyExit:
     """The criterion of one margin for all blocks, or the one that was calibrated for the run.
 
     Raises:
@@ -68,13 +71,13 @@ def read_criterion(margin: float | None, checkpoint: Path, model: CodedResNeXt) 
         if not 0 <= margin <= 1:
             raise ValueError(f"--margin: expected a number from 0 to 1, got {margin}")
         return EarlyExit.at_margin(model, margin)
-    folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
-    path = folder / EXIT_FILE
-    if not path.is_file():
+    criterion = companions.early_exit()
+    if criterion is None:
         raise ValueError(
-            f"--early: expected {path}, found none; train/early_exit.py makes it, or give --margin"
+            f"--early: expected {companions.folder / EXIT_FILE} for these weights, found none; "
+            "train/early_exit.py makes it, or give --margin"
         )
-    return EarlyExit.load(path)
+    return criterion
 
 
 def classify(

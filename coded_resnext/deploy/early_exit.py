@@ -47,6 +47,8 @@ class EarlyExit:
     """Says whether the decoder of the coded block before must name the same class."""
     calibration: dict[str, Any] = field(default_factory=dict)
     """How the margins were chosen, JSON-ready."""
+    weights_sha256: str | None = field(default=None, compare=False)
+    """SHA-256 of the weights that they are for, see `checkpoint.weights_sha256`."""
 
     def __post_init__(self) -> None:
         margins = [None if m is None else checked_number("margins", m, 0) for m in self.margins]
@@ -81,6 +83,7 @@ class EarlyExit:
             "margins": list(self.margins),
             "agreement": self.agreement,
             "calibration": self.calibration,
+            "weights_sha256": self.weights_sha256,
         }
 
     @classmethod
@@ -99,7 +102,10 @@ class EarlyExit:
         calibration = data.get("calibration") or {}
         if not isinstance(calibration, dict):
             raise ValueError(f"calibration: expected an object, got {calibration!r:.80}")
-        return cls(tuple(data["margins"]), bool(data.get("agreement")), calibration)
+        weights = data.get("weights_sha256")
+        if not isinstance(weights, str | None):
+            raise ValueError(f"weights_sha256: expected text, got {weights!r:.80}")
+        return cls(tuple(data["margins"]), bool(data.get("agreement")), calibration, weights)
 
     def save(self, path: str | Path) -> None:
         """Writes the criterion as JSON."""

@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any, Literal, TypeVar
 
 from coded_resnext.deploy.cost import network_cost
+from coded_resnext.models.checkpoint import weights_sha256
 from coded_resnext.models.resnext import CodedResNeXt
 
 from .decoding import Classification, EarlyDecoding, ExitCurve, classification
@@ -109,6 +110,7 @@ def evaluate(
         ),
         cost=network_cost(model, observed.image_size).to_dict(),
         not_computed=not_computed,
+        weights_sha256=weights_sha256(model),
     )
     if not model.coded_blocks:
         reason = "a plain network, which has no coded block"
@@ -230,6 +232,8 @@ class Evaluation:
     """The number of images of none of the classes."""
     not_computed: dict[str, str] = field(default_factory=dict)
     """The reason, by experiment, why it or a part of it is missing."""
+    weights_sha256: str | None = None
+    """SHA-256 of the weights that were measured, see `checkpoint.weights_sha256`."""
 
     @property
     def test_accuracy(self) -> float:
@@ -248,7 +252,7 @@ class Evaluation:
         `remove_inactive_accuracy` (all branches of the kind removed); by class
         `single_class_average_precision`; `removal_accuracy`, that of the same images with nothing
         removed, from which the removals are to be subtracted. Shares, 0 to 1; None where one is not
-        available.
+        available. And `weights_sha256` of the weights that were measured.
         """
         blocks = self.removal.blocks if self.removal else ()
         return {
@@ -262,6 +266,7 @@ class Evaluation:
             "removal_accuracy": self.removal.accuracy if self.removal else None,
             "remove_active_accuracy": [block.active.accuracy[-1] for block in blocks],
             "remove_inactive_accuracy": [block.inactive.accuracy[-1] for block in blocks],
+            "weights_sha256": self.weights_sha256,
         }
 
     def to_dict(self) -> dict[str, Any]:

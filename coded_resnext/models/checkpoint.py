@@ -6,6 +6,7 @@ preprocessing and how the network was trained. Nothing in such a file is execute
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -98,6 +99,18 @@ def describe_network(model: CodedResNeXt) -> dict[str, Any]:
         "class_names": list(model.class_names),
         "codebooks": [codebook.to_dict() for codebook in model.stage_codebooks],
     }
+
+
+def weights_sha256(model: CodedResNeXt) -> str:
+    """Returns the SHA-256 of a network's tensors, with their names, types and shapes.
+
+    What was measured on a network carries it, so that it is not taken for another's.
+    """
+    digest = hashlib.sha256()
+    for name, value in sorted(own_network(model).state_dict().items()):
+        digest.update(f"{name} {value.dtype} {list(value.shape)}\n".encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def load_model(

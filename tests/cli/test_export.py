@@ -13,7 +13,7 @@ from support.small_networks import make_images
 
 from coded_resnext import EarlyExit, create_model, extract_classifier, from_pretrained
 from coded_resnext.cli import main
-from coded_resnext.models.checkpoint import save_model
+from coded_resnext.models.checkpoint import save_model, weights_sha256
 
 onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
@@ -131,3 +131,28 @@ def test_a_program_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None
     out = tmp_path / "folder.pt2"
     assert export(tmp_path, "--format", "program", "--out", out) == 2
     assert sorted(path.name for path in tmp_path.iterdir()) == ["folder.pt2", "model.safetensors"]
+
+
+def test_results_of_other_weights_stay_where_they_are(run_folder, network, tmp_path, capsys):
+    """transformers#15547, transformers#12741."""
+    sha = weights_sha256(network)
+    for name in ("evaluation.json", "summary.json"):
+        path = run_folder / name
+        content = json.loads(path.read_text()) if path.exists() else {"test_accuracy": 0.45}
+        path.write_text(json.dumps({**content, "weights_sha256": sha}))
+    EarlyExit((0.5, None, 0.25), weights_sha256=sha).save(run_folder / "early_exit.json")
+    best = run_folder / "best.safetensors"
+    for same in (True, False):
+        if not same:
+            torch.nn.init.ones_(network.head.weight)
+        save_model(best, network)
+        capsys.readouterr()
+        assert export(best, "--format", "shared", "--out", tmp_path / "shared") == 0
+        assert capsys.readouterr().err.count("other weights, left out\n") == (0 if same else 3)
+        shared = from_pretrained(tmp_path / "shared")
+        assert bool(shared.results) == bool(shared.thresholds) == same
+        assert (shared.early_exit is not None) == same
+    assert main.main(["extract", str(best), "0", "--out", str(tmp_path / "c.safetensors")]) == 0
+    assert "no threshold" in capsys.readouterr().out
+    assert export(best, "--early-exit") == 2
+    assert "for these weights" in capsys.readouterr().err

@@ -25,6 +25,7 @@ from coded_resnext.interpret import (
 from coded_resnext.interpret.observe import draw_rows
 from coded_resnext.interpret.records import to_plain
 from coded_resnext.interpret.tables import text
+from coded_resnext.models.checkpoint import weights_sha256
 
 
 def test_collects_every_experiment(network, data):
@@ -53,6 +54,7 @@ def test_collects_every_experiment(network, data):
         "removal_accuracy": found.removal.accuracy,
         "remove_active_accuracy": [block.active.accuracy[-1] for block in blocks],
         "remove_inactive_accuracy": [block.inactive.accuracy[-1] for block in blocks],
+        "weights_sha256": weights_sha256(network),
     }
     assert len(summary["early_decoding"]) == len(summary["remove_active_accuracy"]) == 3
     assert len(summary["single_class_average_precision"]) == 4
@@ -108,6 +110,7 @@ def test_plain_network_has_an_accuracy():
         "removal_accuracy": None,
         "remove_active_accuracy": [],
         "remove_inactive_accuracy": [],
+        "weights_sha256": found.weights_sha256,
     }
     assert "plain network" in text(found)
     assert found.to_dict()["removal"] is None
