@@ -224,8 +224,9 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     try:
         with safe_open(path, framework="pt") as file:
             description = parse_json((file.metadata() or {}).get(_HEADER, "null"))
-            # A safe_open handle is no mapping; it has keys() alone.
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            # A safe_open handle is no mapping; it has keys() alone. Its tensors lie in the file,
+            # whose next writer would change them.
+            state = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, *UNFIT) as error:
         raise ValueError(f"{path}: not a readable model file: {error}") from error
     if not isinstance(description, dict):

@@ -162,3 +162,12 @@ def test_tensors_keep_their_own_precision(tmp_path: Path) -> None:
     assert {k: v.dtype for k, v in loaded.items()} == {
         k: v.dtype for k, v in model.state_dict().items()
     }
+
+
+def test_a_network_does_not_change_with_its_file(path: Path) -> None:
+    network = load_model(path).model
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    with path.open("r+b") as file:
+        file.seek(path.stat().st_size // 2)
+        file.write(bytes(10000))
+    assert all(torch.equal(network.state_dict()[name], value) for name, value in before.items())
