@@ -16,12 +16,15 @@ from support.image_data import write_images
 from support.tiny_training import IMAGES, TARGETS, make_config, make_loader, make_model, train
 
 import coded_resnext.training.engine as engine
+from coded_resnext import create_model
+from coded_resnext.cli.train import Command, run_recipe
 from coded_resnext.data.batches import TrainingBatches, batches
 from coded_resnext.data.datasets import load_dataset
 from coded_resnext.training.accuracy import measure_accuracy
 from coded_resnext.training.config import TrainingConfig
 from coded_resnext.training.engine import fit
 from coded_resnext.training.processes import TrainingStopped
+from coded_resnext.training.recipe import make_recipe
 from coded_resnext.training.run_folder import RunFolder
 from coded_resnext.training.saved_state import load_state
 
@@ -144,12 +147,32 @@ def test_an_evaluation_that_fails_does_not_cost_the_epoch(tmp_path: Path) -> Non
     assert state["step"] == len(loader)
 
 
-def test_a_calibration_sees_every_class(tmp_path: Path) -> None:
+def test_a_calibration_sees_every_class(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """mmdetection#259, SinglePathOneShot#4: the head of a sorted set is one class."""
     for split in ("train", "test"):
         write_images(tmp_path / split, {"a": 20, "b": 20, "c": 20})
-    some = load_dataset("folder", tmp_path).slice(train_images=12)
-    assert some.train.targets.bincount().tolist() == [4, 4, 4]
+    plain = create_model("resnext17_10x4d", num_classes=3)
+    torch.save(plain.state_dict(), tmp_path / "plain.pth")
+    recipe = make_recipe(
+        {"data_dir": str(tmp_path), "img_size": 8, "workers": 0, "validation_batch_size": 4},
+        {"model": "coded_resnext17_10x4d", "initial_checkpoint": str(tmp_path / "plain.pth")},
+        {"epochs": 1, "batch_size": 4, "lr": 0.1},
+    )
+    classes: list[int] = []
+
+    class LookedAtError(Exception):
+        pass
+
+    def look(_: object, loader: Any) -> int:
+        classes.extend(target for _, targets in loader for target in targets.tolist())
+        raise LookedAtError
+
+    monkeypatch.setattr("coded_resnext.cli.train.CALIBRATION_IMAGES", 12)
+    monkeypatch.setattr("coded_resnext.cli.train.recalibrate_batch_norm", look)
+    command = Command(recipe, tmp_path / "run", resume=False, evaluation=False, device="cpu")
+    with pytest.raises(LookedAtError):
+        run_recipe(command)
+    assert [classes.count(index) for index in range(3)] == [4, 4, 4]
 
 
 def test_labels_of_an_archive_may_be_a_column(tmp_path: Path) -> None:
