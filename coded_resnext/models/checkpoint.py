@@ -72,6 +72,8 @@ def save_model(
         ValueError: a layer was taken away or replaced, so that the file could not be read again.
     """
     model = own_network(model)
+    if isinstance(model.head, nn.Identity):
+        raise ValueError("model: expected a network with its classifier, got one without")
     check_layers(model, "a file holds weights for the network's own layers", sizes_only=True)
     # Compiling a block puts its name before those of the layers.
     state = {name.replace("_orig_mod.", ""): value for name, value in model.state_dict().items()}
@@ -82,7 +84,7 @@ def save_model(
     try:
         check_tensors(described.state_dict(), state, any_precision=True)
     except ValueError as error:
-        raise ValueError(f"model: {error}, which its description does not rebuild") from error
+        raise ValueError(f"model: a file could not be read again: {error}") from error
     description = {
         "format_version": FORMAT_VERSION,
         **describe_network(model),
