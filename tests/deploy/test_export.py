@@ -308,7 +308,9 @@ def test_int8(model, files, tmp_path):
     (logits,) = outputs(path, DIGITS.test_images)
     expected = model(DIGITS.test_images)
     agreement = float((logits.argmax(1) == expected.argmax(1)).float().mean())
-    assert agreement > 0.97  # TODO spread
+    # Of twelve seeds of this training the worst changed 5 of 360 classes (0.986), the best none;
+    # where products overflow it is 12. Twice the worst may change.
+    assert agreement > 0.97
     # It is not the float network under another name.
     assert float((logits - expected).abs().max()) > 1e-3
     with pytest.raises(ValueError, match="images: expected at least one batch"):
