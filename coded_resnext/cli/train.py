@@ -44,7 +44,7 @@ from coded_resnext.models.warm_start import (
     recalibrate_batch_norm,
 )
 from coded_resnext.training.engine import fit
-from coded_resnext.training.processes import World, run_script, training_session
+from coded_resnext.training.processes import TIMEOUT, World, run_script, training_session
 from coded_resnext.training.recipe import (
     GROUPS,
     OWN_FLAGS,
@@ -58,6 +58,7 @@ from coded_resnext.training.run_folder import (
     SUMMARY_FILE,
     RunFolder,
     describe_machine,
+    require_same,
     versions,
 )
 from coded_resnext.training.step import compiled
@@ -79,6 +80,8 @@ INCIDENTAL = (
     "initial_checkpoint",
     "codebooks",
 )
+# The processes of a run may differ in these: where a machine has the images, and how it reads them.
+OF_A_MACHINE = ("data_dir", "storage", "workers")
 
 
 def open_data(recipe: Recipe) -> ImageSplits:
@@ -219,7 +222,10 @@ def run_recipe(
     recipe = command.recipe
     if command.evaluation:
         require_packages()
-    with training_session(command.device) as world:
+    with training_session(command.device, timeout=command.timeout) as world:
+        # First, since what a process does from here on follows from its settings.
+        own = {k: v for k, v in recipe.settings().items() if k not in OF_A_MACHINE}
+        require_same(world, {**own, "device": world.device.type})
         # The processes that do not divide the batch are a quicker answer than the data are.
         recipe.training.local_batch_size(world.size)
         check_backend(recipe.model.backend, world.device)
@@ -438,6 +444,8 @@ class Command:
     """Images of none of the classes, see `open_outside`."""
     repeats: int = 5
     """Of the random branch removals."""
+    timeout: float = TIMEOUT
+    """Seconds that a process waits for another one."""
 
 
 def parse_command(
@@ -484,6 +492,13 @@ def parse_command(
         "--repeats", type=int, default=5, help="of the random branch removals (%(default)s)"
     )
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (%(default)s)")
+    parser.add_argument(
+        "--timeout",
+        type=float,
+        default=TIMEOUT,
+        metavar="SECONDS",
+        help="that a process waits for another one of the run before it gives up (%(default)g)",
+    )
     for group in GROUPS:
         add_flags(parser, group)
     arguments = vars(parser.parse_args(argv))
@@ -500,6 +515,7 @@ def parse_command(
         own["device"],
         own["outside"],
         own["repeats"],
+        own["timeout"],
     )
 
 

@@ -35,7 +35,14 @@ from .config import TrainingConfig
 from .guard import NonFiniteError
 from .logging import RunLog
 from .processes import TrainingStopped, World
-from .run_folder import AVERAGE_FILE, BEST_FILE, DEAD_FILE, RunFolder, differences
+from .run_folder import (
+    AVERAGE_FILE,
+    BEST_FILE,
+    DEAD_FILE,
+    RunFolder,
+    differences,
+    require_same,
+)
 from .saved_state import get_rng_state, set_rng_state
 from .step import TrainStep
 
@@ -110,11 +117,12 @@ class _Training:
         self.train_loader, self.test_loader = train_loader, test_loader
         self.preprocessing, self.notes = preprocessing, notes
         self.steps_per_epoch = len(train_loader)
+        self.data = _fingerprint(train_loader)
+        require_same(world, {"run": run.config, "data": self.data})
         self.make_step = TrainStep(model, config, world, self.steps_per_epoch)
         self.history: list[dict[str, float]] = []
         # What the caller has frozen stays so; a network in evaluation mode is trained whole.
         self.frozen = [m for m in model.modules() if model.training and not m.training]
-        self.data = _fingerprint(train_loader)
         self.step = 0
         self.joined = False
         """Says whether the processes have joined their running statistics since the last step."""

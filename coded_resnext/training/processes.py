@@ -7,8 +7,10 @@ Without torchrun the same script is a run of one process.
 
 from __future__ import annotations
 
+import datetime
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -27,6 +29,8 @@ from coded_resnext.files import printable_lines
 
 # One request may arrive twice: from the terminal or the batch system, and from torchrun.
 SECONDS_OF_ONE_REQUEST = 1.0
+# Seconds that a process waits for another one: of a slow disk or a long download, too.
+TIMEOUT = 1800.0
 
 
 class TrainingStopped(Exception):  # noqa: N818
@@ -50,11 +54,17 @@ class TrainingStopped(Exception):  # noqa: N818
         return 128 + self.signal_number
 
 
+_entered: set[int] = set()
+"""The descriptors to which this process's signals are written at present."""
+
+
 class StopSignals:
     """Takes note of SIGTERM and SIGINT while it is entered; a second one ends the process at once.
 
-    It may be entered within itself. Outside the main thread, where Python allows no handlers, it
-    does nothing.
+    It ends it wherever it is: a thread of its own waits for the second one, since Python's handlers
+    do not run while the main thread is in a library, such as in a sum over processes of which one
+    has stopped. It may be entered within itself. Outside the main thread, where Python allows no
+    handlers, it does nothing.
 
     Attributes:
         received: number of the signal that came first, 0 before.
@@ -62,14 +72,24 @@ class StopSignals:
 
     def __init__(self) -> None:
         self.received = 0
-        self._received_at = 0.0
         self._depth = 0
         self._former: dict[signal.Signals, Any] = {}
+        self._former_wakeup = -1
+        self._arrivals: socket.socket | None = None
+        """What the numbers of signals are written to as they arrive; their thread reads them."""
 
     def __enter__(self) -> StopSignals:
         self._depth += 1
         if self._depth == 1 and threading.current_thread() is threading.main_thread():
             self._former = {s: signal.signal(s, self._take_note) for s in STOP_SIGNALS}
+            self._arrivals, read = socket.socketpair()
+            self._arrivals.setblocking(False)
+            self._former_wakeup = signal.set_wakeup_fd(
+                self._arrivals.fileno(), warn_on_full_buffer=False
+            )
+            _entered.add(self._arrivals.fileno())
+            self._ending = threading.Thread(target=_end_at_second, args=(read,), daemon=True)
+            self._ending.start()
         return self
 
     def __exit__(
@@ -79,18 +99,43 @@ class StopSignals:
         trace: TracebackType | None,
     ) -> None:
         self._depth -= 1
-        if self._depth == 0:
+        if self._depth == 0 and self._arrivals is not None:
+            signal.set_wakeup_fd(self._former_wakeup)
             for number, handler in self._former.items():
                 signal.signal(number, handler)
-            self._former = {}
+            _entered.discard(self._arrivals.fileno())
+            # Its thread reads what has arrived, and the end.
+            self._arrivals.close()
+            self._ending.join()
+            self._arrivals, self._former = None, {}
 
     def _take_note(self, number: int, frame: FrameType | None) -> None:
-        now = time.monotonic()
-        if not self.received:
-            self.received, self._received_at = number, now
-        elif now - self._received_at > SECONDS_OF_ONE_REQUEST:
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
+        self.received = self.received or number
+
+
+def _end_at_second(arrivals: socket.socket) -> None:
+    """End the process at the second request among the signals that arrive."""
+    first = None
+    with arrivals:
+        while content := arrivals.recv(1):
+            if content[0] not in STOP_SIGNALS:
+                continue
+            now = time.monotonic()
+            first = now if first is None else first
+            if now - first > SECONDS_OF_ONE_REQUEST:
+                # Without the clean-up of the interpreter, which the main thread may hold up.
+                os._exit(128 + content[0])
+
+
+def _keep_from_parent() -> None:
+    """Keep a forked child, such as a worker, from telling its parent of the child's signals."""
+    if _entered:
+        signal.set_wakeup_fd(-1)
+        _entered.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_keep_from_parent)
 
 
 Value = TypeVar("Value")
@@ -164,7 +209,7 @@ class World:
 
 
 @contextmanager
-def training_session(device: str = "auto") -> Iterator[World]:
+def training_session(device: str = "auto", *, timeout: float = TIMEOUT) -> Iterator[World]:
     """Joins the processes that torchrun has started, and leaves them in the end.
 
     From here on SIGTERM and SIGINT are taken note of, so that `fit` can save before it stops.
@@ -172,10 +217,14 @@ def training_session(device: str = "auto") -> Iterator[World]:
     Args:
         device: `"auto"` takes this process's GPU if there are any, and the CPU otherwise; or a
             device type such as `"cpu"` or `"cuda"`.
+        timeout: seconds, above 0, after which a process that waits for another one gives up.
 
     Raises:
-        ValueError: no such device, or fewer GPUs than processes on this machine.
+        ValueError: no such device, fewer GPUs than processes on this machine, or a time-out that
+            is not above 0.
     """
+    if not timeout > 0:
+        raise ValueError(f"timeout: expected seconds above 0, got {timeout}")
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     target = _pick_device(device, int(os.environ.get("LOCAL_RANK", 0)))
     if target.type == "cuda":
@@ -183,7 +232,10 @@ def training_session(device: str = "auto") -> Iterator[World]:
     with StopSignals() as signals:
         if size > 1:
             # Objects and counts of the host go through gloo, whatever the device.
-            dist.init_process_group("cpu:gloo,cuda:nccl" if target.type == "cuda" else "gloo")
+            dist.init_process_group(
+                "cpu:gloo,cuda:nccl" if target.type == "cuda" else "gloo",
+                timeout=datetime.timedelta(seconds=timeout),
+            )
         try:
             yield World(rank, size, target, signals)
         except TrainingStopped:

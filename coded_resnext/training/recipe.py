@@ -202,7 +202,7 @@ class Recipe:
 
 
 GROUPS = (DataConfig, Augmentation, ModelConfig, TrainingConfig, LearningRateRule)
-OWN_FLAGS = ("config", "out", "resume", "evaluation", "device", "outside", "repeats")
+OWN_FLAGS = ("config", "out", "resume", "evaluation", "device", "outside", "repeats", "timeout")
 SETTINGS = tuple(field.name for group in GROUPS for field in fields(group))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import datetime
 import errno
+import hashlib
 import io
 import json
 import os
@@ -12,7 +13,7 @@ import platform
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -121,14 +122,29 @@ class RunFolder:
         return load_state(self.path)
 
 
-def differences(stored: Any, current: Any, *, ignore: Sequence[str] = ()) -> list[str]:
+def differences(
+    stored: Any,
+    current: Any,
+    *,
+    ignore: Sequence[str] = (),
+    words: tuple[str, str] = ("was", "is"),
+) -> list[str]:
     """Lists where two JSON values differ, as "KEY.KEY was VALUE, is VALUE".
 
     Args:
         stored: of the run or file.
         current: of now.
         ignore: keys that do not matter, at any depth.
+        words: before the one value and before the other.
     """
+    return [
+        f"{path} {words[0]} {_shown(a)}, {words[1]} {_shown(b)}".lstrip()
+        for path, a, b in _differing(stored, current, ignore)
+    ]
+
+
+def _differing(stored: Any, current: Any, ignore: Sequence[str]) -> Iterator[tuple[str, Any, Any]]:
+    """Yields the paths at which two JSON values differ, joined by dots, with both values."""
     if isinstance(stored, dict) and isinstance(current, dict):
         keys = [key for key in {**stored, **current} if key not in ignore]
         pairs = [(key, stored.get(key), current.get(key)) for key in keys]
@@ -137,12 +153,34 @@ def differences(stored: Any, current: Any, *, ignore: Sequence[str] = ()) -> lis
             (f"{index}", a, b) for index, (a, b) in enumerate(zip(stored, current, strict=True))
         ]
     else:
-        return [] if stored == current else [f"was {_shown(stored)}, is {_shown(current)}"]
-    found = []
+        if stored != current:
+            yield "", stored, current
+        return
     for key, a, b in pairs:
-        for text in differences(a, b, ignore=ignore):
-            found.append(f"{key} {text}" if text.startswith("was ") else f"{key}.{text}")
-    return found
+        for path, first, second in _differing(a, b, ignore):
+            yield (f"{key}.{path}" if path else key), first, second
+
+
+def require_same(world: World, description: Mapping[str, Any]) -> None:
+    """Refuse processes of one run that were told different things.
+
+    All processes must call this, before the first step whose result would be one of both.
+
+    Args:
+        world: the processes of the run.
+        description: JSON-ready; of this process.
+
+    Raises:
+        ValueError: on all processes; the message says what differs.
+    """
+    text = json.dumps(description, sort_keys=True)
+    digests = world.gather(hashlib.sha256(text.encode()).hexdigest())
+    others = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
+    if others:
+        described = [json.loads(part) for part in world.gather(text)]
+        words = ("on process 0", f"on process {others[0]}")
+        differing = differences(described[0], described[others[0]], words=words)
+        raise ValueError(f"processes: expected the same on all of a run: {'; '.join(differing)}")
 
 
 def _shown(value: Any) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -17,6 +18,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from coded_resnext.data.batches import Batch
 from coded_resnext.data.preprocessing import derive_seed
 from coded_resnext.kernels.checks import check_targets
+from coded_resnext.models.checkpoint import describe_network
 from coded_resnext.models.decode import decode
 from coded_resnext.models.loss import CodedLoss
 from coded_resnext.models.resnext import CodedResNeXt
@@ -24,6 +26,14 @@ from coded_resnext.models.resnext import CodedResNeXt
 from .config import TrainingConfig
 from .guard import StepGuard, copy_all
 from .processes import World
+from .run_folder import require_same, versions
+
+# Each process keeps running statistics of its own; PyTorch 2.14 has renamed the setting.
+_BUFFERS_IN_EVERY_STEP = next(
+    name
+    for name in ("forward_sync_buffers", "broadcast_buffers")
+    if name in inspect.signature(DistributedDataParallel).parameters
+)
 
 
 class TrainStep:
@@ -37,7 +47,8 @@ class TrainStep:
         steps_per_epoch: for the schedule.
 
     Raises:
-        ValueError: `sync_bn` without a GPU, or an unknown `torchcompile`.
+        ValueError: `sync_bn` without a GPU, an unknown `torchcompile`, or processes whose network,
+            settings or versions differ.
         ImportError: MixUp or CutMix without torchvision.
 
     Attributes:
@@ -62,6 +73,15 @@ class TrainStep:
                     "statistics are joined at an epoch's end (dist_bn)"
                 )
             nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
+        require_same(
+            world,
+            {
+                "network": describe_network(model),
+                "training": config.to_dict(),
+                "steps_per_epoch": steps_per_epoch,
+                "versions": versions(),
+            },
+        )
         if config.channels_last:
             model.to(memory_format=torch.channels_last)
         self.loss = CodedLoss(
@@ -94,12 +114,15 @@ class TrainStep:
 
         self._parallel: DistributedDataParallel | None = None
         if world.is_shared:
-            self._parallel = DistributedDataParallel(
-                model,
-                device_ids=[self.device] if self.device.type == "cuda" else None,
-                broadcast_buffers=False,
-                gradient_as_bucket_view=True,
-            )
+            # Parameters are made equal by DistributedDataParallel, buffers not in every version.
+            for buffer in model.buffers():
+                torch.distributed.broadcast(buffer, src=0)
+            settings: dict[str, Any] = {
+                "device_ids": [self.device] if self.device.type == "cuda" else None,
+                "gradient_as_bucket_view": True,
+                _BUFFERS_IN_EVERY_STEP: False,
+            }
+            self._parallel = DistributedDataParallel(model, **settings)
         forward: Any = self._parallel or model
         self._forward = compiled(forward, config.torchcompile)
         # After the processes have been given the same weights.
@@ -296,7 +319,7 @@ class TrainStep:
             decode(e.detach(), words, check_values=False)
             for e, words in zip(energies, codewords, strict=True)
         ]
-        return [(found == targets).float().mean() for found in (logits.argmax(1), *decoded)]
+        return [(said == targets).float().mean() for said in (logits.argmax(1), *decoded)]
 
 
 def compiled(forward: Any, backend: str) -> Any:

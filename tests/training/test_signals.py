@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import signal
 import threading
@@ -12,7 +13,11 @@ import pytest
 from torture.signals import terminate_forked
 
 from coded_resnext.data.loaders import ignore_signals
-from coded_resnext.training.processes import StopSignals, TrainingStopped
+from coded_resnext.training.processes import (
+    SECONDS_OF_ONE_REQUEST,
+    StopSignals,
+    TrainingStopped,
+)
 
 FORMER = (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT))
 
@@ -52,7 +57,36 @@ def test_a_second_signal_ends_the_process(number: signal.Signals) -> None:
             time.sleep(1.05)
             signal.raise_signal(number)
 
-    assert status_of(body) == -number
+    assert status_of(body) == 128 + number
+
+
+def test_a_second_signal_ends_a_process_inside_a_library() -> None:
+    """Python's handlers do not run while the main thread is in C, as in a sum over processes."""
+
+    def body() -> None:
+        pid = os.getpid()
+
+        def send() -> None:
+            for _ in range(2):
+                time.sleep(SECONDS_OF_ONE_REQUEST + 0.1)
+                os.kill(pid, signal.SIGTERM)
+
+        with StopSignals():
+            threading.Thread(target=send, daemon=True).start()
+            hashlib.pbkdf2_hmac("sha256", b"", b"", 3 * 10**7)
+
+    assert status_of(body) == 143
+
+
+def test_a_forked_child_does_not_tell_its_parent_of_signals() -> None:
+    def body() -> None:
+        with StopSignals():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                # The child's own handlers take note of it.
+                assert status_of(lambda number=number: signal.raise_signal(number)) == 7
+                time.sleep(SECONDS_OF_ONE_REQUEST + 0.1)
+
+    assert status_of(body) == 7
 
 
 def test_workers_survive_a_signal_to_the_group() -> None:
