@@ -16,10 +16,11 @@ Aggregation = Literal["sum", "concat"]
 DEBUG_VARIABLE = "CODED_RESNEXT_DEBUG"
 
 
-def check_targets(targets: Tensor, batch: int, classes: int) -> None:
+def check_targets(targets: Tensor, batch: int, classes: int, ignore_index: int = -100) -> None:
     """Refuse targets that are neither `[B]` class indices in range nor `[B, K]` probabilities.
 
-    Values are read on CPU tensors only, so that a step on an accelerator never waits for them.
+    The class index `ignore_index` stands for a sample without a label. Values are read on CPU
+    tensors only, so that a step on an accelerator never waits for them.
     """
     if targets.shape not in ((batch,), (batch, classes)):
         raise ValueError(
@@ -33,10 +34,27 @@ def check_targets(targets: Tensor, batch: int, classes: int) -> None:
     if targets.dtype not in (torch.int64, torch.int32, torch.int16, torch.uint8):
         raise ValueError(f"targets: expected integer class indices, got {targets.dtype}")
     if _readable(targets) and batch > 0:
-        low, high = int(targets.min()), int(targets.max())
-        if low < 0 or high >= classes:
-            wrong = low if low < 0 else high
-            raise ValueError(f"targets: expected classes 0 to {classes - 1}, got {wrong}")
+        wrong = targets[is_no_class(targets, classes) & (targets != ignore_index)]
+        if wrong.numel():
+            raise ValueError(f"targets: expected classes 0 to {classes - 1}, got {int(wrong[0])}")
+
+
+def is_no_class(targets: Tensor, classes: int) -> Tensor:
+    """Returns which class indices are outside `0 .. classes - 1`."""
+    return (targets < 0) | (targets >= classes)
+
+
+def check_class_weight(weight: Tensor | None, classes: int) -> None:
+    """Refuse weights of classes that are not `[K]`, finite and at least 0."""
+    if weight is None:
+        return
+    if weight.shape != (classes,) or not weight.is_floating_point():
+        raise ValueError(
+            f"class_weight: expected floating-point numbers [{classes}], "
+            f"got {weight.dtype} {list(weight.shape)}"
+        )
+    if _readable(weight) and not bool((weight.isfinite() & (weight >= 0)).all()):
+        raise ValueError("class_weight: expected finite numbers of at least 0, got others")
 
 
 def checked_number(name: str, value: object, lowest: float = -math.inf) -> float:

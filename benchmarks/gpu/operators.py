@@ -216,16 +216,20 @@ def loss_opchecks(inputs: Tensors, _place: Place) -> list[tuple[Any, tuple[Any, 
     energies = inputs["energies"].detach().expand(2, -1, -1).clone().requires_grad_()
     codewords = inputs["codewords"].expand(2, -1, -1).clone()
     soft = F.one_hot(inputs["targets"], codewords.shape[1]).float()
+    shares = soft.mean(1)
     return [
-        (loss_operator.coding_loss, (energies, codewords, inputs["targets"], 4.0, 0.0, True)),
-        (loss_operator.coding_loss, (energies, codewords, soft, 2.0, 0.1, False)),
+        (
+            loss_operator.coding_loss,
+            (energies, codewords, inputs["targets"], shares, 4.0, 0.0, True),
+        ),
+        (loss_operator.coding_loss, (energies, codewords, soft, shares, 2.0, 0.1, False)),
     ]
 
 
 def loss_bytes(place: Place, _item: int) -> tuple[int, int]:
     """Energies and the codewords of the targets, each once; the gradient of the energies."""
     size = place.batch * place.branches
-    return 5 * size + 8 * place.batch, 9 * size + 8 * place.batch
+    return 5 * size + 12 * place.batch, 9 * size + 12 * place.batch
 
 
 OPERATORS = (

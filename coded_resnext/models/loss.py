@@ -6,12 +6,18 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from coded_resnext.codebooks.codebook import Codebook
 from coded_resnext.kernels import Backend, coding_losses
-from coded_resnext.kernels.checks import check_finite, check_targets
+from coded_resnext.kernels.checks import (
+    check_class_weight,
+    check_finite,
+    check_targets,
+    is_no_class,
+)
 from coded_resnext.kernels.layout import accumulation_dtype
 
 
@@ -40,6 +46,9 @@ class CodedLoss(nn.Module):
         exponent: `q >= 1` of (7).
         threshold: `t >= 0` of (7).
         label_smoothing: of the cross-entropy only, `0 <= s < 1`.
+        class_weight: weights of the classes `[K]`, as `weight` of `nn.CrossEntropyLoss`; both terms
+            obey it.
+        ignore_index: the class index of samples without a label, which both terms leave out.
         check_values: refuse numbers on the CPU that are not finite. Without it they go into the
             loss, where the training engine finds them.
         backend: implementation of the coding losses, see `coded_resnext.kernels`.
@@ -47,6 +56,8 @@ class CodedLoss(nn.Module):
     Raises:
         ValueError: a number is outside its range, or the codebooks differ in their classes.
     """
+
+    class_weight: Tensor | None
 
     def __init__(
         self,
@@ -56,6 +67,8 @@ class CodedLoss(nn.Module):
         exponent: float = 4.0,
         threshold: float = 0.0,
         label_smoothing: float = 0.0,
+        class_weight: Tensor | None = None,
+        ignore_index: int = -100,
         check_values: bool = True,
         backend: Backend = "auto",
     ) -> None:
@@ -75,9 +88,15 @@ class CodedLoss(nn.Module):
                     f"codebooks: block {index} and block 0 differ in their classes or class order"
                 )
         self.weight, self.exponent, self.threshold = weight, exponent, threshold
+        if class_weight is not None:
+            class_weight = torch.as_tensor(class_weight)
+            classes = codebooks[0].classes if codebooks else class_weight.numel()
+            check_class_weight(class_weight, classes)
+        self.ignore_index = ignore_index
         self.label_smoothing, self.check_values = label_smoothing, check_values
         self.backend: Backend = backend
         self.blocks = len(codebooks)
+        self.register_buffer("class_weight", class_weight, persistent=False)
         for index, codebook in enumerate(codebooks):
             self.register_buffer(f"codewords_{index}", codebook.codewords, persistent=False)
 
@@ -96,7 +115,8 @@ class CodedLoss(nn.Module):
 
         Raises:
             ValueError: shapes that do not fit; on CPU tensors also classes out of range and
-                numbers that are not finite. Values on other devices are not read.
+                numbers that are not finite. Values on other devices, and under `torch.compile`, are
+                not read: a class out of range makes both terms NaN.
         """
         if logits.ndim != 2 or logits.shape[0] == 0:
             raise ValueError(f"logits: expected [B, K] with B >= 1, got {list(logits.shape)}")
@@ -105,22 +125,19 @@ class CodedLoss(nn.Module):
                 f"energies: expected one tensor for each of {self.blocks} coded blocks, "
                 f"got {len(energies)}"
             )
-        check_targets(targets, *logits.shape)
+        check_targets(targets, len(logits), logits.shape[1], self.ignore_index)
+        check_class_weight(self.class_weight, logits.shape[1])
         if self.check_values:
             check_finite("logits", logits)
-        if targets.ndim == 1:
-            targets = targets.long()
-        cross_entropy = F.cross_entropy(
-            logits.to(accumulation_dtype(logits.dtype)),
-            targets,
-            label_smoothing=self.label_smoothing,
-        )
+        cross_entropy = self._cross_entropy(logits, targets)
         coding = coding_losses(
             energies,
             self.codewords(),
             targets,
             exponent=self.exponent,
             threshold=self.threshold,
+            class_weight=self.class_weight,
+            ignore_index=self.ignore_index,
             check_values=self.check_values,
             backend=self.backend,
         ).losses
@@ -128,6 +145,25 @@ class CodedLoss(nn.Module):
         for term in coding:
             total = total + self.weight * term
         return LossTerms(total, cross_entropy, coding)
+
+    def _cross_entropy(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Returns the mean over the batch; NaN for a class out of range that nobody has read."""
+        logits = logits.to(accumulation_dtype(logits.dtype))
+        # PyTorch ends the process on a GPU for an index outside, and under `torch.compile` reads
+        # what lies there.
+        poison = torch.ones_like(logits[0, 0])
+        if targets.ndim == 1:
+            outside = is_no_class(targets, logits.shape[1]) & (targets != self.ignore_index)
+            targets = targets.long().masked_fill(outside, self.ignore_index)
+            poison = torch.where(outside.any(), torch.nan, 1.0)
+        cross_entropy = F.cross_entropy(
+            logits,
+            targets,
+            weight=None if self.class_weight is None else self.class_weight.to(logits.dtype),
+            ignore_index=self.ignore_index,
+            label_smoothing=self.label_smoothing,
+        )
+        return cross_entropy * poison
 
     def extra_repr(self) -> str:
         return (

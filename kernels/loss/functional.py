@@ -11,6 +11,7 @@ from torch import Tensor
 from coded_resnext.kernels import layout
 from coded_resnext.kernels.backend import Backend, select_backend
 from coded_resnext.kernels.checks import (
+    check_class_weight,
     check_device,
     check_finite,
     check_kernels_differentiate,
@@ -31,6 +32,8 @@ def coding_loss(
     *,
     exponent: float = 4.0,
     threshold: float = 0.0,
+    class_weight: Tensor | None = None,
+    ignore_index: int = -100,
     check_values: bool = True,
     backend: Backend = "auto",
 ) -> Tensor:
@@ -42,6 +45,8 @@ def coding_loss(
         targets: class indices `[B]`, or class probabilities `[B, K]`.
         exponent: `q >= 1`; the paper uses 4.
         threshold: `t >= 0`; deviations up to it cost nothing.
+        class_weight: `[K]`; samples then count as in `F.cross_entropy` with this `weight`.
+        ignore_index: the class index of samples without a label, which are left out.
         check_values: refuse energies on the CPU that are not finite.
         backend: see kernels/backend.py.
 
@@ -50,8 +55,8 @@ def coding_loss(
 
     Raises:
         ValueError: wrong shapes or numbers; on CPU tensors also targets outside `0 .. K-1` and
-            energies that are not finite. Values on other devices are not read: that would make
-            the host wait for the device.
+            energies that are not finite. Values on other devices, and under `torch.compile`, are
+            not read, since the host would have to wait: a class out of range makes the loss NaN.
     """
     losses = coding_losses(
         [energies],
@@ -59,6 +64,8 @@ def coding_loss(
         targets,
         exponent=exponent,
         threshold=threshold,
+        class_weight=class_weight,
+        ignore_index=ignore_index,
         check_values=check_values,
         backend=backend,
     )
@@ -81,6 +88,8 @@ def coding_losses(
     *,
     exponent: float = 4.0,
     threshold: float = 0.0,
+    class_weight: Tensor | None = None,
+    ignore_index: int = -100,
     decode: bool = False,
     check_values: bool = True,
     backend: Backend = "auto",
@@ -90,7 +99,7 @@ def coding_losses(
     Args:
         energies, codewords: one tensor for each block.
         decode: also read the classes off the energies, (9); ties go to the lowest class.
-        targets, exponent, threshold, check_values, backend: as for `coding_loss`.
+        targets and the others: as for `coding_loss`.
 
     Raises:
         ValueError: as `coding_loss`.
@@ -99,12 +108,20 @@ def coding_losses(
         check_loss(values, book, exponent, threshold)
         if check_values:
             check_finite("energies", values)
-        check_targets(targets, values.shape[0], book.shape[0])
+        check_targets(targets, values.shape[0], book.shape[0], ignore_index)
+        check_class_weight(class_weight, book.shape[0])
         check_device("codewords", book, values)
+    if not energies:
+        return CodingLosses((), () if decode else None)
+    # The blocks of a network have the same classes.
+    dtype = layout.accumulation_dtype(energies[0].dtype)
+    shares = loss_reference.sample_shares(
+        targets, min(map(len, codewords)), dtype, class_weight, ignore_index
+    )
     triton = select_backend(backend) == "triton" and _kernel_takes_loss(energies, targets)
     if not triton:
         losses = tuple(
-            loss_reference.coding_loss(values, book, targets, exponent, threshold)
+            loss_reference.coding_loss(values, book, targets, shares, exponent, threshold)
             for values, book in zip(energies, codewords, strict=True)
         )
         if not decode:
@@ -118,23 +135,24 @@ def coding_losses(
     groups: dict[tuple[torch.Size, torch.Size], list[int]] = {}
     for index, (values, book) in enumerate(zip(energies, codewords, strict=True)):
         groups.setdefault((values.shape, book.shape), []).append(index)
-    found: dict[int, Tensor] = {}
+    by_block: dict[int, Tensor] = {}
     classes: dict[int, Tensor] = {}
     for members in groups.values():
         losses_of_group, _, decoded = loss_operator.coding_loss(
             torch.stack([energies[i].float() for i in members]),
             torch.stack([codewords[i].bool() for i in members]),
             targets,
+            shares,
             float(exponent),
             float(threshold),
             decode,
         )
-        found.update(zip(members, losses_of_group.unbind(), strict=True))
+        by_block.update(zip(members, losses_of_group.unbind(), strict=True))
         if decode:
             classes.update(zip(members, decoded.unbind(), strict=True))
     order = range(len(energies))
     return CodingLosses(
-        tuple(found[i] for i in order), tuple(classes[i] for i in order) if decode else None
+        tuple(by_block[i] for i in order), tuple(classes[i] for i in order) if decode else None
     )
 
 

@@ -37,6 +37,7 @@ def coding_loss(
     energies_ptr,
     codewords_ptr,
     targets_ptr,
+    shares_ptr,
     threshold,
     batch,
     BRANCHES: tl.constexpr,
@@ -49,10 +50,11 @@ def coding_loss(
 ):
     """(7) `max(|r Ebar - codeword| - t, 0)^q` and its derivative; (9) where `decoded` is given.
 
-    Grid: (B / BLOCK_B, L). `loss [L, programs]` are sums over samples and branches; `grad
-    [L, B, N]` is the gradient of the mean; `decoded [L, B]` int64 or None. `energies [L, B, N]`
+    Grid: (B / BLOCK_B, L). `loss [L, programs]` are sums over samples; `grad
+    [L, B, N]` is the gradient of the loss; `decoded [L, B]` int64 or None. `energies [L, B, N]`
     float32, `codewords [L, K, N]` bytes, `targets` classes `[B]` int64, or, when SOFT,
-    probabilities `[B, K]` float32.
+    probabilities `[B, K]` float32, `shares [B]` of the samples in the mean float32. A sample
+    without a share is left out; the share of another one whose target is no class is NaN.
     """
     block = tl.program_id(1)
     b = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
@@ -63,10 +65,15 @@ def coding_loss(
     book = codewords_ptr + block.to(tl.int64) * (CLASSES * BRANCHES)
     ratio = tl.sum(tl.load(book + n, mask=n < BRANCHES, other=0).to(tl.float32), 0) / BRANCHES
 
+    share = tl.load(shares_ptr + b, mask=b < batch, other=0.0)
+    counted = inside & (share != 0.0)[:, None]
     wanted = tl.zeros((BLOCK_B, BRANCHES_P), tl.float32)
     if not SOFT:
         target = tl.load(targets_ptr + b, mask=b < batch, other=0)
-        codeword = tl.load(book + target[:, None] * BRANCHES + n[None, :], mask=inside, other=0)
+        is_class = (target >= 0) & (target < CLASSES)
+        share = tl.where(is_class | (share == 0.0), share, float("nan"))
+        at = book + target[:, None] * BRANCHES + n[None, :]
+        codeword = tl.load(at, mask=inside & is_class[:, None], other=0)
         wanted = codeword.to(tl.float32)
     if SOFT or decoded_ptr is not None:
         best = tl.full((BLOCK_B,), -1.0, tl.float32)
@@ -79,8 +86,8 @@ def coding_loss(
             if SOFT:
                 at = b.to(tl.int64)[:, None] * CLASSES + k[None, :]
                 mask = (b < batch)[:, None] & (k < CLASSES)[None, :]
-                share = tl.load(targets_ptr + at, mask=mask, other=0.0)
-                wanted = tl.dot(share, codewords, wanted, input_precision="ieee")
+                probability = tl.load(targets_ptr + at, mask=mask, other=0.0)
+                wanted = tl.dot(probability, codewords, wanted, input_precision="ieee")
             if decoded_ptr is not None:
                 scores = tl.dot(energies, tl.trans(codewords), input_precision="ieee")
                 # Energies are not negative, so -1 loses against every class.
@@ -94,10 +101,10 @@ def coding_loss(
 
     deviation = ratio * energies - wanted
     distance = tl.abs(deviation) - threshold
-    excess = tl.where(inside, tl.maximum(distance, 0.0, propagate_nan=tl.PropagateNan.ALL), 0.0)
-    loss = tl.sum(tl.sum(power(excess, EXPONENT), 1), 0)
+    excess = tl.where(counted, tl.maximum(distance, 0.0, propagate_nan=tl.PropagateNan.ALL), 0.0)
+    loss = tl.sum(tl.sum(power(excess, EXPONENT), 1) * share, 0) / BRANCHES
     tl.store(loss_ptr + block * tl.num_programs(0) + tl.program_id(0), loss)
-    slope = EXPONENT * ratio / (batch.to(tl.float32) * BRANCHES) * power(excess, EXPONENT - 1.0)
+    slope = EXPONENT * ratio / BRANCHES * share[:, None] * power(excess, EXPONENT - 1.0)
     slope = tl.where(deviation < 0, -slope, slope)
     # Inside the threshold, and for exponent 1 at a deviation of 0, the derivative is 0.
     grad = tl.where(excess == 0.0, 0.0, slope)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from coded_resnext.kernels.checks import check_filled, refuse_derivative
+from coded_resnext.kernels.checks import check_filled, is_no_class, refuse_derivative
 from coded_resnext.kernels.layout import interpreted, on_device, without_autocast
 
 from . import rows as loss_rows
@@ -22,13 +22,16 @@ def coding_loss(
     energies: Tensor,
     codewords: Tensor,
     targets: Tensor,
+    shares: Tensor,
     exponent: float,
     threshold: float,
     decode: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(7) and (9) for `energies [L, B, N]` float32 and boolean `codewords [L, K, N]`.
 
-    `targets` are classes `[B]` or probabilities `[B, K]`, and have no gradient.
+    `targets` are classes `[B]` or probabilities `[B, K]`, and have no gradient; nor have `shares
+    [B]`, those of the samples in the mean, see `reference.sample_shares`. A target that is no class
+    makes the loss NaN unless its sample has no share.
 
     Returns:
         The losses `[L]`, their gradients `[L, B, N]`, and the decoded classes `[L, B]`, which are
@@ -36,7 +39,7 @@ def coding_loss(
     """
     check_filled("energies", energies, "block, sample and branch")
     if not (energies.is_cuda or interpreted()):
-        return _in_torch(energies, codewords, targets, exponent, threshold, decode)
+        return _in_torch(energies, codewords, targets, shares, exponent, threshold, decode)
     blocks, batch, branches = energies.shape
     classes = codewords.shape[1]
     soft = targets.ndim == 2
@@ -55,10 +58,11 @@ def coding_loss(
             energies.contiguous(),
             codewords.contiguous().view(torch.uint8),
             targets.to(torch.float32 if soft else torch.int64).contiguous(),
+            shares.float().contiguous(),
             float(threshold),
             batch,
         )
-    return parts.sum(1) / (batch * branches), grad, decoded
+    return parts.sum(1), grad, decoded
 
 
 @without_autocast
@@ -66,19 +70,24 @@ def _in_torch(
     energies: Tensor,
     codewords: Tensor,
     targets: Tensor,
+    shares: Tensor,
     exponent: float,
     threshold: float,
     decode: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     books = codewords.to(energies.dtype)
-    hard = targets.ndim == 1
-    wanted = books[:, targets.long()] if hard else targets.to(energies.dtype) @ books
+    shares = shares.to(energies.dtype)
+    if targets.ndim == 1:
+        shares = shares.masked_fill(is_no_class(targets, books.shape[1]) & (shares != 0), torch.nan)
+        wanted = books[:, targets.long().clamp(0, books.shape[1] - 1)]
+    else:
+        wanted = targets.to(energies.dtype) @ books
     ratio = books[:, :1].mean(2, keepdim=True)
     deviation = ratio * energies - wanted
-    excess = (deviation.abs() - threshold).relu()
-    losses = excess.pow(exponent).mean((1, 2))
+    excess = (deviation.abs() - threshold).relu().masked_fill((shares == 0)[:, None], 0.0)
+    losses = excess.pow(exponent).mean(2) @ shares
     slope = exponent * excess.pow(exponent - 1) * deviation.sign() * ratio
-    grad = torch.where(excess == 0, 0.0, slope) / energies[0].numel()
+    grad = torch.where(excess == 0, 0.0, slope * shares[:, None]) / energies.shape[2]
     if not decode:
         return losses, grad, torch.empty((0,), dtype=torch.int64, device=energies.device)
     return losses, grad, (energies @ books.transpose(1, 2)).argmax(2)
@@ -89,6 +98,7 @@ def _(
     energies: Tensor,
     codewords: Tensor,
     targets: Tensor,
+    shares: Tensor,
     exponent: float,
     threshold: float,
     decode: bool,
@@ -110,7 +120,7 @@ def _gradients(ctx: Any, grad_losses: Tensor, *_: Any) -> Any:
         # The gradient was computed with the losses: another derivative would take it for constant.
         refuse_derivative()
     (grad,) = ctx.saved_tensors
-    return grad * grad_losses[:, None, None], None, None, None, None, None
+    return grad * grad_losses[:, None, None], None, None, None, None, None, None
 
 
 coding_loss.register_autograd(_gradients, setup_context=_save)

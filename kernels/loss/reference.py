@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from coded_resnext.kernels.checks import is_no_class
 from coded_resnext.kernels.layout import accumulation_dtype, without_autocast
 
 
@@ -13,6 +14,7 @@ def coding_loss(
     energies: Tensor,
     codewords: Tensor,
     targets: Tensor,
+    shares: Tensor,
     exponent: float = 4.0,
     threshold: float = 0.0,
 ) -> Tensor:
@@ -23,6 +25,8 @@ def coding_loss(
         codewords: `[K, N]`, boolean.
         targets: `[B]` class indices, or `[B, K]` class probabilities, whose codeword is the
             probability-weighted mean of the codewords.
+        shares: of every sample in the mean, `[B]`, from `sample_shares`. A sample with a share of 0
+            is left out, whatever its energies are.
         exponent: `q`.
         threshold: `t`.
     """
@@ -30,11 +34,45 @@ def coding_loss(
     wanted_of_class = codewords.to(accumulate)
     ratio = wanted_of_class[0].mean()
     if targets.ndim == 1:
-        wanted = wanted_of_class[targets]
+        # What is no class has a share of 0 or NaN.
+        wanted = wanted_of_class[targets.long().clamp(0, len(codewords) - 1)]
     else:
         wanted = targets.to(accumulate) @ wanted_of_class
-    excess = torch.relu((ratio * energies.to(accumulate) - wanted).abs() - threshold)
-    return excess.pow(exponent).mean()
+    energies = energies.to(accumulate).masked_fill((shares == 0)[:, None], 0.0)
+    excess = torch.relu((ratio * energies - wanted).abs() - threshold)
+    return (shares.to(accumulate) * excess.pow(exponent).mean(1)).sum()
+
+
+def sample_shares(
+    targets: Tensor,
+    classes: int,
+    dtype: torch.dtype,
+    class_weight: Tensor | None = None,
+    ignore_index: int = -100,
+) -> Tensor:
+    """Returns the share of each sample in the mean over a batch, as `F.cross_entropy` takes it.
+
+    Args:
+        targets: `[B]` class indices, or `[B, K]` class probabilities.
+        classes: `K`.
+        dtype: of the shares.
+        class_weight: `[K]`; equal weights if None.
+        ignore_index: the class index of samples without a label.
+
+    Returns:
+        `[B]`. A sample without a label has 0. A label that is no class makes all of them NaN.
+    """
+    if targets.ndim == 2:
+        weight = torch.ones_like(targets[:, 0], dtype=dtype)
+        if class_weight is not None:
+            weight = (targets.to(dtype) * class_weight.to(dtype)).sum(1)
+        return weight / len(targets)
+    weight = torch.ones_like(targets, dtype=dtype)
+    if class_weight is not None:
+        weight = class_weight.to(dtype)[targets.long().clamp(0, classes - 1)]
+    weight = weight.masked_fill(is_no_class(targets, classes), torch.nan)
+    weight = weight.masked_fill(targets == ignore_index, 0.0)
+    return weight / weight.sum()
 
 
 @without_autocast

@@ -39,6 +39,7 @@ def coding_loss(sizes: LossSizes) -> LaunchRow:
             "*fp32",
             "*u8",
             "*fp32" if sizes.soft else "*i64",
+            "*fp32",
             0.5,
             256,
         ),
@@ -54,5 +55,5 @@ def coding_loss(sizes: LossSizes) -> LaunchRow:
         num_warps=4,
         enable_fp_fusion=False,
         trip_bytes=0,
-        sample_bytes=sizes.branches * 9 + 8,
+        sample_bytes=sizes.branches * 9 + 12,
     )

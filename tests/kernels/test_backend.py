@@ -16,11 +16,12 @@ from coded_resnext.kernels import (
     check_backend,
     coded_aggregate,
     coding_loss,
+    coding_losses,
     layout,
     select_backend,
 )
 from coded_resnext.kernels.backend import BACKEND_VARIABLE
-from coded_resnext.kernels.rows import ALL_PASSES, Passes
+from coded_resnext.kernels.rows import ALL_PASSES, LaunchRow, Passes
 
 CODEWORDS = torch.tensor([[1, 1, 0, 0], [0, 1, 1, 0], [0, 0, 1, 1]], dtype=torch.bool)
 
@@ -236,3 +237,18 @@ def test_torch_and_reference_energies_agree() -> None:
         for backend in ("torch", "reference")
     )
     assert found.tolist() == [pytest.approx(row) for row in expected.tolist()]
+
+
+def test_many_branches_are_pytorchs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """triton#4701: 512 branches asked for 164 KB of shared memory, and 1000 for more than any GPU
+    has."""
+    energies, codewords = [torch.rand(2, 512)], [torch.eye(3, 512, dtype=torch.bool)]
+    launched: list[Any] = []
+    monkeypatch.setattr(LaunchRow, "launch", lambda *row: launched.append(row))
+    kernels, torchs = (
+        coding_losses(energies, codewords, torch.tensor([0, 2]), decode=True, backend=name)
+        for name in ("triton", "torch")
+    )
+    assert not launched
+    assert kernels.decoded is not None
+    assert kernels.losses[0].item() == pytest.approx(torchs.losses[0].item())

@@ -99,6 +99,7 @@ CALLS: dict[str, tuple[str, Callable[[Size, int], Any]]] = {
             energies(size),
             torch.ones(2, 5, energies(size).shape[2], dtype=torch.bool),
             torch.zeros(size[0], dtype=torch.int64),
+            torch.ones(size[0]),
             4.0,
             0.0,
             True,

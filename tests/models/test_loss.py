@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from coded_resnext import Codebook, CodedLoss
 from coded_resnext.kernels import coding_loss
@@ -111,3 +112,127 @@ def test_values_that_are_not_checked_go_into_the_loss() -> None:
     assert not terms.cross_entropy.isfinite()
     with pytest.raises(ValueError, match="targets: expected classes 0 to 2, got 3"):
         loss(LOGITS, ENERGIES, torch.tensor([0, 3]))
+
+
+def terms_by_hand(
+    logits: Tensor,
+    energies: Tensor,
+    words: list[list[int]],
+    targets: Any,
+    class_weight: list[float],
+    exponent: float,
+) -> tuple[Tensor, Tensor]:
+    """Cross-entropy and coding loss of one block, sample by sample: only what has a label counts.
+
+    The mean over class indices is divided by the weights of the labels, that over probabilities by
+    the number of samples, as PyTorch documents `nn.CrossEntropyLoss`.
+    """
+    classes = range(logits.shape[1])
+    ratio = sum(words[0]) / len(words[0])
+    cross_entropy, coding, total = torch.zeros(()).double(), torch.zeros(()).double(), 0.0
+    for row, values, target in zip(logits, energies, targets, strict=True):
+        if isinstance(target, int) and target == -100:
+            continue
+        shares = [float(k == target) for k in classes] if isinstance(target, int) else target
+        weight = sum(share * w for share, w in zip(shares, class_weight, strict=True))
+        for k in classes:
+            log = row[k] - row.exp().sum().log()
+            cross_entropy = cross_entropy - shares[k] * class_weight[k] * log
+        for n, value in enumerate(values):
+            wanted = sum(share * word[n] for share, word in zip(shares, words, strict=True))
+            coding = coding + weight * (ratio * value - wanted).abs() ** exponent / len(values)
+        total += weight if isinstance(target, int) else 1.0
+    return cross_entropy / total, coding / total
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("class_weight", [[1.0, 1.0, 1.0], [0.5, 2.0, 0.0]], ids=["equal", "own"])
+@pytest.mark.parametrize(
+    "targets",
+    [
+        [0, -100, 2, 1],
+        [[0.5, 0.5, 0.0], [0.0, 1.0, 0.0], [0.2, 0.3, 0.5], [0.0, 0.0, 1.0]],
+    ],
+    ids=["without_a_label", "probabilities"],
+)
+def test_both_terms_obey_ignored_labels_and_class_weights(
+    targets: Any, class_weight: list[float], backend: Any
+) -> None:
+    """focal_loss_torch#16: a term of one's own went on counting what cross-entropy left out."""
+    generator = torch.Generator().manual_seed(0)
+    dtype = torch.float64 if backend == "torch" else torch.float32
+    logits = torch.randn(4, 3, generator=generator).to(dtype).requires_grad_()
+    energies = (2 * torch.rand(4, 4, generator=generator)).to(dtype).requires_grad_()
+    loss = CodedLoss(
+        BOOKS[:1],
+        weight=3.0,
+        exponent=2.5,
+        class_weight=torch.tensor(class_weight) if class_weight[0] != 1 else None,
+        backend=backend,
+    )
+    labels = torch.tensor(targets, dtype=dtype if isinstance(targets[0], list) else torch.int64)
+    terms = loss(logits, [energies], labels)
+    words = BOOKS[0].codewords.int().tolist()
+    leaves = [value.detach().double().requires_grad_() for value in (logits, energies)]
+    expected = terms_by_hand(leaves[0], leaves[1], words, targets, class_weight, 2.5)
+    # Powers by exp2 and log2 in float32; the order of a few sums in float64.
+    tolerance = (
+        {"rtol": 1e-12, "atol": 1e-14} if backend == "torch" else {"rtol": 2e-6, "atol": 1e-6}
+    )
+    for term, value in zip((terms.cross_entropy, terms.coding[0]), expected, strict=True):
+        torch.testing.assert_close(term.double(), value, **tolerance)
+    gradients = torch.autograd.grad(terms.total, [logits, energies])
+    by_hand = torch.autograd.grad(expected[0] + 3 * expected[1], leaves)
+    for gradient, value in zip(gradients, by_hand, strict=True):
+        torch.testing.assert_close(gradient.double(), value, **tolerance)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_a_sample_without_a_label_may_hold_anything(backend: Any) -> None:
+    """pytorch#183608: what is left out has no gradient, even where its numbers are not finite."""
+    energies = ENERGIES[0].clone()
+    energies[1] = torch.nan
+    energies.requires_grad_()
+    loss = CodedLoss(BOOKS[:1], check_values=False, backend=backend)
+    terms = loss(LOGITS, [energies], torch.tensor([0, -100]))
+    alone = loss(LOGITS[:1], [energies[:1]], torch.tensor([0]))
+    assert terms.total.item() == pytest.approx(alone.total.item())
+    (gradient,) = torch.autograd.grad(terms.total, energies)
+    assert gradient[0].isfinite().all()
+    assert not gradient[1].any()
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("label", [-1, 3, 7, -(2**40), 2**40])
+def test_a_label_that_is_no_class_is_nan_where_values_are_not_read(
+    label: int, backend: Any
+) -> None:
+    """pytorch#135546: under `torch.compile` -100 was class 900, and in the kernel class K was the
+    next block's first one."""
+    loss = CodedLoss(BOOKS, backend=backend, class_weight=torch.tensor([1.0, 0.5, 0.0]))
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
+    logits, energies = (
+        LOGITS.clone().requires_grad_(),
+        [e.clone().requires_grad_() for e in ENERGIES],
+    )
+    terms = compiled(logits, energies, torch.tensor([0, label]))
+    assert all(term.isnan() for term in (terms.cross_entropy, *terms.coding))
+    gradients = torch.autograd.grad(terms.total, [logits, *energies])
+    assert all(gradient.isnan().any() for gradient in gradients)
+    good = compiled(logits, energies, torch.tensor([0, -100]))
+    expected = loss(LOGITS[:1], [e[:1] for e in ENERGIES], TARGETS[:1])
+    assert good.total.item() == pytest.approx(expected.total.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("class_weight", "message"),
+    [
+        (torch.ones(2), r"class_weight: expected floating-point numbers \[3\], got .* \[2\]"),
+        (torch.tensor([1, 1, 1]), "class_weight: expected floating-point numbers .* torch.int64"),
+        (torch.tensor([1.0, -1.0, 1.0]), "class_weight: expected finite numbers of at least 0"),
+        (torch.tensor([1.0, torch.nan, 1.0]), "class_weight: expected finite numbers"),
+    ],
+)
+def test_class_weights_that_are_none(class_weight: Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        CodedLoss(BOOKS, class_weight=class_weight)

@@ -42,7 +42,7 @@ def test_opcheck(affine: bool, kernels: bool, monkeypatch: pytest.MonkeyPatch) -
     energies = torch.rand(2, 3, 4, requires_grad=True)
     books = torch.eye(4, dtype=torch.bool).expand(2, 4, 4).contiguous()
     targets = torch.tensor([0, 3, 1])
-    torch.library.opcheck(coding_loss, (energies, books, targets, 4.0, 0.1, True))
+    torch.library.opcheck(coding_loss, (energies, books, targets, torch.ones(3), 4.0, 0.1, True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -62,3 +62,23 @@ def test_compiles_whole(layout: str, dtype: torch.dtype) -> None:
     found = torch.autograd.grad(compiled(h, weight), (h, weight))
     for a, b in zip(found, expected, strict=True):
         assert relative_error(a, b) < (1e-6 if dtype == torch.float32 else 1e-2)
+
+
+@pytest.mark.parametrize("kernel", [True, False], ids=["interpreter", "torch"])
+@pytest.mark.parametrize("label", [-1, 10, -(2**40)])
+def test_the_operator_reads_no_label_that_is_no_class(
+    label: int, kernel: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """pytorch#135546: -1 read what lay before the codewords, 10 of ten the next block's first."""
+    monkeypatch.setattr("coded_resnext.kernels.loss.operator.interpreted", lambda: kernel)
+    codewords = torch.eye(10, dtype=torch.bool).expand(2, 10, 10).contiguous()
+    energies = torch.rand(2, 3, 10, generator=torch.Generator().manual_seed(0))
+    targets, shares = torch.tensor([4, label, 9]), torch.tensor([0.5, 0.25, 0.25])
+    losses, grads, _ = coding_loss(energies, codewords, targets, shares, 4.0, 0.0, False)
+    assert losses.isnan().all()
+    assert grads[:, 1].isnan().all()
+    assert grads[:, ::2].isfinite().all()
+    shares[1] = 0.0
+    losses, grads, _ = coding_loss(energies, codewords, targets, shares, 4.0, 0.0, False)
+    assert losses.isfinite().all()
+    assert not grads[:, 1].any()
