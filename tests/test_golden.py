@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.helpers import GOLDEN, below, load_golden, relative_error
+from support.helpers import GOLDEN, below, load_golden, map_and_energies, relative_error
 
 from coded_resnext import CodedLoss, decode
 from coded_resnext.models.published import (
@@ -47,7 +47,7 @@ def test_block(name: str, memory_format: torch.memory_format, backend: str) -> N
     block.backend = backend
     block.train(meta["train"])
     x = golden["x"].to(memory_format=memory_format).requires_grad_()
-    y, energies = block(x)
+    y, energies = map_and_energies(block, x)
     loss = CodedLoss(
         [block.codebook],
         weight=meta["coding_loss_weight"],

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from coded_resnext import Codebook, CodedBottleneck, CodedLoss, create_model
+from coded_resnext.models.block import EnergyRecord
 
 # Image size and batch of each network.
 SETTINGS = {
@@ -76,7 +77,9 @@ class TrainingStep:
         """One step; gradients are made anew, as after `zero_grad(set_to_none=True)`."""
         self.block.zero_grad(set_to_none=True)
         self.x.grad = None
-        y, energies = self.block(self.x)
+        record = EnergyRecord()
+        y = self.block(self.x, record=record)
+        energies = record.energies
         if self.loss is None or energies is None:
             y.backward(self.grad)
         else:

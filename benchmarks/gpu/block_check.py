@@ -17,6 +17,7 @@ from conv3x3 import ROUNDING, error
 from torch import Tensor
 
 from coded_resnext import Codebook, CodedBottleneck
+from coded_resnext.models.block import EnergyRecord
 
 DTYPES = (torch.bfloat16, torch.float16)
 
@@ -100,8 +101,9 @@ def check_block(
         net.backend = chosen
         given = {k: v.double() if wide else v for k, v in inputs.items()}
         with torch.no_grad():
-            y, energies = net(**given)
-        return [y] if energies is None else [y, energies]
+            record = EnergyRecord()
+            y = net(**given, record=record)
+        return [y] if record.energies is None else [y, record.energies]
 
     expected, eager = run(exact, "torch", wide=True), run(rounded, "torch")
     found = run(rounded, backend)

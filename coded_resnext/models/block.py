@@ -56,6 +56,20 @@ class DropSubNNs(nn.Module):
         return f"p={self.p}"
 
 
+class EnergyRecord:
+    """Takes up the energies of a block, which itself returns its map alone.
+
+    It is no list or dict, since wrappers of modules copy those on the way.
+    """
+
+    energies: Tensor | None = None
+    """Of the branches, `[B, N]`; None for a plain block."""
+
+
+class BranchEnergies(nn.Identity):
+    """What the energies `[B, N]` of a coded block go through: the place of a hook on them."""
+
+
 class CodedBottleneck(nn.Module):
     """A ResNeXt bottleneck block whose branches may be assigned to classes by a codebook.
 
@@ -74,7 +88,7 @@ class CodedBottleneck(nn.Module):
         drop_branches: DropSubNNs probability `0 <= p < 1`; only coded blocks drop branches.
         aggregation: `"sum"`, or `"concat"`, the ablation of the paper's talk; a plain block sums.
         normalize: whether energies are normalised, (3)-(4); without it, an ablation, the branches
-            are summed as they are and the block returns the energies (2).
+            are summed as they are and the block's energies are those of (2).
         normalized_by: for a block that was cut out of a coded one (deploy/extract.py) and has only
             some of its branches, but no codebook: the number `N` of branches of the whole block, by
             which the mean energy (3) is still divided.
@@ -86,6 +100,7 @@ class CodedBottleneck(nn.Module):
             `normalized_by` does not fit.
 
     Attributes:
+        energies: of a coded block, the module whose output are its energies `[B, N]`; for hooks.
         normalized_by: the number of branches that the mean energy is over; None for a plain block.
         codewords: of the codebook, `[K, N]` in booleans, on the device of the weights. They are a
             constant and no buffer, so that neither averaging nor `to_empty` touches them; the state
@@ -166,6 +181,8 @@ class CodedBottleneck(nn.Module):
         self.drop = DropSubNNs(drop_branches if codebook is not None else 0.0)
         if codebook is not None:
             self.codewords = codebook.codewords
+        if self.is_coded:
+            self.energies = BranchEnergies()
         self.register_buffer("form", None)
         self.reset_parameters()
 
@@ -196,8 +213,13 @@ class CodedBottleneck(nn.Module):
         return mask
 
     def forward(
-        self, x: Tensor, *, drop_mask: Tensor | None = None, keep_mask: Tensor | None = None
-    ) -> tuple[Tensor, Tensor | None]:
+        self,
+        x: Tensor,
+        *,
+        drop_mask: Tensor | None = None,
+        keep_mask: Tensor | None = None,
+        record: EnergyRecord | None = None,
+    ) -> Tensor:
         """Applies the block.
 
         Args:
@@ -205,9 +227,10 @@ class CodedBottleneck(nn.Module):
             drop_mask: DropSubNNs mask `[B, N]`, (5), as `draw_drop_mask` makes it. None lets the
                 block draw its own in training; a model hands one to all blocks of a codebook.
             keep_mask: `[B, N]` of 0/1: branches to keep, (10).
+            record: is given the normalised energies `[B, N]` of a coded block.
 
         Returns:
-            `y [B, C, H, W]` and the normalised energies `[B, N]`; None for a plain block.
+            `y [B, C, H, W]`.
 
         Raises:
             ValueError: `x` has the wrong rank or channels, or no samples; a mask has the wrong
@@ -219,21 +242,30 @@ class CodedBottleneck(nn.Module):
             raise ValueError(f"{name}: expected None, since this block has no codebook")
         if self.is_coded and drop_mask is None:
             drop_mask = self.draw_drop_mask(x)
-        energies: Tensor | None = None
+        record = record or EnergyRecord()
         if is_fused(self, x):
-            joined, energies = fused_block(self, x, drop_mask=drop_mask, keep_mask=keep_mask)
-            return ready(joined), energies
+            return ready(self.fused(x, drop_mask, keep_mask, record))
         h = activated(self.reduce_bn, self.reduce(x))
         h = activated(self.grouped_bn, self.grouped(h))
         if self.is_coded:
             y, energies = self._aggregate(h, drop_mask, keep_mask)
+            record.energies = self.energies(energies)
         else:
             y = self.expand(h)
         y, residual = self.expand_bn(y), self.skip(x)
         # In place in networks for inference only, where BatchNorm is folded in: another tensor of
         # this size costs as much as a small convolution.
         y = y.add_(residual) if isinstance(self.expand_bn, nn.Identity) else y + residual
-        return F.relu(y, inplace=True), energies
+        return F.relu(y, inplace=True)
+
+    def fused(
+        self, x: Map, drop_mask: Tensor | None, keep_mask: Tensor | None, record: EnergyRecord
+    ) -> Map:
+        """Returns the block's output as the fused data flow leaves it; arguments as `forward`'s."""
+        y, energies = fused_block(self, x, drop_mask=drop_mask, keep_mask=keep_mask)
+        if energies is not None:
+            record.energies = self.energies(energies)
+        return y
 
     def _aggregate(
         self, h: Tensor, drop_mask: Tensor | None, keep_mask: Tensor | None
@@ -369,10 +401,11 @@ def apply_block(
     Returns:
         `y [B, C, H, W]`, perhaps still to be computed, and the energies.
     """
+    record = EnergyRecord()
     if is_fused(block, like(x)):
-        return fused_block(block, x, drop_mask=drop_mask, keep_mask=keep_mask)
-    y, energies = block(ready(x), drop_mask=drop_mask, keep_mask=keep_mask)
-    return y, energies
+        return block.fused(x, drop_mask, keep_mask, record), record.energies
+    y = block(ready(x), drop_mask=drop_mask, keep_mask=keep_mask, record=record)
+    return y, record.energies
 
 
 @dataclass

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.helpers import GOLDEN, below, load_golden, relative_error
+from support.helpers import GOLDEN, below, load_golden, map_and_energies, relative_error
 from torch import Tensor
 
 from coded_resnext import CodedLoss, CodedResNeXt, Stage
@@ -42,7 +42,7 @@ def test_golden_block(name: str, backend: str) -> None:
     block.backend = backend
     block.train(meta["train"])
     x = golden["x"].float().requires_grad_()
-    y, energies = block(x)
+    y, energies = map_and_energies(block, x)
     loss = CodedLoss(
         [block.codebook],
         weight=meta["coding_loss_weight"],

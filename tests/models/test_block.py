@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.helpers import assert_alike, relative_error
+from support.helpers import assert_alike, map_and_energies, relative_error
 from torch import nn
 
 from coded_resnext import Codebook, CodedBottleneck, DropSubNNs
@@ -46,7 +46,7 @@ def test_gradients_of_the_fast_block_are_those_of_the_definition(
     for backend in ("reference", "torch"):
         block = make_block(stride=stride, backend=backend)
         inputs = x.clone().requires_grad_()
-        y, energies = block(inputs, **masks)
+        y, energies = map_and_energies(block, inputs, **masks)
         assert y.shape == (3, 8, -(-height // stride), -(-width // stride))
         (y.sin().sum() + energies.pow(3).sum()).backward()
         gradients[backend] = [y, energies, inputs.grad, *(p.grad for p in block.parameters())]
@@ -60,7 +60,7 @@ def test_gradients_of_the_fast_block_are_those_of_the_definition(
 def test_gradcheck_of_a_whole_block(stride: int) -> None:
     block = make_block(stride=stride, width=1, channels=4).eval()
     x = torch.randn(2, 6, 3, 3, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda x: block(x), (x,))
+    assert torch.autograd.gradcheck(lambda x: map_and_energies(block, x), (x,))
 
 
 def test_initialisation() -> None:
@@ -94,7 +94,7 @@ def test_coded_and_plain_blocks_have_the_same_parameters() -> None:
 def test_plain_block_is_the_resnext_block() -> None:
     block = make_block(codebook=None).eval()
     x = torch.randn(2, 6, 5, 5, dtype=torch.float64)
-    y, energies = block(x)
+    y, energies = map_and_energies(block, x)
     assert energies is None
     h = block.reduce_bn(block.reduce(x)).relu()
     h = block.grouped_bn(block.grouped(h)).relu()
@@ -125,7 +125,7 @@ def test_dropping_changes_neither_energies_nor_their_gradient() -> None:
     block = make_block()
     found = []
     for mask in (torch.ones(3, 4), torch.tensor([[0, 2.0, 2.0, 0]] * 3)):
-        _, energies = block(x, drop_mask=mask)
+        _, energies = map_and_energies(block, x, drop_mask=mask)
         (gradient,) = torch.autograd.grad(energies.pow(3).sum(), block.expand.weight)
         found.append((energies, gradient))
     # The mask has no part in what is computed: the same instructions on the same data.
@@ -139,12 +139,12 @@ def test_block_draws_its_own_mask_in_training_only() -> None:
     torch.manual_seed(1)
     mask = block.draw_drop_mask(x)
     torch.manual_seed(1)
-    drawn, _ = block(x)
-    given, _ = block(x, drop_mask=mask)
+    drawn = block(x)
+    given = block(x, drop_mask=mask)
     # The same mask, and in evaluation none: the same instructions on the same data.
     assert torch.equal(drawn, given)
     block.eval()
-    assert torch.equal(block(x)[0], block(x)[0])
+    assert torch.equal(block(x), block(x))
 
 
 def test_removed_branches_do_not_matter() -> None:
@@ -152,12 +152,12 @@ def test_removed_branches_do_not_matter() -> None:
     block = make_block().eval()
     x = torch.randn(2, 6, 5, 5, dtype=torch.float64)
     keep = torch.tensor([[1, 0, 1, 0]] * 2)
-    y, energies = block(x, keep_mask=keep)
+    y, energies = map_and_energies(block, x, keep_mask=keep)
     assert energies[:, [1, 3]].abs().max() == 0
     assert energies.sum(1).tolist() == pytest.approx([4, 4])
     with torch.no_grad():
         block.expand.weight.view(8, 4, 3)[:, [1, 3]] = 7.0
-    changed, _ = block(x, keep_mask=keep)
+    changed = block(x, keep_mask=keep)
     # What is 0 times another finite number adds exactly nothing, on every processor.
     assert torch.equal(y, changed)
 

@@ -106,10 +106,9 @@ def test_blocks_of_one_codebook_share_a_drop_mask(monkeypatch: pytest.MonkeyPatc
         monkeypatch.setattr(
             block,
             "forward",
-            lambda x, *, drop_mask, keep_mask, forward=forward: (
-                seen.append(drop_mask),
-                forward(x, drop_mask=drop_mask, keep_mask=keep_mask),
-            )[1],
+            lambda x, forward=forward, **masks: (
+                seen.append(masks["drop_mask"]) or forward(x, **masks)
+            ),
         )
     model(IMAGES)
     assert torch.equal(seen[0], seen[1])

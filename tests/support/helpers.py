@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from coded_resnext.kernels.layout import HAS_TRITON
+from coded_resnext.models.block import CodedBottleneck, EnergyRecord
 
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
 
@@ -38,6 +39,14 @@ def load_golden(name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     with np.load(GOLDEN / f"{name}.npz") as arrays:
         tensors = {key: torch.from_numpy(arrays[key]) for key in arrays.files if key != "meta"}
         return json.loads(str(arrays["meta"])), tensors
+
+
+def map_and_energies(
+    block: CodedBottleneck, x: Tensor, **masks: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """The output of a block, and its energies."""
+    record = EnergyRecord()
+    return block(x, record=record, **masks), record.energies
 
 
 def below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from support.helpers import TOLERANCES
+from support.helpers import TOLERANCES, map_and_energies
 from support.strategies import Call
 from torch import Tensor
 
@@ -322,7 +322,9 @@ def _block(call: Call, backend: str, x: Results) -> Results:
                 sign = -1 if name.endswith("running_mean") else 1
                 value.copy_(sign * call.positive(*value.shape, place=index) / fan)
     block.eval().to(x["x"].dtype).to(x["x"].device)
-    y, energies = block(x["x"], **{k: v for k, v in x.items() if k.endswith("mask")})
+    y, energies = map_and_energies(
+        block, x["x"], **{k: v for k, v in x.items() if k.endswith("mask")}
+    )
     assert energies is not None
     return {"y": y, "energies": energies}
 

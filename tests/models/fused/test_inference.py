@@ -10,7 +10,7 @@ from unittest import mock
 import pytest
 import torch
 from support.cases.fused import CASES, BlockCase
-from support.helpers import needs_triton, relative_error
+from support.helpers import map_and_energies, needs_triton, relative_error
 from support.small_networks import WIDE, make_images, make_network
 from torch import Tensor, nn
 
@@ -45,9 +45,9 @@ def evaluated(
             fused_block, "inferred_block", wraps=fused_block.inferred_block
         ) as inferred,
     ):
-        found = block(inputs["x"].to(dtype), **masks)
+        results = map_and_energies(block, inputs["x"].to(dtype), **masks)
     assert inferred.called == (backend != "reference")
-    return [value for value in found if value is not None]
+    return [value for value in results if value is not None]
 
 
 def compare(case: BlockCase, backend: str, dtype: torch.dtype, tolerance: float) -> None:
@@ -186,8 +186,8 @@ def test_dead_samples_are_zero() -> None:
     block.grouped_bn.weight.data.zero_()
     block.grouped_bn.bias.data.zero_()
     with torch.no_grad():
-        y, energies = block(x)
-        expected, _ = copy.deepcopy(block).requires_grad_(True)(x)
+        y, energies = map_and_energies(block, x)
+        expected = copy.deepcopy(block).requires_grad_(True)(x)
     assert torch.equal(energies, torch.zeros(len(x), 10, dtype=torch.float64))
     torch.testing.assert_close(y, expected)
     assert y.isfinite().all()

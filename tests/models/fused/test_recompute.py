@@ -67,7 +67,7 @@ def test_without_gradients_statistics_are_followed() -> None:
     fused.backend = "fused"
     with torch.no_grad():
         for _ in range(2):
-            found, expected = fused(image())[0], plain(image())[0]
+            found, expected = fused(image()), plain(image())
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
     for a, b in zip(fused.buffers(), plain.buffers(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
@@ -81,7 +81,7 @@ def test_a_frozen_parameter_gets_no_gradient_and_the_others_theirs(name: str) ->
     blocks[0].backend = "fused"
     for block in blocks:
         block.get_parameter(name).requires_grad_(False)
-        block(image())[0].square().sum().backward()
+        block(image()).square().sum().backward()
     for (which, a), b in zip(blocks[0].named_parameters(), blocks[1].parameters(), strict=True):
         if which == name:
             assert a.grad is None
@@ -97,7 +97,7 @@ def test_constant_channels_come_out_as_their_bias(dead: str) -> None:
         block = PLAIN.make().to(dtype)
         block.backend = backend  # type: ignore[assignment]
         nn.init.zeros_(block.get_parameter(dead)[3:])
-        outputs.append(block(image(dtype=dtype))[0])
+        outputs.append(block(image(dtype=dtype)))
         outputs[-1].sum().backward()
         assert all(p.grad is not None and p.grad.isfinite().all() for p in block.parameters())
     torch.testing.assert_close(outputs[0].double(), outputs[1], rtol=1e-4, atol=1e-4)
@@ -125,7 +125,7 @@ def test_a_block_of_every_kind_behind_one(case: BlockCase) -> None:
             x, _ = fused_block(copies[1], x, **masks)
             y = ready(x)
         else:
-            y, _ = copies[1](copies[0](leaf)[0], **masks)
+            y = copies[1](copies[0](leaf), **masks)
         (y.square().sum()).backward()
         grads = [p.grad for block in copies for p in block.parameters()]
         buffers = [b.double() for block in copies for b in block.buffers()]

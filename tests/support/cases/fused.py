@@ -6,6 +6,7 @@ import copy
 from dataclasses import dataclass
 
 import torch
+from support.helpers import map_and_energies
 from torch import Tensor
 
 from coded_resnext import Codebook, CodedBottleneck, CodedLoss
@@ -82,7 +83,7 @@ def step_of(
     inputs = case.inputs()
     x = inputs["x"].to(dtype).contiguous(memory_format=torch.channels_last).requires_grad_()
     masks = {k: v.to(dtype) for k, v in inputs.items() if k.endswith("_mask")}
-    y, energies = block(x, **masks)
+    y, energies = map_and_energies(block, x, **masks)
     total = (y * inputs["grad"].to(dtype)).sum()
     found = {"output": y}
     if block.codebook is not None and energies is not None:
