@@ -2,36 +2,33 @@
 
     python train/compare.py runs/coded-* runs/plain-*
 
-Runs whose folders differ only in a final number (`coded-0`, `coded-1`) are one group.
+Runs whose recipes differ in nothing but the seed are one group. Below the table is which runs are
+in a group, and what its recipe has other than the first one's.
 """
 
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 from pathlib import Path
-from typing import Any
 
-from coded_resnext.files import read_json
-from coded_resnext.interpret.comparing import summary_table
-from coded_resnext.training.run_folder import SUMMARY_FILE
+from coded_resnext.interpret.comparing import describe_groups, group_runs, summary_table
+from coded_resnext.training.processes import run_script
+
+
+def compare(runs: list[Path]) -> None:
+    """Read the folders and print the table."""
+    groups = group_runs(runs)
+    print(summary_table({group.name: group.summaries for group in groups}))
+    print(f"\n{describe_groups(groups)}")
 
 
 def main() -> int:
-    """Read the folders and print the table; 2 when a run has no summary."""
+    """Run the command; 2 when a run has no summary or the input is at fault otherwise."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("runs", nargs="+", type=Path, help="run folders")
-    groups: dict[str, list[Any]] = {}
-    for folder in parser.parse_args().runs:
-        path = folder / SUMMARY_FILE
-        if not path.exists():
-            print(f"compare.py: {path}: no summary; is the run finished?", file=sys.stderr)
-            return 2
-        group = re.sub(r"[-_]?\d+$", "", folder.resolve().name)
-        groups.setdefault(group, []).append(read_json(path))
-    print(summary_table(groups))
-    return 0
+    arguments = parser.parse_args()
+    return run_script("compare.py", lambda: compare(arguments.runs))
 
 
 if __name__ == "__main__":

@@ -105,7 +105,12 @@ def _add_codebook(subparsers: Commands) -> None:
     one.add_argument("active", type=int, help="active branches per class A")
     one.add_argument("--effort", choices=list(EFFORTS), default="default")
     one.add_argument("--seed", type=int, default=0)
-    one.add_argument("-o", "--output", type=Path, help="file to write (JSON); else the table")
+    one.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        help="file to write, CSV or text by its ending, else JSON; without it the table",
+    )
     one.set_defaults(function="codebook:run_search")
 
     one = commands.add_parser("show", help="table, distances, loads and bounds")

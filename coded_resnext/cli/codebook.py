@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import csv
-import io
 import re
 import sys
 from collections.abc import Callable
@@ -14,10 +12,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from coded_resnext.codebooks.codebook import Codebook
-from coded_resnext.codebooks.quality import verify
+from coded_resnext.codebooks.files import ENDINGS, read_document
 from coded_resnext.codebooks.search import Progress, search
-from coded_resnext.codebooks.shipped import read_document
-from coded_resnext.files import write_atomically
+from coded_resnext.codebooks.verification import verify
 
 if TYPE_CHECKING:
     from coded_resnext.codebooks.codebook import Codebook
@@ -32,10 +29,10 @@ def run_search(args: argparse.Namespace) -> int:
     if args.output is not None and not args.output.resolve().parent.is_dir():
         raise FileNotFoundError(f"--output: expected a folder at {args.output.parent}, found none")
     report = _progress_printer() if sys.stderr.isatty() else None
-    found = search(args.classes, args.branches, args.active, args.effort, args.seed, report)
-    if found.interrupted:
+    result = search(args.classes, args.branches, args.active, args.effort, args.seed, report)
+    if result.interrupted:
         print("interrupted: this is the best so far", file=sys.stderr)
-    codebook = Codebook(torch.from_numpy(found.words))
+    codebook = Codebook(torch.from_numpy(result.words))
     if args.output is None:
         print(codebook)
     else:
@@ -47,7 +44,7 @@ def run_search(args: argparse.Namespace) -> int:
             raise
         print(f"{args.output}: {_summary(codebook)}")
     print(codebook.bounds)
-    return INTERRUPTED if found.interrupted else 0
+    return INTERRUPTED if result.interrupted else 0
 
 
 def _progress_printer() -> Callable[[Progress], None]:
@@ -96,7 +93,7 @@ def run_verify(args: argparse.Namespace) -> int:
         raise ValueError(f"{args.file}: {error}") from error
     for rule in rules:
         mark = "yes" if rule.holds else ("NO" if rule.required else "no")
-        print(f"{mark:4} {rule.name}: {rule.found}")
+        print(f"{mark:4} {rule.name}: {rule.finding}")
     return 0 if all(rule.holds for rule in rules if rule.required) else 1
 
 
@@ -134,21 +131,12 @@ def _measures(codebook: Codebook) -> dict[str, str]:
 def run_export(args: argparse.Namespace) -> int:
     """Write a codebook in another form."""
     codebook = _read(args.codebook)
-    named = list(zip(codebook.class_names, codebook.words, strict=True))
-    ending = args.output.suffix
-    if ending == ".json":
-        codebook.save(args.output)
-    elif ending == ".csv":
-        lines = io.StringIO()
-        csv.writer(lines, lineterminator="\n").writerows([name, *word] for name, word in named)
-        write_atomically(args.output, lines.getvalue().encode())
-    elif ending == ".txt":
-        lines_of_text = [f"{name} {word}\n" for name, word in named]
-        write_atomically(args.output, "".join(lines_of_text).encode())
-    else:
+    if args.output.suffix.lower() not in ENDINGS:
         raise ValueError(
-            f"output: expected a name that ends in .json, .csv or .txt, got {ending!r}"
+            f"output: expected a name that ends in {', '.join(ENDINGS[:-1])} or {ENDINGS[-1]}, "
+            f"got {args.output.suffix!r}"
         )
+    codebook.save(args.output)
     print(f"{args.output}: {_summary(codebook)}")
     return 0
 

@@ -6,7 +6,6 @@ class `k`. Letters as in docs/math.md: `K` classes, `N` branches, `A` active bra
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -24,9 +23,10 @@ from coded_resnext.files import printable, write_atomically
 from .annealing import grow
 from .assignment import Assignment, assign
 from .bounds import Bounds, codebook_bounds
+from .files import read_document, write_document
 from .quality import Quality, quality
 from .search import Progress, search
-from .shipped import FORMAT_VERSION, Size, load_shipped, read_document
+from .shipped import FORMAT_VERSION, Size, load_shipped
 from .words import Words, distance_histogram, first_duplicate, from_strings, is_balanced, to_strings
 
 
@@ -118,10 +118,10 @@ class Codebook:
         Raises:
             ValueError: there is no such codebook, or an argument is not as described.
         """
-        found = search(classes, branches, active, effort, seed, report)
-        if found.interrupted:
+        result = search(classes, branches, active, effort, seed, report)
+        if result.interrupted:
             warnings.warn("search interrupted; the best codebook so far is kept", stacklevel=2)
-        return cls(torch.from_numpy(found.words), class_names)
+        return cls(torch.from_numpy(result.words), class_names)
 
     @property
     def codewords(self) -> Tensor:
@@ -281,18 +281,18 @@ class Codebook:
             raise ValueError(f"format_version: expected {FORMAT_VERSION}, got {version!r}")
         codebook = cls.from_words(data["codewords"], data.get("class_names"))
         for field in ("classes", "branches", "active"):
-            stated, found = data.get(field), getattr(codebook, field)
-            if stated is not None and stated != found:
-                raise ValueError(f"{field}: the file says {stated!r}, its codewords say {found}")
+            stated, actual = data.get(field), getattr(codebook, field)
+            if stated is not None and stated != actual:
+                raise ValueError(f"{field}: the file says {stated!r}, its codewords say {actual}")
         return codebook
 
     def save(self, path: str | Path) -> None:
-        """Write the codebook as JSON.
+        """Write the codebook as its file's ending says: `.csv`, `.txt`, or JSON for any other.
 
         Raises:
             OSError: names the file; what it held before is intact.
         """
-        write_atomically(path, (json.dumps(self.to_dict(), indent=1) + "\n").encode())
+        write_atomically(path, write_document(self.to_dict(), Path(path).suffix).encode())
 
     @classmethod
     def load(cls, path: str | Path) -> Codebook:

@@ -6,16 +6,11 @@ codewords were made and how to make them again, and `sha256`, the digest of the 
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import json
-import re
 from collections.abc import Iterable
 from importlib.resources import files
-from pathlib import Path
 from typing import Any, NamedTuple
-
-from coded_resnext.files import parse_json, read_text
 
 FORMAT_VERSION = 1
 VARIANTS = ("best", "paper")
@@ -80,59 +75,3 @@ def load_shipped(size: Size, variant: str = "best") -> dict[str, Any]:
 def _check_variant(variant: str) -> None:
     if variant not in VARIANTS:
         raise ValueError(f"variant: expected one of {', '.join(VARIANTS)}, got {variant!r}")
-
-
-def read_document(path: str | Path) -> dict[str, Any]:
-    """The content of a file of codewords as a dictionary with a list `codewords` of strings.
-
-    The words themselves are not checked.
-
-    Raises:
-        ValueError: the file is too large, is not text, or holds no list of words.
-        OSError: the file cannot be read.
-    """
-    text = read_text(path)
-    if text.lstrip()[:1] in ("{", "["):
-        return _from_json(text)
-    return _from_lines(text)
-
-
-def _from_json(text: str) -> dict[str, Any]:
-    data = parse_json(text)
-    document = data if isinstance(data, dict) else {"codewords": data}
-    words = document.get("codewords")
-    if not isinstance(words, list):
-        raise ValueError('expected an object with a list "codewords"')
-    return {**document, "codewords": [_joined(word) for word in words]}
-
-
-def _joined(word: Any) -> Any:
-    """Returns a list of 0 and 1 as a string; anything else as it is."""
-    if isinstance(word, list) and all(type(digit) is int and digit in (0, 1) for digit in word):
-        return "".join(map(str, word))
-    return word
-
-
-def _from_lines(text: str) -> dict[str, Any]:
-    lines = [line.strip() for line in text.splitlines()]
-    entries = [_name_and_word(line) for line in lines if line and not line.startswith("#")]
-    if not entries:
-        raise ValueError("expected one codeword per line, got none")
-    words = [word for _, word in entries]
-    names = [name for name, _ in entries]
-    return {"codewords": words, "class_names": names} if all(names) else {"codewords": words}
-
-
-def _name_and_word(line: str) -> tuple[str, str]:
-    """Splits a line; a class name may hold spaces, and in CSV (quoted) also commas."""
-    together = re.fullmatch(r"(?:(.*?)[\s,;]+)?([01]{2,})", line)
-    if together and '"' not in line:
-        return together[1] or "", together[2]
-    fields = next(csv.reader([line])) if "," in line else re.split(r"[\s;]+", line)
-    fields = [field.strip() for field in fields]
-    split = len(fields)
-    while split > 0 and fields[split - 1] in ("0", "1"):
-        split -= 1
-    # Without single digits at the end the last field is the word.
-    split = min(split, len(fields) - 1)
-    return " ".join(fields[:split]), "".join(fields[split:])

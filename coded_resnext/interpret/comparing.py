@@ -5,7 +5,16 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+from coded_resnext.files import read_json
+from coded_resnext.training.run_folder import (
+    CONFIG_FILE,
+    FREE_SETTINGS,
+    SUMMARY_FILE,
+    differences,
+)
 
 from .ablations import BASE
 from .evaluate import Evaluation
@@ -226,6 +235,84 @@ def removal_table(runs: Sequence[FinishedRun]) -> str:
     return markdown_table(titles, [line + [""] * (len(titles) - len(line)) for line in lines])
 
 
+@dataclass(frozen=True)
+class Group:
+    """Finished runs of one recipe, which differ in nothing but the seed."""
+
+    folders: tuple[Path, ...]
+    recipe: Any
+    """What `config.json` says, without the seed."""
+    seeds: tuple[int | None, ...]
+    summaries: tuple[Mapping[str, Any], ...]
+
+    @property
+    def name(self) -> str:
+        """Returns the folder of the first run."""
+        return str(self.folders[0])
+
+
+def group_runs(folders: Iterable[Path]) -> list[Group]:
+    """Finished runs by their recipes, whatever their folders are called.
+
+    Args:
+        folders: of runs.
+
+    Raises:
+        FileNotFoundError: a run has no configuration or no summary.
+        ValueError: a file is damaged, or two runs have the same recipe and the same seed.
+    """
+    groups: list[Group] = []
+    for folder in folders:
+        for name, words in ((SUMMARY_FILE, "summary; is the run finished?"), (CONFIG_FILE, "one")):
+            if not (folder / name).is_file():
+                raise FileNotFoundError(f"{folder / name}: no {words}")
+        recipe, seed = _without_seed(read_json(folder / CONFIG_FILE))
+        own = Group((folder,), recipe, (seed,), (read_json(folder / SUMMARY_FILE),))
+        for index, group in enumerate(groups):
+            if differences(group.recipe, recipe, ignore=FREE_SETTINGS):
+                continue
+            if seed in group.seeds:
+                twin = group.folders[group.seeds.index(seed)]
+                raise ValueError(
+                    f"runs: {twin} and {folder} have the same recipe and seed {seed}; expected "
+                    "every run once"
+                )
+            groups[index] = Group(
+                (*group.folders, folder),
+                recipe,
+                (*group.seeds, seed),
+                (*group.summaries, *own.summaries),
+            )
+            break
+        else:
+            groups.append(own)
+    return groups
+
+
+def _without_seed(config: Any) -> tuple[Any, int | None]:
+    """Returns the description of a run without its seed, and the seed."""
+    if not isinstance(config, dict):
+        raise ValueError(f"{CONFIG_FILE}: expected an object, got {type(config).__name__}")
+    seeds = [part.pop("seed") for part in (config, *config.values()) if _has_seed(part)]
+    return config, seeds[0] if seeds else None
+
+
+def _has_seed(part: Any) -> bool:
+    return isinstance(part, dict) and "seed" in part
+
+
+def describe_groups(groups: Sequence[Group]) -> str:
+    """Returns the folders and seeds of every group, and what differs from the first one."""
+    lines = []
+    for group in groups:
+        runs = zip(group.folders, group.seeds, strict=True)
+        line = f"{group.name}: " + ", ".join(f"{folder} (seed {seed})" for folder, seed in runs)
+        if differing := differences(groups[0].recipe, group.recipe, ignore=FREE_SETTINGS):
+            line += f"; in the first group {'; '.join(differing)}"
+        lines.append(line)
+    return "\n".join(lines)
+
+
 def summary_table(groups: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     """A line for each number of the runs' summaries: mean ± deviation of every group, and range.
 
@@ -245,7 +332,9 @@ def summary_table(groups: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
                 cell += f" ({min(values):.{digits}f} to {max(values):.{digits}f})"
             cells.append(cell)
         lines.append([name, *cells])
-    titles = [f"{name} ({len(runs)} runs)" for name, runs in groups.items()]
+    titles = [
+        f"{name} ({len(runs)} run{'s' if len(runs) > 1 else ''})" for name, runs in groups.items()
+    ]
     return markdown_table(["", *titles], lines)
 
 

@@ -1,10 +1,15 @@
-"""Words from JSON, text and CSV."""
+"""Codewords from JSON, text and CSV, and what is written reads back."""
 
 import json
+from itertools import combinations
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from coded_resnext.codebooks.shipped import read_document
+from coded_resnext.codebooks.codebook import Codebook
+from coded_resnext.codebooks.files import read_document
+from coded_resnext.codebooks.verification import verify
 from coded_resnext.files import LARGEST_TEXT
 
 WORDS = ["0110", "1001", "0011"]
@@ -55,3 +60,81 @@ def test_a_huge_file_is_not_read(tmp_path):
         file.truncate(100 * 1024 * 1024)
     with pytest.raises(ValueError, match="at most 16 MiB"):
         read_document(path)
+
+
+# What cannot be written as UTF-8 is no name.
+NAMES = st.lists(
+    st.text(st.characters(exclude_categories=["Cs"])), min_size=2, max_size=6, unique=True
+)
+
+
+@pytest.mark.parametrize("ending", [".json", ".csv", ".txt"])
+@given(names=NAMES)
+@settings(max_examples=300, deadline=None)
+def test_any_names_survive_a_round_trip(tmp_path_factory, ending, names):
+    """datagrunt#73, #217, visidata#2458: a class called #1 vanished from its own export."""
+    words = ["".join("01"[i in ones] for i in range(4)) for ones in combinations(range(4), 2)]
+    codebook = Codebook.from_words(words[: len(names)], names)
+    path = tmp_path_factory.getbasetemp() / f"book{ending}"
+    codebook.save(path)
+    assert Codebook.load(path) == codebook
+
+
+@pytest.mark.parametrize("ending", [".json", ".csv", ".txt"])
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["#1", "a", "b", "c"],
+        ["0", "1", "2", "3"],
+        ["0", "1", "10", "01"],
+        ["[", "{", '"', "'"],
+        ["a,", "b;", "c\t", "d "],
+        ["class", "", " ", "\n"],
+        ["a 0110", "0110", "=1+1", '"a""b" 0110'],
+    ],
+)
+def test_names_that_look_like_something_else(tmp_path, ending, names):
+    codebook = Codebook.from_words(["1100", "1010", "1001", "0110"], names)
+    path = tmp_path / f"book{ending}"
+    codebook.save(path)
+    assert Codebook.load(path) == codebook
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("#1 1100\na 0110\n", "'#1' may be a comment, or a class whose codeword is 1100"),
+        ("a 0110\n# 1100\n", "may be a comment"),
+        ("#1,1,1,0,0\na,0,1,1,0\n", "may be a comment"),
+        ("a 1100\nb 0110\n0011\nd 1001\n", "got none for class 2, 0011"),
+        ('"a b" c 0110\n', "expected a codeword after"),
+    ],
+)
+def test_what_has_two_readings_is_refused(tmp_path, text, message):
+    path = tmp_path / "words"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        read_document(path)
+
+
+def test_comments_that_are_no_words(tmp_path):
+    path = tmp_path / "words"
+    path.write_text("# distance 2 of 10\n0110\n# the second half\n1001\n")
+    assert read_document(path) == {"codewords": ["0110", "1001"]}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a 1100\na 0110\n",
+        '{"codewords": ["10", "01"], "class_names": ["a"]}',
+        '{"codewords": ["10", "01"], "class_names": [1, 2]}',
+        '{"codewords": ["10", "01"], "format_version": 99}',
+    ],
+)
+def test_what_verify_passes_can_be_loaded(tmp_path, text):
+    path = tmp_path / "words"
+    path.write_text(text)
+    with pytest.raises(ValueError, match="not a codebook"):
+        Codebook.load(path)
+    assert not all(rule.holds for rule in verify(read_document(path)) if rule.required)
