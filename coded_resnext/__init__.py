@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from .models.loss import CodedLoss, LossTerms
     from .models.registry import create_model, list_models
     from .models.resnext import CodedResNeXt, Stage
+    from .models.warm_start import load_weights
 
 if not Path(__file__).with_name("kernels").is_dir():
     raise ImportError(
@@ -57,6 +58,7 @@ _MODULES = {
     "extract_subset": "deploy.extract",
     "from_pretrained": "deploy.hub",
     "list_models": "models.registry",
+    "load_weights": "models.warm_start",
     "push_to_hub": "deploy.hub",
     "save_pretrained": "deploy.hub",
     "use_grouped_kernels": "models.grouped_conv",
@@ -87,6 +89,7 @@ __all__ = [
     "extract_subset",
     "from_pretrained",
     "list_models",
+    "load_weights",
     "push_to_hub",
     "save_pretrained",
     "use_grouped_kernels",

@@ -12,7 +12,12 @@ from coded_resnext.files import read_json
 from coded_resnext.models.checkpoint import MODEL_FILE, load_model, save_model
 from coded_resnext.models.published import published_model, published_model_state
 from coded_resnext.models.registry import create_model
-from coded_resnext.models.warm_start import load_plain_weights, read_state_dict
+from coded_resnext.models.warm_start import (
+    Weights,
+    load_plain_weights,
+    read_state_dict,
+    read_weights,
+)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -39,27 +44,34 @@ def run(arguments: argparse.Namespace) -> int:
         save_file({name: value.contiguous() for name, value in state.items()}, out)
         print(f"wrote {out}: {len(state)} tensors under the published names")
         return 0
-    state = read_state_dict(arguments.source)
     if arguments.architecture is not None:
         try:
             architecture = read_json(arguments.architecture)
         except ValueError as error:
             raise ValueError(f"{arguments.architecture}: not JSON: {error}") from error
+        state = read_state_dict(arguments.source)
         model = published_model(state, architecture, class_names=names)
         said = f"{len(model.coded_blocks)} of {len(model.blocks)} blocks are coded"
     else:
-        model = create_model(arguments.network, **_overrides(arguments, state, names))
-        said = str(load_plain_weights(model, state))
+        weights = read_weights(arguments.source)
+        model = create_model(arguments.network, **_overrides(arguments, weights, names))
+        said = str(load_plain_weights(model, weights.state))
     save_model(out, model, training={"converted_from": Path(arguments.source).name})
     print(f"wrote {out}: {said}")
     return 0
 
 
 def _overrides(
-    arguments: argparse.Namespace, state: dict[str, Any], names: list[str] | None
+    arguments: argparse.Namespace, weights: Weights, names: list[str] | None
 ) -> dict[str, Any]:
     """What the network has other than the registry says."""
-    overrides: dict[str, Any] = {"head_bias": any(k in state for k in ("fc.bias", "head.bias"))}
+    biases = ("fc.bias", "head.bias")
+    overrides: dict[str, Any] = {"head_bias": any(k in weights.state for k in biases)}
+    if weights.codebooks and not arguments.num_classes:
+        names = names or list(weights.codebooks[0].class_names)
+        # Branches go on working for the classes that they have learnt.
+        if arguments.network.startswith("coded_") and (books := weights.codebooks_for(names)):
+            overrides["codebooks"] = books
     if arguments.num_classes or names:
         overrides["num_classes"] = arguments.num_classes or len(names or ())
     if names:

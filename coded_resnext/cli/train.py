@@ -35,12 +35,11 @@ from coded_resnext.interpret import (
     tables,
 )
 from coded_resnext.kernels import check_backend
-from coded_resnext.models.checkpoint import MODEL_FILE, load_model
 from coded_resnext.models.registry import create_model
 from coded_resnext.models.resnext import CodedResNeXt
 from coded_resnext.models.warm_start import (
     load_plain_weights,
-    read_state_dict,
+    read_weights,
     recalibrate_batch_norm,
 )
 from coded_resnext.training.engine import fit
@@ -122,25 +121,18 @@ def make_model(recipe: Recipe, class_names: Sequence[str]) -> CodedResNeXt:
     if settings.codebooks:
         arguments["codebooks"] = [_codebook(path, class_names) for path in settings.codebooks]
     elif (
-        (source := _own_checkpoint(settings)) is not None
-        and source.class_names == tuple(class_names)
-        and source.coded_blocks
+        settings.initial_checkpoint
+        and Path(settings.initial_checkpoint).exists()
+        and (books := read_weights(settings.initial_checkpoint).codebooks_for(class_names))
     ):
         # Branches go on working for the classes that they have learnt.
-        arguments["codebooks"] = source.stage_codebooks
+        arguments["codebooks"] = books
     torch.manual_seed(recipe.training.seed)
     model = create_model(settings.model, **arguments)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = settings.bn_momentum
     return model
-
-
-def _own_checkpoint(settings: ModelConfig) -> CodedResNeXt | None:
-    """The network in `initial_checkpoint`, None when it is another library's or there is none."""
-    path = Path(settings.initial_checkpoint or "")
-    own = settings.initial_checkpoint and (path.is_dir() or path.name == MODEL_FILE)
-    return load_model(path).model if own else None
 
 
 def _codebook(path: str, class_names: Sequence[str]) -> Codebook:
@@ -172,11 +164,11 @@ def start_from(model: CodedResNeXt, settings: ModelConfig, calibration: EvalImag
         OSError: there is no such file.
     """
     path = Path(settings.initial_checkpoint or "")
-    source = _own_checkpoint(settings)
-    state = read_state_dict(path) if source is None else source.state_dict()
-    same_number = source is not None and source.num_classes == model.num_classes
-    other_classes = source is not None and source.class_names != model.class_names
-    if same_number and other_classes:
+    weights = read_weights(path)
+    names = weights.class_names or model.class_names
+    other_classes = names != model.class_names and len(names) == model.num_classes
+    state = dict(weights.state)
+    if other_classes:
         state |= {k: v for k, v in model.state_dict().items() if k.startswith("head.")}
     try:
         taken = load_plain_weights(model, state)
@@ -185,10 +177,9 @@ def start_from(model: CodedResNeXt, settings: ModelConfig, calibration: EvalImag
             f"initial_checkpoint: {path} is of another architecture than {settings.model}: {error}"
         ) from error
     text = f"weights from {path}: {taken}"
-    if same_number and other_classes:
+    if other_classes:
         text += "; the classifier is fresh all the same, since its classes are others"
-    was_coded = source is not None and bool(source.coded_blocks)
-    if model.coded_blocks and not was_coded:
+    if model.coded_blocks and not weights.codebooks:
         images = recalibrate_batch_norm(model, calibration)
         text += f"; BatchNorm of the coded blocks measured on {images} images"
     return text

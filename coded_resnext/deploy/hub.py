@@ -145,7 +145,8 @@ def from_pretrained(
     else:
         if Path(source).exists():
             raise ValueError(
-                f"source: expected a folder of save_pretrained or OWNER/NAME, got the file {source}"
+                f"source: expected a folder of save_pretrained or OWNER/NAME, got the file "
+                f"{source}; load_weights(model, file) reads weights alone"
             )
         if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(source)):
             raise FileNotFoundError(

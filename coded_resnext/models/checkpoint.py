@@ -236,6 +236,15 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return description, state
 
 
+def is_model_file(path: str | Path) -> bool:
+    """Returns whether a file says of itself that `save_model` wrote it, whatever its name is."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return _HEADER in (file.metadata() or {})
+    except (SafetensorError, OSError, *UNFIT):
+        return False
+
+
 def check_version(path: str | Path, description: dict[str, Any], versions: Sequence[int]) -> None:
     """Refuses a file of a format version that is none of these."""
     version = description.get("format_version")

@@ -1,7 +1,8 @@
-"""Starting from the weights of a plain ResNeXt: timm's, torchvision's or a plain twin's.
+"""Weights of any origin: the file of one of our networks, or a plain ResNeXt's to start from.
 
-The expand weight is dense in plain and coded blocks alike, so that a plain network's weights fit a
-coded one tensor by tensor. What differs is adapted or left fresh, and said:
+A file says itself what it is: its name decides nothing. The expand weight is dense in plain and
+coded blocks alike, so that a plain network's weights fit a coded one tensor by tensor. What differs
+is adapted or left fresh, and said:
 
 * the stem's convolution is brought to another number of image channels;
 * a head for other classes stays fresh;
@@ -13,18 +14,21 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
+from coded_resnext.codebooks.codebook import Codebook
 from coded_resnext.files import load_tensors
 
-from .resnext import CodedResNeXt
+from .checkpoint import check_codebooks, is_model_file, load_model
+from .resnext import CodedResNeXt, own_network
 
 # Where training scripts put the weights when they store more than these.
 _CONTAINERS = ("state_dict", "model")
@@ -39,6 +43,7 @@ _BLOCK_LAYERS = {
     "downsample.1": "skip.1",
 }
 _OTHER_LAYERS = {"conv1": "stem.0", "bn1": "stem.1", "fc": "head"}
+_CODEWORDS_NAME = re.compile(r"stages\.(\d+)\.\d+\.codewords$")
 _BLOCK_NAME = re.compile(rf"layer(\d+)\.(\d+)\.({'|'.join(map(re.escape, _BLOCK_LAYERS))})\.(\w+)$")
 
 
@@ -50,13 +55,92 @@ class WarmStart:
     adapted: tuple[str, ...]
     """Brought to another shape: the stem's convolution for other image channels."""
     fresh: tuple[str, ...]
-    """Left as they were: a head for other classes."""
+    """Left as they were: a head for other classes, and codewords that are not the weights' own."""
 
     def __str__(self) -> str:
         return (
             f"{len(self.copied)} tensors copied; adapted: {', '.join(self.adapted) or 'none'}; "
             f"fresh: {', '.join(self.fresh) or 'none'}"
         )
+
+
+class Weights(NamedTuple):
+    """The weights in a file, and what it says of them."""
+
+    state: dict[str, Tensor]
+    codebooks: tuple[Codebook, ...]
+    """Of the coded stages for which the weights were trained; none for a plain network."""
+    class_names: tuple[str, ...] | None
+    """In their order; None where the file has no names."""
+
+    def codebooks_for(self, class_names: Sequence[str]) -> tuple[Codebook, ...]:
+        """Returns the codebooks under these names of the classes; none if these are others."""
+        fits = self.class_names in (None, tuple(class_names))
+        if not fits or any(book.classes != len(class_names) for book in self.codebooks):
+            return ()
+        return tuple(book.with_class_names(class_names) for book in self.codebooks)
+
+
+def read_weights(path: str | Path) -> Weights:
+    """Returns the weights in a model file, or in one of `read_state_dict`.
+
+    Args:
+        path: a file, or the folder of a run that has a model file.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load_model` and `read_state_dict`.
+    """
+    path = Path(path)
+    if path.is_dir() or is_model_file(path):
+        model = load_model(path).model
+        return Weights(model.state_dict(), tuple(model.stage_codebooks), model.class_names)
+    state = read_state_dict(path)
+    books: dict[int, Codebook] = {}
+    for name, value in state.items():
+        if block := _CODEWORDS_NAME.match(name):
+            try:
+                book = Codebook(value)
+            except (TypeError, ValueError) as error:
+                raise ValueError(
+                    f"{path}: {name}: not the codewords of a block: {error}"
+                ) from error
+            if books.setdefault(int(block[1]), book) != book:
+                raise ValueError(f"{path}: {name}: expected the codewords of its stage, got others")
+    return Weights(state, tuple(books[stage] for stage in sorted(books)), None)
+
+
+def load_weights(model: nn.Module, path: str | Path) -> None:
+    """Load the weights in a file into a network that they fit whole, in place.
+
+    Args:
+        model: the network, or a wrapper around it. Where it has class names of its own, they are
+            those of the weights; where they are `"0" .. "K-1"`, nobody has named them.
+        path: as for `read_weights`: a model file of `save_model`, or a state dict in safetensors or
+            a PyTorch checkpoint, bare or under `state_dict` or `model`, with `module.` or
+            `_orig_mod.` in front of the names or not. A plain network's weights have no codewords:
+            a coded network then keeps its own.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a damaged file, or one with code in it; weights for other classes or codewords;
+            tensors that are missing, too many or of another shape, which the message lists. The
+            network is as it was.
+    """
+    network, weights = own_network(model), read_weights(path)
+    unnamed = tuple(map(str, range(network.num_classes)))
+    names = weights.class_names or unnamed
+    if names != network.class_names and unnamed not in (names, network.class_names):
+        raise ValueError(
+            f"{path}: expected weights for the classes {', '.join(network.class_names[:5])}, .., "
+            f"got {', '.join(names[:5])}, .."
+        )
+    try:
+        if weights.codebooks and network.stage_codebooks:
+            own = [Codebook(book.codewords) for book in network.stage_codebooks]
+            check_codebooks([Codebook(book.codewords) for book in weights.codebooks], own)
+        load_plain_weights(network, weights.state, adapt=False)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
@@ -74,7 +158,10 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: expected a file with weights, found none")
-    if path.suffix == ".safetensors":
+    with path.open("rb") as file:
+        # The length of the header in eight bytes, and JSON: neither a pickle nor an archive.
+        is_safetensors = file.read(9)[4:] == b"\0\0\0\0{"
+    if is_safetensors or path.suffix == ".safetensors":
         try:
             return load_file(path)
         except SafetensorError as error:
@@ -94,8 +181,10 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
         or not all(isinstance(value, Tensor) for value in content.values())
     ):
         raise ValueError(f"{path}: expected weights by name, found none")
-    # Wrappers for several devices and for compilation put their names before the network's.
-    return {re.sub(r"^(module\.|_orig_mod\.)+", "", k): v for k, v in content.items()}
+    # Wrappers for several devices, compilation, averaging and training put their names before the
+    # network's; compiled blocks have theirs within.
+    names = {k: re.sub(r"^((module|model)\.)+", "", k.replace("_orig_mod.", "")) for k in content}
+    return {names[k]: v for k, v in content.items() if k != "n_averaged"}
 
 
 def plain_state(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -112,10 +201,10 @@ def plain_state(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {k: v for k, v in state_dict.items() if not k.endswith(".codewords")}
     renamed = {}
     for name, value in state_dict.items():
-        found = _BLOCK_NAME.match(name)
+        of_block = _BLOCK_NAME.match(name)
         layer, _, parameter = name.rpartition(".")
-        if found is not None:
-            stage, block, layer, parameter = found.groups()
+        if of_block is not None:
+            stage, block, layer, parameter = of_block.groups()
             ours = f"stages.{int(stage) - 1}.{block}.{_BLOCK_LAYERS[layer]}.{parameter}"
         elif layer in _OTHER_LAYERS:
             ours = f"{_OTHER_LAYERS[layer]}.{parameter}"
@@ -129,13 +218,17 @@ def plain_state(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def load_plain_weights(model: CodedResNeXt, state_dict: Mapping[str, Tensor]) -> WarmStart:
+def load_plain_weights(
+    model: CodedResNeXt, state_dict: Mapping[str, Tensor], *, adapt: bool = True
+) -> WarmStart:
     """Start a network, coded or plain, from the weights of a plain ResNeXt, in place.
 
     Args:
         model: its stages must have the source's depths and sizes. A head bias is copied when both
             have one; where the source alone has one, make the model with `head_bias=True`.
         state_dict: as for `plain_state`.
+        adapt: bring the stem to other image channels, and leave a head for other classes and
+            codewords for others fresh; False refuses these too.
 
     Returns:
         What was copied, adapted and left fresh.
@@ -147,33 +240,39 @@ def load_plain_weights(model: CodedResNeXt, state_dict: Mapping[str, Tensor]) ->
     source = plain_state(state_dict)
     target = {k: v for k, v in model.state_dict().items() if not k.endswith(".codewords")}
     head = source.get("head.weight")
-    fresh_head = head is not None and head.shape != target["head.weight"].shape
+    fresh_head = adapt and head is not None and head.shape != target["head.weight"].shape
     copied, adapted, fresh, problems = [], [], [], []
     values: dict[str, Tensor] = {}
     for name, value in target.items():
-        found = source.get(name)
+        given = source.get(name)
         if name.startswith("head.") and fresh_head:
             fresh.append(name)
-        elif found is None:
+        elif given is None:
             # Files of old versions do not count the batches.
             if not name.endswith("num_batches_tracked"):
                 problems.append(f"no {name}")
-        elif found.shape == value.shape:
-            values[name] = found
+        elif given.shape == value.shape:
+            values[name] = given
             copied.append(name)
-        elif name == "stem.0.weight" and found.shape[0::2] == value.shape[0::2]:
-            values[name] = _to_channels(found, value.shape[1])
+        elif adapt and name == "stem.0.weight" and given.shape[0::2] == value.shape[0::2]:
+            values[name] = _to_channels(given, value.shape[1])
             adapted.append(name)
         else:
-            problems.append(f"{name} is {list(found.shape)}, expected {list(value.shape)}")
+            problems.append(f"{name} is {list(given.shape)}, expected {list(value.shape)}")
     unknown = sorted(source.keys() - target.keys() - ({"head.bias"} if fresh_head else set()))
     problems += [f"{name}, which the model has not" for name in unknown]
     if problems:
         shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" * (len(problems) > 8))
         raise ValueError(f"state_dict: does not fit the model: {shown}")
-    for name, found in values.items():
-        target[name].copy_(found)
+    for name, given in values.items():
+        target[name].copy_(given)
+    own = {k: v for k, v in model.state_dict().items() if k.endswith(".codewords")}
+    fresh += [k for k in own if k in state_dict and not _equal(own[k], state_dict[k])]
     return WarmStart(tuple(copied), tuple(adapted), tuple(fresh))
+
+
+def _equal(own: Tensor, other: Tensor) -> bool:
+    return own.shape == other.shape and bool((own.cpu() == other.cpu()).all())
 
 
 def _to_channels(weight: Tensor, channels: int) -> Tensor:

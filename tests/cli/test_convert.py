@@ -9,11 +9,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from support.helpers import assert_same_network, below, load_golden
 
-from coded_resnext import create_model
+from coded_resnext import Codebook, create_model
 from coded_resnext.cli import main
-from coded_resnext.models.checkpoint import load_model
+from coded_resnext.models.checkpoint import load_model, save_model
 from coded_resnext.models.published import published_model
 
+DIGITS = "coded_resnext_digits"
 META, GOLDEN = load_golden("net_cifar10")
 PUBLISHED = below(GOLDEN, "state.")
 
@@ -73,6 +74,27 @@ def test_plain_weights_start_a_coded_network(tmp_path, capsys):
     assert loaded.training == {"converted_from": "plain.safetensors"}
     ours = loaded.model.coded_blocks[2].expand.weight
     assert torch.equal(ours, plain.stages[2][0].expand.weight)
+
+
+@pytest.mark.parametrize("way", ["state dict", "model file"])
+def test_codewords_stay_with_the_weights_that_were_trained_for_them(way, tmp_path, capsys):
+    """timm#1278: the network kept its own, for which the weights were never trained."""
+    flipped = [Codebook(b.codewords.flip(0)) for b in create_model(DIGITS).stage_codebooks]
+    names = list("abcdefghij")
+    source = create_model(
+        DIGITS, codebooks=[b.with_class_names(names) for b in flipped], class_names=names
+    )
+    path = tmp_path / "weights.pt"
+    if way == "state dict":
+        torch.save({"state_dict": {f"module.{k}": v for k, v in source.state_dict().items()}}, path)
+    else:
+        save_model(path, source)
+    assert convert(path, "--network", DIGITS, "--out", tmp_path / "out") == 0
+    assert "fresh: none" in capsys.readouterr().out
+    model = load_model(tmp_path / "out").model
+    assert [b.words for b in model.stage_codebooks] == [b.words for b in flipped]
+    assert model.class_names == (tuple("0123456789") if way == "state dict" else tuple(names))
+    assert torch.equal(model.head.weight, source.head.weight)
 
 
 def test_refusals(tmp_path, architecture, capsys):

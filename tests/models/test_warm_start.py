@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import copy
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,8 +13,10 @@ from safetensors.torch import save_file
 from support.helpers import assert_alike
 from support.random_networks import make_random
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
-from coded_resnext import create_model
+from coded_resnext import Codebook, create_model, load_weights
+from coded_resnext.models.checkpoint import save_model
 from coded_resnext.models.warm_start import (
     load_plain_weights,
     plain_state,
@@ -185,3 +188,83 @@ def test_code_in_a_checkpoint_is_refused_and_not_run(tmp_path, inside):
     with pytest.raises(ValueError, match="anything else could run code"):
         read_state_dict(tmp_path / "attack.pth")
     assert not (tmp_path / "made").exists()
+
+
+def written(model: nn.Module, folder: Path, way: str) -> Path:
+    """A file with a network's weights as people have them."""
+    state = model.state_dict()
+    in_front = {f"{way}.{name}": value for name, value in state.items()}
+    if way == "our model file of another name":
+        save_model(folder / "epoch-7.pth", model)
+        return folder / "epoch-7.pth"
+    if way == "safetensors":
+        save_file(state, folder / "weights.safetensors")
+        return folder / "weights.safetensors"
+    content: object = {
+        "bare": state,
+        "state_dict": {"epoch": 3, "state_dict": state},
+        "model": {"model": state, "optimizer": {"lr": 0.1}},
+        "compiled": torch.compile(model, backend="eager").state_dict(),
+        "averaged": AveragedModel(model).state_dict(),
+    }.get(way, in_front)
+    torch.save(content, folder / "weights.pt")
+    return folder / "weights.pt"
+
+
+@pytest.mark.parametrize("network", ["coded_resnext_digits", "resnext_digits"])
+@pytest.mark.parametrize(
+    "way",
+    [
+        *("our model file of another name", "safetensors", "bare", "state_dict", "model"),
+        *("compiled", "averaged", "module", "_orig_mod", "module._orig_mod"),
+    ],
+)
+def test_weights_are_read_however_they_were_written(network, way, tmp_path):
+    """timm#1817, lightly-train#985: a wrapper's names, or a file's own name, kept weights out."""
+    source = make_random(network)
+    model = create_model(network)
+    load_weights(model, written(source, tmp_path, way))
+    for name, value in source.state_dict().items():
+        # Copies of the same numbers.
+        assert torch.equal(model.state_dict()[name], value), name
+
+
+def test_weights_that_do_not_fit_are_refused_by_their_names(tmp_path):
+    """jiant#688: what did not fit was left fresh, and nothing was said."""
+    model = create_model("coded_resnext_digits", class_names=list("abcdefghij"))
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+
+    def said(way: str, source: nn.Module) -> str:
+        with pytest.raises(ValueError, match=r"^/") as caught:
+            load_weights(model, written(source, tmp_path, way))
+        assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+        return str(caught.value)
+
+    assert "head.weight is [4, 200], expected [10, 200]" in said(
+        "bare", create_model("resnext_digits", num_classes=4)
+    )
+    assert "stem.0.weight is [32, 3, 3, 3], expected" in said(
+        "module", create_model("resnext_digits", in_channels=3)
+    )
+    flipped = [Codebook(b.codewords.flip(0)) for b in model.stage_codebooks]
+    other = create_model("coded_resnext_digits", codebooks=flipped)
+    for way in ("bare", "our model file of another name"):
+        assert "codewords of coded stage 1 differ" in said(way, other)
+    named = create_model("coded_resnext_digits", class_names=list("jihgfedcba"))
+    assert "expected weights for the classes a, b, c" in said(
+        "our model file of another name", named
+    )
+    wrong = named.state_dict() | {"stages.1.0.codewords": torch.ones(10, 10, dtype=torch.bool)}
+    torch.save(wrong, tmp_path / "ones.pt")
+    with pytest.raises(ValueError, match=r"ones\.pt: stages\.1\.0\.codewords"):
+        load_weights(model, tmp_path / "ones.pt")
+
+
+def test_a_warm_start_says_which_codewords_are_not_the_weights_own():
+    """timm#1278: a network of other branches took the weights, and said that nothing was fresh."""
+    model = create_model("coded_resnext_digits")
+    flipped = [Codebook(b.codewords.flip(0)) for b in model.stage_codebooks]
+    source = create_model("coded_resnext_digits", codebooks=flipped)
+    assert load_plain_weights(model, source.state_dict()).fresh == tuple(
+        f"stages.{stage}.{block}.codewords" for stage in (1, 2) for block in (0, 1)
+    )

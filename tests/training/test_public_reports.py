@@ -16,10 +16,12 @@ from support.image_data import write_images
 from support.tiny_training import IMAGES, TARGETS, make_config, make_loader, make_model, train
 
 import coded_resnext.training.engine as engine
-from coded_resnext import create_model
-from coded_resnext.cli.train import Command, run_recipe
+from coded_resnext import Codebook, create_model
+from coded_resnext.cli.train import Command, run_recipe, start_from
+from coded_resnext.cli.train import make_model as network_of
 from coded_resnext.data.batches import TrainingBatches, batches
 from coded_resnext.data.datasets import load_dataset
+from coded_resnext.models.checkpoint import save_model
 from coded_resnext.training.accuracy import measure_accuracy
 from coded_resnext.training.config import TrainingConfig
 from coded_resnext.training.engine import fit
@@ -218,3 +220,30 @@ def test_only_checkpoints_are_removed(tmp_path: Path) -> None:
     note.write_text("mine")
     RunFolder(tmp_path, {}).save_state("step-000000001", {"step": 1})
     assert note.read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "best.safetensors", "epoch 7.pth"])
+def test_a_model_file_is_known_by_what_it_says(name: str, tmp_path: Path) -> None:
+    """lightly-train#985, timm#1817: the old classifier stood for new classes, and the codebook was
+    lost, where the file had another name."""
+    recipe = make_recipe(
+        {"data_dir": str(tmp_path), "img_size": 8},
+        {"model": "coded_resnext17_10x4d", "initial_checkpoint": str(tmp_path / name)},
+        {"epochs": 1, "batch_size": 4, "lr": 0.1},
+    )
+    own = create_model("coded_resnext17_10x4d", num_classes=3, class_names=list("abc"))
+    books = [Codebook(book.codewords.flip(1), book.class_names) for book in own.stage_codebooks]
+    source = create_model(
+        "coded_resnext17_10x4d", num_classes=3, class_names=list("abc"), codebooks=books
+    )
+    save_model(tmp_path / name, source)
+    calibration: Any = []
+    for names in ("abc", "cba"):
+        model = network_of(recipe, list(names))
+        fresh = model.head.weight.detach().clone()
+        said = start_from(model, recipe.model, calibration)
+        assert "measured" not in said
+        same = names == "abc"
+        assert torch.equal(model.head.weight, source.head.weight if same else fresh)
+        assert ([b.words for b in model.stage_codebooks] == [b.words for b in books]) == same
+        assert torch.equal(model.stem[0].weight, source.stem[0].weight)
