@@ -31,7 +31,7 @@ def statistics_gradient(grad_statistics: Tensor, statistics: Tensor) -> tuple[Te
     return curve, grad_statistics[1] - curve * (statistics[1] / statistics[0])
 
 
-def follow(
+def add_statistics_gradient(
     grad: Tensor, y: Tensor | None, gain: Tensor | None, curve: Tensor | None, level: Tensor | None
 ) -> Tensor:
     """`gain grad + curve y + level` by channel, in the dtype of `grad`; absent terms left out.

@@ -59,7 +59,7 @@ class Variant:
     """Says whether the gradient of the output comes without its factor for each channel."""
     signs: bool = False
     """Says whether a join writes, and its gradient reads, one bit for the ReLU of each element."""
-    moved: bool = False
+    output_gradient: bool = False
     """Whether the gradient of the output is written as it enters the product, for the weight's."""
     joined: bool = True
     """Says whether the output of a join has a gradient of its own."""
@@ -161,7 +161,7 @@ class LaunchRow:
     constexprs: tuple[tuple[str, int | float | str], ...]
     num_warps: int
     trip_bytes: int
-    """Bytes that a program moves in one trip of its innermost loop over a batch's tensors."""
+    """Bytes that a program keeps in one trip of its innermost loop over a batch's tensors."""
     sample_bytes: int
     """The least that one sample costs in memory traffic: each tensor moved once."""
     num_stages: int = 1

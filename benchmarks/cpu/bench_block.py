@@ -69,8 +69,8 @@ def check_equal(coded: Any, reference: Any) -> None:
     for step in (coded, reference):
         torch.manual_seed(1)
         step.outputs = step()
-    for found, expected in zip(coded.outputs, reference.outputs, strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+    for actual, expected in zip(coded.outputs, reference.outputs, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-3)
 
 
 def step_memory(name: str, variant: str) -> float:

@@ -56,15 +56,15 @@ def compare(
         whole, folder / "int8.onnx", digits.train_images[:CALIBRATION_IMAGES].split(32)
     )
     for what, path in (("network", whole), ("network, int8", int8)):
-        (found,) = outputs(path, x)
-        classes = found.argmax(1)
+        (actual,) = outputs(path, x)
+        classes = actual.argmax(1)
         right = float((classes == targets).double().mean())
-        row(what, classes == said, right, _difference(found, logits), path.stat().st_size)
+        row(what, classes == said, right, _difference(actual, logits), path.stat().st_size)
     path = to_onnx(Heads(model), folder / "heads.onnx", preprocessing=digits.preprocessing)
-    _, classes, found = outputs(path, x)
+    _, classes, actual = outputs(path, x)
     for block in range(classes.shape[1]):
         right = float((classes[:, block] == targets).double().mean())
-        difference = _difference(found[:, block], margins[:, block])
+        difference = _difference(actual[:, block], margins[:, block])
         same = classes[:, block] == decoded[:, block]
         row(f"early decoder {block + 1}", same, right, difference, path.stat().st_size)
     same, worst, sizes = [], 0.0, []
@@ -73,15 +73,15 @@ def compare(
             model, index, threshold=thresholds.get(name) or 0.0, fold_batch_norm=True
         )
         path = to_onnx(part, folder / "part.onnx", preprocessing=digits.preprocessing)
-        (found,) = outputs(path, x)
-        same.append((found >= part.threshold) == part.predict(x))
-        worst = max(worst, _difference(found, part(x)))
+        (actual,) = outputs(path, x)
+        same.append((actual >= part.threshold) == part.predict(x))
+        worst = max(worst, _difference(actual, part(x)))
         sizes.append(path.stat().st_size)
     row(f"{len(same)} classifiers", torch.stack(same), None, worst, sum(sizes) // len(sizes))
 
 
-def _difference(found: Tensor, expected: Tensor) -> float:
-    return float((found - expected).abs().max())
+def _difference(actual: Tensor, expected: Tensor) -> float:
+    return float((actual - expected).abs().max())
 
 
 def main() -> int:

@@ -41,14 +41,16 @@ def main() -> None:
     for rank in RANKS:
         precisions, same = [], []
         for model, thresholds, whole in runs:
-            found = scores(model, split.test_images, rank)
+            approximate = scores(model, split.test_images, rank)
             precisions.append(
                 statistics.mean(
-                    average_precision_score(positive[:, index], found[:, index])
+                    average_precision_score(positive[:, index], approximate[:, index])
                     for index in range(model.num_classes)
                 )
             )
-            same.append(float(((found >= thresholds) == (whole >= thresholds)).double().mean()))
+            same.append(
+                float(((approximate >= thresholds) == (whole >= thresholds)).double().mean())
+            )
         model = runs[0][0]
         share = network_cost(extract_classifier(model, 0, skip_rank=rank), SIZE).relative_to(
             network_cost(model, SIZE)

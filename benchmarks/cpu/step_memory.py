@@ -17,9 +17,9 @@ from shapes import block_shapes
 def resident_mib(field: str) -> float:
     """Resident memory of this process: `VmRSS` now, `VmHWM` at its highest since the reset."""
     status = Path("/proc/self/status").read_text(encoding="ascii")
-    found = re.search(rf"{field}:\s+(\d+) kB", status)
-    assert found is not None
-    return int(found[1]) / 1024
+    match = re.search(rf"{field}:\s+(\d+) kB", status)
+    assert match is not None
+    return int(match[1]) / 1024
 
 
 def main() -> None:

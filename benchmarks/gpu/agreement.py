@@ -43,11 +43,11 @@ def evaluate(
     wanted = [inputs[name] for name in operator.differentiable]
     matching = [g.to(y.dtype) for g, y in zip(upstream, outputs, strict=True)]
     grads = torch.autograd.grad(outputs, wanted, matching)
-    found = {f"output {n}": y.detach() for n, y in enumerate(outputs)}
-    found.update(
+    results = {f"output {n}": y.detach() for n, y in enumerate(outputs)}
+    results.update(
         {f"gradient of {n}": g for n, g in zip(operator.differentiable, grads, strict=True)}
     )
-    return found
+    return results
 
 
 def evaluate_in_parts(
@@ -99,11 +99,11 @@ def compare(
     inputs = inputs_of(operator, place, dtype, device)
     outputs = operator.kernel(inputs, place)
     upstream = upstream_of(outputs)
-    found = evaluate(operator, operator.kernel, place, inputs, upstream)
+    actual = evaluate(operator, operator.kernel, place, inputs, upstream)
     exact = evaluate_in_parts(operator, place, inputs, upstream, torch.float64, samples)
     eager = evaluate_in_parts(operator, place, inputs, upstream, dtype, samples)
     errors, wrong = {}, []
-    for name, value in found.items():
+    for name, value in actual.items():
         mine, theirs = relative_error(value, exact[name]), relative_error(eager[name], exact[name])
         limit = WORSE_THAN_EAGER * max(theirs, ROUNDING[dtype])
         errors[name] = {"kernel": mine, "eager": theirs, "limit": limit}
@@ -150,20 +150,20 @@ def compiled(
     expected = evaluate(operator, operator.kernel, place, inputs, upstream)
     torch.compiler.reset()
     form = torch.compile(operator.kernel, fullgraph=True, dynamic=False, backend=backend)
-    found = evaluate(operator, form, place, inputs, upstream)
+    actual = evaluate(operator, form, place, inputs, upstream)
     wrong = []
-    for name, value in found.items():
+    for name, value in actual.items():
         error = relative_error(value, expected[name].double())
         if not error <= 2 * ROUNDING[dtype]:
             wrong.append(f"{name}: {error:.1e} away from the kernel without compilation")
     return {**_label(operator, place, dtype), "wrong": wrong}
 
 
-def relative_error(found: Tensor, exact: Tensor) -> float:
+def relative_error(actual: Tensor, exact: Tensor) -> float:
     """Largest difference over the largest magnitude; NaN where there is one."""
-    assert found.shape == exact.shape, (found.shape, exact.shape)
+    assert actual.shape == exact.shape, (actual.shape, exact.shape)
     scale = exact.double().abs().max().clamp_min(1e-300)
-    return float((found.double() - exact.double()).abs().max() / scale)
+    return float((actual.double() - exact.double()).abs().max() / scale)
 
 
 def _label(operator: Operator, place: Place, dtype: torch.dtype) -> dict[str, str]:

@@ -176,7 +176,7 @@ def measure(
     runner: Runner, contender: Contender, batch: int, size: int, steps: int, item: int
 ) -> dict[str, Any]:
     """Times, memory and kernels of a contender that was found right."""
-    found: dict[str, Any] = {}
+    row: dict[str, Any] = {}
     device = runner.images.device
     gpu = find_gpu(torch.cuda.get_device_name()) if device.type == "cuda" else None
     for name, run in (("train", runner.train), ("infer", runner.infer)):
@@ -185,17 +185,17 @@ def measure(
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         seconds = median_seconds(run, device, steps)
-        found[f"{name}_ms"] = 1000 * seconds
-        found[f"{name}_images_per_second"] = batch / seconds
+        row[f"{name}_ms"] = 1000 * seconds
+        row[f"{name}_images_per_second"] = batch / seconds
         if device.type == "cuda":
-            found[f"{name}_peak_mib"] = torch.cuda.max_memory_allocated() / 2**20
-            found[f"{name}_kernels"] = kernels_of(run)
+            row[f"{name}_peak_mib"] = torch.cuda.max_memory_allocated() / 2**20
+            row[f"{name}_kernels"] = kernels_of(run)
         if isinstance(runner.model, CodedResNeXt):
             moved = least_bytes(runner.model, batch, size, item, training=name == "train")
-            found[f"{name}_least_bytes"] = moved
+            row[f"{name}_least_bytes"] = moved
             if gpu is not None:
-                found[f"{name}_floor_share"] = gpu.floor(moved) / seconds
-    return found
+                row[f"{name}_floor_share"] = gpu.floor(moved) / seconds
+    return row
 
 
 def median_seconds(run: Callable[[], Any], device: torch.device, steps: int) -> float:

@@ -56,12 +56,12 @@ class EvaluatedBlock:
         """The block's input, as a ReLU leaves it, and the mask."""
         shape = (self.batch, self.in_channels, self.size, self.size)
         x = torch.randn(shape, device=device).relu()
-        found = {"x": x.contiguous(memory_format=torch.channels_last)}
+        leaves = {"x": x.contiguous(memory_format=torch.channels_last)}
         if self.keep:
             mask = torch.rand(self.batch, self.branches, device=device) < 0.5
             mask[:, 0] = True
-            found["keep_mask"] = mask.float()
-        return found
+            leaves["keep_mask"] = mask.float()
+        return leaves
 
 
 BLOCKS = [
@@ -106,7 +106,7 @@ def check_block(
         return [y] if record.energies is None else [y, record.energies]
 
     expected, eager = run(exact, "torch", wide=True), run(rounded, "torch")
-    found = run(rounded, backend)
+    actual = run(rounded, backend)
     row: dict[str, Any] = {
         "block": block.name,
         "dtype": str(dtype),
@@ -115,7 +115,7 @@ def check_block(
         "wrong": [],
     }
     said = f"block in evaluation, {block.name}, {backend}"
-    for name, mine, theirs, value in zip(("y", "energies"), found, eager, expected, strict=False):
+    for name, mine, theirs, value in zip(("y", "energies"), actual, eager, expected, strict=False):
         # Energies stay in float32, but what they are taken of has been rounded.
         limit = 2 * max(error(theirs, value), ROUNDING[dtype])
         row["errors"][name] = {"kernel": error(mine, value), "limit": limit}
@@ -125,7 +125,7 @@ def check_block(
                 f"{said} {name}: error {error(mine, value):.1e}, at most {limit:.1e}"
             )
     for _ in range(repeats - 1):
-        if not all(torch.equal(a, b) for a, b in zip(found, run(rounded, backend), strict=True)):
+        if not all(torch.equal(a, b) for a, b in zip(actual, run(rounded, backend), strict=True)):
             row["wrong"].append(f"{said}: other bits in one of {repeats} runs")
             break
     return row

@@ -19,8 +19,8 @@ from torch import Tensor
 from coded_resnext.kernels.conv1x1 import rows as conv1x1_rows
 from coded_resnext.kernels.conv1x1.join_operator import pack_signs
 from coded_resnext.kernels.recompute.moments_operator import (
-    unwritten_conv1x1,
-    unwritten_conv1x1_backward,
+    recomputed_conv1x1,
+    recomputed_conv1x1_backward,
 )
 from coded_resnext.kernels.recompute.operator import product_join, product_sums
 
@@ -107,10 +107,10 @@ class Call:
         return other
 
     def _moments(self, kernels: int) -> tuple[Tensor, ...]:
-        found: tuple[Tensor, ...] = unwritten_conv1x1(
+        outputs: tuple[Tensor, ...] = recomputed_conv1x1(
             self.x, self.weight, self.scale, self.bias, kernels
         )
-        return found
+        return outputs
 
     def run(self, which: str, kernels: int) -> Results:
         """One pass."""
@@ -122,11 +122,11 @@ class Call:
         if which == "sums":
             return {"sums": product_sums(self.grad, *operands, kernels)}
         if which == "gradient":
-            found = unwritten_conv1x1_backward(
+            gradients = recomputed_conv1x1_backward(
                 *(self.grad, self.grad_sums, self.grad_statistics, *operands),
                 *(self.mean, self.scatter, True, kernels),
             )
-            return dict(zip(("input", "sums", "weight"), found, strict=True))
+            return dict(zip(("input", "sums", "weight"), gradients, strict=True))
         maps = self.out_vectors[2:] if self.layer.mapped else [None, None]
         # Neither a projection's convolution nor a next one, but signs where kernels write them.
         options = (*[None] * 4, False, bool(kernels), kernels, PYTORCH)
@@ -157,14 +157,14 @@ def check_tails(
     device: torch.device, *, dry: bool, bandwidth: float | None, deadline: Deadline, repeats: int
 ) -> dict[str, Any]:
     """All of it, JSON-ready; layers that the time does not suffice for are named."""
-    found: dict[str, Any] = {"checks": [], "times": [], "left_out": []}
+    results: dict[str, Any] = {"checks": [], "times": [], "left_out": []}
     for layer in TINY if dry else TAILS:
         call = Call(layer, torch.bfloat16, device)
-        found["checks"].append(check_call(call, PASSES, repeats))
-        if found["checks"][-1]["wrong"]:
+        results["checks"].append(check_call(call, PASSES, repeats))
+        if results["checks"][-1]["wrong"]:
             continue
         if deadline.passed:
-            found["left_out"].append(layer.name)
+            results["left_out"].append(layer.name)
         else:
-            found["times"].append(time_tail(call, bandwidth))
-    return found
+            results["times"].append(time_tail(call, bandwidth))
+    return results

@@ -173,9 +173,9 @@ def add_random_calls(results: dict[str, Any], count: int) -> None:
         sys.path.append(str(Path(__file__).parents[2] / "tests"))
         from torture.fuzz import fuzz_count
 
-        found = fuzz_count(count, device="cpu" if results["dry_run"] else "cuda")
-        results["random_calls"] = {"tried": found.tried, "seeds": found.seeds}
-        results["wrong"] += found.wrong
+        fuzzed = fuzz_count(count, device="cpu" if results["dry_run"] else "cuda")
+        results["random_calls"] = {"tried": fuzzed.tried, "seeds": fuzzed.seeds}
+        results["wrong"] += fuzzed.wrong
 
 
 def watch_compilation() -> list[bool]:
@@ -186,15 +186,15 @@ def watch_compilation() -> list[bool]:
     """
     import triton
 
-    found: list[bool] = []
+    hits: list[bool] = []
 
     def listen(*, src: Any, cache_hit: bool, **_rest: Any) -> None:
         module = getattr(getattr(src, "fn", None), "__module__", "")
         if module.startswith("coded_resnext."):
-            found.append(cache_hit)
+            hits.append(cache_hit)
 
     triton.knobs.compilation.listener = listen
-    return found
+    return hits
 
 
 def bandwidths(median_ms: Any) -> dict[str, float]:
@@ -222,7 +222,7 @@ CRITERIA = (
 
 def criteria(times: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """What was promised, what was measured, and whether it was kept."""
-    found = []
+    rows = []
     for operator, direction, figure, sense, bound in CRITERIA:
         for row in times:
             here = row["operator"] == operator and row["pass"] == direction
@@ -231,7 +231,7 @@ def criteria(times: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 kept = None
                 if value is not None:
                     kept = value <= bound if sense == "at most" else value >= bound
-                found.append(
+                rows.append(
                     {
                         "operator": operator,
                         "place": row["place"],
@@ -242,7 +242,7 @@ def criteria(times: list[dict[str, Any]]) -> list[dict[str, Any]]:
                         "kept": kept,
                     }
                 )
-    return found
+    return rows
 
 
 def _figure(row: dict[str, Any], name: str) -> float | None:

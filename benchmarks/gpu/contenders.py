@@ -122,8 +122,8 @@ class Runner:
     def train(self) -> Tensor:
         """One step; its loss."""
         self.model.train()
-        limit = 0 if self.contender.written else operators.UNWRITTEN
-        with self._autocast(), patch.object(operators, "UNWRITTEN", limit):
+        limit = 0 if self.contender.written else operators.RECOMPUTED
+        with self._autocast(), patch.object(operators, "RECOMPUTED", limit):
             if self.loss is None:
                 total = nn.functional.cross_entropy(self.call(self.images), self.targets)
             else:

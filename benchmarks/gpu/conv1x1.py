@@ -49,13 +49,13 @@ class Layer:
 def layers(pixels: int, batch: int) -> list[Layer]:
     """Those of ResNeXt-50 that the selection table names, on images of `pixels`."""
     sizes = {"32x4d c2": pixels // 4, "32x4d c3": pixels // 8}
-    found = []
+    layers = []
     for place, (inputs, outputs) in conv1x1_rows.PAPER_CONVOLUTIONS.items():
-        found.append(Layer(place, batch, inputs, outputs, sizes[place], join=False))
+        layers.append(Layer(place, batch, inputs, outputs, sizes[place], join=False))
     for place, (inputs, outputs) in conv1x1_rows.PAPER_JOINS.items():
         mapped = place.endswith("mapped")
-        found.append(Layer(place, batch, inputs, outputs, sizes[place[:8]], True, mapped))
-    return found
+        layers.append(Layer(place, batch, inputs, outputs, sizes[place[:8]], True, mapped))
+    return layers
 
 
 LAYERS = [*layers(160, 256), *layers(224, 256)]
@@ -83,8 +83,8 @@ class Call:
         self.gain, self.curve, self.level = (normal(layer.outputs) for _ in range(3))
         # Half of a step's work is backward, from what forward left.
         self.out, self.y, self.signs = self.x, self.grad, None
-        found = self.forward(PYTORCH)
-        self.y, self.out = found["y"].to(dtype), found.get("x", self.x).to(dtype)
+        outputs = self.forward(PYTORCH)
+        self.y, self.out = outputs["y"].to(dtype), outputs.get("x", self.x).to(dtype)
         if layer.join:
             self.signs = join_operator.pack_signs(self.out)
 
@@ -120,25 +120,25 @@ class Call:
         """The gradients that are needed: of the input with its sums, of the weight."""
         terms = (self.gain, self.curve, self.level)
         if self.layer.join:
-            found = join_operator.join_conv1x1_backward(
+            gradients = join_operator.join_conv1x1_backward(
                 *(self.grad, self.grad_x, self.out, self.signs if kernels else None, self.x),
                 *(self.residual if self.layer.mapped else None, self.weight, self.y, *terms),
                 *(*needs, kernels),
             )
         else:
-            found = conv1x1_operator.conv1x1_backward(
+            gradients = conv1x1_operator.conv1x1_backward(
                 *(self.grad, self.x, self.weight, *self.vectors, self.y, *terms),
                 *(*needs, kernels),
             )
-        return dict(zip(("input", "sums", "weight"), found, strict=True))
+        return dict(zip(("input", "sums", "weight"), gradients, strict=True))
 
     def run(self, which: str, kernels: int) -> Results:
         """One pass, without what it leaves empty."""
         if which == "forward":
-            found = self.forward(kernels)
+            results = self.forward(kernels)
         else:
-            found = self.backward(kernels, which == "input", which == "weight")
-        return {name: value for name, value in found.items() if value.numel()}
+            results = self.backward(kernels, which == "input", which == "weight")
+        return {name: value for name, value in results.items() if value.numel()}
 
 
 def least_bytes(layer: Layer, which: str, item: int) -> float:
@@ -203,10 +203,12 @@ def plain_form(call: Call, which: str) -> Callable[[], tuple[Tensor, ...]]:
         grad = wide.to(call.grad.dtype)
         needs = [which == "input", which == "weight", False]
         plain = (None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1)
-        found = torch.ops.aten.convolution_backward(grad, activated(), call.weight, *plain, needs)
+        gradients = torch.ops.aten.convolution_backward(
+            grad, activated(), call.weight, *plain, needs
+        )
         if which == "weight":
-            return (found[1],)
-        of_x = found[0].float()
+            return (gradients[1],)
+        of_x = gradients[0].float()
         if call.layer.join:
             of_x = torch.where(call.out > 0, of_x + call.grad_x, 0.0)
         else:

@@ -92,10 +92,10 @@ class Call:
                 self.x, self.weight, None, None, stride, False, kernels
             )[0]
         needs = (which == "input", which == "weight")
-        found = conv3x3_operator.grouped_conv3x3_backward(
+        gradients = conv3x3_operator.grouped_conv3x3_backward(
             self.grad, self.x, self.weight, *[None] * 5, stride, *needs, kernels
         )
-        return found[0] if which == "input" else found[2]
+        return gradients[0] if which == "input" else gradients[2]
 
     def library(self, which: str, dtype: torch.dtype | None = None) -> Tensor:
         """One pass by PyTorch, in the layout of the tensors."""
@@ -107,8 +107,8 @@ class Call:
             return F.conv2d(x, weight, None, stride, 1, 1, groups)
         plain = (None, [stride] * 2, [1, 1], [1, 1], False, [0, 0], groups)
         mask = [which == "input", which == "weight", False]
-        found = torch.ops.aten.convolution_backward(grad, x, weight, *plain, mask)
-        return found[0] if which == "input" else found[1]
+        gradients = torch.ops.aten.convolution_backward(grad, x, weight, *plain, mask)
+        return gradients[0] if which == "input" else gradients[1]
 
     def in_rows(self) -> Call:
         """The same in PyTorch's other layout, NCHW."""
@@ -170,10 +170,10 @@ class Call:
         return forward, backward
 
 
-def error(found: Tensor, exact: Tensor) -> float:
+def error(actual: Tensor, exact: Tensor) -> float:
     """Largest difference over the largest magnitude."""
-    assert found.shape == exact.shape
-    return float((found.double() - exact).abs().max() / exact.abs().max().clamp_min(1e-300))
+    assert actual.shape == exact.shape
+    return float((actual.double() - exact).abs().max() / exact.abs().max().clamp_min(1e-300))
 
 
 def check_layer(
@@ -183,14 +183,14 @@ def check_layer(
     call = Call(layer, dtype, device)
     row: dict[str, Any] = {"layer": layer.name, "dtype": str(dtype), "errors": {}, "wrong": []}
     for which in PASSES:
-        exact, found = call.library(which, torch.float64), call.kernel(which)
-        mine, theirs = error(found, exact), error(call.library(which), exact)
+        exact, actual = call.library(which, torch.float64), call.kernel(which)
+        mine, theirs = error(actual, exact), error(call.library(which), exact)
         limit = 2 * max(theirs, ROUNDING[dtype])
         row["errors"][which] = {"kernel": mine, "eager": theirs, "limit": limit}
         # Written so that a NaN is wrong.
         if not mine <= limit:
             row["wrong"].append(f"{layer.name} {which}: error {mine:.1e}, at most {limit:.1e}")
-        if not all(torch.equal(found, call.kernel(which)) for _ in range(repeats - 1)):
+        if not all(torch.equal(actual, call.kernel(which)) for _ in range(repeats - 1)):
             row["wrong"].append(f"{layer.name} {which}: other bits in one of {repeats} runs")
     return row
 
@@ -237,7 +237,7 @@ def best_library(times: dict[str, float]) -> float:
 
 def verdicts(times: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Per network: the convolutions of a step by cuDNN, and by whoever wins each pass."""
-    found = []
+    rows = []
     for network in dict.fromkeys(row["network"] for row in times):
         rows = [row for row in times if row["network"] == network]
         sums = {"library": 0.0, "selected": 0.0, "kernels": 0.0}
@@ -255,8 +255,8 @@ def verdicts(times: list[dict[str, Any]]) -> list[dict[str, Any]]:
             for which in PASSES
             if row["ms"][which]["kernel"] > best_library(row["ms"][which])
         ]
-        found.append({"network": network, **sums, "ratio": ratio, "losses": losses})
-    return found
+        rows.append({"network": network, **sums, "ratio": ratio, "losses": losses})
+    return rows
 
 
 def check_grouped(

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from coded_resnext import CodedBottleneck, CodedResNeXt
-from coded_resnext.models.fused.operators import UNWRITTEN
+from coded_resnext.models.fused.operators import RECOMPUTED
 
 
 @dataclass(frozen=True)
@@ -29,36 +29,36 @@ class BlockMaps:
     projection: bool
     before: BlockMaps | None
     """The block whose output is still to be computed; None for a first block."""
-    unwritten: bool
+    recomputed: bool
     """Whether its last convolution is computed where it is read."""
-    skip_unwritten: bool
+    skip_recomputed: bool
     """Whether that of its skip connection is, by PyTorch."""
 
     def evaluation(self) -> dict[str, int]:
         """Elements that each operator moves where no gradients are wanted."""
-        found = {
+        elements = {
             "folded_conv1x1": self.x + self.y1,
             "folded_grouped_conv3x3": self.y1 + self.y2,
             "expand folded_conv1x1": self.y2 + 2 * self.y3,
         }
         if self.projection:
             both = self.y2 + self.x // self.stride**2
-            found |= {"side_by_side": 2 * both, "expand folded_conv1x1": both + self.y3}
-        return found
+            elements |= {"side_by_side": 2 * both, "expand folded_conv1x1": both + self.y3}
+        return elements
 
     def forward(self) -> dict[str, int]:
         """Elements that each operator's kernels move on the way to a backward pass."""
-        found = {"reduce": self.x + self.y1, "grouped": self.y1 + self.y2}
+        elements = {"reduce": self.x + self.y1, "grouped": self.y1 + self.y2}
         if self.before is not None:
-            found |= {"join": self.before.joining()}
+            elements |= {"join": self.before.joining()}
             # Where the sum is not a kernel of its own, it is the prologue of the convolution.
-            found["reduce"] -= 0 if self.before.unwritten else self.x
+            elements["reduce"] -= 0 if self.before.recomputed else self.x
         if self.coded:
-            found["normalize"] = 2 * self.y2
-        found["expand"] = self.y2 if self.unwritten else self.y2 + self.y3
+            elements["normalize"] = 2 * self.y2
+        elements["expand"] = self.y2 if self.recomputed else self.y2 + self.y3
         if self.projection:
-            found["skip"] = self._picked if self.skip_unwritten else self._picked + self.y3
-        return found
+            elements["skip"] = self._picked if self.skip_recomputed else self._picked + self.y3
+        return elements
 
     @property
     def _picked(self) -> int:
@@ -67,8 +67,8 @@ class BlockMaps:
 
     def joining(self) -> int:
         """Elements that the sum at the block's end takes and gives."""
-        own = (self.y2 if self.unwritten else self.y3) + 2 * self.y3
-        return own + (self._picked + self.y3 if self.skip_unwritten else 0)
+        own = (self.y2 if self.recomputed else self.y3) + 2 * self.y3
+        return own + (self._picked + self.y3 if self.skip_recomputed else 0)
 
     def backward(self) -> dict[str, int]:
         """Elements that each operator's kernels move.
@@ -77,41 +77,41 @@ class BlockMaps:
         the gradient of the weight.
         """
         of_input = self.y2 if self.coded else 2 * self.y2
-        found = {
+        elements = {
             "expand input": 3 * self.y3 + of_input,
             "expand weight": self.y3 + self.y2,
             "grouped": 4 * self.y2 + 3 * self.y1,
             "reduce input": 3 * self.y1 + self.x,
             "reduce weight": self.y1 + self.x,
         }
-        if self.unwritten:
-            found["expand input"] = self.y3 + 2 * self.y2
+        if self.recomputed:
+            elements["expand input"] = self.y3 + 2 * self.y2
         if self.before is not None:
-            found["reduce input"] += self.before.parting() - self.x
+            elements["reduce input"] += self.before.parting() - self.x
         if self.coded:
-            found["normalize"] = 4 * self.y2
+            elements["normalize"] = 4 * self.y2
         if self.projection:
-            of_skip = 2 * self._picked if self.skip_unwritten else 2 * self.y3 + self._picked
-            found |= {"skip input": of_skip + self.y3, "skip weight": self.y3 + self._picked}
-        return found
+            of_skip = 2 * self._picked if self.skip_recomputed else 2 * self.y3 + self._picked
+            elements |= {"skip input": of_skip + self.y3, "skip weight": self.y3 + self._picked}
+        return elements
 
     def parting(self) -> int:
         """Elements at the sum's gradient, which the next block's first convolution adds to another
         one: that one, the result, and what the sums for the BatchNorms before it need."""
-        mapped = self.projection and not self.skip_unwritten
-        return (2 + (not self.unwritten) + mapped) * self.y3
+        mapped = self.projection and not self.skip_recomputed
+        return (2 + (not self.recomputed) + mapped) * self.y3
 
 
 def maps_of(model: CodedResNeXt, batch: int, size: int) -> list[BlockMaps]:
     """The blocks of a network for a batch of square images."""
     if model.config["stem"] != "conv3x3":
         size = (size + 3) // 4
-    found: list[BlockMaps] = []
+    blocks: list[BlockMaps] = []
     for block in model.blocks:
         out = -(-size // block.stride)
         wide = block.reduce.out_channels
-        unwritten = not block.is_coded and wide <= UNWRITTEN
-        found.append(
+        recomputed = not block.is_coded and wide <= RECOMPUTED
+        blocks.append(
             BlockMaps(
                 batch * block.in_channels * size**2,
                 batch * wide * size**2,
@@ -120,13 +120,13 @@ def maps_of(model: CodedResNeXt, batch: int, size: int) -> list[BlockMaps]:
                 block.stride,
                 block.is_coded,
                 _projects(block),
-                found[-1] if found else None,
-                unwritten,
-                unwritten and _projects(block) and block.in_channels <= UNWRITTEN,
+                blocks[-1] if blocks else None,
+                recomputed,
+                recomputed and _projects(block) and block.in_channels <= RECOMPUTED,
             )
         )
         size = out
-    return found
+    return blocks
 
 
 def _projects(block: CodedBottleneck) -> bool:

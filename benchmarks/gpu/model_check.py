@@ -62,7 +62,7 @@ def judge(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     ours = [("coded", backend, "") for backend in ("torch", "fused", "triton")]
     coded = [row for row in right if any(_is(row, each) for each in ours)]
     best = max(coded, key=lambda row: float(row[TRAIN]), default=None)
-    found = []
+    rows = []
     for name, figure, rival, sense, bound in CRITERIA:
         pick = min if sense == "at most" else max
         values = [row[figure] for row in right if _is(row, rival) and figure in row]
@@ -73,8 +73,8 @@ def judge(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         kept = None
         if ratio is not None:
             kept = ratio <= bound if sense == "at most" else ratio >= bound
-        found.append({"figure": name, "bound": f"{sense} {bound}", "measured": ratio, "kept": kept})
-    return found
+        rows.append({"figure": name, "bound": f"{sense} {bound}", "measured": ratio, "kept": kept})
+    return rows
 
 
 def _is(row: dict[str, Any], rival: tuple[str, str, str]) -> bool:
@@ -145,13 +145,13 @@ def report_models(results: dict[str, Any]) -> list[str]:
         verdict = {True: "met", False: "MISSED", None: "not measured"}[item["kept"]]
         measured = "" if item["measured"] is None else f"{item['measured']:.2f}, "
         lines.append(f"{item['figure']}: {measured}{item['bound']}: {verdict}")
-    found = results["guard"]
-    if "left_out" in found:
-        lines.append(f"accuracy guard left out: {found['left_out']}")
+    guard = results["guard"]
+    if "left_out" in guard:
+        lines.append(f"accuracy guard left out: {guard['left_out']}")
     else:
-        verdict = "met" if found["kept"] else "MISSED"
+        verdict = "met" if guard["kept"] else "MISSED"
         lines.append(
-            f"accuracy guard, {found['steps']} steps: {found['apart']:.4f} apart, noise "
-            f"{found['noise']:.4f}: {verdict} ({found['rule']})"
+            f"accuracy guard, {guard['steps']} steps: {guard['apart']:.4f} apart, noise "
+            f"{guard['noise']:.4f}: {verdict} ({guard['rule']})"
         )
     return lines + [f"left out, time was up: {name}" for name in results["left_out"]]

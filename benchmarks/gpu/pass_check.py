@@ -27,9 +27,9 @@ def check_call(call: Any, passes: Sequence[str], repeats: int) -> dict[str, Any]
     row: dict[str, Any] = {"layer": name, "dtype": str(dtype), "errors": {}, "wrong": []}
     for which in passes:
         exact, eager = call.wide().run(which, PYTORCH), call.run(which, PYTORCH)
-        found = call.run(which, KERNELS)
+        actual = call.run(which, KERNELS)
         for result, value in exact.items():
-            mine, theirs = error(found[result], value), error(eager[result], value)
+            mine, theirs = error(actual[result], value), error(eager[result], value)
             limit = 2 * max(theirs, ROUNDING[dtype])
             row["errors"][f"{which} {result}"] = {"kernel": mine, "eager": theirs, "limit": limit}
             # Written so that a NaN is wrong.
@@ -38,7 +38,7 @@ def check_call(call: Any, passes: Sequence[str], repeats: int) -> dict[str, Any]
                 row["wrong"].append(fault)
         for _ in range(repeats - 1):
             again = call.run(which, KERNELS)
-            if not all(torch.equal(value, again[result]) for result, value in found.items()):
+            if not all(torch.equal(value, again[result]) for result, value in actual.items()):
                 row["wrong"].append(f"{name} {which}: other bits in one of {repeats} runs")
                 break
     return row

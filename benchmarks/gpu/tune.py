@@ -96,16 +96,16 @@ def recorded() -> Iterator[list[Launched]]:
     """The launches meanwhile."""
     from coded_resnext.kernels.rows import LaunchRow
 
-    found: list[Launched] = []
+    launches: list[Launched] = []
     real = LaunchRow.launch
 
     def launch(row: Any, grid: tuple[int, ...], *args: Any) -> None:
         compiled = row.function()[grid](*args, **row.keywords)
-        found.append(Launched(row, grid, args, compiled))
+        launches.append(Launched(row, grid, args, compiled))
 
     LaunchRow.launch = launch  # type: ignore[method-assign]
     try:
-        yield found
+        yield launches
     finally:
         LaunchRow.launch = real  # type: ignore[method-assign]
 
@@ -151,15 +151,15 @@ def neighbours(settings: Settings, constexprs: Mapping[str, int]) -> list[Settin
         "num_stages": 4,
     }
     least = {"BLOCK_P": 16, "SAMPLES": 1, "num_warps": 1, "num_stages": 1}
-    found = []
+    candidates = []
     for name, value in settings.items():
         steps = (value - 1, value + 1) if name == "num_stages" else (value // 2, 2 * value)
         for new in steps:
             changed = {**settings, name: new}
             parts = max(1, windows * window**2 // 16**2)
             if least[name] <= new <= most[name] and changed["num_warps"] <= parts:
-                found.append(changed)
-    return found
+                candidates.append(changed)
+    return candidates
 
 
 class Tuner:
@@ -197,10 +197,10 @@ class Tuner:
         from agreement import evaluate
 
         with recorded() as launches:
-            found = evaluate(
+            actual = evaluate(
                 self.operator, self.operator.kernel, self.place, self.inputs, self.upstream
             )
-        return found, launches
+        return actual, launches
 
     def tune(self, kernel: str) -> list[str]:
         """The line of the table for a kernel, or none where nothing is faster."""
@@ -235,13 +235,13 @@ class Tuner:
         label = ", ".join(f"{name}={value}" for name, value in settings.items())
         try:
             with entered(key, settings):
-                found, launches = self.run()
+                actual, launches = self.run()
         except Exception as error:
             print(f"    {label}: left out: {type(error).__name__}: {str(error).splitlines()[0]}")
             return None
         launch = next(item for item in launches if item.row.kernel == kernel)
         spilled = getattr(launch.compiled, "n_spills", 0)
-        fault = f"{spilled} spilled registers" if spilled else self.fault(found)
+        fault = f"{spilled} spilled registers" if spilled else self.fault(actual)
         if fault:
             print(f"    {label}: left out: {fault}")
             return None
@@ -252,9 +252,9 @@ class Tuner:
         print(f"    {label}: {1000 * ms:.1f} us", flush=True)
         return ms
 
-    def fault(self, found: Mapping[str, Tensor]) -> str | None:
+    def fault(self, actual: Mapping[str, Tensor]) -> str | None:
         """How results differ from those of the settings in use."""
-        for name, value in found.items():
+        for name, value in actual.items():
             exact = self.expected[name].double()
             size = exact.abs().max().clamp_min(torch.finfo(torch.float32).tiny)
             error = float((value.double() - exact).abs().max() / size)

@@ -40,10 +40,10 @@ class Instruction:
 
         A Hopper instruction is issued by each of the four warps that share its work.
         """
-        if found := re.match(r"HGMMA\.(\d+)x(\d+)x(\d+)", self.name):
-            return int(found[1]) * int(found[2]) * int(found[3]) / 4
-        if found := re.match(r"HMMA\.(16)(8)(16|8|4)\b", self.name):
-            return int(found[1]) * int(found[2]) * int(found[3])
+        if shape := re.match(r"HGMMA\.(\d+)x(\d+)x(\d+)", self.name):
+            return int(shape[1]) * int(shape[2]) * int(shape[3]) / 4
+        if shape := re.match(r"HMMA\.(16)(8)(16|8|4)\b", self.name):
+            return int(shape[1]) * int(shape[2]) * int(shape[3])
         return 0.0
 
     @property
@@ -60,13 +60,13 @@ class Instruction:
                 if mark in self.name:
                     return size
             return 4
-        found = re.match(r"(?:global|buffer)_(?:load|store)_(.*)", self.name)
-        if found is None:
+        suffix = re.match(r"(?:global|buffer)_(?:load|store)_(.*)", self.name)
+        if suffix is None:
             return 0
         for mark, size in (("dwordx4", 16), ("dwordx3", 12), ("dwordx2", 8), ("dword", 4)):
-            if mark in found[1]:
+            if mark in suffix[1]:
                 return size
-        return 2 if "short" in found[1] or "16" in found[1] else 1
+        return 2 if "short" in suffix[1] or "16" in suffix[1] else 1
 
 
 @dataclass(frozen=True)
@@ -149,22 +149,22 @@ def _parse_amdgcn(text: str) -> Iterator[Instruction]:
     """Instructions in order; a label is the address of what follows it."""
     body = text.partition("s_endpgm")[0]
     labels: dict[str, int] = {}
-    found: list[tuple[str, str]] = []
+    code: list[tuple[str, str]] = []
     for line in body.splitlines():
         if label := re.match(r"(\.LBB\w+):", line):
-            labels[label[1]] = len(found)
+            labels[label[1]] = len(code)
         elif item := re.match(r"\t([vs]_\w+|(?:global|buffer|ds|flat|scratch)_\w+)(.*)", line):
-            found.append((item[1], item[2].strip()))
-    for address, (name, operands) in enumerate(found):
+            code.append((item[1], item[2].strip()))
+    for address, (name, operands) in enumerate(code):
         target = labels.get(operands.split()[0]) if "branch" in name and operands else None
         yield Instruction(address, name, target)
 
 
 def _read_amdgcn(text: str) -> Code:
     def number(field: str) -> int:
-        found = re.search(rf"\.{field}:\s+(\d+)", text)
-        assert found is not None, field
-        return int(found[1])
+        match = re.search(rf"\.{field}:\s+(\d+)", text)
+        assert match is not None, field
+        return int(match[1])
 
     return Code(
         list(_parse_amdgcn(text)),

@@ -52,8 +52,8 @@ def one_of_each(arch: str) -> frozenset[str]:
         if arch != THOROUGH:
             code = (row.kernel, window_of(row))
             absent = row.args.count(None)
-        found = (absent, row.sample_bytes, name)
-        chosen[code] = min(found, chosen.get(code, found))
+        candidate = (absent, row.sample_bytes, name)
+        chosen[code] = min(candidate, chosen.get(code, candidate))
     return frozenset(name for *_, name in chosen.values())
 
 

@@ -49,8 +49,8 @@ def run(_arguments: argparse.Namespace) -> int:
 
 def prebuilt_kernels() -> Iterator[str]:
     """What was compiled ahead of time and lies where this process looks, damage included."""
-    found, faults = find_prebuilt()
-    for source in found:
+    indexes, faults = find_prebuilt()
+    for source in indexes:
         damaged = sum(source.files(key) is None for key in source.kernels)
         text = f"{len(source.kernels)} prebuilt for {source.arch} in {source.folder}"
         if not source.is_current:
@@ -60,17 +60,17 @@ def prebuilt_kernels() -> Iterator[str]:
         yield text
     for fault in faults:
         yield f"left out: {fault}"
-    if not found and not faults:
+    if not indexes and not faults:
         places = ", ".join(map(str, folders())) or "no folder"
         yield f"none prebuilt in {places}; each is compiled when first used"
 
 
 def devices() -> list[torch.device]:
     """The CPU and the accelerators that are there."""
-    found = [torch.device("cpu")]
+    devices = [torch.device("cpu")]
     if torch.accelerator.is_available():
-        found.append(torch.accelerator.current_accelerator() or found[0])
-    return found
+        devices.append(torch.accelerator.current_accelerator() or devices[0])
+    return devices
 
 
 def check_operations() -> Iterator[tuple[str, float, float]]:
@@ -123,8 +123,8 @@ def aggregate_error(backend: str, device: torch.device, dtype: torch.dtype) -> f
         )
         return [value.detach().cpu().double() for value in (y, energies, *grads)]
 
-    found = outputs(backend, device, dtype)
-    return _largest_error(found, outputs("reference", torch.device("cpu"), torch.float64))
+    actual = outputs(backend, device, dtype)
+    return _largest_error(actual, outputs("reference", torch.device("cpu"), torch.float64))
 
 
 def coding_loss_error(
@@ -142,14 +142,14 @@ def coding_loss_error(
         off = [0.5 * e - float(c) for e, c in zip(row, codewords[target].tolist(), strict=True)]
         expected += sum(x**4 for x in off) / 8
         expected_grad.append([0.5 * 4 * x**3 / 8 for x in off])
-    found = [loss.detach().cpu().double(), grad.cpu().double()]
+    actual = [loss.detach().cpu().double(), grad.cpu().double()]
     wanted = [torch.tensor(v, dtype=torch.float64) for v in (expected, expected_grad)]
-    return _largest_error(found, wanted)
+    return _largest_error(actual, wanted)
 
 
-def _largest_error(found: list[Tensor], expected: list[Tensor]) -> float:
+def _largest_error(actual: list[Tensor], expected: list[Tensor]) -> float:
     errors = [
-        float((a - b).abs().max() / b.abs().max()) for a, b in zip(found, expected, strict=True)
+        float((a - b).abs().max() / b.abs().max()) for a, b in zip(actual, expected, strict=True)
     ]
     # max() would overlook a NaN.
     return max(error if error == error else float("inf") for error in errors)

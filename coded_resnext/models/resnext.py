@@ -467,11 +467,11 @@ def assign_codebooks(
         )
     for stage, codebook in zip(coded, codebooks, strict=True):
         expected = (num_classes, stage.branches, stage.active)
-        found = (codebook.classes, codebook.branches, codebook.active)
-        if found != expected:
+        sizes = (codebook.classes, codebook.branches, codebook.active)
+        if sizes != expected:
             raise ValueError(
                 "codebooks: expected (classes, branches, active) = "
-                f"{expected} as in the stage, got {found}"
+                f"{expected} as in the stage, got {sizes}"
             )
         if codebook.class_names != codebooks[0].class_names:
             raise ValueError("codebooks: expected the same classes in the same order in all")

@@ -107,17 +107,17 @@ def missing(archs: Sequence[str], folder: Path, source: str = SHIPPED_ROWS) -> l
     for arch in archs:
         index = folder / arch / INDEX
         try:
-            found = read_index(index)
+            built = read_index(index)
         except (ValueError, OSError) as error:
             lacking.append(f"{arch}: {error}")
             continue
-        if not found.is_current:
-            lacking.append(f"{arch}: built by {found.toolchain}, this is {toolchain()}")
+        if not built.is_current:
+            lacking.append(f"{arch}: built by {built.toolchain}, this is {toolchain()}")
             continue
         for name, key in _current_keys(arch, source).items():
-            if key not in found.kernels:
+            if key not in built.kernels:
                 lacking.append(f"{arch}: {name}: not built")
-            elif found.files(key) is None:
+            elif built.files(key) is None:
                 lacking.append(f"{arch}: {name}: damaged")
     return lacking
 
@@ -142,10 +142,10 @@ def find_ninja() -> str:
         program = Path(ninja.BIN_DIR) / "ninja"
         if program.is_file():
             return str(program)
-    found = shutil.which("ninja")
-    if found is None:
+    path = shutil.which("ninja")
+    if path is None:
         raise BuildError("ninja: expected the build tool, found none; pip install ninja")
-    return found
+    return path
 
 
 def processors() -> int:

@@ -56,8 +56,8 @@ def row_key(row: Any) -> str:
     triton.knobs.cache.manager_class = _raise_key
     try:
         compile_row(row)
-    except _KeyFoundError as found:
-        return str(found)
+    except _KeyFoundError as signal:
+        return str(signal)
     finally:
         triton.knobs.cache.manager_class = before
     raise AssertionError("the JIT did not ask its cache")

@@ -47,11 +47,11 @@ def shipped_rows(arch: str) -> Iterator[tuple[str, LaunchRow]]:
     by PyTorch. Fused blocks have rows in bfloat16, for training and for evaluation.
     """
     dtypes: tuple[Dtype, ...] = ("bf16", "fp16", "fp32")
-    for place, sizes in PAPER_SIZES.items():
+    for stage, sizes in PAPER_SIZES.items():
         for dtype in dtypes:
             for make in ROW_MAKERS:
                 row = make(sizes, Variant(dtype, drop=True, arch=arch))
-                yield f"{row.kernel.split(':')[1]} {place} {dtype}", row
+                yield f"{row.kernel.split(':')[1]} {stage} {dtype}", row
     for branches, classes in ((10, 10), (20, 100), (32, 1000)):
         for soft in (False, True):
             sizes_of_loss = LossSizes(branches, classes, soft)

@@ -20,7 +20,7 @@ SAMPLES = 2
 class WarmUp:
     """Counts of the kernels that a warm-up found or compiled, and its time."""
 
-    found: int
+    cache_hits: int
     """Kernels of this package that were there: prebuilt, or in Triton's cache."""
     compiled: int
     """Kernels that had to be compiled."""
@@ -52,14 +52,14 @@ def warm_up(
         raise ValueError(f"images: expected [2 or more, C, H, W], got {tuple(images.shape)}")
     start = time.perf_counter()
     devices = [images.device] if images.is_cuda else []
-    with torch.random.fork_rng(devices), watched() as found, torch.enable_grad():
+    with torch.random.fork_rng(devices), watched() as hits, torch.enable_grad():
         twin = copy.deepcopy(model)
         few = images[:SAMPLES].detach()
         total = twin(few).float().sum() if loss is None else loss(twin, few)
         total.backward()
         if images.is_cuda:
             torch.cuda.synchronize(images.device)
-    return WarmUp(found.count(True), found.count(False), time.perf_counter() - start)
+    return WarmUp(hits.count(True), hits.count(False), time.perf_counter() - start)
 
 
 @contextmanager
@@ -69,23 +69,23 @@ def watched() -> Iterator[list[bool]]:
     True where it was found compiled. A kernel that the process has launched before is not asked
     for again.
     """
-    found: list[bool] = []
+    hits: list[bool] = []
     try:
         from triton import knobs
     except ImportError:
-        yield found
+        yield hits
         return
     before = knobs.compilation.listener
 
     def listen(**event: Any) -> None:
         module = getattr(getattr(event["src"], "fn", None), "__module__", "")
         if module.startswith("coded_resnext."):
-            found.append(event["cache_hit"])
+            hits.append(event["cache_hit"])
         if before is not None:
             before(**event)
 
     knobs.compilation.listener = listen
     try:
-        yield found
+        yield hits
     finally:
         knobs.compilation.listener = before

@@ -14,7 +14,7 @@ import triton.language as tl
 from coded_resnext.kernels.tile import activate, dot, hash_in_order, round_to, rounded_product
 
 from .tiles import (
-    follow,
+    add_statistics_gradient,
     load_tile,
     load_vector,
     load_weight,
@@ -27,7 +27,7 @@ from .tiles import (
 @triton.jit
 def gradient_product(
     acc,
-    moved_ptr,
+    output_gradient_ptr,
     grad_ptr,
     y_ptr,
     gain_ptr,
@@ -55,7 +55,7 @@ def gradient_product(
     WHOLE: tl.constexpr = WHOLE_K and INPUTS % BLOCK_N == 0
     RESIDENT: tl.constexpr = OUTPUTS <= BLOCK_K
     GAIN: tl.constexpr = gain_ptr is not None
-    FOLLOWED: tl.constexpr = y_ptr is not None
+    WITH_Y: tl.constexpr = y_ptr is not None
     for start in range(0, OUTPUTS, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
         inside = k < OUTPUTS
@@ -69,11 +69,11 @@ def gradient_product(
         at = first * OUTPUTS + m[:, None] * OUTPUTS + k[None, :]
         grad = load_tile(grad_ptr + at, real, inside, WHOLE_K)
         y = grad
-        if FOLLOWED:
+        if WITH_Y:
             y = load_tile(y_ptr + at, real, inside, WHOLE_K)
-        d = follow(grad, y, gain, curve, level, GAIN, FOLLOWED)
-        if moved_ptr is not None:
-            store_tile(moved_ptr + at, d, writes, inside, WHOLE_K)
+        d = add_statistics_gradient(grad, y, gain, curve, level, GAIN, WITH_Y)
+        if output_gradient_ptr is not None:
+            store_tile(output_gradient_ptr + at, d, writes, inside, WHOLE_K)
         acc = dot(tl.trans(weight), tl.trans(d), acc, PRECISION)
     return tl.trans(acc)
 
@@ -146,7 +146,7 @@ def finish_input_gradient(
 @triton.jit(do_not_specialize=["rows"])
 def product_input_gradient(
     dx_ptr,
-    moved_ptr,
+    output_gradient_ptr,
     partial_ptr,
     grad_ptr,
     y_ptr,
@@ -168,9 +168,9 @@ def product_input_gradient(
 ):
     """`dx = scale W^T d` where `scale x + bias > 0`, with `d = gain grad + curve y + level`.
 
-    Grid: parts * ceil(INPUTS / BLOCK_N). `dx`, `x [rows, INPUTS]`, `grad`, `y`, `moved
-    [rows, OUTPUTS]`: `moved` receives `d`; `y`, `moved` may be None. `gain`, `curve`, `level
-    [OUTPUTS]` float32 or None. `scale`, `bias [INPUTS]` float32 or None, and with them `x` and
+    Grid: parts * ceil(INPUTS / BLOCK_N). `dx`, `x [rows, INPUTS]`, `grad`, `y`, `output_gradient
+    [rows, OUTPUTS]`: `output_gradient` receives `d`; it and `y` may be None. `gain`, `curve`,
+    `level [OUTPUTS]` float32 or None. `scale`, `bias [INPUTS]` float32 or None; with them `x` and
     `partial [parts, 2, INPUTS]` float32, the gradients of bias and scale. `weight` is `[OUTPUTS,
     INPUTS]`.
     """
@@ -193,7 +193,7 @@ def product_input_gradient(
         real = (m < left)[:, None]
         acc = gradient_product(
             tl.zeros((BLOCK_N, BLOCK_M), tl.float32),
-            moved_ptr,
+            output_gradient_ptr,
             grad_ptr,
             y_ptr,
             gain_ptr,
@@ -237,7 +237,7 @@ def product_input_gradient(
 @triton.jit(do_not_specialize=["rows"])
 def join_input_gradient(
     g_ptr,
-    moved_ptr,
+    output_gradient_ptr,
     partial_ptr,
     grad_ptr,
     z_ptr,
@@ -261,7 +261,7 @@ def join_input_gradient(
 ):
     """`g = W^T d + grad_x` where `x > 0`, with `d = gain grad + curve z + level`.
 
-    Grid and `moved` as for `product_input_gradient`. `g`, `grad_x`, `x`, `y`, `residual
+    Grid and `output_gradient` as for `product_input_gradient`. `g`, `grad_x`, `x`, `y`, `residual
     [rows, INPUTS]`, `grad`, `z [rows, OUTPUTS]`; `grad_x`, `y`, `residual`, `z` may be None, and
     one of `x` and `signs [rows, INPUTS / 8]` is. `partial [parts, 1 to 3, INPUTS]` float32: the
     sums of `g`, of `g y` and of `g residual` where there are these.
@@ -288,7 +288,7 @@ def join_input_gradient(
         real = (m < left)[:, None]
         acc = gradient_product(
             tl.zeros((BLOCK_N, BLOCK_M), tl.float32),
-            moved_ptr,
+            output_gradient_ptr,
             grad_ptr,
             z_ptr,
             gain_ptr,

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from coded_resnext.kernels.affine import follow, statistics_gradient
+from coded_resnext.kernels.affine import add_statistics_gradient, statistics_gradient
 from coded_resnext.kernels.checks import check_filled
 from coded_resnext.kernels.layout import accumulation_dtype, as_rows, empty_rows, on_device
 from coded_resnext.kernels.residual import launch as residual_launch
@@ -139,7 +139,7 @@ def join_conv1x1_backward(
                 grad, grad_x, x, signs, y, residual, weight, z, gain, curve, level, need_weight
             )
         else:
-            grad = follow(grad, z, gain, curve, level)
+            grad = add_statistics_gradient(grad, z, gain, curve, level)
         if need_weight and passes.weight:
             dweight = conv1x1_launch.weight_gradient(grad, x, weight, None, None)
     if need_input and not passes.input:
@@ -209,13 +209,13 @@ def _gradients(ctx: Any, grad_x: Tensor, grad: Tensor, grad_statistics: Tensor, 
     if need_input:
         of_y, of_residual = g, g
         if not ctx.deferred:
-            of_y = follow(g, None, scale, None, None)
-            of_residual = follow(g, None, residual_scale, None, None)
+            of_y = add_statistics_gradient(g, None, scale, None, None)
+            of_residual = add_statistics_gradient(g, None, residual_scale, None, None)
         vectors = sums.to(scale.dtype)
-        found = [of_y, vectors[1], vectors[0], of_residual]
-        found += [] if residual_scale is None else [vectors[2], vectors[0]]
+        of_inputs = [of_y, vectors[1], vectors[0], of_residual]
+        of_inputs += [] if residual_scale is None else [vectors[2], vectors[0]]
         wanted = ctx.needs_input_grad
-        gradients[: len(found)] = [v if wanted[n] else None for n, v in enumerate(found)]
+        gradients[: len(of_inputs)] = [v if wanted[n] else None for n, v in enumerate(of_inputs)]
     if ctx.needs_input_grad[6]:
         gradients[6] = dweight
     return tuple(gradients)

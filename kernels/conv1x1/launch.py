@@ -108,30 +108,30 @@ def input_gradient(
     gain: Tensor | None,
     curve: Tensor | None,
     level: Tensor | None,
-    keep_moved: bool,
+    keep_output_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradient of `x [B, I, H, W]`, those of `bias` and `scale`, `[2, I]` or `[0]`, and with
-    `keep_moved` `gain grad + curve y + level`; in its place `grad` if it is not wanted.
+    `keep_output_gradient` `gain grad + curve y + level`; in its place `grad` if it is not wanted.
 
     Arguments as for the operator `conv1x1_backward`.
     """
     sizes = ProductSizes(weight.shape[1], weight.shape[0])
-    moves = keep_moved and (y is not None or gain is not None)
+    keeps = keep_output_gradient and (y is not None or gain is not None)
     variant = variant_of(
         x,
         affine=scale is not None,
         statistics=y is not None,
         gain=gain is not None,
-        moved=moves,
+        output_gradient=keeps,
     )
     rows, dx = aligned_rows(grad), empty_rows(x)
-    moved = empty_rows(grad) if moves else None
+    output_gradient = empty_rows(grad) if keeps else None
     parts, columns = parts_of(rows, conv1x1_rows.gradient_tile(sizes, variant), sizes.inputs)
     partial = None if scale is None else empty_float32(x, parts, 2, sizes.inputs)
     conv1x1_rows.input_gradient(sizes, variant).launch(
         (parts * columns,),
         dx,
-        moved,
+        output_gradient,
         partial,
         rows,
         None if y is None else aligned_rows(y),
@@ -145,7 +145,11 @@ def input_gradient(
         pixels_of(rows),
     )
     sums = empty_float32(x, 0) if partial is None else partial.sum(0)
-    return dx.permute(0, 3, 1, 2), sums, grad if moved is None else moved.permute(0, 3, 1, 2)
+    return (
+        dx.permute(0, 3, 1, 2),
+        sums,
+        grad if output_gradient is None else output_gradient.permute(0, 3, 1, 2),
+    )
 
 
 def join_input_gradient(
@@ -160,31 +164,31 @@ def join_input_gradient(
     gain: Tensor | None,
     curve: Tensor | None,
     level: Tensor | None,
-    keep_moved: bool,
+    keep_output_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradient `g` behind the ReLU of a join, and the moved gradient as `input_gradient` gives
+    """The gradient `g` behind the ReLU of a join, and that of its output as `input_gradient` gives
     it; between them the sums of `g`, of `g y` and of `g residual` where there are these, `[1 to 3,
     I]`. Arguments as for the operator `join_conv1x1_backward`, but `y` may be None."""
     sizes = ProductSizes(weight.shape[1], weight.shape[0], join=True)
-    moves = keep_moved and (z is not None or gain is not None)
+    keeps = keep_output_gradient and (z is not None or gain is not None)
     variant = variant_of(
         x,
         affine=residual is not None,
         statistics=z is not None,
         gain=gain is not None,
         signs=signs is not None,
-        moved=moves,
+        output_gradient=keeps,
         joined=grad_x is not None,
         raw=y is not None,
     )
     rows, g = aligned_rows(grad), empty_rows(x)
-    moved = empty_rows(grad) if moves else None
+    output_gradient = empty_rows(grad) if keeps else None
     parts, columns = parts_of(rows, conv1x1_rows.gradient_tile(sizes, variant), sizes.inputs)
     partial = empty_float32(x, parts, 1 + variant.raw + variant.affine, sizes.inputs)
     conv1x1_rows.join_input_gradient(sizes, variant).launch(
         (parts * columns,),
         g,
-        moved,
+        output_gradient,
         partial,
         rows,
         None if z is None else aligned_rows(z),
@@ -199,8 +203,8 @@ def join_input_gradient(
         aligned(weight),
         pixels_of(rows),
     )
-    moved_grad = grad if moved is None else moved.permute(0, 3, 1, 2)
-    return g.permute(0, 3, 1, 2), partial.sum(0), moved_grad
+    output_gradient = grad if output_gradient is None else output_gradient.permute(0, 3, 1, 2)
+    return g.permute(0, 3, 1, 2), partial.sum(0), output_gradient
 
 
 def weight_gradient(

@@ -15,7 +15,12 @@ import torch
 from torch import Tensor
 
 from coded_resnext.kernels import affine
-from coded_resnext.kernels.affine import behind_activation, follow, split_sums, statistics_gradient
+from coded_resnext.kernels.affine import (
+    add_statistics_gradient,
+    behind_activation,
+    split_sums,
+    statistics_gradient,
+)
 from coded_resnext.kernels.backend import ConvBackend, architecture_of_kernels, choose_passes
 from coded_resnext.kernels.checks import check_filled
 from coded_resnext.kernels.layout import (
@@ -145,12 +150,12 @@ def conv1x1_backward(
                 grad, weight, x, scale, bias, y, gain, curve, level, need_weight
             )
         else:
-            grad = follow(grad, y, gain, curve, level)
+            grad = add_statistics_gradient(grad, y, gain, curve, level)
         if need_weight and passes.weight:
             dweight = conv1x1_launch.weight_gradient(grad, x, weight, scale, bias)
     if need_input and not passes.input:
-        found = conv1x1_library.input_gradient(grad, weight)
-        dx, sums = behind_activation(found.to(accumulation_dtype(x.dtype)), x, scale, bias)
+        of_activated = conv1x1_library.input_gradient(grad, weight)
+        dx, sums = behind_activation(of_activated.to(accumulation_dtype(x.dtype)), x, scale, bias)
     if need_weight and not passes.weight:
         activated = affine.activate(x, scale, bias)
         dweight = conv1x1_library.weight_gradient(grad, activated, weight)

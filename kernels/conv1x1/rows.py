@@ -192,7 +192,7 @@ def join_forward(sizes: ProductSizes, variant: Variant) -> LaunchRow:
     return row_of("conv1x1.forward:join_forward", tensors, sizes, variant, tile, wide, narrow=1)
 
 
-def _moved(variant: Variant) -> tuple[tuple[Argument, ...], int]:
+def _output_gradient(variant: Variant) -> tuple[tuple[Argument, ...], int]:
     """The pointers around the gradient of the output, and how many tensors of its size they are."""
     vector = "*fp32" if variant.statistics else None
     pointers = (
@@ -202,17 +202,17 @@ def _moved(variant: Variant) -> tuple[tuple[Argument, ...], int]:
         vector,
         vector,
     )
-    return pointers, 1 + variant.statistics + variant.moved
+    return pointers, 1 + variant.statistics + variant.output_gradient
 
 
 @cache
 def input_gradient(sizes: ProductSizes, variant: Variant) -> LaunchRow:
     """Settings of `backward.product_input_gradient`."""
     vector = "*fp32" if variant.affine else None
-    pointers, narrow = _moved(variant)
+    pointers, narrow = _output_gradient(variant)
     tensors = (
         variant.pointer(),
-        variant.pointer(variant.moved),
+        variant.pointer(variant.output_gradient),
         vector,
         *pointers,
         variant.pointer(variant.affine),
@@ -229,10 +229,10 @@ def input_gradient(sizes: ProductSizes, variant: Variant) -> LaunchRow:
 @cache
 def join_input_gradient(sizes: ProductSizes, variant: Variant) -> LaunchRow:
     """Settings of `backward.join_input_gradient`."""
-    pointers, narrow = _moved(variant)
+    pointers, narrow = _output_gradient(variant)
     tensors = (
         variant.pointer(),
-        variant.pointer(variant.moved),
+        variant.pointer(variant.output_gradient),
         "*fp32",
         *pointers,
         variant.pointer(variant.joined),
@@ -313,20 +313,20 @@ def operator_rows(arch: str) -> Iterator[tuple[str, LaunchRow]]:
     """Rows that the operators launch for these layers in bfloat16, where BatchNorm has its
     statistics from the output. Steps of training launch those of kernels/recompute/rows.py."""
     # The gradient of what ends a block comes without its factor.
-    between = Variant(affine=True, statistics=True, gain=True, moved=True, arch=arch)
-    for place, (inputs, outputs) in PAPER_CONVOLUTIONS.items():
+    between = Variant(affine=True, statistics=True, gain=True, output_gradient=True, arch=arch)
+    for stage, (inputs, outputs) in PAPER_CONVOLUTIONS.items():
         sizes = ProductSizes(inputs, outputs)
         passes = planned(arch, sizes).passes
         for runs, make in ((passes.forward, forward), (passes.input, input_gradient)):
             if runs:
                 row = make(sizes, between)
-                yield f"1x1 {row.kernel.split(':')[1]} {place}", row
-    for place, (inputs, outputs) in PAPER_JOINS.items():
+                yield f"1x1 {row.kernel.split(':')[1]} {stage}", row
+    for stage, (inputs, outputs) in PAPER_JOINS.items():
         sizes = ProductSizes(inputs, outputs, join=True)
         passes = planned(arch, sizes).passes
-        mapped = place.endswith("mapped")
+        mapped = stage.endswith("mapped")
         variant = replace(between, affine=mapped, gain=False, signs=passes.input)
         for runs, make in ((passes.forward, join_forward), (passes.input, join_input_gradient)):
             if runs:
                 row = make(sizes, variant)
-                yield f"1x1 {row.kernel.split(':')[1]} {place}", row
+                yield f"1x1 {row.kernel.split(':')[1]} {stage}", row

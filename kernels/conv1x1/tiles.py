@@ -153,15 +153,15 @@ def unpack_bits(signs, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
 
 
 @triton.jit
-def follow(grad, y, gain, curve, level, GAIN: tl.constexpr, FOLLOWED: tl.constexpr):
+def add_statistics_gradient(grad, y, gain, curve, level, GAIN: tl.constexpr, WITH_Y: tl.constexpr):
     """`gain grad + curve y + level` in the dtype of `grad`. Rows that are not real come out as
     `level`: what is computed from them is never stored, and the caller clears what it sums."""
     d = grad
     if GAIN:
         d = d.to(tl.float32) * gain
-    if FOLLOWED:
+    if WITH_Y:
         d = d.to(tl.float32) + (y.to(tl.float32) * curve + level)
-    return round_to(d, grad.dtype) if GAIN or FOLLOWED else d
+    return round_to(d, grad.dtype) if GAIN or WITH_Y else d
 
 
 @triton.jit

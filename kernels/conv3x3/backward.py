@@ -16,12 +16,12 @@ from .tiles import add_six, around_pair, at_row, load_channels, load_taps, locat
 
 
 @triton.jit
-def load_gradient(ptrs, row, rows, valid, inside, terms, FOLLOWED: tl.constexpr):
+def load_gradient(ptrs, row, rows, valid, inside, terms, WITH_Y: tl.constexpr):
     """`grad + curve y + level` at one pixel a lane, 0 outside the map: the gradient of the
-    convolution's output. Without FOLLOWED it is `grad` itself."""
+    convolution's output. Without WITH_Y it is `grad` itself."""
     valid = at_row(valid, row, rows)
     grad = tl.load(ptrs[0], mask=valid & inside, other=0.0)
-    if FOLLOWED:
+    if WITH_Y:
         y = tl.load(ptrs[1], mask=valid & inside, other=0.0)
         # The others are 0 outside the map; only the constant has to be taken away there.
         rest = y.to(tl.float32) * terms[0] + tl.where(valid, terms[1], 0.0)
@@ -37,14 +37,14 @@ def shift(ptrs, by):
 
 @triton.jit
 def load_four_gradients(
-    ptrs, row, rows, valid, inside, terms, CHANNELS: tl.constexpr, FOLLOWED: tl.constexpr
+    ptrs, row, rows, valid, inside, terms, CHANNELS: tl.constexpr, WITH_Y: tl.constexpr
 ):
     """`load_gradient` at four adjacent columns; `ptrs` point to the second."""
     return (
-        load_gradient(shift(ptrs, -CHANNELS), row, rows, valid[0], inside, terms, FOLLOWED),
-        load_gradient(ptrs, row, rows, valid[1], inside, terms, FOLLOWED),
-        load_gradient(shift(ptrs, CHANNELS), row, rows, valid[2], inside, terms, FOLLOWED),
-        load_gradient(shift(ptrs, 2 * CHANNELS), row, rows, valid[3], inside, terms, FOLLOWED),
+        load_gradient(shift(ptrs, -CHANNELS), row, rows, valid[0], inside, terms, WITH_Y),
+        load_gradient(ptrs, row, rows, valid[1], inside, terms, WITH_Y),
+        load_gradient(shift(ptrs, CHANNELS), row, rows, valid[2], inside, terms, WITH_Y),
+        load_gradient(shift(ptrs, 2 * CHANNELS), row, rows, valid[3], inside, terms, WITH_Y),
     )
 
 
@@ -98,7 +98,7 @@ def input_gradient_stride1(
     with them `partial [parts, 2, CHANNELS]` float32, the gradients of bias and scale.
     """
     AFFINE: tl.constexpr = scale_ptr is not None
-    FOLLOWED: tl.constexpr = y_ptr is not None
+    WITH_Y: tl.constexpr = y_ptr is not None
     window = tl.program_id(0) % (CHANNELS // WINDOW)
     part = tl.program_id(0) // (CHANNELS // WINDOW)
     sample, column, first, real = locate(part, batch, (W + 1) // 2, H, part_rows, BLOCK_M)
@@ -118,20 +118,20 @@ def input_gradient_stride1(
     valid = around_pair(column, W, real)
     step = W.to(tl.int64) * CHANNELS
     at = ((sample * H + first) * W + column)[:, None] * CHANNELS + channel[None, :]
-    ptrs = (grad_ptr + at - step, (y_ptr if FOLLOWED else grad_ptr) + at - step)
+    ptrs = (grad_ptr + at - step, (y_ptr if WITH_Y else grad_ptr) + at - step)
     out = (dx_ptr + at, (x_ptr if AFFINE else dx_ptr) + at)
     zero = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
 
-    d = load_four_gradients(ptrs, first - 1, H, valid, inside, terms, CHANNELS, FOLLOWED)
+    d = load_four_gradients(ptrs, first - 1, H, valid, inside, terms, CHANNELS, WITH_Y)
     acc = add_six(d, top, (zero, zero), PRECISION)
     ptrs = shift(ptrs, step)
-    d = load_four_gradients(ptrs, first, H, valid, inside, terms, CHANNELS, FOLLOWED)
+    d = load_four_gradients(ptrs, first, H, valid, inside, terms, CHANNELS, WITH_Y)
     acc = add_six(d, middle, acc, PRECISION)
     below = add_six(d, top, (zero, zero), PRECISION)
     sums = (zero, zero)
     for i in range(tl.minimum(part_rows, H - first)):
         ptrs = shift(ptrs, step)
-        d = load_four_gradients(ptrs, first + 1 + i, H, valid, inside, terms, CHANNELS, FOLLOWED)
+        d = load_four_gradients(ptrs, first + 1 + i, H, valid, inside, terms, CHANNELS, WITH_Y)
         acc = add_six(d, bottom, acc, PRECISION)
         sums = store_gradient(out, acc[0], valid[1], inside, affine, sums, AFFINE)
         sums = store_gradient(shift(out, CHANNELS), acc[1], valid[2], inside, affine, sums, AFFINE)
@@ -171,7 +171,7 @@ def input_gradient_stride2(
     `forward_stride2`; `grad`, `y [B, OH, OW, CHANNELS]`.
     """
     AFFINE: tl.constexpr = scale_ptr is not None
-    FOLLOWED: tl.constexpr = y_ptr is not None
+    WITH_Y: tl.constexpr = y_ptr is not None
     OH = (H + 1) // 2
     OW = (W + 1) // 2
     window = tl.program_id(0) % (CHANNELS // WINDOW)
@@ -195,13 +195,13 @@ def input_gradient_stride2(
     out_step = OW.to(tl.int64) * CHANNELS
     step = W.to(tl.int64) * CHANNELS
     at = ((sample * OH + first) * OW + column)[:, None] * CHANNELS + channel[None, :]
-    ptrs = (grad_ptr + at, (y_ptr if FOLLOWED else grad_ptr) + at)
+    ptrs = (grad_ptr + at, (y_ptr if WITH_Y else grad_ptr) + at)
     at = ((sample * H + 2 * first) * W + 2 * column)[:, None] * CHANNELS + channel[None, :]
     out = (dx_ptr + at, (x_ptr if AFFINE else dx_ptr) + at)
     zero = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
 
-    d = load_gradient(ptrs, first, OH, here, inside, terms, FOLLOWED)
-    e = load_gradient(shift(ptrs, CHANNELS), first, OH, after, inside, terms, FOLLOWED)
+    d = load_gradient(ptrs, first, OH, here, inside, terms, WITH_Y)
+    e = load_gradient(shift(ptrs, CHANNELS), first, OH, after, inside, terms, WITH_Y)
     sums = (zero, zero)
     for i in range(tl.minimum(part_rows, OH - first)):
         row = first + i
@@ -212,8 +212,8 @@ def input_gradient_stride2(
         sums = store_gradient(shift(out, CHANNELS), acc, right, inside, affine, sums, AFFINE)
         acc = dot(d, bottom[1], zero, PRECISION)
         corner = dot(e, bottom[0], dot(d, bottom[2], zero, PRECISION), PRECISION)
-        d = load_gradient(ptrs, row + 1, OH, here, inside, terms, FOLLOWED)
-        e = load_gradient(shift(ptrs, CHANNELS), row + 1, OH, after, inside, terms, FOLLOWED)
+        d = load_gradient(ptrs, row + 1, OH, here, inside, terms, WITH_Y)
+        e = load_gradient(shift(ptrs, CHANNELS), row + 1, OH, after, inside, terms, WITH_Y)
         acc = dot(d, top[1], acc, PRECISION)
         corner = dot(e, top[0], dot(d, top[2], corner, PRECISION), PRECISION)
         row = 2 * row + 1

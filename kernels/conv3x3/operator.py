@@ -15,8 +15,8 @@ from torch import Tensor
 
 from coded_resnext.kernels import affine, layout
 from coded_resnext.kernels.affine import (
+    add_statistics_gradient,
     behind_activation,
-    follow,
     split_sums,
     statistics_gradient,
     statistics_of,
@@ -132,14 +132,14 @@ def grouped_conv3x3_backward(
             dweight = conv3x3_launch.weight_gradient(grad, sizes, y, curve, level, x, scale, bias)
     mask = [need_input and not passes.input, need_weight and not passes.weight, False]
     if any(mask):
-        grad = follow(grad, y, None, curve, level)
+        grad = add_statistics_gradient(grad, y, None, curve, level)
         activated = affine.activate(x, scale, bias)
         plain = (None, [stride] * 2, [1, 1], [1, 1], False, [0, 0], sizes.groups)
-        found = torch.ops.aten.convolution_backward(grad, activated, weight, *plain, mask)
+        of_inputs = torch.ops.aten.convolution_backward(grad, activated, weight, *plain, mask)
         if mask[0]:
-            dx, sums = behind_activation(found[0].to(accumulate), x, scale, bias)
+            dx, sums = behind_activation(of_inputs[0].to(accumulate), x, scale, bias)
         if mask[1]:
-            dweight = found[1].contiguous()
+            dweight = of_inputs[1].contiguous()
     return dx, sums, dweight
 
 

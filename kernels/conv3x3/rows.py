@@ -327,8 +327,8 @@ def shipped_rows(arch: str) -> Iterator[tuple[str, LaunchRow]]:
     """Yields every row that a step of training in bfloat16 launches, alone (`plain`) and between
     BatchNorms (`fused`), and evaluation (`folded`). With Triton 3.8 one row depends on the
     architecture."""
-    for place, (groups, layers) in PAPER_CONVOLUTIONS.items():
-        yield f"grouped merge_statistics {place}", merge_statistics(groups * layers[0][0])
+    for stage, (groups, layers) in PAPER_CONVOLUTIONS.items():
+        yield f"grouped merge_statistics {stage}", merge_statistics(groups * layers[0][0])
         for width, stride in layers:
             sizes = GroupedSizes(groups, width, stride)
             for kind in ("plain", "fused"):
@@ -336,13 +336,13 @@ def shipped_rows(arch: str) -> Iterator[tuple[str, LaunchRow]]:
                 variant = Variant("bf16", affine=fused, statistics=fused, arch=arch)
                 for make in (forward, input_gradient, weight_gradient):
                     row = make(sizes, variant)
-                    yield f"grouped {row.kernel.split(':')[1]} {place} {kind}", row
-            folded = Variant("bf16", folded=True, energies=place in CODED, arch=arch)
+                    yield f"grouped {row.kernel.split(':')[1]} {stage} {kind}", row
+            folded = Variant("bf16", folded=True, energies=stage in CODED, arch=arch)
             row = forward(sizes, folded)
-            yield f"grouped {row.kernel.split(':')[1]} {place} folded", row
+            yield f"grouped {row.kernel.split(':')[1]} {stage} folded", row
             for backward in (False, True):
                 name = f"grouped pack_weights_{'backward' if backward else 'forward'}"
                 row = pack_weights(sizes, "bf16", backward=backward)
-                yield f"{name} stride {stride} {place}", row
+                yield f"{name} stride {stride} {stage}", row
             row = reduce_weight_gradient(sizes, "bf16")
-            yield f"grouped reduce_weight_gradient stride {stride} {place}", row
+            yield f"grouped reduce_weight_gradient stride {stride} {stage}", row

@@ -62,7 +62,7 @@ def weight_gradient_stride1(
     rest as for `input_gradient_stride1`.
     """
     AFFINE: tl.constexpr = scale_ptr is not None
-    FOLLOWED: tl.constexpr = y_ptr is not None
+    WITH_Y: tl.constexpr = y_ptr is not None
     WINDOWS: tl.constexpr = CHANNELS // WINDOW
     window = tl.program_id(0) % WINDOWS
     split = tl.program_id(0) // WINDOWS
@@ -87,11 +87,11 @@ def weight_gradient_stride1(
         sample, column, first, real = locate(part, batch, W, H, part_rows, BLOCK_M)
         valid = around_pair(column, W, real)
         at = ((sample * H + first) * W + column)[:, None] * CHANNELS + channel[None, :]
-        ptrs = (grad_ptr + at - step, (y_ptr if FOLLOWED else grad_ptr) + at - step)
+        ptrs = (grad_ptr + at - step, (y_ptr if WITH_Y else grad_ptr) + at - step)
         x = x_ptr + at
-        above = load_gradient(ptrs, first - 1, H, valid[1], inside, terms, FOLLOWED)
+        above = load_gradient(ptrs, first - 1, H, valid[1], inside, terms, WITH_Y)
         ptrs = shift(ptrs, step)
-        here = load_gradient(ptrs, first, H, valid[1], inside, terms, FOLLOWED)
+        here = load_gradient(ptrs, first, H, valid[1], inside, terms, WITH_Y)
         for i in range(tl.minimum(part_rows, H - first)):
             a = load_three_inputs(x, first + i, H, valid, inside, affine, CHANNELS, AFFINE)
             x += step
@@ -99,7 +99,7 @@ def weight_gradient_stride1(
             middle = add_products(a, here, middle, PRECISION)
             above = here
             ptrs = shift(ptrs, step)
-            here = load_gradient(ptrs, first + i + 1, H, valid[1], inside, terms, FOLLOWED)
+            here = load_gradient(ptrs, first + i + 1, H, valid[1], inside, terms, WITH_Y)
             top = add_products(a, here, top, PRECISION)
     out = partial_ptr + (split * WINDOWS + window).to(tl.int64) * (9 * BLOCK_K * BLOCK_K)
     store_row(out, top, BLOCK_K)
@@ -129,7 +129,7 @@ def weight_gradient_stride2(
 ):
     """As `weight_gradient_stride1` with stride 2: two input rows and one gradient row a step."""
     AFFINE: tl.constexpr = scale_ptr is not None
-    FOLLOWED: tl.constexpr = y_ptr is not None
+    WITH_Y: tl.constexpr = y_ptr is not None
     WINDOWS: tl.constexpr = CHANNELS // WINDOW
     window = tl.program_id(0) % WINDOWS
     split = tl.program_id(0) // WINDOWS
@@ -157,10 +157,10 @@ def weight_gradient_stride2(
         sample, column, first, real = locate(part, batch, OW, OH, part_rows, BLOCK_M)
         valid = around_pair(2 * column, W, real)
         at = ((sample * OH + first) * OW + column)[:, None] * CHANNELS + channel[None, :]
-        ptrs = (grad_ptr + at, (y_ptr if FOLLOWED else grad_ptr) + at)
+        ptrs = (grad_ptr + at, (y_ptr if WITH_Y else grad_ptr) + at)
         at = ((sample * H + 2 * first) * W + 2 * column)[:, None] * CHANNELS + channel[None, :]
         x = x_ptr + at
-        d = load_gradient(ptrs, first, OH, valid[1], inside, terms, FOLLOWED)
+        d = load_gradient(ptrs, first, OH, valid[1], inside, terms, WITH_Y)
         for i in range(tl.minimum(part_rows, OH - first)):
             row = first + i
             a = load_three_inputs(x, 2 * row, H, valid, inside, affine, CHANNELS, AFFINE)
@@ -170,7 +170,7 @@ def weight_gradient_stride2(
             bottom = add_products(a, d, bottom, PRECISION)
             x += step
             ptrs = shift(ptrs, out_step)
-            d = load_gradient(ptrs, row + 1, OH, valid[1], inside, terms, FOLLOWED)
+            d = load_gradient(ptrs, row + 1, OH, valid[1], inside, terms, WITH_Y)
             top = add_products(a, d, top, PRECISION)
     out = partial_ptr + (split * WINDOWS + window).to(tl.int64) * (9 * BLOCK_K * BLOCK_K)
     store_row(out, top, BLOCK_K)

@@ -72,11 +72,11 @@ def install() -> int:
     Called when a kernel is first looked up. A folder that cannot be read, or that another
     Triton filled, is named in a warning; its kernels are compiled as if it were not there.
     """
-    found, faults = find_prebuilt()
+    sources, faults = find_prebuilt()
     for fault in faults:
         logger.warning("prebuilt kernels left out: %s", fault)
-    current = tuple(source for source in found if source.is_current)
-    for source in found:
+    current = tuple(source for source in sources if source.is_current)
+    for source in sources:
         if not source.is_current:
             logger.warning(
                 "prebuilt kernels in %s left out: they are for %s, and this is %s",

@@ -116,14 +116,14 @@ def read_index(path: Path) -> Prebuilt:
 
 def find_prebuilt() -> tuple[list[Prebuilt], list[str]]:
     """Returns what lies in `folders()`, and what is wrong with the rest, in sentences."""
-    found, faults = [], []
+    indexes, faults = [], []
     for folder in folders():
         for path in sorted(folder.glob(f"*/{INDEX}")):
             try:
-                found.append(read_index(path))
+                indexes.append(read_index(path))
             except (ValueError, OSError) as error:
                 faults.append(str(error))
-    return found, faults
+    return indexes, faults
 
 
 def _digest(path: Path) -> str:

@@ -166,7 +166,7 @@ def activation_moments(
     """Partial sums of `a = relu(scale x + bias)`, of `d = a - centre` and of `d d^T`.
 
     Grid: shares * blocks of the product on and above its diagonal, of BLOCK_N by BLOCK_N channels;
-    what is below stays unwritten. `x [rows, CHANNELS]` in tiles of BLOCK_K rows; float32: `scale`,
+    what is below is not stored. `x [rows, CHANNELS]` in tiles of BLOCK_K rows; float32: `scale`,
     `bias [CHANNELS]` or None, `partial [shares, CHANNELS, CHANNELS]`, and `sums [shares, 2,
     CHANNELS]`, of `a` and of `d`, both rounded to the dtype of `x`.
     """

@@ -1,5 +1,5 @@
 """The 1x1 convolution whose output is not written, as the PyTorch operators
-`coded_resnext::unwritten_conv1x1*`: what BatchNorm needs follows from the moments of its input.
+`coded_resnext::recomputed_conv1x1*`: what BatchNorm needs follows from the moments of its input.
 
 For `a = relu(scale x + bias)` and `y = W a`, over n pixels with the mean m of `a` and its scatter
 `S = sum (a - m)(a - m)^T`, the sum of `y` is `n W m`, and its M2 the diagonal of `W S W^T`. What
@@ -24,8 +24,8 @@ from coded_resnext.kernels.rows import Passes
 from . import launch as recompute_launch
 
 
-@torch.library.custom_op("coded_resnext::unwritten_conv1x1", mutates_args=())
-def unwritten_conv1x1(
+@torch.library.custom_op("coded_resnext::recomputed_conv1x1", mutates_args=())
+def recomputed_conv1x1(
     x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, kernels: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The statistics of `y = W relu(scale x + bias)`; without `scale` and `bias`, of `y = W x`.
@@ -52,7 +52,7 @@ def unwritten_conv1x1(
     return *_places(x, weight), statistics, mean, scatter
 
 
-@unwritten_conv1x1.register_fake
+@recomputed_conv1x1.register_fake
 def _(
     x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, kernels: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -87,8 +87,8 @@ def _statistics(weight: Tensor, mean: Tensor, scatter: Tensor, count: int) -> Te
     return torch.stack([torch.full_like(sums, count), sums, m2]).to(mean.dtype)
 
 
-@torch.library.custom_op("coded_resnext::unwritten_conv1x1_backward", mutates_args=())
-def unwritten_conv1x1_backward(
+@torch.library.custom_op("coded_resnext::recomputed_conv1x1_backward", mutates_args=())
+def recomputed_conv1x1_backward(
     grad: Tensor,
     grad_sums: Tensor,
     grad_statistics: Tensor,
@@ -128,12 +128,12 @@ def unwritten_conv1x1_backward(
             )
     else:
         h = affine.activate(x, scale, bias)
-        found = conv1x1_library.moments_gradient(grad, of_output, square, shift, h)
-        dx, sums = behind_activation(found.to(mean.dtype), x, scale, bias)
+        of_activated = conv1x1_library.moments_gradient(grad, of_output, square, shift, h)
+        dx, sums = behind_activation(of_activated.to(mean.dtype), x, scale, bias)
     return dx, sums, dweight
 
 
-@unwritten_conv1x1_backward.register_fake
+@recomputed_conv1x1_backward.register_fake
 def _(
     grad: Tensor,
     grad_sums: Tensor,
@@ -163,7 +163,7 @@ def _gradients(ctx: Any, grad: Tensor, grad_sums: Tensor, grad_statistics: Tenso
     x, weight, scale, bias, mean, scatter = ctx.saved_tensors
     wanted = ctx.needs_input_grad
     need_input = wanted[0] or wanted[2] or wanted[3]
-    dx, sums, dweight = unwritten_conv1x1_backward(
+    dx, sums, dweight = recomputed_conv1x1_backward(
         grad,
         grad_sums,
         grad_statistics,
@@ -180,4 +180,4 @@ def _gradients(ctx: Any, grad: Tensor, grad_sums: Tensor, grad_statistics: Tenso
     return dx if wanted[0] else None, dweight if wanted[1] else None, dscale, dbias, None
 
 
-unwritten_conv1x1.register_autograd(_gradients, setup_context=_save)
+recomputed_conv1x1.register_autograd(_gradients, setup_context=_save)

@@ -30,8 +30,8 @@ from . import launch as recompute_launch
 
 @torch.library.custom_op("coded_resnext::product_join", mutates_args=())
 def product_join(
-    place: Tensor,
-    place_of_sums: Tensor,
+    handle: Tensor,
+    sums_handle: Tensor,
     x: Tensor,
     x_scale: Tensor,
     x_bias: Tensor,
@@ -41,8 +41,8 @@ def product_join(
     residual: Tensor,
     residual_scale: Tensor | None,
     residual_bias: Tensor | None,
-    residual_place: Tensor | None,
-    residual_place_of_sums: Tensor | None,
+    residual_handle: Tensor | None,
+    residual_sums_handle: Tensor | None,
     residual_weight: Tensor | None,
     next_weight: Tensor | None,
     statistics: bool,
@@ -53,14 +53,14 @@ def product_join(
     """`joined = relu(scale W relu(x_scale x + x_bias) + bias + residual)`, `z = V joined`.
 
     Args:
-        place, place_of_sums: what `unwritten_conv1x1` gave for `x`, its map and `weight`. They get
+        handle, sums_handle: what `recomputed_conv1x1` gave for `x`, its map and `weight`. They get
             the gradients in the place of `x`, its map and `weight`, which get none here.
         x, x_scale, x_bias, weight: `[B, I, H, W]`, `[I]`, `[O, I, 1, 1]`.
         scale, bias: `[O]`, the BatchNorm behind the product.
         residual: `[B, O, H, W]`, or the operand of the convolution that is to give it.
         residual_scale, residual_bias: `[O]`, both or neither: the BatchNorm behind the residual,
             whose gradient then goes out without its factor, to whoever made it with `deferred`.
-        residual_place, residual_place_of_sums, residual_weight: of the residual's convolution,
+        residual_handle, residual_sums_handle, residual_weight: of the residual's convolution,
             which has no map before it; all or none. PyTorch multiplies.
         next_weight: V, `[P, O, 1, 1]`, or None.
         statistics, keep_signs: as for `join_conv1x1`, of `z` and of `joined`.
@@ -107,8 +107,8 @@ def product_join(
 
 @product_join.register_fake
 def _(
-    place: Tensor,
-    place_of_sums: Tensor,
+    handle: Tensor,
+    sums_handle: Tensor,
     x: Tensor,
     x_scale: Tensor,
     x_bias: Tensor,
@@ -118,8 +118,8 @@ def _(
     residual: Tensor,
     residual_scale: Tensor | None,
     residual_bias: Tensor | None,
-    residual_place: Tensor | None,
-    residual_place_of_sums: Tensor | None,
+    residual_handle: Tensor | None,
+    residual_sums_handle: Tensor | None,
     residual_weight: Tensor | None,
     next_weight: Tensor | None,
     statistics: bool,
@@ -127,7 +127,7 @@ def _(
     kernels: int,
     next_kernels: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    batch, channels, height, width = place.shape
+    batch, channels, height, width = handle.shape
     shape = (batch, height, width, channels // 8) if keep_signs else (0,)
     signs = x.new_empty(shape, dtype=torch.uint8)
     joined = empty_rows(x, channels).permute(0, 3, 1, 2)
@@ -221,21 +221,21 @@ def _gradients(ctx: Any, grad_joined: Tensor, grad: Tensor, grad_statistics: Ten
 
     of_product = product_sums(g, x, weight, x_scale, x_bias, ctx.kernels)
     sums = sums.to(ctx.scale_dtype)
-    found: list[Tensor | None] = [None] * 19
-    found[0], found[1] = g, of_product
-    found[6], found[7] = of_scale(of_product, weight), sums[0]
+    gradients: list[Tensor | None] = [None] * 19
+    gradients[0], gradients[1] = g, of_product
+    gradients[6], gradients[7] = of_scale(of_product, weight), sums[0]
     if residual is not None:
-        found[10] = sums[0]
+        gradients[10] = sums[0]
     if residual_weight is None:
-        found[8], found[9] = g, None if residual is None else sums[1]
+        gradients[8], gradients[9] = g, None if residual is None else sums[1]
     else:
         # These are sums of maps as they are, which cuBLAS has.
         of_residual = product_sums(g, residual, residual_weight, None, None, NO_PASSES.encoded())
-        found[9] = of_scale(of_residual, residual_weight)
-        found[11], found[12] = g, of_residual
+        gradients[9] = of_scale(of_residual, residual_weight)
+        gradients[11], gradients[12] = g, of_residual
     if ctx.needs_input_grad[14]:
-        found[14] = dnext
-    return tuple(found)
+        gradients[14] = dnext
+    return tuple(gradients)
 
 
 product_join.register_autograd(_gradients, setup_context=_save)

@@ -137,38 +137,38 @@ PAPER_MOMENTS = {
 def shipped_rows(arch: str) -> Iterator[tuple[str, LaunchRow]]:
     """Yields every row of a 1x1 convolution that a step of training, or evaluation, in bfloat16
     launches."""
-    for place, (inputs, outputs) in PAPER_CONVOLUTIONS.items():
+    for stage, (inputs, outputs) in PAPER_CONVOLUTIONS.items():
         sizes = ProductSizes(inputs, outputs)
         passes = planned(arch, sizes).passes
         trained = Variant(residual=True, affine=True, scaled=True, signs=passes.input, arch=arch)
         if passes.forward:
             ends = Variant(residual=True, arch=arch)
-            yield f"1x1 product_join {place} folded", product_join(sizes, ends)
-            yield f"1x1 product_join {place} identity", product_join(sizes, trained)
+            yield f"1x1 product_join {stage} folded", product_join(sizes, ends)
+            yield f"1x1 product_join {stage} identity", product_join(sizes, trained)
             mapped = replace(trained, mapped=True)
-            yield f"1x1 product_join {place} mapped", product_join(sizes, mapped)
-            if trained.signs and place in LAST:
+            yield f"1x1 product_join {stage} mapped", product_join(sizes, mapped)
+            if trained.signs and stage in LAST:
                 last = replace(trained, signs=False)
-                yield f"1x1 product_join {place} last", product_join(sizes, last)
+                yield f"1x1 product_join {stage} last", product_join(sizes, last)
         if passes.input:
-            yield f"1x1 moments_input_gradient {place}", moments_gradient(sizes, trained)
-            if place in PROJECTED:
+            yield f"1x1 moments_input_gradient {stage}", moments_gradient(sizes, trained)
+            if stage in PROJECTED:
                 row = moments_gradient(sizes, replace(trained, affine=False))
-                yield f"1x1 moments_input_gradient {place} projection", row
+                yield f"1x1 moments_input_gradient {stage} projection", row
         if passes.weight:
-            yield f"1x1 product_weight_gradient {place}", weight_gradient(sizes, trained)
-    for place, (channels, affine) in PAPER_MOMENTS.items():
+            yield f"1x1 product_weight_gradient {stage}", weight_gradient(sizes, trained)
+    for stage, (channels, affine) in PAPER_MOMENTS.items():
         row = moments(channels, Variant(affine=affine, arch=arch))
-        yield f"1x1 activation_moments {place}", row
+        yield f"1x1 activation_moments {stage}", row
     # What stands behind such a join: a convolution of it as it is.
-    behind = Variant(statistics=True, moved=True, signs=True, raw=False, arch=arch)
-    for place, (inputs, outputs) in PAPER_JOINS.items():
-        if not place.endswith("identity"):
+    behind = Variant(statistics=True, output_gradient=True, signs=True, raw=False, arch=arch)
+    for stage, (inputs, outputs) in PAPER_JOINS.items():
+        if not stage.endswith("identity"):
             continue
         passes = planned(arch, ProductSizes(inputs, outputs, join=True)).passes
         if passes.forward:
             row = forward(ProductSizes(inputs, outputs), Variant(statistics=True, arch=arch))
-            yield f"1x1 product_forward {place} behind a product_join", row
+            yield f"1x1 product_forward {stage} behind a product_join", row
         if passes.input:
             row = join_input_gradient(ProductSizes(inputs, outputs, join=True), behind)
-            yield f"1x1 join_input_gradient {place} of a product_join", row
+            yield f"1x1 join_input_gradient {stage} of a product_join", row

@@ -83,13 +83,13 @@ def test_logits_that_differ_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> No
 def test_who_writes_the_last_convolutions(monkeypatch: pytest.MonkeyPatch) -> None:
     """The two ways to train differ in that alone, and lead to the same loss."""
     left: list[str] = []
-    unwritten = FusedOperators.unwritten
+    recomputed = FusedOperators.recomputed
 
     def note(self: FusedOperators, *arguments: Any) -> Any:
         left.append("one")
-        return unwritten(self, *arguments)
+        return recomputed(self, *arguments)
 
-    monkeypatch.setattr(FusedOperators, "unwritten", note)
+    monkeypatch.setattr(FusedOperators, "recomputed", note)
     images, targets = torch.rand(4, 3, 8, 8), torch.tensor([0, 1, 2, 3])
     losses = []
     for written in (True, False):

@@ -136,10 +136,10 @@ def test_other_bits_are_found() -> None:
 
     steady = agreement.repeats(AGGREGATE, TINY[0], torch.float32, CPU, times=5)
     assert steady["wrong"] == []
-    found = agreement.repeats(
+    actual = agreement.repeats(
         replace(AGGREGATE, kernel=unsteady), TINY[0], torch.float32, CPU, times=5
     )
-    assert "output 0: other bits in one of 5 runs" in found["wrong"]
+    assert "output 0: other bits in one of 5 runs" in actual["wrong"]
 
 
 def test_what_compilation_changes_is_found() -> None:
@@ -196,8 +196,8 @@ def test_when_time_is_up_the_rest_is_named() -> None:
     ("name", "which", "result"),
     [
         ("product_sums", "sums", "sums"),
-        ("unwritten_conv1x1", "statistics", "sum"),
-        ("unwritten_conv1x1_backward", "gradient", "input"),
+        ("recomputed_conv1x1", "statistics", "sum"),
+        ("recomputed_conv1x1_backward", "gradient", "input"),
         ("product_join", "join", "joined"),
     ],
 )
@@ -210,12 +210,12 @@ def test_a_tail_that_is_wrong_is_found(
     right = getattr(block_tail, name)
 
     def wrong(*arguments: Any) -> Any:
-        found = right(*arguments)
+        actual = right(*arguments)
         if not any(isinstance(value, int) and value == KERNELS for value in arguments):
-            return found
-        many = (found,) if isinstance(found, Tensor) else found
+            return actual
+        many = (actual,) if isinstance(actual, Tensor) else actual
         changed = [v * 1.1 if v.is_floating_point() else v for v in many]
-        return changed[0] if isinstance(found, Tensor) else changed
+        return changed[0] if isinstance(actual, Tensor) else changed
 
     monkeypatch.setattr(block_tail, name, wrong)
     faults = check_call(call, [which], repeats=2)["wrong"]
@@ -289,10 +289,10 @@ def test_criteria_of_networks_are_judged() -> None:
         row("coded, reference, compiled default, nhwc", 150, 500, 500),
         {"contender": "plain, triton, eager, nhwc", "wrong": "logits are apart"},
     ]
-    found = model_check.judge(rows)
+    actual = model_check.judge(rows)
     measured = [1.26, 126 / 130, 12.6, 901 / 900, 460 / 300]
-    assert [item["measured"] for item in found] == pytest.approx(measured)
-    assert [item["kept"] for item in found] == [True, False, True, False, True]
+    assert [item["measured"] for item in actual] == pytest.approx(measured)
+    assert [item["kept"] for item in actual] == [True, False, True, False, True]
     assert {item["kept"] for item in model_check.judge([])} == {None}
 
 

@@ -42,12 +42,12 @@ class Moved(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
     ) -> Any:
-        found = func(*args, **(kwargs or {}))
+        actual = func(*args, **(kwargs or {}))
         if func.namespace == "coded_resnext":
-            for value in tree_leaves((args, found)):
+            for value in tree_leaves((args, actual)):
                 if isinstance(value, Tensor) and value.ndim == 4 and len(value) == BATCH:
                     self.elements[func.overloadpacket.__name__] += value.numel()
-        return found
+        return actual
 
 
 def network(stages: list[Stage]) -> CodedResNeXt:
@@ -80,10 +80,10 @@ def counted(name: str, moved: Counter[str]) -> Callable[..., Tensor]:
     function = getattr(conv1x1_library, name)
 
     def call(*arguments: Tensor) -> Tensor:
-        found: Tensor = function(*arguments)
-        maps = [v for v in (*arguments, found) if v.ndim == 4 and len(v) == BATCH]
+        actual: Tensor = function(*arguments)
+        maps = [v for v in (*arguments, actual) if v.ndim == 4 and len(v) == BATCH]
         moved[name] += sum(v.numel() for v in maps)
-        return found
+        return actual
 
     return call
 

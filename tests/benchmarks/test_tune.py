@@ -114,9 +114,9 @@ def test_what_is_wrong_is_left_out(capsys: pytest.CaptureFixture[str]) -> None:
 def test_candidates_can_be_compiled() -> None:
     constexprs = {"BLOCK_K": 16, "WINDOWS": 1, "PIXELS": 25}
     start = {"BLOCK_P": 32, "SAMPLES": 8, "num_warps": 1, "num_stages": 1}
-    found = tune.neighbours(start, constexprs)
+    actual = tune.neighbours(start, constexprs)
     # No larger tile than the padded map, no second warp for a product of 16 by 16.
-    assert found == [
+    assert actual == [
         {**start, "BLOCK_P": 16},
         {**start, "SAMPLES": 4},
         {**start, "SAMPLES": 16},

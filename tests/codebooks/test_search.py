@@ -13,9 +13,9 @@ from coded_resnext.codebooks.search import search
 from coded_resnext.codebooks.words import first_duplicate, is_balanced
 
 
-def check(found, classes, branches, active):
+def check(actual, classes, branches, active):
     """Everything a codebook must be, and the distance that the search claims."""
-    words = found.words
+    words = actual.words
     assert words.shape == (classes, branches)
     assert words.dtype == np.uint8
     assert set(np.unique(words)) <= {0, 1}
@@ -25,9 +25,9 @@ def check(found, classes, branches, active):
     assert loads.max() - loads.min() <= 1
     gram = words.astype(float) @ words.T
     distances = 2 * (active - gram[np.triu_indices(classes, 1)])
-    assert distances.min() == found.distance
-    assert (distances == found.distance).sum() == found.pairs
-    assert 2 <= found.distance <= distance_bound(classes, branches, active)
+    assert distances.min() == actual.distance
+    assert (distances == actual.distance).sum() == actual.pairs
+    assert 2 <= actual.distance <= distance_bound(classes, branches, active)
 
 
 @pytest.mark.long
@@ -66,22 +66,22 @@ def test_any_infeasible_size(data):
     ids=str,
 )
 def test_default_effort(size, distance, pairs):
-    found = search(*size)
-    check(found, *size)
-    assert found.distance >= distance
-    assert pairs is None or found.distance > distance or found.pairs <= pairs
+    actual = search(*size)
+    check(actual, *size)
+    assert actual.distance >= distance
+    assert pairs is None or actual.distance > distance or actual.pairs <= pairs
 
 
 def test_many_classes():
-    found = search(3000, 64, 16, "fast")
-    check(found, 3000, 64, 16)
-    assert found.distance >= 12
+    actual = search(3000, 64, 16, "fast")
+    check(actual, 3000, 64, 16)
+    assert actual.distance >= 12
 
 
 def test_more_than_64_branches():
-    found = search(40, 100, 50, "fast")
-    check(found, 40, 100, 50)
-    assert found.distance >= 36
+    actual = search(40, 100, 50, "fast")
+    check(actual, 40, 100, 50)
+    assert actual.distance >= 36
 
 
 @pytest.mark.parametrize("size", [(37, 13, 5), (101, 20, 6), (60, 9, 4)])
@@ -124,9 +124,9 @@ def test_bad_arguments(arguments, message):
 
 def test_progress_is_told():
     told = []
-    found = search(100, 20, 4, "fast", report=told.append)
+    actual = search(100, 20, 4, "fast", report=told.append)
     assert any("orbits" in progress.trying for progress in told)
-    assert (told[-1].distance, told[-1].pairs) == (found.distance, found.pairs)
+    assert (told[-1].distance, told[-1].pairs) == (actual.distance, actual.pairs)
 
 
 def test_interrupt_keeps_the_best_so_far(monkeypatch):
@@ -137,10 +137,10 @@ def test_interrupt_keeps_the_best_so_far(monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(module, "exchange", interrupted)
-    found = search(100, 20, 4)
-    check(found, 100, 20, 4)
-    assert found.interrupted
-    assert found.distance == 4
+    actual = search(100, 20, 4)
+    check(actual, 100, 20, 4)
+    assert actual.interrupted
+    assert actual.distance == 4
 
 
 def test_interrupt_before_anything_is_found(monkeypatch):
@@ -148,9 +148,9 @@ def test_interrupt_before_anything_is_found(monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(module, "full_orbits", interrupted)
-    found = search(100, 20, 4)
-    check(found, 100, 20, 4)
-    assert found.interrupted
+    actual = search(100, 20, 4)
+    check(actual, 100, 20, 4)
+    assert actual.interrupted
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -116,22 +116,22 @@ def test_even_words_fill_the_emptiest_branches():
 def test_anneal_keeps_weights_loads_and_fixed_rows():
     start = even_words(np.zeros(12, dtype=np.int64), 18, 4, seeded(0))
     reported = []
-    found = anneal(start, 5, 4, 5000, 0, seeded(1), reported.append)
-    assert (found.words[:5] == start[:5]).all()
-    assert (found.words.sum(axis=1) == 4).all()
-    assert is_balanced(found.words)
+    actual = anneal(start, 5, 4, 5000, 0, seeded(1), reported.append)
+    assert (actual.words[:5] == start[:5]).all()
+    assert (actual.words.sum(axis=1) == 4).all()
+    assert is_balanced(actual.words)
     moving = np.triu(np.ones((18, 18), dtype=bool), 1)
     moving[:5, :5] = False
-    overlap = (found.words.astype(int) @ found.words.T)[moving]
+    overlap = (actual.words.astype(int) @ actual.words.T)[moving]
     assert overlap.max() <= 2
-    assert (overlap == 2).sum() == found.pairs
+    assert (overlap == 2).sum() == actual.pairs
     assert [step.pairs for step in reported] == sorted({s.pairs for s in reported}, reverse=True)
 
 
 def test_anneal_reaches_the_optimum_of_3_of_10():
     start = even_words(np.zeros(10, dtype=np.int64), 10, 3, seeded(0))
-    found = anneal(start, 0, 4, 20_000, 30, seeded(0), ignore)
-    assert found.pairs == 30
+    actual = anneal(start, 0, 4, 20_000, 30, seeded(0), ignore)
+    assert actual.pairs == 30
 
 
 def test_even_out():

@@ -72,9 +72,9 @@ def test_what_the_kernels_do_not_take_runs_elsewhere_and_is_logged_once(
         h, weight = case.inputs(dtype)
         expected = coded_aggregate(h, weight, case.N, backend="torch")
         for _ in range(2):
-            found = coded_aggregate(h, weight, case.N, backend="triton")
+            actual = coded_aggregate(h, weight, case.N, backend="triton")
             # PyTorch's own operations in both, on the same data.
-            assert all(map(torch.equal, found, expected))
+            assert all(map(torch.equal, actual, expected))
     reasons = [record.getMessage() for record in caplog.records]
     assert len(reasons) == 2
     assert "not torch.float64" in reasons[0]
@@ -232,11 +232,11 @@ def test_signs_are_kept_where_kernels_write_and_read_whole_bytes() -> None:
 def test_torch_and_reference_energies_agree() -> None:
     h, weight = Case("energies").inputs(torch.float64)
     scale, bias = torch.full((12,), 0.5).double(), torch.full((12,), -0.1).double()
-    found, expected = (
+    actual, expected = (
         branch_energy(h, weight, 4, scale=scale, bias=bias, backend=backend)
         for backend in ("torch", "reference")
     )
-    assert found.tolist() == [pytest.approx(row) for row in expected.tolist()]
+    assert actual.tolist() == [pytest.approx(row) for row in expected.tolist()]
 
 
 def test_many_branches_are_pytorchs(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -48,8 +48,8 @@ def of_branches(size: Size) -> tuple[Tensor, ...]:
     return maps(size), torch.ones(N, OUT, D), vector(), vector(), *masks
 
 
-def unwritten(size: Size) -> tuple[Tensor, ...]:
-    """What `unwritten_conv1x1_backward` takes in front of its flags."""
+def recomputed(size: Size) -> tuple[Tensor, ...]:
+    """What `recomputed_conv1x1_backward` takes in front of its flags."""
     gradients = (maps(size, OUT), torch.ones(OUT, CHANNELS), torch.ones(3, OUT))
     return *gradients, maps(size), matrix(), vector(), vector(), vector(), torch.eye(CHANNELS)
 
@@ -188,16 +188,16 @@ CALLS: dict[str, tuple[str, Callable[[Size, int], Any]]] = {
             maps(size), maps(size), maps(size), None, bool(kernels)
         ),
     ),
-    "unwritten_conv1x1": (
+    "recomputed_conv1x1": (
         "x",
-        lambda size, kernels: moments_operator.unwritten_conv1x1(
+        lambda size, kernels: moments_operator.recomputed_conv1x1(
             maps(size), matrix(), vector(), vector(), kernels
         ),
     ),
-    "unwritten_conv1x1_backward": (
+    "recomputed_conv1x1_backward": (
         "x",
-        lambda size, kernels: moments_operator.unwritten_conv1x1_backward(
-            *unwritten(size), True, kernels
+        lambda size, kernels: moments_operator.recomputed_conv1x1_backward(
+            *recomputed(size), True, kernels
         ),
     ),
     "product_join": (
@@ -231,8 +231,8 @@ def test_calls_are_right_but_for_their_size(
 ) -> None:
     """With a sample and pixels they give what is finite."""
     _choose(kernels, monkeypatch)
-    found = CALLS[operator][1]((2, 3, 2), kernels)
-    for value in (found,) if isinstance(found, Tensor) else found:
+    actual = CALLS[operator][1]((2, 3, 2), kernels)
+    for value in (actual,) if isinstance(actual, Tensor) else actual:
         assert value.isfinite().all()
 
 

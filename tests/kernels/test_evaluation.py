@@ -64,13 +64,13 @@ def _interpreter() -> None:
 
 def grouped_inputs(case: GroupedCase, dtype: torch.dtype) -> dict[str, Tensor]:
     """The arguments of a grouped convolution, one whole sample of whose branches is removed."""
-    found = replace(case, affine=False).inputs(dtype)
+    actual = replace(case, affine=False).inputs(dtype)
     generator = torch.Generator().manual_seed(7)
-    found["bias"] = torch.randn(case.N * case.D, generator=generator)
-    found["branch_weight"] = torch.randn(case.N, 24, case.D, generator=generator)
-    found["keep"] = torch.ones(case.B, case.N).bernoulli(0.6, generator=generator)
-    found["keep"][-1] = 0.0
-    return found
+    actual["bias"] = torch.randn(case.N * case.D, generator=generator)
+    actual["branch_weight"] = torch.randn(case.N, 24, case.D, generator=generator)
+    actual["keep"] = torch.ones(case.B, case.N).bernoulli(0.6, generator=generator)
+    actual["keep"][-1] = 0.0
+    return actual
 
 
 def grouped_defined(case: GroupedCase, inputs: dict[str, Tensor]) -> Tensor:
@@ -88,7 +88,7 @@ def grouped_called(
 ) -> tuple[Tensor, Tensor]:
     keep, bias = inputs.get("keep"), inputs["bias"]
     accumulate = layout.accumulation_dtype(inputs["x"].dtype)
-    found: tuple[Tensor, Tensor] = evaluation.folded_grouped_conv3x3(
+    actual: tuple[Tensor, Tensor] = evaluation.folded_grouped_conv3x3(
         inputs["x"],
         inputs["weight"],
         bias.to(accumulate),
@@ -97,7 +97,7 @@ def grouped_called(
         case.stride,
         kernels,
     )
-    return found
+    return actual
 
 
 def check_grouped(case: GroupedCase, dtype: torch.dtype, kernels: int, tolerance: float) -> None:
@@ -183,12 +183,12 @@ def test_an_energy_is_not_negative_and_nan_stays() -> None:
 
 
 def product_inputs(case: ProductCase, dtype: torch.dtype) -> dict[str, Tensor]:
-    found = replace(case, affine=False).inputs(dtype)
+    actual = replace(case, affine=False).inputs(dtype)
     generator = torch.Generator().manual_seed(3)
-    found["bias"] = torch.randn(case.O, generator=generator)
-    found["residual"] = torch.randn(case.B, case.O, case.H, case.W, generator=generator).to(dtype)
-    found["factor"] = torch.rand(case.B, generator=generator) + 0.5
-    return found
+    actual["bias"] = torch.randn(case.O, generator=generator)
+    actual["residual"] = torch.randn(case.B, case.O, case.H, case.W, generator=generator).to(dtype)
+    actual["factor"] = torch.rand(case.B, generator=generator) + 0.5
+    return actual
 
 
 @pytest.mark.parametrize("kernels", [FORWARD, PYTORCH, POINTWISE])
@@ -202,16 +202,16 @@ def test_a_product_with_all_that_is_behind_it(case: ProductCase, kernels: int) -
             given = [inputs[name] if name in names else None for name in ("residual", "factor")]
             with guarded_memory() as memory:
                 memory.empty((1,), torch.float32)
-                found = evaluation.folded_conv1x1(
+                actual = evaluation.folded_conv1x1(
                     inputs["x"], inputs["weight"], inputs["bias"], *given, kernels
                 )
             factor = wide["factor"][:, None, None, None] if "factor" in names else 1.0
             expected = factor * y + wide["bias"][:, None, None]
             expected = (expected + (wide["residual"] if "residual" in names else 0.0)).relu()
-            assert found.dtype == dtype
-            assert found.is_contiguous(memory_format=torch.channels_last)
+            assert actual.dtype == dtype
+            assert actual.is_contiguous(memory_format=torch.channels_last)
             tolerances = TOLERANCES if kernels == FORWARD else LIBRARY_TOLERANCES
-            assert relative_error(found.double(), expected) < tolerances[dtype], names
+            assert relative_error(actual.double(), expected) < tolerances[dtype], names
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)

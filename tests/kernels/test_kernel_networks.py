@@ -158,8 +158,8 @@ def train(backend: str, steps: int) -> list[float]:
 @pytest.mark.long
 @pytest.mark.usefixtures("memory")
 def test_ten_steps_give_the_losses_of_pytorch() -> None:
-    found, expected = train("triton", 10), train("torch", 10)
-    assert found == pytest.approx(expected, rel=1e-4)
+    actual, expected = train("triton", 10), train("torch", 10)
+    assert actual == pytest.approx(expected, rel=1e-4)
     # The losses differ from step to step by far more than that.
     assert max(expected) - min(expected) > 0.1
 
@@ -186,5 +186,5 @@ def test_a_network_by_kernels_compiles_whole(
                 total = logits.square().sum() + sum(e.pow(3).sum() for e in energies)
                 outcomes[-1] += torch.autograd.grad(total, list(model.parameters()))
     # The graph sums gradients in an order of its own; a wrong choice of kernels stops before.
-    for found, expected in zip(*outcomes, strict=True):
-        assert relative_error(found, expected) < GRADIENTS
+    for actual, expected in zip(*outcomes, strict=True):
+        assert relative_error(actual, expected) < GRADIENTS

@@ -19,7 +19,7 @@ from coded_resnext.kernels.rows import LaunchRow, Variant
 
 WIDE, NARROW = 2048, 16
 SIZES = ProductSizes(WIDE, NARROW)
-VARIANT = Variant("fp16", affine=True, statistics=True, gain=True, moved=True, arch="cpu")
+VARIANT = Variant("fp16", affine=True, statistics=True, gain=True, output_gradient=True, arch="cpu")
 DTYPES = {"*fp16": torch.float16, "*fp32": torch.float32, "*u8": torch.uint8}
 
 ROWS = {

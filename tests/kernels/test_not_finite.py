@@ -123,13 +123,13 @@ def bad_branch(
     else:
         weight[width - 1, 0, 1, 1] = value
         bad = [[0, 0], [1, 0], [2, 0]]
-    found = {
+    actual = {
         "x": x.to(dtype).contiguous(memory_format=torch.channels_last),
         "weight": weight.to(dtype),
         "bias": torch.randn(channels, generator=generator),
         "branch_weight": torch.randn(4, 24, width, generator=generator),
     }
-    return found, bad
+    return actual, bad
 
 
 @pytest.mark.parametrize("kernels", [FORWARD, 0], ids=["kernels", "pytorch"])

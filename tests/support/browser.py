@@ -19,11 +19,11 @@ OPTIONS = ("--no-sandbox", "--disable-dev-shm-usage")
 def chromium() -> Iterator[Any]:
     """A browser; the test is skipped where there is none."""
     playwright = pytest.importorskip("playwright.sync_api")
-    found = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if found is None:
+    actual = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if actual is None:
         pytest.skip("no Chromium: apt-get install chromium")
     with playwright.sync_playwright() as started:
-        browser = started.chromium.launch(executable_path=found, args=list(OPTIONS))
+        browser = started.chromium.launch(executable_path=actual, args=list(OPTIONS))
         yield browser
         browser.close()
 

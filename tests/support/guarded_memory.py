@@ -52,8 +52,8 @@ class GuardedMemory:
         assert self.buffers, "nothing was allocated through the guard"
         for buffer, size in self.buffers:
             for guard, where in ((buffer[:GUARD], "before"), (buffer[GUARD + size :], "behind")):
-                found = guard.view(torch.uint8).view(-1, len(BYTES))
-                assert (found == torch.tensor(BYTES)).all(), f"a store {where} a tensor"
+                actual = guard.view(torch.uint8).view(-1, len(BYTES))
+                assert (actual == torch.tensor(BYTES)).all(), f"a store {where} a tensor"
 
 
 @contextmanager

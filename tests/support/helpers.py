@@ -54,30 +54,30 @@ def below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
 
-def assert_alike(found: Tensor, expected: Tensor) -> None:
+def assert_alike(actual: Tensor, expected: Tensor) -> None:
     """The same by two ways of computing it: equal but for the order in which sums are made.
 
     `torch.equal` is for what is copied, and for the same instructions on the same data.
     """
-    assert found.dtype == expected.dtype
-    error = relative_error(found, expected)
+    assert actual.dtype == expected.dtype
+    error = relative_error(actual, expected)
     assert error < ANOTHER_ORDER[expected.dtype], error
 
 
-def assert_same_network(found: nn.Module, expected: nn.Module, x: Tensor) -> None:
+def assert_same_network(actual: nn.Module, expected: nn.Module, x: Tensor) -> None:
     """One that was written and read: its state to the bit, its output to rounding.
 
     Weights that are read may lie otherwise in memory, where products take other instructions.
     """
-    state, wanted = found.state_dict(), expected.state_dict()
+    state, wanted = actual.state_dict(), expected.state_dict()
     assert state.keys() == wanted.keys()
     for name, value in wanted.items():
         assert state[name].dtype == value.dtype, name
         assert torch.equal(state[name], value), name
-    assert_alike(found(x), expected(x))
+    assert_alike(actual(x), expected(x))
 
 
-def assert_decided_alike(found: Tensor, expected: Tensor, margins: Tensor, slack: float) -> None:
+def assert_decided_alike(actual: Tensor, expected: Tensor, margins: Tensor, slack: float) -> None:
     """Decisions by two ways of computing: the same, but where rounding may decide.
 
     Args:
@@ -87,7 +87,7 @@ def assert_decided_alike(found: Tensor, expected: Tensor, margins: Tensor, slack
     """
     clear = margins.abs() > slack
     assert clear.double().mean() >= 0.95
-    assert torch.equal(found[clear], expected[clear])
+    assert torch.equal(actual[clear], expected[clear])
 
 
 def class_margins(scores: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from coded_resnext.kernels.conv1x1 import reference as conv1x1_reference
 from coded_resnext.kernels.conv1x1.join_operator import join_conv1x1
 from coded_resnext.kernels.conv1x1.operator import conv1x1
 from coded_resnext.kernels.conv3x3 import reference as conv3x3_reference
-from coded_resnext.kernels.recompute.moments_operator import unwritten_conv1x1
+from coded_resnext.kernels.recompute.moments_operator import recomputed_conv1x1
 from coded_resnext.kernels.recompute.operator import product_join
 from coded_resnext.kernels.residual import reference as residual_reference
 from coded_resnext.kernels.rows import NO_PASSES, Passes
@@ -45,7 +45,7 @@ def check(operator: str, call: Call, backend: str, device: str = "cpu") -> None:
             run(call, backend, inputs)
         return
     kept = {name: value.clone() for name, value in inputs.items()}
-    found = gradients(call, inputs, lambda leaves: run(call, backend, leaves))
+    results = gradients(call, inputs, lambda leaves: run(call, backend, leaves))
     for name, value in kept.items():
         assert torch.equal(inputs[name], value), f"{name} was written to"
     exact = {k: v.double() if v.is_floating_point() else v for k, v in inputs.items()}
@@ -53,11 +53,11 @@ def check(operator: str, call: Call, backend: str, device: str = "cpu") -> None:
     with patch.object(coded_reference, "coded_aggregate", held):
         scales = gradients(call, exact, lambda leaves: run(call, "reference", leaves))
     limit = LONGER_SUMS * TOLERANCES[call.dtype]
-    assert found.keys() == expected.keys()
+    assert results.keys() == expected.keys()
     for name, value in expected.items():
-        actual = found[name].double()
+        actual = results[name].double()
         assert actual.shape == value.shape, name
-        if value.abs().max() > torch.finfo(found[name].dtype).max:
+        if value.abs().max() > torch.finfo(results[name].dtype).max:
             # What half precision cannot hold is infinite, and so is found by whoever looks.
             assert not actual.isfinite().all(), name
             continue
@@ -79,9 +79,9 @@ def gradients(call: Call, inputs: Results, run: Callable[[Results], Results]) ->
         call.positive(*value.shape, place=index).to(value) for index, value in enumerate(chosen)
     ]
     wanted = {k: v for k, v in leaves.items() if v.requires_grad}
-    found = torch.autograd.grad(chosen, list(wanted.values()), weights)
+    of_leaves = torch.autograd.grad(chosen, list(wanted.values()), weights)
     results = {k: v.detach() for k, v in outputs.items()}
-    return results | {f"gradient of {k}": g for k, g in zip(wanted, found, strict=True)}
+    return results | {f"gradient of {k}": g for k, g in zip(wanted, of_leaves, strict=True)}
 
 
 def held(
@@ -177,12 +177,12 @@ def _product_join_inputs(call: Call) -> Results:
     vectors |= {"out_scale": call.C, "out_bias": call.C}
     if call.affine:
         vectors |= {"residual_scale": call.C, "residual_bias": call.C}
-    found = {"x": call.activations(), "weight": weight}
+    tensors = {"x": call.activations(), "weight": weight}
     for place, (name, channels) in enumerate(vectors.items()):
-        found[name] = call.positive(channels, place=2 + place).to(wide)
+        tensors[name] = call.positive(channels, place=2 + place).to(wide)
     residual = call.positive(call.B, call.C, call.H, call.W, place=8)
     next_weight = call.positive(call.K, call.C, 1, 1, place=9)
-    return found | {
+    return tensors | {
         name: value.to(call.dtype)
         for name, value in (("residual", residual), ("next_weight", next_weight))
     }
@@ -204,8 +204,8 @@ def _aggregate(call: Call, backend: str, x: Results) -> Results:
 
 def _loss(call: Call, backend: str, x: Results) -> Results:
     energies, codewords, targets = x["energies"], x["codewords"], x["targets"]
-    found = coding_losses([energies], [codewords], targets, decode=True, backend=backend)
-    return {"loss": found.losses[0]}
+    losses = coding_losses([energies], [codewords], targets, decode=True, backend=backend)
+    return {"loss": losses.losses[0]}
 
 
 def _conv(call: Call, backend: str, x: Results) -> Results:
@@ -274,7 +274,7 @@ def _product_join(call: Call, backend: str, x: Results) -> Results:
         z = conv1x1_reference.conv1x1(joined, x["next_weight"])
         return {"x": joined, "z": z, "sum": z.sum((0, 2, 3)), "sum of y": y.sum((0, 2, 3))}
     kernels = _chosen(call, backend).encoded()
-    place, of_sums, statistics, _, _ = unwritten_conv1x1(
+    handle, sums_handle, statistics, _, _ = recomputed_conv1x1(
         operands[0], x["weight"], *operands[1:], kernels
     )
     exact = [value.detach().double() for value in (operands[0], x["weight"], *operands[1:])]
@@ -284,8 +284,8 @@ def _product_join(call: Call, backend: str, x: Results) -> Results:
         # Whoever made it multiplies by this factor.
         residual.register_hook(lambda g: (g * x["residual_scale"].detach()[:, None, None]).to(g))
     joined, z, of_z, _ = product_join(
-        place,
-        of_sums,
+        handle,
+        sums_handle,
         *operands,
         x["weight"],
         *_CarryScale.apply(statistics, *vectors),
@@ -357,14 +357,14 @@ def check_extreme(operator: str, call: Call, backend: str, value: float) -> None
     inputs = INPUTS[operator](call)
     first = next(iter(inputs))
     inputs[first] = (inputs[first].double() * value).clamp(max=value).to(call.dtype)
-    found = gradients(call, inputs, lambda leaves: run(call, backend, leaves))
+    results = gradients(call, inputs, lambda leaves: run(call, backend, leaves))
     exact = {k: v.double() if v.is_floating_point() else v for k, v in inputs.items()}
     expected = gradients(call, exact, lambda leaves: run(call, "reference", leaves))
     most = torch.finfo(call.dtype).max
     largest = max(float(value.abs().max()) for value in expected.values())
-    finite = {name: bool(actual.isfinite().all()) for name, actual in found.items()}
+    finite = {name: bool(actual.isfinite().all()) for name, actual in results.items()}
     said = f"{finite}, {largest:.3g} expected of {value} in {call}"
     if call.dtype != torch.float16 or largest < most / 16:
         assert all(finite.values()), said
-    elif any(float(expected[k].abs().max()) > torch.finfo(v.dtype).max for k, v in found.items()):
+    elif any(float(expected[k].abs().max()) > torch.finfo(v.dtype).max for k, v in results.items()):
         assert not all(finite.values()), said

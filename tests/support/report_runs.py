@@ -159,5 +159,5 @@ def drawn_classifiers(names: tuple[str, ...]) -> OneClass:
                 histogram=count_scores(scores, positive, scores[:0]),
             )
         )
-    found = (replace(drawn[i % len(drawn)], class_name=name) for i, name in enumerate(names))
-    return OneClass(tuple(found), 9, 0)
+    actual = (replace(drawn[i % len(drawn)], class_name=name) for i, name in enumerate(names))
+    return OneClass(tuple(actual), 9, 0)

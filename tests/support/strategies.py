@@ -65,13 +65,13 @@ class Call:
 
     def masks(self) -> dict[str, Tensor]:
         """`drop_mask` and `keep_mask [B, N]`; a first branch stays, so that no sample is dead."""
-        found = {}
+        actual = {}
         for name, wanted, value in (("drop_mask", self.drop, 1.25), ("keep_mask", self.keep, 1.0)):
             if wanted:
                 mask = (self.positive(self.B, self.N, place=len(name)) > 0.5).double() * value
                 mask[:, :1] = value
-                found[name] = mask
-        return found
+                actual[name] = mask
+        return actual
 
 
 def laid_out(values: Tensor, layout: str) -> Tensor:

@@ -42,8 +42,8 @@ def step(model: CodedResNeXt, call: nn.Module, images: Tensor) -> dict[str, Tens
     logits, energies = call(images, return_energies=True)
     total = logits.square().sum(1) + sum(each.pow(3).sum(1) for each in energies)
     total.mean().backward()
-    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    return found | dict(model.named_buffers())
+    actual = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return actual | dict(model.named_buffers())
 
 
 def run(rank: int, folder: str) -> None:
@@ -55,8 +55,8 @@ def run(rank: int, folder: str) -> None:
     parallel = DistributedDataParallel(model, broadcast_buffers=False)
     synchronised(model)
     images = make_images(BATCH, seed=4).double()[rank::2]
-    found = step(model, parallel, images)
-    torch.save(found, Path(folder) / f"{rank}.pt")
+    actual = step(model, parallel, images)
+    torch.save(actual, Path(folder) / f"{rank}.pt")
     dist.destroy_process_group()
 
 

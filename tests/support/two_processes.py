@@ -167,7 +167,7 @@ def main() -> None:
         images, targets = evaluation_data()
         shares = Batches(images, targets, 5, rank=world.rank, world_size=world.size)
         accuracy = measure_accuracy(make_model(), shares, world=world)
-        found: dict[str, Any] = {
+        actual: dict[str, Any] = {
             "gradients": gradients(world),
             "accuracy": [accuracy.samples, accuracy.final, list(accuracy.early)],
             "fifty": fifty_steps(world),
@@ -178,7 +178,7 @@ def main() -> None:
             "refused": train(folder / "whole", world),
             "full": train(folder / "full", world, change=break_saving),
         }
-        torch.save(found, folder / f"{world.rank}.pt")
+        torch.save(actual, folder / f"{world.rank}.pt")
 
 
 if __name__ == "__main__":

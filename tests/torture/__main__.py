@@ -110,9 +110,9 @@ def rows(folder: Path, share: float) -> Iterator[tuple[str, Callable[[], Iterato
 def kills(folder: Path) -> Iterator[Row]:
     """Processes killed while they save."""
     folder.mkdir()
-    found = kill_while_saving(folder, kills=KILLS, seed=0)
-    note = f"{found.unfinished} fell into the writing of a file"
-    yield Row("SIGKILL while saving", found.tried, found.tried - found.resumable, 0, note)
+    outcome = kill_while_saving(folder, kills=KILLS, seed=0)
+    note = f"{outcome.unfinished} fell into the writing of a file"
+    yield Row("SIGKILL while saving", outcome.tried, outcome.tried - outcome.resumable, 0, note)
 
 
 def flips(folder: Path) -> Iterator[Row]:
@@ -146,30 +146,30 @@ def tampered(folder: Path, index: int) -> Iterator[Row]:
     """Files of one kind with random faults."""
     folder.mkdir()
     kind = make_kinds(folder)[index]
-    found = tamper_with(kind, files=TAMPERED, seed=index)
-    for text in found.wrong[:5]:
+    outcome = tamper_with(kind, files=TAMPERED, seed=index)
+    for text in outcome.wrong[:5]:
         print(text, file=sys.stderr)
-    spare = -found.largest_growth / 2**20
-    note = f"{found.refused} refused; memory stayed {spare:.0f} MiB below twice the file + 64 MiB"
-    yield Row(f"tampered {kind.name}", found.tried, found.crashed, len(found.wrong), note)
+    spare = -outcome.largest_growth / 2**20
+    note = f"{outcome.refused} refused; memory stayed {spare:.0f} MiB below twice the file + 64 MiB"
+    yield Row(f"tampered {kind.name}", outcome.tried, outcome.crashed, len(outcome.wrong), note)
 
 
 def random_calls(backend: str, share: float) -> Iterator[Row]:
     """Random calls of every operator."""
     where = {"torch": "on the CPU", "triton": "in Triton's interpreter"}[backend]
-    found = fuzz(share * FUZZ_SECONDS[backend], first_seed=0, backend=backend)
-    for text in found.wrong[:5]:
+    outcome = fuzz(share * FUZZ_SECONDS[backend], first_seed=0, backend=backend)
+    for text in outcome.wrong[:5]:
         print(text, file=sys.stderr)
-    tries = sum(found.tried.values())
-    yield Row(f"random calls of the operators {where}", tries, 0, len(found.wrong), str(found))
+    tries = sum(outcome.tried.values())
+    yield Row(f"random calls of the operators {where}", tries, 0, len(outcome.wrong), str(outcome))
 
 
-def terminated(what: str, found: Terminations) -> Iterator[Row]:
+def terminated(what: str, outcome: Terminations) -> Iterator[Row]:
     """Runs that were told to stop."""
-    lost = 2 * found.tried - found.clean - found.current
-    note = f"{found.within_epoch} within an epoch; slowest exit {found.slowest:.1f} s"
-    wrong = found.tried - found.same_bits + (found.slowest >= 10)
-    yield Row(f"{what}, at a random moment", found.tried, lost, wrong, note)
+    lost = 2 * outcome.tried - outcome.clean - outcome.current
+    note = f"{outcome.within_epoch} within an epoch; slowest exit {outcome.slowest:.1f} s"
+    wrong = outcome.tried - outcome.same_bits + (outcome.slowest >= 10)
+    yield Row(f"{what}, at a random moment", outcome.tried, lost, wrong, note)
 
 
 if __name__ == "__main__":

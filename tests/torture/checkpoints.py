@@ -42,7 +42,7 @@ def kill_while_saving(run: Path, *, kills: int, seed: int) -> Kills:
     reached: each has saved once before it is killed in the middle of a later time.
     """
     draw = random.Random(seed)  # noqa: S311
-    found = Kills()
+    outcome = Kills()
     save_state(run, _name(0), _state(0))
     for _ in range(kills):
         begun = (load_state(run) or {})["step"]
@@ -56,13 +56,13 @@ def kill_while_saving(run: Path, *, kills: int, seed: int) -> Kills:
         time.sleep(draw.uniform(0, 0.1))
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
-        found.unfinished += any((run / "checkpoints").glob(".*.tmp"))
+        outcome.unfinished += any((run / "checkpoints").glob(".*.tmp"))
         state = load_state(run)
-        found.tried += 1
+        outcome.tried += 1
         if state is not None and state["step"] > begun and _is_right(state):
-            found.resumable += 1
-            found.steps += state["step"] - begun
-    return found
+            outcome.resumable += 1
+            outcome.steps += state["step"] - begun
+    return outcome
 
 
 def flip_bits(run: Path, *, flips: int, generator: random.Random) -> int:

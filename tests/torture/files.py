@@ -60,20 +60,20 @@ def make_kinds(folder: Path) -> list[Kind]:
     recipe = folder / "recipe.yaml"
     recipe.write_bytes(RECIPE.read_bytes())
 
-    def fits(found: Any, whole: Any) -> bool:
+    def fits(tampered: Any, whole: Any) -> bool:
         """Without a checksum: names, shapes and types of all tensors, and it computes."""
-        state, expected = found.model.state_dict(), whole.model.state_dict()
-        found.model(
-            torch.zeros(1, found.model.in_channels, 6, 6, dtype=whole.model.head.weight.dtype)
+        state, expected = tampered.model.state_dict(), whole.model.state_dict()
+        tampered.model(
+            torch.zeros(1, tampered.model.in_channels, 6, 6, dtype=whole.model.head.weight.dtype)
         )
         return state.keys() == expected.keys() and all(
             value.dtype == expected[name].dtype and value.shape == expected[name].shape
             for name, value in state.items()
         )
 
-    def same_weights(found: Any, whole: Any) -> bool:
-        state, expected = found.model.state_dict(), whole.model.state_dict()
-        return found.description() == whole.description() and all(
+    def same_weights(tampered: Any, whole: Any) -> bool:
+        state, expected = tampered.model.state_dict(), whole.model.state_dict()
+        return tampered.description() == whole.description() and all(
             torch.equal(state[name], value) for name, value in expected.items()
         )
 
@@ -87,29 +87,29 @@ def make_kinds(folder: Path) -> list[Kind]:
     ]
 
 
-def _is_codebook(found: Codebook, whole: Codebook) -> bool:
+def _is_codebook(tampered: Codebook, whole: Codebook) -> bool:
     """A flipped digit makes another codebook that is one: no sum tells them apart."""
-    return Codebook.from_dict(found.to_dict()) == found
+    return Codebook.from_dict(tampered.to_dict()) == tampered
 
 
-def _is_recipe(found: Recipe, whole: Recipe) -> bool:
+def _is_recipe(tampered: Recipe, whole: Recipe) -> bool:
     """Written and read it is the same; a changed number is another recipe."""
-    return make_recipe(yaml.safe_load(found.to_yaml())).settings() == found.settings()
+    return make_recipe(yaml.safe_load(tampered.to_yaml())).settings() == tampered.settings()
 
 
 def tamper_with(kind: Kind, *, files: int, seed: int, most: int = 50) -> Tampered:
     """Read so many versions of a file that was tampered with; the file is whole in the end."""
     whole = kind.path.read_bytes()
-    found, draw = Tampered(largest_growth=-SPARE_BYTES), random.Random(seed)  # noqa: S311
+    tampered, draw = Tampered(largest_growth=-SPARE_BYTES), random.Random(seed)  # noqa: S311
     expected = kind.read()
     for start in range(0, files, most):
         versions = [changed(whole, draw) for _ in range(min(most, files - start))]
-        _in_child(kind, expected, versions, found)
+        _in_child(kind, expected, versions, tampered)
     kind.path.write_bytes(whole)
-    return found
+    return tampered
 
 
-def _in_child(kind: Kind, expected: Any, versions: list[bytes], found: Tampered) -> None:
+def _in_child(kind: Kind, expected: Any, versions: list[bytes], tampered: Tampered) -> None:
     begin = 0
     while begin < len(versions):
         read_end, write_end = os.pipe()
@@ -127,16 +127,16 @@ def _in_child(kind: Kind, expected: Any, versions: list[bytes], found: Tampered)
             outcomes = [json.loads(line) for line in pipe]
         os.waitpid(child, 0)
         for outcome in outcomes:
-            found.loaded += outcome["loaded"]
-            found.refused += outcome["refused"]
-            found.wrong += outcome["wrong"]
-            found.largest_growth = max(found.largest_growth, outcome["growth"])
-        found.tried += len(outcomes)
+            tampered.loaded += outcome["loaded"]
+            tampered.refused += outcome["refused"]
+            tampered.wrong += outcome["wrong"]
+            tampered.largest_growth = max(tampered.largest_growth, outcome["growth"])
+        tampered.tried += len(outcomes)
         begin += len(outcomes)
         if begin < len(versions):
             # The child did not come to the end of this one.
-            found.crashed += 1
-            found.tried += 1
+            tampered.crashed += 1
+            tampered.tried += 1
             begin += 1
 
 

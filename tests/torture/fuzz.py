@@ -34,27 +34,29 @@ class Fuzzed:
 
 def fuzz(seconds: float, *, first_seed: int, backend: str, device: str = "cpu") -> Fuzzed:
     """Rounds over all operators until the time is over; the last one is finished."""
-    found = Fuzzed()
+    outcome = Fuzzed()
     end = time.monotonic() + seconds
     while time.monotonic() < end:
-        found.seeds.append(first_seed + len(found.seeds))
+        outcome.seeds.append(first_seed + len(outcome.seeds))
         for operator in OPERATORS:
-            _round(found, operator, found.seeds[-1], ROUND, backend, device)
-    return found
+            _round(outcome, operator, outcome.seeds[-1], ROUND, backend, device)
+    return outcome
 
 
 def fuzz_count(count: int, *, device: str, first_seed: int = 0) -> Fuzzed:
     """So many calls of the kernels or a few more; `benchmarks/gpu/check.py` asks for them."""
-    found = Fuzzed()
+    outcome = Fuzzed()
     most = max(1, min(ROUND, count // len(OPERATORS)))
-    while sum(found.tried.values()) < count:
-        found.seeds.append(first_seed + len(found.seeds))
+    while sum(outcome.tried.values()) < count:
+        outcome.seeds.append(first_seed + len(outcome.seeds))
         for operator in OPERATORS:
-            _round(found, operator, found.seeds[-1], most, "triton", device)
-    return found
+            _round(outcome, operator, outcome.seeds[-1], most, "triton", device)
+    return outcome
 
 
-def _round(found: Fuzzed, operator: str, number: int, most: int, backend: str, device: str) -> None:
+def _round(
+    outcome: Fuzzed, operator: str, number: int, most: int, backend: str, device: str
+) -> None:
     on_cpu = backend == "torch" or device != "cpu"
 
     @seed(number)
@@ -67,14 +69,14 @@ def _round(found: Fuzzed, operator: str, number: int, most: int, backend: str, d
     )
     @given(calls(operator, LONG if on_cpu else INTERPRETED, DTYPES if on_cpu else DTYPES[1:]))
     def run(call: Call) -> None:
-        found.tried[operator] += 1
+        outcome.tried[operator] += 1
         check(operator, call, backend, device)
 
     try:
         run()
     # A failed check and any error of an operator are the same to the table.
     except Exception as error:
-        found.wrong.append(f"{operator}, seed {number}: {error!r:.500}")
+        outcome.wrong.append(f"{operator}, seed {number}: {error!r:.500}")
 
 
 if __name__ == "__main__":

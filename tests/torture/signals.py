@@ -144,7 +144,7 @@ def terminate_forked(
     draw = random.Random(seed)  # noqa: S311
     folder.mkdir(parents=True, exist_ok=True)
     assert wait(fork(folder / "whole", processes, workers)) == [0] * processes
-    found = Terminations()
+    outcome = Terminations()
     for index in range(times):
         run = folder / f"run-{index}"
         children = fork(run, processes, workers)
@@ -153,14 +153,14 @@ def terminate_forked(
         send = os.killpg if workers else os.kill
         send(draw.choice(children), signal.SIGTERM)
         statuses = wait(children)
-        found.slowest = max(found.slowest, time.monotonic() - sent)
-        found.clean += statuses == [143] * processes
+        outcome.slowest = max(outcome.slowest, time.monotonic() - sent)
+        outcome.clean += statuses == [143] * processes
         if statuses != [143] * processes:
             print(f"{run}: exit statuses {statuses}", file=sys.stderr)
-        _look(found, run, processes)
+        _look(outcome, run, processes)
         if wait(fork(run, processes, workers)) == [0] * processes:
-            found.same_bits += same_weights(run, folder / "whole")
-    return found
+            outcome.same_bits += same_weights(run, folder / "whole")
+    return outcome
 
 
 def terminate_torchrun(folder: Path, *, times: int, processes: int, seed: int) -> Terminations:
@@ -171,7 +171,7 @@ def terminate_torchrun(folder: Path, *, times: int, processes: int, seed: int) -
     folder.mkdir(parents=True, exist_ok=True)
     whole = [*command, str(folder / "whole")]
     subprocess.run(whole, check=True, capture_output=True)
-    found = Terminations()
+    outcome = Terminations()
     for index in range(times):
         run = folder / f"run-{index}"
         child = subprocess.Popen([*command, str(run)], stderr=subprocess.PIPE, text=True)
@@ -179,16 +179,16 @@ def terminate_torchrun(folder: Path, *, times: int, processes: int, seed: int) -
         sent = time.monotonic()
         child.send_signal(signal.SIGTERM)
         _, said = child.communicate(timeout=PATIENCE)
-        found.slowest = max(found.slowest, time.monotonic() - sent)
+        outcome.slowest = max(outcome.slowest, time.monotonic() - sent)
         # torchrun has a code of its own; the main process says how it ended.
         clean = child.returncode != 0 and "--resume finishes the run" in said
-        found.clean += clean
+        outcome.clean += clean
         if not clean:
             print(f"{run}: exit status {child.returncode}: {said}", file=sys.stderr)
-        _look(found, run, processes)
+        _look(outcome, run, processes)
         resumed = subprocess.run([*command, str(run)], check=False, capture_output=True)
-        found.same_bits += resumed.returncode == 0 and same_weights(run, folder / "whole")
-    return found
+        outcome.same_bits += resumed.returncode == 0 and same_weights(run, folder / "whole")
+    return outcome
 
 
 def same_weights(a: Path, b: Path) -> bool:
@@ -197,12 +197,12 @@ def same_weights(a: Path, b: Path) -> bool:
     return all(bool((first[name] == second[name]).all()) for name in first)
 
 
-def _look(found: Terminations, run: Path, processes: int) -> None:
+def _look(outcome: Terminations, run: Path, processes: int) -> None:
     begun = {int((run / f"begun-{rank}").read_text() or 0) for rank in range(processes)}
     state = load_state(run) or {"step": -1}
-    found.tried += 1
-    found.current += begun == {state["step"]}
-    found.within_epoch += state["step"] % STEPS_PER_EPOCH != 0
+    outcome.tried += 1
+    outcome.current += begun == {state["step"]}
+    outcome.within_epoch += state["step"] % STEPS_PER_EPOCH != 0
 
 
 def _wait_for_random_moment(run: Path, processes: int, draw: random.Random) -> None:

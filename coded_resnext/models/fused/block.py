@@ -73,9 +73,9 @@ def fused_block(
         energies: Tensor | None = None
         map_before: Affine | None
         y3: Tensor | Product
-        recomputed = not block.is_coded and deferred and ops.leaves_unwritten(y2, block.expand)
+        recomputed = not block.is_coded and deferred and ops.recomputes(y2, block.expand)
         if recomputed:
-            y3, sums3 = ops.unwritten(y2, block.expand, map2)
+            y3, sums3 = ops.recomputed(y2, block.expand, map2)
         else:
             if block.is_coded:
                 operand, energies = _normalized(block, y2, map2, drop_mask, keep_mask)
@@ -119,9 +119,9 @@ def _skip(
         return x, None
     conv, bn = layers
     y: Tensor | Product
-    if recomputed and ops.leaves_unwritten(x, conv):
-        y, sums = ops.unwritten(x, conv)
-        return y, affine_of(bn, sums, _values(y.place), deferred=True)
+    if recomputed and ops.recomputes(x, conv):
+        y, sums = ops.recomputed(x, conv)
+        return y, affine_of(bn, sums, _values(y.handle), deferred=True)
     y, sums = ops.conv1x1(x, conv, statistics=uses_batch(bn), deferred=deferred)
     return y, affine_of(bn, sums, _values(y), deferred=deferred)
 

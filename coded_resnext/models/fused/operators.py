@@ -19,7 +19,7 @@ from coded_resnext.kernels.conv3x3.operator import grouped_conv3x3
 from coded_resnext.kernels.conv3x3.operator import unsupported as grouped_unsupported
 from coded_resnext.kernels.evaluation import folded_conv1x1, folded_grouped_conv3x3
 from coded_resnext.kernels.layout import DTYPES, channels_last, unsupported
-from coded_resnext.kernels.recompute.moments_operator import unwritten_conv1x1
+from coded_resnext.kernels.recompute.moments_operator import recomputed_conv1x1
 from coded_resnext.kernels.rows import Passes
 
 from .norm import Folded
@@ -28,7 +28,7 @@ from .values import Affine, Map, Product, joined_product, like
 NO_MAP = (None, None)
 # Input channels up to which a convolution is computed twice rather than written: the scatter of its
 # input costs a product of as many channels by as many, which beyond them is no longer free.
-UNWRITTEN = 256
+RECOMPUTED = 256
 
 
 @dataclass(frozen=True)
@@ -81,12 +81,12 @@ class FusedOperators:
         y, sums = conv1x1(x, weight, *(affine or NO_MAP), statistics, deferred, passes.encoded())
         return y, sums
 
-    def leaves_unwritten(self, x: Tensor, conv: nn.Conv2d) -> bool:
+    def recomputes(self, x: Tensor, conv: nn.Conv2d) -> bool:
         """Returns whether a 1x1 convolution of `x [B, I, H, W]` is computed where it is read."""
         # Its statistics are worked out in float64.
-        return conv.in_channels <= UNWRITTEN and x.device.type != "mps"
+        return conv.in_channels <= RECOMPUTED and x.device.type != "mps"
 
-    def unwritten(
+    def recomputed(
         self, x: Tensor, conv: nn.Conv2d, affine: Affine | None = None
     ) -> tuple[Product, Tensor]:
         """Returns a 1x1 convolution that its consumer computes, and its statistics `[3, O]`.
@@ -98,8 +98,8 @@ class FusedOperators:
         x = channels_last(_picked(x, conv))
         passes = self._products(x, weight)
         arguments = (x, weight, *(affine or NO_MAP), passes.encoded())
-        place, of_sums, statistics, _, _ = unwritten_conv1x1(*arguments)
-        return Product(place, of_sums, x, affine, weight, passes), statistics
+        handle, sums_handle, statistics, _, _ = recomputed_conv1x1(*arguments)
+        return Product(handle, sums_handle, x, affine, weight, passes), statistics
 
     def join_conv1x1(
         self, x: Map, conv: nn.Conv2d, *, statistics: bool

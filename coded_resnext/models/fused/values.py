@@ -25,9 +25,9 @@ class Product(NamedTuple):
     """A 1x1 convolution `W relu(scale x + bias)`, or `W x`, whose statistics are known and that is
     computed where it is read. Its gradients go to whoever took the statistics, in two places."""
 
-    place: Tensor
+    handle: Tensor
     """Placeholder of the convolution's output, `[B, O, H, W]`, without memory."""
-    place_of_sums: Tensor
+    sums_handle: Tensor
     """`[O, I]`, also without memory."""
     operand: Tensor
     """`x [B, I, H, W]`, raw."""
@@ -96,12 +96,12 @@ def joined_product(
     residual = x.residual
     convolution: tuple[Tensor | None, ...] = (None, None, None)
     if isinstance(residual, Product):
-        convolution = (residual.place, residual.place_of_sums, residual.weight)
+        convolution = (residual.handle, residual.sums_handle, residual.weight)
         residual = residual.operand
     assert product.affine is not None
     joined, y, sums, _ = product_join(
-        product.place,
-        product.place_of_sums,
+        product.handle,
+        product.sums_handle,
         product.operand,
         *product.affine,
         product.weight,
@@ -122,7 +122,7 @@ def like(x: Map) -> Tensor:
     """Returns a tensor with the map's shape, dtype and device."""
     if isinstance(x, Tensor):
         return x
-    return x.raw.place if isinstance(x.raw, Product) else x.raw
+    return x.raw.handle if isinstance(x.raw, Product) else x.raw
 
 
 def layers_of(skip: nn.Module) -> tuple[Any, ...]:

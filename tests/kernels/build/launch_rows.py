@@ -41,5 +41,5 @@ if __name__ == "__main__":
         for name, row in load_rows(sys.argv[2], sys.argv[1])
         if not endings or name.endswith(endings)
     }
-    found = {name: launch(row) for name, row in rows.items()}
-    print(json.dumps({"found": found, "launches": driver.launches}))
+    actual = {name: launch(row) for name, row in rows.items()}
+    print(json.dumps({"found": actual, "launches": driver.launches}))

@@ -88,9 +88,9 @@ def test_everything_stays_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     with torch.no_grad():
         result = warm_up(model, images, loss)
     assert isinstance(result, WarmUp)
-    found = torch.rand(4)
+    actual = torch.rand(4)
     torch.manual_seed(7)
-    assert torch.equal(found, torch.rand(4))
+    assert torch.equal(actual, torch.rand(4))
     assert set(launched) >= {
         "coded.aggregate:aggregate_forward",
         "coded.aggregate:aggregate_backward",

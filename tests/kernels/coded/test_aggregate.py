@@ -21,13 +21,13 @@ pytestmark = pytest.mark.usefixtures("memory")
 
 
 def check(case: Case, dtype: torch.dtype, device: torch.device) -> None:
-    found = outputs_and_gradients(case, dtype, "triton", dtype, str(device))
+    actual = outputs_and_gradients(case, dtype, "triton", dtype, str(device))
     expected = outputs_and_gradients(case, torch.float64, "reference", dtype)
     eager = outputs_and_gradients(case, dtype, "torch", dtype)
-    assert found["y"].dtype == dtype
-    assert found["energies"].dtype == torch.float32
+    assert actual["y"].dtype == dtype
+    assert actual["energies"].dtype == torch.float32
     for name, value in expected.items():
-        error = relative_error(found[name].cpu().double(), value)
+        error = relative_error(actual[name].cpu().double(), value)
         assert error < TOLERANCES[dtype], name
         # Twice the error of PyTorch in the same dtype; where that happens to have none, a few
         # roundings of the dtype.
@@ -82,10 +82,10 @@ def test_affine_map_and_relu_ride_along(case: Case, device: torch.device) -> Non
     scale = torch.randn(channels, generator=generator)
     bias = torch.randn(channels, generator=generator) * 0.5
     inputs = [z, weight, scale, bias]
-    found = with_affine(*[value.to(device) for value in inputs], case)
+    actual = with_affine(*[value.to(device) for value in inputs], case)
     # float64 runs the Gram form of h = relu(scale z + bias), with PyTorch's own map and ReLU.
     expected = with_affine(*[value.double() for value in inputs], case)
-    for a, b in zip(found, expected, strict=True):
+    for a, b in zip(actual, expected, strict=True):
         assert relative_error(a.cpu().double(), b) < TOLERANCES[torch.float32]
 
 
@@ -96,7 +96,7 @@ def test_gradients_of_the_affine_map_are_those_of_autograd() -> None:
     z = torch.randn(2, 12, 4, 4, generator=generator, dtype=torch.float64)
     weight = torch.randn(3, 8, 4, generator=generator, dtype=torch.float64)
     scale, bias = torch.randn(2, 12, generator=generator, dtype=torch.float64)
-    found = with_affine(z, weight, scale, bias, case)
+    actual = with_affine(z, weight, scale, bias, case)
     leaves = [value.clone().requires_grad_() for value in (z, weight, scale, bias)]
     h = torch.relu(leaves[0] * leaves[2][:, None, None] + leaves[3][:, None, None])
     scaled, energies, _ = coded_operator.normalize_branches(
@@ -104,7 +104,7 @@ def test_gradients_of_the_affine_map_are_those_of_autograd() -> None:
     )
     grads = [like_normal(value, seed) for seed, value in enumerate((scaled, energies))]
     expected = torch.autograd.grad((scaled, energies), leaves, grads)
-    for a, b in zip(found[2:], expected, strict=True):
+    for a, b in zip(actual[2:], expected, strict=True):
         assert relative_error(a, b) < 1e-12
 
 

@@ -48,11 +48,11 @@ def energies_and_gradients(
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_float32_equals_the_definition(case: Case, affine: bool, device: torch.device) -> None:
     kinds = (torch.float32, "triton"), (torch.float64, "reference")
-    found, expected = (
+    actual, expected = (
         energies_and_gradients(case, dtype, torch.float32, backend, device, affine)
         for dtype, backend in kinds
     )
-    for a, b in zip(found, expected, strict=True):
+    for a, b in zip(actual, expected, strict=True):
         assert relative_error(a.double(), b) < TOLERANCES[torch.float32]
 
 
@@ -62,11 +62,11 @@ def test_float32_equals_the_definition(case: Case, affine: bool, device: torch.d
 def test_half_precision_rounds_inputs_of_products_only(
     case: Case, dtype: torch.dtype, device: torch.device
 ) -> None:
-    found = energies_and_gradients(case, dtype, dtype, "triton", device, False)
+    actual = energies_and_gradients(case, dtype, dtype, "triton", device, False)
     expected = energies_and_gradients(case, torch.float64, dtype, "reference", device, False)
     # Energies are float32 sums of exact products; no rounding to the dtype comes near them.
-    assert relative_error(found[0].double(), expected[0]) < TOLERANCES[torch.float32]
-    for a, b in zip(found[1:], expected[1:], strict=True):
+    assert relative_error(actual[0].double(), expected[0]) < TOLERANCES[torch.float32]
+    for a, b in zip(actual[1:], expected[1:], strict=True):
         assert relative_error(a.double(), b) < TOLERANCES[dtype]
 
 
@@ -92,15 +92,15 @@ def test_offsets_past_two_to_the_31st_elements(kernel: str, device: torch.device
     of_last = per_branch.at((batch - 1) * sizes.branches)
     if kernel == "energy_forward":
         row.launch((1, 1), per_branch.at(0), z.at(0), None, None, form.at(0, 256), None, 1.0, batch)
-        found, expected = of_last[0], h.square().sum()
+        actual, expected = of_last[0], h.square().sum()
     elif kernel == "weighted_gram":
         of_last[0] = 2
         row.launch((1, 1), form.at(0), z.at(0), None, None, per_branch.at(0), batch)
-        found, expected = form.at(0, 256), 2 * (h.T @ h).flatten()
+        actual, expected = form.at(0, 256), 2 * (h.T @ h).flatten()
     else:
         of_last[0] = 2
         grad = Holes(batch * sizes.pixels * channels, torch.float16)
         forms = form.at(0, 256)
         row.launch((1, 1), grad.at(0), None, z.at(0), None, None, forms, per_branch.at(0), batch)
-        found, expected = torch.stack([grad.at(offset, 16) for offset in pixels]), 2 * h
-    assert relative_error(found.double(), expected) < TOLERANCES[torch.float16]
+        actual, expected = torch.stack([grad.at(offset, 16) for offset in pixels]), 2 * h
+    assert relative_error(actual.double(), expected) < TOLERANCES[torch.float16]

@@ -20,11 +20,11 @@ cases = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 @cases
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 def test_equals_the_float64_definition(case: Case, dtype: torch.dtype) -> None:
-    found = outputs_and_gradients(case, dtype, "torch", dtype)
+    actual = outputs_and_gradients(case, dtype, "torch", dtype)
     expected = outputs_and_gradients(case, torch.float64, "reference", dtype)
-    assert found["y"].dtype == dtype
-    assert found["energies"].dtype == (dtype if dtype == torch.float64 else torch.float32)
-    errors = {name: relative_error(found[name].double(), expected[name]) for name in expected}
+    assert actual["y"].dtype == dtype
+    assert actual["energies"].dtype == (dtype if dtype == torch.float64 else torch.float32)
+    errors = {name: relative_error(actual[name].double(), expected[name]) for name in expected}
     assert max(errors.values()) < TOLERANCES[dtype], errors
 
 
@@ -143,8 +143,8 @@ def test_compiles_whole(layout: str, dtype: torch.dtype) -> None:
 
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
     expected = torch.autograd.grad(loss(h, weight), (h, weight))
-    found = torch.autograd.grad(compiled(h, weight), (h, weight))
-    for a, b in zip(found, expected, strict=True):
+    actual = torch.autograd.grad(compiled(h, weight), (h, weight))
+    for a, b in zip(actual, expected, strict=True):
         assert relative_error(a, b) < (1e-13 if dtype == torch.float64 else 1e-2)
 
 

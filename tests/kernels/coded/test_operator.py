@@ -59,8 +59,8 @@ def test_compiles_whole(layout: str, dtype: torch.dtype) -> None:
 
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
     expected = torch.autograd.grad(loss(h, weight), (h, weight))
-    found = torch.autograd.grad(compiled(h, weight), (h, weight))
-    for a, b in zip(found, expected, strict=True):
+    actual = torch.autograd.grad(compiled(h, weight), (h, weight))
+    for a, b in zip(actual, expected, strict=True):
         assert relative_error(a, b) < (1e-6 if dtype == torch.float32 else 1e-2)
 
 

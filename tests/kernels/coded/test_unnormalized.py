@@ -104,8 +104,8 @@ def test_networks_differ_are_saved_and_can_be_observed(tmp_path) -> None:
         assert_same_network(load_model(tmp_path).model, model, x)
     # The experiments compare energies with codewords, on whose scale these are brought.
     observed = observe(model, [(x, torch.arange(6) % 3)])
-    for found, raw in zip(observed.energies, energies, strict=True):
-        assert torch.allclose(found, 4 * raw / raw.sum(1, keepdim=True), atol=1e-5)
+    for actual, raw in zip(observed.energies, energies, strict=True):
+        assert torch.allclose(actual, 4 * raw / raw.sum(1, keepdim=True), atol=1e-5)
 
 
 def test_refused_where_a_mean_energy_is_assumed() -> None:

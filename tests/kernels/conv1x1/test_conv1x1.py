@@ -67,12 +67,12 @@ def test_equals_the_definition(case: ProductCase, dtype: torch.dtype) -> None:
     # Float32 rounds sums; bfloat16 also results, and the gradient that goes into the convolution.
     tolerance = {torch.float64: 1e-13, torch.float32: 3e-6, torch.bfloat16: 2e-2}[dtype]
     inputs = case.inputs(dtype)
-    found, expected = called(case, inputs, NO_PASSES), defined(case, inputs)
-    assert set(found) == set(expected)
+    actual, expected = called(case, inputs, NO_PASSES), defined(case, inputs)
+    assert set(actual) == set(expected)
     for name in ("x", "y"):
-        assert name not in found or found[name].dtype == dtype
-        assert name not in found or found[name].is_contiguous(memory_format=torch.channels_last)
-    errors = {name: relative_error(found[name].double(), expected[name]) for name in expected}
+        assert name not in actual or actual[name].dtype == dtype
+        assert name not in actual or actual[name].is_contiguous(memory_format=torch.channels_last)
+    errors = {name: relative_error(actual[name].double(), expected[name]) for name in expected}
     assert max(errors.values()) < tolerance, errors
 
 
@@ -142,9 +142,9 @@ def test_two_blocks_without_a_pass_over_a_map(projected: bool) -> None:
 
     for a, b in zip(fused(), plain(), strict=True):
         assert relative_error(a, b) < 1e-12
-    found = torch.autograd.grad(sum(out.sin().sum() for out in fused()), leaves)
+    actual = torch.autograd.grad(sum(out.sin().sum() for out in fused()), leaves)
     expected = torch.autograd.grad(sum(out.sin().sum() for out in plain()), leaves)
-    for a, b in zip(found, expected, strict=True):
+    for a, b in zip(actual, expected, strict=True):
         assert relative_error(a, b) < 1e-11
 
 

@@ -59,25 +59,25 @@ def errors(case: ProductCase, dtype: torch.dtype) -> dict[str, float]:
     """Errors of everything a case gives, each over its tolerance; memory is guarded."""
     inputs = case.inputs(dtype)
     with guarded_memory():
-        found = called(case, inputs, ALL_PASSES)
+        actual = called(case, inputs, ALL_PASSES)
     expected = defined(case, inputs)
-    assert set(found) == set(expected)
+    assert set(actual) == set(expected)
     scaled = {}
     for name, value in expected.items():
         exact = name == "statistics"
         assert (
-            found[name].dtype == inputs.get(name.removeprefix("grad_"), found["y"]).dtype or exact
+            actual[name].dtype == inputs.get(name.removeprefix("grad_"), actual["y"]).dtype or exact
         )
         tolerance = STATISTICS_TOLERANCES[dtype] if exact else TOLERANCES[dtype]
-        parts = zip(found[name], value, strict=True) if exact else [(found[name], value)]
+        parts = zip(actual[name], value, strict=True) if exact else [(actual[name], value)]
         scaled[name] = max(relative_error(a.double(), b) / tolerance for a, b in parts)
     return scaled
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_equals_the_float64_definition(case: ProductCase) -> None:
-    found = errors(case, torch.float32)
-    assert max(found.values()) < 1, found
+    actual = errors(case, torch.float32)
+    assert max(actual.values()) < 1, actual
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -85,14 +85,14 @@ def test_equals_the_float64_definition(case: ProductCase) -> None:
 def test_half_precision_rounds_operands_and_results_only(dtype: torch.dtype, join: bool) -> None:
     # A weight that stays with its program, two tiles of pixels, two pieces of a gradient's columns.
     case = ProductCase("half", I=256, O=40, B=1, H=9, W=8, join=join, deferred=not join)
-    found = errors(case, dtype)
-    assert max(found.values()) < 1, found
+    actual = errors(case, dtype)
+    assert max(actual.values()) < 1, actual
 
 
 def test_half_precision_in_steps_over_channels() -> None:
     case = ProductCase("half", I=264, O=136, B=1, H=3, W=3)
-    found = errors(case, torch.bfloat16)
-    assert max(found.values()) < 1, found
+    actual = errors(case, torch.bfloat16)
+    assert max(actual.values()) < 1, actual
 
 
 @pytest.mark.long
@@ -119,8 +119,8 @@ def test_any_sizes(
 ) -> None:
     signs = inputs % 8 == 0
     case = ProductCase("any", inputs, outputs, B, H, W, join, affine, statistics, signs=signs)
-    found = errors(case, torch.float32)
-    assert max(found.values()) < 1, found
+    actual = errors(case, torch.float32)
+    assert max(actual.values()) < 1, actual
 
 
 @pytest.mark.parametrize("join", [False, pytest.param(True, marks=pytest.mark.long)])
@@ -133,11 +133,11 @@ def test_programs_that_share_the_tiles_give_the_same(
     expected = defined(case, inputs)
     for processors in (1, 2, 100):
         monkeypatch.setattr(conv1x1_launch, "INTERPRETED_PROCESSORS", processors)
-        found = called(case, inputs, ALL_PASSES)
+        actual = called(case, inputs, ALL_PASSES)
         again = called(case, inputs, ALL_PASSES)
         for name, value in expected.items():
-            assert torch.equal(found[name], again[name])
-            assert relative_error(found[name].double(), value) < 1e-6, (processors, name)
+            assert torch.equal(actual[name], again[name])
+            assert relative_error(actual[name].double(), value) < 1e-6, (processors, name)
 
 
 @pytest.mark.parametrize("processors", [1, 4, 100])
@@ -151,9 +151,9 @@ def test_shares_of_a_weight_gradient_of_several_blocks(
         torch.randint(-8, 9, (1, channels, 9, 17), generator=generator).float()
         for channels in (72, 136)
     )
-    found = conv1x1_launch.weight_gradient(grad, x, torch.empty(136, 72, 1, 1), None, None)
+    actual = conv1x1_launch.weight_gradient(grad, x, torch.empty(136, 72, 1, 1), None, None)
     expected = torch.einsum("bohw,bihw->oi", grad.double(), x.double())
-    assert torch.equal(found[:, :, 0, 0].double(), expected)
+    assert torch.equal(actual[:, :, 0, 0].double(), expected)
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "sliced", "expanded", "unaligned"])
@@ -203,10 +203,10 @@ def test_the_operators_run_the_kernels(join: bool, monkeypatch: pytest.MonkeyPat
     for names in (*((name,) for name in kernels), ("input", "weight"), ()):
         passes = Passes(**dict.fromkeys(names, True))
         launches.clear()
-        found = called(case, inputs, passes)
+        actual = called(case, inputs, passes)
         assert launches == [kernel for n in names for kernel in kernels[n]]
         for name_, value in expected.items():
-            assert relative_error(found[name_].double(), value) < 2e-6, (passes, name_)
+            assert relative_error(actual[name_].double(), value) < 2e-6, (passes, name_)
 
 
 def test_only_needed_gradients_are_computed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -232,13 +232,13 @@ def test_statistics_of_values_far_from_zero() -> None:
     generator = torch.Generator().manual_seed(0)
     x = 100 + torch.randn(4, 16, 19, 12, generator=generator)
     weight = torch.eye(16)[:, :, None, None]
-    y, found = conv1x1_launch.forward(x, weight, None, None, True)
+    y, actual = conv1x1_launch.forward(x, weight, None, None, True)
     values = y.double().transpose(0, 1).flatten(1)
     assert relative_error(values, x.double().transpose(0, 1).flatten(1)) < 1e-6
     m2 = (values - values.mean(1, keepdim=True)).square().sum(1)
-    assert found[0].tolist() == [values.shape[1]] * 16
-    assert relative_error(found[1].double(), values.sum(1)) < 1e-6
-    assert relative_error(found[2].double(), m2) < 1e-5
+    assert actual[0].tolist() == [values.shape[1]] * 16
+    assert relative_error(actual[1].double(), values.sum(1)) < 1e-6
+    assert relative_error(actual[2].double(), m2) < 1e-5
     naive = (values.float().square().mean(1) - values.float().mean(1).square()) * values.shape[1]
     assert relative_error(naive.double(), m2) > 1e-3
 
@@ -248,10 +248,10 @@ def test_statistics_are_taken_before_the_output_is_rounded() -> None:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, 16, 5, 5, generator=generator).bfloat16()
     weight = torch.randn(8, 16, 1, 1, generator=generator).bfloat16()
-    y, found = conv1x1_launch.forward(x, weight, None, None, True)
+    y, actual = conv1x1_launch.forward(x, weight, None, None, True)
     exact = torch.nn.functional.conv2d(x.double(), weight.double())
     m2 = (exact - exact.mean((0, 2, 3), keepdim=True)).square().sum((0, 2, 3))
-    assert relative_error(found[2].double(), m2) < 1e-6
+    assert relative_error(actual[2].double(), m2) < 1e-6
     wide = y.double()
     of_rounded = (wide - wide.mean((0, 2, 3), keepdim=True)).square().sum((0, 2, 3))
     assert relative_error(of_rounded, m2) > 1e-4

@@ -59,7 +59,7 @@ def test_the_definition_is_that_of_pytorch(case: GroupedCase) -> None:
     if case.affine:
         x = F.relu(x * inputs["scale"][:, None, None] + inputs["bias"][:, None, None])
     expected = F.conv2d(x, inputs["weight"], None, case.stride, 1, 1, case.N)
-    found = definition(
+    actual = definition(
         inputs["x"],
         inputs["weight"],
         case.N,
@@ -67,7 +67,7 @@ def test_the_definition_is_that_of_pytorch(case: GroupedCase) -> None:
         inputs.get("scale"),
         inputs.get("bias"),
     )
-    assert relative_error(found, expected) < 1e-14
+    assert relative_error(actual, expected) < 1e-14
     count, total, m2 = channel_statistics(expected)
     variance, mean = torch.var_mean(expected, (0, 2, 3), correction=0)
     assert relative_error(total / count, mean) < 1e-14
@@ -84,12 +84,12 @@ def test_equals_the_definition(case: GroupedCase, dtype: torch.dtype) -> None:
     leaves = [value.requires_grad_() for value in inputs.values()]
     outputs = call(case, *leaves)
     gradients = torch.autograd.grad(outputs, leaves, case.output_gradients(dtype)[: len(outputs)])
-    found = dict(zip(("y", "statistics"), outputs, strict=False))
-    found |= {f"grad_{name}": g for name, g in zip(inputs, gradients, strict=True)}
-    assert set(found) == set(expected)
-    assert found["y"].dtype == dtype
-    assert found["y"].is_contiguous(memory_format=torch.channels_last)
-    errors = {name: relative_error(found[name].double(), expected[name]) for name in expected}
+    actual = dict(zip(("y", "statistics"), outputs, strict=False))
+    actual |= {f"grad_{name}": g for name, g in zip(inputs, gradients, strict=True)}
+    assert set(actual) == set(expected)
+    assert actual["y"].dtype == dtype
+    assert actual["y"].is_contiguous(memory_format=torch.channels_last)
+    errors = {name: relative_error(actual[name].double(), expected[name]) for name in expected}
     assert max(errors.values()) < tolerance, errors
 
 
@@ -113,11 +113,11 @@ def test_a_step_of_batch_norm_without_a_pass_over_the_map() -> None:
     assert statistics is not None
     count, total, m2 = statistics
     mean, scale = total / count, gain * (m2 / count + 1e-5).rsqrt()
-    found, _ = grouped_conv3x3(y, second, case.N, stride=2, scale=scale, bias=shift - mean * scale)
+    actual, _ = grouped_conv3x3(y, second, case.N, stride=2, scale=scale, bias=shift - mean * scale)
     z = F.batch_norm(F.conv2d(x, first, None, 1, 1, 1, 2), None, None, gain, shift, True)
     expected = F.conv2d(z.relu(), second, None, 2, 1, 1, 2)
-    assert relative_error(found, expected) < 1e-12
-    gradients = (torch.autograd.grad(out.sin().sum(), leaves) for out in (found, expected))
+    assert relative_error(actual, expected) < 1e-12
+    gradients = (torch.autograd.grad(out.sin().sum(), leaves) for out in (actual, expected))
     for a, b in zip(*gradients, strict=True):
         assert relative_error(a, b) < 1e-11
 

@@ -107,17 +107,17 @@ def launched(
 def errors(case: GroupedCase, dtype: torch.dtype, memory: GuardedMemory) -> dict[str, float]:
     """Errors of everything a case gives, each over its tolerance."""
     inputs = case.inputs(dtype)
-    found = launched(case, inputs, memory)
+    actual = launched(case, inputs, memory)
     expected = defined(case, inputs, rounded=True)
-    assert set(found) == set(expected)
+    assert set(actual) == set(expected)
     scaled = {}
     for name, value in expected.items():
         exact = name == "statistics"
-        assert found[name].dtype == (
+        assert actual[name].dtype == (
             dtype if name in ("y", "grad_x", "grad_weight") else torch.float32
         )
         tolerance = SUM_TOLERANCE if exact else TOLERANCES[dtype]
-        parts = zip(found[name], value, strict=True) if exact else [(found[name], value)]
+        parts = zip(actual[name], value, strict=True) if exact else [(actual[name], value)]
         scaled[name] = max(relative_error(a.double(), b) / tolerance for a, b in parts)
     return scaled
 
@@ -134,8 +134,8 @@ LONG = {case.name for n, case in enumerate(WIDTHS) if n % 4 in (1, 2)}
     ],
 )
 def test_equals_the_float64_definition(case: GroupedCase, memory: GuardedMemory) -> None:
-    found = errors(case, torch.float32, memory)
-    assert max(found.values()) < 1, found
+    actual = errors(case, torch.float32, memory)
+    assert max(actual.values()) < 1, actual
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -144,8 +144,8 @@ def test_half_precision_rounds_operands_and_results_only(
     dtype: torch.dtype, stride: int, memory: GuardedMemory
 ) -> None:
     case = GroupedCase("half", N=2, D=8, H=5, W=6, stride=stride)
-    found = errors(case, dtype, memory)
-    assert max(found.values()) < 1, found
+    actual = errors(case, dtype, memory)
+    assert max(actual.values()) < 1, actual
 
 
 @pytest.mark.long
@@ -165,8 +165,8 @@ def test_any_sizes(
 ) -> None:
     with guarded_memory() as memory:
         case = GroupedCase("any", N, D, B, H, W, stride, affine, statistics)
-        found = errors(case, torch.float32, memory)
-    assert max(found.values()) < 1, found
+        actual = errors(case, torch.float32, memory)
+    assert max(actual.values()) < 1, actual
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "sliced", "expanded", "unaligned"])
@@ -265,10 +265,10 @@ def test_statistics_of_values_far_from_zero() -> None:
     weight[:, 0, 1, 1] = 1
     inputs["weight"] = weight
     sizes = GroupedSizes(case.N, case.D)
-    y, found = conv3x3_launch.forward(x, weight, sizes, None, None, True)
+    y, actual = conv3x3_launch.forward(x, weight, sizes, None, None, True)
     values = y.double().transpose(0, 1).flatten(1)
     m2 = (values - values.mean(1, keepdim=True)).square().sum(1)
-    assert relative_error(found[2].double(), m2) < 1e-3
+    assert relative_error(actual[2].double(), m2) < 1e-3
     naive = (values.float().square().mean(1) - values.float().mean(1).square()) * values.shape[1]
     assert relative_error(naive.double(), m2) > 1e-3
 

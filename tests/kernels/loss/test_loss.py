@@ -52,7 +52,7 @@ def test_losses_gradients_and_classes(
 
     def run(backend: str, dtype: torch.dtype, where: Any) -> tuple[Tensor, Tensor, Tensor]:
         leaves = [value.to(where, dtype).requires_grad_() for value in energies]
-        found = coding_losses(
+        actual = coding_losses(
             leaves,
             [book.to(where) for book in codewords],
             targets.to(where, dtype) if soft else targets.to(where),
@@ -61,9 +61,9 @@ def test_losses_gradients_and_classes(
             decode=True,
             backend=backend,
         )
-        losses = torch.stack(found.losses)
+        losses = torch.stack(actual.losses)
         grads = torch.autograd.grad((losses * weights.to(losses)).sum(), leaves)
-        return losses.detach(), torch.stack(grads), torch.stack(found.decoded)
+        return losses.detach(), torch.stack(grads), torch.stack(actual.decoded)
 
     losses, grads, decoded = run("triton", torch.float32, device)
     expected, expected_grads, expected_classes = run("torch", torch.float64, "cpu")
@@ -87,18 +87,18 @@ def test_blocks_of_different_sizes_share_launches_by_size(
     codewords = [*books(1, 7, 10), *books(1, 7, 4), *books(1, 7, 10)]
     energies = [torch.rand(3, book.shape[1], generator=generator) for book in codewords]
     targets = torch.tensor([0, 6, 3])
-    found = coding_losses(
+    actual = coding_losses(
         [value.to(device) for value in energies],
         [book.to(device) for book in codewords],
         targets.to(device),
         backend="triton",
     )
     expected = coding_losses(energies, codewords, targets, backend="torch")
-    for a, b in zip(found.losses, expected.losses, strict=True):
+    for a, b in zip(actual.losses, expected.losses, strict=True):
         assert a.item() == pytest.approx(b.item(), rel=1e-6)
     # One launch for the two blocks of ten branches, one for the block of four.
     assert sorted(launched) == [(1, 1), (1, 2)]
-    assert found.decoded is None
+    assert actual.decoded is None
 
 
 def test_a_nan_reaches_the_loss(device: torch.device) -> None:

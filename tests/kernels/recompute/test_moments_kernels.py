@@ -93,7 +93,7 @@ def test_moments_past_2_to_the_31_elements(monkeypatch: pytest.MonkeyPatch) -> N
         )
         a = rows[:, : tile.n].double()
         for n in range(2):
-            found = sums.at((2 * share + n) * channels, tile.n)
-            assert relative_error(found.double(), a.sum(0)) < 1e-6
-        found = partial.at(share * channels**2, channels * tile.n).view(tile.n, channels)
-        assert relative_error(found[:, : tile.n].double(), a.T @ a) < 1e-6
+            actual = sums.at((2 * share + n) * channels, tile.n)
+            assert relative_error(actual.double(), a.sum(0)) < 1e-6
+        actual = partial.at(share * channels**2, channels * tile.n).view(tile.n, channels)
+        assert relative_error(actual[:, : tile.n].double(), a.T @ a) < 1e-6

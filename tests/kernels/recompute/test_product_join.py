@@ -16,8 +16,8 @@ from coded_resnext.kernels import layout
 from coded_resnext.kernels.conv1x1 import library as conv1x1_library
 from coded_resnext.kernels.conv1x1.join_operator import pack_signs
 from coded_resnext.kernels.recompute.moments_operator import (
-    unwritten_conv1x1,
-    unwritten_conv1x1_backward,
+    recomputed_conv1x1,
+    recomputed_conv1x1_backward,
 )
 from coded_resnext.kernels.recompute.operator import product_join, product_sums
 from coded_resnext.kernels.residual import reference as residual_reference
@@ -58,7 +58,7 @@ class Case:
             return (mean + 0.3 * normal(channels)).to(layout.accumulation_dtype(dtype))
 
         maps = (self.B, self.O, self.H, self.W)
-        found = {
+        actual = {
             "x": (self.mean + normal(self.B, self.I, self.H, self.W)).to(dtype),
             "x_scale": vector(self.I, 1.0),
             "x_bias": vector(self.I),
@@ -68,19 +68,19 @@ class Case:
             "residual": normal(*maps).to(dtype),
         }
         if self.mapped:
-            found |= {"residual_scale": vector(self.O, 1.0), "residual_bias": vector(self.O)}
+            actual |= {"residual_scale": vector(self.O, 1.0), "residual_bias": vector(self.O)}
         if self.projected:
-            found["residual"] = normal(self.B, 5, self.H, self.W).to(dtype)
-            found["residual_weight"] = normal(self.O, 5, 1, 1).to(dtype)
-            found |= {"residual_gain": vector(self.O, 1.0), "residual_shift": vector(self.O)}
+            actual["residual"] = normal(self.B, 5, self.H, self.W).to(dtype)
+            actual["residual_weight"] = normal(self.O, 5, 1, 1).to(dtype)
+            actual |= {"residual_gain": vector(self.O, 1.0), "residual_shift": vector(self.O)}
         if self.P is not None:
-            found["next_weight"] = (normal(self.P, self.O, 1, 1) / math.sqrt(self.O)).to(dtype)
+            actual["next_weight"] = (normal(self.P, self.O, 1, 1) / math.sqrt(self.O)).to(dtype)
         # Away from the kink of the ReLU, on whose other side rounding would put an element.
         if not self.projected:
-            before, factor = _before_relu(found)
+            before, factor = _before_relu(actual)
             apart = torch.where(before > 0, 0.1, -0.1) / factor
-            found["residual"] = (found["residual"].double() + apart).to(dtype)
-        return found
+            actual["residual"] = (actual["residual"].double() + apart).to(dtype)
+        return actual
 
     def gradients(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """Those of the outputs: the joined map, the next convolution, its statistics."""
@@ -92,9 +92,9 @@ class Case:
         # Means of gradients are small. The count has none.
         of_statistics = 0.2 * torch.randn(3, self.P, generator=generator)
         of_statistics[0] = 0
-        found = {"joined": joined.to(dtype), "z": z.to(dtype)}
+        actual = {"joined": joined.to(dtype), "z": z.to(dtype)}
         wide = layout.accumulation_dtype(dtype)
-        return found | ({"statistics": of_statistics.to(wide)} if self.statistics else {})
+        return actual | ({"statistics": of_statistics.to(wide)} if self.statistics else {})
 
 
 def _column(vector: Tensor) -> Tensor:
@@ -132,7 +132,9 @@ def called(case: Case, inputs: dict[str, Tensor], kernels: int) -> dict[str, Ten
     leaves = {name: value.detach().requires_grad_() for name, value in inputs.items()}
     given = case.gradients(inputs["x"].dtype)
     x = [leaves[name] for name in ("x", "x_scale", "x_bias")]
-    place, of_sums, statistics, _, _ = unwritten_conv1x1(x[0], leaves["weight"], *x[1:], kernels)
+    handle, sums_handle, statistics, _, _ = recomputed_conv1x1(
+        x[0], leaves["weight"], *x[1:], kernels
+    )
     bn = nn.BatchNorm2d(case.O, dtype=statistics.dtype)
     bn.weight, bn.bias = nn.Parameter(leaves["gain"]), nn.Parameter(leaves["shift"])
     count = case.B * case.H * case.W
@@ -143,17 +145,17 @@ def called(case: Case, inputs: dict[str, Tensor], kernels: int) -> dict[str, Ten
     convolution = (None, None, None)
     if case.projected:
         weight = leaves["residual_weight"]
-        found = unwritten_conv1x1(leaves["residual"], weight, None, None, kernels)
+        actual = recomputed_conv1x1(leaves["residual"], weight, None, None, kernels)
         other = nn.BatchNorm2d(case.O, dtype=statistics.dtype)
         other.weight = nn.Parameter(leaves["residual_gain"])
         other.bias = nn.Parameter(leaves["residual_shift"])
         norms |= {"residual_gain": other.weight, "residual_shift": other.bias}
-        residual_map = affine_of(other, found[2], count, deferred=True)
-        convolution = (*found[:2], weight)
+        residual_map = affine_of(other, actual[2], count, deferred=True)
+        convolution = (*actual[:2], weight)
     keep_signs = case.P is not None and case.O % 8 == 0
     joined, z, of_z, signs = product_join(
-        place,
-        of_sums,
+        handle,
+        sums_handle,
         *x,
         leaves["weight"],
         *affine,
@@ -169,13 +171,13 @@ def called(case: Case, inputs: dict[str, Tensor], kernels: int) -> dict[str, Ten
     assert torch.equal(signs, pack_signs(joined) if keep_signs else signs[:0])
     outputs = {name: {"joined": joined, "z": z, "statistics": of_z}[name] for name in given}
     targets = leaves | norms
-    found = torch.autograd.grad(
+    actual = torch.autograd.grad(
         list(outputs.values()), list(targets.values()), list(given.values())
     )
     results = {name: value.detach() for name, value in outputs.items()}
-    results |= {"unwritten statistics": statistics.detach()}
+    results |= {"recomputed statistics": statistics.detach()}
     results |= {"running mean": bn.running_mean, "running variance": bn.running_var}
-    return results | {f"grad_{name}": g for name, g in zip(targets, found, strict=True)}
+    return results | {f"grad_{name}": g for name, g in zip(targets, actual, strict=True)}
 
 
 def defined(case: Case, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -208,10 +210,10 @@ def defined(case: Case, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         results["statistics"] = residual_reference.channel_statistics(results["z"])
     results = {name: results[name] for name in given}
     targets = list(wide.values())
-    found = torch.autograd.grad(list(results.values()), targets, list(given.values()))
-    results |= {"unwritten statistics": residual_reference.channel_statistics(y)}
+    actual = torch.autograd.grad(list(results.values()), targets, list(given.values()))
+    results |= {"recomputed statistics": residual_reference.channel_statistics(y)}
     results |= {"running mean": mean, "running variance": variance}
-    results |= {f"grad_{name}": g for name, g in zip(wide, found, strict=True)}
+    results |= {f"grad_{name}": g for name, g in zip(wide, actual, strict=True)}
     if case.mapped:
         results["grad_residual"] = results["grad_residual"] / column("residual_scale")
     return {name: value.detach() for name, value in results.items()}
@@ -219,9 +221,9 @@ def defined(case: Case, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def compare(case: Case, dtype: torch.dtype, kernels: int, tolerance: float) -> None:
     inputs = case.inputs(dtype)
-    found, expected = called(case, inputs, kernels), defined(case, inputs)
-    assert set(found) == set(expected)
-    errors = {name: relative_error(found[name].double(), expected[name]) for name in expected}
+    actual, expected = called(case, inputs, kernels), defined(case, inputs)
+    assert set(actual) == set(expected)
+    errors = {name: relative_error(actual[name].double(), expected[name]) for name in expected}
     assert max(errors.values()) < tolerance, errors
 
 
@@ -252,12 +254,12 @@ def test_statistics_of_a_large_mean() -> None:
     case = Case("far", I=16, O=8, B=4, H=9, W=9, mean=1000.0)
     inputs = case.inputs(torch.float32)
     x = [inputs[name] for name in ("x", "x_scale", "x_bias")]
-    found = unwritten_conv1x1(x[0], inputs["weight"], *x[1:], PYTORCH)[2]
-    expected = defined(case, inputs)["unwritten statistics"]
-    assert relative_error(found[2].double(), expected[2]) < 1e-4
+    actual = recomputed_conv1x1(x[0], inputs["weight"], *x[1:], PYTORCH)[2]
+    expected = defined(case, inputs)["recomputed statistics"]
+    assert relative_error(actual[2].double(), expected[2]) < 1e-4
     h = torch.relu(x[1][:, None, None] * x[0] + x[2][:, None, None])
     y = F.conv2d(h, inputs["weight"])
-    naive = y.square().sum((0, 2, 3)) - y.sum((0, 2, 3)).square() / found[0]
+    naive = y.square().sum((0, 2, 3)) - y.sum((0, 2, 3)).square() / actual[0]
     assert relative_error(naive.double(), expected[2]) > 1e-2
 
 
@@ -266,8 +268,8 @@ def test_autocast_does_not_round_sums() -> None:
     x = torch.rand(2, 8, 5, 5, generator=torch.Generator().manual_seed(0))
     plain = [conv1x1_library.wide_sums(x, x), *conv1x1_library.moments(x)]
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = [conv1x1_library.wide_sums(x, x), *conv1x1_library.moments(x)]
-    for a, b in zip(found, plain, strict=True):
+        actual = [conv1x1_library.wide_sums(x, x), *conv1x1_library.moments(x)]
+    for a, b in zip(actual, plain, strict=True):
         assert a.dtype == torch.float32
         # Autocast is off inside: the same instructions on the same data.
         assert torch.equal(a, b)
@@ -280,21 +282,21 @@ def test_tiny_gradients_in_float16() -> None:
     square = square + square.t()
     x = torch.rand(2, 8, 3, 3, generator=generator).half()
     nothing = torch.zeros(2, 4, 3, 3).half()
-    found = conv1x1_library.moments_gradient(
+    actual = conv1x1_library.moments_gradient(
         nothing, torch.zeros(4, 8), square * 1e4, torch.zeros(8), x
     )
     expected = torch.einsum("ij,bjhw->bihw", square.double() * 1e4, x.double())
-    assert relative_error(found.double(), expected) < 1e-2
+    assert relative_error(actual.double(), expected) < 1e-2
 
 
 def test_what_is_not_written_has_no_memory() -> None:
     inputs = Case("place").inputs(torch.float32)
-    place, of_sums, _, _, _ = unwritten_conv1x1(
+    handle, sums_handle, _, _, _ = recomputed_conv1x1(
         inputs["x"], inputs["weight"], inputs["x_scale"], inputs["x_bias"], PYTORCH
     )
-    assert place.shape == inputs["residual"].shape
-    assert of_sums.shape == inputs["weight"].shape[:2]
-    assert place.untyped_storage().nbytes() == of_sums.untyped_storage().nbytes() == 4
+    assert handle.shape == inputs["residual"].shape
+    assert sums_handle.shape == inputs["weight"].shape[:2]
+    assert handle.untyped_storage().nbytes() == sums_handle.untyped_storage().nbytes() == 4
 
 
 @pytest.mark.parametrize("kind", ["identity", "mapped", "projected"])
@@ -304,13 +306,13 @@ def test_registered_as_pytorch_wants_it(kind: str) -> None:
     x, weight, scale, bias = (inputs[name] for name in ("x", "weight", "x_scale", "x_bias"))
     if kind == "projected":
         scale, bias = None, None
-    torch.library.opcheck(unwritten_conv1x1, (x, weight, scale, bias, PYTORCH))
-    places = [value.detach() for value in unwritten_conv1x1(x, weight, scale, bias, PYTORCH)]
+    torch.library.opcheck(recomputed_conv1x1, (x, weight, scale, bias, PYTORCH))
+    places = [value.detach() for value in recomputed_conv1x1(x, weight, scale, bias, PYTORCH)]
     grad, x, weight = (v.detach() for v in (inputs["residual"], x, weight))
     maps = [None if v is None else v.detach() for v in (scale, bias)]
     saved, wanted = (x, weight, *maps, *places[3:]), kind != "mapped"
     gradients = (grad, weight.flatten(1), places[2])
-    torch.library.opcheck(unwritten_conv1x1_backward, (*gradients, *saved, wanted, PYTORCH))
+    torch.library.opcheck(recomputed_conv1x1_backward, (*gradients, *saved, wanted, PYTORCH))
     torch.library.opcheck(product_sums, (grad, x, weight, *maps, PYTORCH))
     names = ("x", "x_scale", "x_bias", "weight", "gain", "shift")
     own = (*(value.requires_grad_() for value in places[:2]), *(inputs[name] for name in names))

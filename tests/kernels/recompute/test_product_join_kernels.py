@@ -52,14 +52,14 @@ def test_programs_that_share_the_tiles_give_the_same(monkeypatch: pytest.MonkeyP
     """However many programs there are; and bits repeat where as many are."""
     case = Case("shared", I=72, O=24, B=1, H=13, W=9)
     given = case.inputs(torch.float32)
-    found = []
+    actual = []
     for processors in (1, 3, 3, 100):
         monkeypatch.setattr(conv1x1_launch, "INTERPRETED_PROCESSORS", processors)
-        found.append(results(case, given))
+        actual.append(results(case, given))
         check_moments(given)
-    assert all(map(torch.equal, found[1], found[2]))
-    for others in found[1:]:
-        for one, other in zip(found[0], others, strict=True):
+    assert all(map(torch.equal, actual[1], actual[2]))
+    for others in actual[1:]:
+        for one, other in zip(actual[0], others, strict=True):
             assert relative_error(one.double(), other.double()) < 1e-6
 
 
@@ -155,7 +155,7 @@ def check_gradient(given: dict[str, Tensor]) -> None:
     names = ("grad", "weight", "square", "shift", "x", "scale", "bias")
     dtype = given["x"].dtype
     with guarded_memory():
-        found, sums = moments_gradient(*(given.get(name) for name in names))
+        actual, sums = moments_gradient(*(given.get(name) for name in names))
     x, h = given["x"].double(), activated(given)
     weight = given["weight"].to(dtype).double()
     size = given["square"].abs().max().clamp_min(1e-30)
@@ -163,15 +163,15 @@ def check_gradient(given: dict[str, Tensor]) -> None:
     dh = torch.einsum("oi,bohw->bihw", weight, given["grad"].double())
     dh = dh + torch.einsum("ij,bjhw->bihw", square, h) + by_channel(given["shift"])
     tolerance = TOLERANCES[dtype]
-    assert found.dtype == dtype
-    assert found.is_contiguous(memory_format=torch.channels_last)
+    assert actual.dtype == dtype
+    assert actual.is_contiguous(memory_format=torch.channels_last)
     if "scale" not in given:
-        assert relative_error(found.double(), dh) < tolerance
+        assert relative_error(actual.double(), dh) < tolerance
         assert sums.shape == (0,)
         return
     dh = torch.where(by_channel(given["scale"]) * x + by_channel(given["bias"]) > 0, dh, 0.0)
     expected = torch.stack([dh.sum((0, 2, 3)), (dh * x).sum((0, 2, 3))])
-    assert relative_error(found.double(), dh * by_channel(given["scale"])) < tolerance
+    assert relative_error(actual.double(), dh * by_channel(given["scale"])) < tolerance
     assert relative_error(sums.double(), expected) < tolerance
 
 
@@ -217,15 +217,15 @@ def test_a_join_without_the_map_that_it_adds_to(mapped: bool, signs: bool) -> No
         given["out_bias"],
         True,
     )
-    found = []
+    actual = []
     for y in (given["x"].flip(0), None):
         with guarded_memory():
-            found.append(
+            actual.append(
                 conv1x1_launch.join_input_gradient(
                     given["grad"], None, joined, packed if signs else None, y, *arguments
                 )
             )
-    (gradient, sums, moved), (alone, fewer, also_moved) = found
+    (gradient, sums, moved), (alone, fewer, also_moved) = actual
     # The interpreter runs the same steps on the same numbers, and one sum less.
     assert torch.equal(gradient, alone)
     assert torch.equal(moved, also_moved)
@@ -277,8 +277,8 @@ def test_moments_are_never_plain_tf32(allowed: bool, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(LaunchRow, "launch", lambda row, *_: rows.append(row))
     monkeypatch.setattr(layout, "tf32_allowed", lambda: allowed)
     results(Case("tf32"), Case("tf32").inputs(torch.float32))
-    found = {row.kernel.partition(":")[2]: dict(row.constexprs)["PRECISION"] for row in rows}
-    assert found == {
+    actual = {row.kernel.partition(":")[2]: dict(row.constexprs)["PRECISION"] for row in rows}
+    assert actual == {
         "activation_moments": "tf32x3" if allowed else "ieee",
         "product_join": "tf32" if allowed else "ieee",
         "moments_input_gradient": "tf32" if allowed else "ieee",

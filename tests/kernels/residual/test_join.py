@@ -41,14 +41,14 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 def inputs_of(shape: tuple[int, ...], dtype: torch.dtype, mapped: bool) -> dict[str, Tensor | None]:
     """The arguments of a join; vectors are float32."""
     channels = shape[1]
-    found: dict[str, Tensor | None] = {
+    actual: dict[str, Tensor | None] = {
         "y": normal(*shape, seed=1).to(dtype).contiguous(memory_format=torch.channels_last),
         "scale": normal(channels, seed=2).float(),
         "bias": normal(channels, seed=3).float(),
         "residual": normal(*shape, seed=4).to(dtype),
     }
     vectors = (normal(channels, seed=seed).float() if mapped else None for seed in (5, 6))
-    return found | dict(zip(("residual_scale", "residual_bias"), vectors, strict=True))
+    return actual | dict(zip(("residual_scale", "residual_bias"), vectors, strict=True))
 
 
 def by_definition(inputs: dict[str, Tensor | None]) -> Tensor:
@@ -56,9 +56,9 @@ def by_definition(inputs: dict[str, Tensor | None]) -> Tensor:
     return residual_reference.join(*wide)  # type: ignore[arg-type]
 
 
-def assert_near(found: Tensor, expected: Tensor, tolerance: float) -> None:
-    assert found.shape == expected.shape
-    error = relative_error(found.double(), expected)
+def assert_near(actual: Tensor, expected: Tensor, tolerance: float) -> None:
+    assert actual.shape == expected.shape
+    error = relative_error(actual.double(), expected)
     assert error < tolerance, error
 
 
@@ -88,10 +88,10 @@ def test_backward(shape: tuple[int, ...], mapped: bool, dtype: torch.dtype) -> N
     factors = [torch.ones_like(g), y.double(), *([] if residual is None else [residual.double()])]
     sums = torch.stack([(g * factor).sum((0, 2, 3)) for factor in factors])
     with guarded_memory():
-        found = residual_launch.backward(grad, x, y, residual, kernels=True)
+        actual = residual_launch.backward(grad, x, y, residual, kernels=True)
         again = residual_launch.backward(grad, x, y, residual, kernels=True)
-    assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
-    for by in (found, residual_launch.backward(grad, x, y, residual, kernels=False)):
+    assert all(torch.equal(a, b) for a, b in zip(actual, again, strict=True))
+    for by in (actual, residual_launch.backward(grad, x, y, residual, kernels=False)):
         assert by[0].dtype == dtype
         assert by[1].dtype == torch.float32
         # Nothing of a gradient is rounded: it is there or not.
@@ -120,17 +120,17 @@ def test_statistics(shape: tuple[int, ...], mean: float, dtype: torch.dtype) -> 
     """
     y = (mean + normal(*shape, seed=8)).to(dtype)
     with guarded_memory():
-        found = residual_launch.statistics(y, kernels=True)
+        actual = residual_launch.statistics(y, kernels=True)
         again = residual_launch.statistics(y, kernels=True)
-    assert found.dtype == torch.float32
-    assert torch.equal(found, again)
+    assert actual.dtype == torch.float32
+    assert torch.equal(actual, again)
     expected = residual_reference.channel_statistics(y.double())
     count, total, m2 = expected
-    assert torch.equal(found[0], count.float())
-    assert_near(found[2], m2, 2e-5 if mean else 1e-6)
+    assert torch.equal(actual[0], count.float())
+    assert_near(actual[2], m2, 2e-5 if mean else 1e-6)
     # A mean near 0 is known as well as the values that it is the mean of.
     size = (y.double().square().sum((0, 2, 3)) / count).sqrt()
-    assert ((found[1] - total).abs() < 1e-6 * count * size).all()
+    assert ((actual[1] - total).abs() < 1e-6 * count * size).all()
 
 
 def test_statistics_of_constants_and_of_nan() -> None:
@@ -163,10 +163,10 @@ def test_gradients_of_the_operator(mapped: bool, deferred: bool, kernels: bool) 
     leaves = {name: value.clone().requires_grad_() for name, value in given.items()}
     grad = normal(2, 7, 5, 3, seed=9)
     x = join(*(leaves.get(name) for name in inputs), deferred, kernels)
-    found = torch.autograd.grad(x, list(leaves.values()), grad.float())
+    actual = torch.autograd.grad(x, list(leaves.values()), grad.float())
     wide = {name: value.double().requires_grad_() for name, value in given.items()}
     expected = torch.autograd.grad(by_definition(wide), list(wide.values()), grad)
-    for name, one, other in zip(given, found, expected, strict=True):
+    for name, one, other in zip(given, actual, expected, strict=True):
         if deferred and name == "y":
             other = other / wide["scale"][:, None, None]
         if deferred and mapped and name == "residual":

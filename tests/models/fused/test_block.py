@@ -16,10 +16,10 @@ LONG = {"coded, keeping some branches", "coded, evaluation", "coded, evaluation,
 def compare(case: BlockCase, backend: str, dtype: torch.dtype, tolerance: float) -> None:
     block = case.make()
     expected = step_of(case, block, "reference", torch.float64)
-    found = step_of(case, block, backend, dtype)
-    assert list(found) == list(expected)
+    actual = step_of(case, block, backend, dtype)
+    assert list(actual) == list(expected)
     for name, value in expected.items():
-        error = relative_error(found[name].to(value.dtype), value)
+        error = relative_error(actual[name].to(value.dtype), value)
         assert error < tolerance, f"{name}: {error}"
 
 

@@ -53,9 +53,9 @@ def evaluated(
 def compare(case: BlockCase, backend: str, dtype: torch.dtype, tolerance: float) -> None:
     block = case.make()
     expected = evaluated(block, case, "reference", torch.float64)
-    found = evaluated(block, case, backend, dtype)
-    assert len(found) == len(expected) == 1 + case.coded
-    for one, other in zip(found, expected, strict=True):
+    actual = evaluated(block, case, backend, dtype)
+    assert len(actual) == len(expected) == 1 + case.coded
+    for one, other in zip(actual, expected, strict=True):
         assert one.dtype == dtype
         assert relative_error(one.double(), other) < tolerance
 
@@ -90,12 +90,12 @@ def test_a_folded_convolution_is_the_two_layers(
     x = torch.randn(2, 6, 5, 5).to(dtype)
     with torch.no_grad():
         weight, bias = fold(pair[0], pair[1], None)
-        found = torch.conv2d(x, weight, bias.to(dtype), groups=2)
+        actual = torch.conv2d(x, weight, bias.to(dtype), groups=2)
         expected = copy.deepcopy(pair).double()(x.double())
     assert weight.dtype == dtype
     assert bias.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     tolerance = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 2e-2}[dtype]
-    assert relative_error(found.double(), expected) < tolerance
+    assert relative_error(actual.double(), expected) < tolerance
     if dtype == torch.bfloat16:
         # Rounded once, from float32 arithmetic.
         exact = fold(pair[0].double(), pair[1].double(), None).weight
@@ -118,8 +118,8 @@ def outcomes(model: nn.Module, x: Tensor) -> list[Tensor]:
     return [logits, *energies]
 
 
-def assert_same(found: list[Tensor], expected: list[Tensor], tolerance: float) -> None:
-    for one, other in zip(found, expected, strict=True):
+def assert_same(actual: list[Tensor], expected: list[Tensor], tolerance: float) -> None:
+    for one, other in zip(actual, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance)
 
 
@@ -137,13 +137,13 @@ CHANGES: dict[str, Callable[[CodedResNeXt], object]] = {
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 def test_a_network_is_itself_layer_by_layer(change: Callable[[CodedResNeXt], object]) -> None:
     x = make_images(5, seed=9).double()
-    found = []
+    actual = []
     for backend in ("fused", "reference"):
         model = network(backend)
         change(model)
         with torch.inference_mode():
-            found.append([*outcomes(model, x), model(x, keep=2)])
-    assert_same(*found, 1e-12)
+            actual.append([*outcomes(model, x), model(x, keep=2)])
+    assert_same(*actual, 1e-12)
 
 
 def test_with_gradients_it_keeps_what_they_need() -> None:
@@ -152,9 +152,9 @@ def test_with_gradients_it_keeps_what_they_need() -> None:
     with torch.no_grad():
         expected = outcomes(model, x)
     assert not expected[0].requires_grad
-    found = outcomes(model, x.requires_grad_())
-    assert_same(found, expected, 1e-12)
-    (gradient,) = torch.autograd.grad(found[0].square().sum(), x)
+    actual = outcomes(model, x.requires_grad_())
+    assert_same(actual, expected, 1e-12)
+    (gradient,) = torch.autograd.grad(actual[0].square().sum(), x)
     plain = outcomes(network("reference"), x)
     (other,) = torch.autograd.grad(plain[0].square().sum(), x)
     torch.testing.assert_close(gradient, other, rtol=1e-10, atol=1e-10)
@@ -170,10 +170,10 @@ def test_autocast_and_half_precision_are_as_near_as_layer_by_layer() -> None:
             by_autocast = outcomes(model, x)
         with torch.no_grad():
             whole = outcomes(model.bfloat16(), x.bfloat16())
-        for found in (by_autocast, whole):
-            assert all(energies.dtype == torch.float32 for energies in found[1:])
+        for actual in (by_autocast, whole):
+            assert all(energies.dtype == torch.float32 for energies in actual[1:])
             errors.append(
-                [relative_error(a.double(), b) for a, b in zip(found, exact, strict=True)]
+                [relative_error(a.double(), b) for a, b in zip(actual, exact, strict=True)]
             )
     for fused, plain in zip(errors[:2], errors[2:], strict=True):
         assert max(fused) < 2 * max(plain) + 1e-3
@@ -230,7 +230,7 @@ def test_inductor_compiles_the_fused_blocks(training: bool) -> None:
     A plain block with a projection before a coded one: what one leaves to the other is in it.
     """
     x = make_images(4, seed=2).double()
-    found: list[list[Tensor]] = []
+    actual: list[list[Tensor]] = []
     for compiled in (False, True):
         torch.manual_seed(0)
         stages = [Stage(1, 12, 2, 5, 5), Stage(1, 12, 2, 5, 3)]
@@ -252,5 +252,5 @@ def test_inductor_compiles_the_fused_blocks(training: bool) -> None:
         if training:
             total = values[0].square().sum() + sum(e.pow(3).sum() for e in values[1:])
             values += torch.autograd.grad(total, list(model.parameters()))
-        found.append([*values, *model.buffers()])
-    assert_same(*found, 1e-9)
+        actual.append([*values, *model.buffers()])
+    assert_same(*actual, 1e-9)

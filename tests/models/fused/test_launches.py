@@ -48,7 +48,7 @@ def make_blocks(coded: bool, outputs: int, backend: str) -> list[CodedBottleneck
 def counted(blocks: list[CodedBottleneck], launched: list[str]) -> dict[str, Counter[str]]:
     """Kernels and products of the forward and the backward pass; energies have gradients."""
     x = torch.randn(SHAPE).contiguous(memory_format=torch.channels_last).requires_grad_()
-    found = {}
+    actual = {}
 
     def forward() -> Tensor:
         value: Map = x
@@ -66,8 +66,8 @@ def counted(blocks: list[CodedBottleneck], launched: list[str]) -> dict[str, Cou
                 result = forward()
             else:
                 result.backward()
-        found[name] = Counter(launched) + products_of(record)
-    return found
+        actual[name] = Counter(launched) + products_of(record)
+    return actual
 
 
 def products_of(record: profile) -> Counter[str]:

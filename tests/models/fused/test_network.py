@@ -25,10 +25,10 @@ def step(model: CodedResNeXt, dtype: torch.dtype = torch.float64) -> dict[str, T
     logits, energies = model(make_images(4, seed=2).to(dtype), return_energies=True)
     total = loss(logits, energies, TARGETS).total
     total.backward()
-    found = {"loss": total.detach(), "logits": logits.detach()}
-    found |= {f"energies {i}": e.detach() for i, e in enumerate(energies)}
-    found |= {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    return found | {name: b.clone() for name, b in model.named_buffers() if b.dtype != torch.bool}
+    actual = {"loss": total.detach(), "logits": logits.detach()}
+    actual |= {f"energies {i}": e.detach() for i, e in enumerate(energies)}
+    actual |= {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return actual | {name: b.clone() for name, b in model.named_buffers() if b.dtype != torch.bool}
 
 
 def network(backend: str, **arguments: object) -> CodedResNeXt:
@@ -44,10 +44,10 @@ def pair(**arguments: object) -> tuple[CodedResNeXt, CodedResNeXt]:
     return network("fused", **arguments), network("reference", **arguments)
 
 
-def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
-    assert list(found) == list(expected)
+def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
+    assert list(actual) == list(expected)
     for name, value in expected.items():
-        torch.testing.assert_close(found[name], value, rtol=tolerance, atol=tolerance, msg=name)
+        torch.testing.assert_close(actual[name], value, rtol=tolerance, atol=tolerance, msg=name)
 
 
 def frozen(model: CodedResNeXt) -> CodedResNeXt:
@@ -83,8 +83,8 @@ def test_evaluation_maps_and_removal() -> None:
             maps = [step.map for step in model.walk(x, torch.tensor([3, 0, 1]))]
             assert torch.equal(maps[-1], last)
             outcomes.append([last, *energies, *maps, model(x, keep=2)])
-    for found, expected in zip(*outcomes, strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-11)
+    for actual, expected in zip(*outcomes, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-11, atol=1e-11)
 
 
 def largest(x: Tensor) -> float:
@@ -106,8 +106,8 @@ def test_autocast_rounds_what_it_rounds_layer_by_layer() -> None:
         assert all(g is not None and g.dtype == torch.float32 for g in grads)
         pairs = zip([logits, *energies], [exact[0], *exact[1]], strict=True)
         outcomes.append([largest(a.double() - b) / largest(b) for a, b in pairs])
-    for found, expected in zip(*outcomes, strict=True):
-        assert found < 2 * expected + 1e-3
+    for actual, expected in zip(*outcomes, strict=True):
+        assert actual < 2 * expected + 1e-3
 
 
 @pytest.mark.parametrize("training", [pytest.param(True, marks=pytest.mark.long), False])
@@ -123,8 +123,8 @@ def test_it_compiles_whole(training: bool) -> None:
         grads = [p.grad for p in model.parameters()]
         assert all(g is not None for g in grads)
         outcomes.append([y, *energies, *grads, *model.buffers()])
-    for found, expected in zip(*outcomes, strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+    for actual, expected in zip(*outcomes, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
 
 
 def kept_bytes(block: nn.Module, x: Tensor) -> int:
@@ -160,8 +160,8 @@ def test_a_block_keeps_its_raw_tensors_alone(name: str) -> None:
     raw = 3 * narrow + wide if case.coded else 2 * narrow
     tensors = raw + wide
     block.backend = "fused"
-    found = kept_bytes(block, x)
-    assert tensors <= found < 1.01 * tensors
+    actual = kept_bytes(block, x)
+    assert tensors <= actual < 1.01 * tensors
     # Layer by layer what stands behind the two ReLUs is kept too, and what they are applied to.
     block.backend = "torch"
     layered = (5 if case.coded else 4) * narrow + 2 * wide
@@ -185,14 +185,14 @@ def test_what_cannot_be_fused_runs_layer_by_layer(
         change(fused)
         change(plain)
         with caplog.at_level(logging.INFO, "coded_resnext"):
-            found = fused(x)
-        torch.testing.assert_close(found, plain(x), rtol=1e-11, atol=1e-11)
+            actual = fused(x)
+        torch.testing.assert_close(actual, plain(x), rtol=1e-11, atol=1e-11)
         assert reason in caplog.text
     ablation = network("fused", normalize=False)
     with caplog.at_level(logging.INFO, "coded_resnext"):
-        found = ablation(x)
+        actual = ablation(x)
     expected = network("torch", normalize=False)(x)
-    torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(actual, expected, rtol=1e-11, atol=1e-11)
     assert "energies are not normalised" in caplog.text
 
 

@@ -35,12 +35,15 @@ def test_it_is_pytorchs_layer(settings: dict[str, object]) -> None:
     expected = nn.BatchNorm2d(5, **settings).double()
     for parameter in expected.parameters():
         nn.init.normal_(parameter, 1, 0.5)
-    found = copy.deepcopy(expected)
+    actual = copy.deepcopy(expected)
     for train in (True, True, True, False):
         x = (2 + 3 * torch.randn(4, 5, 3, 3, dtype=torch.float64)).requires_grad_()
         weights = torch.randn(4, 5, 3, 3, dtype=torch.float64)
         outcomes = []
-        for bn, call in ((found.train(train), mapped), (expected.train(train), nn.Module.__call__)):
+        for bn, call in (
+            (actual.train(train), mapped),
+            (expected.train(train), nn.Module.__call__),
+        ):
             y = call(bn, x)
             inputs = [x, *bn.parameters()]
             outcomes.append([y, *torch.autograd.grad((y * weights).sum(), inputs)])
@@ -48,7 +51,7 @@ def test_it_is_pytorchs_layer(settings: dict[str, object]) -> None:
             torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-11)
         for name, buffer in expected.named_buffers():
             torch.testing.assert_close(
-                dict(found.named_buffers())[name], buffer, rtol=1e-12, atol=1e-12
+                dict(actual.named_buffers())[name], buffer, rtol=1e-12, atol=1e-12
             )
 
 

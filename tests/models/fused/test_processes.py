@@ -21,7 +21,7 @@ def test_two_halves_are_the_whole_batch(tmp_path: Path) -> None:
     model = network()
     expected = step(model, model, make_images(BATCH, seed=4).double())
     for rank in range(2):
-        found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
-        assert list(found) == list(expected)
+        actual = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        assert list(actual) == list(expected)
         for name, value in expected.items():
-            torch.testing.assert_close(found[name], value, rtol=1e-9, atol=1e-10, msg=name)
+            torch.testing.assert_close(actual[name], value, rtol=1e-9, atol=1e-10, msg=name)

@@ -15,13 +15,13 @@ from coded_resnext import CodedBottleneck
 from coded_resnext.kernels.conv1x1 import operator as conv1x1_operator
 from coded_resnext.kernels.rows import Passes
 from coded_resnext.models.fused.block import fused_block
-from coded_resnext.models.fused.operators import UNWRITTEN, FusedOperators
+from coded_resnext.models.fused.operators import RECOMPUTED, FusedOperators
 from coded_resnext.models.fused.values import Deferred, Product, ready
 
 PLAIN = next(case for case in CASES if case.name == "plain")
 
 
-def unwritten(block: CodedBottleneck, x: Tensor) -> bool:
+def recomputed(block: CodedBottleneck, x: Tensor) -> bool:
     """Whether the block leaves its last convolution to be computed."""
     block.backend = "fused"
     y, _ = fused_block(block, x, drop_mask=None, keep_mask=None)
@@ -36,29 +36,29 @@ def image(case: BlockCase = PLAIN, **to: torch.dtype) -> Tensor:
 def test_plain_blocks_that_train_are() -> None:
     for case in CASES:
         # Evaluation with gradients has no statistics of which to take the factor's place.
-        assert unwritten(case.make(), image(case)) == (not case.coded and case.train), case.name
+        assert recomputed(case.make(), image(case)) == (not case.coded and case.train), case.name
 
 
 def test_blocks_with_frozen_layers_are_not() -> None:
     block = PLAIN.make()
     block.expand_bn.eval()
-    assert not unwritten(block, image())
+    assert not recomputed(block, image())
     block = next(case for case in CASES if case.name == "plain, projection").make()
     block.skip[1].eval()  # type: ignore[index]
-    assert not unwritten(block, image(CASES[2]))
+    assert not recomputed(block, image(CASES[2]))
 
 
-@pytest.mark.parametrize(("channels", "expected"), [(UNWRITTEN, True), (UNWRITTEN + 8, False)])
+@pytest.mark.parametrize(("channels", "expected"), [(RECOMPUTED, True), (RECOMPUTED + 8, False)])
 def test_blocks_with_many_channels_are_not(channels: int, expected: bool) -> None:
     block = CodedBottleneck(8, 8, channels // 8, 8, None)
-    assert unwritten(block, torch.rand(2, 8, 2, 2)) == expected
+    assert recomputed(block, torch.rand(2, 8, 2, 2)) == expected
 
 
 def test_devices_without_float64_write_it() -> None:
     run, conv = FusedOperators("auto", None), nn.Conv2d(8, 8, 1)
     for device, expected in (("cuda", True), ("mps", False)):
         on_device: Any = SimpleNamespace(device=torch.device(device))
-        assert run.leaves_unwritten(on_device, conv) == expected
+        assert run.recomputes(on_device, conv) == expected
 
 
 def test_without_gradients_statistics_are_followed() -> None:
@@ -67,8 +67,8 @@ def test_without_gradients_statistics_are_followed() -> None:
     fused.backend = "fused"
     with torch.no_grad():
         for _ in range(2):
-            found, expected = fused(image()), plain(image())
-    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+            actual, expected = fused(image()), plain(image())
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
     for a, b in zip(fused.buffers(), plain.buffers(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 

@@ -104,11 +104,11 @@ def called(case: ProductCase, inputs: dict[str, Tensor], passes: Passes) -> dict
         outputs["statistics"] = statistics
     else:
         assert statistics.numel() == 0
-    found = torch.autograd.grad(
+    actual = torch.autograd.grad(
         list(outputs.values()), list(leaves.values()), [given[name] for name in outputs]
     )
     results = {name: value.detach() for name, value in outputs.items()}
-    return results | {f"grad_{name}": g for name, g in zip(leaves, found, strict=True)}
+    return results | {f"grad_{name}": g for name, g in zip(leaves, actual, strict=True)}
 
 
 ARGUMENTS = ("x", "weight", "scale", "bias")
@@ -150,8 +150,8 @@ def defined(case: ProductCase, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     if case.statistics:
         results["statistics"] = residual_reference.channel_statistics(y)
         loss = loss + (results["statistics"][1:] * given["statistics"][1:]).sum()
-    found = torch.autograd.grad(loss, list(wide.values()))
-    results |= {f"grad_{name}": g for name, g in zip(wide, found, strict=True)}
+    actual = torch.autograd.grad(loss, list(wide.values()))
+    results |= {f"grad_{name}": g for name, g in zip(wide, actual, strict=True)}
     if case.join and case.deferred:
         results["grad_y"] = results["grad_y"] / _by_channel(wide["scale"])
         if case.mapped:

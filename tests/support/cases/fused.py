@@ -52,12 +52,12 @@ class BlockCase:
         out = -(-5 // self.stride)
         x = torch.randn(BATCH, self.in_channels, 5, 5, generator=generator).relu()
         grad = torch.randn(BATCH, 24, out, out, generator=generator)
-        found = {"x": x, "grad": grad, "targets": torch.tensor([0, 4, 9])}
+        actual = {"x": x, "grad": grad, "targets": torch.tensor([0, 4, 9])}
         if self.coded and self.train:
-            found["drop_mask"] = torch.ones(BATCH, 10).bernoulli(0.7, generator=generator) / 0.7
+            actual["drop_mask"] = torch.ones(BATCH, 10).bernoulli(0.7, generator=generator) / 0.7
         if self.keep:
-            found["keep_mask"] = torch.ones(BATCH, 10).bernoulli(0.6, generator=generator)
-        return found
+            actual["keep_mask"] = torch.ones(BATCH, 10).bernoulli(0.6, generator=generator)
+        return actual
 
 
 CASES = (
@@ -85,17 +85,17 @@ def step_of(
     masks = {k: v.to(dtype) for k, v in inputs.items() if k.endswith("_mask")}
     y, energies = map_and_energies(block, x, **masks)
     total = (y * inputs["grad"].to(dtype)).sum()
-    found = {"output": y}
+    actual = {"output": y}
     if block.codebook is not None and energies is not None:
         loss = CodedLoss([block.codebook], weight=6.0)
         coding = loss(torch.zeros(BATCH, 10, dtype=dtype), [energies], inputs["targets"])
         total = total + coding.total
-        found |= {"energies": energies, "coding loss": coding.total}
+        actual |= {"energies": energies, "coding loss": coding.total}
     total.backward()
     assert x.grad is not None
-    found["gradient of x"] = x.grad
+    actual["gradient of x"] = x.grad
     for name, parameter in block.named_parameters():
         assert parameter.grad is not None, name
-        found[f"gradient of {name}"] = parameter.grad
-    found |= {f"buffer {k}": v for k, v in block.named_buffers() if k != "codewords"}
-    return {name: value.detach().clone() for name, value in found.items()}
+        actual[f"gradient of {name}"] = parameter.grad
+    actual |= {f"buffer {k}": v for k, v in block.named_buffers() if k != "codewords"}
+    return {name: value.detach().clone() for name, value in actual.items()}
