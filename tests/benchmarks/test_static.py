@@ -29,6 +29,7 @@ from coded_resnext.kernels.build.shipped import shipped_rows
 from coded_resnext.kernels.conv3x3 import rows as conv3x3_rows
 from coded_resnext.kernels.conv3x3.rows import GroupedSizes
 from coded_resnext.kernels.prebuilt.index import FOLDERS_VARIABLE
+from coded_resnext.kernels.recompute import rows as recompute_rows
 from coded_resnext.kernels.rows import Variant
 
 HERE = Path(static.__file__).parent
@@ -222,6 +223,17 @@ def test_rows_of_one_version(
     fused = Variant(affine=True, statistics=True)
     assert gradient(GroupedSizes(20, 24, stride=2), fused).num_stages == gradient_stages
     assert gradient(GroupedSizes(20, 24), fused).num_stages == 1
+
+
+@pytest.mark.parametrize(("release", "stages"), [("3.6", [3, 3, 1]), ("3.9", [3, 3, 3])])
+def test_moments_of_the_release_that_does_not_compile_loads_ahead(
+    release: str, stages: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Triton 3.6 on sm_100 (`Operations without parent blocks have no order`)."""
+    monkeypatch.setattr(recompute_rows, "triton_release", lambda: release)
+    moments = recompute_rows.moments.__wrapped__
+    rows = [moments(128, Variant(affine=True, arch=arch)) for arch in ("sm80", "sm90", "sm100")]
+    assert [row.num_stages for row in rows] == stages
 
 
 def nested(unrolled: int) -> Code:
