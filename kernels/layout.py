@@ -28,6 +28,17 @@ DTYPES: dict[torch.dtype, rows.Dtype] = {
 }
 
 
+# The words that rows have for the dtypes of pointers.
+POINTERS: dict[str, torch.dtype] = {
+    **{word: dtype for dtype, word in DTYPES.items()},
+    "i64": torch.int64,
+    "i32": torch.int32,
+    "u8": torch.uint8,
+    "i1": torch.bool,
+}
+# The oldest compute capability that Triton compiles for.
+OLDEST = (7, 0)
+
 # Looked for once: the compiler of torch 2.11 does not follow the search.
 HAS_TRITON = find_spec("triton") is not None
 
@@ -64,6 +75,56 @@ def architecture_of(x: Tensor) -> str:
     return architecture(x.device.index) if x.is_cuda else "cpu"
 
 
+@cache
+def without_kernels(device: int) -> str | None:
+    """Returns why no kernel runs on a CUDA device; None if kernels do."""
+    if not HAS_TRITON:
+        return "Triton is not installed"
+    if torch.version.hip is None and torch.cuda.get_device_capability(device) < OLDEST:
+        return f"Triton compiles for GPUs from sm70 on, not for {architecture(device)}"
+    return None
+
+
+def too_large(row: rows.LaunchRow, device: int) -> str | None:
+    """Returns why a kernel does not fit onto the current device; None if it does.
+
+    It is compiled for that, as its launch would do.
+    """
+    needed, available = shared_memory_of(row), shared_memory(device)
+    if needed <= available:
+        return None
+    name = row.kernel.partition(":")[2]
+    return f"{name} needs {needed} bytes of shared memory, and the GPU has {available}"
+
+
+@cache
+def shared_memory_of(row: rows.LaunchRow) -> int:
+    """Returns the bytes of shared memory that a kernel takes; none in Triton's interpreter."""
+    from .tile import INTERPRETED
+
+    return 0 if INTERPRETED.value else int(compiled(row).metadata.shared)
+
+
+@cache
+def shared_memory(device: int) -> int:
+    """Returns the bytes that Triton holds against what a kernel takes; none in the interpreter."""
+    from triton.runtime import driver
+
+    from .tile import INTERPRETED
+
+    if INTERPRETED.value:
+        return 0
+    return int(driver.active.utils.get_device_properties(device)["max_shared_mem"])
+
+
+def compiled(row: rows.LaunchRow) -> Any:
+    """Returns Triton's compiled kernel of a row, made by the JIT as a launch makes it."""
+    args = [
+        POINTERS[value.removeprefix("*")] if isinstance(value, str) else value for value in row.args
+    ]
+    return row.function().warmup(*args, grid=(1,), **row.keywords)
+
+
 def unsupported(x: Tensor, *, width: int = 0, widest: int = 0) -> str | None:
     """Returns why the kernels cannot run on activations `x [B, C, H, W]`; None if they can.
 
@@ -74,6 +135,8 @@ def unsupported(x: Tensor, *, width: int = 0, widest: int = 0) -> str | None:
     """
     if not (x.is_cuda or interpreted()):
         return f"the kernels run on CUDA tensors, not on {x.device.type}"
+    if x.is_cuda and (reason := without_kernels(x.device.index)) is not None:
+        return reason
     if x.dtype not in DTYPES:
         return f"the kernels take float32, float16 and bfloat16, not {x.dtype}"
     if width > widest:

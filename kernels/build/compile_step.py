@@ -16,21 +16,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
 import triton
+
+from coded_resnext.kernels.layout import compiled
 
 from .build import load_rows
 from .stub_driver import install_stub_driver
-
-DTYPES = {
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-    "fp32": torch.float32,
-    "i64": torch.int64,
-    "i32": torch.int32,
-    "u8": torch.uint8,
-    "i1": torch.bool,
-}
 
 
 class _KeyFoundError(Exception):
@@ -42,20 +33,12 @@ def _raise_key(key: str, **_special: bool) -> Any:
     raise _KeyFoundError(key)
 
 
-def compile_row(row: Any) -> Any:
-    """Compile a row through the JIT, as its launch does; Triton's compiled kernel."""
-    args = [
-        DTYPES[value.removeprefix("*")] if isinstance(value, str) else value for value in row.args
-    ]
-    return row.function().warmup(*args, grid=(1,), **row.keywords)
-
-
 def row_key(row: Any) -> str:
     """Returns the name under which the JIT will look for a row's kernel; nothing is compiled."""
     before = triton.knobs.cache.manager_class
     triton.knobs.cache.manager_class = _raise_key
     try:
-        compile_row(row)
+        compiled(row)
     except _KeyFoundError as signal:
         return str(signal)
     finally:
@@ -82,7 +65,7 @@ def _entry(name: str, row: Any, arch: str) -> dict[str, Any]:
         (event["metadata_group"], event["cache_hit"])
     )
     try:
-        kernel = compile_row(row)
+        kernel = compiled(row)
     except Exception:
         print(f"{name} for {arch} does not compile:", flush=True)
         raise

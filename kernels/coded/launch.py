@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from coded_resnext.kernels import layout, rows
+from coded_resnext.kernels import layout
+from coded_resnext.kernels.backend import LOGGER, say_once
 from coded_resnext.kernels.layout import as_float32, as_rows, variant_of, without_autocast
+from coded_resnext.kernels.rows import WIDEST_BRANCH, CodedSizes, LaunchRow, Variant, Windows
 
 from . import gram
 from . import rows as coded_rows
@@ -14,15 +19,10 @@ from . import rows as coded_rows
 
 def unsupported(h: Tensor, width: int) -> str | None:
     """Returns why the kernels do not take these activations `[B, N*D, H, W]`; None if they do."""
-    reason = layout.unsupported(h, width=width, widest=rows.WIDEST_BRANCH)
+    reason = layout.unsupported(h, width=width, widest=WIDEST_BRANCH)
     if reason is None and max(h.numel() // h.shape[0], h.shape[0] * h.shape[1]) >= 2**31:
         return "the kernels take samples, and B*N*D, of fewer than 2^31 elements"
     return reason
-
-
-def runs_kernels(h: Tensor, width: int) -> bool:
-    """Returns whether an operator runs its kernels on these activations `[B, N*D, H, W]`."""
-    return unsupported(h, width) is None
 
 
 class Launch:
@@ -39,7 +39,7 @@ class Launch:
     ) -> None:
         branches, channels, width = branch_weight.shape
         self.batch, self.pixels = z.shape[0], z.shape[2] * z.shape[3]
-        self.sizes = rows.CodedSizes(branches, width, channels, self.pixels)
+        self.sizes = CodedSizes(branches, width, channels, self.pixels)
         self.variant = variant_of(
             z, affine=scale is not None, drop=drop_mask is not None, keep=keep_mask is not None
         )
@@ -47,10 +47,36 @@ class Launch:
         self.rows = as_rows(z)
         self.scale, self.bias = as_float32(scale), as_float32(bias)
         self.drop, self.keep = as_float32(drop_mask), as_float32(keep_mask)
-        self.windows = rows.Windows.of(self.sizes).count
+        self.windows = Windows.of(self.sizes).count
         self.form = gram.branch_forms(branch_weight, torch.float32)
 
-    def over_windows(self, row: rows.LaunchRow) -> tuple[int, int]:
+    @classmethod
+    def of(
+        cls,
+        z: Tensor,
+        branch_weight: Tensor,
+        *others: Tensor | None,
+        rows: tuple[Callable[[CodedSizes, Variant], LaunchRow], ...],
+    ) -> Launch | None:
+        """Returns what the kernels of these rows read, or None where PyTorch takes their place.
+
+        That is so where `unsupported` gives a reason, and, said once in the log, where a kernel
+        does not fit onto the GPU.
+        """
+        if unsupported(z, branch_weight.shape[2]) is not None:
+            return None
+        launch = cls(z, branch_weight, *others)
+        with layout.on_device(z):
+            for row in rows:
+                reason = layout.too_large(row(launch.sizes, launch.variant), z.device.index or 0)
+                if reason is not None:
+                    say_once(
+                        LOGGER, f"PyTorch runs in place of a kernel: {reason}", logging.WARNING
+                    )
+                    return None
+        return launch
+
+    def over_windows(self, row: LaunchRow) -> tuple[int, int]:
         """Returns the grid of a kernel over samples and windows."""
         settings = dict(row.constexprs)
         samples, windows = int(settings["SAMPLES"]), int(settings["WINDOWS"])

@@ -27,7 +27,7 @@ from coded_resnext.kernels.layout import (
 
 from . import gram
 from . import rows as coded_rows
-from .launch import Launch, runs_kernels
+from .launch import Launch
 
 
 @torch.library.custom_op("coded_resnext::branch_energy", mutates_args=())
@@ -43,10 +43,11 @@ def branch_energy(
     `z [B, N*D, H, W]`, `branch_weight [N, C, D]`, `scale` and `bias [N*D]`, `keep_mask [B, N]`.
     """
     check_filled("z", z)
-    if not runs_kernels(z, branch_weight.shape[2]):
+    rows = (coded_rows.energy_forward,)
+    launch = Launch.of(z, branch_weight, scale, bias, None, keep_mask, rows=rows)
+    if launch is None:
         h = affine.activate(z, scale, bias).to(accumulation_dtype(z.dtype))
         return gram.energies_and_grams(h, branch_weight, keep_mask)[0].contiguous()
-    launch = Launch(z, branch_weight, scale, bias, None, keep_mask)
     energy = launch.form.new_empty((launch.batch, launch.sizes.branches))
     row = coded_rows.energy_forward(launch.sizes, launch.variant)
     with on_device(z):
@@ -88,13 +89,14 @@ def branch_energy_backward(
     check_filled("z", z)
     if keep_mask is not None:
         grad_energy = grad_energy * keep_mask
-    if not runs_kernels(z, branch_weight.shape[2]):
+    rows = (coded_rows.energy_backward, coded_rows.weighted_gram)
+    launch = Launch.of(z, branch_weight, scale, bias, None, None, rows=rows)
+    if launch is None:
         h = affine.activate(z, scale, bias).to(grad_energy.dtype)
         grams = gram.branch_grams(h, branch_weight.shape[0])
         grad_h, grad_weight = gram.energy_gradients(grad_energy, h, branch_weight, grams)
         grad_z, sums = behind_activation(grad_h, z, scale, bias)
         return grad_z, grad_weight.to(branch_weight.dtype), sums
-    launch = Launch(z, branch_weight, scale, bias, None, None)
     coefficient = (grad_energy * (2.0 * launch.inverse_size)).contiguous()
     row = coded_rows.energy_backward(launch.sizes, launch.variant)
     grid = launch.over_windows(row)
@@ -171,12 +173,13 @@ def normalize_branches(
         `s h` like `z`, `Ebar [B, N]`, and `1/M [B]`, which has no gradient.
     """
     check_filled("z", z)
-    if not runs_kernels(z, branch_weight.shape[2]):
+    rows = (coded_rows.aggregate_forward,)
+    launch = Launch.of(z, branch_weight, scale, bias, drop_mask, keep_mask, rows=rows)
+    if launch is None:
         h = affine.activate(z, scale, bias)
         result = gram.normalize(h, branch_weight, drop_mask, keep_mask)
         inverse = result.inverse[:, 0].contiguous()
         return channels_last(result.scaled), result.energies.contiguous(), inverse
-    launch = Launch(z, branch_weight, scale, bias, drop_mask, keep_mask)
     scaled = empty_rows(z)
     normalized = launch.form.new_empty((launch.batch, launch.sizes.branches))
     energy, inverse = torch.empty_like(normalized), normalized.new_empty((launch.batch,))
@@ -231,7 +234,9 @@ def normalize_branches_backward(
         The gradients of `z` and `branch_weight`, and the sums of `behind_activation`.
     """
     check_filled("z", z)
-    if not runs_kernels(z, branch_weight.shape[2]):
+    rows = (coded_rows.aggregate_backward, coded_rows.weighted_gram)
+    launch = Launch.of(z, branch_weight, scale, bias, drop_mask, keep_mask, rows=rows)
+    if launch is None:
         h = affine.activate(z, scale, bias)
         forward = gram.normalize(h, branch_weight, drop_mask, keep_mask)
         grad_h, grad_weight = gram.normalize_backward(
@@ -239,7 +244,6 @@ def normalize_branches_backward(
         )
         grad_z, sums = behind_activation(grad_h, z, scale, bias)
         return grad_z, grad_weight.to(branch_weight.dtype), sums
-    launch = Launch(z, branch_weight, scale, bias, drop_mask, keep_mask)
     grad, coefficient = empty_rows(z), torch.empty_like(normalized)
     parts = None if scale is None else normalized.new_empty((launch.batch, 2, z.shape[1]))
     with on_device(z):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -252,3 +252,88 @@ def test_many_branches_are_pytorchs(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not launched
     assert kernels.decoded is not None
     assert kernels.losses[0].item() == pytest.approx(torchs.losses[0].item())
+
+
+class Device(NamedTuple):
+    """What a tensor on a GPU says of where it is."""
+
+    index: int = 0
+    type: str = "cuda"
+
+
+class OnGpu(NamedTuple):
+    """What the dispatch rule reads of activations on a GPU."""
+
+    is_cuda: bool = True
+    device: Device = Device()
+    dtype: torch.dtype = torch.float32
+
+
+@pytest.mark.parametrize(
+    ("triton", "capability", "reason"),
+    [
+        (True, (7, 5), None),
+        (True, (12, 0), None),
+        (True, (6, 1), "Triton compiles for GPUs from sm70 on, not for sm61"),
+        (False, (9, 0), "Triton is not installed"),
+    ],
+)
+def test_a_gpu_that_triton_does_not_know_is_pytorchs(
+    triton: bool, capability: tuple[int, int], reason: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """mamba#387, triton#8182: the kernels were chosen, and ended inside Triton."""
+    monkeypatch.setattr(layout, "HAS_TRITON", triton)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    for cached in (layout.without_kernels, layout.architecture):
+        cached.cache_clear()
+    try:
+        assert layout.unsupported(OnGpu()) == reason  # type: ignore[arg-type]
+    finally:
+        for cached in (layout.without_kernels, layout.architecture):
+            cached.cache_clear()
+
+
+KERNELS = {
+    "aggregate_forward": "normalize_branches",
+    "aggregate_backward": "normalize_branches_backward",
+    "energy_forward": "branch_energy",
+    "energy_backward": "branch_energy_backward",
+    "weighted_gram": "both backward passes",
+}
+
+
+@pytest.mark.parametrize("memory", [65536, 101376, 166912], ids=["T4", "RTX 30 and 40", "A100"])
+@pytest.mark.parametrize("large", KERNELS)
+def test_a_kernel_that_does_not_fit_is_pytorchs(
+    large: str, memory: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """vllm#36802, triton#8182: a T4 and an RTX have less shared memory than what was tried on."""
+    launched: list[str] = []
+    real = LaunchRow.launch
+
+    def launch(row: LaunchRow, grid: tuple[int, ...], *arguments: Any) -> None:
+        launched.append(row.kernel.partition(":")[2])
+        real(row, grid, *arguments)
+
+    monkeypatch.setattr(LaunchRow, "launch", launch)
+    monkeypatch.setattr(backend, "_SAID", set())
+    # As the last stage of ResNeXt-101 32x8d once did on sm86.
+    taken = 131072
+    monkeypatch.setattr(layout, "shared_memory_of", lambda r: taken if large in r.kernel else 0)
+    monkeypatch.setattr(layout, "shared_memory", lambda _: memory)
+
+    def results(name: Any) -> list[torch.Tensor]:
+        h, weight = (value.requires_grad_() for value in Case("limits").inputs(torch.float32))
+        y, energies = coded_aggregate(h, weight, 4, backend=name)
+        raw = branch_energy(h, weight, 4, backend=name)
+        total = y.square().mean() + energies.square().mean() + raw.square().mean()
+        return [y, energies, raw, *torch.autograd.grad(total, (h, weight))]
+
+    for value, expected in zip(results("triton"), results("torch"), strict=True):
+        torch.testing.assert_close(value, expected, rtol=2e-5, atol=1e-6)
+    fits = memory >= taken
+    assert (large in launched) == fits
+    assert {"aggregate_forward", "energy_forward"} <= {*launched, large}
+    said = [r.getMessage() for r in caplog.records if "shared memory" in r.getMessage()]
+    text = f"{large} needs {taken} bytes of shared memory, and the GPU has {memory}"
+    assert said == ([] if fits else [f"PyTorch runs in place of a kernel: {text}"])

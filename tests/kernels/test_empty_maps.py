@@ -275,6 +275,5 @@ def _choose(kernels: int, monkeypatch: pytest.MonkeyPatch) -> None:
         for module, name in (
             (layout, "interpreted"),
             (loss_operator, "interpreted"),
-            (coded_operator, "runs_kernels"),
         ):
             monkeypatch.setattr(module, name, lambda *_: False)

@@ -15,8 +15,8 @@ import torch
 from triton import knobs
 
 from coded_resnext.kernels.build.build import load_rows
-from coded_resnext.kernels.build.compile_step import DTYPES
 from coded_resnext.kernels.build.stub_driver import install_stub_driver
+from coded_resnext.kernels.layout import POINTERS
 from coded_resnext.kernels.prebuilt.cache import install
 
 
@@ -25,7 +25,7 @@ def launch(row: Any) -> bool:
     hits: list[bool] = []
     knobs.compilation.listener = lambda **event: hits.append(event["cache_hit"])
     args = [
-        torch.zeros(64, dtype=DTYPES[value[1:]]) if isinstance(value, str) else value
+        torch.zeros(64, dtype=POINTERS[value[1:]]) if isinstance(value, str) else value
         for value in row.args
     ]
     row.launch((1,), *args)

@@ -246,3 +246,46 @@ def test_a_user_without_a_home_has_no_default_folder(monkeypatch: pytest.MonkeyP
     assert list(doctor.prebuilt_kernels()) == [
         "none prebuilt in no folder; each is compiled when first used"
     ]
+
+
+FIT = """
+import sys
+from coded_resnext.kernels import layout
+from coded_resnext.kernels.build.stub_driver import install_stub_driver
+from coded_resnext.kernels.coded.rows import aggregate_backward, aggregate_forward
+from coded_resnext.kernels.rows import CodedSizes, Variant
+arch, memory, dtype, *sizes = sys.argv[1:]
+driver = install_stub_driver(arch)
+driver.get_device_properties = lambda device: {"max_shared_mem": int(memory)}
+for make in (aggregate_forward, aggregate_backward):
+    row = make(CodedSizes(*map(int, sizes)), Variant(dtype, drop=True, affine=True, arch=arch))
+    print(layout.too_large(row, 0))
+"""
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("arch", "memory", "dtype", "sizes"),
+    [
+        ("sm75", 65536, "fp32", (10, 44, 1024, 64)),
+        ("sm86", 101376, "bf16", (32, 64, 2048, 49)),
+        ("sm86", 16, "bf16", (10, 12, 256, 16)),
+    ],
+    ids=["README's network on a T4", "32x8d on an RTX 30", "a GPU with next to nothing"],
+)
+def test_what_a_gpu_has_is_asked_of_its_driver(
+    arch: str, memory: int, dtype: str, sizes: tuple[int, ...], tmp_path: Path
+) -> None:
+    """vllm#36802, mamba#387: kernels that were tried on large GPUs did not fit onto small ones."""
+    clean = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    result = subprocess.run(
+        [sys.executable, "-c", FIT, arch, str(memory), dtype, *map(str, sizes)],
+        env={**clean, "TRITON_CACHE_DIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    said = result.stdout.splitlines()
+    assert len(said) == 2
+    assert all("and the GPU has 16" in line if memory == 16 else line == "None" for line in said)
