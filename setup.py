@@ -127,6 +127,7 @@ setup(
         "coded_resnext": ["py.typed"],
         "coded_resnext.codebooks": ["data/*.json"],
         "coded_resnext.interpret.report": ["assets/*"],
+        "coded_resnext.models": ["weights/*/*"],
     },
     install_requires=[
         "numpy>=2",

@@ -1,4 +1,5 @@
-"""Run outside the checkout against an installed wheel: it imports from there and predicts.
+"""Run outside the checkout against an installed wheel: it imports from there and predicts, with
+shipped weights too.
 
 `python wheel_predicts.py FOLDER`, FOLDER being where the wheel was installed.
 """
@@ -20,4 +21,7 @@ model = coded_resnext.create_model("coded_resnext29_10x11d").eval()
 logits, energies = model(torch.zeros(2, 3, 32, 32), return_energies=True)
 if logits.shape != (2, 10) or len(energies) != 6 or not logits.isfinite().all():
     sys.exit("the network of the wheel does not predict")
+trained = coded_resnext.create_model("coded_resnext_digits", pretrained=True).eval()
+if not trained(torch.zeros(2, 1, 8, 8)).isfinite().all():
+    sys.exit("the wheel's weights do not predict")
 print(f"the wheel's network predicts: {coded_resnext.__file__}")

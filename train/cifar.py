@@ -1,6 +1,7 @@
 """Train a Coded ResNeXt on CIFAR-10 or CIFAR-100, as published, and evaluate it.
 
-Source, expected accuracy, cost and command stand in the recipes: cifar10, cifar100, cifar10_small.
+Source, expected accuracy, cost and command stand in the recipes: cifar10, cifar100,
+cifar10_cpu, cifar10_small.
 
     python train/cifar.py --config cifar10 --out runs/cifar10
     torchrun --nproc_per_node=8 train/cifar.py --config cifar100

@@ -22,16 +22,19 @@ NETWORKS = (
     "coded_resnext29_10x11d",
     "coded_resnext29_20x6d",
     "coded_resnext50_32x4d",
+    "coded_resnext_cifar10_small",
     "coded_resnext_digits",
     "resnext14_32x1d",
     "resnext17_10x4d",
     "resnext29_10x11d",
     "resnext29_20x6d",
     "resnext50_32x4d",
+    "resnext_cifar10_small",
     "resnext_digits",
 )
 OPSET = 18
 
+RUN = "model file, folder of a run, or name of shipped weights, which `coded-resnext models` lists"
 WHICH = "a file, or a shipped codebook such as 100x8/20 or 10x5/10:paper"
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
@@ -56,6 +59,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_export(commands)
     _add_extract(commands)
     _add_info(commands)
+    _add_models(commands)
     _add_predict(commands)
     _add_report(commands)
     return parser
@@ -195,9 +199,7 @@ def _add_evaluate(commands: Commands) -> None:
         epilog="Thresholds of the one-class classifiers are chosen on training images; where "
         "there are none, on the test images themselves, which the output says.",
     )
-    parser.add_argument(
-        "checkpoint", metavar="CHECKPOINT", help="model file, or the folder of a run that has one"
-    )
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help=RUN)
     parser.add_argument(
         "data",
         metavar="DATA",
@@ -279,7 +281,7 @@ def _add_export(commands: Commands) -> None:
         "torch.export program, as an AOTInductor package, or as a folder with a model card.",
         epilog="examples/ has programs that run the ONNX files with onnxruntime and NumPy alone.",
     )
-    parser.add_argument("checkpoint", metavar="RUN", help="model file, or the folder of a run")
+    parser.add_argument("checkpoint", metavar="RUN", help=RUN)
     parser.add_argument(
         "--format",
         choices=["onnx", "program", "aot", "shared"],
@@ -339,7 +341,7 @@ def _add_extract(commands: Commands) -> None:
         epilog="One class gives a yes-or-no classifier, several a network with one logit for each. "
         "The threshold is, unless given, the one in the run's evaluation.json, when there is one.",
     )
-    parser.add_argument("checkpoint", metavar="RUN", help="model file, or the folder of a run")
+    parser.add_argument("checkpoint", metavar="RUN", help=RUN)
     parser.add_argument(
         "classes",
         metavar="CLASS",
@@ -381,7 +383,7 @@ def _add_info(commands: Commands) -> None:
         "classifier of one class costs beside the whole network.",
         epilog="Shares are by all tensors, and without projection skips, as the paper counts.",
     )
-    parser.add_argument("checkpoint", metavar="RUN", help="model file, or the folder of a run")
+    parser.add_argument("checkpoint", metavar="RUN", help=RUN)
     parser.add_argument(
         "--image-size",
         type=int,
@@ -395,16 +397,28 @@ def _add_info(commands: Commands) -> None:
     parser.set_defaults(function="info:run")
 
 
+def _add_models(commands: Commands) -> None:
+    parser = commands.add_parser(
+        "models",
+        help="list the networks, and the weights that come with the package",
+        description="The networks that can be made, and the weights that come with the package: "
+        "each has a name that stands wherever a command takes a RUN, without any download.",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    parser.set_defaults(function="models:run")
+
+
 def _add_predict(commands: Commands) -> None:
     parser = commands.add_parser(
         "predict",
         help="classify image files",
         description="The class of every image, where that was decided, and the branches that had "
-        "the most energy in every coded block.",
+        "the most energy in every coded block. Without early exit: from which coded block on every "
+        "block shows this class, so that the image could have stopped there.",
         epilog="Images of any size are brought to the network's input by the preprocessing that "
         "the run was trained with.",
     )
-    parser.add_argument("checkpoint", metavar="RUN", help="model file, or the folder of a run")
+    parser.add_argument("checkpoint", metavar="RUN", help=RUN)
     parser.add_argument(
         "images", metavar="IMAGE", nargs="+", help="image files, or folders that hold some"
     )
@@ -434,7 +448,9 @@ def _add_report(commands: Commands) -> None:
         epilog="Nothing is measured here: `coded-resnext eval RUN DATA --out RUN` makes results. "
         "What a run does not have the page lists.",
     )
-    parser.add_argument("folder", metavar="RUN", type=Path, help="the folder of a run")
+    parser.add_argument(
+        "folder", metavar="RUN", help="the folder of a run, or the name of shipped weights"
+    )
     parser.add_argument(
         "--out", type=Path, metavar="FILE", help="the page (default: RUN/report.html)"
     )

@@ -16,6 +16,7 @@ from coded_resnext.interpret.results import EVALUATION_FILE
 from coded_resnext.kernels.checks import checked_number
 from coded_resnext.models.checkpoint import MODEL_FILE, weights_sha256
 from coded_resnext.models.resnext import CodedResNeXt
+from coded_resnext.models.shipped import find_model
 from coded_resnext.training.run_folder import SUMMARY_FILE
 
 # Of a run's summary: what was measured, and not where or how long.
@@ -33,13 +34,19 @@ class Companions:
     """The files beside a model file that were measured on its weights.
 
     Args:
-        checkpoint: the model file, or the folder of a run that has one.
+        checkpoint: the model file, the folder of a run that has one, or a name of shipped weights.
         model: the network that was read from it.
+
+    Attributes:
+        folder: where they lie.
+        target: the folder for what is made of the model: the same, and for shipped weights one of
+            their name in the current folder.
     """
 
     def __init__(self, checkpoint: str | Path, model: CodedResNeXt) -> None:
-        path = Path(checkpoint)
+        path = find_model(checkpoint)
         self.folder = path if path.is_dir() else path.parent
+        self.target = self.folder if path == Path(checkpoint) else Path(checkpoint)
         self._is_model = path.is_dir() or path.name == MODEL_FILE
         self._sha256 = weights_sha256(model)
 

@@ -49,7 +49,7 @@ def run(arguments: argparse.Namespace) -> int:
     loaded = load_model(arguments.checkpoint)
     companions = Companions(arguments.checkpoint, loaded.model)
     if arguments.format == "shared":
-        out = arguments.out or companions.folder / FOLDER / SHARED_FOLDER
+        out = arguments.out or companions.target / FOLDER / SHARED_FOLDER
         shared = Pretrained(
             loaded.model,
             loaded.preprocessing,
@@ -88,7 +88,7 @@ def _write(
     """Write what is asked for; the files."""
     model = loaded.model
     options = {"image_size": arguments.image_size, "preprocessing": loaded.preprocessing}
-    target = companions.folder / FOLDER
+    target = companions.target / FOLDER
     if arguments.early_exit:
         criterion = companions.early_exit()
         if criterion is None:

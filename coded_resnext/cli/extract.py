@@ -43,11 +43,10 @@ def run(arguments: argparse.Namespace) -> int:
     books = [Codebook.load(path) for path in arguments.codebooks or ()]
     loaded = load_model(arguments.checkpoint, codebooks=books or None)
     companions = Companions(arguments.checkpoint, loaded.model)
-    run_folder = companions.folder
     thresholds = companions.thresholds()
     options = {"fold_batch_norm": arguments.fold, "skip_rank": arguments.skip_rank}
     if arguments.all:
-        folder = arguments.out or run_folder / FOLDER
+        folder = arguments.out or companions.target / FOLDER
         content = _extract_all(loaded, folder, thresholds, options)
     else:
         indices = [parse_class(loaded.model, text) for text in arguments.classes]
@@ -57,7 +56,7 @@ def run(arguments: argparse.Namespace) -> int:
             if len(indices) == 1
             else f"classes-{'-'.join(map(str, indices))}.safetensors"
         )
-        path = arguments.out or run_folder / FOLDER / name
+        path = arguments.out or companions.target / FOLDER / name
         path.parent.mkdir(parents=True, exist_ok=True)
         save_extracted(path, part, preprocessing=loaded.preprocessing)
         content = describe(loaded, part, path)

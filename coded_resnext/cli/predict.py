@@ -18,7 +18,7 @@ from coded_resnext.files import printable
 from coded_resnext.interpret.observe import evaluating, with_progress
 from coded_resnext.interpret.samples import strongest
 from coded_resnext.models.checkpoint import LoadedModel, load_model
-from coded_resnext.models.decode import check_results, not_finite
+from coded_resnext.models.decode import check_results, not_finite, read_class
 from coded_resnext.models.resnext import CodedResNeXt
 
 from .companions import Companions
@@ -87,7 +87,8 @@ def classify(
 
     `exit_block` counts coded blocks from 1 and is None when the classifier decided; `path` has the
     A strongest branches of every coded block that was computed; `macs` are the multiply-accumulates
-    that were spent.
+    that were spent. `shown_from` is the coded block from which on each of them, if it was computed,
+    shows this class; None where the last one does not.
     """
     images = images.to(next(model.parameters()))
     blocks = len(model.coded_blocks)
@@ -102,6 +103,7 @@ def classify(
         classes = logits.argmax(1)
         exits = [blocks] * len(images)
         macs = [network_cost(model, images.shape[2]).macs] * len(images)
+    shown_from = first_agreeing(model, all_energies, classes)
     rows = []
     for index, path in enumerate(files):
         computed = min(exits[index] + 1, blocks)
@@ -111,6 +113,7 @@ def classify(
                 "class_name": model.class_names[int(classes[index])],
                 "class": int(classes[index]),
                 "exit_block": None if exits[index] == blocks else exits[index] + 1,
+                "shown_from": shown_from[index],
                 "path": [
                     list(strongest(energies[index], book.active))
                     for energies, book in zip(
@@ -123,16 +126,52 @@ def classify(
     return rows
 
 
+def first_agreeing(
+    model: CodedResNeXt, energies: Sequence[Tensor], classes: Tensor
+) -> list[int | None]:
+    """Returns the coded block, from 1, from which on every computed block shows a sample's class.
+
+    Args:
+        model: with codewords of every block.
+        energies: `[B, N]` of every coded block, NaN where a block was not computed.
+        classes: of the samples, `[B]`.
+    """
+    first: list[int | None] = [None] * len(classes)
+    # A block that was not computed says nothing, for or against.
+    agreeing = torch.ones_like(classes, dtype=torch.bool)
+    for number, (values, block) in reversed(
+        list(enumerate(zip(energies, model.coded_blocks, strict=True), 1))
+    ):
+        computed = ~values.isnan().any(1)
+        same = read_class(values, block.codewords)[0] == classes
+        agreeing &= same | ~computed
+        for index in (agreeing & computed).nonzero().flatten().tolist():
+            first[index] = number
+    return first
+
+
+def _where(row: dict[str, Any], blocks: int, is_early: bool) -> str:
+    """Says where a class was decided and, if that was at the end, where it was to be seen."""
+    if row["exit_block"] is not None:
+        return f"block {row['exit_block']}/{blocks}"
+    if is_early or not blocks:
+        return "classifier"
+    if row["shown_from"] is None:
+        return "classifier alone"
+    return f"classifier, shown from block {row['shown_from']}/{blocks} on"
+
+
 def _table(loaded: LoadedModel, rows: list[dict[str, Any]], criterion: EarlyExit | None) -> str:
     blocks = len(loaded.model.coded_blocks)
     files = [printable(row["file"]) for row in rows]
     names = [printable(row["class_name"]) for row in rows]
     file_width, name_width = max(map(len, files)), max(map(len, names))
+    places = [_where(row, blocks, criterion is not None) for row in rows]
+    place_width = max(map(len, places))
     lines = []
-    for file, name, row in zip(files, names, rows, strict=True):
-        where = "classifier" if row["exit_block"] is None else f"block {row['exit_block']}/{blocks}"
+    for file, name, where, row in zip(files, names, places, rows, strict=True):
         path = " | ".join(" ".join(map(str, branches)) for branches in row["path"])
-        lines.append(f"{file:<{file_width}}  {name:<{name_width}}  {where:<10}  {path}")
+        lines.append(f"{file:<{file_width}}  {name:<{name_width}}  {where:<{place_width}}  {path}")
     if criterion is not None:
         assert loaded.preprocessing is not None
         whole = network_cost(loaded.model, loaded.preprocessing.size).macs

@@ -14,6 +14,7 @@ from coded_resnext.interpret.figures import save_figures
 from coded_resnext.interpret.report import gather, render
 from coded_resnext.interpret.results import load_evaluation
 from coded_resnext.interpret.tables import csv_tables
+from coded_resnext.models.shipped import find_model
 
 REPORT_FILE = "report.html"
 
@@ -26,10 +27,11 @@ def run(arguments: argparse.Namespace) -> int:
         OSError: there is no such folder, or a file cannot be written.
         ImportError: Jinja is not installed.
     """
-    content = gather(arguments.folder)
+    folder = find_model(arguments.folder)
+    content = gather(folder)
     written = []
     if arguments.csv is not None or arguments.figures is not None:
-        evaluation = load_evaluation(arguments.folder)
+        evaluation = load_evaluation(folder)
         if arguments.csv is not None:
             written += _write_tables(evaluation, arguments.csv)
         if arguments.figures is not None:
@@ -39,7 +41,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps(content, indent=1, allow_nan=False))
         return 0
-    written.append(_write_page(content, arguments.out or arguments.folder / REPORT_FILE))
+    written.append(_write_page(content, arguments.out or Path(arguments.folder) / REPORT_FILE))
     for path in written:
         print(f"wrote {path}")
     for entry in content["missing"]:

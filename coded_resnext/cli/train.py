@@ -37,6 +37,7 @@ from coded_resnext.interpret import (
 from coded_resnext.kernels import check_backend
 from coded_resnext.models.registry import create_model
 from coded_resnext.models.resnext import CodedResNeXt
+from coded_resnext.models.shipped import find_model
 from coded_resnext.models.warm_start import (
     load_plain_weights,
     read_weights,
@@ -122,7 +123,7 @@ def make_model(recipe: Recipe, class_names: Sequence[str]) -> CodedResNeXt:
         arguments["codebooks"] = [_codebook(path, class_names) for path in settings.codebooks]
     elif (
         settings.initial_checkpoint
-        and Path(settings.initial_checkpoint).exists()
+        and find_model(settings.initial_checkpoint).exists()
         and (books := read_weights(settings.initial_checkpoint).codebooks_for(class_names))
     ):
         # Branches go on working for the classes that they have learnt.
@@ -163,7 +164,7 @@ def start_from(model: CodedResNeXt, settings: ModelConfig, calibration: EvalImag
         ValueError: the weights are those of another architecture, or no weights.
         OSError: there is no such file.
     """
-    path = Path(settings.initial_checkpoint or "")
+    path = settings.initial_checkpoint or ""
     weights = read_weights(path)
     names = weights.class_names or model.class_names
     other_classes = names != model.class_names and len(names) == model.num_classes

@@ -20,6 +20,7 @@ from coded_resnext.files import printable, read_json, write_atomically
 from coded_resnext.kernels.checks import checked_number
 from coded_resnext.models.checkpoint import MODEL_FILE, UNFIT, load_model, save_model
 from coded_resnext.models.resnext import CodedResNeXt
+from coded_resnext.models.shipped import find_model
 
 from .early_exit import EarlyExit
 
@@ -126,10 +127,11 @@ def from_pretrained(
     token: str | bool | None = None,
     cache_dir: str | Path | None = None,
 ) -> Pretrained:
-    """Read what `save_pretrained` wrote, from a folder or from the Hugging Face Hub.
+    """Read what `save_pretrained` wrote: shipped, in a folder, or on the Hugging Face Hub.
 
     Args:
-        source: a folder, or, where there is none of that name, `OWNER/NAME` on the Hub.
+        source: the name of shipped weights, such as `"digits"`; a folder; or, where there is none
+            of that name, `OWNER/NAME` on the Hub.
         revision: branch, tag or commit on the Hub.
         token, cache_dir: as `huggingface_hub` has them.
 
@@ -140,10 +142,9 @@ def from_pretrained(
         ImportError: huggingface_hub is missing; the message names the extra.
         OSError: the Hub cannot be reached, or has no such network.
     """
-    if Path(source).is_dir():
-        folder = Path(source)
-    else:
-        if Path(source).exists():
+    folder = find_model(source)
+    if not folder.is_dir():
+        if folder.exists():
             raise ValueError(
                 f"source: expected a folder of save_pretrained or OWNER/NAME, got the file "
                 f"{source}; load_weights(model, file) reads weights alone"

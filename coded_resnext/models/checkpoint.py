@@ -25,6 +25,7 @@ from coded_resnext.kernels import Backend, check_backend
 
 from .layers import check_layers
 from .resnext import CodedResNeXt, own_network
+from .shipped import find_model
 
 FORMAT_VERSION = 1
 MODEL_FILE = "model.safetensors"
@@ -124,7 +125,7 @@ def load_model(
     """Read a network written by `save_model`.
 
     Args:
-        path: the file, or the folder of a run that has one.
+        path: the file, the folder of a run that has one, or the name of shipped weights.
         codebooks: the codebooks that the caller expects, one for each coded stage.
         backend: of the network; a file does not say who computed it.
 
@@ -134,7 +135,7 @@ def load_model(
             class order differ from those expected; or the backend cannot run here.
     """
     check_backend(backend)
-    path = Path(path)
+    path = find_model(path)
     if path.is_dir():
         path = path / MODEL_FILE
     description, state = read_tensors(path)

@@ -1,14 +1,17 @@
-"""Named networks: those of the paper, a small one for 8x8 digits, and their plain twins."""
+"""Named networks: those of the paper, small ones for a CPU, and their plain twins."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from coded_resnext.codebooks.codebook import Codebook
 
+from .checkpoint import check_codebooks, load_model
 from .resnext import CodedResNeXt, Stage
+from .shipped import network_of, shipped_weights, weights_of
+from .warm_start import load_plain_weights
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,15 @@ def _small(active: tuple[int, ...]) -> list[Stage]:
     ]
 
 
+def _cifar_small(active: tuple[int, ...]) -> list[Stage]:
+    """Makes stages that are narrow where maps are large, since a CPU waits for memory there."""
+    return [
+        Stage(1, 60, 4, 10, active[0]),
+        Stage(2, 160, 8, 10, active[1], stride=2),
+        Stage(2, 320, 20, 10, active[2], stride=2),
+    ]
+
+
 NETWORKS = {
     "resnext14_32x1d": Architecture(
         _small_resnext50, 32, (32, 32, 16, 8), 1000, {"stem": "conv7x7", "stem_channels": 16}
@@ -82,30 +94,71 @@ NETWORKS = {
     "resnext29_10x11d": Architecture(_cifar(10, 11), 10, (10, 5, 3), 10, codebook_variant="paper"),
     "resnext29_20x6d": Architecture(_cifar(20, 6), 20, (20, 8, 4), 100),
     "resnext50_32x4d": Architecture(_resnext50, 32, (32, 32, 16, 8), 1000, {"stem": "conv7x7"}),
+    "resnext_cifar10_small": Architecture(
+        _cifar_small, 10, (10, 5, 3), 10, {"stem_channels": 24}, codebook_variant="paper"
+    ),
     "resnext_digits": Architecture(
         _digits, 10, (10, 5, 3), 10, {"in_channels": 1, "stem_channels": 32}
     ),
 }
 
 
-def list_models() -> list[str]:
-    """Returns the names that `create_model` takes: every network plain and, prefixed, coded."""
+def list_models(*, pretrained: bool = False) -> list[str]:
+    """Returns the names that `create_model` takes: every network plain and, prefixed, coded.
+
+    Args:
+        pretrained: only those that weights are shipped for.
+    """
+    if pretrained:
+        return [network_of(name) for name in shipped_weights()]
     return sorted([*NETWORKS, *(f"coded_{name}" for name in NETWORKS)])
 
 
-def create_model(name: str, **overrides: Any) -> CodedResNeXt:
-    """Builds a named network with fresh weights.
+def create_model(name: str, *, pretrained: bool = False, **overrides: Any) -> CodedResNeXt:
+    """Builds a named network, with fresh weights or with those that come with the package.
+
+    As ever with PyTorch, the network is in training mode.
 
     Args:
         name: one of `list_models()`; `resnext..` is the plain twin of `coded_resnext..`.
+        pretrained: start from the shipped weights; `list_models(pretrained=True)` names the
+            networks that have some. Another number of classes has a fresh head and codebooks of
+            its own, other image channels an adapted first convolution.
         overrides: arguments of `CodedResNeXt` that replace the network's own, such as
             `num_classes`, `in_channels`, `codebooks` or `drop_branches`.
 
     Raises:
-        ValueError: there is no such network, or an override does not fit.
+        ValueError: there is no such network, no weights are shipped for it, or an override does
+            not fit it or the weights.
         TypeError: an override is not an argument of `CodedResNeXt`.
     """
-    return CodedResNeXt(**network_arguments(name, **overrides))
+    if not pretrained:
+        return CodedResNeXt(**network_arguments(name, **overrides))
+    source = load_pretrained(name)
+    overrides = trained_arguments(source, overrides) | overrides
+    model = CodedResNeXt(**network_arguments(name, **overrides))
+    if model.num_classes == source.num_classes:
+        check_codebooks(source.stage_codebooks, model.stage_codebooks)
+    load_plain_weights(model, source.state_dict())
+    return model
+
+
+def load_pretrained(name: str) -> CodedResNeXt:
+    """Returns a network with the weights that are shipped for it; a ValueError if none are."""
+    folder = weights_of(name)
+    if folder is None:
+        raise ValueError(
+            f"pretrained: expected a network that weights are shipped for, "
+            f"{' or '.join(list_models(pretrained=True))}, got {name!r}"
+        )
+    return load_model(folder).model
+
+
+def trained_arguments(source: CodedResNeXt, overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the classes and codebooks that weights were trained for, unless others are meant."""
+    if overrides.get("num_classes", source.num_classes) != source.num_classes:
+        return {}
+    return {"codebooks": source.stage_codebooks, "class_names": source.class_names}
 
 
 def network_arguments(name: str, **overrides: Any) -> dict[str, Any]:

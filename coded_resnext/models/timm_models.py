@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 from itertools import accumulate
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,8 +22,10 @@ from torch import Tensor, nn
 from coded_resnext.codebooks.codebook import Codebook
 
 from .block import check_images
-from .registry import list_models, network_arguments
+from .checkpoint import MODEL_FILE, load_model
+from .registry import list_models, load_pretrained, network_arguments, trained_arguments
 from .resnext import CodedResNeXt
+from .shipped import weights_of
 from .warm_start import plain_state
 
 try:
@@ -239,6 +242,9 @@ def _entry_point(network: str) -> Any:
     everything = tuple(range(1 + len(network_arguments(network)["stages"])))
 
     def create(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+        others = {"pretrained_cfg", "pretrained_cfg_overlay"} & kwargs.keys()
+        if pretrained and not others and weights_of(network) is not None:
+            kwargs = trained_arguments(load_pretrained(network), kwargs) | kwargs
         model: nn.Module = build_model_with_cfg(
             partial(TimmCodedResNeXt, network),
             network,
@@ -264,6 +270,7 @@ def _default_cfg(network: str) -> dict[str, Any]:
     for stage in arguments["stages"]:
         stride *= stage.stride
     pool = size // stride
+    weights = weights_of(network)
     return {
         "num_classes": arguments["num_classes"],
         "input_size": (channels, size, size),
@@ -272,6 +279,20 @@ def _default_cfg(network: str) -> dict[str, Any]:
         "first_conv": "stem.0",
         "classifier": "head",
         "license": "mit",
+        **({} if weights is None else _trained_cfg(weights)),
+    }
+
+
+def _trained_cfg(folder: Path) -> dict[str, Any]:
+    """Returns what timm wants to know about shipped weights: file, statistics and classes."""
+    loaded = load_model(folder)
+    preprocessing = loaded.preprocessing
+    assert preprocessing is not None, "shipped weights have a preprocessing"
+    return {
+        "file": str(folder / MODEL_FILE),
+        "mean": preprocessing.mean,
+        "std": preprocessing.std,
+        "label_names": loaded.model.class_names,
     }
 
 

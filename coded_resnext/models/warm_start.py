@@ -29,6 +29,7 @@ from coded_resnext.files import load_tensors
 
 from .checkpoint import check_codebooks, is_model_file, load_model
 from .resnext import CodedResNeXt, own_network
+from .shipped import find_model
 
 # Where training scripts put the weights when they store more than these.
 _CONTAINERS = ("state_dict", "model")
@@ -85,12 +86,12 @@ def read_weights(path: str | Path) -> Weights:
     """Returns the weights in a model file, or in one of `read_state_dict`.
 
     Args:
-        path: a file, or the folder of a run that has a model file.
+        path: a file, the folder of a run that has a model file, or a name of shipped weights.
 
     Raises:
         FileNotFoundError, ValueError: as `load_model` and `read_state_dict`.
     """
-    path = Path(path)
+    path = find_model(path)
     if path.is_dir() or is_model_file(path):
         model = load_model(path).model
         return Weights(model.state_dict(), tuple(model.stage_codebooks), model.class_names)

@@ -125,8 +125,8 @@ class ModelConfig:
     ] = "auto"
     initial_checkpoint: Annotated[
         str | None,
-        "Start from these weights: a run or a model file of this library, or the state dict of a "
-        "plain ResNeXt of timm or torchvision.",
+        "Start from these weights: a run, a model file or shipped weights of this library, or the "
+        "state dict of a plain ResNeXt of timm or torchvision.",
     ] = None
 
     def __post_init__(self) -> None:
