@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from coded_resnext.kernels.checks import checked_number
 from coded_resnext.kernels.coded.gram import branch_forms, split_weight
@@ -25,6 +25,8 @@ from coded_resnext.models.fused.norm import fold
 from coded_resnext.models.layers import PixelPicker, check_layers
 from coded_resnext.models.resnext import CodedResNeXt, Stem, make_stem, own_network
 from coded_resnext.models.sizes import BlockSizes
+
+fx.wrap("check_images")
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
 from coded_resnext.codebooks.codebook import Codebook
@@ -22,6 +22,10 @@ from coded_resnext.kernels.coded.functional import normalized_branches
 from coded_resnext.models.fused.block import fused_block, is_fused
 from coded_resnext.models.fused.values import Map, like, ready
 from coded_resnext.models.layers import applied_weight, unusual_layer
+
+# A symbolic trace has these as one node each, since they ask for shapes.
+for _function in ("check_images", "coded_aggregate", "draw_mask", "normalized_branches"):
+    fx.wrap(_function)
 
 
 class DropSubNNs(nn.Module):
@@ -48,9 +52,7 @@ class DropSubNNs(nn.Module):
         """
         if not self.training or self.p == 0:
             return None
-        dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-        keep = torch.full((batch, branches), 1 - self.p, dtype=dtype, device=like.device)
-        return torch.bernoulli(keep) / (1 - self.p)
+        return draw_mask(batch, branches, self.p, like)
 
     def extra_repr(self) -> str:
         return f"p={self.p}"
@@ -64,10 +66,6 @@ class EnergyRecord:
 
     energies: Tensor | None = None
     """Of the branches, `[B, N]`; None for a plain block."""
-
-
-class BranchEnergies(nn.Identity):
-    """What the energies `[B, N]` of a coded block go through: the place of a hook on them."""
 
 
 class CodedBottleneck(nn.Module):
@@ -100,7 +98,7 @@ class CodedBottleneck(nn.Module):
             `normalized_by` does not fit.
 
     Attributes:
-        energies: of a coded block, the module whose output are its energies `[B, N]`; for hooks.
+        energies: of a coded block, an identity that its energies `[B, N]` go through, for hooks.
         normalized_by: the number of branches that the mean energy is over; None for a plain block.
         codewords: of the codebook, `[K, N]` in booleans, on the device of the weights. They are a
             constant and no buffer, so that neither averaging nor `to_empty` touches them; the state
@@ -182,7 +180,7 @@ class CodedBottleneck(nn.Module):
         if codebook is not None:
             self.codewords = codebook.codewords
         if self.is_coded:
-            self.energies = BranchEnergies()
+            self.energies = nn.Identity()
         self.register_buffer("form", None)
         self.reset_parameters()
 
@@ -370,6 +368,13 @@ class CodedBottleneck(nn.Module):
             return f"branches={self.branches}, active={self.codebook.active}"
         whole = self.normalized_by
         return f"branches={self.branches}" + (f" of {whole}" if whole else ", plain")
+
+
+def draw_mask(batch: int, branches: int, p: float, like: Tensor) -> Tensor:
+    """Returns a mask `[batch, branches]` of 0, with probability `p`, and `1 / (1 - p)`."""
+    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+    keep = torch.full((batch, branches), 1 - p, dtype=dtype, device=like.device)
+    return torch.bernoulli(keep) / (1 - p)
 
 
 def activated(norm: nn.Module, x: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from coded_resnext.kernels import ConvBackend, check_conv_backend, grouped_conv3x3
 
@@ -74,12 +74,14 @@ class GroupedConv2d(nn.Conv2d):
     def forward(self, input: Tensor) -> Tensor:
         """Convolve `[B, N*D, H, W]`, or `[N*D, H, W]` without a batch.
 
-        Settings that were changed since, such as a dilation, are left to `nn.Conv2d`.
+        Settings that were changed since, such as a dilation, are left to `nn.Conv2d`, and symbolic
+        traces are.
 
         Raises:
             RuntimeError: the kernels were asked for by name and cannot run; or as `nn.Conv2d`.
         """
-        if self.backend == "torch" or not _is_batch(input):
+        symbolic = isinstance(input, fx.Proxy)
+        if self.backend == "torch" or symbolic or not _is_batch(input):
             return super().forward(input)
         if (self.backend == "auto" and not input.is_cuda) or mismatch(self) is not None:
             return super().forward(input)

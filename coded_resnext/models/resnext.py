@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args, overload
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from coded_resnext.codebooks.codebook import Codebook
 from coded_resnext.codebooks.shipped import Size, shipped_sizes
@@ -16,6 +16,9 @@ from coded_resnext.kernels import Aggregation, Backend
 
 from .block import CodedBottleneck, Step, check_images, classify, features, walk
 from .layers import check_layers
+
+fx.wrap("check_images")
+fx.wrap("check_untraced")
 
 Stem = Literal["conv3x3", "conv7x7"]
 Keep = int | Tensor | Sequence[Tensor | None]
@@ -173,6 +176,8 @@ class CodedResNeXt(nn.Module):
         Raises:
             ValueError: an argument has the wrong shape, or a class is out of range.
         """
+        x, return_energies = _traced_option(x, "return_energies", return_energies, False)
+        x, keep = _traced_option(x, "keep", keep, None)
         last_map, energies = self.features(x, keep)
         logits = self.forward_head(last_map)
         return (logits, energies) if return_energies else logits
@@ -371,6 +376,28 @@ class CodedResNeXt(nn.Module):
         if low < 0 or high >= classes:
             wrong = low if low < 0 else high
             raise ValueError(f"keep: expected classes 0 to {classes - 1}, got {wrong}")
+
+
+def _traced_option(x: Tensor, name: str, value: Any, default: Any) -> tuple[Tensor, Any]:
+    """Returns an option as it is; in a symbolic trace of `torch.fx`, which cannot follow it, its
+    default, and images behind a check that it has no other value."""
+    if not isinstance(value, fx.Proxy):
+        return x, value
+    return check_untraced(x, name, value, default), default
+
+
+def check_untraced(x: Tensor, name: str, value: Any, default: Any) -> Tensor:
+    """Returns `x`, where an option that a trace has fixed is asked for as it was traced.
+
+    Raises:
+        ValueError: it is asked for with another value.
+    """
+    if value is not default:
+        raise ValueError(
+            f"{name}: expected {default}, as the network was traced; for another value trace it "
+            f"with concrete_args={{{name!r}: ...}}, got {value!r:.80}"
+        )
+    return x
 
 
 def own_network(model: nn.Module) -> CodedResNeXt:

@@ -265,8 +265,8 @@ def normalized_branches(
 ) -> tuple[Tensor, Tensor]:
     """Computes energies, normalisation and DropSubNNs by (11)-(12), up to the convolution.
 
-    Reverse mode, once or twice, has its gradients written out; transforms of `torch.func` and
-    forward mode see plain operations.
+    Reverse mode, once or twice, has its gradients written out; transforms of `torch.func`,
+    forward mode and `torch.jit.trace`, which counts operations for some tools, see plain ones.
 
     Args:
         h: `[B, N*D, H, W]`, contiguous or channels-last; other layouts are copied.
@@ -283,7 +283,8 @@ def normalized_branches(
     if not (h.is_contiguous() or _is_channels_last(h)):
         h = h.contiguous()
     tensors = (h, branch_weight, drop_mask, keep_mask)
-    if transformed(h, branch_weight):
+    counted = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+    if counted or transformed(h, branch_weight):
         result = normalize(
             *tensors, branches_of_whole=branches_of_whole, normalize=divided, form=form
         )

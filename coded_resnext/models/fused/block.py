@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from coded_resnext.kernels import Aggregation, Backend
 from coded_resnext.kernels.backend import LOGGER, requested_backend, say_once
@@ -140,7 +140,12 @@ def _is_deferred(block: Bottleneck) -> bool:
 
 
 def is_fused(block: Bottleneck, x: Tensor) -> bool:
-    """Returns whether the block takes the fused data flow for activations like `x`."""
+    """Returns whether the block takes the fused data flow for activations like `x`.
+
+    A symbolic trace of `torch.fx` is made of layers.
+    """
+    if isinstance(x, fx.Proxy):
+        return False
     chosen = _chosen(block, x)
     if chosen not in ("fused", "triton"):
         return False

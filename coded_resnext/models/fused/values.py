@@ -66,7 +66,7 @@ Map = Tensor | Deferred
 
 def ready(x: Map) -> Tensor:
     """Returns the map itself, `[B, C, H, W]`."""
-    if isinstance(x, Tensor):
+    if not isinstance(x, Deferred):
         return x
     if isinstance(x.raw, Product):
         return joined_product(x, x.raw)[0]
@@ -120,7 +120,7 @@ def joined_product(
 
 def like(x: Map) -> Tensor:
     """Returns a tensor with the map's shape, dtype and device."""
-    if isinstance(x, Tensor):
+    if not isinstance(x, Deferred):
         return x
     return x.raw.handle if isinstance(x.raw, Product) else x.raw
 
