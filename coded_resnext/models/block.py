@@ -18,10 +18,13 @@ from torch.nn.utils import parametrize
 
 from coded_resnext.codebooks.codebook import Codebook
 from coded_resnext.kernels import Aggregation, Backend, coded_aggregate, select_backend
+from coded_resnext.kernels.checks import checked_mask
 from coded_resnext.kernels.coded.functional import normalized_branches
+from coded_resnext.kernels.coded.reference import aggregate_outputs
+from coded_resnext.kernels.layout import accumulation_dtype
 from coded_resnext.models.fused.block import fused_block, is_fused
 from coded_resnext.models.fused.values import Map, like, ready
-from coded_resnext.models.layers import applied_weight, unusual_layer
+from coded_resnext.models.layers import applied_weight, is_seen_by_calls, unusual_layer
 
 # A symbolic trace has these as one node each, since they ask for shapes.
 for _function in ("check_images", "coded_aggregate", "draw_mask", "normalized_branches"):
@@ -268,6 +271,8 @@ class CodedBottleneck(nn.Module):
     def _aggregate(
         self, h: Tensor, drop_mask: Tensor | None, keep_mask: Tensor | None
     ) -> tuple[Tensor, Tensor]:
+        if is_seen_by_calls(self.expand):
+            return self._aggregate_by_calls(h, drop_mask, keep_mask)
         concatenate = self.aggregation == "concat"
         # Parametrizations that change with every use give one weight to energies and convolution.
         with parametrize.cached() if parametrize.is_parametrized(self.expand) else nullcontext():
@@ -297,6 +302,33 @@ class CodedBottleneck(nn.Module):
                 form=self.form,
             )
             return self.expand(scaled), energies
+
+    def _aggregate_by_calls(
+        self, h: Tensor, drop_mask: Tensor | None, keep_mask: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Follows the definition, on branch outputs of one call of `expand`.
+
+        Raises:
+            ValueError: an ablation or a cut-out block, to which the definition does not apply.
+        """
+        if not self.normalize or self.normalized_by != self.branches or self.form is not None:
+            raise ValueError(
+                "expand: expected a whole block of normalised energies where gradients of single "
+                "samples are taken by hooks; torch.func.vmap takes them of every block"
+            )
+        concatenate, per_branch = self.aggregation == "concat", (self.branches, -1)
+        if concatenate:
+            outputs = torch.unflatten(self.expand(h), 1, per_branch)
+        else:
+            # The branches below one another, each with zeros in the channels of the others.
+            own = torch.eye(self.branches, dtype=h.dtype, device=h.device)[:, None, :, None, None]
+            stacked = torch.unflatten(h, 1, per_branch)[:, :, :, None] * own
+            outputs = self.expand(stacked.flatten(1, 2).flatten(2, 3))
+            outputs = torch.unflatten(outputs, 2, per_branch).transpose(1, 2)
+        accumulate = accumulation_dtype(h.dtype)
+        drop_mask = checked_mask("drop_mask", drop_mask, h, self.branches, accumulate)
+        keep_mask = checked_mask("keep_mask", keep_mask, h, self.branches, accumulate)
+        return aggregate_outputs(outputs, drop_mask, keep_mask, concatenate=concatenate)
 
     def unusual_layer(self, *, sizes_only: bool = False) -> str | None:
         """Returns which layer is not as it was made, and how; see models/layers.py."""

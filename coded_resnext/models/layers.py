@@ -69,6 +69,14 @@ def applied_weight(layer: Any, in_channels: int, groups: int, like: Tensor) -> T
     return response.transpose(0, 1)
 
 
+def is_seen_by_calls(layer: nn.Module) -> bool:
+    """Returns whether a tool takes gradients of single samples by hooks, as Opacus does.
+
+    It sets `grad_sample`, and sees of a weight what passes through calls of its layer.
+    """
+    return any(hasattr(parameter, "grad_sample") for parameter in layer.parameters())
+
+
 def unusual_layer(block: Any, *, sizes_only: bool = False) -> str | None:
     """Returns which layer of a block is not as it was made, and how; None if all are.
 

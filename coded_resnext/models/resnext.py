@@ -427,7 +427,7 @@ def make_stem(stem: Stem, in_channels: int, channels: int) -> nn.Sequential:
         bias=False,
     )
     nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
-    layers: list[nn.Module] = [conv, nn.BatchNorm2d(channels), nn.ReLU(inplace=True)]
+    layers: list[nn.Module] = [conv, nn.BatchNorm2d(channels), nn.ReLU()]
     if not small:
         layers.append(nn.MaxPool2d(3, 2, 1))
     return nn.Sequential(*layers)

@@ -59,8 +59,20 @@ def coded_aggregate(
         `y [B, C, H, W]` (`[B, N*C, H, W]` when concatenated) in the dtype of `h`, and the
         normalised energies `Ebar [B, N]`, float64 for float64 input and float32 otherwise.
     """
-    accumulate = accumulation_dtype(h.dtype)
-    outputs = branch_outputs(h, branch_weight).to(accumulate)
+    outputs = branch_outputs(h, branch_weight)
+    return aggregate_outputs(outputs, drop_mask, keep_mask, concatenate=concatenate)
+
+
+def aggregate_outputs(
+    outputs: Tensor,
+    drop_mask: Tensor | None = None,
+    keep_mask: Tensor | None = None,
+    *,
+    concatenate: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """What `coded_aggregate` returns, from branch outputs `[B, N, C, H, W]`."""
+    dtype, accumulate = outputs.dtype, accumulation_dtype(outputs.dtype)
+    outputs = outputs.to(accumulate)
     if keep_mask is not None:
         outputs = outputs * keep_mask.to(accumulate)[:, :, None, None, None]
     energy = outputs.square().mean((2, 3, 4))
@@ -73,4 +85,4 @@ def coded_aggregate(
     if drop_mask is not None:
         normalized = normalized * drop_mask.to(accumulate)[:, :, None, None, None]
     y = normalized.flatten(1, 2) if concatenate else normalized.sum(1)
-    return y.to(h.dtype), torch.where(dead, 0.0, energy / divisor)
+    return y.to(dtype), torch.where(dead, 0.0, energy / divisor)
