@@ -95,6 +95,13 @@ def gradient_tile(
     It is 0 in rows that are not real, where `h` and `upstream` are.
     """
     h = activate(z, scale, bias, real, AFFINE, MASKED)
+    if z.dtype == tl.float16:
+        # Sums over all output channels: without the scale they leave the range of float16.
+        last: tl.constexpr = len(form.shape) - 1
+        largest = tl.max(tl.max(tl.abs(form), last, keep_dims=True), last - 1, keep_dims=True)
+        largest = tl.where(largest > 0.0, largest, 1.0)
+        form = form / largest
+        coefficient = coefficient * largest
     form = round_to(form, z.dtype)
     grad = dot(h, form, tl.zeros(z.shape, tl.float32), PRECISION) * coefficient
     if upstream is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -247,3 +248,24 @@ def test_offsets_past_two_to_the_31st_elements(
         # The interpreter runs the same steps on the same numbers.
         assert torch.equal(a, b)
     assert (results[0][0] != 0).any()
+
+
+@pytest.mark.parametrize(("scale", "channels"), [(2.0**-10, 6), (45.0, 64)], ids=["tiny", "huge"])
+@pytest.mark.parametrize("case", KERNEL_CASES[:3], ids=lambda case: case.name)
+def test_float16_takes_weights_of_any_size(
+    case: Case, scale: float, channels: int, device: torch.device
+) -> None:
+    """apex#402, triton#8908: sums of squares over the channels left the range of float16."""
+    h, weight = replace(case, C=channels).inputs(torch.float32)
+    weight = (scale * weight / weight.square().mean().sqrt()).half()
+    h = h.half()
+
+    def gradient(backend: str, dtype: torch.dtype) -> Tensor:
+        leaf = h.to(dtype).requires_grad_()
+        arguments = (leaf, weight.to(dtype), case.N)
+        energies = coded_aggregate(*arguments, backend=backend, **case.masks())[1]
+        return torch.autograd.grad(energies.square().sum(), leaf)[0].double()
+
+    expected = gradient("reference", torch.float64)
+    # Two 16-bit roundings of each factor of a product.
+    assert relative_error(gradient("triton", torch.float16), expected) < TOLERANCES[torch.float16]
