@@ -56,6 +56,11 @@ def parse_json(text: str) -> Any:
         raise ValueError(f"expected JSON: {error}") from None
 
 
+def as_text(name: object) -> str:
+    """A name of a file as text that can be written: bytes that are no UTF-8 are escaped."""
+    return str(name).encode(errors="backslashreplace").decode()
+
+
 def printable(text: object) -> str:
     """A name for one line of a terminal: what would move the cursor or hide text is escaped."""
     return "".join(

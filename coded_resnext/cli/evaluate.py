@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+import sys
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from coded_resnext.data.batches import batches
-from coded_resnext.data.datasets import load_digits_split
-from coded_resnext.data.image_folder import find_images, find_splits, image_folder, read_image
+from coded_resnext.data.datasets import find_image_folder, load_digits_split
+from coded_resnext.data.image_sets import FileImages
+from coded_resnext.data.loaders import EvalImages
 from coded_resnext.data.preprocessing import SPLIT_SEED, Preprocessing
 from coded_resnext.interpret import tables
 from coded_resnext.interpret.evaluate import evaluate
@@ -48,7 +48,8 @@ def run(arguments: argparse.Namespace) -> int:
     train_loader, test_loader = open_data(loaded, arguments.data, batch_size)
     outside = None
     if arguments.outside is not None:
-        outside = OutsideImages(arguments.outside, _preprocessing(loaded), batch_size)
+        images = FileImages.of_no_class([arguments.outside])
+        outside = EvalImages(images, _preprocessing(loaded), batch_size)
     evaluation = evaluate(
         loaded.model,
         train_loader,
@@ -72,33 +73,6 @@ def run(arguments: argparse.Namespace) -> int:
         if not arguments.json:
             print("\n".join(["", *(f"wrote {path}" for path in written)]))
     return 0
-
-
-class OutsideImages:
-    """A loader of all images below a folder, which belong to none of the classes.
-
-    Args:
-        folder: where they are; also in folders inside it.
-        preprocessing: from a PIL image to `[C, H, W]`.
-        batch_size: images in a batch, at least 1.
-
-    Raises:
-        FileNotFoundError: there is no such folder.
-        ValueError: it has no image; while iterating, a file is not a readable one.
-    """
-
-    def __init__(self, folder: Path, preprocessing: Preprocessing, batch_size: int) -> None:
-        self.files = find_images([folder])
-        self.preprocessing, self.batch_size = preprocessing, batch_size
-
-    def __len__(self) -> int:
-        return -(-len(self.files) // self.batch_size)
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for start in range(0, len(self.files), self.batch_size):
-            paths = self.files[start : start + self.batch_size]
-            images = torch.stack([read_image(path, self.preprocessing) for path in paths])
-            yield images, torch.zeros(len(images), dtype=torch.int64)
 
 
 def open_data(loaded: LoadedModel, data: str, batch_size: int) -> tuple[Loader | None, Loader]:
@@ -127,12 +101,16 @@ def open_data(loaded: LoadedModel, data: str, batch_size: int) -> tuple[Loader |
             batches(split.train_images, split.train_targets, batch_size),
             batches(split.test_images, split.test_targets, batch_size),
         )
-    arguments = (model.class_names, _preprocessing(loaded))
-    train, test = find_splits(data, model.class_names)
-    return (
-        None if train is None else image_folder(train, *arguments, batch_size=batch_size),
-        image_folder(test, *arguments, batch_size=batch_size),
+    preprocessing = _preprocessing(loaded)
+    splits = find_image_folder(data, model.class_names)
+    print(splits, file=sys.stderr)
+    train, test = (
+        EvalImages(images, preprocessing, batch_size) if len(images) else None
+        for images in (splits.train, splits.test)
     )
+    if test is None:
+        raise ValueError(f"DATA: expected at least one image to test on, found none in {data}")
+    return train, test
 
 
 def _preprocessing(loaded: LoadedModel) -> Preprocessing:

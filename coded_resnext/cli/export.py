@@ -8,7 +8,8 @@ from pathlib import Path
 
 import torch
 
-from coded_resnext.data.image_folder import find_images, read_image
+from coded_resnext.data.image_sets import FileImages
+from coded_resnext.data.loaders import EvalImages
 from coded_resnext.data.preprocessing import Preprocessing
 from coded_resnext.deploy.early_exit import EXIT_FILE
 from coded_resnext.deploy.export import (
@@ -128,5 +129,5 @@ def _calibration(paths: list[str], preprocessing: Preprocessing | None) -> list[
     """Batches of the images that an int8 file is calibrated on."""
     if preprocessing is None:
         raise ValueError("--int8: expected a model with a preprocessing, got one without")
-    images = torch.stack([read_image(path, preprocessing) for path in find_images(paths)])
-    return list(torch.split(images, CALIBRATION_BATCH))
+    images = FileImages.of_no_class(paths)
+    return [batch for batch, _ in EvalImages(images, preprocessing, CALIBRATION_BATCH)]

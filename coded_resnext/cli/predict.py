@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from coded_resnext.data.image_folder import find_images, read_image
+from coded_resnext.data.image_sets import DamagedImages, FileImages
+from coded_resnext.data.loaders import EvalImages
 from coded_resnext.deploy.cost import network_cost
 from coded_resnext.deploy.early_exit import EXIT_FILE, EarlyExit, predict_early
-from coded_resnext.files import printable
+from coded_resnext.files import as_text, printable
 from coded_resnext.interpret.observe import evaluating, with_progress
 from coded_resnext.interpret.samples import strongest
 from coded_resnext.models.checkpoint import LoadedModel, load_model
@@ -25,11 +26,11 @@ from .companions import Companions
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Classify and print; the exit status.
+    """Classify and print; the exit status, 1 where an image could not be read.
 
     Raises:
-        ValueError: a file is no image, the model has no preprocessing, or early exit was asked for
-            and cannot be.
+        ValueError: no file is a readable image, the model has no preprocessing, or early exit was
+            asked for and cannot be.
         OSError: a file cannot be read.
         ImportError: Pillow is not installed.
     """
@@ -45,20 +46,22 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.early or arguments.margin is not None:
         companions = Companions(arguments.checkpoint, loaded.model)
         criterion = read_criterion(arguments.margin, companions, loaded.model)
-    files = find_images(arguments.images)
-    groups = [
-        files[start : start + arguments.batch_size]
-        for start in range(0, len(files), arguments.batch_size)
-    ]
+    images = FileImages.of_no_class(arguments.images)
+    if images.files.others:
+        print(f"{images.files.others} other files left out", file=sys.stderr)
+    damaged = DamagedImages(images, 1.0)
+    loader = EvalImages(images, loaded.preprocessing, arguments.batch_size, damaged=damaged)
     rows: list[dict[str, Any]] = []
-    for group in with_progress(groups, "predict"):
-        images = torch.stack([read_image(path, loaded.preprocessing) for path in group])
-        rows += classify(loaded.model, images, group, criterion)
+    for batch in with_progress(loader.batches(), "predict"):
+        files = [images.files[index] for index in batch.indices.tolist()]
+        rows += classify(loaded.model, batch.images, files, criterion)
+    if not rows:
+        raise ValueError("IMAGES: expected at least one that can be read, got none")
     if arguments.json:
         print(json.dumps(rows, indent=1, allow_nan=False))
     else:
         print(_table(loaded, rows, criterion))
-    return 0
+    return 1 if damaged.reasons else 0
 
 
 def read_criterion(margin: float | None, companions: Companions, model: CodedResNeXt) -> EarlyExit:
@@ -109,7 +112,7 @@ def classify(
         computed = min(exits[index] + 1, blocks)
         rows.append(
             {
-                "file": str(path),
+                "file": as_text(path),
                 "class_name": model.class_names[int(classes[index])],
                 "class": int(classes[index]),
                 "exit_block": None if exits[index] == blocks else exits[index] + 1,

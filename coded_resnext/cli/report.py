@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from coded_resnext.codebooks.codebook import Codebook
-from coded_resnext.files import write_atomically
+from coded_resnext.files import as_text, write_atomically
 from coded_resnext.interpret.evaluate import Evaluation
 from coded_resnext.interpret.figures import save_figures
 from coded_resnext.interpret.report import gather, render
@@ -69,5 +69,6 @@ def write_report(folder: Path) -> Path:
 
 def _write_page(content: dict[str, Any], path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, render(content).encode())
+    # A command line, say, may hold names that are not UTF-8.
+    write_atomically(path, as_text(render(content)).encode())
     return path

@@ -20,8 +20,14 @@ from torch import nn
 from coded_resnext.codebooks.codebook import Codebook
 from coded_resnext.data.augment import TrainTransform
 from coded_resnext.data.datasets import load_dataset
-from coded_resnext.data.image_folder import find_images
-from coded_resnext.data.image_sets import FileImages, ImageSet, ImageSplits, MemoryImages
+from coded_resnext.data.image_sets import (
+    DamagedImages,
+    FileImages,
+    ImageSet,
+    ImageSplits,
+    MemoryImages,
+    into_memory,
+)
 from coded_resnext.data.loaders import EvalImages, TrainImages
 from coded_resnext.data.on_device import DeviceEvalImages, DeviceTrainImages
 from coded_resnext.data.preprocessing import Preprocessing
@@ -252,9 +258,10 @@ def run_recipe(
             preprocessing=recipe.data.preprocessing,
             notes={"data": splits.name, "recipe": identity(recipe)},
         )
-        damaged = {
-            k: v for part in world.gather(loaders.train.damaged.reasons) for k, v in part.items()
-        }
+        damaged = dict(splits.damaged)
+        for counted in (loaders.train.damaged, loaders.test.damaged):
+            for reasons in world.gather(counted.reasons):
+                damaged |= reasons
     if not world.is_main or not command.evaluation:
         return
     outside = None
@@ -303,6 +310,7 @@ def make_loaders(recipe: Recipe, splits: ImageSplits, world: World) -> Loaders:
     """The loaders that a recipe asks for; raises as they do."""
     data, training, augmentation = recipe.data, recipe.training, recipe.augmentation
     share: dict[str, Any] = {"rank": world.rank, "world_size": world.size}
+    damaged = DamagedImages(splits.test, data.max_damaged)
     train: TrainImages | DeviceTrainImages
     test: EvalImages | DeviceEvalImages
     if augmentation.augment_on == "device":
@@ -334,15 +342,27 @@ def make_loaders(recipe: Recipe, splits: ImageSplits, world: World) -> Loaders:
             max_damaged=data.max_damaged,
             **share,
         )
-        test = in_order(recipe, splits.test, **share)
-    return Loaders(train, test, in_order(recipe, splits.train), in_order(recipe, splits.test))
+        test = in_order(recipe, splits.test, damaged, world)
+    train_in_order = in_order(recipe, splits.train, train.damaged)
+    return Loaders(train, test, train_in_order, in_order(recipe, splits.test, damaged))
 
 
-def in_order(recipe: Recipe, images: ImageSet, **share: int) -> EvalImages:
-    """Images as a recipe evaluates them; all of them, or a rank's share."""
-    data = recipe.data
+def in_order(
+    recipe: Recipe,
+    images: ImageSet,
+    damaged: DamagedImages | None = None,
+    world: World | None = None,
+) -> EvalImages:
+    """Images as a recipe evaluates them; all of them, or a process's share."""
+    data, world = recipe.data, world or World()
     return EvalImages(
-        images, data.preprocessing, data.validation_batch_size, workers=data.workers, **share
+        images,
+        data.preprocessing,
+        data.validation_batch_size,
+        rank=world.rank,
+        world_size=world.size,
+        workers=data.workers,
+        damaged=damaged or DamagedImages(images, data.max_damaged),
     )
 
 
@@ -405,17 +425,23 @@ def open_outside(name: str, splits: ImageSplits, recipe: Recipe) -> ImageSet:
         OSError: there are no such images.
     """
     if name == ROTATED:
-        return rotated(splits.test)
+        return rotated(splits.test, recipe.data.max_damaged)
     if name not in CIFAR:
-        files = find_images([Path(name)])
-        return FileImages(tuple(files), torch.zeros(len(files), dtype=torch.int64))
+        return FileImages.of_no_class([name])
     if name == recipe.data.dataset:
         raise ValueError(f"outside: expected another data set than {name}, which is the run's own")
     return load_dataset(name, recipe.data.data_dir, download=recipe.data.download).test
 
 
-def rotated(images: ImageSet) -> MemoryImages:
-    """All images turned by a quarter, counterclockwise."""
+def rotated(images: ImageSet, max_damaged: float) -> MemoryImages:
+    """All images that can be read, turned by a quarter, counterclockwise; raises as `into_memory`.
+
+    Args:
+        images: any set.
+        max_damaged: largest share of them that may be unreadable.
+    """
+    if isinstance(images, FileImages):
+        images = into_memory(images, DamagedImages(images, max_damaged))
     return MemoryImages(
         [np.rot90(np.asarray(images.image(index))) for index in range(len(images))],
         images.targets,

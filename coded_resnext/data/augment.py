@@ -10,6 +10,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 import numpy as np
@@ -112,13 +113,14 @@ class TrainTransform:
         self.preprocessing = preprocessing
         self._steps: list[Callable[[Image], Image]] = []
         if augmentation.crop_padding is None:
-            make_part: Callable[..., Callable[[Image], Image]] = RandomResizedCropAndInterpolation
+            make_part: Callable[..., Any] = RandomResizedCropAndInterpolation
             part = make_part(
                 preprocessing.size,
                 scale=augmentation.scale,
                 ratio=augmentation.ratio,
                 interpolation=augmentation.train_interpolation,
             )
+            part.get_params = partial(_with_a_pixel, part.get_params)
             self._steps.append(part)
         else:
             self._steps.append(PaddedCrop(preprocessing.size, augmentation.crop_padding))
@@ -151,6 +153,15 @@ class TrainTransform:
                     seed_generators(seed + 1)
                     self._erase(row)
         return pixels
+
+
+def _with_a_pixel(
+    draw: Callable[..., tuple[int, int, int, int]], image: Image, *ranges: tuple[float, ...]
+) -> tuple[int, int, int, int]:
+    """Draws a part of an image: top, left, height and width; of a tiny image timm may draw none."""
+    top, left, height, width = draw(image, *ranges)
+    height, width = max(height, 1), max(width, 1)
+    return min(top, image.height - height), min(left, image.width - width), height, width
 
 
 class PaddedCrop:

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .preprocessing import derive_seed
-
-if TYPE_CHECKING:
-    pass
-
 
 # Epoch, and positions of a batch.
 Key = tuple[int, list[int]]
@@ -176,6 +173,15 @@ class TrainingBatches(ShuffledSamples):
                 images = augment(images, draws[chosen])
             yield Batch(images, self.targets[chosen], chosen)
 
+    def fingerprint(self) -> dict[str, Any]:
+        """Returns the number of images, and a digest of their bytes and classes; JSON-ready."""
+        content = hashlib.sha256()
+        for tensor in (self.images, self.targets):
+            content.update(
+                tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
+            )
+        return {"images": self.samples, "content": content.hexdigest()[:16]}
+
     def describe(self, indices: Tensor) -> list[str]:
         """Samples in memory have no name but their position."""
         return [f"sample {index}" for index in indices.tolist()]
@@ -251,3 +257,30 @@ class Batches:
 def batches(images: Tensor, targets: Tensor, batch_size: int = 256) -> Batches:
     """Returns all samples in their order, for evaluation."""
     return Batches(images, targets, batch_size)
+
+
+def full_batches(
+    parts: Iterable[tuple[Tensor, ...]], batch_size: int
+) -> Iterator[tuple[Tensor, ...]]:
+    """Joins and cuts batches, so that all but the last have the same number of samples.
+
+    Args:
+        parts: tensors `[B, ..]` in tuples, B as it comes.
+        batch_size: samples of a batch.
+    """
+    waiting: list[tuple[Tensor, ...]] = []
+    count = 0
+    for part in parts:
+        waiting.append(part)
+        count += len(part[0])
+        while count >= batch_size:
+            joined = _joined(waiting)
+            yield tuple(tensor[:batch_size] for tensor in joined)
+            count -= batch_size
+            waiting = [tuple(tensor[batch_size:] for tensor in joined)] if count else []
+    if count:
+        yield _joined(waiting)
+
+
+def _joined(parts: Sequence[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    return parts[0] if len(parts) == 1 else tuple(map(torch.cat, zip(*parts, strict=True)))

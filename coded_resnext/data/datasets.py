@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import zipfile
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -13,8 +14,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .image_folder import TEST_FOLDERS, TRAIN_FOLDER, class_folders, list_images
-from .image_sets import DamagedImages, FileImages, ImageSplits, MemoryImages, into_memory, listed
+from .image_folder import Files, class_folders, find_splits, image_size, listed
+from .image_sets import (
+    MAX_DAMAGED,
+    DamagedImages,
+    FileImages,
+    ImageSplits,
+    MemoryImages,
+    into_memory,
+)
 from .preprocessing import SPLIT_SEED, TEST_SHARE, Preprocessing
 
 if TYPE_CHECKING:
@@ -25,6 +33,8 @@ DATA_VARIABLE = "CODED_RESNEXT_DATA"
 Storage = Literal["auto", "memory", "files"]
 # Decoded sets up to this size stay in memory unless asked otherwise; CIFAR has 176 MiB.
 MEMORY_BYTES = 512 << 20
+# Images whose headers tell how large a set is.
+SIZES_SAMPLED = 256
 SYNTHETIC_SEED = 0
 # The folders that torchvision unpacks.
 _CIFAR = {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python"}
@@ -43,7 +53,7 @@ def load_dataset(
     test_images: int | None = None,
     holdout: float = 0.0,
     storage: Storage = "auto",
-    max_damaged: float = 0.01,
+    max_damaged: float = MAX_DAMAGED,
     download: bool = False,
 ) -> ImageSplits:
     """Returns a data set by name, or a part of it.
@@ -53,15 +63,14 @@ def load_dataset(
     that torchvision unpacks in `FOLDER`; it is decoded in memory.
 
     Args:
-        name: `"cifar10"`, `"cifar100"`, `"folder"` (`FOLDER/train/CLASS/*` with `test` or `val`)
-            or `"synthetic"`.
+        name: `"cifar10"`, `"cifar100"`, `"folder"` (see `find_image_folder`) or `"synthetic"`.
         folder: holds the CIFAR sets; of `"folder"` the data set itself. See `data_folder`.
         train_images, test_images, holdout: the part, see `ImageSplits.slice`.
         storage: of a folder: `"memory"` decodes all images once, `"files"` reads them anew every
-            time, and `"auto"` decodes them when, by the size of the first, they fit in half a
-            gibibyte.
-        max_damaged: the largest share of training images that may be unreadable when they are
-            decoded into memory; those are left out. An unreadable test image is an error.
+            time, and `"auto"` decodes them when, by the sizes of a seeded sample, training and
+            test images fit in half a gibibyte together.
+        max_damaged: the largest share of the training images, and of the test images, that may be
+            unreadable when they are decoded into memory; those are left out.
         download: let torchvision fetch a CIFAR set that is not there.
 
     Raises:
@@ -77,7 +86,7 @@ def load_dataset(
         splits = _find_cifar(name, folder, download)
         storage, max_damaged = "memory", 0
     elif name == "folder":
-        splits = find_image_folder(folder)
+        splits = find_image_folder(folder, holdout=holdout)
     elif name == "synthetic":
         splits = make_synthetic()
     else:
@@ -87,33 +96,48 @@ def load_dataset(
     return _decoded(splits, storage, max_damaged)
 
 
-def find_image_folder(root: str | Path) -> ImageSplits:
-    """The files of a data set `ROOT/train/CLASS/*` with `ROOT/test/CLASS/*` or `ROOT/val/CLASS/*`.
+def find_image_folder(
+    root: str | Path, class_names: Sequence[str] | None = None, *, holdout: float = 0.0
+) -> ImageSplits:
+    """The files of a data set in folders, for training and for the evaluation of a network alike.
 
-    The classes are the folders of `train` by name.
+    Args:
+        root: `ROOT/train/CLASS` with `ROOT/test/CLASS` or `ROOT/val/CLASS`, each with images in it
+            or in folders inside; or `ROOT/CLASS`, of which `holdout` takes the test images, and
+            which are test images alone to a network.
+        class_names: the classes of a network; None takes the folders of training images by name.
+        holdout: whether a share of the training images is going to be held out; then test images
+            need not be there.
 
     Raises:
-        NotADirectoryError: a folder is missing.
-        ValueError: a class of the test images is none of the training images', a class has no
-            training image, or files are empty; the message names them.
+        NotADirectoryError: there is no such folder.
+        ValueError: folders are missing, a folder is none of the classes, a class has no training
+            image, or a file can be no image; the message names them.
     """
     root = Path(root)
-    train_root, test_root = root / TRAIN_FOLDER, _test_folder(root)
-    names = tuple(class_folders(train_root))
+    train_root, test_root = find_splits(root, class_names)
+    if class_names is None and (train_root is None or not (test_root or holdout)):
+        raise ValueError(
+            f"{root}: expected folders train and test (or val), or classes and a share of their "
+            "images to hold out, such as --holdout 0.2"
+        )
+    names = tuple(class_names or class_folders(train_root or root))
     if len(names) < 2:
         raise ValueError(f"{train_root}: expected folders of two classes or more, got {len(names)}")
-    unknown = [name for name in class_folders(test_root) if name not in names]
-    if unknown:
-        raise ValueError(
-            f"{test_root}: expected classes that {train_root} has too, got also "
-            f"{listed(unknown)}; add training images of them, or remove them"
-        )
-    return ImageSplits(
-        root.resolve().name,
-        names,
-        _list_images(train_root, names, all_classes=True),
-        _list_images(test_root, names, all_classes=False),
-    )
+    splits = []
+    for folder, is_train in ((train_root, True), (test_root, False)):
+        if folder is None:
+            splits.append(FileImages(Files(root, [], []), torch.zeros(0, dtype=torch.int64)))
+            continue
+        unknown = [name for name in class_folders(folder) if name not in names]
+        if unknown:
+            raise ValueError(
+                f"{folder}: expected folders of the {len(names)} classes "
+                f"{'of the network' if class_names else f'in {train_root}'}, got also "
+                f"{listed(unknown)}"
+            )
+        splits.append(FileImages.of_classes(folder, names, every_class=is_train))
+    return ImageSplits(root.resolve().name, names, splits[0], splits[1])
 
 
 def make_synthetic(
@@ -174,7 +198,7 @@ def _from_archive(path: Path) -> ImageSplits:
     # What NumPy raises depends on the damage; a zip archive adds its own.
     except (KeyError, ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"{path}: damaged, or not an archive of images: {error}") from error
-    return ImageSplits(path.stem, names, *splits)
+    return ImageSplits(path.stem, names, splits[0], splits[1])
 
 
 def _from_torchvision(name: str, folder: Path, download: bool) -> ImageSplits:
@@ -212,47 +236,35 @@ def _numbered(what: str, count: int) -> list[str]:
     return [f"{what} {index}" for index in range(count)]
 
 
-def _test_folder(root: Path) -> Path:
-    for name in TEST_FOLDERS:
-        if (root / name).is_dir():
-            return root / name
-    raise NotADirectoryError(f"{root}: expected a folder test or val beside train, found none")
-
-
-def _list_images(root: Path, class_names: tuple[str, ...], *, all_classes: bool) -> FileImages:
-    """Returns the files of the classes; empty ones are refused here, before any time is spent."""
-    files = list_images(root, class_names, all_classes=all_classes)
-    empty = [str(path) for path, _ in files if path.stat().st_size == 0]
-    if empty:
-        raise ValueError(
-            f"{root}: expected images, got {len(empty)} empty files: {listed(empty)}; "
-            "remove them or fetch them again"
-        )
-    return FileImages(
-        tuple(path for path, _ in files), torch.tensor([target for _, target in files])
-    )
-
-
 def _decoded(splits: ImageSplits, storage: Storage, max_damaged: float) -> ImageSplits:
     """The images in memory where `storage` asks for it; of a set that is there already, itself."""
     train, test = splits.train, splits.test
-    if not (isinstance(train, FileImages) and isinstance(test, FileImages)):
+    if storage == "files" or not (isinstance(train, FileImages) and isinstance(test, FileImages)):
         return splits
-    if storage == "files" or (storage == "auto" and _decoded_bytes(train) > MEMORY_BYTES):
+    if storage == "auto" and _decoded_bytes(train) + _decoded_bytes(test) > MEMORY_BYTES:
         return splits
-    damaged = DamagedImages(len(train), max_damaged)
-    return replace(splits, train=into_memory(train, damaged), test=into_memory(test))
+    damaged = [
+        DamagedImages(images, max_damaged, every_class=images is train) for images in (train, test)
+    ]
+    return replace(
+        splits,
+        train=into_memory(train, damaged[0]),
+        test=into_memory(test, damaged[1]),
+        damaged=damaged[0].reasons | damaged[1].reasons,
+    )
 
 
-def _decoded_bytes(images: FileImages) -> int:
-    """Returns an estimate from the first image that can be read."""
-    for index in range(len(images)):
+def _decoded_bytes(images: FileImages) -> float:
+    """Returns an estimate from the headers of a seeded sample of the images."""
+    order = np.random.default_rng(SPLIT_SEED).permutation(len(images))
+    sizes = []
+    for index in order[:SIZES_SAMPLED].tolist():
         try:
-            width, height = images.image(index).size
+            width, height = image_size(images.files[index])
         except ValueError:
             continue
-        return width * height * 3 * len(images)
-    return 0
+        sizes.append(width * height * 3)
+    return sum(sizes) / len(sizes) * len(images) if sizes else 0.0
 
 
 @dataclass(frozen=True)

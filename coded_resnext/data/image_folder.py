@@ -1,21 +1,32 @@
-"""Images in folders named after their classes, as a loader."""
+"""Which files of a folder are images, of which class, and how one is opened: the one rule.
+
+A folder is read with all folders inside it, and links are followed. Hidden files and folders are
+left out, and `__MACOSX`, which an archive from a Mac leaves behind. Files without an image's ending
+are left out and counted. What no image can come of is refused before any time is spent: links to
+nothing, pipes, files that are empty or may not be read.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import stat
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-import torch
+import numpy as np
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+
+from coded_resnext.files import as_text
 
 from .preprocessing import Preprocessing, to_channels
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+    Integers = np.ndarray[tuple[int, ...], np.dtype[np.int64]]
 
 TEST_FOLDERS = ("test", "val")
 TRAIN_FOLDER = "train"
@@ -24,87 +35,192 @@ FORMATS = (
     *("AVIF", "BMP", "DDS", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "MPO", "PCX", "PNG", "PPM"),
     *("QOI", "SGI", "TGA", "TIFF", "WEBP", "XBM"),
 )
+NAMES_IN_MESSAGE = 10
 
 
-class ImageFolder(Dataset[tuple[Tensor, int]]):
-    """The images `ROOT/CLASS/*` in the order of classes and file names; hidden files are no images.
+class Files:
+    """Paths and sizes of files, in arrays that processes share: `Path` objects each would copy.
 
     Args:
-        root: folder with exactly one folder for each class; other files in it do not matter.
-        class_names: the classes, in the order of the model's logits.
-        preprocessing: from a PIL image to `[C, H, W]`.
-
-    Raises:
-        NotADirectoryError: `root` is no folder.
-        ValueError: a class has no folder or an empty one, a folder is no class, or a class folder
-            holds another folder; the message names them.
-        ImportError: Pillow is not installed.
+        root: what the names are relative to.
+        names: paths below `root`.
+        sizes: of the files in bytes, `[n]`.
+        others: number of files beside them whose ending is no image's.
     """
 
     def __init__(
-        self, root: str | Path, class_names: Sequence[str], preprocessing: Preprocessing
+        self, root: Path, names: Iterable[str], sizes: Sequence[int] | Integers, others: int = 0
     ) -> None:
-        _pillow()
-        self.root, self.preprocessing = Path(root), preprocessing
-        found = class_folders(self.root)
-        missing = [name for name in class_names if name not in found]
-        extra = [name for name in found if name not in class_names]
-        if missing or extra:
-            raise ValueError(
-                f"{self.root}: expected one folder for each of the {len(class_names)} classes of "
-                f"the model; {_listed('missing', missing)}, {_listed('no such class', extra)}"
-            )
-        self.files = list_images(self.root, class_names)
+        encoded = list(map(os.fsencode, names))
+        self.root, self.others = root, others
+        self.sizes: Integers = np.asarray(sizes, dtype=np.int64)
+        self.names = b"".join(encoded)
+        """All names, one behind the other."""
+        self.ends: Integers = np.cumsum([0, *map(len, encoded)], dtype=np.int64)
+        """Where the names begin and end in `names`, `[n + 1]`."""
 
     def __len__(self) -> int:
-        return len(self.files)
+        return len(self.sizes)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        """The image `[C, H, W]` and its class; a ValueError names a file that is not readable."""
-        path, target = self.files[index]
-        return read_image(path, self.preprocessing), target
+    def __getitem__(self, index: int) -> Path:
+        return self.root / self.name(range(len(self))[index])
+
+    def name(self, index: int) -> str:
+        """Returns the path of a file below `root`."""
+        return os.fsdecode(self.names[self.ends[index] : self.ends[index + 1]])
+
+    def take(self, indices: Sequence[int]) -> Files:
+        """Returns the chosen files, in the order given."""
+        sizes = self.sizes[np.asarray(indices, dtype=np.int64)]
+        return Files(self.root, map(self.name, indices), sizes)
 
 
-def list_images(
-    root: Path, class_names: Sequence[str], *, all_classes: bool = True
-) -> list[tuple[Path, int]]:
-    """Returns the files `ROOT/CLASS/*` with their classes, in the order of classes and file names.
-
-    Hidden files are no images.
+def list_images(root: Path, folders: Sequence[str] = ("",)) -> tuple[Files, list[int]]:
+    """The images anywhere below some folders, in the order of these and by name.
 
     Args:
-        root: a folder with folders of these classes.
-        class_names: the classes in their order.
-        all_classes: whether a class without a folder, or with an empty one, is an error.
+        root: a folder.
+        folders: names of folders in it, `""` for itself; one that is not there has no image.
+
+    Returns:
+        The files, and how many there are in each of the folders.
 
     Raises:
         NotADirectoryError: `root` is no folder.
-        ValueError: a class has no image, or a class folder holds another folder, a link to
-            nothing, or a file that may not be read.
+        ValueError: a file is a link to nothing, no file at all, empty, or may not be read, or a
+            link leads to a folder around it; the message names it.
+        ImportError: Pillow is not installed.
     """
-    found = class_folders(root)
-    listed: list[tuple[Path, int]] = []
-    for index, name in enumerate(class_names):
-        folder = found.get(name)
-        paths = [] if folder is None else sorted(folder.iterdir())
-        files = [path for path in paths if not path.name.startswith(".")]
-        if all_classes and not files:
-            raise ValueError(f"{root / name}: expected images of the class, got an empty folder")
-        for path in files:
-            if path.is_dir():
-                raise ValueError(f"{path}: expected an image, got a folder")
-            # A pipe would be waited for; a link that leads nowhere is noticed before days of work.
-            if not path.is_file():
-                kind = "something else" if path.exists() else "a link to nothing"
-                raise ValueError(f"{path}: expected an image, got {kind}")
-            if not os.access(path, os.R_OK):
-                raise ValueError(f"{path}: expected an image, got a file that may not be read")
-        listed += [(path, index) for path in files]
-    return listed
+    endings = _endings(_pillow())
+    names: list[str] = []
+    sizes: list[int] = []
+    counts, others = [], 0
+    present = {"": root} | class_folders(root)
+    for folder in folders:
+        before = len(names)
+        below = present[folder].name if folder in present and folder else ""
+        for name, status in _walk(present[folder], below) if folder in present else ():
+            if not name.lower().endswith(endings):
+                others += 1
+                continue
+            # A pipe would be waited for.
+            if not stat.S_ISREG(status.st_mode):
+                raise ValueError(f"{root / name}: expected an image, got something else")
+            if not os.access(root / name, os.R_OK):
+                raise ValueError(f"{root / name}: expected an image that may be read")
+            names.append(name)
+            sizes.append(status.st_size)
+        counts.append(len(names) - before)
+    empty = [name for name, size in zip(names, sizes, strict=True) if not size]
+    if empty:
+        raise ValueError(
+            f"{root}: expected images, got {len(empty)} empty files: {listed(empty)}; "
+            "remove them or fetch them again"
+        )
+    return Files(root, names, sizes, others), counts
+
+
+def _walk(
+    folder: Path, name: str, around: tuple[tuple[int, int], ...] = ()
+) -> Iterator[tuple[str, os.stat_result]]:
+    """Yields the names of all files below a folder, with what the system says of each."""
+    status = folder.stat()
+    itself = (status.st_dev, status.st_ino)
+    if itself in around:
+        raise ValueError(f"{folder}: expected a folder, got a link to one around it")
+    with os.scandir(folder) as entries:
+        inside = sorted(
+            (entry for entry in entries if not _is_hidden(entry.name)), key=lambda e: e.name
+        )
+    for entry in inside:
+        below = f"{name}/{entry.name}" if name else entry.name
+        try:
+            status = entry.stat()
+        except FileNotFoundError:
+            raise ValueError(f"{entry.path}: expected an image, got a link to nothing") from None
+        if stat.S_ISDIR(status.st_mode):
+            yield from _walk(folder / entry.name, below, (*around, itself))
+        else:
+            yield below, status
+
+
+def find_images(paths: Sequence[str | Path]) -> Files:
+    """Files as they are given, and in place of a folder the images anywhere in it.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: a folder holds no image, or as `list_images`.
+        ImportError: Pillow is not installed.
+    """
+    names: list[str] = []
+    sizes: list[int] = []
+    others = 0
+    for path in map(Path, paths):
+        if path.is_dir():
+            files, _ = list_images(path)
+            if not len(files):
+                raise ValueError(f"{path}: expected a folder with images, found none in it")
+            names += (str(files[index]) for index in range(len(files)))
+            sizes += files.sizes.tolist()
+            others += files.others
+        elif path.is_file():
+            names.append(str(path))
+            sizes.append(path.stat().st_size)
+        else:
+            kind = "something else" if path.exists() else "none"
+            raise FileNotFoundError(f"{path}: expected an image or a folder, found {kind}")
+    return Files(Path(), names, sizes, others)
+
+
+def find_splits(
+    root: str | Path, class_names: Sequence[str] | None = None
+) -> tuple[Path | None, Path | None]:
+    """The folders of training and test images in a data set.
+
+    Args:
+        root: `ROOT/{train,test}/CLASS` (`val` may stand for `test`), or `ROOT/CLASS`.
+        class_names: the classes of a network, where there is one. Folders with no other names make
+            `root` itself the folder of test images; without a network it is that of training.
+
+    Returns:
+        Each folder, or None where there is none.
+
+    Raises:
+        NotADirectoryError: `root` is no folder.
+        ValueError: there are training images and no test images for the network.
+    """
+    root = Path(root)
+    present = class_folders(root)
+    split_folders = [name for name in (TRAIN_FOLDER, *TEST_FOLDERS) if name in present]
+    if class_names is not None and (not split_folders or present.keys() <= set(class_names)):
+        return None, root
+    train = present.get(TRAIN_FOLDER)
+    test = next((present[name] for name in TEST_FOLDERS if name in present), None)
+    if class_names is None and train is None:
+        return (root, None) if test is None else (None, test)
+    if class_names is not None and test is None:
+        raise ValueError(f"{root}: expected a folder test or val beside train, found none")
+    return train, test
+
+
+def class_folders(root: Path) -> dict[str, Path]:
+    """The folders in a folder by name (see `as_text`), without hidden ones.
+
+    Raises:
+        NotADirectoryError: it is no folder.
+        ValueError: it holds a link to nothing, which may have been a class.
+    """
+    if not root.is_dir():
+        raise NotADirectoryError(f"{root}: expected a folder of images, found none")
+    paths = [path for path in sorted(root.iterdir()) if not _is_hidden(path.name)]
+    for path in paths:
+        if path.is_symlink() and not path.exists():
+            raise ValueError(f"{path}: expected a folder, got a link to nothing")
+    return {as_text(path.name): path for path in paths if path.is_dir()}
 
 
 def open_image(path: Path, channels: int) -> Image:
-    """An image file as 8-bit grey (1 channel) or RGB (3), read in full; see `pixels.to_channels`.
+    """An image file as 8-bit grey (1 channel) or RGB (3), read in full; see `to_channels`.
 
     Raises:
         ValueError: the file is not a readable image; the message names it.
@@ -117,7 +233,23 @@ def open_image(path: Path, channels: int) -> Image:
     # What Pillow raises depends on the format and the damage; it is no closed list.
     except Exception as error:
         reason = str(error) or type(error).__name__
-        raise ValueError(f"{path}: not a readable image: {reason}") from error
+        raise ValueError(f"{as_text(path)}: not a readable image: {as_text(reason)}") from error
+
+
+def image_size(path: Path) -> tuple[int, int]:
+    """Returns width and height as the file's header says, without decoding; raises as `open_image`.
+
+    Raises:
+        ValueError: the file is not a readable image; the message names it.
+        ImportError: Pillow is not installed.
+    """
+    image_module = _pillow()
+    try:
+        with image_module.open(path, formats=_formats(image_module)) as image:
+            width, height = image.size
+            return width, height
+    except Exception as error:
+        raise ValueError(f"{as_text(path)}: not a readable image: {as_text(error)}") from error
 
 
 def read_image(path: Path, preprocessing: Preprocessing) -> Tensor:
@@ -125,122 +257,22 @@ def read_image(path: Path, preprocessing: Preprocessing) -> Tensor:
     return preprocessing(open_image(path, preprocessing.channels))
 
 
-def find_images(paths: Sequence[str | Path]) -> list[Path]:
-    """Files as they are given, and in place of a folder the images anywhere in it, by name.
+def listed(names: Sequence[str]) -> str:
+    """Returns the first names, and how many more there are."""
+    more = f", and {len(names) - NAMES_IN_MESSAGE} more" if len(names) > NAMES_IN_MESSAGE else ""
+    return ", ".join(names[:NAMES_IN_MESSAGE]) + more
 
-    In folders, hidden files and folders are left out, and files without the ending of one of
-    `FORMATS`.
 
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: a folder holds no image.
-        ImportError: Pillow is not installed.
-    """
-    image_module = _pillow()
+def _is_hidden(name: str) -> bool:
+    return name.startswith(".") or name == "__MACOSX"
+
+
+@cache
+def _endings(image_module: ModuleType) -> tuple[str, ...]:
+    """Returns the endings of `FORMATS`, in lower case."""
     formats = _formats(image_module)
-    endings = {
-        ending
-        for ending, format_ in image_module.registered_extensions().items()
-        if format_ in formats
-    }
-    found: list[Path] = []
-    for path in map(Path, paths):
-        if not path.is_dir():
-            if not path.is_file():
-                found_there = "something else" if path.exists() else "none"
-                raise FileNotFoundError(
-                    f"{path}: expected an image or a folder, found {found_there}"
-                )
-            found.append(path)
-            continue
-        inside = sorted(
-            file
-            for file in path.rglob("*")
-            if file.suffix.lower() in endings
-            and not any(part.startswith(".") for part in file.relative_to(path).parts)
-            and file.is_file()
-        )
-        if not inside:
-            raise ValueError(f"{path}: expected a folder with images, found none in it")
-        found += inside
-    return found
-
-
-def image_folder(
-    root: str | Path,
-    class_names: Sequence[str],
-    preprocessing: Preprocessing,
-    *,
-    batch_size: int = 64,
-    workers: int = 0,
-) -> DataLoader[tuple[Tensor, int]]:
-    """Returns a loader of the images `ROOT/CLASS/*`: batches `(images [B, C, H, W], targets [B])`.
-
-    It can be iterated again and again, always in the same order.
-
-    Args:
-        root: folder with exactly one folder for each class.
-        class_names: the classes, in the order of the model's logits.
-        preprocessing: from a PIL image to `[C, H, W]`.
-        batch_size: images in a batch, at least 1.
-        workers: processes that read images; 0 reads in this one.
-
-    Raises:
-        NotADirectoryError, ValueError, ImportError: as `ImageFolder`; while iterating, a
-            ValueError names a file that is not a readable image.
-    """
-    if batch_size < 1:
-        raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
-    dataset = ImageFolder(root, class_names, preprocessing)
-    # A generator of its own: otherwise every pass draws from PyTorch's default one.
-    return DataLoader(
-        dataset, batch_size, num_workers=workers, generator=torch.Generator().manual_seed(0)
-    )
-
-
-def find_splits(root: str | Path, class_names: Sequence[str]) -> tuple[Path | None, Path]:
-    """Returns the folders of training and test images in a data set.
-
-    Args:
-        root: `ROOT/CLASS/*`, or `ROOT/{train,test}/CLASS/*` (`val` may stand for `test`).
-        class_names: the classes; folders named exactly so make `root` itself the test folder.
-
-    Returns:
-        The training folder, None where there is none, and the test folder.
-
-    Raises:
-        NotADirectoryError: `root` is no folder.
-        ValueError: there are training images and no test images.
-    """
-    root = Path(root)
-    found = class_folders(root)
-    if set(found) == set(class_names):
-        return None, root
-    train = found.get(TRAIN_FOLDER)
-    for name in TEST_FOLDERS:
-        if name in found and name not in class_names:
-            return train, found[name]
-    if train is not None and TRAIN_FOLDER not in class_names:
-        raise ValueError(f"{root}: expected a folder test or val beside train, found none")
-    return None, root
-
-
-def class_folders(root: Path) -> dict[str, Path]:
-    """The folders in a folder by name, hidden ones left out; NotADirectoryError if it is none."""
-    if not root.is_dir():
-        raise NotADirectoryError(f"{root}: expected a folder of images, found none")
-    paths = [path for path in sorted(root.iterdir()) if not path.name.startswith(".")]
-    for path in paths:
-        if path.is_symlink() and not path.exists():
-            raise ValueError(f"{path}: expected a folder, got a link to nothing")
-    # An archive from a Mac leaves this one beside the classes.
-    return {path.name: path for path in paths if path.is_dir() and path.name != "__MACOSX"}
-
-
-def _listed(what: str, names: Sequence[str]) -> str:
-    if not names:
-        return f"{what}: none"
-    return f"{what}: {', '.join(names[:10])}{', ..' if len(names) > 10 else ''}"
+    registered = image_module.registered_extensions()
+    return tuple(ending for ending, format_ in registered.items() if format_ in formats)
 
 
 def _formats(image_module: ModuleType) -> list[str]:

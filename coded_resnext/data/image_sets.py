@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from coded_resnext.files import printable
+from coded_resnext.files import as_text, printable
 
-from .image_folder import open_image
+from .image_folder import Files, find_images, list_images, listed, open_image
 from .preprocessing import SPLIT_SEED, derive_seed
 
 if TYPE_CHECKING:
@@ -23,7 +24,10 @@ if TYPE_CHECKING:
 
     Pixels = np.ndarray[tuple[int, ...], np.dtype[np.uint8]]
 
-NAMES_IN_MESSAGE = 10
+# Largest share of images that may be unreadable, unless asked otherwise.
+MAX_DAMAGED = 0.01
+# Files whose bytes are compared when a run is resumed; of all others the size is.
+FILES_COMPARED = 64
 
 
 class ImageSet(Protocol):
@@ -42,6 +46,9 @@ class ImageSet(Protocol):
     def subset(self, indices: Sequence[int]) -> ImageSet:
         """Returns the chosen images, in the order given."""
 
+    def fingerprint(self) -> dict[str, Any]:
+        """Returns what tells these images from others, JSON-ready."""
+
     def __len__(self) -> int: ...
 
 
@@ -49,21 +56,67 @@ class ImageSet(Protocol):
 class FileImages:
     """Images that are read from their files every time."""
 
-    files: tuple[Path, ...]
+    files: Files
     targets: Tensor
+
+    @classmethod
+    def of_classes(cls, root: Path, class_names: Sequence[str], *, every_class: bool) -> FileImages:
+        """Returns the images below `ROOT/CLASS`, in the order of the classes.
+
+        Args:
+            root: the folder; a class may lack there, and other folders do not matter.
+            class_names: the classes in their order.
+            every_class: whether a class without an image is an error.
+
+        Raises:
+            NotADirectoryError, ValueError, ImportError: as `list_images`; a ValueError names a
+                class without an image.
+        """
+        files, counts = list_images(root, class_names)
+        missing = [name for name, count in zip(class_names, counts, strict=True) if not count]
+        if every_class and missing:
+            raise ValueError(
+                f"{root}: expected images of every class, got none of {listed(missing)}"
+                + _others(files)
+            )
+        targets = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+        return cls(files, targets)
+
+    @classmethod
+    def of_no_class(cls, paths: Sequence[str | Path]) -> FileImages:
+        """Returns images of unknown class, as class 0; raises as `find_images`."""
+        files = find_images(paths)
+        return cls(files, torch.zeros(len(files), dtype=torch.int64))
 
     def image(self, index: int) -> Image:
         """Returns an image as 8-bit RGB; a ValueError names one that cannot be read."""
         return open_image(self.files[index], channels=3)
 
     def name(self, index: int) -> str:
-        """Returns the path of the file."""
-        return str(self.files[index])
+        """Returns the path of the file, see `as_text`."""
+        return as_text(self.files[index])
 
     def subset(self, indices: Sequence[int]) -> FileImages:
         """Returns the chosen images, in the order given."""
-        chosen = tuple(self.files[index] for index in indices)
-        return FileImages(chosen, self.targets[torch.as_tensor(indices, dtype=torch.int64)])
+        chosen = torch.as_tensor(indices, dtype=torch.int64)
+        return FileImages(self.files.take(indices), self.targets[chosen])
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Returns their number, and digests of names, classes, sizes and the bytes of some files.
+
+        It does not depend on where the folder lies.
+        """
+        names = hashlib.sha256(self.files.names)
+        names.update(self.files.ends.tobytes() + self.targets.numpy().tobytes())
+        content = hashlib.sha256(self.files.sizes.tobytes())
+        chosen = np.random.default_rng(SPLIT_SEED).permutation(len(self))[:FILES_COMPARED]
+        for index in chosen.tolist():
+            try:
+                content.update(self.files[index].read_bytes())
+            # Reading it in training is where this is noticed.
+            except OSError:
+                content.update(b"unreadable")
+        return {"images": len(self), "names": _short(names), "content": _short(content)}
 
     def __len__(self) -> int:
         return len(self.files)
@@ -77,6 +130,8 @@ class MemoryImages:
     """`[n, H, W, 3]`, uint8, or where sizes differ n arrays `[H, W, 3]`."""
     targets: Tensor
     names: Sequence[str]
+    source: FileImages | None = None
+    """The files that they were decoded from."""
 
     def __post_init__(self) -> None:
         if not len(self.images) == len(self.targets) == len(self.names):
@@ -118,69 +173,102 @@ class MemoryImages:
             if isinstance(self.images, np.ndarray)
             else [self.images[index] for index in indices]
         )
-        return MemoryImages(images, self.targets[chosen], [self.names[i] for i in indices])
+        return MemoryImages(
+            images,
+            self.targets[chosen],
+            [self.names[i] for i in indices],
+            self.source and self.source.subset(indices),
+        )
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Returns that of the files they came from, or their number and a digest of all bytes."""
+        if self.source is not None:
+            return self.source.fingerprint()
+        content = hashlib.sha256(self.targets.numpy().tobytes())
+        for image in self.images:
+            content.update(np.ascontiguousarray(image).data)
+        return {"images": len(self), "content": _short(content)}
 
     def __len__(self) -> int:
         return len(self.images)
 
 
 class DamagedImages:
-    """Lists the training images that cannot be read, and refuses to go on when there are too many.
+    """Counts and names images of a set that cannot be read, and refuses too many of them.
+
+    They are left out, in training, evaluation and prediction alike.
 
     Args:
-        images: number of images in the set.
-        limit: largest share of them that may be damaged, 0 to 1; rounded up to whole images.
+        images: the set.
+        limit: largest share of it that may be damaged, 0 to 1; rounded up to whole images.
+        every_class: whether a class that is left without an image is an error too.
     """
 
-    def __init__(self, images: int, limit: float) -> None:
-        self.limit = math.ceil(images * limit)
+    def __init__(
+        self, images: ImageSet, limit: float = MAX_DAMAGED, *, every_class: bool = False
+    ) -> None:
+        if not 0 <= limit <= 1:
+            raise ValueError(f"max_damaged: expected a share from 0 to 1, got {limit}")
+        self.images, self.limit = images, math.ceil(len(images) * limit)
         self.reasons: dict[str, str] = {}
         """Reason why an image cannot be read, by the image's name."""
+        self._left = torch.bincount(images.targets).tolist() if every_class else None
 
-    def add(self, name: str, reason: str) -> None:
+    def add(self, index: int, reason: str) -> None:
         """Count an image, once.
 
         Raises:
-            ValueError: there are more than the limit.
+            ValueError: there are more than the limit, or it was the last one of its class.
         """
+        name = self.images.name(index)
         if name in self.reasons:
             return
         self.reasons[name] = reason
-        print(f"skipped in training: {printable(reason)}", file=sys.stderr)
+        print(f"left out: {printable(reason)}", file=sys.stderr)
         if len(self.reasons) > self.limit:
             raise ValueError(
-                f"max_damaged: expected at most {self.limit} damaged training images, got more: "
+                f"max_damaged: expected at most {self.limit} damaged images, got more: "
                 f"{listed(list(self.reasons))}; remove or replace them, or raise the limit"
             )
+        if self._left is not None:
+            target = int(self.images.targets[index])
+            self._left[target] -= 1
+            if not self._left[target]:
+                raise ValueError(
+                    f"{name}: expected a readable image of every class, this was its class's last"
+                )
+
+    def __str__(self) -> str:
+        return f"{len(self.reasons)} damaged images left out: {listed(list(self.reasons))}"
 
 
-def into_memory(files: FileImages, damaged: DamagedImages | None = None) -> MemoryImages:
+def into_memory(files: FileImages, damaged: DamagedImages) -> MemoryImages:
     """Decode all images of a set once.
 
     Args:
         files: the images.
-        damaged: counts, and leaves out, those that cannot be read; None makes them an error.
+        damaged: counts those that cannot be read, which are left out.
 
     Raises:
-        ValueError: an image, or too many of them, cannot be read.
+        ValueError: too many of them cannot be read.
     """
     images: list[Pixels] = []
     kept: list[int] = []
     for index in range(len(files)):
         try:
             images.append(np.asarray(files.image(index)))
+            kept.append(index)
         except ValueError as error:
-            if damaged is None:
-                raise
-            damaged.add(files.name(index), str(error))
-            continue
-        kept.append(index)
-    same_size = len({image.shape for image in images}) == 1
-    return MemoryImages(
-        np.stack(images) if same_size else images,
-        files.targets[torch.tensor(kept, dtype=torch.int64)],
-        [files.name(index) for index in kept],
-    )
+            damaged.add(index, str(error))
+    source = files.subset(kept)
+    names = [source.name(index) for index in range(len(source))]
+    if len({image.shape for image in images}) != 1:
+        return MemoryImages(images, source.targets, names, source)
+    # Each is let go as it is copied: two copies of a whole set may be more than there is room for.
+    pixels = np.empty((len(images), *images[0].shape), np.uint8)
+    for place in reversed(range(len(images))):
+        pixels[place] = images.pop()
+    return MemoryImages(pixels, source.targets, names, source)
 
 
 @dataclass(frozen=True, eq=False)
@@ -191,6 +279,8 @@ class ImageSplits:
     class_names: tuple[str, ...]
     train: ImageSet
     test: ImageSet
+    damaged: Mapping[str, str] = field(default_factory=dict)
+    """Why images were left out that could not be decoded, by their names."""
 
     def slice(
         self,
@@ -225,11 +315,13 @@ class ImageSplits:
         return replace(self, train=train, test=test)
 
     def __str__(self) -> str:
-        return (
-            f"{self.name}, {len(self.class_names)} classes: "
-            f"{_counts(self.train, len(self.class_names))} to train on, "
-            f"{_counts(self.test, len(self.class_names))} to test on"
-        )
+        sets = [(images, use) for images, use in ((self.train, "train"), (self.test, "test"))]
+        parts = [
+            f"{_counts(images, len(self.class_names))} to {use} on"
+            for images, use in sets
+            if len(images)
+        ]
+        return f"{self.name}, {len(self.class_names)} classes: {', '.join(parts)}"
 
 
 def _shuffled_classes(targets: Tensor) -> list[list[int]]:
@@ -270,10 +362,15 @@ def _counts(images: ImageSet, classes: int) -> str:
     counts = torch.bincount(images.targets, minlength=classes)
     low, high = int(counts.min()), int(counts.max())
     each = f"{low} of each" if low == high else f"{low} to {high} of each"
-    return f"{len(images)} images ({each})"
+    return f"{len(images)} images ({each}){_others(images)}"
 
 
-def listed(names: Sequence[str]) -> str:
-    """Returns the first names, and how many more there are."""
-    more = f", and {len(names) - NAMES_IN_MESSAGE} more" if len(names) > NAMES_IN_MESSAGE else ""
-    return ", ".join(names[:NAMES_IN_MESSAGE]) + more
+def _others(images: ImageSet | Files) -> str:
+    """Says how many files beside the images are none."""
+    files = images.files if isinstance(images, FileImages) else images
+    others = files.others if isinstance(files, Files) else 0
+    return f", {others} other files left out" if others else ""
+
+
+def _short(digest: hashlib._Hash) -> str:
+    return digest.hexdigest()[:16]

@@ -6,10 +6,8 @@ processes or ranks, nor from where a run was resumed.
 
 from __future__ import annotations
 
-import hashlib
 import signal
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -17,8 +15,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from .augment import TrainTransform
-from .batches import Batch, Key, ShuffledSamples
-from .image_sets import DamagedImages, ImageSet
+from .batches import Batch, Key, ShuffledSamples, full_batches
+from .image_sets import MAX_DAMAGED, DamagedImages, ImageSet
 from .preprocessing import Preprocessing, derive_seed
 
 if TYPE_CHECKING:
@@ -34,10 +32,9 @@ class _Read(NamedTuple):
     """What a process that reads hands back; of a named tuple PyTorch pins the tensors."""
 
     batch: Batch | None
-    """The batch; None when reading it failed."""
-    damaged: dict[str, str]
-    """Reason why each unreadable image could not be read, by the image's name."""
-    failure: str
+    """The images that could be read; None when there is none."""
+    damaged: dict[int, str]
+    """Reason why each unreadable image could not be read, by the image's place in the set."""
 
 
 class _Reader(Dataset[_Read]):
@@ -47,8 +44,7 @@ class _Reader(Dataset[_Read]):
         images: the images.
         transform: from images and their seeds to `[B, 3, H, W]`.
         seed: the seeds follow from it, the epoch and the position.
-        most_damaged: how many unreadable images one place in a batch may meet before it is a
-            failure.
+        replacements: how many of the images that follow may be tried in place of a damaged one.
     """
 
     def __init__(
@@ -56,32 +52,30 @@ class _Reader(Dataset[_Read]):
         images: ImageSet,
         transform: _Transform,
         seed: int,
-        most_damaged: int,
+        replacements: int,
     ) -> None:
         self.images, self.transform = images, transform
-        self.seed, self.most_damaged = seed, most_damaged
+        self.seed, self.replacements = seed, replacements
 
     def __getitem__(self, key: Key) -> _Read:
         epoch, positions = key
-        damaged: dict[str, str] = {}
-        found, indices = [], []
+        damaged: dict[int, str] = {}
+        opened, indices = [], []
         for position in positions:
-            image = None
-            # The next image takes the place of a damaged one, so that every batch stays full.
-            for offset in range(self.most_damaged + 1):
+            for offset in range(self.replacements + 1):
                 index = (position + offset) % len(self.images)
                 try:
-                    image = self.images.image(index)
-                    break
+                    opened.append(self.images.image(index))
                 except ValueError as error:
-                    damaged[self.images.name(index)] = str(error)
-            if image is None:
-                return _Read(None, damaged, next(reversed(damaged.values())))
-            found.append(image)
-            indices.append(index)
+                    damaged[index] = str(error)
+                else:
+                    indices.append(index)
+                    break
+        if not indices:
+            return _Read(None, damaged)
         seeds = [derive_seed(self.seed, epoch, index) for index in indices]
-        pixels, chosen = self.transform(found, seeds), torch.tensor(indices)
-        return _Read(Batch(pixels, self.images.targets[chosen], chosen), damaged, "")
+        pixels, chosen = self.transform(opened, seeds), torch.tensor(indices)
+        return _Read(Batch(pixels, self.images.targets[chosen], chosen), damaged)
 
 
 class TrainImages(ShuffledSamples):
@@ -115,31 +109,21 @@ class TrainImages(ShuffledSamples):
         rank: int = 0,
         world_size: int = 1,
         workers: int = 0,
-        max_damaged: float = 0.01,
+        max_damaged: float = MAX_DAMAGED,
     ) -> None:
         super().__init__(len(images), batch_size, seed=seed, rank=rank, world_size=world_size)
         self.images = images
-        self.damaged = DamagedImages(len(images), max_damaged)
+        self.damaged = DamagedImages(images, max_damaged, every_class=True)
         """The images that could not be read so far, by this rank."""
         reader = _Reader(images, transform, seed, self.damaged.limit)
         self._loader = make_loader(reader, Plan(self.keys), workers)
 
     def __iter__(self) -> Iterator[Batch]:
-        for read in passing(self._loader):
-            for name, reason in read.damaged.items():
-                self.damaged.add(name, reason)
-            yield _batch(read)
+        return _readable(self._loader, self.damaged)
 
     def fingerprint(self) -> dict[str, Any]:
-        """Returns the number of images, and a digest of their names and classes.
-
-        Of a path the class's folder and the file count, since a data set may be moved.
-        """
-        digest = hashlib.sha256()
-        for index, target in enumerate(self.images.targets.tolist()):
-            name = "/".join(Path(self.images.name(index)).parts[-2:])
-            digest.update(f"{target} {name}\n".encode(errors="surrogateescape"))
-        return {"images": len(self.images), "names": digest.hexdigest()}
+        """Returns that of the images."""
+        return self.images.fingerprint()
 
     def describe(self, indices: Tensor) -> list[str]:
         """Returns the files of samples."""
@@ -149,8 +133,8 @@ class TrainImages(ShuffledSamples):
 class EvalImages:
     """An evaluation loader: pairs `(images [B, 3, H, W], targets [B])`, in the order of the set.
 
-    Every rank has samples of its own, each exactly once; no sample is repeated to fill a batch. An
-    image that cannot be read is an error.
+    Every rank has samples of its own, each exactly once; no sample is repeated to fill a batch.
+    Damaged images are left out, counted, and named on stderr, and too many of them are an error.
 
     Args:
         images: the images.
@@ -159,9 +143,11 @@ class EvalImages:
         rank: this process, counted from 0.
         world_size: how many processes share the images.
         workers: processes that read images for this rank; 0 reads in this one.
+        damaged: what counts them, where several loaders of a set share it.
 
     Raises:
-        ValueError: no images, or a number outside its range; while iterating, an unreadable image.
+        ValueError: no images, or a number outside its range; while iterating, too many damaged
+            images, or none that can be read.
     """
 
     def __init__(
@@ -173,12 +159,15 @@ class EvalImages:
         rank: int = 0,
         world_size: int = 1,
         workers: int = 0,
+        damaged: DamagedImages | None = None,
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
         if len(images) == 0:
             raise ValueError("images: expected at least one to evaluate on, got none")
         self.images, self.batch_size = images, batch_size
+        self.damaged = damaged or DamagedImages(images)
+        """The images that could not be read so far."""
         self._mine = range(rank, len(images), world_size)
         reader = _Reader(images, _Plain(preprocessing), 0, 0)
         self._loader = make_loader(reader, Plan(self._keys), workers)
@@ -190,10 +179,13 @@ class EvalImages:
         for start in range(0, len(self._mine), self.batch_size):
             yield 0, list(self._mine[start : start + self.batch_size])
 
+    def batches(self) -> Iterator[Batch]:
+        """Yields full batches with the places of their images in the set."""
+        for tensors in full_batches(_readable(self._loader, self.damaged), self.batch_size):
+            yield Batch(*tensors)
+
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for read in passing(self._loader):
-            batch = _batch(read)
-            yield batch.images, batch.targets
+        return ((batch.images, batch.targets) for batch in self.batches())
 
 
 class _Plain:
@@ -247,11 +239,13 @@ def passing(loader: DataLoader[Any]) -> Iterator[Any]:
         del iterator
 
 
-def _batch(read: _Read) -> Batch:
-    """Returns the batch, or the reason why there is none, in the process that asked for it."""
-    if read.batch is None:
-        raise ValueError(read.failure)
-    return read.batch
+def _readable(loader: DataLoader[_Read], damaged: DamagedImages) -> Iterator[Batch]:
+    """Yields what could be read in one pass, and counts what could not, in this process."""
+    for read in passing(loader):
+        for index, reason in read.damaged.items():
+            damaged.add(index, reason)
+        if read.batch is not None:
+            yield read.batch
 
 
 def ignore_signals(worker: int = 0) -> None:

@@ -96,7 +96,7 @@ class DeviceTrainImages(ShuffledSamples):
         augment: Augment = DeviceAugment(preprocessing, draws.fill, device)
         self._augment = around(augment) if around else augment
         self.images, self._pixels = images, device_pixels(images, preprocessing, device)
-        self.damaged = DamagedImages(len(images), 0)
+        self.damaged = DamagedImages(images, 0)
         """None: decoding has left them out."""
         drawing = _Drawing(draws, images.targets, seed)
         self._loader = make_loader(drawing, Plan(self.keys), workers)
@@ -109,6 +109,10 @@ class DeviceTrainImages(ShuffledSamples):
             )
             pixels = self._augment(self._pixels, indices, draws)
             yield Batch(pixels, drawn.targets, drawn.indices)
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Returns that of the images."""
+        return self.images.fingerprint()
 
     def describe(self, indices: Tensor) -> list[str]:
         """Returns the files of samples."""
@@ -217,19 +221,20 @@ class Draws:
                 operation.aug_fn = _noted(operation.name, operation.aug_fn)
                 self.fill = operation.kwargs["fillcolor"]
             self.layers, self._augment = rand_augment.num_layers, rand_augment
-        self._notes = _make_notes(preprocessing.size)
+        self._size = preprocessing.size
 
     def __call__(self, seeds: Sequence[int]) -> Tensor:
         """`[B, PLACE + layers * NUMBERS]`, float64."""
         rows = []
+        notes = _make_notes(self._size)
         with generators_kept():
             for seed in seeds:
                 seed_generators(seed)
                 row = [float(number) for number in (*self._crop.draw(), *self._flips.draw())]
                 if self._augment is not None:
-                    self._notes.rows = []
-                    self._augment(self._notes)
-                    for operation in self._notes.rows:
+                    notes.rows = []
+                    self._augment(notes)
+                    for operation in notes.rows:
                         row += operation
                 rows.append(row + [0.0] * (PLACE + self.layers * NUMBERS - len(row)))
         return torch.tensor(rows, dtype=torch.float64)
@@ -239,12 +244,13 @@ class Draws:
         assert self._augment is not None
         [operation] = [each for each in self._augment.ops if each.name == name]
         rows = []
+        notes = _make_notes(self._size)
         with generators_kept():
             for seed in seeds:
                 seed_generators(seed)
-                self._notes.rows = []
-                operation(self._notes)
-                rows.append((self._notes.rows or [[0.0] * NUMBERS])[0])
+                notes.rows = []
+                operation(notes)
+                rows.append((notes.rows or [[0.0] * NUMBERS])[0])
         return torch.tensor(rows, dtype=torch.float64)
 
 

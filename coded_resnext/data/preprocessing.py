@@ -159,11 +159,13 @@ def to_channels(image: Image, channels: int) -> Image:
         channels: 1 for grey, 3 for RGB.
 
     Raises:
-        ValueError: the pixels are 32-bit numbers, whose range is unknown.
+        ValueError: the pixels are 32-bit numbers, whose range is unknown, or without their alpha
+            channel they are all of one colour.
         OSError: the file behind the image is damaged.
     """
     import PIL.Image
 
+    source = image.format
     # The tag alone is read: other entries may be anything, and none of them is written anew.
     turn = _TURNS.get(image.getexif().get(_ORIENTATION, 1))
     if turn is not None:
@@ -173,10 +175,19 @@ def to_channels(image: Image, channels: int) -> Image:
             image.info.pop(entry, None)
     if image.mode == "F":
         raise ValueError("expected 8 or 16 bits for a pixel, got 32-bit floating-point numbers")
-    # Pillow reads 16-bit grey as I;16 from most formats, and as I from the others.
+    # To Pillow 16 bits are I;16, but I in two formats; in all others that is 32 bits.
+    if image.mode == "I" and source not in ("PNG", "PPM"):
+        raise ValueError("expected 8 or 16 bits for a pixel, got 32-bit integers")
     if image.mode.startswith("I"):
         image = _from_16_bits(image)
-    return image.convert("L" if channels == 1 else "RGB")
+    opaque = image.convert("L" if channels == 1 else "RGB")
+    if "A" in image.getbands() or "transparency" in image.info:
+        low, high = image.convert("RGBA").getchannel("A").getextrema()
+        if low != high and len(opaque.getcolors(1) or ()) == 1:
+            raise ValueError(
+                "its drawing is in the alpha channel alone, which is dropped; put it on a ground"
+            )
+    return opaque
 
 
 def _from_16_bits(image: Image) -> Image:

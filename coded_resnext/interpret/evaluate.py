@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal, TypeVar
 
+from coded_resnext.data.loaders import EvalImages
 from coded_resnext.deploy.cost import network_cost
 from coded_resnext.models.checkpoint import weights_sha256
 from coded_resnext.models.resnext import CodedResNeXt
@@ -56,7 +57,8 @@ def evaluate(
     Args:
         model: the network, on any device; its mode is left as found.
         train_loader: batches `(images [B, C, H, W], targets [B])` without augmentation, for the
-            thresholds of the one-class classifiers; None chooses them on the test data.
+            thresholds of the one-class classifiers; None chooses them on the test data. Where
+            these images cannot be read, there are no one-class classifiers.
         test_loader: batches of the data on which everything is measured.
         outside_loader: images of none of the classes, for the one-class classifiers; their targets
             do not matter.
@@ -131,14 +133,21 @@ def evaluate(
     score = partial(
         score_classes, model, classes=chosen, negatives_per_positive=negatives, seed=seed
     )
-    one_class = threshold = outside = None
-    test = attempt("one_class", lambda: score(drawn_loader, "test", targets=observed.targets[rows]))
+    one_class = test = threshold = outside = None
+    if train_loader is not None:
+        threshold = attempt(
+            "threshold data",
+            lambda: score(_drawn(model, train_loader, threshold_images, seed), "threshold"),
+        )
+    # Thresholds that training images were to choose are not chosen on the test images instead.
+    if train_loader is not None and threshold is None:
+        reason = not_computed["threshold data"]
+        not_computed["one_class"] = f"no thresholds from the training images: {reason}"
+    else:
+        test = attempt(
+            "one_class", lambda: score(drawn_loader, "test", targets=observed.targets[rows])
+        )
     if test is not None:
-        if train_loader is not None:
-            threshold = attempt(
-                "threshold data",
-                lambda: score(_drawn(model, train_loader, threshold_images, seed), "threshold"),
-            )
         if outside_loader is not None:
             outside = attempt("outside data", lambda: score(outside_loader, "outside", test=test))
         one_class = OneClass.of(
@@ -150,6 +159,10 @@ def evaluate(
             seed=seed,
         )
     learned = threshold or test
+    for name, loader in loaders.items():
+        damaged = loader.damaged if isinstance(loader, EvalImages) else None
+        if damaged is not None and damaged.reasons:
+            not_computed[f"{name} images"] = str(damaged)
     if len(rows) < observed.samples:
         not_computed["removal"] = f"{len(rows)} of {observed.samples} test images, a seeded draw"
     if one_class is not None and len(chosen) < model.num_classes:

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from typing import TypeVar
 
 import numpy as np
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from coded_resnext.codebooks.codebook import Codebook
+from coded_resnext.data.batches import full_batches
 from coded_resnext.kernels.coded.reference import is_dead
 from coded_resnext.models.decode import check_results, decode, not_finite
 from coded_resnext.models.resnext import CodedResNeXt
@@ -146,24 +148,20 @@ class DrawnImages:
         self.loader, self.rows = loader, rows
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        start = batch_size = 0
-        waiting: list[tuple[Tensor, Tensor]] = []
-        for images, targets in self.loader:
-            batch_size = batch_size or len(targets)
+        parts = iter(self.loader)
+        first = next(parts, None)
+        if first is not None:
+            drawn = full_batches(self._drawn(chain([first], parts)), len(first[1]))
+            yield from ((images, targets) for images, targets in drawn)
+
+    def _drawn(self, parts: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
+        start = 0
+        for images, targets in parts:
             low, high = torch.searchsorted(self.rows, torch.tensor([start, start + len(targets)]))
             places = self.rows[low:high] - start
             start += len(targets)
-            waiting.append((images[places], targets[places]))
-            if sum(len(part) for _, part in waiting) >= batch_size:
-                images, targets = _joined(waiting)
-                yield images[:batch_size], targets[:batch_size]
-                waiting = [(images[batch_size:], targets[batch_size:])]
-        if sum(len(part) for _, part in waiting):
-            yield _joined(waiting)
-
-
-def _joined(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    return torch.cat([images for images, _ in parts]), torch.cat([targets for _, targets in parts])
+            if len(places):
+                yield images[places], targets[places]
 
 
 def require_same_order(targets: Tensor, known: Tensor) -> None:

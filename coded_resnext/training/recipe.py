@@ -80,7 +80,8 @@ class DataConfig:
     )
     max_damaged: Annotated[
         float,
-        "Largest share of the training images that may be unreadable; these images are skipped.",
+        "Largest share of the training images, and of the test images, that may be unreadable; "
+        "these images are left out.",
     ] = 0.01
     eval_images: Annotated[
         int | None,

@@ -107,7 +107,8 @@ def test_folder_with_training_images(model, checkpoint, tmp_path, capsys):
 
 def test_data_that_do_not_fit(model, checkpoint, tmp_path):
     write_images(tmp_path / "two", classes=range(2))
-    with pytest.raises(ValueError, match="3 classes of the model; missing: 2"):
+    (tmp_path / "two" / "other").mkdir()
+    with pytest.raises(ValueError, match="3 classes of the network, got also other"):
         run(checkpoint, tmp_path / "two")
     with pytest.raises(NotADirectoryError, match="expected a folder of images"):
         run(checkpoint, tmp_path / "nowhere")

@@ -9,13 +9,19 @@ import pytest
 import torch
 from PIL import Image
 
-from coded_resnext.data.image_folder import find_splits, image_folder
+from coded_resnext.data.datasets import find_image_folder
+from coded_resnext.data.image_folder import find_splits
+from coded_resnext.data.loaders import EvalImages
 from coded_resnext.data.preprocessing import Preprocessing
 
 GREY = Preprocessing(4, 1, (0.5,), (0.25,))
 COLOUR = Preprocessing(4, 3, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 # Not in alphabetical order: targets follow the model.
 CLASSES = ("dog", "ant", "cat")
+
+
+def image_folder(root, class_names, preprocessing, batch_size=64):
+    return EvalImages(find_image_folder(root, class_names).test, preprocessing, batch_size)
 
 
 def write(path, value):
@@ -66,25 +72,33 @@ def test_images_of_many_kinds_become_alike(root):
     assert images[3].mean((1, 2)).tolist() == pytest.approx([1, 0, 0], abs=0.01)
 
 
-def test_class_folders_must_be_the_classes(root):
-    with pytest.raises(ValueError, match=r"4 classes.*missing: emu, no such class: none"):
-        image_folder(root, (*CLASSES, "emu"), GREY)
-    with pytest.raises(ValueError, match=r"2 classes.*missing: none, no such class: cat"):
+def test_folders_that_are_no_classes_are_refused(root):
+    with pytest.raises(ValueError, match=r"2 classes of the network, got also cat"):
         image_folder(root, CLASSES[:2], GREY)
-    (root / "emu").mkdir()
-    with pytest.raises(ValueError, match="emu: expected images of the class, got an empty folder"):
-        image_folder(root, (*CLASSES, "emu"), GREY)
-    (root / "emu" / "nested").mkdir()
-    with pytest.raises(ValueError, match="nested: expected an image, got a folder"):
-        image_folder(root, (*CLASSES, "emu"), GREY)
 
 
-@pytest.mark.parametrize("damage", ["text", "empty", "truncated"])
-def test_unreadable_images_are_named(root, damage):
+def test_a_class_may_have_no_test_image_but_must_have_a_training_image(root):
+    assert len(find_image_folder(root, (*CLASSES, "emu")).test) == 5
+    (root / "emu" / "empty").mkdir(parents=True)
+    assert len(find_image_folder(root, (*CLASSES, "emu")).test) == 5
+    (root / "emu" / "note.txt").write_text("none yet")
+    with pytest.raises(ValueError, match=r"images of every class, got none of emu, 1 other files"):
+        find_image_folder(root, holdout=0.2)
+
+
+@pytest.mark.parametrize("damage", ["text", "truncated"])
+def test_unreadable_images_are_left_out_and_named(root, damage, capsys):
     whole = (root / "dog" / "b.png").read_bytes()
-    content = {"text": b"hello", "empty": b"", "truncated": whole[: len(whole) - 25]}[damage]
+    content = {"text": b"hello", "truncated": whole[: len(whole) - 25]}[damage]
     (root / "cat" / "broken.png").write_bytes(content)
-    with pytest.raises(ValueError, match=r"cat.broken\.png: not a readable image"):
+    loader = image_folder(root, CLASSES, GREY, batch_size=2)
+    for _ in range(2):
+        assert torch.cat([targets for _, targets in loader]).tolist() == [0, 0, 1, 2, 2]
+        assert [len(targets) for _, targets in loader] == [2, 2, 1]
+    assert list(loader.damaged.reasons) == [str(root / "cat" / "broken.png")]
+    assert capsys.readouterr().err.count("left out: ") == 1
+    (root / "dog" / "b.png").write_bytes(content)
+    with pytest.raises(ValueError, match=r"max_damaged: expected at most 1 .*broken\.png"):
         list(image_folder(root, CLASSES, GREY))
 
 
@@ -109,7 +123,7 @@ def test_without_pillow(root, monkeypatch):
         (["train", "val"], ["ant", "dog"], ("train", "val")),
         (["train", "val", "test"], ["ant", "dog"], ("train", "test")),
         (["test"], ["ant", "dog"], (None, "test")),
-        # Wrong folders are left for image_folder to name.
+        # Wrong folders are left for find_image_folder to name.
         (["dog", "emu"], ["ant", "dog"], (None, "")),
         # A network that tells trains from tests.
         (["train", "test"], ["test", "train"], (None, "")),

@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from coded_resnext.data.image_folder import find_images
 from coded_resnext.data.image_sets import (
     DamagedImages,
     FileImages,
@@ -34,17 +35,15 @@ def numbers(images: MemoryImages) -> list[int]:
 @pytest.fixture
 def files(tmp_path: Path) -> FileImages:
     """Six images, the third of which is no image."""
-    paths = []
     for index in range(6):
-        paths.append(tmp_path / f"{index}.png")
-        Image.new("RGB", (3, 2), (index, 0, 0)).save(paths[-1])
-    paths[2].write_bytes(b"no image")
-    return FileImages(tuple(paths), torch.arange(6))
+        Image.new("RGB", (3, 2), (index, 0, 0)).save(tmp_path / f"{index}.png")
+    (tmp_path / "2.png").write_bytes(b"no image")
+    return FileImages(find_images([tmp_path]), torch.arange(6))
 
 
 def test_files_and_memory_hold_the_same(files: FileImages) -> None:
     chosen = files.subset([5, 0, 3])
-    decoded = into_memory(chosen)
+    decoded = into_memory(chosen, DamagedImages(chosen, 0))
     assert decoded.pixels.dtype == torch.uint8
     assert decoded.pixels.shape == (3, 3, 2, 3)
     assert numbers(decoded) == [5, 0, 3] == decoded.targets.tolist()
@@ -56,7 +55,7 @@ def test_files_and_memory_hold_the_same(files: FileImages) -> None:
 
 def test_images_of_different_sizes_stay_apart(files: FileImages) -> None:
     Image.new("RGB", (7, 7)).save(files.files[1])
-    decoded = into_memory(files.subset([0, 1]))
+    decoded = into_memory(files.subset([0, 1]), DamagedImages(files, 0))
     assert [decoded.image(index).size for index in range(2)] == [(3, 2), (7, 7)]
     assert decoded.subset([1]).image(0).size == (7, 7)
     with pytest.raises(ValueError, match="expected one size for all, got 2 sizes"):
@@ -66,7 +65,7 @@ def test_images_of_different_sizes_stay_apart(files: FileImages) -> None:
 def test_damaged_images_are_left_out_up_to_a_limit(
     files: FileImages, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    damaged = DamagedImages(len(files), 0.1)  # rounded up: one of six
+    damaged = DamagedImages(files, 0.1)  # rounded up: one of six
     decoded = into_memory(files, damaged)
     assert numbers(decoded) == [0, 1, 3, 4, 5] == decoded.targets.tolist()
     assert decoded.name(2) == files.name(3)
@@ -74,22 +73,24 @@ def test_damaged_images_are_left_out_up_to_a_limit(
     assert "2.png: not a readable image" in capsys.readouterr().err
     files.files[4].write_bytes(b"")
     with pytest.raises(ValueError, match=r"at most 1 damaged .*2\.png.*4\.png"):
-        into_memory(files, DamagedImages(len(files), 0.1))
+        into_memory(files, DamagedImages(files, 0.1))
     with pytest.raises(ValueError, match=r"at most 0 damaged"):
-        into_memory(files, DamagedImages(len(files), 0.0))
-
-
-def test_in_evaluation_nothing_is_left_out(files: FileImages) -> None:
-    with pytest.raises(ValueError, match=r"2\.png: not a readable image"):
-        into_memory(files)
+        into_memory(files, DamagedImages(files, 0.0))
 
 
 def test_a_damaged_image_is_counted_once() -> None:
-    damaged = DamagedImages(100, 0.01)
-    damaged.add("a", "a: broken")
-    damaged.add("a", "a: broken")
-    with pytest.raises(ValueError, match="at most 1 damaged training images, got more: a, b;"):
-        damaged.add("b", "b: broken")
+    damaged = DamagedImages(memory(), 0.01)
+    damaged.add(0, "image 0: broken")
+    damaged.add(0, "image 0: broken")
+    with pytest.raises(ValueError, match="at most 1 damaged images, got more: image 0, image 1;"):
+        damaged.add(1, "image 1: broken")
+
+
+def test_the_last_image_of_a_class_is_not_left_out() -> None:
+    """gigagan-pytorch#27: a network would have a class that it never saw."""
+    DamagedImages(memory(), 0.1).add(50, "image 50: broken")
+    with pytest.raises(ValueError, match="image 50: expected a readable image of every class"):
+        DamagedImages(memory(), 0.1, every_class=True).add(50, "image 50: broken")
 
 
 def test_slices_are_stratified_nested_and_the_same_every_time() -> None:

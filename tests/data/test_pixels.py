@@ -24,13 +24,37 @@ def test_16_bit_grey_is_scaled_and_not_clipped(tmp_path: Path, ending: str) -> N
     assert np.array_equal(np.asarray(rgb), np.repeat(expected[..., None], 3, 2))
 
 
-def test_pillows_32_bit_mode_is_16_bits_or_refused() -> None:
-    deep = Image.fromarray(np.array([[0, 65535]], dtype=np.int32))
-    assert deep.mode == "I"
-    assert np.asarray(to_channels(deep, 1)).tolist() == [[0, 255]]
-    for wrong in (70000, -1):
-        with pytest.raises(ValueError, match=f"8 or 16 bits for a pixel, got numbers .*{wrong}"):
-            to_channels(Image.fromarray(np.array([[0, wrong]], dtype=np.int32)), 1)
+@pytest.mark.parametrize("largest", [1, 255, 65535, 70000])
+def test_32_bits_are_refused_whatever_the_numbers(tmp_path: Path, largest: int) -> None:
+    """Pillow#452, #3838, unsloth#10094: small numbers were taken for 16 bits, and came out black.
+
+    Pillow's mode of 32 bits is that of a PGM of 16 bits too, which is read.
+    """
+    numbers = Image.fromarray(np.array([[0, largest]], dtype=np.int32))
+    assert numbers.mode == "I"
+    numbers.save(tmp_path / "numbers.tif")
+    with Image.open(tmp_path / "numbers.tif") as stored:
+        for image in (numbers, stored):
+            with pytest.raises(ValueError, match="8 or 16 bits for a pixel, got 32-bit integers"):
+                to_channels(image, 1)
+    (tmp_path / "deep.pgm").write_bytes(b"P5 2 1 65535\n\0\0\xff\xff")
+    with Image.open(tmp_path / "deep.pgm") as deep:
+        assert np.asarray(to_channels(deep, 1)).tolist() == [[0, 255]]
+
+
+def test_a_drawing_in_the_alpha_channel_alone_is_refused() -> None:
+    """DIGITS#85: without its alpha channel every such icon is the same square."""
+    icon = Image.new("RGBA", (8, 8), (0, 0, 0, 0))
+    icon.paste((0, 0, 0, 255), (2, 2, 6, 6))
+    for image in (icon, icon.convert("LA")):
+        with pytest.raises(ValueError, match="alpha channel alone"):
+            to_channels(image, 3)
+    icon.putpixel((3, 3), (255, 0, 0, 255))
+    assert to_channels(icon, 3).getpixel((3, 3)) == (255, 0, 0)
+    assert to_channels(Image.new("RGBA", (8, 8), (9, 9, 9, 0)), 3).getpixel((0, 0)) == (9, 9, 9)
+
+
+def test_32_bit_floating_point_is_refused() -> None:
     with pytest.raises(ValueError, match="got 32-bit floating-point numbers"):
         to_channels(Image.new("F", (2, 2)), 3)
 

@@ -87,13 +87,15 @@ def test_hidden_folders_and_other_files_are_left_out(tmp_path: Path) -> None:
     image.save(hidden / "a-checkpoint.png")
     for name in ("scores.h5", "clip.mpg", "model.fit", "map.wmf", "t.grib", "page.eps"):
         (tmp_path / name).write_text("x")
-    assert find_images([tmp_path]) == [tmp_path / "a.png"]
+    files = find_images([tmp_path])
+    assert (len(files), files[0], files.others) == (1, tmp_path / "a.png", 6)
 
 
 def test_a_class_that_is_a_dead_link_is_refused(tmp_path: Path) -> None:
     """timm#334: it vanished without a word."""
     (tmp_path / "ant").mkdir()
     (tmp_path / "__MACOSX").mkdir()
+    (tmp_path / ".cache").mkdir()
     assert list(class_folders(tmp_path)) == ["ant"]
     (tmp_path / "cat").symlink_to("/gone/cat")
     with pytest.raises(ValueError, match="cat: expected a folder, got a link to nothing"):

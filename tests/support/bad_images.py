@@ -1,4 +1,4 @@
-"""Twelve kinds of image file that something could trip over, and what becomes of each."""
+"""Eleven kinds of image file that something could trip over, and what becomes of each."""
 
 from __future__ import annotations
 
@@ -98,7 +98,6 @@ BAD_IMAGES = (
     BadImage("alpha.png", _alpha, "read", _grey),
     BadImage("turned.jpg", _turned, "read", _grey),
     BadImage("wrong.jpg", _save(format="PNG"), "read", _grey),
-    BadImage("folder.png", lambda path: path.mkdir(), "start"),
     BadImage("dangling.png", lambda path: path.symlink_to("nowhere.png"), "start"),
     BadImage("unreadable.png", _unreadable, "met"),
 )

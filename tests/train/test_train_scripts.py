@@ -291,7 +291,7 @@ def test_a_run_goes_on_under_its_own_backend_only(tmp_path: Path) -> None:
         (
             "finetune.py",
             ("--data-dir", "nowhere"),
-            "nowhere: expected a folder test or val beside train",
+            "nowhere: expected a folder of images",
         ),
         ("finetune.py", ("--data-dir", "nowhere", "--model", "resnet"), "expected a folder"),
         ("imagenet.py", ("--data-dir", "nowhere"), "nowhere: expected a folder"),
