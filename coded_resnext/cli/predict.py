@@ -15,7 +15,7 @@ from coded_resnext.data.image_sets import DamagedImages, FileImages
 from coded_resnext.data.loaders import EvalImages
 from coded_resnext.deploy.cost import network_cost
 from coded_resnext.deploy.early_exit import EXIT_FILE, EarlyExit, predict_early
-from coded_resnext.files import as_text, printable
+from coded_resnext.files import printable
 from coded_resnext.interpret.observe import evaluating, with_progress
 from coded_resnext.interpret.samples import strongest
 from coded_resnext.models.checkpoint import LoadedModel, load_model
@@ -112,7 +112,7 @@ def classify(
         computed = min(exits[index] + 1, blocks)
         rows.append(
             {
-                "file": as_text(path),
+                "file": str(path),
                 "class_name": model.class_names[int(classes[index])],
                 "class": int(classes[index]),
                 "exit_block": None if exits[index] == blocks else exits[index] + 1,

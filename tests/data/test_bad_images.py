@@ -49,11 +49,11 @@ def data(tmp_path: Path) -> Path:
     return tmp_path / "data"
 
 
-def close(found: torch.Tensor, bad: BadImage) -> bool:
+def close(pixels: torch.Tensor, bad: BadImage) -> bool:
     """The pixels that the file is to show, but for JPEG's losses."""
     assert bad.intensity is not None
     expected = torch.from_numpy(bad.intensity()) / 255
-    return bool((found - expected).abs().max() < 0.06)
+    return bool((pixels - expected).abs().max() < 0.06)
 
 
 @every_kind
@@ -64,14 +64,14 @@ def test_in_training(
     """Found at the start, it is refused there; met, it is left out, counted and named."""
     path = data / "train" / "ant" / bad.name
     bad.make(path)
-    if bad.found == "start":
+    if bad.noticed == "start":
         with pytest.raises(ValueError, match=bad.name):
             load_dataset("folder", data, storage=storage, max_damaged=0.2)
         return
     splits = load_dataset("folder", data, storage=storage, max_damaged=0.2)
     # The first of the class by name, but in memory where it was left out.
     present = [i for i in range(len(splits.train)) if splits.train.name(i) == str(path)]
-    if bad.found == "read":
+    if bad.noticed == "read":
         pixels = torch.from_numpy(np.asarray(splits.train.image(present[0]), np.float32)) / 255
         assert all(close(pixels[..., channel], bad) for channel in range(3))
     transform = TrainTransform(Augmentation(), COLOUR)
@@ -79,10 +79,10 @@ def test_in_training(
     seen = torch.cat([batch.images for batch in loader])
     assert seen.isfinite().all()
     noted = bad.name in capsys.readouterr().err
-    assert noted == (bad.found == "met")
-    assert bool(loader.damaged.reasons) == (bad.found == "met" and storage == "files")
+    assert noted == (bad.noticed == "met")
+    assert bool(loader.damaged.reasons) == (bad.noticed == "met" and storage == "files")
     # No allowance: too many damaged images end the run, with their names.
-    if bad.found == "met" and storage == "files":
+    if bad.noticed == "met" and storage == "files":
         strict = TrainImages(splits.train, transform, 4, seed=0, max_damaged=0)
         with pytest.raises(ValueError, match=rf"max_damaged.*{bad.name}"):
             list(strict)
@@ -92,7 +92,7 @@ def test_in_training(
 def test_in_evaluation(bad: BadImage, data: Path) -> None:
     """As in training; without an allowance, what cannot be read is an error that names it."""
     bad.make(data / "test" / "ant" / bad.name)
-    if bad.found == "start":
+    if bad.noticed == "start":
         with pytest.raises(ValueError, match=bad.name):
             find_image_folder(data / "test", ["ant", "bee"])
         return
@@ -105,9 +105,9 @@ def test_in_evaluation(bad: BadImage, data: Path) -> None:
         (in_memory, COLOUR),
     ):
         evaluated = torch.cat([x for x, _ in EvalImages(images, preprocessing, 4)])
-        assert len(evaluated) == 2 * GOOD + (bad.found == "read")
-        assert bad.found == "met" or close(evaluated[0, -1], bad)
-    if bad.found == "met":
+        assert len(evaluated) == 2 * GOOD + (bad.noticed == "read")
+        assert bad.noticed == "met" or close(evaluated[0, -1], bad)
+    if bad.noticed == "met":
         with pytest.raises(ValueError, match=bad.name):
             list(EvalImages(in_files, COLOUR, 4, damaged=DamagedImages(in_files, 0)))
         with pytest.raises(ValueError, match=bad.name):
@@ -122,8 +122,8 @@ def test_in_predict(bad: BadImage, tmp_path: Path, capsys: pytest.CaptureFixture
     save_model(tmp_path / "m.safetensors", model, preprocessing=PREPROCESSING)
     status = main.main(["predict", str(tmp_path / "m.safetensors"), str(path), "--json"])
     said = capsys.readouterr()
-    assert (status == 0) == (bad.found == "read")
-    if bad.found == "read":
+    assert (status == 0) == (bad.noticed == "read")
+    if bad.noticed == "read":
         Image.fromarray(GREY).save(tmp_path / "plain.png")
         main.main(
             ["predict", str(tmp_path / "m.safetensors"), str(tmp_path / "plain.png"), "--json"]

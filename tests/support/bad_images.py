@@ -23,7 +23,7 @@ class BadImage:
     name: str
     """Of the file."""
     make: Callable[[Path], None]
-    actual: str
+    noticed: str
     """When it is noticed: "read" (it is an image), "start" (of a training), or "met"."""
     intensity: Callable[[], np.ndarray] | None = None
     """What the network is to see, `[16, 16]` of 0..255; None where the file is refused."""
