@@ -27,6 +27,15 @@ CODES = ["matplotlib>=3.9"]
 EXPORT = ["onnx>=1.17", "onnxruntime>=1.20", "onnxscript>=0.2"]
 HUB = ["huggingface-hub>=0.30"]
 TIMM = ["timm>=1.0.15"]
+# Of other people, which docs/tools.md shows on the networks.
+TOOLS = [
+    *TRAIN,
+    "captum>=0.8",
+    "fvcore>=0.1.5.post20221221",
+    "grad-cam>=1.5.5",
+    "opacus>=1.6",
+    "torchinfo>=1.8",
+]
 KERNELS = ["ninja>=1.11"]
 BROWSER = ["axe-playwright-python>=0.1.7", "playwright>=1.50"]
 TEST = [
@@ -44,7 +53,7 @@ TEST = [
 ]
 BENCH = ["pytest-benchmark>=5.1"]
 # timm's own tests of models run on ours, so that its version is pinned.
-DEV = [*TEST, *BENCH, "build>=1.2", "mypy==2.4.1", "ruff==0.17.6", "timm==1.0.31"]
+DEV = [*TEST, *TOOLS, *BENCH, "build>=1.2", "mypy==2.4.1", "ruff==0.17.6", "timm==1.0.31"]
 
 ROOT = Path(__file__).resolve().parent
 # Where a checkout cannot hold links, as on Windows by default, a plain install has the kernels.
@@ -143,6 +152,7 @@ setup(
         "hub": HUB,
         "timm": TIMM,
         "kernels": KERNELS,
+        "tools": TOOLS,
         "test": TEST,
         "bench": BENCH,
         "dev": DEV,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,9 +20,14 @@ from coded_resnext import (
     use_grouped_kernels,
 )
 from coded_resnext.kernels import Aggregation, Backend
+from coded_resnext.models.block import EnergyRecord
 
 # In float64, where every backend runs on PyTorch's operations.
 IMAGES = torch.randn(5, 1, 6, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+DOC = (Path(__file__).parents[2] / "docs" / "tools.md").read_text(encoding="utf-8")
+CODE = re.findall(r"^```python\n(.*?)^```", DOC, re.DOTALL | re.MULTILINE)
 
 
 def network(backend: Backend = "auto", **arguments: Any) -> CodedResNeXt:
@@ -164,3 +171,129 @@ def test_gradients_of_single_samples_with_opacus(aggregation: Aggregation) -> No
     for name, parameter in model.named_parameters():
         for gradient, expected in zip(parameter.grad_sample, alone, strict=True):
             assert relative_error(gradient, expected[name]) < 1e-10, name
+
+
+@pytest.mark.parametrize(("coded", "training"), [(True, True), (True, False), (False, False)])
+def test_maps_of_classes_with_captum_and_grad_cam(coded: bool, training: bool) -> None:
+    """captum#365, pytorch-grad-cam#87: Grad-CAM of a block is what its definition gives."""
+    captum = pytest.importorskip("captum.attr")
+    cams = pytest.importorskip("pytorch_grad_cam")
+    targets = pytest.importorskip("pytorch_grad_cam.utils.model_targets")
+    model = network(drop_branches=0.0).train(training)
+    block = model.blocks[1 if coded else 0]
+    maps: list[Tensor] = []
+    handle = block.register_forward_hook(lambda module, inputs, y: maps.append(y))
+    logits = model(IMAGES)
+    handle.remove()
+    (gradient,) = torch.autograd.grad(logits[:, 2].sum(), maps)
+    expected = (gradient.mean((2, 3), keepdim=True) * maps[0]).sum(1, keepdim=True)
+    heat = captum.LayerGradCam(model, block).attribute(IMAGES, target=2)
+    assert relative_error(heat, expected) < 1e-12
+    if training:  # The other library puts a network into evaluation mode.
+        return
+    with cams.GradCAM(model=model, target_layers=[block]) as cam:
+        shown = torch.from_numpy(cam(IMAGES, [targets.ClassifierOutputTarget(2)] * len(IMAGES)))
+    shares = expected[:, 0].relu()
+    shares = shares - shares.amin((1, 2), keepdim=True)
+    shares = shares / shares.amax((1, 2), keepdim=True).clamp_min(1e-7)
+    # The library computes in float32, and adds 1e-7 to what it divides by.
+    assert relative_error(shown.double(), shares) < 1e-4
+
+
+def test_conductance_of_expand_and_energies_with_captum() -> None:
+    """captum#410, pytorch#15716: the weight was read, and no hook of the layer saw that.
+
+    What the conductances of all energies of a block add up to is the change of the objective.
+    """
+    captum = pytest.importorskip("captum.attr")
+    model = network()
+    block = model.coded_blocks[0]
+    through = captum.LayerConductance(model, block.expand).attribute(IMAGES, target=1, n_steps=4)
+    assert through.shape == (5, 12, 6, 6)
+    assert bool(through.abs().amax((1, 2, 3)).gt(0).all())
+
+    def score(images: Tensor) -> Tensor:
+        return model(images, return_energies=True)[1][0].square().sum(1)
+
+    parts = captum.LayerConductance(score, block.energies).attribute(IMAGES, n_steps=200)
+    change = score(IMAGES) - score(torch.zeros_like(IMAGES))
+    # A sum over 200 steps of the path.
+    assert relative_error(parts.sum(1), change) < 0.02
+
+
+def test_products_are_counted_with_fvcore_and_torchinfo() -> None:
+    """fvcore#62, thop#128: a layer was not called, a trace had one opaque operation of a block."""
+    analysis = pytest.importorskip("fvcore.nn")
+    torchinfo = pytest.importorskip("torchinfo")
+    model, image = network().float(), IMAGES[:1].float()
+    counts = analysis.FlopCountAnalysis(model, image).unsupported_ops_warnings(False)
+    by_name = counts.by_module_and_operator()
+    for name, block in model.named_modules():
+        if isinstance(block, CodedBottleneck):
+            pixels = 36 if block.channels == 12 else 9
+            expand = block.branches * block.width * block.channels * pixels
+            assert by_name[f"{name}.expand"] == {"conv": expand}
+            if block.is_coded:
+                grams = block.branches * block.width**2 * (pixels + block.channels)
+                assert by_name[name]["bmm"] == grams
+    summary = torchinfo.summary(model, input_data=image, verbose=0)
+    assert summary.total_params == sum(p.numel() for p in model.parameters())
+    assert summary.total_mult_adds >= by_name[""]["conv"] + by_name[""]["linear"]
+
+
+@pytest.mark.parametrize("coded", [True, False])
+def test_products_with_the_hessian_are_finite_differences(coded: bool) -> None:
+    """pytorch#47562: forward over reverse, and reverse over reverse, of a whole block."""
+    model = network()
+    block = next(block for block in model.blocks[1:] if block.is_coded == coded)
+    names = [name for name, _ in block.named_parameters()]
+    values = tuple(p.detach() for p in block.parameters())
+    generator = torch.Generator().manual_seed(2)
+    vector = tuple(torch.randn(v.shape, generator=generator, dtype=v.dtype) for v in values)
+    x = torch.randn(3, block.in_channels, 5, 5, generator=generator, dtype=torch.float64)
+
+    def objective(*values: Tensor) -> Tensor:
+        record = EnergyRecord()
+        given = dict(zip(names, values, strict=True))
+        y = torch.func.functional_call(block, given, (x,), {"record": record})
+        coding = 0.0 if record.energies is None else record.energies.pow(3).mean()
+        return y.square().mean() + coding
+
+    gradient = torch.func.grad(objective, tuple(range(len(values))))
+    _, products = torch.func.jvp(gradient, values, vector)
+    leaves = [v.clone().requires_grad_() for v in values]
+    first = torch.autograd.grad(objective(*leaves), leaves, create_graph=True)
+    twice = torch.autograd.grad(first, leaves, vector)
+    step = 1e-6
+    ahead = gradient(*(v + step * d for v, d in zip(values, vector, strict=True)))
+    behind = gradient(*(v - step * d for v, d in zip(values, vector, strict=True)))
+    for one, other, up, down in zip(products, twice, ahead, behind, strict=True):
+        assert relative_error(one, other) < 1e-10
+        # Differences of rounded values over a small step.
+        assert relative_error(one, (up - down) / (2 * step)) < 1e-6
+
+
+def test_gradients_of_single_samples_by_vmap() -> None:
+    """The function vmap over grad of a network gives what one sample at a time gives."""
+    model = network()
+    parameters = {name: value.detach() for name, value in model.named_parameters()}
+
+    def objective(parameters: dict[str, Tensor], image: Tensor) -> Tensor:
+        given = {"return_energies": True}
+        logits, energies = torch.func.functional_call(model, parameters, (image[None],), given)
+        return logits.square().sum() + sum(value.pow(3).sum() for value in energies)
+
+    at_once = torch.func.vmap(torch.func.grad(objective), (None, 0))(parameters, IMAGES)
+    for index, image in enumerate(IMAGES):
+        model.zero_grad()
+        objective(dict(model.named_parameters()), image).backward()
+        for name, parameter in model.named_parameters():
+            assert relative_error(at_once[name][index], parameter.grad) < 1e-10
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+@pytest.mark.parametrize("code", CODE)
+def test_code_of_the_documentation(code: str) -> None:
+    for library in re.findall(r"^(?:from|import) (\w+)", code, re.MULTILINE):
+        pytest.importorskip(library)
+    exec(compile(code, "docs/tools.md", "exec"), {"__name__": "documentation"})  # noqa: S102
