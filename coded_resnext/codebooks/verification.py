@@ -6,7 +6,6 @@ from collections import Counter
 from typing import Any, NamedTuple
 
 from .bounds import codebook_bounds
-from .codebook import Codebook
 from .shipped import digest
 from .words import distance_histogram, from_strings, is_balanced
 
@@ -68,6 +67,8 @@ def verify(document: dict[str, Any]) -> list[Rule]:
 
 def _readable(document: dict[str, Any]) -> Rule:
     """Names, their number and the format version, as whoever loads the file asks for them."""
+    from .codebook import Codebook  # Not before: it needs PyTorch, which help does without.
+
     name = "readable as a codebook"
     try:
         return Rule(name, True, str(Codebook.from_dict(document)).splitlines()[0])
