@@ -55,9 +55,10 @@ def test_predict_right_after_install(
     right = [row["class_name"] == row["file"][0] for row in rows]
     assert sum(right) >= 5
     assert all(len(branches) in (3, 5) for row in rows for branches in row["path"])
-    assert command("predict", "digits", photos[0], "--margin", 0.2, "--json") == 0
+    assert command("predict", "digits", photos[0], "--early", "--json") == 0
     [early] = json.loads(capsys.readouterr().out)
-    assert early["macs"] <= rows[0]["macs"]
+    assert early["exit_block"] is not None
+    assert early["macs"] < rows[0]["macs"]
     assert command("predict", "digits", *photos) == 0
     lines = capsys.readouterr().out.splitlines()
     for line, row in zip(lines, rows, strict=True):

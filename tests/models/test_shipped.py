@@ -18,6 +18,7 @@ from coded_resnext.cli.train import start_from
 from coded_resnext.data.batches import batches
 from coded_resnext.data.datasets import DATA_VARIABLE, load_dataset, load_digits_split
 from coded_resnext.data.loaders import EvalImages
+from coded_resnext.deploy.early_exit import predict_early
 from coded_resnext.models.checkpoint import load_model, save_model
 from coded_resnext.models.shipped import find_model, network_of, shipped_weights
 from coded_resnext.training.accuracy import EvaluationLoader, measure_accuracy
@@ -48,8 +49,16 @@ def test_the_shipped_file_has_the_accuracy_that_it_claims(name: str) -> None:
     assert list(measured.early) == pytest.approx(claimed["early_decoding"], abs=0.006)
 
 
-def test_the_digits_are_learned() -> None:
-    assert from_pretrained("digits").results["test_accuracy"] > 0.98
+def test_the_digits_are_learned_and_may_leave_early() -> None:
+    pretrained = from_pretrained("digits")
+    criterion = pretrained.early_exit
+    assert pretrained.results["test_accuracy"] > 0.98
+    assert criterion is not None
+    split = load_digits_split()
+    early = predict_early(pretrained.model, split.test_images, criterion)
+    right = (early.classes == split.test_targets).double().mean()
+    assert float(right) == pytest.approx(pretrained.results["test_accuracy"], abs=0.006)
+    assert float((early.exit_blocks < 3).double().mean()) > 0.9
 
 
 @pytest.mark.parametrize("name", shipped_weights())
