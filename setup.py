@@ -1,6 +1,7 @@
 """Packaging of Coded ResNeXt: `kernels/` is `coded_resnext.kernels`, by a link in the package."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -10,8 +11,6 @@ from pathlib import Path
 from setuptools import setup
 from setuptools.command.build_py import build_py
 from setuptools.command.editable_wheel import editable_wheel
-
-VERSION = "0.1.0"
 
 TRAIN = [
     "pillow>=10",
@@ -56,6 +55,9 @@ BENCH = ["pytest-benchmark>=5.1"]
 DEV = [*TEST, *TOOLS, *BENCH, "build>=1.2", "mypy==2.4.1", "ruff==0.17.6", "timm==1.0.31"]
 
 ROOT = Path(__file__).resolve().parent
+VERSION = re.search(
+    r'^__version__ = "(.*)"$', (ROOT / "coded_resnext" / "__init__.py").read_text(), re.MULTILINE
+)[1]
 # Where a checkout cannot hold links, as on Windows by default, a plain install has the kernels.
 IS_LINKED = (ROOT / "coded_resnext" / "kernels").is_dir()
 ARCHS_VARIABLE = "CODED_RESNEXT_BUILD_ARCHS"
@@ -137,6 +139,7 @@ setup(
         "coded_resnext.codebooks": ["data/*.json"],
         "coded_resnext.interpret.report": ["assets/*"],
         "coded_resnext.models": ["weights/*/*"],
+        "coded_resnext.training": ["recipes/*.yaml"],
     },
     install_requires=[
         "numpy>=2",

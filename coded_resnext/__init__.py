@@ -34,6 +34,8 @@ if not Path(__file__).with_name("kernels").is_dir():
         "it with `pip install .` and import it from another folder"
     )
 
+__version__ = "0.1.0"
+
 _MODULES = {
     "Codebook": "codebooks.codebook",
     "CodedBottleneck": "models.block",

@@ -3,6 +3,7 @@ all."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -103,6 +104,12 @@ def write_atomically(path: str | Path, content: bytes) -> None:
         ) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def file_sha256(path: str | Path) -> str:
+    """Returns the SHA-256 of a file, in hexadecimal; an OSError where it cannot be read."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def load_tensors(file: BinaryIO, allowed: Sequence[type] = ()) -> Any:

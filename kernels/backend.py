@@ -10,7 +10,8 @@ Backends:
                  Triton's interpreter.
     `auto`       `torch`: no measurement on a GPU has shown yet where the kernels win.
 
-The environment variable CODED_RESNEXT_BACKEND replaces `auto`; an explicit argument wins over it.
+The environment variable CODED_RESNEXT_BACKEND, unless empty, replaces `auto`; an explicit argument
+wins over it.
 What the kernels do not take (float64, branches wider than 64 channels) runs as `torch` does, and is
 logged once for each reason.
 """
@@ -80,20 +81,28 @@ def check_backend(backend: Backend, device: str | torch.device | None = None) ->
 
 def requested_backend(backend: Backend) -> str:
     """Returns the backend as `select_backend`, but `auto` where nobody names one."""
-    source = "backend"
-    requested: str = backend
-    if requested == "auto":
-        source = BACKEND_VARIABLE
-        requested = os.environ.get(BACKEND_VARIABLE, "auto")
-    if requested not in get_args(Backend):
-        expected = ", ".join(get_args(Backend))
-        raise ValueError(f"{source}: expected one of {expected}; got {requested!r}")
+    requested = named_backend(backend)
+    source = "backend" if backend != "auto" else BACKEND_VARIABLE
     if requested != "triton":
         return requested
     reason = backends()[requested]
     if reason is not None:
         raise RuntimeError(f"{source}: {requested!r} was asked for but cannot run: {reason}")
     return requested
+
+
+def named_backend(backend: Backend) -> str:
+    """Returns the backend that is named by the argument or the environment, able to run or not.
+
+    Raises:
+        ValueError: no such backend.
+    """
+    source = "backend" if backend != "auto" else BACKEND_VARIABLE
+    name = backend if backend != "auto" else os.environ.get(BACKEND_VARIABLE) or "auto"
+    if name not in get_args(Backend):
+        expected = ", ".join(get_args(Backend))
+        raise ValueError(f"{source}: expected one of {expected}; got {name!r}")
+    return name
 
 
 ConvBackend = Literal["auto", "torch", "triton"]

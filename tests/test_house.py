@@ -17,7 +17,7 @@ ORDER = (
     ("models",),
     ("training", "deploy"),
     ("interpret",),
-    ("cli",),
+    ("cli", "__main__"),
 )
 FLOOR = {name: floor for floor, names in enumerate(ORDER) for name in names}
 MOST_FILES = 17

@@ -104,3 +104,29 @@ def test_shipped_data_is_installed() -> None:
         "import coded_resnext as c; print(c.Codebook.shipped(1000, 32, 8).min_distance)", cwd="/"
     )
     assert result.stdout.strip() == "8", result.stderr
+
+
+def test_the_package_says_its_version() -> None:
+    from importlib.metadata import version
+
+    assert coded_resnext.__version__ == version("coded-resnext")
+    for arguments, start in ((["--version"], "coded-resnext 0."), (["-h"], "usage: coded-resnext")):
+        command = [sys.executable, "-m", "coded_resnext", *arguments]
+        result = subprocess.run(command, capture_output=True, text=True, check=True)
+        assert result.stdout.startswith(start)
+
+
+def test_recipes_are_reached_by_the_command(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Who installs a wheel had an extra `train` and nothing to train with."""
+    from coded_resnext.cli.main import main
+
+    with pytest.raises(SystemExit, match="0"):
+        main(["train", "--help"])
+    assert "one of cifar10, cifar100, " in " ".join(capsys.readouterr().out.split())
+    arguments = ["train", "--data-dir", str(tmp_path / "none"), "--out", str(tmp_path / "run")]
+    assert main([*arguments, "--no-evaluation"]) == 2
+    assert "coded-resnext train: " in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        main(["info", "run", "--epochs", "3"])

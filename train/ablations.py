@@ -29,7 +29,7 @@ from coded_resnext import CodedResNeXt
 from coded_resnext.cli.train import make_model, open_data
 from coded_resnext.data.augment import TrainTransform
 from coded_resnext.data.batches import RandomShift, TrainingBatches, TrainLoader, batches
-from coded_resnext.data.datasets import load_digits_split
+from coded_resnext.data.datasets import DIGITS_NAME, load_digits_split
 from coded_resnext.data.loaders import EvalImages, TrainImages
 from coded_resnext.data.preprocessing import Preprocessing
 from coded_resnext.files import write_atomically
@@ -44,7 +44,7 @@ from coded_resnext.interpret.comparing import ablation_table, measures, summariz
 from coded_resnext.training.config import TrainingConfig
 from coded_resnext.training.engine import fit
 from coded_resnext.training.processes import run_script, training_session
-from coded_resnext.training.recipe import load_recipe
+from coded_resnext.training.recipe import RECIPES, load_recipe
 from coded_resnext.training.run_folder import SUMMARY_FILE, RunFolder, versions
 
 RESULTS_FILE = "ablations.json"
@@ -70,7 +70,7 @@ def digits_task(epochs: int | None) -> Task:
     config = digits.training_config(arguments)
     split = load_digits_split()
     return Task(
-        name="scikit-learn digits",
+        name=DIGITS_NAME,
         base=digits.make_model(arguments),
         config=config,
         preprocessing=split.preprocessing,
@@ -87,7 +87,7 @@ def digits_task(epochs: int | None) -> Task:
 
 
 def cifar_task(epochs: int | None) -> Task:
-    """A part of CIFAR-10 by the recipe train/recipes/cifar10_small.yaml."""
+    """A part of CIFAR-10 by the recipe cifar10_small."""
     changes = {} if epochs is None else {"epochs": epochs}
     recipe = load_recipe(RECIPES / "cifar10_small.yaml", changes)
     data, config = recipe.data, recipe.training
@@ -110,7 +110,6 @@ def cifar_task(epochs: int | None) -> Task:
     )
 
 
-RECIPES = Path(__file__).parent / "recipes"
 TASKS: dict[str, Callable[[int | None], Task]] = {"cifar10": cifar_task, "digits": digits_task}
 
 
@@ -168,6 +167,7 @@ def train(task: Task, ablation: Ablation, seed: int, folder: Path) -> None:
         notes={"data": task.name, "ablation": ablation.name},
     )
     evaluation = evaluate(model, task.train_in_order, task.test_loader, seed=seed, repeats=1)
+    evaluation = evaluation.named(task.name, training=run.config)
     save_evaluation(evaluation, folder)
     run.write_json(
         SUMMARY_FILE,
@@ -183,14 +183,23 @@ def train(task: Task, ablation: Ablation, seed: int, folder: Path) -> None:
 
 
 def collect(out: Path, rows: list[Ablation], seeds: list[int]) -> dict[str, dict[int, Any]]:
-    """The measures of the finished runs, by row and seed."""
+    """The measures of the finished runs, by row and seed.
+
+    Raises:
+        ValueError: not all were measured on the same images.
+    """
     finished: dict[str, dict[int, Any]] = {}
+    images: dict[Any, Path] = {}
     for ablation in rows:
         for seed in seeds:
             path = run_folder(out, ablation, seed) / SUMMARY_FILE
             if path.exists():
                 summary = json.loads(path.read_text(encoding="utf-8"))
                 finished.setdefault(ablation.name, {})[seed] = summary["measures"]
+                images.setdefault((summary.get("measured_on") or {}).get("sha256"), path.parent)
+    if len(images) > 1:
+        others = " and ".join(map(str, images.values()))
+        raise ValueError(f"out: {others} were measured on different images")
     return finished
 
 

@@ -21,10 +21,11 @@ import torch
 from coded_resnext import CodedResNeXt, create_model
 from coded_resnext.cli.train import require_packages, write_results
 from coded_resnext.data.batches import RandomShift, TrainingBatches, batches
-from coded_resnext.data.datasets import DigitsSplit, load_digits_split
+from coded_resnext.data.datasets import DIGITS_NAME, DigitsSplit, load_digits_split
 from coded_resnext.data.preprocessing import SPLIT_SEED
 from coded_resnext.interpret import evaluate
 from coded_resnext.kernels import Backend, check_backend
+from coded_resnext.kernels.backend import named_backend
 from coded_resnext.training.config import TrainingConfig
 from coded_resnext.training.engine import fit
 from coded_resnext.training.processes import run_script
@@ -116,15 +117,16 @@ def train(arguments: argparse.Namespace, digits: DigitsSplit) -> None:
     require_packages()
     model = make_model(arguments)
     config = training_config(arguments)
+    backend = named_backend(arguments.backend)
     run = RunFolder(
         arguments.out,
         {
-            "data": "scikit-learn digits",
+            "data": DIGITS_NAME,
             "split_seed": SPLIT_SEED,
             "network": model.config,
             "training": config.to_dict(),
             # Runs that began before there was a choice are those of auto.
-            **({} if arguments.backend == "auto" else {"backend": arguments.backend}),
+            **({} if backend == "auto" else {"backend": backend}),
         },
         resume=arguments.resume,
     )
@@ -147,9 +149,10 @@ def train(arguments: argparse.Namespace, digits: DigitsSplit) -> None:
         config,
         run,
         preprocessing=digits.preprocessing,
-        notes={"data": "scikit-learn digits", "split_seed": SPLIT_SEED},
+        notes={"data": DIGITS_NAME, "split_seed": SPLIT_SEED},
     )
     evaluation = evaluate(model, batches(digits.train_images, digits.train_targets), test_loader)
+    evaluation = evaluation.named(DIGITS_NAME, training=run.config)
     write_results(
         run,
         model,

@@ -60,7 +60,6 @@ from coded_resnext.training.run_folder import (
 )
 
 TABLE_FILE, RESULTS_FILE = "reproduce.md", "reproduce.json"
-RECIPES = Path(__file__).parent / "recipes"
 # Test accuracy after the published training, percent; exponent 1 is the absolute value.
 PAPER = {BASE: 94.41, PLAIN: 93.66, "exponent 2": 93.1, "exponent 1": 87.1}
 PUBLISHED_ROWS = (BASE, PLAIN, "exponent 2", "exponent 1")
@@ -132,7 +131,28 @@ class PlannedRun:
         wanted = json.loads(json.dumps(identity(self.command.recipe)))
         if differing := differences(stored, wanted, ignore=FREE_SETTINGS):
             raise ValueError(f"out: {folder} holds a run of another kind: {'; '.join(differing)}")
+        provenance = load_evaluation(folder).provenance
+        if provenance is not None:
+            outside = provenance.outside.name if provenance.outside else None
+            measured = {**provenance.settings, "outside": outside}
+            asked = self.measuring
+            if differing := differences({name: measured.get(name) for name in asked}, asked):
+                raise ValueError(
+                    f"out: {folder} was measured in another way: {'; '.join(differing)}; without "
+                    f"its {SUMMARY_FILE} it is measured again"
+                )
         return True
+
+    @property
+    def measuring(self) -> dict[str, Any]:
+        """What the command asks the evaluation for."""
+        data = self.command.recipe.data
+        return {
+            "outside": None if self.ablation.name == PLAIN else self.command.outside,
+            "repeats": self.command.repeats,
+            "test_images": data.eval_images,
+            "threshold_images": data.threshold_images,
+        }
 
     def result(self) -> FinishedRun:
         """The measurements of a finished run."""
@@ -200,7 +220,6 @@ def plan(arguments: argparse.Namespace, rest: Sequence[str]) -> list[PlannedRun]
             command = parse_command(
                 [*scale.flags, *rest, *own, "--resume", *flags],
                 description=__doc__ or "",
-                recipes=RECIPES,
                 default="cifar10",
             )
             runs.append(PlannedRun(ablation, seed, command))

@@ -10,6 +10,7 @@ import argparse
 from pathlib import Path
 from typing import TypeAlias
 
+from coded_resnext import __version__
 from coded_resnext.codebooks.search import EFFORTS
 from coded_resnext.codebooks.shipped import VARIANTS, Size, shipped_sizes
 
@@ -35,6 +36,11 @@ NETWORKS = (
 OPSET = 18
 
 RUN = "model file, folder of a run, or name of shipped weights, which `coded-resnext models` lists"
+_DATA = (
+    "a folder of images, DATA/CLASS/* or DATA/{train,test}/CLASS/*; 'digits', the test images of "
+    "scikit-learn's digits; or cifar10, cifar100 or synthetic, as the run's recipe takes them from "
+    "the folder $CODED_RESNEXT_DATA (./digits is a folder)"
+)
 WHICH = "a file, or a shipped codebook such as 100x8/20 or 10x5/10:paper"
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
@@ -50,8 +56,10 @@ def make_parser() -> argparse.ArgumentParser:
         prog="coded-resnext",
         description="Networks whose branches are assigned to classes before training.",
     )
+    parser.add_argument("--version", action="version", version=f"coded-resnext {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     _add_build_kernels(commands)
+    _add_calibrate(commands)
     _add_codebook(commands)
     _add_convert(commands)
     _add_doctor(commands)
@@ -62,6 +70,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_models(commands)
     _add_predict(commands)
     _add_report(commands)
+    _add_train(commands)
     return parser
 
 
@@ -92,6 +101,46 @@ def _add_build_kernels(commands: Commands) -> None:
         "--check", action="store_true", help="compile nothing, list what the folder lacks"
     )
     parser.set_defaults(function="build_kernels:run")
+
+
+def _add_calibrate(commands: Commands) -> None:
+    parser = commands.add_parser(
+        "calibrate",
+        help="choose the margins at which images leave a trained network early",
+        description="Choose the margins of early exit on images that the network was not trained "
+        "on, and write them into the run's folder, where `predict --early` and `export "
+        "--early-exit` find them.",
+        epilog="What early exit does is to be measured on other images than these: a margin looks "
+        "better than it is on the images that chose it.",
+    )
+    parser.add_argument(
+        "checkpoint", metavar="RUN", help="model file, or the folder of a run that has one"
+    )
+    parser.add_argument("data", metavar="DATA", help=_DATA)
+    parser.add_argument(
+        "--max-accuracy-loss",
+        type=float,
+        default=0.001,
+        metavar="SHARE",
+        help="largest share of the images that early exit may lose (default %(default)s)",
+    )
+    parser.add_argument(
+        "--agreement", action="store_true", help="two consecutive decoders must agree"
+    )
+    parser.add_argument(
+        "--batch-size", type=int, default=64, help="images at a time (default %(default)s)"
+    )
+    parser.set_defaults(function="calibrate:run")
+
+
+def _add_train(commands: Commands) -> None:
+    # Its settings are those of a recipe, which need PyTorch: `cli/train.py` reads what follows.
+    parser = commands.add_parser(
+        "train",
+        help="train a network by a recipe: cifar10, imagenet, or a folder of images",
+        add_help=False,
+    )
+    parser.set_defaults(function="train:run")
 
 
 def _add_codebook(subparsers: Commands) -> None:
@@ -203,14 +252,13 @@ def _add_evaluate(commands: Commands) -> None:
     parser.add_argument(
         "data",
         metavar="DATA",
-        help="'digits' (the test images of scikit-learn's digits; ./digits is a folder), or a "
-        "folder of images: DATA/CLASS/* or DATA/{train,test}/CLASS/*",
+        help=_DATA,
     )
     parser.add_argument(
         "--out",
         type=Path,
         metavar="DIR",
-        help="write evaluation.json and the figures, PNG and SVG, into this folder",
+        help="write evaluation.json, and the figures as PNG and SVG, into this folder",
     )
     parser.add_argument("--csv", action="store_true", help="write the tables as CSV into DIR too")
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
@@ -426,7 +474,7 @@ def _add_predict(commands: Commands) -> None:
         "--early",
         action="store_true",
         help="stop computing for an image once a coded block shows its class, by the margins that "
-        "train/early_exit.py left in the run",
+        "`coded-resnext calibrate` left in the run",
     )
     parser.add_argument(
         "--margin",

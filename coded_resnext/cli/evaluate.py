@@ -10,8 +10,13 @@ from typing import Any
 import torch
 
 from coded_resnext.data.batches import batches
-from coded_resnext.data.datasets import find_image_folder, load_digits_split
-from coded_resnext.data.image_sets import FileImages
+from coded_resnext.data.datasets import (
+    DIGITS_NAME,
+    find_image_folder,
+    load_dataset,
+    load_digits_split,
+)
+from coded_resnext.data.image_sets import FileImages, ImageSplits
 from coded_resnext.data.loaders import EvalImages
 from coded_resnext.data.preprocessing import SPLIT_SEED, Preprocessing
 from coded_resnext.interpret import tables
@@ -24,6 +29,7 @@ DIGITS = "digits"
 # As in the evaluation at the end of a training, so that rounding is the same and all digits agree.
 DIGITS_BATCH = 256
 FOLDER_BATCH = 64
+NAMED_SETS = ("cifar10", "cifar100", "synthetic")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -62,6 +68,11 @@ def run(arguments: argparse.Namespace) -> int:
         threshold_images=arguments.threshold_images,
         classes=arguments.classes,
     )
+    evaluation = evaluation.named(
+        **data_names(arguments.data, train_loader),
+        outside=None if arguments.outside is None else arguments.outside.resolve().name,
+        training=loaded.training,
+    )
     print(to_json(evaluation) if arguments.json else tables.text(evaluation))
     if out is not None:
         written = save_evaluation(
@@ -69,7 +80,8 @@ def run(arguments: argparse.Namespace) -> int:
         )
         if evaluation.samples is not None and loaded.preprocessing is not None:
             positions = evaluation.samples.positions
-            written.append(save_pictures(positions, test_loader, loaded.preprocessing, out))
+            shown = (positions, test_loader, loaded.preprocessing, out, evaluation.images)
+            written.append(save_pictures(*shown))
         if not arguments.json:
             print("\n".join(["", *(f"wrote {path}" for path in written)]))
     return 0
@@ -80,7 +92,7 @@ def open_data(loaded: LoadedModel, data: str, batch_size: int) -> tuple[Loader |
 
     Args:
         loaded: the model, whose classes and preprocessing the images must fit.
-        data: `"digits"` or a folder.
+        data: `"digits"`, one of `NAMED_SETS`, or a folder.
         batch_size: images in a batch, at least 1.
 
     Raises:
@@ -102,7 +114,8 @@ def open_data(loaded: LoadedModel, data: str, batch_size: int) -> tuple[Loader |
             batches(split.test_images, split.test_targets, batch_size),
         )
     preprocessing = _preprocessing(loaded)
-    splits = find_image_folder(data, model.class_names)
+    splits = _named_set(loaded, data) if data in NAMED_SETS else None
+    splits = splits or find_image_folder(data, model.class_names)
     print(splits, file=sys.stderr)
     train, test = (
         EvalImages(images, preprocessing, batch_size) if len(images) else None
@@ -111,6 +124,30 @@ def open_data(loaded: LoadedModel, data: str, batch_size: int) -> tuple[Loader |
     if test is None:
         raise ValueError(f"DATA: expected at least one image to test on, found none in {data}")
     return train, test
+
+
+def _named_set(loaded: LoadedModel, name: str) -> ImageSplits:
+    """Returns CIFAR or synthetic images, the same part of them as in the run's training."""
+    recipe = loaded.training.get("recipe") or {}
+    part: dict[str, Any] = {}
+    if recipe.get("dataset") == name:
+        part = {key: recipe.get(key) for key in ("train_images", "test_images")}
+        part["holdout"] = recipe.get("holdout", 0.0)
+    splits = load_dataset(name, **part)
+    if splits.class_names != loaded.model.class_names:
+        raise ValueError(
+            f"DATA: {name} has {len(splits.class_names)} classes, the model has others: "
+            f"{loaded.model.num_classes}, the first of them {loaded.model.class_names[0]!r}"
+        )
+    return splits
+
+
+def data_names(data: str, train_loader: Loader | None) -> dict[str, str]:
+    """Returns the names of the data that `open_data` opened, for `Evaluation.named`."""
+    name = DIGITS_NAME if data == DIGITS else data
+    if data not in (DIGITS, *NAMED_SETS):
+        name = Path(data).resolve().name
+    return {"data": name, "test": "all" if train_loader is None else "test"}
 
 
 def _preprocessing(loaded: LoadedModel) -> Preprocessing:

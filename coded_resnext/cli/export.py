@@ -95,7 +95,7 @@ def _write(
         if criterion is None:
             raise ValueError(
                 f"--early-exit: expected {companions.folder / EXIT_FILE} for these weights; "
-                "train/early_exit.py makes it"
+                "`coded-resnext calibrate RUN DATA` makes it"
             )
         notes = {"early_exit": criterion.to_dict()}
         out = arguments.out or target / EARLY_EXIT_FOLDER

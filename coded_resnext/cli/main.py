@@ -47,8 +47,14 @@ def _run_or_say_why_not(argv: Sequence[str] | None) -> int:
 
 
 def _run(argv: Sequence[str] | None) -> int:
-    arguments = make_parser().parse_args(argv)
+    parser = make_parser()
+    arguments, rest = parser.parse_known_args(argv)
     module, function = arguments.function.split(":")
+    if module == "train":
+        # The settings of a recipe are its arguments.
+        arguments.settings = rest
+    elif rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     # Imported only now, since most of them need PyTorch.
     code: int = getattr(import_module(f".{module}", __package__), function)(arguments)
     return code

@@ -79,7 +79,7 @@ def read_criterion(margin: float | None, companions: Companions, model: CodedRes
     if criterion is None:
         raise ValueError(
             f"--early: expected {companions.folder / EXIT_FILE} for these weights, found none; "
-            "train/early_exit.py makes it, or give --margin"
+            "`coded-resnext calibrate RUN DATA` makes it, or give --margin"
         )
     return criterion
 

@@ -31,7 +31,7 @@ from coded_resnext.data.image_sets import (
 from coded_resnext.data.loaders import EvalImages, TrainImages
 from coded_resnext.data.on_device import DeviceEvalImages, DeviceTrainImages
 from coded_resnext.data.preprocessing import Preprocessing
-from coded_resnext.files import read_json, write_atomically
+from coded_resnext.files import file_sha256, read_json, write_atomically
 from coded_resnext.interpret import (
     Evaluation,
     Loader,
@@ -40,7 +40,10 @@ from coded_resnext.interpret import (
     save_pictures,
     tables,
 )
+from coded_resnext.interpret.results import FIGURES_FOLDER
 from coded_resnext.kernels import check_backend
+from coded_resnext.kernels.backend import named_backend
+from coded_resnext.models.checkpoint import MODEL_FILE
 from coded_resnext.models.registry import create_model
 from coded_resnext.models.resnext import CodedResNeXt
 from coded_resnext.models.shipped import find_model
@@ -54,6 +57,7 @@ from coded_resnext.training.processes import TIMEOUT, World, run_script, trainin
 from coded_resnext.training.recipe import (
     GROUPS,
     OWN_FLAGS,
+    RECIPES,
     ModelConfig,
     Recipe,
     add_flags,
@@ -81,6 +85,7 @@ INCIDENTAL = (
     "storage",
     "workers",
     "validation_batch_size",
+    "max_damaged",
     "eval_images",
     "threshold_images",
     "initial_checkpoint",
@@ -194,11 +199,19 @@ def start_from(model: CodedResNeXt, settings: ModelConfig, calibration: EvalImag
 
 def identity(recipe: Recipe) -> dict[str, Any]:
     """The settings that decide what comes of a run; it is resumed under the same ones only."""
-    found = {k: v for k, v in recipe.settings().items() if k not in INCIDENTAL}
+    settings = {k: v for k, v in recipe.settings().items() if k not in INCIDENTAL}
     # Backends round differently. Runs that began before there was a choice are those of auto.
-    if found["backend"] == "auto":
-        del found["backend"]
-    return found
+    settings["backend"] = named_backend(recipe.model.backend)
+    if settings["backend"] == "auto":
+        del settings["backend"]
+    if recipe.model.initial_checkpoint is not None:
+        settings["initial_weights"] = file_sha256(_weights_file(recipe.model.initial_checkpoint))
+    return settings
+
+
+def _weights_file(checkpoint: str) -> Path:
+    path = find_model(checkpoint)
+    return path / MODEL_FILE if path.is_dir() else path
 
 
 def run_recipe(
@@ -278,6 +291,11 @@ def run_recipe(
         outside_loader=outside,
         repeats=command.repeats,
         test_images=recipe.data.eval_images,
+    ).named(
+        splits.name,
+        outside=command.outside,
+        training={"data": splits.name, "recipe": identity(recipe)},
+        settings={"threshold_images": recipe.data.threshold_images},
     )
     write_results(
         run,
@@ -386,7 +404,7 @@ def main(script: str, description: str | None, *, default: str) -> int:
     """The command line of a training script; the exit status, see `run_script`.
 
     Args:
-        script: file of the script; the recipes are in the folder `recipes` beside it.
+        script: file of the script.
         description: of the script.
         default: the recipe that is used when none is named.
     """
@@ -397,12 +415,28 @@ def main(script: str, description: str | None, *, default: str) -> int:
             parse_command(
                 None,
                 description=description or "",
-                recipes=path.parent / "recipes",
                 default=default,
             )
         )
 
     return run_script(path.name, run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """`coded-resnext train`: as the training scripts, by any recipe; the exit status."""
+
+    def train() -> None:
+        run_recipe(
+            parse_command(
+                arguments.settings,
+                description="Train a network by a recipe, evaluate it and write its report. "
+                "Images of your own: --data-dir FOLDER with FOLDER/train/CLASS/* and test or val.",
+                default="folder",
+                prog="coded-resnext train",
+            )
+        )
+
+    return run_script("coded-resnext train", train)
 
 
 ROTATED = "rotated"
@@ -467,26 +501,27 @@ class Command:
 
 
 def parse_command(
-    argv: Sequence[str] | None, *, description: str, recipes: Path, default: str
+    argv: Sequence[str] | None, *, description: str, default: str, prog: str | None = None
 ) -> Command:
     """Read the command line of a training script.
 
     Args:
         argv: arguments; None takes those of the process.
         description: of the script.
-        recipes: the folder of the recipe files.
         default: name of the recipe that is used when none is named.
+        prog: the command, as its help says it; None for the name of the script.
 
     Raises:
         OSError, ValueError, ImportError: as `load_recipe`.
     """
     parser = argparse.ArgumentParser(
+        prog=prog,
         description=description,
         epilog="Every setting of a recipe can be replaced by a flag. The run's folder gets "
         "recipe.yaml, the settings as they were used.",
         allow_abbrev=False,
     )
-    names = ", ".join(sorted(path.stem for path in recipes.glob("*.yaml")))
+    names = ", ".join(sorted(path.stem for path in RECIPES.glob("*.yaml")))
     parser.add_argument(
         "-c", "--config", default=default, help=f"a YAML file, or one of {names} (%(default)s)"
     )
@@ -521,7 +556,7 @@ def parse_command(
         add_flags(parser, group)
     arguments = vars(parser.parse_args(argv))
     own = {name: arguments.pop(name) for name in OWN_FLAGS}
-    named = recipes / f"{own['config']}.yaml"
+    named = RECIPES / f"{own['config']}.yaml"
     path = named if named.is_file() else Path(own["config"])
     recipe = load_recipe(path, arguments)
     out = own["out"] or Path("runs") / path.stem
@@ -590,9 +625,10 @@ def write_results(
             **summary,
         },
     )
-    figures = save_figures(evaluation, model.codebooks, run.path / "figures")
+    figures = save_figures(evaluation, model.codebooks, run.path / FIGURES_FOLDER)
     if evaluation.samples is not None:
-        save_pictures(evaluation.samples.positions, test_loader, preprocessing, run.path)
+        positions = evaluation.samples.positions
+        save_pictures(positions, test_loader, preprocessing, run.path, evaluation.images)
     print(f"\n{tables.text(evaluation)}\n\nsummary: {run.path / SUMMARY_FILE}")
     for figure in figures:
         if figure.suffix == ".png":

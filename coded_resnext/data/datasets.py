@@ -267,6 +267,9 @@ def _decoded_bytes(images: FileImages) -> float:
     return sum(sizes) / len(sizes) * len(images) if sizes else 0.0
 
 
+DIGITS_NAME = "scikit-learn digits"
+
+
 @dataclass(frozen=True)
 class DigitsSplit:
     """scikit-learn's 1,797 handwritten digits, normalised and split; 8x8 pixels, 10 classes."""

@@ -7,7 +7,6 @@ Nothing in either is executed on loading.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Mapping
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from coded_resnext.data.preprocessing import Preprocessing
-from coded_resnext.files import printable, read_json, write_atomically
+from coded_resnext.files import file_sha256, printable, read_json, write_atomically
 from coded_resnext.kernels.checks import checked_number
 from coded_resnext.models.checkpoint import MODEL_FILE, UNFIT, load_model, save_model
 from coded_resnext.models.resnext import CodedResNeXt
@@ -114,7 +113,7 @@ def save_pretrained(pretrained: Pretrained, folder: str | Path) -> Path:
         training=dict(pretrained.training),
     )
     write_atomically(folder / CARD_FILE, model_card(pretrained).encode())
-    description["sha256"] = {MODEL_FILE: _digest(folder / MODEL_FILE)}
+    description["sha256"] = {MODEL_FILE: file_sha256(folder / MODEL_FILE)}
     text = json.dumps(description, indent=1, allow_nan=False) + "\n"
     write_atomically(folder / CONFIG_FILE, text.encode())
     return folder
@@ -166,7 +165,7 @@ def from_pretrained(
         raise ValueError(f"{path}: not a readable description: {error!r}") from error
     if version != FORMAT_VERSION:
         raise ValueError(f"{path}: format_version: expected {FORMAT_VERSION}, got {version!r}")
-    digest = _digest(weights)
+    digest = file_sha256(weights)
     if digest != expected:
         raise ValueError(
             f"{weights}: expected SHA-256 {expected} as in {CONFIG_FILE}, got {digest}"
@@ -245,11 +244,6 @@ def _architecture(pretrained: Pretrained) -> dict[str, Any]:
     keys = ("architecture", "class_names", "codebooks", "preprocessing")
     part: dict[str, Any] = json.loads(json.dumps({key: description[key] for key in keys}))
     return part
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _download(

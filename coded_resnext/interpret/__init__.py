@@ -15,6 +15,7 @@ from .one_class import (
     score_classes,
 )
 from .paths import Disobedient, Paths
+from .provenance import Images, Provenance
 from .removal import BlockRemoval, Removal, RemovalCurve, remove_branches
 from .results import load_evaluation, load_pictures, save_evaluation, save_pictures
 from .samples import BlockTrace, SampleBlock, Samples, Trace, trace
@@ -34,12 +35,14 @@ __all__ = [
     "ExitCurve",
     "ExitPoint",
     "Histogram",
+    "Images",
     "Loader",
     "Observations",
     "OneClass",
     "OneClassClassifier",
     "Outside",
     "Paths",
+    "Provenance",
     "Removal",
     "RemovalCurve",
     "SampleBlock",

@@ -237,11 +237,11 @@ def removal_table(runs: Sequence[FinishedRun]) -> str:
 
 @dataclass(frozen=True)
 class Group:
-    """Finished runs of one recipe, which differ in nothing but the seed."""
+    """Finished runs of one recipe, measured on the same images, each with a seed of its own."""
 
     folders: tuple[Path, ...]
     recipe: Any
-    """What `config.json` says, without the seed."""
+    """What `config.json` says, without the seed, and `measured_on`, the digest of the images."""
     seeds: tuple[int | None, ...]
     summaries: tuple[Mapping[str, Any], ...]
 
@@ -267,7 +267,9 @@ def group_runs(folders: Iterable[Path]) -> list[Group]:
             if not (folder / name).is_file():
                 raise FileNotFoundError(f"{folder / name}: no {words}")
         recipe, seed = _without_seed(read_json(folder / CONFIG_FILE))
-        own = Group((folder,), recipe, (seed,), (read_json(folder / SUMMARY_FILE),))
+        summary = read_json(folder / SUMMARY_FILE)
+        recipe["measured_on"] = (summary.get("measured_on") or {}).get("sha256")
+        own = Group((folder,), recipe, (seed,), (summary,))
         for index, group in enumerate(groups):
             if differences(group.recipe, recipe, ignore=FREE_SETTINGS):
                 continue

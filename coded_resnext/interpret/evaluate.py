@@ -16,6 +16,7 @@ from .decoding import Classification, EarlyDecoding, ExitCurve, classification
 from .observe import DrawnImages, Loader, draw_rows, observe, read_targets, require_at_least
 from .one_class import MANY_CLASSES, PAPER_NEGATIVES, OneClass, draw_classes, score_classes
 from .paths import Paths
+from .provenance import DigestedLoader, Images, Provenance
 from .records import from_plain, to_plain
 from .removal import Removal, remove_branches
 from .samples import Samples
@@ -87,6 +88,12 @@ def evaluate(
                 f"{name}_loader: expected batches that can be iterated again and again, "
                 "got an iterator"
             )
+    digested = {
+        role: None if loader is None else DigestedLoader(loader) for role, loader in loaders.items()
+    }
+    train_loader, outside_loader = digested["train"], digested["outside"]
+    test_loader = DigestedLoader(test_loader)
+    digested["test"] = test_loader
     require_at_least(0, seed=seed)
     require_at_least(1, repeats=repeats, test_images=test_images, threshold_images=threshold_images)
     chosen = draw_classes(model.num_classes, classes, seed)
@@ -114,10 +121,18 @@ def evaluate(
         not_computed=not_computed,
         weights_sha256=weights_sha256(model),
     )
+    settings = {
+        "seed": seed,
+        "repeats": repeats,
+        "negatives_per_positive": negatives,
+        "test_images": test_images,
+        "threshold_images": threshold_images,
+        "classes": classes,
+    }
     if not model.coded_blocks:
         reason = "a plain network, which has no coded block"
         not_computed.update(dict.fromkeys(CODED_EXPERIMENTS, reason))
-        return evaluation
+        return replace(evaluation, provenance=Provenance.of({"test": test_loader}, settings))
 
     paths = Paths.of(observed)
     rows = draw_rows(observed.targets, test_images, seed)
@@ -179,6 +194,7 @@ def evaluate(
         thresholds_from="test data" if threshold is None else "training data",
         threshold_samples=0 if learned is None else len(learned.targets),
         outside_samples=0 if outside is None else len(outside.targets),
+        provenance=Provenance.of(digested, settings),
     )
 
 
@@ -247,11 +263,18 @@ class Evaluation:
     """The reason, by experiment, why it or a part of it is missing."""
     weights_sha256: str | None = None
     """SHA-256 of the weights that were measured, see `checkpoint.weights_sha256`."""
+    provenance: Provenance | None = None
+    """What was measured on, with which settings; None in files of earlier versions."""
 
     @property
     def test_accuracy(self) -> float:
         """Returns the share of the test images that are classified correctly, 0 to 1."""
         return self.classification.accuracy
+
+    @property
+    def images(self) -> Images | None:
+        """Returns the test images; None in files that do not know them."""
+        return self.provenance.test if self.provenance is not None else None
 
     @property
     def is_coded(self) -> bool:
@@ -265,7 +288,7 @@ class Evaluation:
         `remove_inactive_accuracy` (all branches of the kind removed); by class
         `single_class_average_precision`; `removal_accuracy`, that of the same images with nothing
         removed, from which the removals are to be subtracted. Shares, 0 to 1; None where one is not
-        available. And `weights_sha256` of the weights that were measured.
+        available. And `weights_sha256` of the weights that were measured, `measured_on` the images.
         """
         blocks = self.removal.blocks if self.removal else ()
         return {
@@ -280,7 +303,14 @@ class Evaluation:
             "remove_active_accuracy": [block.active.accuracy[-1] for block in blocks],
             "remove_inactive_accuracy": [block.inactive.accuracy[-1] for block in blocks],
             "weights_sha256": self.weights_sha256,
+            "measured_on": to_plain(self.images),
         }
+
+    def named(self, data: str, **names: Any) -> Evaluation:
+        """Returns the same results with names of what they were measured on, as `Provenance`'s."""
+        if self.provenance is None:
+            return self
+        return replace(self, provenance=self.provenance.named(data, **names))
 
     def to_dict(self) -> dict[str, Any]:
         """Returns a JSON-ready description of everything; `from_dict` reads it back."""

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from coded_resnext.codebooks.codebook import Codebook
+from coded_resnext.files import printable
 
 from .decoding import EarlyDecoding
 from .evaluate import Evaluation
@@ -84,8 +85,14 @@ def save_figures(
         if evaluation.semantics:
             figures["semantics"] = semantic_figure(evaluation.semantics)
         for name, figure in figures.items():
-            saved += save_figure(figure, folder, name)
+            saved += save_figure(figure, folder, name, _description(evaluation))
     return saved
+
+
+def _description(evaluation: Evaluation) -> str:
+    """What the figures are of, for their metadata."""
+    weights = (evaluation.weights_sha256 or "unknown")[:12]
+    return f"measured on {printable(evaluation.provenance or 'unknown')}; weights {weights}"
 
 
 def early_decoding_figure(result: EarlyDecoding) -> Figure:
@@ -226,7 +233,7 @@ def score_figure(result: OneClass, thresholds_from: str) -> Figure:
         if one.threshold is not None:
             panel.axvline(one.threshold, color=INK, linestyle="--", linewidth=1)
         f1 = "n/a" if one.f1 is None else f"{one.f1:.3f}"
-        panel.set_title(f"{label(one.class_name, PANEL_NAME)}: F1 {f1}")
+        panel.set_title(f"{label(one.class_name, PANEL_NAME)}\nF1 {f1}")
         panel.locator_params(axis="x", nbins=4)
         panel.set_yticks([])
         panel.spines["left"].set_visible(False)
@@ -286,7 +293,7 @@ def precision_recall_figure(result: OneClass, thresholds_from: str) -> Figure:
                 linestyle="none",
             )
         precision = "n/a" if one.average_precision is None else f"{one.average_precision:.3f}"
-        panel.set_title(f"{label(one.class_name, PANEL_NAME)}: AP {precision}")
+        panel.set_title(f"{label(one.class_name, PANEL_NAME)}\nAP {precision}")
     panels[0].set_xlim(-0.03, 1.03)
     panels[0].set_ylim(-0.03, 1.05)
     panels[0].set_xticks([0, 0.5, 1], ["0", "0.5", "1"])

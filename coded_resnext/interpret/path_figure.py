@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from coded_resnext.codebooks.codebook import Codebook
+from coded_resnext.files import printable
 
 from .decoding import EarlyDecoding
 from .paths import Paths
@@ -99,7 +100,7 @@ def _draw(panel: Axes, values: NDArray[np.float64]) -> QuadMesh:
     classes, branches = values.shape
     few = classes <= 2 * SHOWN_CLASSES
     mesh = panel.pcolormesh(
-        np.arange(branches + 1) + 0.5,
+        np.arange(branches + 1) - 0.5,
         np.arange(classes + 1) - 0.5,
         np.ma.masked_invalid(values),
         cmap=matplotlib.colormaps[COLOURS].with_extremes(bad="#BBBBBB"),
@@ -111,7 +112,7 @@ def _draw(panel: Axes, values: NDArray[np.float64]) -> QuadMesh:
     )
     panel.invert_yaxis()
     step = 1 if branches <= 12 else 5 if branches <= 40 else 10
-    panel.set_xticks([1, *range(step, branches + 1, step)] if step > 1 else range(1, branches + 1))
+    panel.set_xticks(range(0, branches, step))
     panel.tick_params(length=0, pad=2)
     panel.spines[:].set_visible(False)
     return mesh
@@ -156,7 +157,6 @@ PANEL_NAME = 11
 
 _STYLE: dict[Any, Any] = {
     "font.family": "sans-serif",
-    "font.sans-serif": ["DejaVu Sans"],
     "font.size": 9,
     "axes.titlesize": 9,
     "axes.labelsize": 9,
@@ -197,8 +197,27 @@ def figure_style() -> Iterator[None]:
         import matplotlib
     except ImportError as error:
         raise ImportError("figures need matplotlib; install coded-resnext[report]") from error
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context({**_STYLE, "font.sans-serif": _families()}):
         yield
+
+
+# Families for the scripts that the usual one lacks; the first that has a letter draws it.
+FAMILY = "DejaVu Sans"
+FALLBACKS = (
+    *("Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans SC", "Noto Sans JP", "Noto Sans KR"),
+    *("Noto Sans", "Noto Sans Arabic", "Noto Sans Devanagari", "Noto Sans Thai", "Noto Emoji"),
+    *("PingFang SC", "Hiragino Sans", "Apple SD Gothic Neo", "Microsoft YaHei", "Yu Gothic"),
+    *("Malgun Gothic", "WenQuanYi Zen Hei", "Droid Sans Fallback", "Arial Unicode MS"),
+)
+
+
+def _families() -> list[str]:
+    """Returns the usual family, and those that are installed of the user's and the fallbacks."""
+    from matplotlib import font_manager, rcParams
+
+    installed = {font.name for font in font_manager.fontManager.ttflist}
+    wanted = dict.fromkeys((*rcParams["font.sans-serif"], *FALLBACKS))
+    return [FAMILY, *(name for name in wanted if name in installed and name != FAMILY)]
 
 
 def new_figure(width: float, height: float) -> Figure:
@@ -208,13 +227,13 @@ def new_figure(width: float, height: float) -> Figure:
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def save_figure(figure: Figure, folder: Path, name: str) -> list[Path]:
-    """Write a figure as PNG and SVG, whose bytes follow from the figure alone."""
+def save_figure(figure: Figure, folder: Path, name: str, description: str) -> list[Path]:
+    """Write a figure as PNG and SVG, whose bytes follow from the figure and its description."""
     paths = [folder / f"{name}.png", folder / f"{name}.svg"]
-    figure.savefig(paths[0], dpi=200)
+    figure.savefig(paths[0], dpi=200, metadata={"Description": description})
     # The arrangement is found while the first one is drawn; finding it again would take as long.
     figure.set_layout_engine("none")
-    figure.savefig(paths[1], metadata={"Date": None})
+    figure.savefig(paths[1], metadata={"Date": None, "Description": description})
     return paths
 
 
@@ -277,7 +296,12 @@ def heading(
 
 
 def label(name: str, longest: int = 18) -> str:
-    """Returns a class name that fits beside an axis; a dollar sign starts no formula."""
+    """Returns a class name that fits beside an axis.
+
+    A dollar sign starts no formula, and marks of writing direction are spelled out. What stands
+    beside a name goes into a line of its own: letters from right to left would mirror it too.
+    """
+    name = printable(name) or "(no name)"
     short = name if len(name) <= longest else f"{name[: longest - 1]}…"
     return short.replace("$", r"\$")
 

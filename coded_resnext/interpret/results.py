@@ -19,10 +19,12 @@ from coded_resnext.files import LARGEST_RESULTS, read_json, write_atomically
 from .evaluate import Evaluation
 from .figures import save_figures
 from .observe import Loader
+from .provenance import Images
 from .tables import csv_tables
 
 EVALUATION_FILE = "evaluation.json"
 PICTURES_FILE = "pictures.json"
+FIGURES_FOLDER = "figures"
 PICTURES_VERSION = 1
 # Larger images are made smaller, in pixels; up to the other size they are kept without loss.
 LARGEST, LOSSLESS = 96, 48
@@ -46,7 +48,7 @@ def save_evaluation(
         evaluation: the results.
         folder: made if missing.
         csv: write the tables too, as `NAME.csv`.
-        codebooks: draw the figures too; `model.codebooks`.
+        codebooks: draw the figures too, into its folder `figures`; `model.codebooks`.
 
     Returns:
         The files.
@@ -60,7 +62,7 @@ def save_evaluation(
         write_atomically(folder / name, content.encode())
     written = [folder / name for name in files]
     if codebooks is not None:
-        written += save_figures(evaluation, codebooks, folder)
+        written += save_figures(evaluation, codebooks, folder / FIGURES_FOLDER)
     return written
 
 
@@ -84,7 +86,11 @@ def load_evaluation(path: str | Path) -> Evaluation:
 
 
 def save_pictures(
-    positions: Sequence[int], loader: Loader, preprocessing: Preprocessing, folder: str | Path
+    positions: Sequence[int],
+    loader: Loader,
+    preprocessing: Preprocessing,
+    folder: str | Path,
+    images: Images | None = None,
 ) -> Path:
     """Write pictures of some images of a loader as JSON.
 
@@ -93,6 +99,7 @@ def save_pictures(
         loader: batches of images `[B, C, H, W]` and class indices, in the same order always.
         preprocessing: what made the images; undone, so that they can be looked at.
         folder: the folder that gets the file.
+        images: what the loader gives, as the evaluation's `provenance.test` says.
 
     Returns:
         The file.
@@ -103,18 +110,19 @@ def save_pictures(
     """
     wanted, pictures = set(positions), dict[int, str]()
     start = 0
-    for images, _ in loader:
+    for batch, _ in loader:
         if len(pictures) == len(wanted):
             break
-        here = sorted(wanted.intersection(range(start, start + len(images))))
+        here = sorted(wanted.intersection(range(start, start + len(batch))))
         if here:
             rows = torch.tensor([position - start for position in here])
-            pictures.update(zip(here, pictures_of(images[rows], preprocessing), strict=True))
-        start += len(images)
+            pictures.update(zip(here, pictures_of(batch[rows], preprocessing), strict=True))
+        start += len(batch)
     if missing := wanted - pictures.keys():
         raise ValueError(f"positions: expected places below {start}, got {max(missing)}")
     content: dict[str, Any] = {
         "format_version": PICTURES_VERSION,
+        "images_sha256": None if images is None else images.sha256,
         "pictures": {str(position): pictures[position] for position in sorted(pictures)},
     }
     path = Path(folder) / PICTURES_FILE
@@ -122,11 +130,15 @@ def save_pictures(
     return path
 
 
-def load_pictures(path: str | Path) -> dict[int, str]:
+def load_pictures(path: str | Path, images: Images | None = None) -> dict[int, str]:
     """Pictures by place in the loader, as `data:` addresses.
 
+    Args:
+        path: the file.
+        images: those that the pictures must be of; None takes any.
+
     Raises:
-        ValueError: the file is damaged, or of another format version.
+        ValueError: the file is damaged, of another format version, or of other images.
         OSError: it cannot be read.
     """
     try:
@@ -136,6 +148,8 @@ def load_pictures(path: str | Path) -> dict[int, str]:
                 f"format_version: expected {PICTURES_VERSION}, got {content['format_version']!r}"
             )
         pictures = {int(place): picture for place, picture in content["pictures"].items()}
+        if images is not None and content.get("images_sha256") not in (None, images.sha256):
+            raise ValueError("it has pictures of other images than those that were measured")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: not a file of pictures: {error}") from error
     if not all(isinstance(p, str) and p.startswith("data:image/") for p in pictures.values()):

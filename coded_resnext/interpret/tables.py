@@ -11,6 +11,7 @@ from coded_resnext.files import printable
 
 from .evaluate import Evaluation
 from .one_class import OneClass, OneClassClassifier
+from .provenance import Provenance
 from .removal import KINDS, RemovalCurve
 
 # Rows of the table of classes; of more classes the worst are shown.
@@ -26,6 +27,8 @@ def text(evaluation: Evaluation) -> str:
 def csv_tables(evaluation: Evaluation) -> dict[str, str]:
     """CSV files by name: `classes`, and for a coded network `blocks`, `removal`, `disobedient`.
 
+    `measured_on` says of which images and weights they are.
+
     Shares are 0 to 1; a cell is empty where something is not available or was not computed.
     """
     tables = {"classes": _classes(evaluation)}
@@ -35,7 +38,24 @@ def csv_tables(evaluation: Evaluation) -> dict[str, str]:
         tables["removal"] = _removal(evaluation)
     if evaluation.paths:
         tables["disobedient"] = _disobedient(evaluation)
+    if evaluation.provenance:
+        tables["measured_on"] = _measured_on(evaluation, evaluation.provenance)
     return {f"{name}.csv": _csv(rows) for name, rows in tables.items()}
+
+
+def _measured_on(evaluation: Evaluation, provenance: Provenance) -> Iterator[dict[str, Any]]:
+    for role in ("test", "thresholds", "outside"):
+        if (images := getattr(provenance, role)) is not None:
+            yield {
+                "role": role,
+                "data": images.name,
+                "split": images.split,
+                "images": images.samples,
+                "images_sha256": images.sha256,
+                "weights_sha256": evaluation.weights_sha256,
+                "version": provenance.versions.get("coded_resnext"),
+                "date": provenance.date,
+            }
 
 
 def _classes(evaluation: Evaluation) -> Iterator[dict[str, Any]]:
@@ -140,6 +160,8 @@ def _csv(rows: Iterable[dict[str, Any]]) -> str:
 
 def _lines(evaluation: Evaluation) -> Iterator[str]:
     yield str(evaluation)
+    if evaluation.provenance is not None:
+        yield f"Measured on {printable(evaluation.provenance)}"
     early, removal, paths = evaluation.early_decoding, evaluation.removal, evaluation.paths
     if not (early and removal and paths):
         yield "A plain network: without coded blocks there is nothing more to evaluate."

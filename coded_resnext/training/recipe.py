@@ -19,6 +19,8 @@ from coded_resnext.kernels import Backend
 
 from .config import TrainingConfig
 
+# The recipes that come with the package, by the names of their files.
+RECIPES = Path(__file__).parent / "recipes"
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 # What a recipe file says about itself.

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from coded_resnext import __version__
 from coded_resnext.files import read_json, write_atomically
 from coded_resnext.models.checkpoint import MODEL_FILE
 
@@ -190,10 +191,8 @@ def _shown(value: Any) -> str:
 
 def versions() -> dict[str, str]:
     """Returns the versions of everything that a result depends on."""
-    from importlib.metadata import version
-
     return {
-        "coded_resnext": version("coded-resnext"),
+        "coded_resnext": __version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "numpy": np.__version__,

@@ -12,7 +12,7 @@ from coded_resnext import Codebook, CodedResNeXt, Stage
 from coded_resnext.cli import evaluate as evaluate_command
 from coded_resnext.cli.arguments import make_parser
 from coded_resnext.data.batches import batches
-from coded_resnext.data.datasets import load_digits_split
+from coded_resnext.data.datasets import DIGITS_NAME, load_digits_split
 from coded_resnext.data.preprocessing import Preprocessing
 from coded_resnext.interpret import evaluate, tables
 from coded_resnext.models.checkpoint import save_model
@@ -73,7 +73,7 @@ def test_digits(tmp_path, capsys):
         batches(split.test_images, split.test_targets),
         repeats=1,
     )
-    assert printed == expected.to_dict()
+    assert printed == expected.named(DIGITS_NAME).to_dict()
     assert printed["test_samples"] == 360
     assert printed["thresholds_from"] == "training data"
 
@@ -85,12 +85,13 @@ def test_folder_without_training_images(model, checkpoint, tmp_path, capsys):
     assert run(checkpoint / "model.safetensors", tmp_path / "data", *arguments) == 0
     options = {"seed": 3, "repeats": 2, "test_images": 6, "classes": 2}
     expected = evaluate(model, None, batches(images, targets, 64), **options)
+    expected = expected.named("data", test="all")
     assert json.loads((out / "evaluation.json").read_text()) == expected.to_dict()
     printed = capsys.readouterr().out
     assert tables.text(expected) in printed
     assert expected.removal.samples == 6
     assert "on the test data itself" in printed
-    pictures = sorted(path.name for path in out.glob("*.png"))
+    pictures = sorted(path.name for path in (out / "figures").glob("*.png"))
     assert len(pictures) == 7
     assert all(name in printed for name in pictures)
 
@@ -101,7 +102,7 @@ def test_folder_with_training_images(model, checkpoint, tmp_path, capsys):
     arguments = ("--json", "--repeats", 1, "--threshold-images", 3)
     assert run(checkpoint, tmp_path / "data", *arguments) == 0
     expected = evaluate(model, batches(*train), batches(*test), repeats=1, threshold_images=3)
-    assert json.loads(capsys.readouterr().out) == expected.to_dict()
+    assert json.loads(capsys.readouterr().out) == expected.named("data").to_dict()
     assert (expected.thresholds_from, expected.threshold_samples) == ("training data", 3)
 
 

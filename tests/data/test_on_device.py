@@ -234,14 +234,12 @@ def test_posterize_of_no_bits_is_black() -> None:
 
 def test_a_training_is_the_same_wherever_the_images_are_augmented(tmp_path: Path) -> None:
     """Order, draws and pixels agree, so that the weights do, bit for bit."""
-    recipes = Path(__file__).parents[2] / "train" / "recipes"
     for place in ("cpu", "device"):
         line = f"--dataset synthetic --train-images 20 --test-images 10 --epochs 2 --aa rand-m4-n2 \
             --warmup-epochs 0 --batch-size 10 --no-evaluation --augment-on {place}".split()
         command = parse_command(
             [*line, "--out", str(tmp_path / place), "--device", "cpu"],
             description="",
-            recipes=recipes,
             default="cifar10_small",
         )
         run_recipe(command)

@@ -87,7 +87,9 @@ def test_tables_say_the_numbers(found, tmp_path):
     tables = {
         name: list(csv.DictReader(io.StringIO(text))) for name, text in csv_tables(found).items()
     }
-    assert list(tables) == ["classes.csv", "blocks.csv", "removal.csv", "disobedient.csv"]
+    assert list(tables) == [
+        f"{name}.csv" for name in ("classes", "blocks", "removal", "disobedient", "measured_on")
+    ]
     for index, row in enumerate(tables["classes.csv"]):
         one = found.one_class.classifiers[index]
         assert row["class_name"] == NAMES[index]

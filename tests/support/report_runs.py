@@ -69,7 +69,8 @@ def odd_run(folder: Path) -> Run:
     assert evaluation.samples is not None
     save_model(folder / "model.safetensors", model, preprocessing=PREPROCESSING)
     save_evaluation(evaluation, folder)
-    save_pictures(evaluation.samples.positions, test, PREPROCESSING, folder)
+    positions = evaluation.samples.positions
+    save_pictures(positions, test, PREPROCESSING, folder, evaluation.images)
     calibrate(scores_of(observe(model, make_data(small, 80, seed=3))), 0.05).save(
         folder / "early_exit.json"
     )

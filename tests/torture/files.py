@@ -20,10 +20,10 @@ from support.small_networks import make_network
 from coded_resnext import Codebook
 from coded_resnext.deploy.hub import Pretrained, from_pretrained, save_pretrained
 from coded_resnext.models.checkpoint import load_model
-from coded_resnext.training.recipe import Recipe, load_recipe, make_recipe
+from coded_resnext.training.recipe import RECIPES, Recipe, load_recipe, make_recipe
 
 SPARE_BYTES = 64 * 2**20
-RECIPE = Path(__file__).parents[2] / "train" / "recipes" / "cifar10_small.yaml"
+RECIPE = RECIPES / "cifar10_small.yaml"
 ODD = (None, True, -1, 0, 1, 1e308, -1e-300, 2**63, 10**30, "", "a" * 300, "\u202e\n<b>", [], {})
 
 

@@ -153,6 +153,19 @@ def test_a_folder_of_other_runs_is_refused(finished: Path) -> None:
     assert "holds a run of another kind: epochs was 2, is 3" in result.stderr
 
 
+@pytest.mark.long
+def test_results_measured_in_another_way_are_refused(finished: Path, tmp_path: Path) -> None:
+    """moabb#628: the table named an outside set that was never measured."""
+    for flag, value, difference in (
+        ("--outside", tmp_path, f"outside was 'rotated', is '{tmp_path}'"),
+        ("--repeats", 3, "repeats was 5, is 3"),
+        ("--threshold-images", 50, "threshold_images was 20, is 50"),
+    ):
+        result = command(finished, "--seeds", 0, "--table", flag, value)
+        assert result.returncode == 2
+        assert f"base-0 was measured in another way: {difference}" in result.stderr
+
+
 def test_a_folder_without_runs_has_no_table(tmp_path: Path) -> None:
     result = run_here(TRAIN / "reproduce.py", "--out", tmp_path, "--table")
     assert result.returncode == 2

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,7 +24,7 @@ from coded_resnext.cli.train import identity, make_model, open_outside, start_fr
 from coded_resnext.data.datasets import load_dataset
 from coded_resnext.models.checkpoint import load_model, save_model
 from coded_resnext.training.processes import World
-from coded_resnext.training.recipe import load_recipe
+from coded_resnext.training.recipe import RECIPES, load_recipe
 from coded_resnext.training.run_folder import differences
 from coded_resnext.training.step import TrainStep
 
@@ -195,7 +196,7 @@ def test_weights_of_another_architecture_are_refused(pets: Path, tmp_path: Path)
 def test_images_of_none_of_the_classes(pets: Path, tmp_path: Path) -> None:
     """For one-class classifiers to refuse: the test images on their side, or a folder's."""
     splits = load_dataset("folder", pets)
-    recipe = load_recipe(TRAIN / "recipes" / "cifar10_small.yaml", {"data_dir": str(tmp_path)})
+    recipe = load_recipe(RECIPES / "cifar10_small.yaml", {"data_dir": str(tmp_path)})
     turned = open_outside("rotated", splits, recipe)
     assert len(turned) == len(splits.test) == 9
     for index in range(9):
@@ -209,7 +210,7 @@ def test_images_of_none_of_the_classes(pets: Path, tmp_path: Path) -> None:
 
 
 def recipe_for(tmp_path: Path, **settings: Any) -> Any:
-    return load_recipe(TRAIN / "recipes" / "folder.yaml", settings)
+    return load_recipe(RECIPES / "folder.yaml", settings)
 
 
 def test_codebooks_must_fit_the_classes(tmp_path: Path) -> None:
@@ -237,6 +238,32 @@ def test_a_coded_run_keeps_its_codewords_for_the_same_classes(tmp_path: Path) ->
     assert make_model(recipe_for(tmp_path), names).codebooks != published.codebooks
     renamed = make_model(recipe_for(tmp_path, **start), names[::-1])
     assert renamed.codebooks[0].words == Codebook.shipped(10, 10, 5).words
+
+
+def test_a_run_is_what_its_first_weights_and_its_backend_were(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A resume with other weights to start from rewrote the recipe of a run that never was."""
+    fresh = identity(recipe_for(tmp_path))
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        (tmp_path / f"{seed}").mkdir()
+        save_model(tmp_path / f"{seed}" / "model.safetensors", create_model("resnext_digits"))
+    starts = [
+        identity(recipe_for(tmp_path, initial_checkpoint=str(tmp_path / seed))) for seed in "01"
+    ]
+    assert len({start["initial_weights"] for start in starts}) == 2
+    assert "initial_weights" not in fresh
+    shutil.move(tmp_path / "0", tmp_path / "moved")
+    assert identity(recipe_for(tmp_path, initial_checkpoint=str(tmp_path / "moved"))) == starts[0]
+    # Backends round differently, whoever names them.
+    monkeypatch.setenv("CODED_RESNEXT_BACKEND", "reference")
+    named = identity(recipe_for(tmp_path))
+    assert named == identity(recipe_for(tmp_path, backend="reference")) != fresh
+    monkeypatch.setenv("CODED_RESNEXT_BACKEND", "")
+    assert identity(recipe_for(tmp_path)) == fresh
+    # These decide nothing of what comes of a run.
+    assert identity(recipe_for(tmp_path, max_damaged=0.5, storage="files")) == fresh
 
 
 def test_the_model_is_made_as_the_recipe_says(tmp_path: Path) -> None:

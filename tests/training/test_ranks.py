@@ -22,11 +22,10 @@ from coded_resnext.data.batches import TrainingBatches, batches
 from coded_resnext.training import step as step_module
 from coded_resnext.training.engine import fit
 from coded_resnext.training.processes import World, run_script, training_session
-from coded_resnext.training.recipe import load_recipe
+from coded_resnext.training.recipe import RECIPES, load_recipe
 from coded_resnext.training.run_folder import RunFolder
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs forked processes")
-RECIPES = Path(__file__).parents[2] / "train" / "recipes"
 # Beside others on the machine, a process takes a while until it has joined the other.
 PATIENCE = 120.0
 

@@ -13,6 +13,7 @@ from coded_resnext.cli.train import parse_command
 from coded_resnext.training.recipe import (
     ABOUT_KEYS,
     GROUPS,
+    RECIPES,
     SETTINGS,
     LearningRateRule,
     load_recipe,
@@ -21,7 +22,6 @@ from coded_resnext.training.recipe import (
 )
 
 TRAIN = Path(__file__).parents[2] / "train"
-RECIPES = TRAIN / "recipes"
 NAMES = sorted(path.stem for path in RECIPES.glob("*.yaml"))
 LEAST: dict[str, Any] = {"model": "coded_resnext17_10x4d", "epochs": 2, "batch_size": 8, "lr": 0.1}
 
@@ -125,7 +125,7 @@ def test_flags_replace_settings() -> None:
         "-c cifar10 --epochs 3 --aa none --mean 0.1 0.2 0.3 --clip-grad 1 --amp "
         "--no-channels-last --train-images none --out here --resume --eval-images 90"
     )
-    command = parse_command(flags.split(), description="", recipes=RECIPES, default="cifar100")
+    command = parse_command(flags.split(), description="", default="cifar100")
     settings = command.recipe.settings()
     assert settings["epochs"] == 3
     assert settings["aa"] is None
@@ -135,14 +135,14 @@ def test_flags_replace_settings() -> None:
     assert settings["model"] == "coded_resnext29_10x11d"
     assert (command.out, command.resume, command.evaluation) == (Path("here"), True, True)
     assert (settings["eval_images"], settings["threshold_images"]) == (90, None)
-    unnamed = parse_command([], description="", recipes=RECIPES, default="cifar100")
+    unnamed = parse_command([], description="", default="cifar100")
     assert unnamed.recipe.model.model == "coded_resnext29_20x6d"
     assert unnamed.out == Path("runs/cifar100")
 
 
 def test_help_explains_every_setting(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
-        parse_command(["--help"], description="", recipes=RECIPES, default="cifar10")
+        parse_command(["--help"], description="", default="cifar10")
     # Without white space, since argparse also breaks lines at hyphens.
     page = "".join(capsys.readouterr().out.split())
     for group in GROUPS:
@@ -157,7 +157,7 @@ def test_help_explains_every_setting(capsys: pytest.CaptureFixture[str]) -> None
 def test_unknown_flags_end_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     for wrong in (["--epoch", "3"], ["--epochs", "three"]):
         with pytest.raises(SystemExit, match="2"):
-            parse_command(wrong, description="", recipes=RECIPES, default="cifar10")
+            parse_command(wrong, description="", default="cifar10")
     assert "invalid a whole number value: 'three'" in capsys.readouterr().err
 
 

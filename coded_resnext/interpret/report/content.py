@@ -15,6 +15,8 @@ from coded_resnext.deploy.early_exit import EXIT_FILE, EarlyExit
 from coded_resnext.deploy.extract import extract_classifier
 from coded_resnext.files import read_json
 from coded_resnext.interpret.evaluate import Evaluation
+from coded_resnext.interpret.provenance import Images
+from coded_resnext.interpret.records import from_plain
 from coded_resnext.interpret.results import (
     EVALUATION_FILE,
     PICTURES_FILE,
@@ -22,7 +24,7 @@ from coded_resnext.interpret.results import (
     load_pictures,
 )
 from coded_resnext.interpret.samples import Samples
-from coded_resnext.models.checkpoint import MODEL_FILE, LoadedModel, load_model
+from coded_resnext.models.checkpoint import MODEL_FILE, LoadedModel, load_model, weights_sha256
 from coded_resnext.training.run_folder import CONFIG_FILE, METRICS_FILE, SUMMARY_FILE
 
 FORMAT_VERSION = 1
@@ -99,6 +101,7 @@ def gather(folder: str | Path) -> dict[str, Any]:
             f"RUN: expected the folder of a run, got {folder}, which has no file of one"
         )
     evaluation = _fitting(gathering, evaluation, loaded)
+    _note_other_images(gathering, evaluation, summary)
     content: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
         "title": folder.resolve().name,
@@ -110,6 +113,7 @@ def gather(folder: str | Path) -> dict[str, Any]:
         **_network(loaded, evaluation),
         "evaluation": None,
         "summary": None,
+        "pictures": None,
     }
     if evaluation is not None:
         _note_missing_experiments(gathering, evaluation)
@@ -117,8 +121,9 @@ def gather(folder: str | Path) -> dict[str, Any]:
         content["evaluation"] = {k: v for k, v in described.items() if k not in _NOT_REPEATED}
         content["summary"] = evaluation.summary()
     samples = evaluation.samples if evaluation is not None else None
-    content["pictures"] = None if samples is None else _pictures(gathering, samples)
-    content |= _early_exit(gathering, samples)
+    if evaluation is not None and samples is not None:
+        content["pictures"] = _pictures(gathering, samples, evaluation.images)
+    content |= _early_exit(gathering, samples, loaded)
     return {**content, "missing": gathering.missing}
 
 
@@ -152,9 +157,14 @@ def read_log(path: Path) -> dict[str, list[float | None]]:
 def _fitting(
     gathering: _Gathering, evaluation: Evaluation | None, loaded: LoadedModel | None
 ) -> Evaluation | None:
-    """Returns the evaluation, unless it is of another network."""
+    """Returns the evaluation, unless it is of another network or of other weights."""
     if evaluation is None or loaded is None:
         return evaluation
+    if evaluation.weights_sha256 not in (None, weights_sha256(loaded.model)):
+        gathering.lacks(
+            "Results", f"{EVALUATION_FILE} is of other weights than {MODEL_FILE}.", _EVALUATE
+        )
+        return None
     words = [Codebook.from_dict(book).words for book in evaluation.codebooks]
     evaluated = [words[block.codebook] for block in evaluation.blocks]
     ours = [book.words for book in loaded.model.codebooks]
@@ -164,6 +174,26 @@ def _fitting(
         "Results", f"{EVALUATION_FILE} is of other classes or codebooks than the model.", _EVALUATE
     )
     return None
+
+
+def _note_other_images(
+    gathering: _Gathering, evaluation: Evaluation | None, summary: dict[str, Any]
+) -> None:
+    """List a summary that was measured on other images than the results."""
+    results = None if evaluation is None else evaluation.images
+    if results is None or not summary.get("measured_on"):
+        return
+    try:
+        images = from_plain(Images, summary["measured_on"], "measured_on")
+    except ValueError as error:
+        gathering.lacks("Summary", f"{SUMMARY_FILE} cannot be read: {error}.")
+        return
+    if images.sha256 != results.sha256:
+        gathering.lacks(
+            "Summary",
+            f"{SUMMARY_FILE} was measured on other images ({images}) than {EVALUATION_FILE} "
+            f"({results}); the page shows the latter.",
+        )
 
 
 def _note_missing_experiments(gathering: _Gathering, evaluation: Evaluation) -> None:
@@ -247,11 +277,11 @@ def _cost(loaded: LoadedModel, size: int) -> dict[str, Any]:
     return {"network": whole.to_dict(), "classifier": classifier}
 
 
-def _pictures(gathering: _Gathering, samples: Samples) -> list[str] | None:
+def _pictures(gathering: _Gathering, samples: Samples, images: Images | None) -> list[str] | None:
     """Returns a picture for every sample."""
 
     def read(path: Path) -> list[str]:
-        pictures = load_pictures(path)
+        pictures = load_pictures(path, images)
         if not pictures.keys() >= set(samples.positions):
             raise ValueError(f"its images are not those of {EVALUATION_FILE}")
         return [pictures[position] for position in samples.positions]
@@ -259,15 +289,27 @@ def _pictures(gathering: _Gathering, samples: Samples) -> list[str] | None:
     return gathering.read("Pictures of the test images", PICTURES_FILE, read, _EVALUATE)
 
 
-def _early_exit(gathering: _Gathering, samples: Samples | None) -> dict[str, Any]:
+def _early_exit(
+    gathering: _Gathering, samples: Samples | None, loaded: LoadedModel | None
+) -> dict[str, Any]:
     """Returns the run's own margins, where they were chosen, and what they were measured to do."""
     part = "The margins of this run"
 
+    def check(weights: object) -> None:
+        if weights is not None and loaded and weights != weights_sha256(loaded.model):
+            raise ValueError(f"it is for other weights than {MODEL_FILE}")
+
+    def read_criterion(path: Path) -> EarlyExit:
+        criterion = EarlyExit.load(path)
+        check(criterion.weights_sha256)
+        return criterion
+
     def read(path: Path) -> dict[str, Any]:
         content = _read_object(path)
+        check(content.get("weights_sha256"))
         return {key: float(content[key]) for key in ("early_accuracy", "macs_saved")}
 
-    criterion = gathering.read_if_there(part, EXIT_FILE, EarlyExit.load)
+    criterion = gathering.read_if_there(part, EXIT_FILE, read_criterion)
     exits = None
     if criterion is not None and samples is not None:
         if len(criterion.margins) == len(samples.blocks):

@@ -155,13 +155,21 @@ def _subtitle(content: dict[str, Any]) -> str:
         parts.append(f"{len(content['class_names']):,} classes")
         coded = len(content["block_codebooks"])
         parts.append(f"{coded} coded blocks" if coded else "a plain network, without codebooks")
+    provenance = (content["evaluation"] or {}).get("provenance")
+    if provenance is not None:
+        test = provenance["test"]
+        where = " ".join(word for word in (test["name"], test["split"]) if word) or "images"
+        parts.append(f"measured on {where}, {test['samples']:,} images")
+    training = []
     data = (content["config"] or {}).get("data")
     if isinstance(data, str):
-        parts.append(data)
+        training.append(f"on {data}")
     if content["seconds"] is not None:
         minutes = content["seconds"] / 60
         took = f"{minutes:.1f} minutes" if minutes < 90 else f"{minutes / 60:.1f} hours"
-        parts.append(f"trained in {took}")
+        training.append(f"in {took}")
+    if training:
+        parts.append(f"trained {' '.join(training)}")
     return " · ".join(parts)
 
 

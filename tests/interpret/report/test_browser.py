@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from sklearn.metrics import precision_recall_fscore_support
 from support.report_runs import ODD_NAMES, Run
 
 from coded_resnext import EarlyExit, decode
+from coded_resnext.cli.report import write_report
 from coded_resnext.deploy.early_exit import EXIT_FILE, predict_early
 from coded_resnext.interpret import Paths, observe, score_classes, trace
 
@@ -347,3 +349,30 @@ def test_a_thousand_classes_stay_small_and_quick(pages: Any, thousand: Run) -> N
     assert "not computed, or not all: not asked for" in page.inner_text("#missing")
     page.close()
     assert pages.complaints == []
+
+
+def test_axes_say_where_their_lines_are(pages: Any, run: Run, tmp_path: Path) -> None:
+    """elastic-charts#1417, tinyplot#449, Chart.js#11595: 93, 95, 98 % at 92.5, 95 and 97.5."""
+    folder = tmp_path / "close"
+    shutil.copytree(run.folder, folder)
+    for low, high in ((0.98, 0.994), (0.91, 0.99), (0.9995, 0.9999)):
+        rows = [f"{n},{low + (high - low) * n / 5},1.00{n},{n}e-6" for n in range(1, 6)]
+        log = "\n".join(["epoch,test_accuracy,total,lr", *rows])
+        (folder / "metrics.csv").write_text(log + "\n")
+        page = pages.open(write_report(folder))
+        axes = 0
+        for chart in page.locator(".chart svg").all():
+            for anchor, place in (("end", "y"), ("middle", "x")):
+                ticks = chart.locator(f'text.tick[text-anchor="{anchor}"]').all()
+                texts = [tick.text_content() for tick in ticks]
+                assert len(set(texts)) == len(texts)
+                if len(ticks) < 2:
+                    continue
+                values = [float(text.removesuffix(" %")) for text in texts]
+                places = [float(tick.get_attribute(place)) for tick in ticks]
+                slope, start = np.polyfit(places, values, 1)
+                error = np.abs(slope * np.array(places) + start - values).max()
+                assert error < 1e-3 * (max(values) - min(values))
+                axes += 1
+        assert axes > 10
+        page.close()

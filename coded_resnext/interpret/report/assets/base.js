@@ -49,15 +49,16 @@ const percent = (share, digits = 1) => (known(share) ? `${(100 * share).toFixed(
 const whole = (value) => (known(value) ? Math.round(value).toLocaleString("en") : "n/a");
 
 // Class names are text of any length, script and direction.
+const fullName = (index) => classNames[index] || `(class ${index} has no name)`;
 const shorten = (text, longest) =>
   [...text].length > longest ? `${[...text].slice(0, longest - 1).join("")}…` : text;
 function nameOf(index, longest = 40) {
-  const full = classNames[index];
+  const full = fullName(index);
   const short = shorten(full, longest);
   return html("bdi", { dir: "auto", class: "name", text: short, title: short === full ? null : full });
 }
 // For places that hold text alone: first-strong isolates keep the direction inside.
-const plainName = (index, longest = 40) => `\u2068${shorten(classNames[index], longest)}\u2069`;
+const plainName = (index, longest = 40) => `\u2068${shorten(fullName(index), longest)}\u2069`;
 
 function tableOf(caption, headings, rows, attributes) {
   const isNumber = (value) => typeof value === "string" && /^[-+\d.,\s%–]+$|^n\/a$/.test(value);

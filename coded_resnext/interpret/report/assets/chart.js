@@ -16,6 +16,15 @@ function niceTicks(low, high, about) {
   return ticks;
 }
 
+// Ticks as texts, with as many decimals as their step needs, so that no two of them are the same.
+function tickTexts(ticks, inPercent) {
+  const values = ticks.map((tick) => (inPercent ? 100 * tick : tick));
+  const step = Math.abs(values[1] - values[0]) || Math.abs(values[0]) || 1;
+  const exact = (digits) => values.every((value) => Math.abs(value - Number(value.toFixed(digits))) < 1e-6 * step);
+  const digits = [0, 1, 2, 3, 4, 5, 6].find(exact);
+  return values.map((value) => (digits === undefined ? String(value) : value.toFixed(digits)) + (inPercent ? " %" : ""));
+}
+
 const markers = {
   circle: (x, y) => svg("circle", { cx: x, cy: y, r: 3.4 }),
   square: (x, y) => svg("rect", { x: x - 3, y: y - 3, width: 6, height: 6 }),
@@ -23,13 +32,11 @@ const markers = {
 };
 
 // options: label (what the picture shows, for those who cannot see it), x and y ({title, low, high,
-// format, ticks}), series ([{name, look, x, y, band, marker, step}]), lines ([{y|x, name, look}]), height.
+// percent, ticks}), series ([{name, look, x, y, band, marker, step}]), lines ([{y|x, name, look}]), height.
 // Returns {host, place}: place(series, x, y) moves a mark, which says where one is.
 function lineChart(options) {
   const host = html("div", { class: "chart" });
   const { x: xAxis, y: yAxis, series } = options;
-  const formatX = xAxis.format || String;
-  const formatY = yAxis.format || String;
   let mark = null;
   let scaleX;
   let scaleY;
@@ -54,14 +61,18 @@ function lineChart(options) {
     scaleX = (value) => left + ((value - xAxis.low) / (xAxis.high - xAxis.low || 1)) * (right - left);
     scaleY = (value) => bottom - ((value - yAxis.low) / (yAxis.high - yAxis.low || 1)) * (bottom - top);
     const picture = svg("svg", { viewBox: `0 0 ${width} ${height}`, width, height, role: "img", "aria-label": options.label });
-    for (const tick of yAxis.ticks || niceTicks(yAxis.low, yAxis.high, 4))
+    const ticksY = yAxis.ticks || niceTicks(yAxis.low, yAxis.high, 4);
+    const textsY = tickTexts(ticksY, yAxis.percent);
+    for (const [index, tick] of ticksY.entries())
       picture.append(
         svg("line", { class: "grid", x1: left, x2: right, y1: scaleY(tick), y2: scaleY(tick) }),
-        svg("text", { class: "tick", x: left - 7, y: scaleY(tick) + 4, "text-anchor": "end", text: formatY(tick) }));
-    for (const tick of xAxis.ticks || niceTicks(xAxis.low, xAxis.high, Math.max(2, width / 90)))
+        svg("text", { class: "tick", x: left - 7, y: scaleY(tick) + 4, "text-anchor": "end", text: textsY[index] }));
+    const ticksX = xAxis.ticks || niceTicks(xAxis.low, xAxis.high, Math.max(2, width / 90));
+    const textsX = tickTexts(ticksX, xAxis.percent);
+    for (const [index, tick] of ticksX.entries())
       picture.append(
         svg("line", { class: "axis", x1: scaleX(tick), x2: scaleX(tick), y1: bottom, y2: bottom + 4 }),
-        svg("text", { class: "tick", x: scaleX(tick), y: bottom + 17, "text-anchor": "middle", text: formatX(tick) }));
+        svg("text", { class: "tick", x: scaleX(tick), y: bottom + 17, "text-anchor": "middle", text: textsX[index] }));
     picture.append(
       svg("line", { class: "axis", x1: left, x2: right, y1: bottom, y2: bottom }),
       svg("text", { class: "axis-title", x: (left + right) / 2, y: height - 6, "text-anchor": "middle", text: xAxis.title }),

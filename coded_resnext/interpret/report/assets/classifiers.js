@@ -149,7 +149,7 @@ function histogramOf(one) {
   return lineChart({
     label: "Scores of the images of the class, and of all others",
     x: { title: "score", low: edges[0], high: edges[edges.length - 1] },
-    y: { title: "share of images", low: 0, high: highest, format: (value) => percent(value, 0) },
+    y: { title: "share of images", low: 0, high: highest, percent: true },
     series: [
       { name: "others", look: "inactive filled", ...stairs(shares[0]) },
       { name: "class", look: "active filled", ...stairs(shares[1]) },

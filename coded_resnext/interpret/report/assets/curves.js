@@ -13,7 +13,7 @@ function setUpEarlyDecoding() {
   const chart = lineChart({
     label: `Accuracy of decoding each coded block: ${accuracy.map((share, index) => `block ${index + 1} ${percent(share)}`).join(", ")}; the network ${percent(early.accuracy)}`,
     x: { title: "coded block, by depth", low: 0.7, high: depth.length + 0.3, ticks: depth },
-    y: { title: "share of test images", low, high, format: (value) => percent(value, high - low < 0.04 ? 1 : 0) },
+    y: { title: "share of test images", low, high, percent: true },
     lines: [{ y: early.accuracy, look: "ink dotted" }],
     series, height: 250,
   });
@@ -46,7 +46,7 @@ function setUpRemoval() {
       lineChart({
         label: `Coded block ${index + 1}: accuracy without all active branches ${active}, without all inactive branches ${inactive}, of the whole network ${percent(removal.accuracy)}`,
         x: { title: "branches removed", low: 0, high: most, ticks: wholeTicks(most, 8) },
-        y: { title: "accuracy", low, high, format: (value) => percent(value, high - low < 0.04 ? 1 : 0) },
+        y: { title: "accuracy", low, high, percent: true },
         lines: [{ y: removal.accuracy, look: "ink dotted" }],
         series, height: 200,
       }).host));

@@ -15,8 +15,8 @@ function setUpExits() {
       x: [1 - measured.macs_saved], y: [measured.early_accuracy] });
   const chart = lineChart({
     label: `Accuracy against computation: all images leave at once: ${percent(accuracy[0])} at ${percent(shares[0], 0)} of the multiplications; none leaves early: ${percent(accuracy[end])}`,
-    x: { title: "multiply-accumulates, share of the network's", low: 0, high: Math.max(1.02, ...shares), format: (value) => percent(value, 0) },
-    y: { title: "accuracy", low, high, format: (value) => percent(value, high - low < 0.04 ? 1 : 0) },
+    x: { title: "multiply-accumulates, share of the network's", low: 0, high: Math.max(1.02, ...shares), percent: true },
+    y: { title: "accuracy", low, high, percent: true },
     series, height: 270,
   });
   const slider = byId("margin");

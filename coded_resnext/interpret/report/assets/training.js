@@ -12,14 +12,14 @@ function setUpTraining() {
   };
   const single = (column, name, look) => (names.includes(column) ? [{ name, look, column }] : []);
   const charts = [
-    ["Accuracy on the test images", "share", [...numbered("early_decoding", "decoding block"), ...single("test_accuracy", "the network", "active strong")], (value) => percent(value, 0)],
-    ["Loss", "loss", [...single("cross_entropy", "cross-entropy", "inactive dashed"), ...single("total", "total", "active")], null],
-    ["Coding loss", "loss", numbered("coding", "block"), null],
-    ["Learning rate", "rate", [...single("learning_rate", "learning rate", "ink"), ...single("lr", "learning rate", "ink")], null],
+    ["Accuracy on the test images", "share", [...numbered("early_decoding", "decoding block"), ...single("test_accuracy", "the network", "active strong")]],
+    ["Loss", "loss", [...single("cross_entropy", "cross-entropy", "inactive dashed"), ...single("total", "total", "active")]],
+    ["Coding loss", "loss", numbered("coding", "block")],
+    ["Learning rate", "rate", [...single("learning_rate", "learning rate", "ink"), ...single("lr", "learning rate", "ink")]],
   ];
   const host = byId("training-charts");
   const grid = html("div", { class: "multiples wide" });
-  for (const [title, unit, lines, format] of charts) {
+  for (const [title, unit, lines] of charts) {
     if (!lines.length) continue;
     const series = lines.map(({ name, look, column }) => ({ name, look, x: epochs, y: columns[column] }));
     const [low, high] = rangeOf(series.map((one) => one.y), [unit === "share" ? 0 : -Infinity, unit === "share" ? 1.002 : Infinity]);
@@ -29,7 +29,7 @@ function setUpTraining() {
       lineChart({
         label: `${title} over ${epochs.length} epochs; at the end: ${last}`,
         x: { title: "epoch", low: epochs[0], high: Math.max(epochs[epochs.length - 1], epochs[0] + 1) },
-        y: { title: unit, low: Math.max(low, unit === "share" ? 0 : low), high, format: format || ((value) => String(Number(value.toPrecision(3)))) },
+        y: { title: unit, low: Math.max(low, unit === "share" ? 0 : low), high, percent: unit === "share" },
         series, height: 220,
       }).host,
       series.length > 1 ? legendOf(series.length > 6 ? [series[0], series[series.length - 1]] : series) : null));
