@@ -56,7 +56,7 @@ DEV = [*TEST, *TOOLS, *BENCH, "build>=1.2", "mypy==2.4.1", "ruff==0.17.6", "timm
 
 ROOT = Path(__file__).resolve().parent
 VERSION = re.search(
-    r'^__version__ = "(.*)"$', (ROOT / "coded_resnext" / "__init__.py").read_text(), re.MULTILINE
+    r'^__version__ = "(.*)"$', (ROOT / "coded_resnext" / "version.py").read_text(), re.MULTILINE
 )[1]
 # Where a checkout cannot hold links, as on Windows by default, a plain install has the kernels.
 IS_LINKED = (ROOT / "coded_resnext" / "kernels").is_dir()

@@ -8,6 +8,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .version import __version__ as __version__
+
 if TYPE_CHECKING:
     from .codebooks.codebook import Codebook
     from .deploy.early_exit import EarlyExit, EarlyPrediction, ExitScores, calibrate, exit_scores
@@ -33,8 +35,6 @@ if not Path(__file__).with_name("kernels").is_dir():
         "`git config core.symlinks true` and `git checkout -- coded_resnext/kernels`, or install "
         "it with `pip install .` and import it from another folder"
     )
-
-__version__ = "0.1.0"
 
 _MODULES = {
     "Codebook": "codebooks.codebook",

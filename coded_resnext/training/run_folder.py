@@ -21,9 +21,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from coded_resnext import __version__
 from coded_resnext.files import read_json, write_atomically
 from coded_resnext.models.checkpoint import MODEL_FILE
+from coded_resnext.version import __version__
 
 from .processes import World
 from .saved_state import load_state, save_state

@@ -20,6 +20,7 @@ from coded_resnext.models.checkpoint import save_model, weights_sha256
 def run(tmp_path: Path) -> Path:
     """A run, and beside it a folder of images with parts `train` and `test`."""
     network = make_network()
+    (tmp_path / "run").mkdir()
     save_model(
         tmp_path / "run" / "model.safetensors",
         network,
@@ -54,6 +55,7 @@ def test_margins_for_a_run_on_a_folder_of_images(
     assert main(["predict", str(run / "run"), str(run / "data" / "test"), "--early"]) == 0
 
 
+@pytest.mark.long
 def test_training_images_choose_no_margins(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = str(run / "run")
     assert main(["eval", folder, str(run / "data"), "--repeats", "1", "--out", folder]) == 0
