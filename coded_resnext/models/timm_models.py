@@ -284,7 +284,7 @@ def _default_cfg(network: str) -> dict[str, Any]:
 
 
 def _trained_cfg(folder: Path) -> dict[str, Any]:
-    """Returns what timm wants to know about shipped weights: file, statistics and classes."""
+    """Returns what timm wants to know about shipped weights: file, images and classes."""
     loaded = load_model(folder)
     preprocessing = loaded.preprocessing
     assert preprocessing is not None, "shipped weights have a preprocessing"
@@ -292,6 +292,7 @@ def _trained_cfg(folder: Path) -> dict[str, Any]:
         "file": str(folder / MODEL_FILE),
         "mean": preprocessing.mean,
         "std": preprocessing.std,
+        "crop_pct": preprocessing.size / (preprocessing.resize or preprocessing.size),
         "label_names": loaded.model.class_names,
     }
 

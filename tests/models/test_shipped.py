@@ -7,9 +7,11 @@ import os
 from pathlib import Path
 from unittest.mock import create_autospec
 
+import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
 from support.helpers import assert_same_network
 
 import coded_resnext.models.timm_models  # noqa: F401
@@ -99,6 +101,17 @@ def test_every_door_gives_the_same_network(name: str) -> None:
         assert_same_network(model.eval(), expected, x)
     assert network in timm.list_models(pretrained=True)
     assert list_models(pretrained=True) == [network_of(each) for each in shipped_weights()]
+
+
+def test_timm_prepares_images_as_the_weights_want_them() -> None:
+    model = timm.create_model("coded_resnext_digits", pretrained=True)
+    prepare = timm.data.create_transform(**timm.data.resolve_data_config({}, model=model))
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 8), dtype=np.uint8)
+    preprocessing = load_model("digits").preprocessing
+    assert preprocessing is not None
+    for image in (Image.fromarray(pixels), Image.fromarray(pixels.repeat(3, 0).repeat(3, 1))):
+        # A step of 8-bit intensities is 0.01 of the input, and libraries round the resized ones.
+        torch.testing.assert_close(prepare(image), preprocessing(image), rtol=0, atol=0.03)
 
 
 def test_pretrained_weights_for_other_classes_and_images() -> None:
