@@ -22,6 +22,7 @@ from coded_resnext.training.run_folder import SUMMARY_FILE
 # Of a run's summary: what was measured, and not where or how long.
 RESULTS = (
     "test_accuracy",
+    "test_balanced_accuracy",
     "early_decoding",
     "single_class_average_precision",
     "removal_accuracy",

@@ -200,10 +200,10 @@ def start_from(model: CodedResNeXt, settings: ModelConfig, calibration: EvalImag
 def identity(recipe: Recipe) -> dict[str, Any]:
     """The settings that decide what comes of a run; it is resumed under the same ones only."""
     settings = {k: v for k, v in recipe.settings().items() if k not in INCIDENTAL}
-    # Backends round differently. Runs that began before there was a choice are those of auto.
+    # Backends round differently. Runs from before there was a choice are those of the default.
     settings["backend"] = named_backend(recipe.model.backend)
-    if settings["backend"] == "auto":
-        del settings["backend"]
+    later = {"backend": "auto", "class_weight": "none", "balanced_sampler": False}
+    settings = {k: v for k, v in settings.items() if k not in later or v != later[k]}
     if recipe.model.initial_checkpoint is not None:
         settings["initial_weights"] = file_sha256(_weights_file(recipe.model.initial_checkpoint))
     return settings
@@ -341,6 +341,7 @@ def make_loaders(recipe: Recipe, splits: ImageSplits, world: World) -> Loaders:
             seed=training.seed,
             workers=data.workers,
             around=partial(compiled, backend=training.torchcompile),
+            balanced=training.balanced_sampler,
             **share,
         )
         test = DeviceEvalImages(
@@ -358,6 +359,7 @@ def make_loaders(recipe: Recipe, splits: ImageSplits, world: World) -> Loaders:
             seed=training.seed,
             workers=data.workers,
             max_damaged=data.max_damaged,
+            balanced=training.balanced_sampler,
             **share,
         )
         test = in_order(recipe, splits.test, damaged, world)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .preprocessing import derive_seed
 
-# Epoch, and positions of a batch.
+# Epoch, and places of a batch, see `ShuffledSamples.chosen`.
 Key = tuple[int, list[int]]
 
 
@@ -65,19 +65,29 @@ class ShuffledSamples:
     Batches are full: samples left over in one epoch come in another.
 
     Args:
-        samples: how many there are.
+        targets: class indices `[n]` of the samples.
         batch_size: samples of an optimizer step, over all processes.
         seed: of the order.
         rank: this process, counted from 0.
         world_size: how many processes share a batch.
+        balanced: draw samples with replacement, each class as often as any other, as
+            `WeightedRandomSampler` does with the inverse of the classes' sizes.
 
     Raises:
         ValueError: fewer samples than a batch, or a batch that the processes do not divide.
     """
 
     def __init__(
-        self, samples: int, batch_size: int, *, seed: int, rank: int = 0, world_size: int = 1
+        self,
+        targets: Tensor,
+        batch_size: int,
+        *,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        balanced: bool = False,
     ) -> None:
+        samples = len(targets)
         if not 1 <= batch_size <= samples:
             raise ValueError(
                 f"batch_size: expected 1 to {samples} (the samples there are), got {batch_size}"
@@ -86,6 +96,7 @@ class ShuffledSamples:
             raise ValueError(
                 f"batch_size: expected a multiple of {world_size} processes, got {batch_size}"
             )
+        self.targets, self.balanced = targets, balanced
         self.samples, self.batch_size, self.seed = samples, batch_size, seed
         self.rank, self.world_size = rank, world_size
         self.epoch, self.start_step = 1, 0
@@ -106,8 +117,18 @@ class ShuffledSamples:
         return torch.Generator().manual_seed(derive_seed(self.seed, self.epoch))
 
     def chosen(self, generator: torch.Generator) -> Iterator[Tensor]:
-        """Positions `[B]` of this process's samples, step by step; the order is drawn at once."""
+        """Places `[B]` of this process's samples, step by step; the order is drawn at once.
+
+        The position is that modulo the number of samples. What comes again in an epoch, as in a
+        balanced order, has another place, so that it is augmented otherwise.
+        """
         order = torch.randperm(self.samples, generator=generator)
+        if self.balanced:
+            weights = 1 / torch.bincount(self.targets)[self.targets].double()
+            order = torch.multinomial(weights, self.samples, replacement=True, generator=generator)
+            ascending, where = order.sort(stable=True)
+            before = torch.arange(self.samples) - torch.searchsorted(ascending, ascending)
+            order[where] += self.samples * before
         return (
             order[step * self.batch_size : (step + 1) * self.batch_size][
                 self.rank :: self.world_size
@@ -158,8 +179,8 @@ class TrainingBatches(ShuffledSamples):
                 f"images: expected as many as targets, got {len(images)} images and "
                 f"{len(targets)} targets"
             )
-        super().__init__(len(images), batch_size, seed=seed, rank=rank, world_size=world_size)
-        self.images, self.targets, self.augment = images, targets, augment
+        super().__init__(targets, batch_size, seed=seed, rank=rank, world_size=world_size)
+        self.images, self.augment = images, augment
 
     def __iter__(self) -> Iterator[Batch]:
         generator = self.generator()

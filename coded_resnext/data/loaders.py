@@ -43,7 +43,7 @@ class _Reader(Dataset[_Read]):
     Args:
         images: the images.
         transform: from images and their seeds to `[B, 3, H, W]`.
-        seed: the seeds follow from it, the epoch and the position.
+        seed: the seeds follow from it, the epoch and the place.
         replacements: how many of the images that follow may be tried in place of a damaged one.
     """
 
@@ -58,11 +58,12 @@ class _Reader(Dataset[_Read]):
         self.seed, self.replacements = seed, replacements
 
     def __getitem__(self, key: Key) -> _Read:
-        epoch, positions = key
+        epoch, places = key
         damaged: dict[int, str] = {}
-        opened, indices = [], []
-        for position in positions:
+        opened, indices, seeds = [], [], []
+        for place in places:
             for offset in range(self.replacements + 1):
+                again, position = divmod(place, len(self.images))
                 index = (position + offset) % len(self.images)
                 try:
                     opened.append(self.images.image(index))
@@ -70,10 +71,11 @@ class _Reader(Dataset[_Read]):
                     damaged[index] = str(error)
                 else:
                     indices.append(index)
+                    place_of_index = index + again * len(self.images)
+                    seeds.append(derive_seed(self.seed, epoch, place_of_index))
                     break
         if not indices:
             return _Read(None, damaged)
-        seeds = [derive_seed(self.seed, epoch, index) for index in indices]
         pixels, chosen = self.transform(opened, seeds), torch.tensor(indices)
         return _Read(Batch(pixels, self.images.targets[chosen], chosen), damaged)
 
@@ -93,6 +95,7 @@ class TrainImages(ShuffledSamples):
         world_size: how many processes share a batch.
         workers: processes that read images for this rank; 0 reads in this one.
         max_damaged: largest share of the images that may be damaged.
+        balanced: as for `ShuffledSamples`.
 
     Raises:
         ValueError: fewer images than a batch, a batch that the ranks do not divide, or a number
@@ -110,8 +113,10 @@ class TrainImages(ShuffledSamples):
         world_size: int = 1,
         workers: int = 0,
         max_damaged: float = MAX_DAMAGED,
+        balanced: bool = False,
     ) -> None:
-        super().__init__(len(images), batch_size, seed=seed, rank=rank, world_size=world_size)
+        shared = {"rank": rank, "world_size": world_size}
+        super().__init__(images.targets, batch_size, seed=seed, balanced=balanced, **shared)
         self.images = images
         self.damaged = DamagedImages(images, max_damaged, every_class=True)
         """The images that could not be read so far, by this rank."""

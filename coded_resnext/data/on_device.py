@@ -70,6 +70,7 @@ class DeviceTrainImages(ShuffledSamples):
         world_size: how many processes share a batch.
         workers: processes that make the draws for this rank; 0 makes them in this one.
         around: put around what the device does, such as `torch.compile`.
+        balanced: as for `ShuffledSamples`.
 
     Raises:
         ValueError: the device cannot do what is asked for, see `Draws` and `device_pixels`; or as
@@ -90,8 +91,10 @@ class DeviceTrainImages(ShuffledSamples):
         world_size: int = 1,
         workers: int = 0,
         around: Callable[[Augment], Augment] | None = None,
+        balanced: bool = False,
     ) -> None:
-        super().__init__(len(images), batch_size, seed=seed, rank=rank, world_size=world_size)
+        shared = {"rank": rank, "world_size": world_size}
+        super().__init__(images.targets, batch_size, seed=seed, balanced=balanced, **shared)
         draws = Draws(augmentation, preprocessing)
         augment: Augment = DeviceAugment(preprocessing, draws.fill, device)
         self._augment = around(augment) if around else augment
@@ -173,9 +176,9 @@ class _Drawing(Dataset[_Drawn]):
         self.draws, self.targets, self.seed = draws, targets, seed
 
     def __getitem__(self, key: Key) -> _Drawn:
-        epoch, positions = key
-        seeds = [derive_seed(self.seed, epoch, position) for position in positions]
-        chosen = torch.tensor(positions)
+        epoch, places = key
+        seeds = [derive_seed(self.seed, epoch, place) for place in places]
+        chosen = torch.tensor(places) % len(self.targets)
         return _Drawn(self.draws(seeds), self.targets[chosen], chosen)
 
 

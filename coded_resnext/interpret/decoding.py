@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -28,6 +29,12 @@ class Classification:
     """The accuracy by true class; None for a class without images."""
     confusion: Confusion
     """(true class, said class, images), of those that occur."""
+
+    @property
+    def balanced_accuracy(self) -> float:
+        """Returns the mean of the classes' accuracies, over those that have images."""
+        shares = [share for share in self.class_accuracy if share is not None]
+        return math.fsum(shares) / len(shares)
 
 
 @dataclass(frozen=True)

@@ -284,15 +284,17 @@ class Evaluation:
     def summary(self) -> dict[str, Any]:
         """Returns the headline numbers; the lists of a plain network are empty.
 
-        `test_accuracy`; by coded block `early_decoding` (accuracy), `remove_active_accuracy` and
-        `remove_inactive_accuracy` (all branches of the kind removed); by class
-        `single_class_average_precision`; `removal_accuracy`, that of the same images with nothing
-        removed, from which the removals are to be subtracted. Shares, 0 to 1; None where one is not
-        available. And `weights_sha256` of the weights that were measured, `measured_on` the images.
+        `test_accuracy`, and `test_balanced_accuracy`, the mean over the classes; by coded block
+        `early_decoding` (accuracy), `remove_active_accuracy` and `remove_inactive_accuracy` (all
+        branches of the kind removed); by class `single_class_average_precision`;
+        `removal_accuracy`, that of the same images with nothing removed, from which the removals
+        are to be subtracted. Shares, 0 to 1; None where one is not available. And `weights_sha256`
+        of the weights that were measured, `measured_on` the images.
         """
         blocks = self.removal.blocks if self.removal else ()
         return {
             "test_accuracy": self.test_accuracy,
+            "test_balanced_accuracy": self.classification.balanced_accuracy,
             "early_decoding": list(
                 self.early_decoding.block_accuracy if self.early_decoding else ()
             ),
@@ -335,4 +337,8 @@ class Evaluation:
         return from_plain(cls, content, "evaluation")
 
     def __str__(self) -> str:
-        return f"Test accuracy {100 * self.test_accuracy:.2f} % on {self.test_samples} images."
+        balanced = f"{100 * self.classification.balanced_accuracy:.2f} %"
+        return (
+            f"Test accuracy {100 * self.test_accuracy:.2f} % on {self.test_samples} images; mean "
+            f"over the classes {balanced}."
+        )

@@ -99,6 +99,7 @@ def _blocks(evaluation: Evaluation) -> Iterator[dict[str, Any]]:
         row: dict[str, Any] = {
             "coded_block": index + 1,
             "early_decoding": block.accuracy,
+            "early_decoding_balanced": block.balanced_accuracy,
             "agreement": block.agreement,
             "energy_outside_path": paths.outside[index],
             "disobeying_images": paths.disobeying[index],
@@ -170,6 +171,8 @@ def _lines(evaluation: Evaluation) -> Iterator[str]:
     yield ""
     yield _row("Coded block", [str(index) for index in range(1, len(blocks) + 1)])
     yield _row("Early decoding: accuracy", map(_percent, early.block_accuracy))
+    balanced = (block.balanced_accuracy for block in early.blocks)
+    yield _row("Early decoding: mean over the classes", map(_percent, balanced))
     yield _row("Early decoding: agrees with output", map(_percent, early.block_agreement))
     yield _row("Energy outside the path of the class", map(_percent, paths.outside))
     for kind in KINDS:

@@ -26,6 +26,8 @@ class Accuracy:
     final: float
     early: tuple[float, ...]
     """Accuracy of early decoding (9) for every coded block, 0..1."""
+    balanced: float
+    """Mean over the classes of the share of their samples that are classified correctly."""
     samples: int
     """Number of samples predicted, over all processes."""
     dead_branches: tuple[tuple[int, ...], ...] = ()
@@ -34,7 +36,8 @@ class Accuracy:
     def row(self, prefix: str = "") -> dict[str, float]:
         """Returns the numbers by the names under which they are logged."""
         early = {f"{prefix}early_decoding_{i}": a for i, a in enumerate(self.early, 1)}
-        return {f"{prefix}test_accuracy": self.final, **early}
+        accuracies = {"test_accuracy": self.final, "test_balanced_accuracy": self.balanced}
+        return {f"{prefix}{name}": value for name, value in accuracies.items()} | early
 
 
 def measure_accuracy(
@@ -71,6 +74,8 @@ def measure_until_stopped(
     largest = [torch.zeros(book.branches, device=device) for book in model.codebooks]
     # The last entry counts the samples.
     counts = torch.zeros(2 + len(codewords), dtype=torch.int64, device=device)
+    # Of every class the samples, and those that are classified correctly.
+    by_class = torch.zeros(2, model.num_classes, dtype=torch.int64, device=device)
     bad = torch.zeros(1 + len(codewords), dtype=torch.bool, device=device)
     try:
         for images, targets in loader:
@@ -83,7 +88,10 @@ def measure_until_stopped(
                 decode(e, words, check_values=False)
                 for e, words in zip(energies, codewords, strict=True)
             ]
-            correct = torch.stack([logits.argmax(1), *early]) == targets.to(device)
+            targets = targets.to(device)
+            correct = torch.stack([logits.argmax(1), *early]) == targets
+            by_class[0].index_add_(0, targets, torch.ones_like(targets))
+            by_class[1].index_add_(0, targets, correct[0].long())
             counts[:-1] += correct.sum(1)
             counts[-1] += len(targets)
             if world.signals.received:
@@ -100,4 +108,6 @@ def measure_until_stopped(
     dead = [
         tuple((world.maximum(most) <= DEAD_SHARE).nonzero().flatten().tolist()) for most in largest
     ]
-    return Accuracy(final, tuple(shares), samples, tuple(dead)), stop
+    per_class, hits = world.add(by_class).double()
+    balanced = float((hits / per_class)[per_class > 0].mean())
+    return Accuracy(final, tuple(shares), balanced, samples, tuple(dead)), stop

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Annotated, Any, Literal, get_args
 
 AmpDtype = Literal["bfloat16", "float16"]
+ClassWeight = Literal["none", "balanced"]
 DistBn = Literal["reduce", "broadcast"]
 
 
@@ -52,6 +53,16 @@ class TrainingConfig:
     smoothing: Annotated[
         float, "Label smoothing of the cross-entropy; the coding loss is not smoothed."
     ] = 0.0
+    class_weight: Annotated[
+        ClassWeight,
+        "Weights of the classes in both terms of the loss: none, or balanced, which is in inverse "
+        "proportion to their numbers of training images.",
+    ] = "none"
+    balanced_sampler: Annotated[
+        bool,
+        "Draw training images with replacement, each class as often as any other; an epoch has as "
+        "many images as otherwise.",
+    ] = False
     mixup: Annotated[float, "Parameter of the Beta distribution of MixUp; 0 turns MixUp off."] = 0.0
     cutmix: Annotated[
         float, "Parameter of the Beta distribution of CutMix; 0 turns CutMix off."
@@ -151,6 +162,7 @@ class TrainingConfig:
                 raise ValueError(f"{name}: expected a probability, got {value}")
         for name, choice, choices in (
             ("amp_dtype", self.amp_dtype, get_args(AmpDtype)),
+            ("class_weight", self.class_weight, get_args(ClassWeight)),
             ("dist_bn", self.dist_bn, get_args(DistBn)),
         ):
             if choice not in choices:

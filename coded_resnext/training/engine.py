@@ -24,6 +24,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import torch
+from torch import Tensor
 
 from coded_resnext.data.batches import ShuffledSamples, TrainLoader
 from coded_resnext.data.preprocessing import Preprocessing
@@ -119,7 +120,13 @@ class _Training:
         self.steps_per_epoch = len(train_loader)
         self.data = _fingerprint(train_loader)
         require_same(world, {"run": run.config, "data": self.data})
-        self.make_step = TrainStep(model, config, world, self.steps_per_epoch)
+        self.make_step = TrainStep(
+            model,
+            config,
+            world,
+            self.steps_per_epoch,
+            class_weight=_class_weight(config, train_loader, model.num_classes),
+        )
         self.history: list[dict[str, float]] = []
         # What the caller has frozen stays so; a network in evaluation mode is trained whole.
         self.frozen = [m for m in model.modules() if model.training and not m.training]
@@ -353,6 +360,23 @@ def _fingerprint(loader: TrainLoader) -> dict[str, Any]:
     return steps | (loader.fingerprint() if isinstance(loader, ShuffledSamples) else {})
 
 
+def _class_weight(config: TrainingConfig, loader: TrainLoader, classes: int) -> Tensor | None:
+    """Returns weights `[K]` whose mean over the training images is 1; None for equal ones.
+
+    Raises:
+        ValueError: the loader does not tell the classes of its images.
+    """
+    if config.class_weight == "none":
+        return None
+    if not isinstance(loader, ShuffledSamples):
+        raise ValueError(
+            "class_weight: expected none, or a loader that has targets [n], got "
+            f"{type(loader).__name__}"
+        )
+    counts = loader.targets.bincount(minlength=classes).clamp_min(1)
+    return loader.samples / (classes * counts.float())
+
+
 def _best(row: dict[str, float]) -> float:
     """Returns the accuracy by which `best.safetensors` is kept."""
     return max(row["test_accuracy"], row.get("ema_test_accuracy", 0.0))
@@ -386,6 +410,7 @@ def _describe(row: dict[str, float], epochs: int) -> str:
     coded = f", early decoding {' '.join(early)}" if early else ""
     return (
         f"epoch {row['epoch']:.0f}/{epochs}: loss {row['total']:.3f}, "
-        f"test accuracy {row['test_accuracy']:.2%}{coded}, "
+        f"test accuracy {row['test_accuracy']:.2%} "
+        f"(balanced {row['test_balanced_accuracy']:.2%}){coded}, "
         f"{row['images_per_second']:.0f} images/s"
     )

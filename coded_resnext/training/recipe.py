@@ -177,6 +177,8 @@ class Recipe:
     """Source, expected accuracy, cost and command, as the recipe's file says."""
     lr_rule: LearningRateRule | None = None
     """The rule that the learning rate was made by."""
+    full_warmup_epochs: float | None = None
+    """The recipe's warm-up, where fewer epochs were asked for and it was shortened with them."""
 
     def settings(self) -> dict[str, Any]:
         """Returns all settings by name, the learning rate as the rule made it; JSON-ready.
@@ -200,6 +202,8 @@ class Recipe:
                 f"({rule.lr_base_scale}) to {training.batch_size}"
             )
         text += f", {training.warmup_epochs:g} epochs of warm-up"
+        if self.full_warmup_epochs is not None:
+            text += f" (shortened from {self.full_warmup_epochs:g} with the number of epochs)"
         text += f", cosine to {training.min_lr:g} at epoch {training.epochs}"
         return text + f", {training.cooldown_epochs} epochs of cool-down"
 
@@ -212,15 +216,20 @@ SETTINGS = tuple(field.name for group in GROUPS for field in fields(group))
 def make_recipe(*layers: Mapping[str, Any]) -> Recipe:
     """A recipe from layers of settings; what a later layer says replaces what an earlier one says.
 
-    A layer with `lr` also replaces an earlier `lr_base`, and the other way round.
+    A layer with `lr` also replaces an earlier `lr_base`, and the other way round. Where a layer has
+    fewer epochs than the warm-up of an earlier one, the warm-up keeps its share of the epochs.
 
     Raises:
         ValueError: an unknown setting, a value of the wrong type or range, a missing one, or a
             layer with both `lr` and `lr_base`.
     """
     settings: dict[str, Any] = {}
+    full_warmup: float | None = None
     for layer in layers:
         check_names(layer, [ABOUT, *SETTINGS])
+        if (shorter := _shorter_warmup(settings, layer)) is not None:
+            full_warmup = settings["warmup_epochs"]
+            layer = {**layer, "warmup_epochs": shorter}
         if layer.get("lr") is not None and layer.get("lr_base") is not None:
             raise ValueError("lr: expected either lr or lr_base, got both")
         if layer.get("lr") is not None:
@@ -244,9 +253,21 @@ def make_recipe(*layers: Mapping[str, Any]) -> Recipe:
         make_group(TrainingConfig, settings),
         about,
         rule,
+        full_warmup,
     )
     _ = recipe.data.preprocessing  # its checks
     return recipe
+
+
+def _shorter_warmup(settings: Mapping[str, Any], layer: Mapping[str, Any]) -> float | None:
+    """Returns a warm-up of the same share of the epochs, where a layer asks for so few epochs that
+    they would all be warm-up; None where the warm-up stays, or the numbers are none."""
+    values = (settings.get("warmup_epochs"), settings.get("epochs"), layer.get("epochs"))
+    numbers = [v for v in values if isinstance(v, int | float) and v > 0]
+    if "warmup_epochs" in layer or len(numbers) < len(values):
+        return None
+    warmup, before, after = numbers
+    return warmup * after / before if warmup >= after else None
 
 
 def load_recipe(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Recipe:

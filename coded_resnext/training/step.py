@@ -61,7 +61,13 @@ class TrainStep:
     """
 
     def __init__(
-        self, model: CodedResNeXt, config: TrainingConfig, world: World, steps_per_epoch: int
+        self,
+        model: CodedResNeXt,
+        config: TrainingConfig,
+        world: World,
+        steps_per_epoch: int,
+        *,
+        class_weight: Tensor | None = None,
     ) -> None:
         self.model, self.config, self.world = model, config, world
         self.steps_per_epoch = steps_per_epoch
@@ -90,6 +96,7 @@ class TrainStep:
             exponent=config.exponent,
             threshold=config.threshold,
             label_smoothing=config.smoothing,
+            class_weight=class_weight,
             check_values=False,
             backend=model.blocks[0].backend,
         ).to(self.device)

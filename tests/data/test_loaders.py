@@ -76,6 +76,34 @@ def test_an_image_is_augmented_anew_in_every_epoch() -> None:
     assert sum(same) <= 1
 
 
+def test_a_balanced_order_has_every_class_alike_and_no_copies() -> None:
+    """timm#1004, vision#2563: rare classes come again, each time augmented otherwise."""
+    targets = torch.tensor([0] * 100 + [1] * 15 + [3] * 5)
+    pixels = np.random.default_rng(0).integers(0, 256, (120, 12, 12, 3), dtype=np.uint8)
+    images = MemoryImages(pixels, targets, [""] * 120)
+    counts, copies = torch.zeros(4), 0
+    for epoch in range(1, 11):
+        batches = one_epoch(TrainImages(images, NOISY, 8, seed=0, balanced=True), epoch)
+        assert sum(len(batch.targets) for batch in batches) == 120
+        counts += torch.cat([batch.targets for batch in batches]).bincount(minlength=4)
+        for batch in batches:
+            assert torch.equal(batch.targets, targets[batch.indices])
+        seen = torch.cat([batch.images for batch in batches]).flatten(1)
+        copies += 120 - len(seen.unique(dim=0))
+    # 1,200 draws of three classes: the deviation of a count is 16.
+    assert counts[2] == 0
+    assert (counts[[0, 1, 3]] - 400).abs().max() < 5 * 16.4
+    # Some draws of the augmentation come out alike; of images that come again all would.
+    assert copies < 0.05 * 1200
+    shares = [
+        one_epoch(TrainImages(images, NOISY, 8, seed=0, balanced=True, rank=r, world_size=2), 10)
+        for r in (0, 1)
+    ]
+    for first, second, batch in zip(*shares, batches, strict=True):
+        joined = torch.stack([first.indices, second.indices], 1).flatten()
+        assert torch.equal(joined, batch.indices)
+
+
 def test_workers_do_not_matter_nor_does_resuming() -> None:
     expected = one_epoch(TrainImages(memory(), NOISY, 8, seed=0), 3)
     loader = TrainImages(memory(), NOISY, 8, seed=0, workers=2)

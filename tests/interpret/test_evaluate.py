@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from sklearn.metrics import balanced_accuracy_score
 from support.small_networks import make_data
 
 from coded_resnext import Codebook, CodedResNeXt, Stage, create_model
@@ -28,6 +29,11 @@ from coded_resnext.interpret.tables import text
 from coded_resnext.models.checkpoint import weights_sha256
 
 
+def balanced(observed):
+    said = balanced_accuracy_score(observed.targets, observed.predictions)
+    return pytest.approx(float(said))
+
+
 def test_collects_every_experiment(network, data):
     train = make_data(network, 70, seed=2)
     network.train()
@@ -47,6 +53,7 @@ def test_collects_every_experiment(network, data):
     blocks = found.removal.blocks
     assert summary == {
         "test_accuracy": 0.8,
+        "test_balanced_accuracy": balanced(observed),
         "early_decoding": list(found.early_decoding.block_accuracy),
         "single_class_average_precision": [
             one.average_precision for one in found.one_class.classifiers
@@ -55,6 +62,7 @@ def test_collects_every_experiment(network, data):
         "remove_active_accuracy": [block.active.accuracy[-1] for block in blocks],
         "remove_inactive_accuracy": [block.inactive.accuracy[-1] for block in blocks],
         "weights_sha256": weights_sha256(network),
+        "measured_on": to_plain(found.images),
     }
     assert len(summary["early_decoding"]) == len(summary["remove_active_accuracy"]) == 3
     assert len(summary["single_class_average_precision"]) == 4
@@ -105,12 +113,14 @@ def test_plain_network_has_an_accuracy():
     assert set(found.not_computed.values()) == {"a plain network, which has no coded block"}
     assert found.summary() == {
         "test_accuracy": pytest.approx(2 / 3),
+        "test_balanced_accuracy": found.classification.balanced_accuracy,
         "early_decoding": [],
         "single_class_average_precision": [],
         "removal_accuracy": None,
         "remove_active_accuracy": [],
         "remove_inactive_accuracy": [],
         "weights_sha256": found.weights_sha256,
+        "measured_on": to_plain(found.images),
     }
     assert "plain network" in text(found)
     assert found.to_dict()["removal"] is None

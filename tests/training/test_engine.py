@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from support.tiny_training import (
@@ -27,6 +28,7 @@ from support.tiny_training import (
 from coded_resnext import create_model
 from coded_resnext.data.batches import Batch, TrainingBatches, batches
 from coded_resnext.models.checkpoint import load_model
+from coded_resnext.training import engine
 from coded_resnext.training.accuracy import measure_accuracy
 from coded_resnext.training.engine import fit
 from coded_resnext.training.processes import TrainingStopped
@@ -74,7 +76,8 @@ def test_it_learns_and_leaves_a_complete_folder(tmp_path: Path) -> None:
     assert history[-1]["total"] < 0.4 * history[0]["total"]
     assert history[-1]["train_early_decoding_1"] > 0.5
     columns = ["epoch", "lr", "total", "cross_entropy", "coding_1", "train_accuracy"]
-    columns += ["train_early_decoding_1", "test_accuracy", "early_decoding_1"]
+    columns += ["train_early_decoding_1", "test_accuracy", "test_balanced_accuracy"]
+    columns += ["early_decoding_1"]
     columns += ["images_per_second", "peak_memory_mib", "seconds"]
     assert list(history[0]) == columns
     with (tmp_path / "metrics.csv").open() as file:
@@ -261,6 +264,34 @@ def test_measuring_leaves_mode_and_statistics_alone() -> None:
     assert accuracy.early == (float((decoded == TARGETS).double().mean()),)
     with pytest.raises(ValueError, match="loader: expected at least one sample"):
         measure_accuracy(model, [])
+
+
+def test_uneven_classes_have_a_balanced_accuracy_and_balanced_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """timm#1004, keras#5866: both as scikit-learn defines them."""
+    metrics = pytest.importorskip("sklearn.metrics")
+    utils = pytest.importorskip("sklearn.utils.class_weight")
+    targets = torch.tensor([0] * 15 + [1] * 7 + [2] * 2)
+    model = make_model()
+    accuracy = measure_accuracy(model, batches(IMAGES, targets))
+    expected = metrics.balanced_accuracy_score(targets, model.eval()(IMAGES).argmax(1))
+    assert accuracy.balanced == pytest.approx(expected)
+    steps = []
+
+    class Seen(engine.TrainStep):
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **options)
+            steps.append(self)
+
+    monkeypatch.setattr(engine, "TrainStep", Seen)
+    config = make_config(class_weight="balanced")
+    _, history = train(tmp_path, config, loader=TrainingBatches(IMAGES, targets, 8, seed=0))
+    weights = utils.compute_class_weight("balanced", classes=np.arange(3), y=targets.numpy())
+    assert steps[0].loss.class_weight.tolist() == pytest.approx(weights.tolist())
+    assert 0 <= history[-1]["test_balanced_accuracy"] <= 1
+    with pytest.raises(ValueError, match="class_weight: expected none or balanced, got 'even'"):
+        make_config(class_weight="even")
 
 
 @pytest.mark.parametrize("wrong", [-1, 3])

@@ -120,6 +120,19 @@ def test_the_learning_rate_scales_with_the_batch() -> None:
     assert make_recipe(LEAST, {"lr_base": 0.2}).training.lr == 0.2 * 8 / 256
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_one_epoch_of_any_recipe(name: str) -> None:
+    """timm#1010: fewer epochs than the warm-up of the recipe."""
+    file = RECIPES / f"{name}.yaml"
+    whole, recipe = load_recipe(file), load_recipe(file, {"epochs": 1})
+    share = whole.training.warmup_epochs / whole.training.epochs
+    assert recipe.training.warmup_epochs == pytest.approx(share)
+    said = f"(shortened from {whole.training.warmup_epochs:g} with the number of epochs)"
+    assert (said in recipe.describe_lr()) == (whole.training.warmup_epochs >= 1)
+    with pytest.raises(ValueError, match="warmup_epochs: expected fewer than 1 epochs, got 1"):
+        load_recipe(file, {"epochs": 1, "warmup_epochs": 1})
+
+
 def test_flags_replace_settings() -> None:
     flags = (
         "-c cifar10 --epochs 3 --aa none --mean 0.1 0.2 0.3 --clip-grad 1 --amp "

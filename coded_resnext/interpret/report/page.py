@@ -111,7 +111,8 @@ def tiles(content: dict[str, Any]) -> list[dict[str, str]]:
     evaluation, summary, cost = content["evaluation"], content["summary"], content["cost"]
     if summary is not None:
         images = f"{evaluation['test_samples']:,} images"
-        add(f"{100 * summary['test_accuracy']:.2f} %", "test accuracy", images)
+        balanced = f"mean over the classes {100 * summary['test_balanced_accuracy']:.2f} %"
+        add(f"{100 * summary['test_accuracy']:.2f} %", "test accuracy", f"{images}; {balanced}")
         early = summary["early_decoding"]
         if early:
             note = f"block {len(early)}: {100 * early[-1]:.1f} %" if len(early) > 1 else ""
