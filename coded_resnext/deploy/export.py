@@ -9,12 +9,11 @@ program with nothing but onnxruntime and NumPy can use it: see `examples/`.
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +22,8 @@ from torch.export import Dim, ExportedProgram
 from coded_resnext.data.preprocessing import Preprocessing
 from coded_resnext.models.block import CodedBottleneck, classify, features
 from coded_resnext.models.decode import read_class
-from coded_resnext.models.resnext import CodedResNeXt
+from coded_resnext.models.layers import copy_of
+from coded_resnext.models.resnext import CodedResNeXt, own_network
 
 from .early_exit import check_early_exit
 from .extract import ExtractedClassifier, ExtractedNetwork
@@ -36,16 +36,16 @@ class Heads(nn.Module):
     """A network that also returns what each of its early decoders says, (9).
 
     Args:
-        model: with at least one coded block.
+        model: with at least one coded block; or a wrapper around it.
 
     Raises:
         ValueError: a plain network.
     """
 
-    def __init__(self, model: CodedResNeXt) -> None:
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.model = model.eval()
-        check_early_exit(model)
+        self.model = own_network(model).eval()
+        check_early_exit(self.model)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Maps images to logits `[B, K]`, decoded classes `[B, L]` and their margins `[B, L]`."""
@@ -187,11 +187,9 @@ __all__ = [
     "to_onnx",
 ]
 
-Exported = TypeVar("Exported", bound=Exportable)
-
 
 def to_exported_program(
-    network: Exportable,
+    network: nn.Module,
     *,
     image_size: int | None = None,
     preprocessing: Preprocessing | None = None,
@@ -199,8 +197,8 @@ def to_exported_program(
     """Returns a network as a `torch.export` program in evaluation mode, with its own weights.
 
     Args:
-        network: a whole network, one that was cut out, or `Heads(model)`, which also gives what the
-            early decoders say.
+        network: a whole network or a wrapper around it, one that was cut out, or `Heads(model)`,
+            which also gives what the early decoders say.
         image_size: height and width; left out, that of the preprocessing, or 32 (224 with the stem
             for large images).
         preprocessing: how images become the input.
@@ -208,13 +206,13 @@ def to_exported_program(
     Raises:
         ValueError: the image size is not positive.
     """
-    network = _frozen(network)
-    shapes = signature(network, image_size, preprocessing)
+    frozen = _frozen(network)
+    shapes = signature(frozen, image_size, preprocessing)
     with torch.no_grad():
         # Of two samples, since torch.export takes a size of one for a constant.
         program = torch.export.export(
-            network,
-            (shapes.example(2, next(network.parameters())),),
+            frozen,
+            (shapes.example(2, next(frozen.parameters())),),
             dynamic_shapes=({0: Dim("batch", min=1)},),
         )
     foreign = {
@@ -227,7 +225,7 @@ def to_exported_program(
 
 
 def to_onnx(
-    network: Exportable,
+    network: nn.Module,
     path: str | Path,
     *,
     image_size: int | None = None,
@@ -254,11 +252,10 @@ def to_onnx(
     dtype = next(network.parameters()).dtype
     if dtype != torch.float32:
         raise ValueError(f"network: expected float32 weights, got {dtype}; try network.float()")
-    network = _frozen(network)
-    network.cpu()
-    shapes = signature(network, image_size, preprocessing)
+    frozen = _frozen(network).cpu()
+    shapes = signature(frozen, image_size, preprocessing)
     exported = torch.onnx.export(
-        to_exported_program(network, image_size=image_size, preprocessing=preprocessing),
+        to_exported_program(frozen, image_size=image_size, preprocessing=preprocessing),
         dynamo=True,
         opset_version=opset,
         input_names=[shapes.input_name],
@@ -274,10 +271,10 @@ def to_onnx(
         exported.model.metadata_props[key] = json.dumps(value, allow_nan=False)
     path = Path(path)
     unfinished = path.with_name(f".{path.name}.tmp")
-    like = next(network.parameters())
+    like = next(frozen.parameters())
     try:
         exported.save(unfinished, external_data=False)
-        check_onnx(unfinished, network, [shapes.example(batch, like) for batch in CHECKED_BATCHES])
+        check_onnx(unfinished, frozen, [shapes.example(batch, like) for batch in CHECKED_BATCHES])
         unfinished.replace(path)
     finally:
         unfinished.unlink(missing_ok=True)
@@ -285,7 +282,7 @@ def to_onnx(
 
 
 def export_early_exit(
-    model: CodedResNeXt,
+    model: nn.Module,
     folder: str | Path,
     *,
     image_size: int | None = None,
@@ -311,8 +308,9 @@ def export_early_exit(
         ValueError, ImportError: as `to_onnx`; also a plain network.
     """
     require_onnx()
-    whole = signature(model, image_size, preprocessing)
-    parts = exit_parts(_frozen(model), whole.notes["image_size"])
+    frozen = _frozen(model)
+    whole = signature(frozen, image_size, preprocessing)
+    parts = exit_parts(frozen, whole.notes["image_size"])
     notes = {**whole.notes, **(metadata or {}), "kind": "part", "parts": len(parts)}
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -323,7 +321,7 @@ def export_early_exit(
 
 
 def to_aot_package(
-    network: Exportable,
+    network: nn.Module,
     path: str | Path,
     *,
     image_size: int | None = None,
@@ -353,9 +351,11 @@ def to_aot_package(
     return path
 
 
-def _frozen(network: Exported) -> Exported:
-    """Returns a copy in evaluation mode that is made of PyTorch's own operations."""
-    network = copy.deepcopy(network)
+def _frozen(network: nn.Module) -> Any:
+    """Returns a copy in evaluation mode, out of its wrapper, of PyTorch's own operations."""
+    if not isinstance(network, Exportable):
+        network = own_network(network)
+    network = copy_of(network)
     network.eval().requires_grad_(False)
     for module in network.modules():
         # Whatever chooses among implementations has this attribute.

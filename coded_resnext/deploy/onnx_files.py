@@ -74,10 +74,11 @@ def quantize_onnx(source: str | Path, path: str | Path, images: Iterable[Tensor]
     Args:
         source: a file that `to_onnx` wrote.
         path: the file to write.
-        images: batches of preprocessed training images `[B, C, H, W]`; a few hundred images do.
+        images: batches of preprocessed training images `[B, C, H, W]`; a few hundred images do. Of
+            a part behind the first, the maps that come in.
 
     Raises:
-        ValueError: no images.
+        ValueError: no images, or none of the shape that the file takes.
         ImportError: as `require_onnx`.
     """
     require_onnx()
@@ -95,7 +96,7 @@ def quantize_onnx(source: str | Path, path: str | Path, images: Iterable[Tensor]
     if first is None:
         raise ValueError("images: expected at least one batch, got none")
 
-    name = onnxruntime.InferenceSession(str(source)).get_inputs()[0].name
+    takes = onnxruntime.InferenceSession(str(source)).get_inputs()[0]
 
     class Reader(CalibrationDataReader):  # type: ignore[misc]
         def __init__(self, tensors: Iterator[Tensor]) -> None:
@@ -103,7 +104,12 @@ def quantize_onnx(source: str | Path, path: str | Path, images: Iterable[Tensor]
 
         def get_next(self) -> dict[str, Any] | None:
             batch = next(self._tensors, None)
-            return None if batch is None else {name: batch.float().cpu().numpy()}
+            if batch is None:
+                return None
+            if list(batch.shape[1:]) != takes.shape[1:]:
+                expected = ", ".join(map(str, takes.shape[1:]))
+                raise ValueError(f"images: expected [B, {expected}], got {list(batch.shape)}")
+            return {takes.name: batch.float().cpu().numpy()}
 
     path = Path(path)
     prepared, unfinished = (path.with_name(f".{path.name}.{part}") for part in ("prepared", "tmp"))

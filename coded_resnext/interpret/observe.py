@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
+from threading import Lock
 from typing import TypeVar
 
 import numpy as np
@@ -205,17 +206,39 @@ def without_targets(loader: Loader) -> Loader:
     return _SizedWithoutTargets(loader) if isinstance(loader, Sized) else _WithoutTargets(loader)
 
 
+@dataclass
+class _Use:
+    """A network in evaluation."""
+
+    modes: list[tuple[torch.nn.Module, bool]]
+    """What every module had before."""
+    threads: int = 0
+
+
+_LOCK = Lock()
+_IN_USE: dict[CodedResNeXt, _Use] = {}
+
+
 @contextmanager
 def evaluating(model: CodedResNeXt) -> Iterator[None]:
-    """Evaluation mode without gradients; afterwards every module has the mode that it had."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
+    """Evaluation mode without gradients; afterwards every module has the mode that it had.
+
+    Several threads may be within at a time: the last one gives the modes back.
+    """
+    with _LOCK:
+        use = _IN_USE.setdefault(model, _Use([(m, m.training) for m in model.modules()]))
+        use.threads += 1
+        model.eval()
     try:
         with torch.inference_mode():
             yield
     finally:
-        for module, training in modes:
-            module.training = training
+        with _LOCK:
+            use.threads -= 1
+            if not use.threads:
+                del _IN_USE[model]
+                for module, training in use.modes:
+                    module.training = training
 
 
 def require_coded_blocks(coded: Sequence[object]) -> None:

@@ -7,8 +7,9 @@ replace layers; each of these ways asks here first.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,8 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from .grouped_conv import GroupedConv2d
+
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 # Hooks that make a weight of other tensors just before the layer is called.
@@ -67,6 +70,20 @@ def applied_weight(layer: Any, in_channels: int, groups: int, like: Tensor) -> T
     unit = unit.repeat(1, groups)[:, :, None, None]
     response: Tensor = layer(unit) - layer(torch.zeros_like(unit))
     return response.transpose(0, 1)
+
+
+def copy_of(network: ModuleT) -> ModuleT:
+    """Returns a copy, also of layers whose weight is made of other tensors before each call.
+
+    What pruning, weight norm and the like have made is no parameter, which PyTorch would not copy.
+    """
+    made = {
+        id(value): value.detach().clone()
+        for module in network.modules()
+        for value in vars(module).values()
+        if isinstance(value, Tensor) and not value.is_leaf
+    }
+    return copy.deepcopy(network, made)
 
 
 def is_seen_by_calls(layer: nn.Module) -> bool:

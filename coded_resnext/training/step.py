@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 import math
 from collections.abc import Callable, Sequence
@@ -20,6 +19,7 @@ from coded_resnext.data.preprocessing import derive_seed
 from coded_resnext.kernels.checks import check_targets
 from coded_resnext.models.checkpoint import describe_network
 from coded_resnext.models.decode import decode
+from coded_resnext.models.layers import copy_of
 from coded_resnext.models.loss import CodedLoss
 from coded_resnext.models.resnext import CodedResNeXt
 
@@ -356,7 +356,7 @@ class WeightAverage:
     """
 
     def __init__(self, model: CodedResNeXt, decay: float, *, warmup: bool = False) -> None:
-        self.model = copy.deepcopy(model).eval().requires_grad_(requires_grad=False)
+        self.model = copy_of(model).eval().requires_grad_(requires_grad=False)
         self.decay, self.warmup = decay, warmup
 
     @torch.no_grad()

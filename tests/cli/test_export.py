@@ -9,11 +9,11 @@ import pytest
 import torch
 from PIL import Image
 from support.helpers import assert_same_network
-from support.small_networks import make_images
+from support.small_networks import make_images, make_network
 
 from coded_resnext import EarlyExit, create_model, extract_classifier, from_pretrained
 from coded_resnext.cli import main
-from coded_resnext.models.checkpoint import save_model, weights_sha256
+from coded_resnext.models.checkpoint import load_model, save_model, weights_sha256
 
 onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
@@ -156,3 +156,19 @@ def test_results_of_other_weights_stay_where_they_are(run_folder, network, tmp_p
     assert "no threshold" in capsys.readouterr().out
     assert export(best, "--early-exit") == 2
     assert "for these weights" in capsys.readouterr().err
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_onnx_of_a_half_precision_run(dtype, tmp_path, capsys):
+    """mteb#1297: the advice was a call of Python, which nobody has at a command line."""
+    model = make_network()
+    save_model(tmp_path / "half.safetensors", model.to(dtype))
+    out = tmp_path / "half.onnx"
+    assert export(tmp_path / "half.safetensors", "--image-size", 6, "--out", out) == 0
+    said = capsys.readouterr().out
+    assert f"written in float32, they were in {str(dtype).removeprefix('torch.')}" in said
+    x = torch.randn(2, 1, 6, 6)
+    (logits,) = onnxruntime.InferenceSession(str(out)).run(None, {"images": x.numpy()})
+    expected = load_model(tmp_path / "half.safetensors").model.float()(x)
+    torch.testing.assert_close(torch.from_numpy(logits), expected.detach(), rtol=1e-3, atol=1e-4)

@@ -7,14 +7,20 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.utils.prune as pruning
 from support.helpers import assert_decided_alike, class_margins
 from support.random_networks import make_images, make_random
 from support.small_networks import make_network
+from torch import nn
+from torch.nn.utils import parametrizations, weight_norm
+from torch.optim.swa_utils import AveragedModel
 
 from coded_resnext import CodedLoss, CodedResNeXt, EarlyExit, create_model, extract_classifier
 from coded_resnext.data.datasets import load_digits_split
@@ -28,6 +34,7 @@ from coded_resnext.deploy.export import (
     to_onnx,
 )
 from coded_resnext.deploy.onnx_files import check_onnx, quantize_onnx
+from coded_resnext.training.step import WeightAverage, running_statistics
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -378,3 +385,71 @@ def test_an_opset_that_cannot_be_written_is_refused(tmp_path: Path, opset: int) 
     with pytest.raises(ValueError, match="opset"):
         to_onnx(make_network(), tmp_path / "m.onnx", image_size=8, opset=opset)
     assert not list(tmp_path.iterdir())
+
+
+def prune(block: Any) -> None:
+    pruning.l1_unstructured(block.expand, "weight", 0.5)
+
+
+MADE_WEIGHTS: dict[str, Callable[[Any], Any]] = {
+    "pruned": prune,
+    "old weight norm": lambda block: weight_norm(block.expand),
+    "weight norm": lambda block: parametrizations.weight_norm(block.expand),
+}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize(
+    "change",
+    [pytest.param(c, marks=pytest.mark.long) if c == "pruned" else c for c in MADE_WEIGHTS],
+)
+def test_weights_that_are_made_before_each_call_are_exported(change: str, tmp_path: Path) -> None:
+    """pytorch#69353, peft#1612: such a weight is no parameter, and PyTorch does not copy it."""
+    torch.manual_seed(0)
+    network = make_network()
+    for block in network.blocks:
+        MADE_WEIGHTS[change](block)
+    x = torch.randn(3, 1, 6, 6)
+    expected = network(x).detach()
+    program = to_exported_program(network, image_size=6)
+    torch.testing.assert_close(program.module()(x).detach(), expected, rtol=1e-4, atol=1e-5)
+    if change == "pruned":
+        to_onnx(network, tmp_path / "pruned.onnx", image_size=6)
+    average = WeightAverage(network, 0.5)
+    for step in range(2):
+        average.update(list(network.parameters()), running_statistics(network), step)
+    torch.testing.assert_close(average.model(x), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "wrapper",
+    ["compiled", *(pytest.param(w, marks=pytest.mark.long) for w in ("DataParallel", "averaged"))],
+)
+def test_what_is_around_a_network_is_taken_off(wrapper: str) -> None:
+    """pytorch#161056: `torch.export` spoke of the structure of `dynamic_shapes`."""
+    network = make_network()
+    around = {
+        "compiled": lambda: torch.compile(network, backend="eager"),
+        "DataParallel": lambda: nn.DataParallel(network),
+        "averaged": lambda: AveragedModel(network),
+    }[wrapper]()
+    x = torch.randn(3, 1, 6, 6)
+    for exported in (around, Heads(around)):
+        outputs = to_exported_program(exported, image_size=6).module()(x)
+        logits = outputs[0] if isinstance(exported, Heads) else outputs
+        torch.testing.assert_close(logits, network(x), rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="model: expected a CodedResNeXt, got Linear"):
+        to_exported_program(nn.Linear(2, 2))
+
+
+@pytest.mark.long
+def test_a_part_can_be_quantised(tmp_path: Path) -> None:
+    """pytorch#150592: onnxruntime asked for an input of a name that the file did not have."""
+    network = make_network()
+    first = export_early_exit(network, tmp_path, image_size=6)[0]
+    images = torch.randn(4, 1, 6, 6)
+    out = quantize_onnx(first, tmp_path / "int8.onnx", [images])
+    session = onnxruntime.InferenceSession(str(out))
+    assert len(session.run(None, {session.get_inputs()[0].name: images.numpy()})) == 3
+    with pytest.raises(ValueError, match=r"images: expected \[B, 1, 6, 6\], got \[1, 6, 6\]"):
+        quantize_onnx(first, tmp_path / "int8.onnx", list(images))

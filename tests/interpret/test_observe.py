@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from threading import Thread
 
 import pytest
 import torch
@@ -106,6 +107,22 @@ def test_modes_are_as_before_also_after_an_error(network):
         fail()
     assert inside == [False, True]
     assert [module.training for module in network.modules()] == modes
+
+
+def test_modes_are_as_before_when_threads_overlap(network):
+    """dinov2#472: one thread gave back what it had seen, and that was the other one's mode."""
+    network.train()
+    first, second = evaluating(network), evaluating(network)
+    first.__enter__()
+    thread = Thread(target=second.__enter__)
+    thread.start()
+    thread.join()
+    first.__exit__(None, None, None)
+    assert not any(module.training for module in network.modules())
+    thread = Thread(target=second.__exit__, args=(None, None, None))
+    thread.start()
+    thread.join()
+    assert all(module.training for module in network.modules())
 
 
 IMAGES = torch.zeros(2, 1, 6, 6)
