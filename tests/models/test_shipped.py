@@ -21,6 +21,7 @@ from coded_resnext.data.batches import batches
 from coded_resnext.data.datasets import DATA_VARIABLE, load_dataset, load_digits_split
 from coded_resnext.data.loaders import EvalImages
 from coded_resnext.deploy.early_exit import predict_early
+from coded_resnext.interpret.results import load_evaluation
 from coded_resnext.models.checkpoint import load_model, save_model
 from coded_resnext.models.shipped import find_model, network_of, shipped_weights
 from coded_resnext.training.accuracy import EvaluationLoader, measure_accuracy
@@ -75,6 +76,10 @@ def test_shipped_weights_say_where_they_come_from(name: str) -> None:
     assert pretrained.training["config"]["epochs"] == pretrained.training["epochs_done"]
     assert summary["command"].startswith("python train/")
     assert summary["versions"]["torch"]
+    provenance = load_evaluation(folder).provenance
+    assert provenance is not None
+    assert provenance.test.split == "test"
+    assert provenance.test.name is not None
     assert pretrained.thresholds.keys() == set(pretrained.model.class_names)
     card = (folder / "README.md").read_text()
     assert "licence of the weights: mit" in card
