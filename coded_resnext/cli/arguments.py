@@ -272,7 +272,7 @@ def _add_evaluate(commands: Commands) -> None:
         "--negatives",
         metavar="N",
         help="images of other classes that a one-class classifier is tested with for each of its "
-        "class, or 'all' (default: all of up to 100 classes, 9 of more)",
+        "class, or 'all' (default: 9 with 100 classes or more, all with fewer)",
     )
     parser.add_argument(
         "--test-images",

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from coded_resnext.codebooks.codebook import Codebook
+from coded_resnext.codebooks.shipped import Size, shipped_sizes
 from coded_resnext.data.augment import TrainTransform
 from coded_resnext.data.datasets import load_dataset
 from coded_resnext.data.image_sets import (
@@ -44,7 +45,7 @@ from coded_resnext.interpret.results import FIGURES_FOLDER
 from coded_resnext.kernels import check_backend
 from coded_resnext.kernels.backend import named_backend
 from coded_resnext.models.checkpoint import MODEL_FILE
-from coded_resnext.models.registry import create_model
+from coded_resnext.models.registry import create_model, network_arguments
 from coded_resnext.models.resnext import CodedResNeXt
 from coded_resnext.models.shipped import find_model
 from coded_resnext.models.warm_start import (
@@ -132,6 +133,8 @@ def make_model(recipe: Recipe, class_names: Sequence[str]) -> CodedResNeXt:
         arguments["num_classes"] = len(class_names)
     if settings.codebooks:
         arguments["codebooks"] = [_codebook(path, class_names) for path in settings.codebooks]
+    elif settings.codebook_variant and is_published(recipe, len(class_names)):
+        arguments["codebook_variant"] = settings.codebook_variant
     elif (
         settings.initial_checkpoint
         and find_model(settings.initial_checkpoint).exists()
@@ -145,6 +148,28 @@ def make_model(recipe: Recipe, class_names: Sequence[str]) -> CodedResNeXt:
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = settings.bn_momentum
     return model
+
+
+def is_published(recipe: Recipe, classes: int) -> bool:
+    """Returns whether the variant of codebooks that a recipe names is shipped for its network."""
+    stages = network_arguments(recipe.model.model)["stages"]
+    shipped = shipped_sizes(recipe.model.codebook_variant or "best")
+    sizes = [Size(classes, stage.branches, stage.active) for stage in stages if stage.is_coded]
+    return all(size in shipped for size in sizes)
+
+
+def codebooks_in_words(recipe: Recipe, model: CodedResNeXt) -> str:
+    """Returns which codewords a run trains, as a line for a person."""
+    settings = recipe.model
+    if not model.codebooks:
+        return "codebooks: none, the plain twin"
+    if settings.codebooks:
+        return f"codebooks: {', '.join(settings.codebooks)}"
+    if settings.codebook_variant == "paper":
+        if is_published(recipe, model.num_classes):
+            return "codebooks: the published ones"
+        return f"codebooks: none is published for {model.num_classes} classes; the best known"
+    return f"codebooks: {settings.codebook_variant or 'those of the network or the checkpoint'}"
 
 
 def _codebook(path: str, class_names: Sequence[str]) -> Codebook:
@@ -254,7 +279,8 @@ def run_recipe(
         )
         if world.is_main:
             write_atomically(run.path / RECIPE_FILE, recipe.to_yaml().encode())
-            print(f"{splits}\n{settings_in_words(recipe)}", file=sys.stderr)
+            words = f"{settings_in_words(recipe)}\n{codebooks_in_words(recipe, model)}"
+            print(f"{splits}\n{words}", file=sys.stderr)
         loaders = make_loaders(recipe, splits, world)
         if recipe.model.initial_checkpoint and world.on_main(lambda: run.load_state() is None):
             some = splits.slice(train_images=min(CALIBRATION_IMAGES, len(splits.train)))
@@ -390,11 +416,16 @@ def settings_in_words(recipe: Recipe) -> str:
     """What a person wants to see before the training begins."""
     lines = [f"{name}: {text}" for name, text in recipe.about.items()]
     training = recipe.training
+    decayed = (
+        "weights, not of biases and BatchNorm"
+        if training.filter_bias_and_bn
+        else "all parameters, BatchNorm's included"
+    )
     return "\n".join(
         [
             *lines,
             f"{recipe.model.model}, batches of {training.batch_size}, {recipe.describe_lr()}",
-            f"weight decay {training.weight_decay:g} on all parameters, BatchNorm's included; "
+            f"weight decay {training.weight_decay:g} of {decayed}; "
             f"BatchNorm momentum {recipe.model.bn_momentum:g}",
             f"evaluation: shorter side to {recipe.data.test_resize or recipe.data.img_size}, "
             f"centre {recipe.data.img_size} pixels",

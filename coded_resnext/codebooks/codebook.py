@@ -82,7 +82,8 @@ class Codebook:
             classes: `K`.
             branches: `N`.
             active: `A`.
-            variant: `"best"`, the best one known, or `"paper"`, a published table.
+            variant: `"best"`, the best one known; `"paper"`, the published table; or `"paper_d8"`,
+                a second published table for ImageNet.
 
         Raises:
             ValueError: none is shipped; the message names the sizes that are.

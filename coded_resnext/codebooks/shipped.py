@@ -1,5 +1,8 @@
 """The codebooks that come with the package: JSON files under `data/`, one per size and variant.
 
+Variants: `best`, the best that is known; `paper`, the published codewords; `paper_d8`, a second
+published table of the same size, for ImageNet, which the published code calls `D8`.
+
 Each file has the fields of `Codebook.to_dict` and two more: `provenance`, which says how the
 codewords were made and how to make them again, and `sha256`, the digest of the codewords.
 """
@@ -13,7 +16,7 @@ from importlib.resources import files
 from typing import Any, NamedTuple
 
 FORMAT_VERSION = 1
-VARIANTS = ("best", "paper")
+VARIANTS = ("best", "paper", "paper_d8")
 
 
 class Size(NamedTuple):

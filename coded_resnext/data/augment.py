@@ -53,6 +53,11 @@ class Augmentation:
         str | None,
         "timm's RandAugment, such as rand-m7-n2-mstd0.5: magnitude 7, two operations, noise 0.5.",
     ] = None
+    aa_first: Annotated[
+        bool,
+        "Apply RandAugment before the crop and the flips instead of after them, as the published "
+        "code does for CIFAR.",
+    ] = False
     reprob: Annotated[float, "Probability of random erasing."] = 0.0
     remode: Annotated[
         EraseMode,
@@ -126,7 +131,8 @@ class TrainTransform:
             self._steps.append(PaddedCrop(preprocessing.size, augmentation.crop_padding))
         self._steps.append(Flips(augmentation.hflip, augmentation.vflip))
         if augmentation.aa:
-            self._steps.append(make_rand_augment(augmentation.aa, preprocessing))
+            place = 0 if augmentation.aa_first else len(self._steps)
+            self._steps.insert(place, make_rand_augment(augmentation.aa, preprocessing))
         self._erase: Callable[[Tensor], Tensor] | None = None
         if augmentation.reprob:
             make_erasing: Callable[..., Callable[[Tensor], Tensor]] = RandomErasing

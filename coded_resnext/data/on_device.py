@@ -96,7 +96,7 @@ class DeviceTrainImages(ShuffledSamples):
         shared = {"rank": rank, "world_size": world_size}
         super().__init__(images.targets, batch_size, seed=seed, balanced=balanced, **shared)
         draws = Draws(augmentation, preprocessing)
-        augment: Augment = DeviceAugment(preprocessing, draws.fill, device)
+        augment: Augment = DeviceAugment(preprocessing, draws.fill, device, augmentation.aa_first)
         self._augment = around(augment) if around else augment
         self.images, self._pixels = images, device_pixels(images, preprocessing, device)
         self.damaged = DamagedImages(images, 0)
@@ -224,7 +224,7 @@ class Draws:
                 operation.aug_fn = _noted(operation.name, operation.aug_fn)
                 self.fill = operation.kwargs["fillcolor"]
             self.layers, self._augment = rand_augment.num_layers, rand_augment
-        self._size = preprocessing.size
+        self._size, self._aa_first = preprocessing.size, augmentation.aa_first
 
     def __call__(self, seeds: Sequence[int]) -> Tensor:
         """`[B, PLACE + layers * NUMBERS]`, float64."""
@@ -233,14 +233,19 @@ class Draws:
         with generators_kept():
             for seed in seeds:
                 seed_generators(seed)
+                first = self._operations(notes) if self._aa_first else []
                 row = [float(number) for number in (*self._crop.draw(), *self._flips.draw())]
-                if self._augment is not None:
-                    notes.rows = []
-                    self._augment(notes)
-                    for operation in notes.rows:
-                        row += operation
+                row += first if self._aa_first else self._operations(notes)
                 rows.append(row + [0.0] * (PLACE + self.layers * NUMBERS - len(row)))
         return torch.tensor(rows, dtype=torch.float64)
+
+    def _operations(self, notes: Any) -> list[float]:
+        """Returns the numbers of RandAugment's operations on the next image."""
+        if self._augment is None:
+            return []
+        notes.rows = []
+        self._augment(notes)
+        return [number for operation in notes.rows for number in operation]
 
     def of_operation(self, name: str, seeds: Sequence[int]) -> Tensor:
         """Draws of one of RandAugment's operations alone, `[B, NUMBERS]`, by timm's name."""
@@ -283,11 +288,17 @@ class DeviceAugment:
         preprocessing: size and normalisation.
         fill: of `Draws`.
         device: where the images are.
+        aa_first: whether RandAugment comes before the crop and the flips.
     """
 
     def __init__(
-        self, preprocessing: Preprocessing, fill: Sequence[int], device: torch.device
+        self,
+        preprocessing: Preprocessing,
+        fill: Sequence[int],
+        device: torch.device,
+        aa_first: bool = False,
     ) -> None:
+        self._aa_first = aa_first
         self._fill = torch.tensor(fill, dtype=torch.uint8, device=device)
         self._normalize = Normalize(preprocessing, device)
 
@@ -302,10 +313,18 @@ class DeviceAugment:
         Returns:
             `[B, 3, H, W]`, float32.
         """
-        images = crop_and_flip(pixels, indices, draws[:, :PLACE])
+        places = draws[:, :PLACE]
+        if self._aa_first:
+            images = self._operate(pixels[indices], draws)
+            images = crop_and_flip(images, torch.arange(len(images), device=images.device), places)
+        else:
+            images = self._operate(crop_and_flip(pixels, indices, places), draws)
+        return self._normalize(images)
+
+    def _operate(self, images: Tensor, draws: Tensor) -> Tensor:
         for start in range(PLACE, draws.shape[1], NUMBERS):
             images = apply_operation(images, draws[:, start : start + NUMBERS], self._fill)
-        return self._normalize(images)
+        return images
 
 
 def crop_and_flip(pixels: Tensor, indices: Tensor, places: Tensor) -> Tensor:

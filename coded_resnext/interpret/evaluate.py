@@ -14,7 +14,7 @@ from coded_resnext.models.resnext import CodedResNeXt
 
 from .decoding import Classification, EarlyDecoding, ExitCurve, classification
 from .observe import DrawnImages, Loader, draw_rows, observe, read_targets, require_at_least
-from .one_class import MANY_CLASSES, PAPER_NEGATIVES, OneClass, draw_classes, score_classes
+from .one_class import OneClass, draw_classes, paper_negatives, score_classes
 from .paths import Paths
 from .provenance import DigestedLoader, Images, Provenance
 from .records import from_plain, to_plain
@@ -66,8 +66,8 @@ def evaluate(
         seed: decides everything random; at least 0.
         repeats: random orders of the branch removals, at least 1.
         negatives_per_positive: images of other classes that a one-class classifier is tested with
-            for each of its class; None for all, `"auto"` for all of up to 100 classes and the
-            paper's 9 of more.
+            for each of its class; None for all, `"auto"` for the paper's 9 with 100 classes or
+            more and all with fewer.
         test_images: remove branches from about so many test images, and test the one-class
             classifiers on these; None for all. What one pass gives, such as the accuracy, is
             measured on all of them in any case.
@@ -99,7 +99,7 @@ def evaluate(
     chosen = draw_classes(model.num_classes, classes, seed)
     negatives = negatives_per_positive
     if negatives == "auto":
-        negatives = PAPER_NEGATIVES if model.num_classes > MANY_CLASSES else None
+        negatives = paper_negatives(model.num_classes)
     not_computed: dict[str, str] = {}
     attempt = partial(_attempt, not_computed)
 

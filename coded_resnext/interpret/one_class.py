@@ -33,7 +33,7 @@ from .observe import (
 Role = Literal["threshold", "test", "outside"]
 """Data on which thresholds are chosen, on which is tested, and of none of the classes."""
 ROLES: tuple[Role, Role, Role] = ("threshold", "test", "outside")
-# Of more classes than this, each is tested against some of the others' images, as in the paper.
+# From so many classes on, each is tested against some of the others' images, as in the paper.
 MANY_CLASSES = 100
 PAPER_NEGATIVES = 9
 BINS = 30
@@ -235,6 +235,14 @@ def one_class(
             model, outside_loader, "outside", classes=chosen, test=test, **options
         )
     return OneClass.of(model.class_names, test, threshold, outside, **options)
+
+
+def paper_negatives(classes: int) -> int | None:
+    """Returns how many images of other classes the paper tests a classifier with for each positive.
+
+    That is 9 for CIFAR-100 and ImageNet (footnote 8), and None, all of them, for CIFAR-10.
+    """
+    return PAPER_NEGATIVES if classes >= MANY_CLASSES else None
 
 
 def draw_classes(classes: int, count: int | None, seed: int) -> tuple[int, ...]:

@@ -125,11 +125,14 @@ def create_model(name: str, *, pretrained: bool = False, **overrides: Any) -> Co
             networks that have some. Another number of classes has a fresh head and codebooks of
             its own, other image channels an adapted first convolution.
         overrides: arguments of `CodedResNeXt` that replace the network's own, such as
-            `num_classes`, `in_channels`, `codebooks` or `drop_branches`.
+            `num_classes`, `in_channels`, `codebooks` or `drop_branches`. `codebook_variant`
+            chooses among the shipped codebooks: `"paper"` the published ones, `"best"` those of
+            the largest distance that is known; the default is the network's, published for
+            CIFAR-10 and else the best.
 
     Raises:
-        ValueError: there is no such network, no weights are shipped for it, or an override does
-            not fit it or the weights.
+        ValueError: there is no such network, no weights are shipped for it, an override does not
+            fit it or the weights, or no codebook of the variant is shipped in this size.
         TypeError: an override is not an argument of `CodedResNeXt`.
     """
     if not pretrained:
@@ -161,7 +164,9 @@ def trained_arguments(source: CodedResNeXt, overrides: Mapping[str, Any]) -> dic
     return {"codebooks": source.stage_codebooks, "class_names": source.class_names}
 
 
-def network_arguments(name: str, **overrides: Any) -> dict[str, Any]:
+def network_arguments(
+    name: str, *, codebook_variant: str | None = None, **overrides: Any
+) -> dict[str, Any]:
     """Returns the arguments of `CodedResNeXt` for a named network, as `create_model`."""
     if name not in list_models():
         raise ValueError(f"name: expected one of {', '.join(list_models())}; got {name!r}")
@@ -174,11 +179,14 @@ def network_arguments(name: str, **overrides: Any) -> dict[str, Any]:
         **architecture.arguments,
         **overrides,
     }
-    published = architecture.codebook_variant == "paper" and coded
-    if published and not {"stages", "num_classes", "codebooks"} & overrides.keys():
+    if codebook_variant is not None and {"stages", "codebooks"} & overrides.keys():
+        raise ValueError("codebook_variant: expected none beside stages or codebooks")
+    changed = {"stages", "num_classes", "codebooks"} & overrides.keys()
+    variant = codebook_variant or ("best" if changed else architecture.codebook_variant)
+    if variant != "best" and coded:
         names = overrides.get("class_names")
         books = [
-            Codebook.shipped(architecture.num_classes, architecture.branches, a, variant="paper")
+            Codebook.shipped(arguments["num_classes"], architecture.branches, a, variant)
             for a in active
             if a < architecture.branches
         ]

@@ -15,9 +15,9 @@ DistBn = Literal["reduce", "broadcast"]
 class TrainingConfig:
     """Optimizer, schedule, loss and how a step is computed.
 
-    SGD with Nesterov momentum, a linear warm-up and one cosine, both step by step. A field that
-    means what a flag of timm's training script means has its name. One name is the same and its
-    meaning is not: timm's `batch_size` counts one process's images.
+    SGD with Nesterov momentum, a linear warm-up and one cosine. A field that means what a flag of
+    timm's training script means has its name. One name is the same and its meaning is not: timm's
+    `batch_size` counts one process's images.
     """
 
     epochs: Annotated[
@@ -31,15 +31,25 @@ class TrainingConfig:
         float, "Learning rate at the last step of the cosine decay and during the cool-down."
     ] = 0.0
     warmup_epochs: Annotated[
-        float,
-        "Epochs during which the learning rate grows linearly from zero; the cosine decay begins "
-        "after them.",
+        float, "Epochs during which the learning rate grows linearly from warmup_lr to lr."
     ] = 0.0
+    warmup_lr: Annotated[float, "Learning rate at which the warm-up begins."] = 0.0
+    warmup_prefix: Annotated[
+        bool,
+        "Begin the cosine decay after the warm-up. Without it, the decay counts from the first "
+        "epoch, and the warm-up takes the place of its beginning, as published.",
+    ] = True
+    sched_on_updates: Annotated[
+        bool,
+        "Change the learning rate in every step. Without it, the rate changes once an epoch, as "
+        "published.",
+    ] = True
     cooldown_epochs: Annotated[int, "Epochs at min_lr that follow the cosine decay."] = 0
     momentum: Annotated[float, "Nesterov momentum of SGD."] = 0.9
-    weight_decay: Annotated[
-        float, "Weight decay of all parameters, including those of BatchNorm, as published."
-    ] = 5e-4
+    weight_decay: Annotated[float, "Weight decay of the parameters."] = 5e-4
+    filter_bias_and_bn: Annotated[
+        bool, "Leave biases and the parameters of BatchNorm without weight decay."
+    ] = False
     clip_grad: Annotated[
         float | None,
         "Largest norm of the gradient of all parameters together; without it, gradients are not "
@@ -130,6 +140,7 @@ class TrainingConfig:
             ("batch_size", self.batch_size, 1),
             ("min_lr", self.min_lr, 0),
             ("warmup_epochs", self.warmup_epochs, 0),
+            ("warmup_lr", self.warmup_lr, 0),
             ("cooldown_epochs", self.cooldown_epochs, 0),
             ("weight_decay", self.weight_decay, 0),
             ("coding_weight", self.coding_weight, 0),
@@ -167,14 +178,20 @@ class TrainingConfig:
         ):
             if choice not in choices:
                 raise ValueError(f"{name}: expected {' or '.join(choices)}, got {choice!r}")
-        if self.min_lr > self.lr:
-            raise ValueError(f"min_lr: expected at most lr, {self.lr}, got {self.min_lr}")
+        for name, rate in (("min_lr", self.min_lr), ("warmup_lr", self.warmup_lr)):
+            if rate > self.lr:
+                raise ValueError(f"{name}: expected at most lr, {self.lr}, got {rate}")
         for name, count in (("epochs", self.epochs), ("cooldown_epochs", self.cooldown_epochs)):
             if not isinstance(count, int):
                 raise ValueError(f"{name}: expected a whole number, got {count!r}")
         if self.warmup_epochs >= self.epochs:
             raise ValueError(
                 f"warmup_epochs: expected fewer than {self.epochs} epochs, got {self.warmup_epochs}"
+            )
+        if self.warmup_epochs and not (self.sched_on_updates or self.warmup_lr):
+            raise ValueError(
+                "warmup_lr: expected a number above 0 without sched_on_updates, since the whole "
+                "first epoch has this learning rate; got 0"
             )
 
     @property
@@ -183,12 +200,23 @@ class TrainingConfig:
         return self.epochs + self.cooldown_epochs
 
     def lr_at(self, step: int, steps_per_epoch: int) -> float:
-        """Returns the learning rate of a step, counted from 0 over the whole run."""
-        warmup = self.warmup_epochs * steps_per_epoch
-        if step < warmup:
-            return self.lr * min((step + 1) / warmup, 1.0)
-        last = max(self.epochs * steps_per_epoch - 1 - warmup, 1)
-        cosine = 0.5 * (1 + math.cos(math.pi * min((step - warmup) / last, 1.0)))
+        """Returns the learning rate of a step, counted from 0 over the whole run.
+
+        Step by step, the first step of a warm-up has risen already, and the last step of the decay
+        has `min_lr`. Epoch by epoch, the first epoch has `warmup_lr`, as in timm.
+        """
+        if self.sched_on_updates:
+            now, risen, epoch = step, step + 1, steps_per_epoch
+            end = self.epochs * steps_per_epoch - 1
+        else:
+            now = risen = step // steps_per_epoch
+            epoch, end = 1, self.epochs
+        warmup = self.warmup_epochs * epoch
+        if now < warmup:
+            return self.warmup_lr + (self.lr - self.warmup_lr) * min(risen / warmup, 1.0)
+        begin = warmup if self.warmup_prefix else 0
+        passed = min((now - begin) / max(end - begin, 1), 1.0)
+        cosine = 0.5 * (1 + math.cos(math.pi * passed))
         return self.min_lr + (self.lr - self.min_lr) * cosine
 
     def local_batch_size(self, processes: int) -> int:

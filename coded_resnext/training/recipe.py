@@ -21,6 +21,7 @@ from .config import TrainingConfig
 
 # The recipes that come with the package, by the names of their files.
 RECIPES = Path(__file__).parent / "recipes"
+CodebookVariant = Literal["best", "paper"]
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 # What a recipe file says about itself.
@@ -119,6 +120,11 @@ class ModelConfig:
         "Codebook files, one for each coded stage. Without them, codebooks are made for the "
         "number of classes.",
     ] = ()
+    codebook_variant: Annotated[
+        CodebookVariant | None,
+        "Shipped codebooks to take: paper, the published ones, or best, those of the largest "
+        "distance that is known. The default is those of the network.",
+    ] = None
     bn_momentum: Annotated[
         float, "Weight of a new batch in the running statistics of BatchNorm."
     ] = 0.1
@@ -133,6 +139,8 @@ class ModelConfig:
     ] = None
 
     def __post_init__(self) -> None:
+        if self.codebook_variant is not None and self.codebooks:
+            raise ValueError("codebook_variant: expected none beside codebooks, which name files")
         if not 0 < self.bn_momentum <= 1:
             raise ValueError(f"bn_momentum: expected 0 < value <= 1, got {self.bn_momentum}")
 
@@ -201,7 +209,7 @@ class Recipe:
                 f" = {rule.lr_base:g} for batches of {rule.lr_base_size}, scaled "
                 f"({rule.lr_base_scale}) to {training.batch_size}"
             )
-        text += f", {training.warmup_epochs:g} epochs of warm-up"
+        text += f", {training.warmup_epochs:g} epochs of warm-up from {training.warmup_lr:g}"
         if self.full_warmup_epochs is not None:
             text += f" (shortened from {self.full_warmup_epochs:g} with the number of epochs)"
         text += f", cosine to {training.min_lr:g} at epoch {training.epochs}"

@@ -101,8 +101,13 @@ class TrainStep:
             backend=model.blocks[0].backend,
         ).to(self.device)
         self.parameters = list(model.parameters())
+        # Weights have two dimensions or more; biases and BatchNorm's parameters have one.
+        decayed = [p for p in self.parameters if p.ndim > 1 or not config.filter_bias_and_bn]
+        others = [p for p in self.parameters if p.ndim <= 1 and config.filter_bias_and_bn]
+        groups: list[dict[str, Any]] = [{"params": decayed}]
+        groups += [{"params": others, "weight_decay": 0.0}] if others else []
         self.optimizer = torch.optim.SGD(
-            self.parameters,
+            groups,
             lr=config.lr,
             momentum=config.momentum,
             nesterov=config.momentum > 0,

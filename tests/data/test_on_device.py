@@ -92,15 +92,16 @@ def test_both_interpolations_and_both_signs_occur() -> None:
     }
 
 
+@pytest.mark.parametrize("first", [False, True])
 @pytest.mark.parametrize("aa", [None, "rand-m4-n3", "rand-m2-n1", "rand-m9-n2-mstd0.5-inc1"])
-def test_a_seed_gives_the_picture_that_the_cpu_makes_of_it(aa: str | None) -> None:
+def test_a_seed_gives_the_picture_that_the_cpu_makes_of_it(aa: str | None, first: bool) -> None:
     images = pictures()
-    augmentation = Augmentation(crop_padding=4, hflip=0.5, vflip=0.2, aa=aa)
+    augmentation = Augmentation(crop_padding=4, hflip=0.5, vflip=0.2, aa=aa, aa_first=first)
     seeds = [2**62 + 17 * index for index in range(len(images))]
     chosen = torch.arange(len(images)).flip(0)
     expected = TrainTransform(augmentation, PREP)([images.image(int(i)) for i in chosen], seeds)
     draws = Draws(augmentation, PREP)
-    found = DeviceAugment(PREP, draws.fill, CPU)(images.pixels, chosen, draws(seeds))
+    found = DeviceAugment(PREP, draws.fill, CPU, first)(images.pixels, chosen, draws(seeds))
     # Pillow's steps in Pillow's precision, each rounded once; there are no sums but of integers.
     assert torch.equal(found, expected)
 

@@ -21,7 +21,7 @@ from support.small_networks import make_data
 
 from coded_resnext.data.batches import batches
 from coded_resnext.interpret import one_class, score_classes
-from coded_resnext.interpret.one_class import best_threshold, count_scores, sweep
+from coded_resnext.interpret.one_class import best_threshold, count_scores, paper_negatives, sweep
 from coded_resnext.interpret.records import to_plain
 from coded_resnext.models.published import published_model
 
@@ -178,6 +178,10 @@ def test_without_scikit_learn(network, data, monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn", None)
     with pytest.raises(ImportError, match=r"scikit-learn.*coded-resnext\[report\]"):
         one_class(network, data, data)
+
+
+def test_the_papers_protocol_draws_negatives_from_a_hundred_classes_on():
+    assert [paper_negatives(classes) for classes in (10, 99, 100, 1000)] == [None, None, 9, 9]
 
 
 def test_nine_others_for_each_of_the_class(network, data):

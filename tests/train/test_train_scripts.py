@@ -65,7 +65,7 @@ def test_a_slice_of_cifar10(tmp_path: Path) -> None:
     )
     assert result.returncode == 0, result.stderr
     assert "cifar10, 10 classes: 500 images (50 of each)" in result.stderr
-    assert "weight decay 0.0005 on all parameters, BatchNorm's included" in result.stderr
+    assert "weight decay 0.0005 of all parameters, BatchNorm's included" in result.stderr
     rows = metrics(tmp_path / "run")
     assert float(rows[1]["total"]) < float(rows[0]["total"])
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())

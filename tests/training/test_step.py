@@ -85,6 +85,27 @@ def test_accumulated_parts_give_the_gradient_of_the_whole_batch(parts: int) -> N
     assert torch.allclose(found[0][1], found[1][1], rtol=1e-6, atol=1e-7)
 
 
+def test_weight_decay_can_leave_out_biases_and_batch_norm() -> None:
+    """By the groups that timm's own optimizer has for the same network and setting."""
+    optim = pytest.importorskip("timm.optim")
+    model = make_model()
+    for filtered in (False, True):
+        step = make_step(model, make_config(filter_bias_and_bn=filtered, weight_decay=0.25))
+        theirs = optim.create_optimizer_v2(
+            model, "sgd", lr=0.1, weight_decay=0.25, filter_bias_and_bn=filtered
+        )
+        ours, expected = (
+            {
+                id(parameter): group["weight_decay"]
+                for group in optimizer.param_groups
+                for parameter in group["params"]
+            }
+            for optimizer in (step.optimizer, theirs)
+        )
+        assert ours == expected
+        assert set(ours.values()) == ({0.0, 0.25} if filtered else {0.25})
+
+
 def test_clipping_bounds_the_gradient_of_all_parameters_together() -> None:
     def change(clip: float | None) -> float:
         model = make_model(drop_branches=0.0)
