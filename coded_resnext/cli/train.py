@@ -72,6 +72,7 @@ from coded_resnext.training.run_folder import (
     require_same,
     versions,
 )
+from coded_resnext.training.saved_state import load_state
 from coded_resnext.training.step import compiled
 
 from .report import write_report
@@ -111,8 +112,23 @@ def open_data(recipe: Recipe) -> ImageSplits:
     )
 
 
-def make_model(recipe: Recipe, class_names: Sequence[str]) -> CodedResNeXt:
+def stored_codebooks(run: Path) -> list[Codebook] | None:
+    """Returns the codebooks of a run's checkpoint, or None where there is none."""
+    state = load_state(run)
+    if state is None:
+        return None
+    return [Codebook.from_dict(book) for book in state["network"]["codebooks"]]
+
+
+def make_model(
+    recipe: Recipe, class_names: Sequence[str], codebooks: Sequence[Codebook] | None = None
+) -> CodedResNeXt:
     """The network for the classes, with weights of the recipe's seed, on the CPU.
+
+    Args:
+        recipe: names the network and what its codebooks are.
+        class_names: the classes.
+        codebooks: those of a run that goes on, which needs no other file then.
 
     Raises:
         ValueError: there is no such network, its backend cannot run here, or a codebook does not
@@ -131,7 +147,9 @@ def make_model(recipe: Recipe, class_names: Sequence[str]) -> CodedResNeXt:
     # The published codebooks belong to CIFAR-10; any other set gets the best for its size.
     if recipe.data.dataset != "cifar10":
         arguments["num_classes"] = len(class_names)
-    if settings.codebooks:
+    if codebooks and codebooks[0].class_names == tuple(class_names):
+        arguments["codebooks"] = codebooks
+    elif settings.codebooks:
         arguments["codebooks"] = [_codebook(path, class_names) for path in settings.codebooks]
     elif settings.codebook_variant and is_published(recipe, len(class_names)):
         arguments["codebook_variant"] = settings.codebook_variant
@@ -268,7 +286,8 @@ def run_recipe(
         if recipe.data.download:
             world.on_main(lambda: len(open_data(recipe).train))
         splits = open_data(recipe)
-        model = make_model(recipe, splits.class_names)
+        books = world.on_main(lambda: stored_codebooks(command.out)) if command.resume else None
+        model = make_model(recipe, splits.class_names, books)
         if vary is not None:
             model = vary(model)
         run = RunFolder(
@@ -296,6 +315,7 @@ def run_recipe(
             world=world,
             preprocessing=recipe.data.preprocessing,
             notes={"data": splits.name, "recipe": identity(recipe)},
+            other_images=command.other_images,
         )
         damaged = dict(splits.damaged)
         for counted in (loaders.train.damaged, loaders.test.damaged):
@@ -529,6 +549,8 @@ class Command:
     """Images of none of the classes, see `open_outside`."""
     repeats: int = 5
     """Of the random branch removals."""
+    other_images: bool = False
+    """Go on with a run whose training images have changed, see `fit`."""
     timeout: float = TIMEOUT
     """Seconds that a process waits for another one."""
 
@@ -561,6 +583,12 @@ def parse_command(
     parser.add_argument("--out", type=Path, help="the run's folder (runs/RECIPE)")
     parser.add_argument(
         "--resume", action="store_true", help="go on with the run in the folder, if there is one"
+    )
+    parser.add_argument(
+        "--other-images",
+        action="store_true",
+        help="with --resume, go on although the training images have changed; the epoch that was "
+        "begun is begun anew over the new ones",
     )
     parser.add_argument(
         "--no-evaluation",
@@ -601,6 +629,7 @@ def parse_command(
         own["device"],
         own["outside"],
         own["repeats"],
+        own["other_images"],
         own["timeout"],
     )
 

@@ -6,7 +6,10 @@ processes or ranks, nor from where a run was resumed.
 
 from __future__ import annotations
 
+import atexit
+import multiprocessing
 import signal
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -230,18 +233,38 @@ def make_loader(reader: Dataset[Any], plan: Plan, workers: int) -> DataLoader[An
 
 
 def passing(loader: DataLoader[Any]) -> Iterator[Any]:
-    """One pass; its workers end with it, however it ends.
-
-    Workers that live until the interpreter exits would be sent a signal that they ignore.
-    """
+    """One pass; its workers end with it. One that fails is an OSError that says what it met."""
     iterator = iter(loader)
     try:
         yield from iterator
-    except RuntimeError as error:
-        # Without its traceback, which would hold the iterator, and so the other workers.
-        raise OSError(f"a process that reads images has failed: {error}") from None
+    except Exception as error:
+        if not loader.num_workers:
+            raise
+        *_, reason = str(error).strip().splitlines() or [type(error).__name__]
+        # They hold the iterator, and so the other workers.
+        traceback.clear_frames(error.__traceback__)
+    else:
+        return
     finally:
         del iterator
+    raise OSError(f"a process that reads images has failed: {reason}")
+
+
+@atexit.register
+def _end_workers() -> None:
+    """Ends workers that an error has left behind.
+
+    The interpreter's exit sends them a signal that they ignore, and waits for them without end.
+    """
+    workers = [child for child in multiprocessing.active_children() if child.daemon]
+    if workers and hasattr(signal, "SIGCHLD"):
+        # PyTorch would raise an error for each worker that is killed.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for worker in workers:
+        worker.terminate()
+    for worker in workers:
+        worker.join(1)
+        worker.kill()
 
 
 def _readable(loader: DataLoader[_Read], damaged: DamagedImages) -> Iterator[Batch]:

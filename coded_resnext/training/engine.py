@@ -20,7 +20,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -61,6 +61,7 @@ def fit(
     world: World | None = None,
     preprocessing: Preprocessing | None = None,
     notes: dict[str, Any] | None = None,
+    other_images: bool = False,
 ) -> list[dict[str, float]]:
     """Train a network, or go on training it where the run's folder left off.
 
@@ -80,13 +81,16 @@ def fit(
         world: the processes, from `training_session`; left out, this one is alone.
         preprocessing: kept with the model.
         notes: kept with the model, JSON-ready, beside the configuration.
+        other_images: go on with a run whose training images have changed. The epoch that was begun
+            is begun anew over the new images, from the weights as they are.
 
     Returns:
         One row for every epoch: learning rate, loss terms, accuracies, speed and memory.
 
     Raises:
         ValueError: the processes do not divide the batch, a batch has targets that are no classes
-            of the network, or the folder's checkpoint is of another network.
+            of the network, the test batches can be iterated only once, or the folder's checkpoint
+            is of another network, or of other images and `other_images` is not set.
         FloatingPointError: a step was not finite; the message says which step, where it came up
             first, and the files of its images. The folder holds the state before it.
         TrainingStopped: after SIGTERM or SIGINT; the folder holds the state after the last step.
@@ -94,10 +98,21 @@ def fit(
     """
     world = world or World(device=next(model.parameters()).device)
     config.local_batch_size(world.size)
+    if isinstance(test_loader, Iterator):
+        raise ValueError(
+            "test_loader: expected batches that can be iterated after every epoch, got an iterator"
+        )
     with world.signals:
-        return _Training(
+        # What was frozen is known before anything is made of the network.
+        state = world.on_main(run.load_state)
+        if state is not None:
+            _freeze(model, state.get("frozen"))
+        training = _Training(
             model, train_loader, test_loader, config, run, world, preprocessing, notes or {}
-        ).go()
+        )
+        if state is not None:
+            training.restore(state, other_images=other_images)
+        return training.go()
 
 
 class _Training:
@@ -131,6 +146,9 @@ class _Training:
         # What the caller has frozen stays so; a network in evaluation mode is trained whole.
         self.frozen = [m for m in model.modules() if model.training and not m.training]
         self.step = 0
+        self.restarted = 0
+        """Steps of epochs that were begun anew over other images, by which checkpoints count on."""
+        self.is_resumed = False
         self.joined = False
         """Says whether the processes have joined their running statistics since the last step."""
         self.seconds = 0.0
@@ -140,11 +158,9 @@ class _Training:
 
     def go(self) -> list[dict[str, float]]:
         """Train to the end."""
-        state = self.world.on_main(self.run.load_state)
-        if state is not None:
-            self._restore(state)
-        else:
+        if not self.is_resumed:
             self._save(models=True)
+            self._judge_average()
         self.log = RunLog(
             self.run.path if self.world.is_main else None,
             self.run.config,
@@ -207,6 +223,17 @@ class _Training:
         if self.config.detect_dead_branches:
             self.world.on_main(lambda: self._report_dead(dead))
 
+    def _judge_average(self) -> None:
+        """Say so where the moving average is going to be made of the fresh weights mostly."""
+        config, steps = self.config, self.config.total_epochs * self.steps_per_epoch
+        share = config.model_ema_decay**steps
+        if config.model_ema and not config.model_ema_warmup and share > 0.5 and self.world.is_main:
+            print(
+                f"model_ema_decay: after the {steps} steps of this run {share:.0%} of the average "
+                "are the weights that it began with; give a smaller one, or --model-ema-warmup",
+                file=sys.stderr,
+            )
+
     def _report_dead(self, dead: Sequence[Sequence[int]]) -> None:
         """Name the branches that no test image reaches; branches count from 0, blocks from 1."""
         blocks = {str(block): list(branches) for block, branches in enumerate(dead, 1) if branches}
@@ -258,12 +285,14 @@ class _Training:
             "history": self.history,
             "joined": self.joined,
             "seconds": self._elapsed(),
+            "restarted": self.restarted,
             "network": describe_network(self.model),
             "data": self.data,
+            "frozen": self._frozen_names(),
             "processes": locals_,
             **self.make_step.state(),
         }
-        name = f"step-{self.step:09d}-epochs-{len(self.history):05d}"
+        name = f"step-{self.step + self.restarted:09d}-epochs-{len(self.history):05d}"
 
         def write() -> None:
             if models:
@@ -293,7 +322,15 @@ class _Training:
             better = last.get("ema_test_accuracy", -1.0) > last["test_accuracy"]
             save(BEST_FILE, average.model if average is not None and better else self.model)
 
-    def _restore(self, state: dict[str, Any]) -> None:
+    def _frozen_names(self) -> dict[str, list[str]]:
+        """Returns the names of parameters that are not trained, and of modules in evaluation."""
+        return {
+            "parameters": [n for n, p in self.model.named_parameters() if not p.requires_grad],
+            "modules": [n for n, m in self.model.named_modules() if m in self.frozen],
+        }
+
+    def restore(self, state: dict[str, Any], *, other_images: bool) -> None:
+        """Go back to a checkpoint; raises as `fit`."""
         differing = differences(state["network"], describe_network(self.model))
         if differing:
             raise ValueError(
@@ -302,13 +339,16 @@ class _Training:
             )
         # Checkpoints of earlier versions do not know what they were trained on.
         changed = differences(state.get("data", self.data), self.data)
-        if changed:
+        if changed and not other_images:
             raise ValueError(
                 f"data: the run in {self.run.path} was trained on other images: "
-                f"{'; '.join(changed)}; give it the same ones, or begin a new run"
+                f"{'; '.join(changed)}; give it the same ones, begin a new run, or go on "
+                "with these (--other-images), over which the epoch is begun anew"
             )
+        self.is_resumed = True
         self.step, self.history = state["step"], state["history"]
         self.joined, self.seconds = state["joined"], state["seconds"]
+        self.restarted = state.get("restarted", 0)
         stored = state["processes"]
         if len(stored) == self.world.size:
             local = stored[self.world.rank]
@@ -322,6 +362,17 @@ class _Training:
             local = _mean_process(stored)
         self.make_step.load(state, local)
         set_rng_state(local["rng"])
+        if changed:
+            begun = len(self.history) * self.steps_per_epoch
+            self.restarted += self.step - begun
+            self.step, self.joined = begun, False
+            self.make_step.sums.zero_()
+            if self.world.is_main:
+                print(
+                    f"other images than before ({'; '.join(changed)}): epoch "
+                    f"{len(self.history) + 1} is begun anew over them",
+                    file=sys.stderr,
+                )
 
     def _stop(self, signal_number: int) -> NoReturn:
         """Save and end, for a signal that all processes have agreed on."""
@@ -352,6 +403,17 @@ class _Training:
 
     def _elapsed(self) -> float:
         return self.seconds + time.perf_counter() - self.started
+
+
+def _freeze(model: CodedResNeXt, names: dict[str, list[str]] | None) -> None:
+    """Freezes the parameters and modules that were frozen when a run began, and no others."""
+    if names is None:
+        return
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name not in names["parameters"])
+    model.train()
+    for name, module in model.named_modules():
+        module.training = name not in names["modules"]
 
 
 def _fingerprint(loader: TrainLoader) -> dict[str, Any]:

@@ -217,7 +217,10 @@ class Recipe:
 
 
 GROUPS = (DataConfig, Augmentation, ModelConfig, TrainingConfig, LearningRateRule)
-OWN_FLAGS = ("config", "out", "resume", "evaluation", "device", "outside", "repeats", "timeout")
+OWN_FLAGS = (
+    *("config", "out", "resume", "other_images", "evaluation", "device", "outside", "repeats"),
+    "timeout",
+)
 SETTINGS = tuple(field.name for group in GROUPS for field in fields(group))
 
 

@@ -290,7 +290,7 @@ class TrainStep:
         images = batch.images.to(self.device, non_blocking=True)
         if self.config.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
-        targets = batch.targets.to(self.device, non_blocking=True)
+        targets = batch.targets.to(self.device, torch.int64, non_blocking=True)
         return self.mixing(images, targets) if self.mixing else (images, targets)
 
     def _backward(self, images: Tensor, targets: Tensor) -> Tensor:

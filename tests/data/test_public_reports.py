@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+import os
 import struct
+import subprocess
+import sys
+from itertools import product
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from torture.images import mutate_images
 
-from coded_resnext.data.image_folder import class_folders, find_images, open_image
+from coded_resnext.data.augment import (
+    Augmentation,
+    TrainTransform,
+    generators_kept,
+    seed_generators,
+)
+from coded_resnext.data.datasets import find_image_folder, load_dataset
+from coded_resnext.data.image_folder import FORMATS, class_folders, find_images, open_image
 from coded_resnext.data.preprocessing import Preprocessing, resize_and_cut
 
 
@@ -100,3 +113,137 @@ def test_a_class_that_is_a_dead_link_is_refused(tmp_path: Path) -> None:
     (tmp_path / "cat").symlink_to("/gone/cat")
     with pytest.raises(ValueError, match="cat: expected a folder, got a link to nothing"):
         class_folders(tmp_path)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (2, 1), (1, 3), (7, 1)])
+def test_a_part_of_a_tiny_picture_is_a_pixel_at_least(size: tuple[int, int]) -> None:
+    """mlverse/torchvision#44: a quarter of the crops of one pixel were black."""
+    preprocessing = Preprocessing(8, 3, (0.0,) * 3, (1.0,) * 3)
+    colour = (200, 100, 50)
+    images = [Image.new("RGB", size, colour)] * 100
+    pixels = TrainTransform(Augmentation(), preprocessing)(images, range(100))
+    expected = torch.tensor(colour)[:, None, None].expand(100, 3, 8, 8) / 255
+    torch.testing.assert_close(pixels, expected, rtol=0, atol=1e-6)
+
+
+def test_a_part_of_any_other_picture_is_as_timm_draws_it() -> None:
+    """mlverse/torchvision#44: what tiny pictures needed changes no draw of others."""
+    from timm.data.transforms import RandomResizedCropAndInterpolation
+
+    noise = np.random.default_rng(0).integers(0, 256, (30, 40, 3), dtype=np.uint8)
+    picture = Image.fromarray(noise)
+    part = RandomResizedCropAndInterpolation(8, interpolation="random")
+    transform = TrainTransform(Augmentation(hflip=0), Preprocessing(8, 3, (0.0,) * 3, (1.0,) * 3))
+    for seed in range(20):
+        with generators_kept():
+            seed_generators(seed)
+            expected = torch.from_numpy(np.array(part(picture))).permute(2, 0, 1) / 255
+        torch.testing.assert_close(transform([picture], [seed])[0], expected, rtol=0, atol=1e-6)
+
+
+METHODS = [
+    "fork",
+    pytest.param("spawn", marks=pytest.mark.long),
+    pytest.param("forkserver", marks=pytest.mark.long),
+]
+needs_methods = pytest.mark.skipif(sys.platform == "win32", reason="has no fork")
+SCRIPT = """
+import sys, torch
+from coded_resnext.data.augment import Augmentation, TrainTransform
+from coded_resnext.data.datasets import make_synthetic
+from coded_resnext.data.loaders import TrainImages
+from coded_resnext.data.on_device import DeviceTrainImages
+from coded_resnext.data.preprocessing import Preprocessing
+from coded_resnext.training.processes import run_script
+
+PREPROCESSING = Preprocessing(32, 3, (.5,) * 3, (.25,) * 3)
+AUGMENTATION = Augmentation(crop_padding=4, aa="rand-m7-n2-mstd0.5")
+
+def on_device(workers):
+    images = make_synthetic(train_images=16).train
+    loader = DeviceTrainImages(images, AUGMENTATION, PREPROCESSING, 8,
+                               device=torch.device("cpu"), seed=0, workers=workers)
+    return next(iter(loader)).images
+
+class Failing:
+    targets = torch.arange(16) % 2
+
+    def __len__(self):
+        return 16
+
+    def image(self, index):
+        raise AssertionError("of some library")
+
+def train_on_failing():
+    transform = TrainTransform(AUGMENTATION, PREPROCESSING)
+    list(TrainImages(Failing(), transform, 4, seed=0, workers=2))
+
+if __name__ == "__main__":
+    torch.multiprocessing.set_start_method(sys.argv[2])
+    if sys.argv[1] == "device":
+        print(float((on_device(0) - on_device(1)).abs().max()))
+    else:
+        sys.exit(run_script("train.py", train_on_failing))
+"""
+
+
+def run_main(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Runs a script of its own, which spawned workers import."""
+    (tmp_path / "script.py").write_text(SCRIPT)
+    command = [sys.executable, str(tmp_path / "script.py"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+
+
+@needs_methods
+@pytest.mark.parametrize("method", METHODS)
+def test_workers_may_be_started_in_any_way(tmp_path: Path, method: str) -> None:
+    """pytorch#51836, torchgeo-bench#273: what a worker gets must be picklable."""
+    result = run_main(tmp_path, "device", method)
+    assert result.stdout.strip() == "0.0", result.stderr
+
+
+@needs_methods
+@pytest.mark.parametrize("method", METHODS)
+def test_a_worker_that_fails_ends_the_run_with_a_sentence(tmp_path: Path, method: str) -> None:
+    """infinibatch#17, pytorch#26072, #39869: the process waited for its other workers for ever."""
+    result = run_main(tmp_path, "failing", method)
+    assert result.returncode == 2
+    [line] = result.stderr.strip().splitlines()
+    assert line.endswith("a process that reads images has failed: AssertionError: of some library")
+
+
+def test_names_that_are_no_utf_8_come_out_escaped(tmp_path: Path) -> None:
+    """pyload#4523, gsutil#1625: one such name cost the report, after hours of training."""
+    odd = os.fsdecode(b"caf\xe9")
+    for split, name in product(("train", "test"), (odd, "bee")):
+        (tmp_path / split / name).mkdir(parents=True)
+        Image.new("RGB", (4, 4)).save(tmp_path / split / name / "a.png")
+    (tmp_path / "train" / "bee" / f"{odd}.png").write_bytes(b"no image")
+    splits = load_dataset("folder", tmp_path, max_damaged=0.5, storage="memory")
+    assert splits.class_names == ("bee", "caf\\udce9")
+    [(name, reason)] = splits.damaged.items()
+    for text in (str(splits), name, reason, splits.train.name(1)):
+        assert text.isprintable()
+        text.encode()
+    # The same folders are the classes of the network that was trained on them.
+    assert find_image_folder(tmp_path, splits.class_names).test.targets.tolist() == [0, 1]
+
+
+def read_mutated(folder: Path, files: int) -> None:
+    outcomes = mutate_images(folder, files=files, seed=10**6)
+    assert not outcomes.escaped
+    assert outcomes.read + outcomes.refused == files
+    assert outcomes.slowest < 10
+    # All formats but those that only newer versions of Pillow write.
+    assert set(FORMATS) - {"AVIF", "QOI", "DDS", "MPO"} <= outcomes.tried.keys()
+
+
+def test_mutated_images_are_read_or_refused(tmp_path: Path) -> None:
+    """detectron2#361, Pillow#8605: `make torture` tries twenty thousand."""
+    read_mutated(tmp_path, 90)
+
+
+@pytest.mark.long
+def test_many_mutated_images_are_read_or_refused(tmp_path: Path) -> None:
+    """detectron2#361, Pillow#8605: as above."""
+    read_mutated(tmp_path, 1800)

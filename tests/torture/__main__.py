@@ -26,12 +26,14 @@ from support.malicious_files import ATTACKS, MARK
 from torture.checkpoints import flip_bits, kill_while_saving
 from torture.files import make_kinds, tamper_with
 from torture.fuzz import fuzz
+from torture.images import mutate_images
 from torture.signals import Terminations, terminate_forked, terminate_torchrun
 
 KILLS = 200
 TERMINATIONS = 20
 FLIPS = 100
 TAMPERED = 1000
+IMAGES = 20_000
 FUZZ_SECONDS = {"torch": 480.0, "triton": 300.0}
 
 
@@ -103,6 +105,7 @@ def rows(folder: Path, share: float) -> Iterator[tuple[str, Callable[[], Iterato
     yield "malicious", lambda: malicious(folder / "malicious")
     for index in range(5):
         yield "tampered", lambda index=index: tampered(folder / f"tampered-{index}", index)
+    yield "mutated images", lambda: images(folder / "images")
     for backend in FUZZ_SECONDS:
         yield "random calls", lambda backend=backend: random_calls(backend, share)
 
@@ -152,6 +155,15 @@ def tampered(folder: Path, index: int) -> Iterator[Row]:
     spare = -outcome.largest_growth / 2**20
     note = f"{outcome.refused} refused; memory stayed {spare:.0f} MiB below twice the file + 64 MiB"
     yield Row(f"tampered {kind.name}", outcome.tried, outcome.crashed, len(outcome.wrong), note)
+
+
+def images(folder: Path) -> Iterator[Row]:
+    """Image files with random faults."""
+    folder.mkdir()
+    outcomes = mutate_images(folder, files=IMAGES, seed=0)
+    for text in outcomes.escaped[:5]:
+        print(text, file=sys.stderr)
+    yield Row("mutated images", IMAGES, 0, len(outcomes.escaped), str(outcomes))
 
 
 def random_calls(backend: str, share: float) -> Iterator[Row]:

@@ -247,3 +247,30 @@ def test_a_model_file_is_known_by_what_it_says(name: str, tmp_path: Path) -> Non
         assert torch.equal(model.head.weight, source.head.weight if same else fresh)
         assert ([b.words for b in model.stage_codebooks] == [b.words for b in books]) == same
         assert torch.equal(model.stem[0].weight, source.stem[0].weight)
+
+
+def test_test_batches_must_last_for_all_epochs(tmp_path: Path) -> None:
+    """A generator is empty after the first epoch: the second one was trained and then lost."""
+    config = make_config(epochs=1, warmup_epochs=0)
+    run = RunFolder(tmp_path, {})
+    with pytest.raises(ValueError, match="test_loader: expected batches that can be iterated"):
+        fit(make_model(), make_loader(config), iter(batches(IMAGES, TARGETS)), config, run)
+
+
+@pytest.mark.parametrize("mixup", [0.0, 0.2])
+def test_labels_may_be_of_any_integer_type(tmp_path: Path, mixup: float) -> None:
+    """vision#8286: mixing made probabilities of int64 labels alone."""
+    config = make_config(epochs=1, warmup_epochs=0, mixup=mixup)
+    loader = TrainingBatches(IMAGES, TARGETS.int(), config.batch_size, seed=0)
+    train(tmp_path, config, loader=loader)
+
+
+@pytest.mark.parametrize("warmup", [False, True])
+def test_an_average_that_cannot_follow_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], warmup: bool
+) -> None:
+    """A decay of 0.9998 needs thousands of steps: the average of a short run stays at chance."""
+    config = make_config(epochs=1, warmup_epochs=0, model_ema=True, model_ema_warmup=warmup)
+    train(tmp_path, config)
+    said = capsys.readouterr().err
+    assert ("model_ema_decay: after the 3 steps" in said) != warmup
