@@ -65,6 +65,7 @@ from coded_resnext.training.recipe import (
     load_recipe,
 )
 from coded_resnext.training.run_folder import (
+    CONFIG_FILE,
     DEAD_FILE,
     SUMMARY_FILE,
     RunFolder,
@@ -240,15 +241,25 @@ def start_from(model: CodedResNeXt, settings: ModelConfig, calibration: EvalImag
     return text
 
 
-def identity(recipe: Recipe) -> dict[str, Any]:
-    """The settings that decide what comes of a run; it is resumed under the same ones only."""
+def identity(recipe: Recipe, run: Path | None = None) -> dict[str, Any]:
+    """The settings that decide what comes of a run; it is resumed under the same ones only.
+
+    Args:
+        recipe: the settings.
+        run: folder of the run that goes on, which no longer needs the file that it started from.
+    """
     settings = {k: v for k, v in recipe.settings().items() if k not in INCIDENTAL}
     # Backends round differently. Runs from before there was a choice are those of the default.
     settings["backend"] = named_backend(recipe.model.backend)
     later = {"backend": "auto", "class_weight": "none", "balanced_sampler": False}
     settings = {k: v for k, v in settings.items() if k not in later or v != later[k]}
     if recipe.model.initial_checkpoint is not None:
-        settings["initial_weights"] = file_sha256(_weights_file(recipe.model.initial_checkpoint))
+        path = _weights_file(recipe.model.initial_checkpoint)
+        if run is None or path.exists():
+            settings["initial_weights"] = file_sha256(path)
+        else:
+            stored = read_json(run / CONFIG_FILE)["recipe"]
+            settings["initial_weights"] = stored.get("initial_weights")
     return settings
 
 
@@ -287,12 +298,13 @@ def run_recipe(
             world.on_main(lambda: len(open_data(recipe).train))
         splits = open_data(recipe)
         books = world.on_main(lambda: stored_codebooks(command.out)) if command.resume else None
+        settings = identity(recipe, None if books is None else command.out)
         model = make_model(recipe, splits.class_names, books)
         if vary is not None:
             model = vary(model)
         run = RunFolder(
             command.out,
-            {"recipe": identity(recipe), "network": model.config},
+            {"recipe": settings, "network": model.config},
             resume=command.resume,
             world=world,
         )
@@ -314,7 +326,7 @@ def run_recipe(
             run,
             world=world,
             preprocessing=recipe.data.preprocessing,
-            notes={"data": splits.name, "recipe": identity(recipe)},
+            notes={"data": splits.name, "recipe": settings},
             other_images=command.other_images,
         )
         damaged = dict(splits.damaged)
@@ -340,7 +352,7 @@ def run_recipe(
     ).named(
         splits.name,
         outside=command.outside,
-        training={"data": splits.name, "recipe": identity(recipe)},
+        training={"data": splits.name, "recipe": settings},
         settings={"threshold_images": recipe.data.threshold_images},
     )
     write_results(
