@@ -12,6 +12,8 @@ import sys
 import numpy as np
 import onnxruntime
 
+if len(sys.argv) != 3 or not sys.argv[2].endswith(".npy"):
+    sys.exit("usage: python examples/onnx_classify.py MODEL.onnx IMAGES.npy")
 model, file = sys.argv[1:]
 session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
 notes = session.get_modelmeta().custom_metadata_map

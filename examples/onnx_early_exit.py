@@ -14,6 +14,8 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 
+if len(sys.argv) != 3 or not sys.argv[2].endswith(".npy"):
+    sys.exit("usage: python examples/onnx_early_exit.py FOLDER IMAGES.npy")
 folder, file = Path(sys.argv[1]), sys.argv[2]
 parts = [
     onnxruntime.InferenceSession(folder / f"part-{i}.onnx", providers=["CPUExecutionProvider"])

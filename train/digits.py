@@ -19,11 +19,12 @@ from typing import get_args
 import torch
 
 from coded_resnext import CodedResNeXt, create_model
-from coded_resnext.cli.train import require_packages, write_results
+from coded_resnext.cli.train import write_results
 from coded_resnext.data.batches import RandomShift, TrainingBatches, batches
 from coded_resnext.data.datasets import DIGITS_NAME, DigitsSplit, load_digits_split
 from coded_resnext.data.preprocessing import SPLIT_SEED
 from coded_resnext.interpret import evaluate
+from coded_resnext.interpret.results import require_packages
 from coded_resnext.kernels import Backend, check_backend
 from coded_resnext.kernels.backend import named_backend
 from coded_resnext.training.config import TrainingConfig
@@ -114,7 +115,7 @@ def training_config(arguments: argparse.Namespace) -> TrainingConfig:
 def train(arguments: argparse.Namespace, digits: DigitsSplit) -> None:
     """Train, evaluate and write the folder."""
     start = time.perf_counter()
-    require_packages()
+    require_packages("the evaluation after the training")
     model = make_model(arguments)
     config = training_config(arguments)
     backend = named_backend(arguments.backend)

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from coded_resnext import CodedResNeXt, EarlyExit, ExitScores, calibrate, exit_scores
 from coded_resnext.data.batches import RandomShift, TrainingBatches, batches
-from coded_resnext.data.datasets import load_digits_split
+from coded_resnext.data.datasets import DIGITS_NAME, load_digits_split
 from coded_resnext.data.preprocessing import SPLIT_SEED
 from coded_resnext.deploy.cost import network_cost
 from coded_resnext.deploy.early_exit import EXIT_FILE, predict_early
@@ -162,6 +162,11 @@ def calibrate_runs(arguments: argparse.Namespace) -> None:
     for path, run in zip(arguments.runs, runs, strict=True):
         if "config" not in run.training:
             raise ValueError(f"runs: expected runs with their recipe, got none in {path}")
+        if run.training.get("data") != DIGITS_NAME:
+            raise ValueError(
+                f"runs: expected runs of train/digits.py, got {path}, trained on other images; "
+                "`coded-resnext calibrate RUN DATA` is for any run"
+            )
     recipes = [{**run.training["config"], "seed": None, "net": run.model.config} for run in runs]
     if any(recipe != recipes[0] for recipe in recipes):
         raise ValueError("runs: expected runs that differ in nothing but the seed")
@@ -187,7 +192,12 @@ def calibrate_runs(arguments: argparse.Namespace) -> None:
         split = load_digits_split(loaded.training.get("split_seed", SPLIT_SEED))
         model = loaded.model.to(memory_format=torch.channels_last)
         row = measure(model, criterion, split.test_images, split.test_targets, arguments.rounds)
-        content = {**row, "threads": torch.get_num_threads(), "versions": versions()}
+        content = {
+            **row,
+            "weights_sha256": own.weights_sha256,
+            "threads": torch.get_num_threads(),
+            "versions": versions(),
+        }
         text = json.dumps(content, indent=1) + "\n"
         write_atomically(path / MEASUREMENT_FILE, text.encode())
         print(

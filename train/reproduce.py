@@ -88,17 +88,17 @@ SCALES = {
             *("--threshold-images", "300", "--repeats", "1", "--device", "cpu"),
         ),
         (*PUBLISHED_ROWS, "concatenation", "DropSubNNs 0", "coding weight 1"),
-        "fourteen runs of about a minute each on two CPU cores",
+        "14 runs for two seeds, about a minute each on two CPU cores",
     ),
     "short": Scale(
         ("--config", "cifar10", "--epochs", "60", *GPU),
         PUBLISHED_ROWS,
-        "8 runs of 60 epochs; seconds an epoch on a GPU: not measured (the aim is at most 6)",
+        "8 runs of 60 epochs for two seeds; seconds an epoch on a GPU: not measured",
     ),
     "full": Scale(
         ("--config", "cifar10", *GPU),
         PUBLISHED_ROWS,
-        "8 runs of 300 epochs; seconds an epoch on a GPU: not measured (the aim is at most 6)",
+        "8 runs of 300 epochs for two seeds; seconds an epoch on a GPU: not measured",
     ),
 }
 
@@ -243,7 +243,9 @@ def describe_plan(runs: Sequence[PlannedRun], cost: str) -> str:
         )
     known = f"; trainings left whose speed is known: about {left / 60:.0f} minutes" if left else ""
     images = sum(run.images for run in runs if not run.is_finished)
-    return "\n".join([*lines, f"{cost}; {images} images left to train on{known}"])
+    return "\n".join(
+        [*lines, f"{len(runs)} runs ({cost}); {images} images left to train on{known}"]
+    )
 
 
 def _speeds(runs: Sequence[PlannedRun]) -> dict[str, float]:

@@ -22,7 +22,12 @@ from coded_resnext.data.preprocessing import SPLIT_SEED, Preprocessing
 from coded_resnext.interpret import tables
 from coded_resnext.interpret.evaluate import evaluate
 from coded_resnext.interpret.observe import Loader
-from coded_resnext.interpret.results import save_evaluation, save_pictures, to_json
+from coded_resnext.interpret.results import (
+    require_packages,
+    save_evaluation,
+    save_pictures,
+    to_json,
+)
 from coded_resnext.models.checkpoint import LoadedModel, load_model
 
 DIGITS = "digits"
@@ -43,6 +48,8 @@ def run(arguments: argparse.Namespace) -> int:
     out: Path | None = arguments.out
     if arguments.csv and out is None:
         raise ValueError("--csv: expected --out DIR beside it, where the tables go")
+    if out is not None:
+        require_packages("--out")
     negatives = _negatives(arguments.negatives)
     loaded = load_model(arguments.checkpoint, backend=arguments.backend)
     # The kernels run there, or without one in Triton's interpreter.

@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +40,7 @@ from coded_resnext.interpret import (
     save_pictures,
     tables,
 )
-from coded_resnext.interpret.results import FIGURES_FOLDER
+from coded_resnext.interpret.results import FIGURES_FOLDER, require_packages
 from coded_resnext.kernels import check_backend
 from coded_resnext.kernels.backend import named_backend
 from coded_resnext.models.checkpoint import MODEL_FILE
@@ -286,7 +285,7 @@ def run_recipe(
     start = time.perf_counter()
     recipe = command.recipe
     if command.evaluation:
-        require_packages()
+        require_packages("the evaluation after the training")
     with training_session(command.device, timeout=command.timeout) as world:
         # First, since what a process does from here on follows from its settings.
         own = {k: v for k, v in recipe.settings().items() if k not in OF_A_MACHINE}
@@ -644,24 +643,6 @@ def parse_command(
         own["other_images"],
         own["timeout"],
     )
-
-
-# What evaluation, figures and report need beyond the training: module and package.
-NEEDED = {"jinja2": "jinja2", "matplotlib": "matplotlib", "sklearn": "scikit-learn"}
-
-
-def require_packages() -> None:
-    """Refuse to start a training whose evaluation could not be finished.
-
-    Raises:
-        ImportError: a package that `write_results` or the experiments need is missing.
-    """
-    missing = [package for module, package in NEEDED.items() if find_spec(module) is None]
-    if missing:
-        raise ImportError(
-            f"the evaluation after the training needs {' and '.join(missing)}; "
-            "install coded-resnext[report]"
-        )
 
 
 def write_results(

@@ -6,6 +6,7 @@ on integers, so every bound is a proof. docs/codebooks.md derives them.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from fractions import Fraction
 from functools import cache
@@ -13,8 +14,12 @@ from itertools import count, product
 from math import comb, lcm
 from typing import NamedTuple
 
+import numpy as np
+
 # Patterns of so many columns enter the bound on pairs; larger ones hardly tighten it.
 PATTERN_SIZE = 4
+# More words than any codebook has; their bound is the number of all words.
+_MANY = 2**40
 
 
 class Bounds(NamedTuple):
@@ -71,30 +76,34 @@ def johnson_bound(branches: int, distance: int, active: int) -> int:
     active = min(active, branches - active)
     if distance <= 2:
         return comb(branches, active)
-    if distance > 2 * active:
-        return 1
     half = (distance + 1) // 2
-    if half == active:
-        return branches // active
-    bound = min(
-        branches * johnson_bound(branches - 1, distance, active - 1) // active,
-        branches * johnson_bound(branches - 1, distance, active) // (branches - active),
-    )
-    excess = active * active - branches * (active - half)
-    if excess > 0:
-        bound = min(bound, branches * half // excess)
-    return bound
+    before = np.ones(1, dtype=np.int64)
+    for N in range(1, branches + 1):
+        A = np.arange(min(N // 2, active) + 1)
+        row = np.ones(len(A), dtype=np.int64)
+        row[half == A] = N // half
+        A = A[half + 1 :]
+        if len(A):
+            one = N * before[A - 1] // A
+            zero = N * before[np.minimum(A, N - 1 - A)] // (N - A)
+            bound = np.minimum(one, zero)
+            excess = A * A - N * (A - half)
+            third = N * half // np.maximum(excess, 1)
+            bound = np.where(excess > 0, np.minimum(bound, third), bound)
+            row[half + 1 :] = np.minimum(bound, _MANY)
+        before = row
+    bound_of_all = int(before[active])
+    return bound_of_all if bound_of_all < _MANY else comb(branches, active)
 
 
 def distance_bound(classes: int, branches: int, active: int) -> int:
     """Largest even distance that the Johnson bound leaves open to K words; 2 at least."""
-    distance = 2
-    while (
-        distance + 2 <= 2 * min(active, branches - active)
-        and johnson_bound(branches, distance + 2, active) >= classes
-    ):
-        distance += 2
-    return distance
+    # The bound falls as the distance grows.
+    possible = range(1, min(active, branches - active))
+    halves = bisect_left(
+        possible, True, key=lambda half: johnson_bound(branches, 2 * half + 2, active) < classes
+    )
+    return 2 + 2 * halves
 
 
 def pair_bound(

@@ -2,6 +2,7 @@
 
 From the largest distance that the bounds leave open down to 2, each is tried by
 
+* all codebooks, where there are few;
 * annealing of balanced words by switches when there are few words (`codebooks/annealing.py`);
 * unions of orbits of groups that act on the branches (`orbits.py`, `unions.py`), trimmed to the
   number of classes (`codebooks/unions.py`), else.
@@ -13,7 +14,7 @@ words.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from itertools import islice
+from itertools import combinations, islice
 from math import comb
 from random import Random
 from typing import Any, NamedTuple, TypeVar
@@ -31,6 +32,8 @@ HOPELESS = 12.0
 # With more classes the first group that serves is enough: the others gain little and take long.
 LARGE = 5000
 FEW = 40
+# All codebooks are looked at where there are so few words, and digits of codebooks, in all.
+SMALL_WORDS, SMALL = 1000, 10_000_000
 
 Kept = TypeVar("Kept", Union, Annealed)
 
@@ -119,7 +122,35 @@ def search(
     if 2 * active > branches:
         found = search(classes, branches, branches - active, effort, seed, report)
         return found._replace(words=(1 - found.words).astype(np.uint8))
+    if _is_small(classes, branches, active):
+        return _best_of_all(classes, branches, active, seed)
     return _Search(classes, branches, active, EFFORTS[effort], seed, report).run()
+
+
+def _is_small(classes: int, branches: int, active: int) -> bool:
+    """Says whether all codebooks of a size can be looked at."""
+    words = comb(branches, active)
+    return words <= SMALL_WORDS and comb(words - 1, classes - 1) * classes * branches <= SMALL
+
+
+def _best_of_all(classes: int, branches: int, active: int, seed: int) -> Found:
+    """The best of all codebooks with the first word; any word is as good as any other."""
+    words = all_words(branches, active)
+    chosen = np.array(list(combinations(range(1, len(words)), classes - 1)), dtype=np.int64)
+    chosen = np.hstack([np.zeros((len(chosen), 1), dtype=np.int64), chosen])
+    loads = words[chosen].sum(axis=1, dtype=np.int64)
+    chosen = chosen[np.ptp(loads, axis=1) <= 1]
+    common = words.astype(np.int64) @ words.T
+    overlaps = np.stack([common[chosen[:, i], chosen[:, j]] for i, j in _pairs(classes)], axis=1)
+    most = overlaps.max(axis=1)
+    pairs = (overlaps == most[:, None]).sum(axis=1)
+    best = np.flatnonzero((most == most.min()) & (pairs == pairs[most == most.min()].min()))
+    index = best[np.random.default_rng(seed).integers(len(best))]
+    return Found(words[chosen[index]], 2 * (active - int(most[index])), int(pairs[index]))
+
+
+def _pairs(count: int) -> list[tuple[int, int]]:
+    return list(combinations(range(count), 2))
 
 
 def check_size(classes: int, branches: int, active: int) -> None:

@@ -161,7 +161,7 @@ def measure_latency(
     """Measures the median time of a pass in evaluation mode, in seconds.
 
     Args:
-        network: any module; its mode is left as found.
+        network: any module; it and its parts are left in their modes.
         images: what it is given.
         repeats: timed passes, at least 1.
         synchronize: wait for an accelerator before the clock is read.
@@ -172,7 +172,7 @@ def measure_latency(
     if repeats < 1:
         raise ValueError(f"repeats: expected at least 1, got {repeats}")
     wait = synchronize and images.is_cuda
-    was_training = network.training
+    modes = [(module, module.training) for module in network.modules()]
     network.eval()
     seconds = []
     try:
@@ -185,5 +185,6 @@ def measure_latency(
                 if index >= WARM_UP:
                     seconds.append(time.perf_counter() - start)
     finally:
-        network.train(was_training)
+        for module, training in modes:
+            module.training = training
     return statistics.median(seconds)

@@ -90,7 +90,7 @@ def observe(model: CodedResNeXt, loader: Loader) -> Observations:
             columns.append((targets.cpu(), predictions, confidences, *of_blocks))
     targets, predictions, confidences, *whole = map(torch.cat, zip(*columns, strict=True))
     all_energies = tuple(
-        energy if block.normalize else _normalized(energy)
+        energy if block.normalize else normalized(energy)
         for energy, block in zip(whole, model.coded_blocks, strict=True)
     )
     counts = targets.bincount(minlength=model.num_classes)
@@ -110,7 +110,7 @@ def observe(model: CodedResNeXt, loader: Loader) -> Observations:
     )
 
 
-def _normalized(energies: Tensor) -> Tensor:
+def normalized(energies: Tensor) -> Tensor:
     """(4), of the energies (2) that the ablation without normalisation returns."""
     mean = energies.mean(1, keepdim=True)
     return torch.where(is_dead(mean), 0.0, energies / mean)

@@ -6,6 +6,7 @@ import base64
 import io
 import json
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,29 @@ FIGURES_FOLDER = "figures"
 PICTURES_VERSION = 1
 # Larger images are made smaller, in pixels; up to the other size they are kept without loss.
 LARGEST, LOSSLESS = 96, 48
+
+
+# What evaluation, figures, pictures and report need: module and package.
+NEEDED = {
+    "PIL": "Pillow",
+    "jinja2": "jinja2",
+    "matplotlib": "matplotlib",
+    "sklearn": "scikit-learn",
+}
+
+
+def require_packages(work: str) -> None:
+    """Refuses to begin work whose results could not be written at its end.
+
+    Args:
+        work: what needs the packages, for the message.
+
+    Raises:
+        ImportError: names those that are missing, and the extra that has them.
+    """
+    missing = [package for module, package in NEEDED.items() if find_spec(module) is None]
+    if missing:
+        raise ImportError(f"{work} needs {' and '.join(missing)}; install coded-resnext[report]")
 
 
 def to_json(evaluation: Evaluation) -> str:

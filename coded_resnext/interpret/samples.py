@@ -16,7 +16,7 @@ from coded_resnext.models.decode import decode
 from coded_resnext.models.resnext import CodedResNeXt, own_network
 
 from .decoding import scores_of
-from .observe import Observations, evaluating, require_at_least, require_coded_blocks
+from .observe import Observations, evaluating, normalized, require_at_least, require_coded_blocks
 
 # Images of a data set with few classes; one of each class where there are more, up to the most.
 CHOSEN, MOST_CHOSEN = 240, 1000
@@ -211,6 +211,7 @@ def trace(model: CodedResNeXt, x: Tensor) -> Trace:
     for block, energies in zip(model.coded_blocks, all_energies, strict=True):
         book = block.codebook
         assert book is not None
+        energies = energies if block.normalize else normalized(energies)
         scaled = book.ratio * energies[0]
         distances = (scaled - block.codewords.to(scaled.dtype)).square().sum(1).sqrt()
         blocks.append(

@@ -8,14 +8,14 @@ import pytest
 import torch
 from PIL import Image
 
-from coded_resnext import Codebook, CodedResNeXt, Stage
+from coded_resnext import Codebook, CodedResNeXt, Stage, create_model
 from coded_resnext.cli import evaluate as evaluate_command
 from coded_resnext.cli.arguments import make_parser
 from coded_resnext.data.batches import batches
 from coded_resnext.data.datasets import DIGITS_NAME, load_digits_split
 from coded_resnext.data.preprocessing import Preprocessing
-from coded_resnext.interpret import evaluate, tables
-from coded_resnext.models.checkpoint import save_model
+from coded_resnext.interpret import evaluate, results, tables
+from coded_resnext.models.checkpoint import load_model, save_model
 
 PREPROCESSING = Preprocessing(8, 1, (0.3,), (0.4,))
 
@@ -134,6 +134,30 @@ def test_the_backend_that_is_asked_for_computes(checkpoint, tmp_path, monkeypatc
         arguments = ("--json", "--repeats", 1, "--backend", backend)
         assert run(checkpoint, tmp_path / "data", *arguments) == 0
     assert seen == [{"torch"}, {"fused"}, {"reference"}]
+
+
+def test_a_missing_package_is_named_before_the_work(checkpoint, tmp_path, monkeypatch):
+    """All was computed for hours, and then `--out` wanted matplotlib."""
+    write_images(tmp_path / "data")
+    monkeypatch.setattr(evaluate_command, "evaluate", lambda *_, **__: pytest.fail("too late"))
+    monkeypatch.setattr(results, "find_spec", lambda name: None if name == "matplotlib" else name)
+    with pytest.raises(ImportError, match=r"^--out needs matplotlib; install .*\[report\]"):
+        run(checkpoint, tmp_path / "data", "--out", tmp_path / "out")
+
+
+def test_a_run_on_a_named_set_is_evaluated_on_its_part_of_it(tmp_path, monkeypatch):
+    """`coded-resnext eval RUN cifar10` expected a folder, for a run that was told to come here."""
+    names = [f"class {index}" for index in range(10)]
+    model = create_model("coded_resnext17_10x4d", class_names=names)
+    recipe = {"dataset": "synthetic", "train_images": 20, "test_images": 10, "holdout": 0.0}
+    preprocessing = Preprocessing(32, 3, (0.5,) * 3, (0.2,) * 3)
+    path = tmp_path / "model.safetensors"
+    save_model(path, model, preprocessing=preprocessing, training={"recipe": recipe})
+    train, test = evaluate_command.open_data(load_model(path), "synthetic", 5)
+    assert [sum(len(targets) for _, targets in part) for part in (train, test)] == [20, 10]
+    save_model(path, make_model(3), preprocessing=preprocessing, training={"recipe": recipe})
+    with pytest.raises(ValueError, match="DATA: synthetic has 10 classes, the model has others: 3"):
+        evaluate_command.open_data(load_model(path), "synthetic", 5)
 
 
 def test_a_backend_that_there_is_not(checkpoint, capsys):

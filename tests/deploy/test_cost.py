@@ -104,6 +104,14 @@ def test_latency_is_measured_in_evaluation_mode():
         measure_latency(module, torch.zeros(1), repeats=0)
 
 
+def test_every_part_keeps_its_mode():
+    model = create_model("coded_resnext_digits").train()
+    model.stem.eval()
+    measure_latency(model, torch.zeros(2, 1, 8, 8), repeats=1)
+    assert model.training
+    assert not any(module.training for module in model.stem.modules())
+
+
 def test_bad_sizes():
     with pytest.raises(ValueError, match="image_size: expected a positive number of pixels, got 0"):
         network_cost(create_model("coded_resnext_digits"), 0)

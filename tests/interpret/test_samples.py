@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from support.small_networks import NAMES, ToldNetwork, tell
+from support.small_networks import NAMES, ToldNetwork, make_images, make_network, tell
 
 from coded_resnext import ExitScores, create_model, decode
 from coded_resnext.data.batches import batches
@@ -160,3 +160,12 @@ def test_a_trace_is_of_one_image(network, data):
             trace(network, wrong)
     with pytest.raises(ValueError, match="got a plain network"):
         trace(create_model("resnext_digits"), torch.zeros(1, 8, 8))
+
+
+def test_a_trace_of_energies_that_are_not_normalised_is_on_the_same_scale():
+    """Distances were those of a dead sample, and the class was not the nearest of its own."""
+    model = make_network(normalize=False)
+    for image in make_images(8, seed=5):
+        for block, book in zip(trace(model, image).blocks, model.codebooks, strict=True):
+            assert sum(block.energies) == pytest.approx(book.active, abs=1e-4)
+            assert block.distances[block.prediction] == pytest.approx(min(block.distances))

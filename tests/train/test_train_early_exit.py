@@ -13,6 +13,7 @@ import torch
 from script_runs import run_here
 
 from coded_resnext import EarlyExit, create_model
+from coded_resnext.data.datasets import DIGITS_NAME
 from coded_resnext.models.checkpoint import save_model
 from coded_resnext.training.config import TrainingConfig
 
@@ -25,12 +26,13 @@ def early_exit(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
-def make_run(folder: Path, config: TrainingConfig) -> Path:
+def make_run(folder: Path, config: TrainingConfig, data: str = DIGITS_NAME) -> Path:
     """A run of an untrained network."""
     torch.manual_seed(config.seed)
     folder.mkdir()
     model = create_model("coded_resnext_digits")
-    save_model(folder / "model.safetensors", model, training={"config": config.to_dict()})
+    training = {"config": config.to_dict(), "data": data}
+    save_model(folder / "model.safetensors", model, training=training)
     return folder
 
 
@@ -79,3 +81,9 @@ def test_runs_of_different_recipes(tmp_path: Path) -> None:
     assert result.returncode == 2
     assert "differ in nothing but the seed" in result.stderr
     assert result.stderr.count("\n") == 1
+
+
+def test_runs_on_other_images_are_sent_elsewhere(tmp_path: Path) -> None:
+    result = run_here(SCRIPT, make_run(tmp_path / "a", CONFIG, "pets"))
+    assert result.returncode == 2
+    assert "`coded-resnext calibrate RUN DATA` is for any run" in result.stderr
