@@ -23,7 +23,7 @@ def run(arguments: argparse.Namespace) -> int:
         "networks": [describe_network(name) for name in list_models()],
         "weights": [describe_weights(name) for name in shipped_weights()],
     }
-    print(json.dumps(content, indent=1, allow_nan=False) if arguments.json else _tables(content))
+    print(json.dumps(content, indent=1, allow_nan=False) if arguments.json else tables(content))
     return 0
 
 
@@ -58,7 +58,8 @@ def describe_weights(name: str) -> dict[str, Any]:
     }
 
 
-def _tables(content: dict[str, Any]) -> str:
+def tables(content: dict[str, Any]) -> str:
+    """Returns both lists as text."""
     lines = [f"{'network':<28} {'parameters':>12} {'classes':>8}  images  coded blocks"]
     for row in content["networks"]:
         images = "grey" if row["in_channels"] == 1 else "RGB"

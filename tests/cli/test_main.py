@@ -87,7 +87,8 @@ def test_help_needs_no_pytorch() -> None:
         "    except SystemExit as end:\n"
         "        assert end.code == 0, words\n"
     )
-    asked = [" ".join(words) for words in ALL_PARSERS]
+    # The flags of `train` are the settings of a recipe, whose types need PyTorch.
+    asked = [" ".join(words) for words, parser in ALL_PARSERS.items() if parser.add_help]
     assert {"", "export", "codebook", "codebook show"} < set(asked)
     result = subprocess.run(
         [sys.executable, "-c", code, *asked], capture_output=True, text=True, check=False

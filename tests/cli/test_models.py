@@ -12,6 +12,7 @@ from sklearn.datasets import load_digits
 
 from coded_resnext import list_models
 from coded_resnext.cli import main
+from coded_resnext.cli.models import tables
 from coded_resnext.data.datasets import load_digits_split
 from coded_resnext.models.shipped import find_model, shipped_weights
 
@@ -34,10 +35,9 @@ def photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
 
 
 def test_networks_and_weights_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
-    assert command("models") == 0
-    printed = capsys.readouterr().out
     assert command("models", "--json") == 0
     content = json.loads(capsys.readouterr().out)
+    printed = tables(content)
     assert [row["network"] for row in content["networks"]] == list_models()
     assert [row["weights"] for row in content["weights"]] == shipped_weights()
     for row in content["weights"]:
