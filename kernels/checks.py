@@ -34,13 +34,17 @@ def check_targets(targets: Tensor, batch: int, classes: int, ignore_index: int =
     if targets.dtype not in (torch.int64, torch.int32, torch.int16, torch.uint8):
         raise ValueError(f"targets: expected integer class indices, got {targets.dtype}")
     if _readable(targets) and batch > 0:
-        wrong = targets[is_no_class(targets, classes) & (targets != ignore_index)]
+        labels = targets.long()
+        wrong = labels[is_no_class(labels, classes) & (labels != ignore_index)]
         if wrong.numel():
             raise ValueError(f"targets: expected classes 0 to {classes - 1}, got {int(wrong[0])}")
 
 
 def is_no_class(targets: Tensor, classes: int) -> Tensor:
-    """Returns which class indices are outside `0 .. classes - 1`."""
+    """Returns which class indices are outside `0 .. classes - 1`.
+
+    They are of 64 bits: PyTorch would bring the bounds to the dtype of narrower ones.
+    """
     return (targets < 0) | (targets >= classes)
 
 

@@ -210,7 +210,13 @@ def write_tensors(
     path: str | Path, state: Mapping[str, Tensor], description: dict[str, Any]
 ) -> None:
     """Write tensors under a JSON description, its `format_version` included."""
-    tensors = {name: value.contiguous() for name, value in state.items()}
+    tensors: dict[str, Tensor] = {}
+    places = set()
+    for name, value in state.items():
+        # The format has no tied weights: each name gets numbers of its own.
+        place = value.untyped_storage().data_ptr()
+        tensors[name] = value.clone() if place in places else value.contiguous()
+        places.add(place)
     write_atomically(path, save(tensors, metadata={_HEADER: json.dumps(description)}))
 
 

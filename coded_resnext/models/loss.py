@@ -153,8 +153,9 @@ class CodedLoss(nn.Module):
         # what lies there.
         poison = torch.ones_like(logits[0, 0])
         if targets.ndim == 1:
+            targets = targets.long()
             outside = is_no_class(targets, logits.shape[1]) & (targets != self.ignore_index)
-            targets = targets.long().masked_fill(outside, self.ignore_index)
+            targets = targets.masked_fill(outside, self.ignore_index)
             poison = torch.where(outside.any(), torch.nan, 1.0)
         cross_entropy = F.cross_entropy(
             logits,

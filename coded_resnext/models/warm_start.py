@@ -44,6 +44,8 @@ _BLOCK_LAYERS = {
     "downsample.1": "skip.1",
 }
 _OTHER_LAYERS = {"conv1": "stem.0", "bn1": "stem.1", "fc": "head"}
+# The first layer's weight in our networks, and in timm's and torchvision's.
+_FIRST = ("stem.0.weight", "conv1.weight")
 _CODEWORDS_NAME = re.compile(r"stages\.(\d+)\.\d+\.codewords$")
 _BLOCK_NAME = re.compile(rf"layer(\d+)\.(\d+)\.({'|'.join(map(re.escape, _BLOCK_LAYERS))})\.(\w+)$")
 
@@ -117,9 +119,9 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
         model: the network, or a wrapper around it. Where it has class names of its own, they are
             those of the weights; where they are `"0" .. "K-1"`, nobody has named them.
         path: as for `read_weights`: a model file of `save_model`, or a state dict in safetensors or
-            a PyTorch checkpoint, bare or under `state_dict` or `model`, with `module.` or
-            `_orig_mod.` in front of the names or not. A plain network's weights have no codewords:
-            a coded network then keeps its own.
+            a PyTorch checkpoint, bare or under `state_dict` or `model`, with `module.`, `net.`,
+            `_orig_mod.` and the like in front of the names or not. A plain network's weights have
+            no codewords: a coded network then keeps its own.
 
     Raises:
         FileNotFoundError: no such file.
@@ -182,10 +184,13 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
         or not all(isinstance(value, Tensor) for value in content.values())
     ):
         raise ValueError(f"{path}: expected weights by name, found none")
-    # Wrappers for several devices, compilation, averaging and training put their names before the
-    # network's; compiled blocks have theirs within.
-    names = {k: re.sub(r"^((module|model)\.)+", "", k.replace("_orig_mod.", "")) for k in content}
-    return {names[k]: v for k, v in content.items() if k != "n_averaged"}
+    # Compiled blocks have a name within, averaging adds a count, and wrappers and training modules
+    # put one before all names.
+    state = {k.replace("_orig_mod.", ""): v for k, v in content.items() if k != "n_averaged"}
+    ends = [k.removesuffix(f) for k in state for f in _FIRST if f".{k}".endswith(f".{f}")]
+    before = min(ends, key=len, default="")
+    within = all(name.startswith(before) for name in state)
+    return {k.removeprefix(before): v for k, v in state.items()} if within else state
 
 
 def plain_state(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:

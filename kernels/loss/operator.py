@@ -78,8 +78,9 @@ def _in_torch(
     books = codewords.to(energies.dtype)
     shares = shares.to(energies.dtype)
     if targets.ndim == 1:
+        targets = targets.long()
         shares = shares.masked_fill(is_no_class(targets, books.shape[1]) & (shares != 0), torch.nan)
-        wanted = books[:, targets.long().clamp(0, books.shape[1] - 1)]
+        wanted = books[:, targets.clamp(0, books.shape[1] - 1)]
     else:
         wanted = targets.to(energies.dtype) @ books
     ratio = books[:, :1].mean(2, keepdim=True)

@@ -67,9 +67,10 @@ def sample_shares(
         if class_weight is not None:
             weight = (targets.to(dtype) * class_weight.to(dtype)).sum(1)
         return weight / len(targets)
+    targets = targets.long()
     weight = torch.ones_like(targets, dtype=dtype)
     if class_weight is not None:
-        weight = class_weight.to(dtype)[targets.long().clamp(0, classes - 1)]
+        weight = class_weight.to(dtype)[targets.clamp(0, classes - 1)]
     weight = weight.masked_fill(is_no_class(targets, classes), torch.nan)
     weight = weight.masked_fill(targets == ignore_index, 0.0)
     return weight / weight.sum()

@@ -381,7 +381,7 @@ def test_aot_package(tmp_path):
 
 @pytest.mark.parametrize("opset", [13, 17, 99, True, "20"])
 def test_an_opset_that_cannot_be_written_is_refused(tmp_path: Path, opset: int) -> None:
-    """pytorch#150592, pytorch#161056."""
+    """pytorch#150592, pytorch#161056: a conversion that failed was logged, and the status 0."""
     with pytest.raises(ValueError, match="opset"):
         to_onnx(make_network(), tmp_path / "m.onnx", image_size=8, opset=opset)
     assert not list(tmp_path.iterdir())
@@ -404,7 +404,7 @@ MADE_WEIGHTS: dict[str, Callable[[Any], Any]] = {
     [pytest.param(c, marks=pytest.mark.long) if c == "pruned" else c for c in MADE_WEIGHTS],
 )
 def test_weights_that_are_made_before_each_call_are_exported(change: str, tmp_path: Path) -> None:
-    """pytorch#69353, peft#1612: such a weight is no parameter, and PyTorch does not copy it."""
+    """pytorch#37322: such a weight is no parameter, and PyTorch does not copy it."""
     torch.manual_seed(0)
     network = make_network()
     for block in network.blocks:
@@ -426,7 +426,7 @@ def test_weights_that_are_made_before_each_call_are_exported(change: str, tmp_pa
     ["compiled", *(pytest.param(w, marks=pytest.mark.long) for w in ("DataParallel", "averaged"))],
 )
 def test_what_is_around_a_network_is_taken_off(wrapper: str) -> None:
-    """pytorch#161056: `torch.export` spoke of the structure of `dynamic_shapes`."""
+    """pytorch#101107's wrapper: `torch.export` spoke of the structure of `dynamic_shapes`."""
     network = make_network()
     around = {
         "compiled": lambda: torch.compile(network, backend="eager"),
@@ -444,7 +444,7 @@ def test_what_is_around_a_network_is_taken_off(wrapper: str) -> None:
 
 @pytest.mark.long
 def test_a_part_can_be_quantised(tmp_path: Path) -> None:
-    """pytorch#150592: onnxruntime asked for an input of a name that the file did not have."""
+    """Onnxruntime asked for an input of a name that the file did not have."""
     network = make_network()
     first = export_early_exit(network, tmp_path, image_size=6)[0]
     images = torch.randn(4, 1, 6, 6)

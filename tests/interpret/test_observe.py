@@ -110,7 +110,7 @@ def test_modes_are_as_before_also_after_an_error(network):
 
 
 def test_modes_are_as_before_when_threads_overlap(network):
-    """dinov2#472: one thread gave back what it had seen, and that was the other one's mode."""
+    """One thread gave back what it had seen, and that was the other one's mode."""
     network.train()
     first, second = evaluating(network), evaluating(network)
     first.__enter__()

@@ -171,3 +171,15 @@ def test_a_network_does_not_change_with_its_file(path: Path) -> None:
         file.seek(path.stat().st_size // 2)
         file.write(bytes(10000))
     assert all(torch.equal(network.state_dict()[name], value) for name, value in before.items())
+
+
+def test_tied_weights_are_written_twice(tmp_path: Path) -> None:
+    """safetensors#202: two names of one tensor ended in advice about another function."""
+    model = create_model("coded_resnext_digits").eval()
+    first, second = model.stages[1]
+    second.grouped.weight = first.grouped.weight
+    save_model(tmp_path / "tied.safetensors", model)
+    x = torch.randn(2, 1, 8, 8)
+    loaded = load_model(tmp_path / "tied.safetensors").model
+    # Copies of the same numbers in the same network.
+    torch.testing.assert_close(loaded(x), model(x))

@@ -236,3 +236,18 @@ def test_a_label_that_is_no_class_is_nan_where_values_are_not_read(
 def test_class_weights_that_are_none(class_weight: Tensor, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         CodedLoss(BOOKS, class_weight=class_weight)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_bytes_as_labels(backend: Any) -> None:
+    """pytorch#12670: what is to be ignored, and the number of classes, were brought to 8 bits."""
+    codewords = torch.eye(20, dtype=torch.bool).repeat(15, 1)
+    energies = 2 * torch.rand(3, 20, generator=torch.Generator().manual_seed(0))
+    for labels in ([156, 3, 44], [255, 0, 156]):
+        losses = [
+            coding_loss(energies, codewords, torch.tensor(labels, dtype=dtype), backend=backend)
+            for dtype in (torch.uint8, torch.int64)
+        ]
+        assert losses[0].item() == pytest.approx(losses[1].item())
+    with pytest.raises(ValueError, match="targets: expected classes 0 to 2, got 156"):
+        CodedLoss(BOOKS)(LOGITS, ENERGIES, torch.tensor([0, 156], dtype=torch.uint8))

@@ -448,6 +448,7 @@ def test_sync_batch_norm_is_cut_out_as_batch_norm() -> None:
 
 
 def test_refused_weights_leave_the_network_whole() -> None:
+    """pytorch#40859, pytorch#173488: what fitted had been loaded by the time of the error."""
     model = make_network()
     state = make_network().state_dict()
     before = copy.deepcopy(model.state_dict())

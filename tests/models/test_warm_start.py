@@ -216,7 +216,7 @@ def written(model: nn.Module, folder: Path, way: str) -> Path:
     "way",
     [
         *("our model file of another name", "safetensors", "bare", "state_dict", "model"),
-        *("compiled", "averaged", "module", "_orig_mod", "module._orig_mod"),
+        *("compiled", "averaged", "module", "_orig_mod", "module._orig_mod", "net", "ema.model"),
     ],
 )
 def test_weights_are_read_however_they_were_written(network, way, tmp_path):
