@@ -166,13 +166,9 @@ def to_channels(image: Image, channels: int) -> Image:
     import PIL.Image
 
     source = image.format
-    # The tag alone is read: other entries may be anything, and none of them is written anew.
-    turn = _TURNS.get(image.getexif().get(_ORIENTATION, 1))
+    turn = _turn(image)
     if turn is not None:
         image = image.transpose(PIL.Image.Transpose[turn])
-        # It is upright now, and must not be turned again.
-        for entry in ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp"):
-            image.info.pop(entry, None)
     if image.mode == "F":
         raise ValueError("expected 8 or 16 bits for a pixel, got 32-bit floating-point numbers")
     # To Pillow 16 bits are I;16, but I in two formats; in all others that is 32 bits.
@@ -180,14 +176,29 @@ def to_channels(image: Image, channels: int) -> Image:
         raise ValueError("expected 8 or 16 bits for a pixel, got 32-bit integers")
     if image.mode.startswith("I"):
         image = _from_16_bits(image)
+    if image.mode == "P" and "transparency" in image.info:
+        # Pillow warns of another way, once for each image.
+        image = image.convert("RGBA")
     opaque = image.convert("L" if channels == 1 else "RGB")
-    if "A" in image.getbands() or "transparency" in image.info:
-        low, high = image.convert("RGBA").getchannel("A").getextrema()
+    if "A" in image.getbands():
+        low, high = image.getchannel("A").getextrema()
         if low != high and len(opaque.getcolors(1) or ()) == 1:
             raise ValueError(
                 "its drawing is in the alpha channel alone, which is dropped; put it on a ground"
             )
+    # It is upright now, and must not be turned again.
+    opaque.info.clear()
     return opaque
+
+
+def _turn(image: Image) -> str | None:
+    """Returns how to turn an image upright, None where it is, or where its EXIF is damaged."""
+    try:
+        # The tag alone is read: other entries may be anything, and none of them is written anew.
+        return _TURNS.get(image.getexif().get(_ORIENTATION, 1))
+    # What Pillow raises is no closed list; the pixels may be whole.
+    except Exception:
+        return None
 
 
 def _from_16_bits(image: Image) -> Image:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 from itertools import pairwise
 from pathlib import Path
@@ -82,6 +83,10 @@ def test_no_learning_rate_is_above_lr(warmup: float, steps: int, low: float) -> 
     config = TrainingConfig(4, 8, lr=0.1, min_lr=0.1 * low, warmup_epochs=warmup, cooldown_epochs=1)
     rates = [config.lr_at(step, steps) for step in range(5 * steps)]
     assert max(rates) <= 0.1 * (1 + 1e-12)
+    # Continuous: no step is steeper than the warm-up or the middle of the cosine.
+    cosine = max(4 * steps - 1 - warmup * steps, 1)
+    steepest = 0.1 * max(1 / max(warmup * steps, 1), math.pi / 2 / cosine)
+    assert all(abs(after - before) <= steepest * (1 + 1e-9) for before, after in pairwise(rates))
     warm = rates[: int(warmup * steps)]
     assert all(before <= after for before, after in pairwise(warm))
     if 4 * steps - 1 - warmup * steps >= 1:
