@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-all lint type bench torture matrix portability audit kernels timm-tests clean
+.PHONY: demo test test-all docs-check lint type bench torture matrix portability audit kernels timm-tests clean
 
 demo: .venv/train.stamp
 	$(BIN)/python train/digits.py --out runs/digits --resume
@@ -16,6 +16,11 @@ test: .venv/dev.stamp
 
 test-all: .venv/dev.stamp
 	$(PYTEST) --all
+
+# The blocks of README, tutorial and questions, as they stand; a part of test-all.
+docs-check: .venv/dev.stamp
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --all -s -v tests/test_docs.py tests/test_tutorial.py \
+		tests/models/test_tools.py
 
 lint: .venv/dev.stamp
 	$(BIN)/ruff check .

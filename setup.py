@@ -102,11 +102,19 @@ class CleanBuild(build_py):
         super().run()
 
 
+def _description() -> str:
+    """The README without pictures and links into the checkout, which a package index lacks."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    text = re.sub(r"!\[[^]]*\]\((?!https?:)[^)]*\)\n*", "", text)
+    return re.sub(r"\[([^]]*)\]\((?!https?:)[^)]*\)", r"\1", text)
+
+
 setup(
     name="coded-resnext",
     version=VERSION,
     description="Coded ResNeXt: multi-branch networks whose branches are assigned to classes",
-    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    author="The Coded ResNeXt authors",
+    long_description=_description(),
     long_description_content_type="text/markdown",
     license="MIT",
     license_files=["LICENSE"],
@@ -167,6 +175,9 @@ setup(
         "Development Status :: 3 - Alpha",
         "Intended Audience :: Science/Research",
         "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3 :: Only",
+        "Programming Language :: Python :: 3.11",
+        "Typing :: Typed",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
     ],
 )

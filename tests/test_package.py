@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ast
 import pickle
+import re
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -131,3 +133,26 @@ def test_recipes_are_reached_by_the_command(
     assert "coded-resnext train: " in capsys.readouterr().err
     with pytest.raises(SystemExit, match="2"):
         main(["info", "run", "--epochs", "3"])
+
+
+@pytest.mark.long
+def test_a_source_distribution_has_its_tests(tmp_path: Path) -> None:
+    """Without helpers and conftest.py its collection ended with 42 errors."""
+    command = [sys.executable, "setup.py", "-q", "sdist", "-d", str(tmp_path)]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    [archive] = tmp_path.glob("*.tar.gz")
+    with tarfile.open(archive) as file:
+        names = {name.partition("/")[2] for name in file.getnames()}
+        [description] = [name for name in file.getnames() if re.fullmatch("[^/]+/PKG-INFO", name)]
+        text = file.extractfile(description).read().decode()  # type: ignore[union-attr]
+    wanted = ("tests", "docs", "train", "examples", "coded_resnext/training/recipes")
+    files = {
+        path.relative_to(ROOT).as_posix()
+        for folder in wanted
+        for path in (ROOT / folder).rglob("*.*")
+        if path.is_file() and path.suffix != ".pyc"
+    }
+    assert files <= names
+    assert {"Makefile", "CHANGELOG.md", "CITATION.cff", "coded_resnext/kernels/backend.py"} <= names
+    # A package index has no checkout that a relative link could lead into.
+    assert not re.search(r"\]\((?!https?:)", text)

@@ -159,8 +159,9 @@ def _subtitle(content: dict[str, Any]) -> str:
     provenance = (content["evaluation"] or {}).get("provenance")
     if provenance is not None:
         test = provenance["test"]
-        where = " ".join(word for word in (test["name"], test["split"]) if word) or "images"
-        parts.append(f"measured on {where}, {test['samples']:,} images")
+        names = [word for word in (test["name"], test["split"]) if word]
+        where = f"{' '.join(names)}, " if names else ""
+        parts.append(f"measured on {where}{test['samples']:,} images")
     training = []
     data = (content["config"] or {}).get("data")
     if isinstance(data, str):
