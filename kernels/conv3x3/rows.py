@@ -160,19 +160,23 @@ def _row(
     )
 
 
-# Releases of Triton that keep 2 to 8 registers of a program in memory unless its loads are a trip
-# ahead, by kernel and the channels of a window. Others would issue 2 to 7 % more instructions.
+# Where a release of Triton keeps registers of a program in memory unless its loads are a trip
+# ahead: release, architecture, kernel and width. Others would issue 2 to 7 % more instructions, and
+# some would spill by it.
 AHEAD = {
-    ("3.6", "forward_stride1", 24),
-    ("3.6", "input_gradient_stride2", 24),
-    ("3.7", "forward_stride1", 16),
+    ("3.6", "sm80", "input_gradient_stride2", 12),
+    ("3.6", "sm80", "input_gradient_stride2", 24),
+    ("3.6", "sm100", "forward_stride1", 6),
+    ("3.6", "sm100", "forward_stride1", 24),
+    ("3.7", "sm90", "forward_stride1", 16),
+    ("3.7", "sm100", "forward_stride1", 16),
 }
 
 
-def _ahead(row: LaunchRow, sizes: GroupedSizes) -> LaunchRow:
+def _ahead(row: LaunchRow, sizes: GroupedSizes, arch: str) -> LaunchRow:
     """Returns the row with its loads a trip ahead where AHEAD has it."""
     name = row.kernel.partition(":")[2]
-    ahead = (triton_release(), name, GroupedWindows.of(sizes).channels) in AHEAD
+    ahead = (triton_release(), arch, name, sizes.width) in AHEAD
     return replace(row, num_stages=2) if ahead else row
 
 
@@ -209,7 +213,7 @@ def forward(sizes: GroupedSizes, variant: Variant) -> LaunchRow:
     more = (("PADDED", GroupedWindows.of(sizes).padded), ("FOLDED", variant.folded))
     row = replace(row, constexprs=(channels, *more, *others))
     if variant.energies:
-        row = _folded_in_3_8(_ahead(row, sizes), sizes, variant.arch)
+        row = _folded_in_3_8(_ahead(row, sizes, variant.arch), sizes, variant.arch)
     # With two warps for 24 channels the compiler for sm100 keeps two registers in memory.
     partly_filled = GroupedWindows.of(sizes).channels == 24
     plain = not (variant.affine or variant.statistics or variant.energies)
@@ -235,7 +239,7 @@ def input_gradient(sizes: GroupedSizes, variant: Variant) -> LaunchRow:
     )
     inputs, outputs = 1 + variant.affine, 1 + variant.statistics
     row = _row("conv3x3.backward:input_gradient", sizes, variant, tensors, inputs, outputs)
-    return _ahead(row, sizes) if variant.affine else row
+    return _ahead(row, sizes, variant.arch) if variant.affine else row
 
 
 @cache

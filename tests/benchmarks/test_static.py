@@ -11,7 +11,6 @@ import re
 import subprocess
 import sys
 from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -197,17 +196,17 @@ def test_limits_differ_by_version(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("release", "of_16", "stages_of_24", "gradient_stages"),
     [
-        ("3.6", ((1, 1), (1, 1), (1, 1)), 2, 2),
-        ("3.7", ((1, 2), (1, 2), (1, 2)), 1, 1),
-        ("3.8", ((1, 1), (1, 2), (2, 1)), 1, 1),
-        ("3.9", ((1, 1), (1, 1), (1, 1)), 1, 1),
+        ("3.6", ((1, 1), (1, 1), (1, 1)), [1, 1, 2], [2, 1, 1]),
+        ("3.7", ((1, 1), (1, 2), (1, 2)), [1, 1, 1], [1, 1, 1]),
+        ("3.8", ((1, 1), (1, 2), (2, 1)), [1, 1, 1], [1, 1, 1]),
+        ("3.9", ((1, 1), (1, 1), (1, 1)), [1, 1, 1], [1, 1, 1]),
     ],
 )
 def test_rows_of_one_version(
     release: str,
     of_16: tuple[tuple[int, int], ...],
-    stages_of_24: int,
-    gradient_stages: int,
+    stages_of_24: list[int],
+    gradient_stages: list[int],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """What would spill with one version of Triton alone has a row of its own with it."""
@@ -215,14 +214,16 @@ def test_rows_of_one_version(
     # The makers remember their rows: what they wrap does not.
     forward = conv3x3_rows.forward.__wrapped__
     gradient = conv3x3_rows.input_gradient.__wrapped__
-    coded = Variant(folded=True, energies=True)
-    rows = [forward(GroupedSizes(32, 16), replace(coded, arch=arch)) for arch in ARCHS]
+    coded = [Variant(folded=True, energies=True, arch=arch) for arch in ARCHS]
+    fused = [Variant(affine=True, statistics=True, arch=arch) for arch in ARCHS]
+    rows = [forward(GroupedSizes(32, 16), variant) for variant in coded]
     assert tuple((row.num_warps, row.num_stages) for row in rows) == of_16
-    assert forward(GroupedSizes(20, 12), coded).num_stages == stages_of_24
-    assert forward(GroupedSizes(32, 32), coded).num_stages == 1
-    fused = Variant(affine=True, statistics=True)
-    assert gradient(GroupedSizes(20, 24, stride=2), fused).num_stages == gradient_stages
-    assert gradient(GroupedSizes(20, 24), fused).num_stages == 1
+    assert [forward(GroupedSizes(20, 24), each).num_stages for each in coded] == stages_of_24
+    assert [forward(GroupedSizes(20, 12), each).num_stages for each in coded] == [1, 1, 1]
+    assert [forward(GroupedSizes(32, 32), each).num_stages for each in coded] == [1, 1, 1]
+    second = [gradient(GroupedSizes(20, 24, stride=2), each).num_stages for each in fused]
+    assert second == gradient_stages
+    assert [gradient(GroupedSizes(20, 24), each).num_stages for each in fused] == [1, 1, 1]
 
 
 @pytest.mark.parametrize(("release", "stages"), [("3.6", [3, 3, 1]), ("3.9", [3, 3, 3])])
