@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Sequence
+from numbers import Integral
 from typing import Literal, NoReturn, get_args
 
 import torch
@@ -22,6 +24,7 @@ def check_targets(targets: Tensor, batch: int, classes: int, ignore_index: int =
     The class index `ignore_index` stands for a sample without a label. Values are read on CPU
     tensors only, so that a step on an accelerator never waits for them.
     """
+    check_kind("targets", targets, Tensor, "a tensor [B] or [B, K]")
     if targets.shape not in ((batch,), (batch, classes)):
         raise ValueError(
             f"targets: expected shape [{batch}] or [{batch}, {classes}], got {list(targets.shape)}"
@@ -75,6 +78,27 @@ def checked_number(name: str, value: object, lowest: float = -math.inf) -> float
         least = "" if lowest == -math.inf else f" of at least {lowest:g}"
         raise ValueError(f"{name}: expected a finite number{least}, got {value!r:.80}")
     return number
+
+
+def check_integers(lowest: int = 1, **values: object) -> None:
+    """Refuse arguments that are no whole numbers, or below the lowest."""
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, Integral) or value < lowest:
+            least = "a positive integer" if lowest == 1 else f"an integer of at least {lowest}"
+            raise ValueError(f"{name}: expected {least}, got {value!r:.80}")
+
+
+def check_kind(name: str, value: object, kind: type | tuple[type, ...], expected: str) -> None:
+    """Refuse an argument that is not of its kind."""
+    if not isinstance(value, kind):
+        raise ValueError(f"{name}: expected {expected}, got {type(value).__name__}")
+
+
+def check_items(name: str, values: object, kind: type) -> None:
+    """Refuse an argument that is no sequence of a kind."""
+    check_kind(name, values, Sequence, f"a sequence of {kind.__name__}")
+    for value in values:  # type: ignore[attr-defined]
+        check_kind(name, value, kind, f"a sequence of {kind.__name__}")
 
 
 def check_finite(name: str, value: Tensor) -> None:
@@ -195,6 +219,7 @@ def checked_mask(
 ) -> Tensor | None:
     if mask is None:
         return None
+    check_kind(name, mask, Tensor, "a tensor [B, N]")
     if mask.shape != (h.shape[0], branches):
         raise ValueError(f"{name}: expected [{h.shape[0]}, {branches}], got {list(mask.shape)}")
     return mask.to(device=h.device, dtype=dtype)

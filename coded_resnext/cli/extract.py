@@ -25,7 +25,6 @@ from coded_resnext.models.resnext import CodedResNeXt
 from .companions import Companions
 
 FOLDER = "classifiers"
-DEFAULT_IMAGE_SIZE = 32
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -73,7 +72,7 @@ def parse_class(model: CodedResNeXt, text: str) -> int:
 
 def describe(loaded: LoadedModel, part: ExtractedNetwork, path: Path) -> dict[str, Any]:
     """What was written, and its cost beside that of the whole network."""
-    size = loaded.preprocessing.size if loaded.preprocessing else DEFAULT_IMAGE_SIZE
+    size = loaded.preprocessing.size if loaded.preprocessing else loaded.model.image_size
     cost, whole = network_cost(part, size), network_cost(loaded.model, size)
     return {
         "file": str(path),

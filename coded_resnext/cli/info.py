@@ -15,7 +15,6 @@ from coded_resnext.files import printable
 from coded_resnext.models.checkpoint import LoadedModel, load_model
 
 from .companions import Companions
-from .extract import DEFAULT_IMAGE_SIZE
 
 SHOWN_CLASSES = 10
 
@@ -47,7 +46,7 @@ def describe(
     """
     model = loaded.model
     if image_size is None:
-        image_size = loaded.preprocessing.size if loaded.preprocessing else DEFAULT_IMAGE_SIZE
+        image_size = loaded.preprocessing.size if loaded.preprocessing else model.image_size
     whole = network_cost(model, image_size)
     content: dict[str, Any] = {
         "class_names": list(model.class_names),

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from coded_resnext.kernels.checks import check_integers
 from coded_resnext.models.block import CodedBottleneck
 from coded_resnext.models.layers import check_layers
 from coded_resnext.models.resnext import CodedResNeXt, own_network
@@ -102,8 +103,8 @@ def network_cost(
     if not isinstance(network.head, nn.Linear | nn.Identity):
         raise ValueError(f"head: expected Linear, or Identity, got {type(network.head).__name__}")
     height, width = image_size if isinstance(image_size, tuple) else (image_size, image_size)
-    if min(height, width) < 1:
-        raise ValueError(f"image_size: expected a positive number of pixels, got {image_size}")
+    for size in (height, width):
+        check_integers(image_size=size)
     macs = stem_macs(network, height, width)
     height, width = stem_size(network, height), stem_size(network, width)
     projection_parameters = projection_macs = per_pass = 0

@@ -20,10 +20,11 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from coded_resnext.data.preprocessing import Preprocessing
+from coded_resnext.kernels.checks import check_integers
 from coded_resnext.models.block import CodedBottleneck, classify, features
 from coded_resnext.models.decode import read_class
 from coded_resnext.models.layers import copy_of
-from coded_resnext.models.resnext import CodedResNeXt, own_network
+from coded_resnext.models.resnext import CodedResNeXt, own_network, usual_image_size
 
 from .early_exit import check_early_exit
 from .extract import ExtractedClassifier, ExtractedNetwork
@@ -151,15 +152,13 @@ def signature(
         return Signature("x", network.input_shape, outputs, {"format_version": FORMAT_VERSION})
     inner = network.model if isinstance(network, Heads) else network
     if isinstance(inner, ExtractedNetwork):
-        stem, channels = inner.config.stem, inner.config.in_channels
+        channels = inner.config.in_channels
+        own_size = inner.config.image_size or usual_image_size(inner.config.stem)
     else:
-        stem, channels = inner.config["stem"], inner.in_channels
-    if image_size is None and preprocessing is not None:
-        image_size = preprocessing.size
+        channels, own_size = inner.in_channels, inner.image_size
     if image_size is None:
-        image_size = 32 if stem == "conv3x3" else 224
-    if image_size < 1:
-        raise ValueError(f"image_size: expected a positive number of pixels, got {image_size}")
+        image_size = own_size if preprocessing is None else preprocessing.size
+    check_integers(image_size=image_size)
     single = isinstance(inner, ExtractedClassifier)
     has_heads = isinstance(network, Heads)
     notes = {
@@ -199,8 +198,8 @@ def to_exported_program(
     Args:
         network: a whole network or a wrapper around it, one that was cut out, or `Heads(model)`,
             which also gives what the early decoders say.
-        image_size: height and width; left out, that of the preprocessing, or 32 (224 with the stem
-            for large images).
+        image_size: height and width; left out, that of the preprocessing or, without one, of the
+            images that the network is made for.
         preprocessing: how images become the input.
 
     Raises:

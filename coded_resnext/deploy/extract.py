@@ -11,12 +11,13 @@ import copy
 import difflib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from numbers import Integral
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
 
-from coded_resnext.kernels.checks import checked_number
+from coded_resnext.kernels.checks import check_kind, checked_number
 from coded_resnext.kernels.coded.gram import branch_forms, split_weight
 from coded_resnext.kernels.layout import accumulation_dtype
 from coded_resnext.models.block import CodedBottleneck, check_images, classify, features
@@ -40,6 +41,8 @@ class ExtractedConfig:
     folded: bool
     """Says whether BatchNorm is folded into the convolutions."""
     blocks: tuple[BlockSizes, ...]
+    image_size: int | None = None
+    """Height and width, in pixels, of the images of the network that it was cut out of."""
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the architecture as JSON-ready data, which `from_dict` reads back."""
@@ -177,6 +180,7 @@ def class_index(class_names: Sequence[str], wanted: int | str) -> int:
             f"class: expected one of the {len(class_names)} classes of the model, "
             f"got {wanted!r}; {hint}"
         )
+    check_kind("class", wanted, Integral, "a name or a whole number")
     if not 0 <= wanted < len(class_names):
         raise ValueError(f"class: expected 0 to {len(class_names) - 1}, got {wanted}")
     return int(wanted)
@@ -277,7 +281,7 @@ def _config(
             "model: expected a network that sums its branches, got one that concatenates them"
         )
     check_layers(model, "cutting out copies the weights of its own layers")
-    if skip_rank is not None and not 0 < skip_rank <= 1:
+    if skip_rank is not None and not 0 < checked_number("skip_rank", skip_rank) <= 1:
         raise ValueError(f"skip_rank: expected a share 0 < skip_rank <= 1, got {skip_rank}")
     sizes = []
     for block in model.blocks:
@@ -291,6 +295,7 @@ def _config(
         head_bias=model.config["head_bias"],
         folded=False,
         blocks=tuple(sizes),
+        image_size=model.image_size,
     )
 
 

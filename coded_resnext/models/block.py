@@ -18,7 +18,12 @@ from torch.nn.utils import parametrize
 
 from coded_resnext.codebooks.codebook import Codebook
 from coded_resnext.kernels import Aggregation, Backend, coded_aggregate, select_backend
-from coded_resnext.kernels.checks import checked_mask
+from coded_resnext.kernels.checks import (
+    check_integers,
+    check_kind,
+    checked_mask,
+    checked_number,
+)
 from coded_resnext.kernels.coded.functional import normalized_branches
 from coded_resnext.kernels.coded.reference import aggregate_outputs
 from coded_resnext.kernels.layout import accumulation_dtype
@@ -43,7 +48,7 @@ class DropSubNNs(nn.Module):
 
     def __init__(self, p: float = 0.1) -> None:
         super().__init__()
-        if not 0 <= p < 1:
+        if not 0 <= checked_number("drop_branches", p) < 1:
             raise ValueError(f"drop_branches: expected a probability 0 <= p < 1, got {p}")
         self.p = float(p)
 
@@ -136,9 +141,8 @@ class CodedBottleneck(nn.Module):
             "branches": branches,
             "stride": stride,
         }
-        for name, value in sizes.items():
-            if value < 1:
-                raise ValueError(f"{name}: expected a positive integer, got {value}")
+        check_integers(**sizes)
+        check_kind("codebook", codebook, (Codebook, type(None)), "a Codebook or None")
         if codebook is not None and codebook.branches != branches:
             raise ValueError(
                 f"codebook: expected {branches} branches as in the block, got {codebook.branches}"
@@ -151,6 +155,8 @@ class CodedBottleneck(nn.Module):
                 f"channels: expected a multiple of {branches} branches to concatenate, "
                 f"got {channels}"
             )
+        if normalized_by is not None:
+            check_integers(normalized_by=normalized_by)
         if normalized_by is not None and (codebook is not None or normalized_by < branches):
             raise ValueError(
                 f"normalized_by: expected at least {branches} branches and no codebook, "
@@ -417,6 +423,7 @@ def activated(norm: nn.Module, x: Tensor) -> Tensor:
 
 def check_images(x: Tensor, channels: int) -> None:
     """Refuses what is not a batch of maps `[B, channels, H, W]`."""
+    check_kind("x", x, Tensor, f"a tensor [B, {channels}, H, W]")
     if x.ndim != 4 or x.shape[1] != channels or x.shape[0] == 0:
         raise ValueError(f"x: expected [B, {channels}, H, W] with B >= 1, got {list(x.shape)}")
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from coded_resnext.codebooks.codebook import Codebook
-from coded_resnext.kernels.checks import check_finite
+from coded_resnext.kernels.checks import check_finite, check_kind
 from coded_resnext.kernels.loss.reference import class_scores
 
 from .resnext import CodedResNeXt
@@ -29,6 +29,8 @@ def decode(energies: Tensor, codebook: Codebook | Tensor, *, check_values: bool 
     Raises:
         ValueError: the energies are not `[B, N]` with the codebook's N, or on the CPU not finite.
     """
+    check_kind("energies", energies, Tensor, "a tensor [B, N]")
+    check_kind("codebook", codebook, (Codebook, Tensor), "a Codebook or a tensor [K, N]")
     codewords = codebook.codewords if isinstance(codebook, Codebook) else codebook
     if energies.ndim != 2 or energies.shape[1] != codewords.shape[1]:
         raise ValueError(

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from coded_resnext.codebooks.codebook import Codebook
-from coded_resnext.kernels import Backend, coding_losses
+from coded_resnext.kernels import Backend, coding_losses, select_backend
 from coded_resnext.kernels.checks import (
     check_class_weight,
     check_finite,
+    check_items,
+    check_kind,
     check_targets,
+    checked_number,
     is_no_class,
 )
 from coded_resnext.kernels.layout import accumulation_dtype
@@ -78,10 +81,11 @@ class CodedLoss(nn.Module):
             ("exponent", exponent, 1.0),
             ("threshold", threshold, 0.0),
         ):
-            if not (math.isfinite(value) and value >= low):
-                raise ValueError(f"{name}: expected a finite number of at least {low}, got {value}")
-        if not 0 <= label_smoothing < 1:
+            checked_number(name, value, low)
+        if not 0 <= checked_number("label_smoothing", label_smoothing) < 1:
             raise ValueError(f"label_smoothing: expected 0 <= s < 1, got {label_smoothing}")
+        check_items("codebooks", codebooks, Codebook)
+        select_backend(backend)
         for index, codebook in enumerate(codebooks):
             if codebook.class_names != codebooks[0].class_names:
                 raise ValueError(
@@ -89,7 +93,11 @@ class CodedLoss(nn.Module):
                 )
         self.weight, self.exponent, self.threshold = weight, exponent, threshold
         if class_weight is not None:
-            class_weight = torch.as_tensor(class_weight)
+            check_kind("class_weight", class_weight, (Tensor, Sequence, np.ndarray), "numbers [K]")
+            try:
+                class_weight = torch.as_tensor(class_weight)
+            except (TypeError, ValueError, RuntimeError) as error:
+                raise ValueError(f"class_weight: expected numbers [K]: {error}") from error
             classes = codebooks[0].classes if codebooks else class_weight.numel()
             check_class_weight(class_weight, classes)
         self.ignore_index = ignore_index
@@ -118,6 +126,8 @@ class CodedLoss(nn.Module):
                 numbers that are not finite. Values on other devices, and under `torch.compile`, are
                 not read: a class out of range makes both terms NaN.
         """
+        check_kind("logits", logits, Tensor, "a tensor [B, K]")
+        check_items("energies", energies, Tensor)
         if logits.ndim != 2 or logits.shape[0] == 0:
             raise ValueError(f"logits: expected [B, K] with B >= 1, got {list(logits.shape)}")
         if len(energies) != self.blocks:

@@ -98,7 +98,7 @@ NETWORKS = {
         _cifar_small, 10, (10, 5, 3), 10, {"stem_channels": 24}, codebook_variant="paper"
     ),
     "resnext_digits": Architecture(
-        _digits, 10, (10, 5, 3), 10, {"in_channels": 1, "stem_channels": 32}
+        _digits, 10, (10, 5, 3), 10, {"in_channels": 1, "stem_channels": 32, "image_size": 8}
     ),
 }
 

@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 from coded_resnext.codebooks.codebook import Codebook
 from coded_resnext.codebooks.shipped import Size, shipped_sizes
 from coded_resnext.kernels import Aggregation, Backend
+from coded_resnext.kernels.checks import check_integers, check_items
 
 from .block import CodedBottleneck, Step, check_images, classify, features, walk
 from .layers import check_layers
@@ -45,6 +46,8 @@ class CodedResNeXt(nn.Module):
         aggregation: `"sum"`, or `"concat"`, the ablation of the paper's talk.
         normalize: whether coded blocks normalise energies; False is an ablation.
         backend: implementation of the coded operation, see `coded_resnext.kernels`.
+        image_size: height and width, in pixels, of the images that the network is made for; others
+            work too. Left out, 32, or 224 with the stem for large images.
 
     Raises:
         ValueError: an argument is outside its range, or a codebook does not fit its stage, the
@@ -70,18 +73,19 @@ class CodedResNeXt(nn.Module):
         aggregation: Aggregation = "sum",
         normalize: bool = True,
         backend: Backend = "auto",
+        image_size: int | None = None,
     ) -> None:
         super().__init__()
-        stages = tuple(stages)
+        check_items("stages", stages, Stage)
         if not stages:
             raise ValueError("stages: expected at least one stage, got none")
-        if num_classes < 2:
-            raise ValueError(f"num_classes: expected at least 2, got {num_classes}")
+        check_integers(2, num_classes=num_classes)
         if stem not in get_args(Stem):
             raise ValueError(f"stem: expected 'conv3x3' or 'conv7x7', got {stem!r}")
-        for name, value in (("stem_channels", stem_channels), ("in_channels", in_channels)):
-            if value < 1:
-                raise ValueError(f"{name}: expected a positive integer, got {value}")
+        check_integers(stem_channels=stem_channels, in_channels=in_channels)
+        if image_size is not None:
+            check_integers(image_size=image_size)
+        self.image_size = image_size or usual_image_size(stem)
         stage_codebooks = assign_codebooks(stages, num_classes, codebooks, class_names)
         self.class_names = check_class_names(stage_codebooks, num_classes, class_names)
         self.stage_codebooks = tuple(book for book in stage_codebooks if book is not None)
@@ -97,6 +101,7 @@ class CodedResNeXt(nn.Module):
             "head_bias": head_bias,
             "aggregation": aggregation,
             "normalize": normalize,
+            **({} if image_size is None else {"image_size": image_size}),
         }
 
         self.stem = make_stem(stem, in_channels, stem_channels)
@@ -218,8 +223,7 @@ class CodedResNeXt(nn.Module):
         Raises:
             ValueError: as when a network is made.
         """
-        if num_classes < 2:
-            raise ValueError(f"num_classes: expected at least 2, got {num_classes}")
+        check_integers(2, num_classes=num_classes)
         if num_classes == self.config["num_classes"] and codebooks is None and class_names is None:
             codebooks, class_names = self.stage_codebooks, self.class_names
         stages = [Stage(**stage) for stage in self.config["stages"]]
@@ -304,6 +308,8 @@ class CodedResNeXt(nn.Module):
                 were changed since the network was made.
         """
         check_layers(self, "extending copies the weights of its own layers")
+        check_items("new_classes", new_classes, str)
+        check_integers(0, seed=seed)
         names = [*self.class_names, *new_classes]
         if len(names) == self.num_classes or len(set(names)) < len(names):
             raise ValueError(
@@ -415,6 +421,11 @@ def own_network(model: nn.Module) -> CodedResNeXt:
     return network
 
 
+def usual_image_size(stem: Stem) -> int:
+    """Returns height and width, in pixels, of the images that a stem is meant for."""
+    return 32 if stem == "conv3x3" else 224
+
+
 def make_stem(stem: Stem, in_channels: int, channels: int) -> nn.Sequential:
     """Makes the layers before the first block: convolution, BatchNorm, ReLU, and max-pooling."""
     small = stem == "conv3x3"
@@ -488,6 +499,7 @@ def assign_codebooks(
             default_codebook(num_classes, stage.branches, stage.active, class_names)
             for stage in coded
         ]
+    check_items("codebooks", codebooks, Codebook)
     if len(codebooks) != len(coded):
         raise ValueError(
             f"codebooks: expected one for each of {len(coded)} coded stages, got {len(codebooks)}"
@@ -514,6 +526,7 @@ def check_class_names(
     known = next((book.class_names for book in codebooks if book is not None), None)
     if class_names is None:
         return known or tuple(map(str, range(num_classes)))
+    check_items("class_names", class_names, str)
     names = tuple(class_names)
     if len(names) != num_classes or len(set(names)) != num_classes:
         raise ValueError(f"class_names: expected {num_classes} distinct names, got {len(names)}")

@@ -24,7 +24,7 @@ from coded_resnext.codebooks.codebook import Codebook
 from .block import check_images
 from .checkpoint import MODEL_FILE, load_model
 from .registry import list_models, load_pretrained, network_arguments, trained_arguments
-from .resnext import CodedResNeXt
+from .resnext import CodedResNeXt, usual_image_size
 from .shipped import weights_of
 from .warm_start import plain_state
 
@@ -265,7 +265,7 @@ def _default_cfg(network: str) -> dict[str, Any]:
     arguments = network_arguments(network)
     large = arguments.get("stem") == "conv7x7"
     channels = arguments.get("in_channels", 3)
-    size = 224 if large else 8 if channels == 1 else 32
+    size = arguments.get("image_size") or usual_image_size("conv7x7" if large else "conv3x3")
     stride = 4 if large else 1
     for stage in arguments["stages"]:
         stride *= stage.stride

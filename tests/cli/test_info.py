@@ -57,6 +57,6 @@ def test_networks_without_classifiers(tmp_path, capsys, name):
 
 def test_bad_requests(run_folder, capsys):
     assert info(run_folder, "--image-size", "0") == 2
-    assert "image_size: expected a positive number" in capsys.readouterr().err
+    assert "image_size: expected a positive integer" in capsys.readouterr().err
     assert info(run_folder / "nowhere") == 2
     assert capsys.readouterr().err.count("\n") == 1

@@ -113,7 +113,7 @@ def test_every_part_keeps_its_mode():
 
 
 def test_bad_sizes():
-    with pytest.raises(ValueError, match="image_size: expected a positive number of pixels, got 0"):
+    with pytest.raises(ValueError, match="image_size: expected a positive integer, got 0"):
         network_cost(create_model("coded_resnext_digits"), 0)
     with pytest.raises(ValueError, match=r"BlockSizes\.width: expected a positive integer, got 0"):
         BlockSizes(8, 8, 0, 4)

@@ -29,6 +29,7 @@ from coded_resnext.deploy.early_exit import predict_early
 from coded_resnext.deploy.export import (
     Heads,
     export_early_exit,
+    signature,
     to_aot_package,
     to_exported_program,
     to_onnx,
@@ -453,3 +454,17 @@ def test_a_part_can_be_quantised(tmp_path: Path) -> None:
     assert len(session.run(None, {session.get_inputs()[0].name: images.numpy()})) == 3
     with pytest.raises(ValueError, match=r"images: expected \[B, 1, 6, 6\], got \[1, 6, 6\]"):
         quantize_onnx(first, tmp_path / "int8.onnx", list(images))
+
+
+def test_an_untrained_network_knows_the_size_of_its_images() -> None:
+    """timm#2033: digits of 8 pixels were exported for 32, and nothing said so."""
+    network = create_model("coded_resnext_digits").eval()
+    again = CodedResNeXt.from_config(network.config, network.stage_codebooks)
+    for exported in (network, again, extract_classifier(network, 3, fold_batch_norm=True)):
+        assert signature(exported, None, None).input_shape == (1, 8, 8)
+    assert signature(create_model("coded_resnext29_10x11d"), None, None).input_shape[1:] == (32, 32)
+    larger = create_model("coded_resnext_digits", image_size=28)
+    assert signature(larger, None, None).input_shape == (1, 28, 28)
+    assert signature(larger, 9, None).input_shape == (1, 9, 9)
+    with pytest.raises(ValueError, match="image_size: expected a positive integer, got 'small'"):
+        create_model("coded_resnext_digits", image_size="small")

@@ -70,9 +70,9 @@ def test_terms_are_float32_for_half_precision_logits() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"weight": -1.0}, "weight: .* at least 0.0, got -1.0"),
+        ({"weight": -1.0}, "weight: .* at least 0, got -1.0"),
         ({"weight": float("inf")}, "weight: .* got inf"),
-        ({"exponent": 0.5}, "exponent: .* at least 1.0, got 0.5"),
+        ({"exponent": 0.5}, "exponent: .* at least 1, got 0.5"),
         ({"threshold": -0.1}, "threshold: .* got -0.1"),
         ({"label_smoothing": 1.0}, "label_smoothing: expected 0 <= s < 1, got 1.0"),
     ],

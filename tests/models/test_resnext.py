@@ -164,7 +164,7 @@ def test_plain_network_refuses_keep() -> None:
     ("changes", "message"),
     [
         ({"stages": []}, "stages: expected at least one"),
-        ({"num_classes": 1}, "num_classes: expected at least 2, got 1"),
+        ({"num_classes": 1}, "num_classes: expected an integer of at least 2, got 1"),
         ({"num_classes": 4}, r"codebooks: expected .*\(4, 4, 2\).* got \(3, 4, 2\)"),
         ({"codebooks": BOOKS[:1]}, "codebooks: expected one for each of 2 coded stages, got 1"),
         ({"codebooks": BOOKS[::-1]}, r"codebooks: expected .*\(3, 4, 2\).* got \(3, 4, 1\)"),

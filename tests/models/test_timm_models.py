@@ -192,7 +192,7 @@ def test_reset_of_a_network_without_timm():
     assert not model.head.training
     rebuilt = CodedResNeXt.from_config(model.config, model.stage_codebooks).double()
     rebuilt.load_state_dict(model.state_dict())
-    with pytest.raises(ValueError, match="num_classes: expected at least 2, got 1"):
+    with pytest.raises(ValueError, match="num_classes: expected an integer of at least 2, got 1"):
         model.reset_classifier(1)
 
 
