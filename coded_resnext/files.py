@@ -3,20 +3,45 @@ all."""
 
 from __future__ import annotations
 
+import csv
 import hashlib
+import io
 import json
+import math
 import os
 import re
+import reprlib
 import secrets
+import stat
+import sys
 import unicodedata
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, TextIO
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 LARGEST_TEXT = 16 * 2**20
 # The results of a thousand classes are 24 MiB.
 LARGEST_RESULTS = 256 * 2**20
+# A value takes up to a hundred bytes of memory; of files that are written here, ten of the file.
+BYTES_OF_A_VALUE = 8
+# Whole numbers beyond 64 bits are refused, and lists inside lists inside ..: code that goes through
+# what was read may call itself for each.
+MOST_DIGITS, DEEPEST = 19, 64
+# What code that was written for sound values raises for others.
+UNFIT = (
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    MemoryError,
+    RecursionError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 # Control and format characters (among them the marks of writing direction), separators of lines
 # and paragraphs, and what a file name has that is no UTF-8.
 _HIDDEN = ("Cc", "Cf", "Zl", "Zp", "Cs")
@@ -46,15 +71,71 @@ def read_text(path: str | Path, largest: int = LARGEST_TEXT) -> str:
 
 def read_json(path: str | Path, largest: int = LARGEST_TEXT) -> Any:
     """The content of a JSON file; raises as `read_text`, and a ValueError for what is no JSON."""
-    return parse_json(read_text(path, largest))
+    return parse_json(read_text(path, largest), largest)
 
 
-def parse_json(text: str) -> Any:
-    """Returns the content of a JSON text; a ValueError also where it is nested too deeply."""
+def parse_json(text: str, largest: int = LARGEST_TEXT) -> Any:
+    """Returns the content of a JSON text.
+
+    Raises:
+        ValueError: it is no JSON, is nested too deeply, has a whole number of more than 19 digits,
+            or more values than a file of `largest` bytes has use for.
+    """
+    require_few_values(text, ",[{", largest)
     try:
-        return json.loads(text)
+        content = json.loads(text, parse_int=_whole_number)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"expected JSON: {error}") from None
+    level = [content]
+    for _ in range(DEEPEST + 1):
+        containers = (part for part in level if isinstance(part, dict | list))
+        level = [
+            value
+            for part in containers
+            for value in (part.values() if isinstance(part, dict) else part)
+            if isinstance(value, dict | list)
+        ]
+        if not level:
+            return content
+    raise ValueError(f"expected JSON: more than {DEEPEST} lists or objects inside each other")
+
+
+def _whole_number(digits: str) -> int:
+    if len(digits.lstrip("-")) > MOST_DIGITS:
+        raise ValueError(f"a whole number of {len(digits)} digits")
+    return int(digits)
+
+
+def parse_csv(text: str, delimiter: str = ",") -> list[list[str]]:
+    """Returns the rows of a table.
+
+    Raises:
+        ValueError: it is no CSV, or has more cells than a file has use for.
+    """
+    require_few_values(text, delimiter + "\n")
+    try:
+        return list(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter))
+    except csv.Error as error:
+        raise ValueError(f"expected CSV: {error}") from None
+
+
+def require_few_values(text: str, marks: str, largest: int = LARGEST_TEXT) -> None:
+    """Refuse a text that would take much more memory as values, of which it has one for a mark."""
+    if sum(map(text.count, marks)) > largest // BYTES_OF_A_VALUE:
+        raise ValueError(f"expected at most {largest // BYTES_OF_A_VALUE:,} values, got more")
+
+
+_BRIEF = reprlib.Repr()
+_BRIEF.maxlevel, _BRIEF.maxstring, _BRIEF.maxother = 3, 60, 60
+
+
+def brief(value: object) -> str:
+    """Returns a value as code for a message, in at most 80 characters.
+
+    The whole is never made: lists that hold a list twice, again and again, have no end.
+    """
+    text = _BRIEF.repr(value)
+    return text if len(text) <= 80 else f"{text[:78]}.."
 
 
 def as_text(name: object) -> str:
@@ -75,6 +156,25 @@ def printable_lines(text: object) -> str:
     return "\n".join(map(printable, str(text).split("\n")))
 
 
+def say(text: object = "", *, file: TextIO | None = None, flush: bool = False) -> None:
+    """Print for a person; this library prints in no other way, whatever a name or a file holds.
+
+    Args:
+        text: lines; as `printable_lines` they reach the terminal.
+        file: `sys.stderr`, or `sys.stdout` for None.
+        flush: whether at once.
+    """
+    print(printable_lines(text), file=file or sys.stdout, flush=flush)
+
+
+def table_cell(value: object) -> object:
+    """Returns a value for a cell of CSV: text that a spreadsheet would compute begins with `'`."""
+    if isinstance(value, str):
+        text = printable(value)
+        return f"'{text}" if text.startswith(("=", "+", "-", "@")) else text
+    return value
+
+
 def write_atomically(path: str | Path, content: bytes) -> None:
     """Write a file so that a reader sees the old content or the new, never a part.
 
@@ -86,6 +186,9 @@ def write_atomically(path: str | Path, content: bytes) -> None:
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:
         with temporary.open("xb") as file:
+            if os.name == "posix" and path.is_file() and not path.is_symlink():
+                # What its owner keeps from others stays so.
+                os.fchmod(file.fileno(), stat.S_IMODE(path.stat().st_mode))
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
@@ -135,13 +238,79 @@ def load_tensors(file: BinaryIO, allowed: Sequence[type] = ()) -> Any:
                 raise ValueError("an archive that is compressed")
         file.seek(0)
         with torch.serialization.safe_globals(list(allowed)):
-            return torch.load(file, map_location="cpu", weights_only=True)
+            content = torch.load(file, map_location="cpu", weights_only=True)
+        _require_own_memory(content, size)
+        return content
     # What loading raises depends on what the file is.
     except Exception as error:
         raise ValueError(
             "expected tensors and plain values, which is all that is loaded, since anything else "
             f"could run code; got: {_reason(error)}"
         ) from error
+
+
+def _require_own_memory(content: Any, size: int) -> None:
+    """Refuse tensors that are larger than their file: whose numbers are one number many times."""
+    from torch import Tensor
+
+    waiting, seen, total = [content], set[int](), 0
+    while waiting:
+        value = waiting.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, Tensor):
+            total += value.numel() * value.element_size()
+        elif isinstance(value, dict):
+            waiting += value.values()
+        elif isinstance(value, list | tuple | set):
+            waiting += value
+        elif hasattr(value, "__dict__"):
+            waiting += vars(value).values()
+    if total > 4 * size:
+        raise ValueError(f"tensors of {total:,} bytes in a file of {size:,}")
+
+
+def load_arrays(path: str | Path, names: Sequence[str], largest: int) -> dict[str, NDArray[Any]]:
+    """Returns arrays of an `.npz` file, compressed or not.
+
+    Args:
+        path: the file.
+        names: of the arrays.
+        largest: bytes of all of them; more is refused before it is in memory.
+
+    Raises:
+        ValueError: the file is damaged, lacks an array, or has larger ones. The message does not
+            name it.
+        OSError: it cannot be read.
+    """
+    import numpy as np
+
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = [archive.getinfo(f"{name}.npy") for name in names]
+            if sum(entry.file_size for entry in entries) > largest:
+                raise ValueError(f"arrays of more than {largest >> 20} MiB")
+            for entry in entries:
+                with archive.open(entry) as file:
+                    _require_described_size(file, entry.file_size)
+        with np.load(path, allow_pickle=False) as arrays:
+            return {name: arrays[name] for name in names}
+    except OSError:
+        raise
+    # What NumPy raises depends on the damage; zip and its packing have errors of their own.
+    except Exception as error:
+        raise ValueError(f"damaged, or not an archive of arrays: {error}") from error
+
+
+def _require_described_size(file: Any, size: int) -> None:
+    """Refuse an array whose header promises more numbers than its entry has bytes."""
+    from numpy.lib import format as npy
+
+    headers = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
+    shape, _, dtype = headers[npy.read_magic(file)](file)
+    if math.prod(shape) * max(dtype.itemsize, 1) > size:
+        raise ValueError(f"an array {list(shape)} in {size:,} bytes")
 
 
 def _reason(error: Exception) -> str:

@@ -12,6 +12,12 @@ import sys
 import numpy as np
 import onnxruntime
 
+
+def shown(name: str) -> str:
+    """Returns a name from a file without what would move the cursor or hide text."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in name)
+
+
 if len(sys.argv) != 3 or not sys.argv[2].endswith(".npy"):
     sys.exit("usage: python examples/onnx_classify.py MODEL.onnx IMAGES.npy")
 model, file = sys.argv[1:]
@@ -27,8 +33,8 @@ mean, std = (np.reshape(prepared[key], (-1, 1, 1)) for key in ("mean", "std"))
 x = ((images - mean) / std).astype(np.float32)
 for number, logits in enumerate(session.run(["logits"], {"images": x})[0]):
     if len(names) > 1:
-        print(number, names[logits.argmax()])
+        print(number, shown(names[logits.argmax()]))
     elif threshold is None:
         print(number, float(logits))
     else:
-        print(number, names[0] if logits >= threshold else f"not {names[0]}")
+        print(number, shown(names[0] if logits >= threshold else f"not {names[0]}"))

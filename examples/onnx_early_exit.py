@@ -14,6 +14,12 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 
+
+def shown(name: str) -> str:
+    """Returns a name from a file without what would move the cursor or hide text."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in name)
+
+
 if len(sys.argv) != 3 or not sys.argv[2].endswith(".npy"):
     sys.exit("usage: python examples/onnx_early_exit.py FOLDER IMAGES.npy")
 folder, file = Path(sys.argv[1]), sys.argv[2]
@@ -44,4 +50,4 @@ for block, (part, wanted) in enumerate(zip(parts, criterion["margins"], strict=F
 else:
     classes[remaining] = parts[-1].run(["logits"], {"x": x})[0].argmax(1)
 for number, (index, block) in enumerate(zip(classes, exits, strict=True)):
-    print(number, names[index], block)
+    print(number, shown(names[index]), block)

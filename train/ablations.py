@@ -32,7 +32,7 @@ from coded_resnext.data.batches import RandomShift, TrainingBatches, TrainLoader
 from coded_resnext.data.datasets import DIGITS_NAME, load_digits_split
 from coded_resnext.data.loaders import EvalImages, TrainImages
 from coded_resnext.data.preprocessing import Preprocessing
-from coded_resnext.files import write_atomically
+from coded_resnext.files import say, write_atomically
 from coded_resnext.interpret import Loader, evaluate, save_evaluation
 from coded_resnext.interpret.ablations import (
     ABLATIONS,
@@ -155,7 +155,7 @@ def train(task: Task, ablation: Ablation, seed: int, folder: Path) -> None:
     )
     if (folder / SUMMARY_FILE).exists():
         return
-    print(f"{ablation.name}, seed {seed}: {folder}", file=sys.stderr)
+    say(f"{ablation.name}, seed {seed}: {folder}", file=sys.stderr)
     model = model.to(memory_format=torch.channels_last)
     history = fit(
         model,
@@ -222,7 +222,7 @@ def report(arguments: argparse.Namespace, rows: list[Ablation]) -> None:
     }
     text = json.dumps(content, indent=1, allow_nan=False)
     write_atomically(arguments.out / RESULTS_FILE, f"{text}\n".encode())
-    print(ablation_table(summaries))
+    say(ablation_table(summaries))
 
 
 def train_and_report(arguments: argparse.Namespace) -> None:

@@ -12,6 +12,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from coded_resnext.files import say
 from coded_resnext.interpret.comparing import describe_groups, group_runs, summary_table
 from coded_resnext.training.processes import run_script
 
@@ -19,8 +20,8 @@ from coded_resnext.training.processes import run_script
 def compare(runs: list[Path]) -> None:
     """Read the folders and print the table."""
     groups = group_runs(runs)
-    print(summary_table({group.name: group.summaries for group in groups}))
-    print(f"\n{describe_groups(groups)}")
+    say(summary_table({group.name: group.summaries for group in groups}))
+    say(f"\n{describe_groups(groups)}")
 
 
 def main() -> int:

@@ -30,7 +30,7 @@ from coded_resnext.data.datasets import DIGITS_NAME, load_digits_split
 from coded_resnext.data.preprocessing import SPLIT_SEED
 from coded_resnext.deploy.cost import network_cost
 from coded_resnext.deploy.early_exit import EXIT_FILE, predict_early
-from coded_resnext.files import write_atomically
+from coded_resnext.files import say, write_atomically
 from coded_resnext.models.checkpoint import LoadedModel, load_model, weights_sha256
 from coded_resnext.training.config import TrainingConfig
 from coded_resnext.training.engine import fit
@@ -77,7 +77,7 @@ def cross_validate(loaded: LoadedModel, folds: int, folder: Path) -> ExitScores:
     splitter = StratifiedKFold(folds, shuffle=True, random_state=0)
     parts = []
     for number, (inside, outside) in enumerate(splitter.split(images, targets), 1):
-        print(f"fold {number} of {folds}", file=sys.stderr)
+        say(f"fold {number} of {folds}", file=sys.stderr)
         held_out = batches(images[outside], targets[outside])
         model = _fresh(loaded.model, config.seed)
         run = RunFolder(
@@ -200,7 +200,7 @@ def calibrate_runs(arguments: argparse.Namespace) -> None:
         }
         text = json.dumps(content, indent=1) + "\n"
         write_atomically(path / MEASUREMENT_FILE, text.encode())
-        print(
+        say(
             f"{path}: accuracy {row['accuracy']:.4f}, with early exit {row['early_accuracy']:.4f} "
             f"at {row['macs_saved']:.1%} fewer MACs; time {row['early_over_full_batch_1']:.2f} at "
             f"batch 1, {row['early_over_full_batch_256']:.2f} at batch 256; exits {row['exits']}"

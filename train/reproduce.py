@@ -29,7 +29,7 @@ import torch
 
 from coded_resnext.cli.report import REPORT_FILE
 from coded_resnext.cli.train import ROTATED, Command, identity, parse_command, run_recipe
-from coded_resnext.files import read_json, write_atomically
+from coded_resnext.files import read_json, say, write_atomically
 from coded_resnext.interpret.ablations import (
     BASE,
     PLAIN,
@@ -261,7 +261,7 @@ def carry_out(runs: Sequence[PlannedRun]) -> None:
     for number, run in enumerate(runs, 1):
         if run.is_finished:
             continue
-        print(
+        say(
             f"run {number} of {len(runs)}: {run.ablation.name}, seed {run.seed}: {run.command.out}",
             file=sys.stderr,
         )
@@ -355,12 +355,12 @@ def train_and_report(arguments: argparse.Namespace, rest: Sequence[str]) -> None
     """Print the plan, or train what is missing and print the tables."""
     runs = plan(arguments, rest)
     if arguments.plan:
-        print(describe_plan(runs, SCALES[arguments.scale].cost))
+        say(describe_plan(runs, SCALES[arguments.scale].cost))
         return
     if not arguments.table:
         carry_out(runs)
-    print(f"\n{report(runs, arguments)}")
-    print(f"written to {arguments.out / TABLE_FILE}", file=sys.stderr)
+    say(f"\n{report(runs, arguments)}")
+    say(f"written to {arguments.out / TABLE_FILE}", file=sys.stderr)
 
 
 def main() -> int:

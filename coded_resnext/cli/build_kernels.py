@@ -7,6 +7,7 @@ import sys
 
 import torch
 
+from coded_resnext.files import say
 from coded_resnext.kernels.build.build import BuildError, build, missing
 from coded_resnext.kernels.prebuilt.index import default_folder
 
@@ -32,16 +33,16 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         if arguments.check:
             lacking = missing(archs, folder)
-            print("\n".join(lacking) if lacking else f"{folder}: all kernels are there")
+            say("\n".join(lacking) if lacking else f"{folder}: all kernels are there")
             return int(bool(lacking))
         built = build(archs, folder, jobs=arguments.jobs)
     except BuildError as error:
-        print(f"coded-resnext: {error}", file=sys.stderr)
+        say(f"coded-resnext: {error}", file=sys.stderr)
         return 1
     for arch, entries in built.items():
         kernels = len({entry["key"] for entry in entries})
-        print(f"{arch}: {kernels} kernels for {len(entries)} launch settings")
-    print(f"in {folder}; {folder / 'build'} is needed by the next build only")
+        say(f"{arch}: {kernels} kernels for {len(entries)} launch settings")
+    say(f"in {folder}; {folder / 'build'} is needed by the next build only")
     return 0
 
 

@@ -7,7 +7,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from coded_resnext.deploy.early_exit import EXIT_FILE, calibrate, exit_scores
-from coded_resnext.files import printable
+from coded_resnext.files import printable, say
 from coded_resnext.interpret.provenance import DigestedLoader
 from coded_resnext.interpret.results import EVALUATION_FILE, load_evaluation
 from coded_resnext.models.checkpoint import load_model, weights_sha256
@@ -63,17 +63,17 @@ def run(arguments: argparse.Namespace) -> int:
     )
     criterion.save(folder / EXIT_FILE)
     exits = scores.exits(criterion).bincount(minlength=len(criterion.margins) + 1).tolist()
-    print(f"margins chosen on {printable(images)}")
+    say(f"margins chosen on {printable(images)}")
     for number, (margin, count) in enumerate(zip(criterion.margins, exits, strict=False), 1):
         text = "no image leaves" if margin is None else f"margin {margin:.3f}, {count} images leave"
-        print(f"coded block {number}: {text}")
-    print(
+        say(f"coded block {number}: {text}")
+    say(
         f"classifier: {exits[-1]} images; accuracy {scores.accuracy():.2%}, with early exit "
         f"{scores.accuracy(criterion):.2%} on these images"
     )
     if images.sha256 == tested_on:
-        print("these are the test images of the run: measure early exit on others")
-    print(f"wrote {folder / EXIT_FILE}")
+        say("these are the test images of the run: measure early exit on others")
+    say(f"wrote {folder / EXIT_FILE}")
     return 0
 
 

@@ -15,6 +15,7 @@ from coded_resnext.codebooks.codebook import Codebook
 from coded_resnext.codebooks.files import ENDINGS, read_document
 from coded_resnext.codebooks.search import Progress, search
 from coded_resnext.codebooks.verification import verify
+from coded_resnext.files import say
 
 if TYPE_CHECKING:
     from coded_resnext.codebooks.codebook import Codebook
@@ -31,26 +32,26 @@ def run_search(args: argparse.Namespace) -> int:
     report = _progress_printer() if sys.stderr.isatty() else None
     result = search(args.classes, args.branches, args.active, args.effort, args.seed, report)
     if result.interrupted:
-        print("interrupted: this is the best so far", file=sys.stderr)
+        say("interrupted: this is the best so far", file=sys.stderr)
     codebook = Codebook(torch.from_numpy(result.words))
     if args.output is None:
-        print(codebook)
+        say(codebook)
     else:
         try:
             codebook.save(args.output)
         except OSError:
             # What took minutes to find is not lost.
-            print(codebook)
+            say(codebook)
             raise
-        print(f"{args.output}: {_summary(codebook)}")
-    print(codebook.bounds)
+        say(f"{args.output}: {_summary(codebook)}")
+    say(codebook.bounds)
     return INTERRUPTED if result.interrupted else 0
 
 
 def _progress_printer() -> Callable[[Progress], None]:
     def show(progress: Progress) -> None:
         best = f"best: distance {progress.distance}, {progress.pairs} pairs"
-        print(
+        say(
             f"{progress.trying:40} {best if progress.distance else ''}", file=sys.stderr, flush=True
         )
 
@@ -60,24 +61,24 @@ def _progress_printer() -> Callable[[Progress], None]:
 def run_show(args: argparse.Namespace) -> int:
     """Print the table, distances, loads and bounds of a codebook."""
     codebook = _read(args.codebook)
-    print(codebook)
-    print(codebook.bounds)
-    print("\ndistance  pairs of classes")
+    say(codebook)
+    say(codebook.bounds)
+    say("\ndistance  pairs of classes")
     most = max(codebook.distances.values())
     for distance, pairs in codebook.distances.items():
-        print(f"{distance:8}  {pairs:<9} {_bar(pairs, most)}")
-    print("\n  branch  classes")
+        say(f"{distance:8}  {pairs:<9} {_bar(pairs, most)}")
+    say("\n  branch  classes")
     for branch, load in enumerate(codebook.column_loads):
-        print(f"{branch:8}  {load:<9} {_bar(load, max(codebook.column_loads))}")
+        say(f"{branch:8}  {load:<9} {_bar(load, max(codebook.column_loads))}")
     quality = codebook.quality()
-    print(
+    say(
         f"\nwith one branch in {1 / quality.flip_probability:.0f} wrong, "
         f"{quality.error:.2%} of the images get a wrong codeword "
         f"(+-{2 * quality.standard_error:.2%}; at most {quality.error_bound:.2%})"
     )
     if args.png is not None:
         draw(codebook, args.png)
-        print(f"drawn: {args.png}")
+        say(f"drawn: {args.png}")
     return 0
 
 
@@ -93,24 +94,24 @@ def run_verify(args: argparse.Namespace) -> int:
         raise ValueError(f"{args.file}: {error}") from error
     for rule in rules:
         mark = "yes" if rule.holds else ("NO" if rule.required else "no")
-        print(f"{mark:4} {rule.name}: {rule.finding}")
+        say(f"{mark:4} {rule.name}: {rule.finding}")
     return 0 if all(rule.holds for rule in rules if rule.required) else 1
 
 
 def run_compare(args: argparse.Namespace) -> int:
     """Print the measures of two codebooks side by side."""
     first, second = _read(args.first), _read(args.second)
-    print(f"{'':26} {args.first:>24} {args.second:>24}")
+    say(f"{'':26} {args.first:>24} {args.second:>24}")
     left, right = _measures(first), _measures(second)
     for name, value in left.items():
-        print(f"{name:26} {value:>24} {right[name]:>24}")
+        say(f"{name:26} {value:>24} {right[name]:>24}")
     if first.words == second.words:
-        print("the codewords are the same, in the same order")
+        say("the codewords are the same, in the same order")
     elif sorted(first.words) == sorted(second.words):
-        print("the codewords are the same, in another order")
+        say("the codewords are the same, in another order")
     else:
         common = len(set(first.words) & set(second.words))
-        print(f"{common} codewords occur in both")
+        say(f"{common} codewords occur in both")
     return 0
 
 
@@ -137,7 +138,7 @@ def run_export(args: argparse.Namespace) -> int:
             f"got {args.output.suffix!r}"
         )
     codebook.save(args.output)
-    print(f"{args.output}: {_summary(codebook)}")
+    say(f"{args.output}: {_summary(codebook)}")
     return 0
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from coded_resnext.deploy.early_exit import EXIT_FILE, EarlyExit
-from coded_resnext.files import LARGEST_RESULTS, printable, read_json
+from coded_resnext.files import LARGEST_RESULTS, UNFIT, read_json, say
 from coded_resnext.interpret.results import EVALUATION_FILE
 from coded_resnext.kernels.checks import checked_number
 from coded_resnext.models.checkpoint import MODEL_FILE, weights_sha256
@@ -66,7 +66,7 @@ class Companions:
                 for row in rows
                 if row["threshold"] is not None
             }
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except UNFIT as error:
             raise ValueError(f"{path}: not a readable evaluation: {error}") from error
 
     def early_exit(self) -> EarlyExit | None:
@@ -98,5 +98,5 @@ class Companions:
         """Says whether a file is for these weights; one that does not say so is for the model's."""
         belongs = self._is_model if sha256 is None else sha256 == self._sha256
         if not belongs:
-            print(f"{printable(path)}: measured on other weights, left out", file=sys.stderr)
+            say(f"{path}: measured on other weights, left out", file=sys.stderr)
         return belongs

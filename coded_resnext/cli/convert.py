@@ -8,7 +8,7 @@ from typing import Any
 
 from safetensors.torch import save_file
 
-from coded_resnext.files import read_json
+from coded_resnext.files import read_json, say
 from coded_resnext.models.checkpoint import MODEL_FILE, load_model, save_model
 from coded_resnext.models.published import published_model, published_model_state
 from coded_resnext.models.registry import create_model
@@ -42,7 +42,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.publish:
         state = published_model_state(load_model(arguments.source).model)
         save_file({name: value.contiguous() for name, value in state.items()}, out)
-        print(f"wrote {out}: {len(state)} tensors under the published names")
+        say(f"wrote {out}: {len(state)} tensors under the published names")
         return 0
     if arguments.architecture is not None:
         try:
@@ -57,7 +57,7 @@ def run(arguments: argparse.Namespace) -> int:
         model = create_model(arguments.network, **_overrides(arguments, weights, names))
         said = str(load_plain_weights(model, weights.state))
     save_model(out, model, training={"converted_from": Path(arguments.source).name})
-    print(f"wrote {out}: {said}")
+    say(f"wrote {out}: {said}")
     return 0
 
 

@@ -10,6 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 from torch import Tensor
 
+from coded_resnext.files import say
 from coded_resnext.kernels import Backend, backends, coded_aggregate, coding_loss
 from coded_resnext.kernels.prebuilt.index import find_prebuilt, folders, toolchain
 
@@ -30,20 +31,20 @@ PACKAGES = (
 
 def run(_arguments: argparse.Namespace) -> int:
     """Print the report; 1 when an operation is wrong."""
-    print(f"python         {platform.python_version()} on {platform.platform()}")
+    say(f"python         {platform.python_version()} on {platform.platform()}")
     for package in PACKAGES:
-        print(f"{package:<14} {_version(package)}")
-    print("devices        " + ", ".join(_device_name(device) for device in devices()))
+        say(f"{package:<14} {_version(package)}")
+    say("devices        " + ", ".join(_device_name(device) for device in devices()))
     for name, reason in backends().items():
-        print(f"backend        {name}: {'available' if reason is None else f'off: {reason}'}")
+        say(f"backend        {name}: {'available' if reason is None else f'off: {reason}'}")
     for line in prebuilt_kernels():
-        print(f"kernels        {line}")
+        say(f"kernels        {line}")
     wrong = 0
     for label, error, tolerance in check_operations():
         verdict = "ok" if error <= tolerance else "WRONG"
         wrong += verdict != "ok"
-        print(f"{verdict:<6} {label:<48} error {error:.1e} (at most {tolerance:.0e})")
-    print("all operations agree with their definition" if wrong == 0 else f"{wrong} are WRONG")
+        say(f"{verdict:<6} {label:<48} error {error:.1e} (at most {tolerance:.0e})")
+    say("all operations agree with their definition" if wrong == 0 else f"{wrong} are WRONG")
     return int(wrong > 0)
 
 

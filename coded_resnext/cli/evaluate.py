@@ -19,6 +19,7 @@ from coded_resnext.data.datasets import (
 from coded_resnext.data.image_sets import FileImages, ImageSplits
 from coded_resnext.data.loaders import EvalImages
 from coded_resnext.data.preprocessing import SPLIT_SEED, Preprocessing
+from coded_resnext.files import say
 from coded_resnext.interpret import tables
 from coded_resnext.interpret.evaluate import evaluate
 from coded_resnext.interpret.observe import Loader
@@ -80,7 +81,7 @@ def run(arguments: argparse.Namespace) -> int:
         outside=None if arguments.outside is None else arguments.outside.resolve().name,
         training=loaded.training,
     )
-    print(to_json(evaluation) if arguments.json else tables.text(evaluation))
+    say(to_json(evaluation) if arguments.json else tables.text(evaluation))
     if out is not None:
         written = save_evaluation(
             evaluation, out, csv=arguments.csv, codebooks=loaded.model.codebooks
@@ -90,7 +91,7 @@ def run(arguments: argparse.Namespace) -> int:
             shown = (positions, test_loader, loaded.preprocessing, out, evaluation.images)
             written.append(save_pictures(*shown))
         if not arguments.json:
-            print("\n".join(["", *(f"wrote {path}" for path in written)]))
+            say("\n".join(["", *(f"wrote {path}" for path in written)]))
     return 0
 
 
@@ -123,7 +124,7 @@ def open_data(loaded: LoadedModel, data: str, batch_size: int) -> tuple[Loader |
     preprocessing = _preprocessing(loaded)
     splits = _named_set(loaded, data) if data in NAMED_SETS else None
     splits = splits or find_image_folder(data, model.class_names)
-    print(splits, file=sys.stderr)
+    say(splits, file=sys.stderr)
     train, test = (
         EvalImages(images, preprocessing, batch_size) if len(images) else None
         for images in (splits.train, splits.test)

@@ -24,7 +24,7 @@ from coded_resnext.deploy.extract import extract_classifier
 from coded_resnext.deploy.extract_files import file_name
 from coded_resnext.deploy.hub import Pretrained, push_to_hub, save_pretrained
 from coded_resnext.deploy.onnx_files import quantize_onnx
-from coded_resnext.files import write_atomically
+from coded_resnext.files import say, write_atomically
 from coded_resnext.models.checkpoint import LoadedModel, load_model
 
 from .companions import Companions
@@ -61,12 +61,12 @@ def run(arguments: argparse.Namespace) -> int:
             arguments.name,
             arguments.license,
         )
-        print(f"wrote {save_pretrained(shared, out)}")
+        say(f"wrote {save_pretrained(shared, out)}")
         if arguments.push:
-            print(f"pushed {push_to_hub(out, arguments.push)}")
+            say(f"pushed {push_to_hub(out, arguments.push)}")
         return 0
     for path in _write(arguments, loaded, companions):
-        print(f"wrote {path} ({path.stat().st_size:,} bytes)")
+        say(f"wrote {path} ({path.stat().st_size:,} bytes)")
     return 0
 
 

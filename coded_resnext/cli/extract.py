@@ -18,7 +18,7 @@ from coded_resnext.deploy.extract import (
     extract_subset,
 )
 from coded_resnext.deploy.extract_files import INDEX_FILE, extract_all, file_name, save_extracted
-from coded_resnext.files import printable
+from coded_resnext.files import printable, say
 from coded_resnext.models.checkpoint import LoadedModel, load_model
 from coded_resnext.models.resnext import CodedResNeXt
 
@@ -59,7 +59,7 @@ def run(arguments: argparse.Namespace) -> int:
         path.parent.mkdir(parents=True, exist_ok=True)
         save_extracted(path, part, preprocessing=loaded.preprocessing)
         content = describe(loaded, part, path)
-    print(json.dumps(content, indent=1, allow_nan=False) if arguments.json else _sentences(content))
+    say(json.dumps(content, indent=1, allow_nan=False) if arguments.json else _sentences(content))
     return 0
 
 
@@ -121,7 +121,8 @@ def _extract_all(
 def _show_progress(done: int, of: int) -> None:
     if sys.stderr.isatty():
         end = "\n" if done == of else ""
-        print(f"\rclassifier {done} of {of}", end=end, file=sys.stderr, flush=True)
+        sys.stderr.write(f"\rclassifier {done} of {of}{end}")
+        sys.stderr.flush()
 
 
 def _sentences(content: dict[str, Any]) -> str:

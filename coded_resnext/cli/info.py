@@ -11,7 +11,7 @@ import torch
 from coded_resnext.deploy.cost import measure_latency, network_cost
 from coded_resnext.deploy.early_exit import EarlyExit
 from coded_resnext.deploy.extract import extract_classifier, extract_subset
-from coded_resnext.files import printable
+from coded_resnext.files import printable, say
 from coded_resnext.models.checkpoint import LoadedModel, load_model
 
 from .companions import Companions
@@ -29,7 +29,7 @@ def run(arguments: argparse.Namespace) -> int:
     loaded = load_model(arguments.checkpoint)
     criterion = Companions(arguments.checkpoint, loaded.model).early_exit()
     content = describe(loaded, criterion, arguments.image_size, latency=arguments.latency)
-    print(json.dumps(content, indent=1, allow_nan=False) if arguments.json else _sentences(content))
+    say(json.dumps(content, indent=1, allow_nan=False) if arguments.json else _sentences(content))
     return 0
 
 

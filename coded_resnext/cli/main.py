@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-from coded_resnext.files import printable_lines
+from coded_resnext.files import say
 
 from .arguments import make_parser
 
@@ -35,14 +35,14 @@ def _run_or_say_why_not(argv: Sequence[str] | None) -> int:
             return _run(argv)
         finally:
             # Now, since an error at the end of the interpreter could not be caught.
-            print(end="", flush=True)
+            sys.stdout.flush()
     except (ValueError, OSError, ImportError) as error:
         if isinstance(error, BrokenPipeError) and _nobody_reads():
             raise
-        print(f"coded-resnext: {printable_lines(error)}", file=sys.stderr)
+        say(f"coded-resnext: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("coded-resnext: interrupted", file=sys.stderr)
+        say("coded-resnext: interrupted", file=sys.stderr)
         return 130
 
 

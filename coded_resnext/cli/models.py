@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from coded_resnext.deploy.hub import from_pretrained
+from coded_resnext.files import say
 from coded_resnext.models.registry import create_model, list_models
 from coded_resnext.models.shipped import find_model, network_of, shipped_weights
 
@@ -23,7 +24,7 @@ def run(arguments: argparse.Namespace) -> int:
         "networks": [describe_network(name) for name in list_models()],
         "weights": [describe_weights(name) for name in shipped_weights()],
     }
-    print(json.dumps(content, indent=1, allow_nan=False) if arguments.json else tables(content))
+    say(json.dumps(content, indent=1, allow_nan=False) if arguments.json else tables(content))
     return 0
 
 

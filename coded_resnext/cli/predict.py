@@ -16,7 +16,7 @@ from coded_resnext.data.image_sets import DamagedImages, FileImages
 from coded_resnext.data.loaders import EvalImages
 from coded_resnext.deploy.cost import network_cost
 from coded_resnext.deploy.early_exit import EXIT_FILE, EarlyExit, predict_early
-from coded_resnext.files import printable
+from coded_resnext.files import printable, say
 from coded_resnext.interpret.observe import evaluating, with_progress
 from coded_resnext.interpret.samples import strongest
 from coded_resnext.models.checkpoint import LoadedModel, load_model
@@ -49,7 +49,7 @@ def run(arguments: argparse.Namespace) -> int:
         criterion = read_criterion(arguments.margin, companions, loaded.model)
     images = FileImages.of_no_class(arguments.images)
     if images.files.others:
-        print(f"{images.files.others} other files left out", file=sys.stderr)
+        say(f"{images.files.others} other files left out", file=sys.stderr)
     damaged = DamagedImages(images, 1.0)
     loader = EvalImages(images, loaded.preprocessing, arguments.batch_size, damaged=damaged)
     rows: list[dict[str, Any]] = []
@@ -59,9 +59,9 @@ def run(arguments: argparse.Namespace) -> int:
     if not rows:
         raise ValueError("IMAGES: expected at least one that can be read, got none")
     if arguments.json:
-        print(json.dumps(rows, indent=1, allow_nan=False))
+        say(json.dumps(rows, indent=1, allow_nan=False))
     else:
-        print(_table(loaded, rows, criterion))
+        say(_table(loaded, rows, criterion))
     return 1 if damaged.reasons else 0
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from coded_resnext.codebooks.codebook import Codebook
-from coded_resnext.files import as_text, write_atomically
+from coded_resnext.files import as_text, say, write_atomically
 from coded_resnext.interpret.evaluate import Evaluation
 from coded_resnext.interpret.figures import save_figures
 from coded_resnext.interpret.report import gather, render
@@ -39,13 +39,13 @@ def run(arguments: argparse.Namespace) -> int:
             of_blocks = [books[block.codebook] for block in evaluation.blocks]
             written += save_figures(evaluation, of_blocks, arguments.figures)
     if arguments.json:
-        print(json.dumps(content, indent=1, allow_nan=False))
+        say(json.dumps(content, indent=1, allow_nan=False))
         return 0
     written.append(_write_page(content, arguments.out or Path(arguments.folder) / REPORT_FILE))
     for path in written:
-        print(f"wrote {path}")
+        say(f"wrote {path}")
     for entry in content["missing"]:
-        print(f"missing: {entry['part']}: {entry['why']} {entry['remedy'] or ''}".rstrip())
+        say(f"missing: {entry['part']}: {entry['why']} {entry['remedy'] or ''}".rstrip())
     return 0
 
 

@@ -31,7 +31,7 @@ from coded_resnext.data.image_sets import (
 from coded_resnext.data.loaders import EvalImages, TrainImages
 from coded_resnext.data.on_device import DeviceEvalImages, DeviceTrainImages
 from coded_resnext.data.preprocessing import Preprocessing
-from coded_resnext.files import file_sha256, read_json, write_atomically
+from coded_resnext.files import file_sha256, read_json, say, write_atomically
 from coded_resnext.interpret import (
     Evaluation,
     Loader,
@@ -310,13 +310,13 @@ def run_recipe(
         if world.is_main:
             write_atomically(run.path / RECIPE_FILE, recipe.to_yaml().encode())
             words = f"{settings_in_words(recipe)}\n{codebooks_in_words(recipe, model)}"
-            print(f"{splits}\n{words}", file=sys.stderr)
+            say(f"{splits}\n{words}", file=sys.stderr)
         loaders = make_loaders(recipe, splits, world)
         if recipe.model.initial_checkpoint and world.on_main(lambda: run.load_state() is None):
             some = splits.slice(train_images=min(CALIBRATION_IMAGES, len(splits.train)))
             taken = start_from(model, recipe.model, in_order(recipe, some.train))
             if world.is_main:
-                print(taken, file=sys.stderr)
+                say(taken, file=sys.stderr)
         history = fit(
             model.to(world.device),
             loaders.train,
@@ -684,8 +684,8 @@ def write_results(
     if evaluation.samples is not None:
         positions = evaluation.samples.positions
         save_pictures(positions, test_loader, preprocessing, run.path, evaluation.images)
-    print(f"\n{tables.text(evaluation)}\n\nsummary: {run.path / SUMMARY_FILE}")
+    say(f"\n{tables.text(evaluation)}\n\nsummary: {run.path / SUMMARY_FILE}")
     for figure in figures:
         if figure.suffix == ".png":
-            print(f"picture: {figure}")
-    print(f"report: {write_report(run.path)}")
+            say(f"picture: {figure}")
+    say(f"report: {write_report(run.path)}")

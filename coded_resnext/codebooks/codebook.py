@@ -29,6 +29,9 @@ from .search import Progress, search
 from .shipped import FORMAT_VERSION, Size, load_shipped
 from .words import Words, distance_histogram, first_duplicate, from_strings, is_balanced, to_strings
 
+# Characters of a class name in a table of classes.
+NAME_SHOWN = 60
+
 
 class Codebook:
     """An immutable assignment of branches to classes.
@@ -321,7 +324,8 @@ class Codebook:
 
     def __str__(self) -> str:
         """Returns the table of classes and codewords, with its distances and column loads."""
-        names = [printable(name) for name in self._class_names]
+        # A line is for a person: of a name that has no end, its beginning.
+        names = [printable(name[:NAME_SHOWN]) for name in self._class_names]
         width = max(map(len, names))
         rows = [f"{name:<{width}}  {word}" for name, word in zip(names, self.words, strict=True)]
         loads = self.column_loads

@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from coded_resnext.files import say
+
 from .bounds import pair_bound
 from .orbits import Group, abelian, full_orbits, join, metacyclic, orbits_of
 from .shipped import FORMAT_VERSION, Size, digest, file_name
@@ -309,7 +311,7 @@ def main() -> None:
     for size, variant, content in contents:
         path = folder / file_name(size, variant)
         path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        print(path.name, content["sha256"])
+        say(f"{path.name} {content['sha256']}")
 
 
 if __name__ == "__main__":

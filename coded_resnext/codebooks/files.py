@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from coded_resnext.files import parse_json, read_text
+from coded_resnext.files import parse_csv, parse_json, read_text, require_few_values
 
 ENDINGS = (".json", ".csv", ".txt")
 # The first cell of the row of titles in CSV.
@@ -45,6 +45,7 @@ def read_document(path: str | Path) -> dict[str, Any]:
     text = read_text(path)
     if text.lstrip()[:1] in ("{", "["):
         return _from_json(text)
+    require_few_values(text, ",; \t\n")
     tables = (_from_table(text, delimiter) for delimiter in ",;\t")
     entries = next((table for table in tables if table is not None), None)
     entries = _from_lines(text) if entries is None else entries
@@ -106,8 +107,8 @@ def _joined(word: Any) -> Any:
 def _from_table(text: str, delimiter: str) -> list[_Entry] | None:
     """Returns the classes of a table, one in a row; None for a text that is no table."""
     try:
-        rows = list(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter))
-    except csv.Error:
+        rows = parse_csv(text, delimiter)
+    except ValueError:
         return None
     rows = [row for row in rows if any(cell.strip() for cell in row)]
     titles = next((i for i, row in enumerate(rows) if _is_title(row)), None)
@@ -116,7 +117,7 @@ def _from_table(text: str, delimiter: str) -> list[_Entry] | None:
         rows = rows[titles + 1 :]
     else:
         comments = [row for row in rows if row[0].lstrip().startswith("#")]
-        rows = [row for row in rows if row not in comments]
+        rows = [row for row in rows if not row[0].lstrip().startswith("#")]
     columns = {len(row) for row in rows}
     if len(columns) != 1 or columns == {1}:
         return None
@@ -179,9 +180,12 @@ def _refuse_ambiguous(comments: Sequence[_Entry], word: str) -> None:
 
 def _name_and_word(line: str) -> _Entry:
     """Splits a line; a class name may hold spaces and commas."""
-    together = re.fullmatch(r"(?:(.*?)[\s,;]+)?([01]{2,})", line)
-    if together:
-        return _Entry(together[1] or None, together[2])
+    before = line.rstrip("01")
+    end = len(before)
+    while end and (before[end - 1] in ",;" or before[end - 1].isspace()):
+        end -= 1
+    if len(line) - len(before) > 1 and (not before or end < len(before)):
+        return _Entry(before[:end] or None, line[len(before) :])
     fields = re.split(r"[\s,;]+", line)
     split = len(fields)
     while split > 0 and fields[split - 1] in DIGITS:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import zipfile
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,6 +11,8 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import numpy as np
 import torch
 from torch import Tensor
+
+from coded_resnext.files import UNFIT, load_arrays
 
 from .image_folder import Files, class_folders, find_splits, image_size, listed
 from .image_sets import (
@@ -35,6 +35,8 @@ Storage = Literal["auto", "memory", "files"]
 MEMORY_BYTES = 512 << 20
 # Images whose headers tell how large a set is.
 SIZES_SAMPLED = 256
+# 60,000 images, their classes, and a little more.
+CIFAR_BYTES = 190 << 20
 SYNTHETIC_SEED = 0
 # The folders that torchvision unpacks.
 _CIFAR = {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python"}
@@ -184,19 +186,19 @@ def _find_cifar(name: str, folder: Path, download: bool) -> ImageSplits:
 
 
 def _from_archive(path: Path) -> ImageSplits:
+    parts = [f"{kind}_{split}" for split in ("train", "test") for kind in ("x", "y")]
     try:
-        with np.load(path, allow_pickle=False) as arrays:
-            names = tuple(map(str, arrays["classes"].tolist()))
-            splits = [
-                MemoryImages(
-                    arrays[f"x_{split}"],
-                    _targets(arrays[f"y_{split}"]),
-                    _numbered(f"{path}: {split} image", len(arrays[f"y_{split}"])),
-                )
-                for split in ("train", "test")
-            ]
-    # What NumPy raises depends on the damage; a zip archive adds its own.
-    except (KeyError, ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        arrays = load_arrays(path, ["classes", *parts], CIFAR_BYTES)
+        names = tuple(map(str, arrays["classes"].tolist()))
+        splits = [
+            MemoryImages(
+                arrays[f"x_{split}"],
+                _targets(arrays[f"y_{split}"]),
+                _numbered(f"{path}: {split} image", len(arrays[f"y_{split}"])),
+            )
+            for split in ("train", "test")
+        ]
+    except UNFIT as error:
         raise ValueError(f"{path}: damaged, or not an archive of images: {error}") from error
     return ImageSplits(path.stem, names, splits[0], splits[1])
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from coded_resnext.files import as_text, printable
+from coded_resnext.files import as_text, say
 
 from .image_folder import Files, find_images, list_images, listed, open_image
 from .preprocessing import SPLIT_SEED, derive_seed
@@ -224,7 +224,7 @@ class DamagedImages:
         if name in self.reasons:
             return
         self.reasons[name] = reason
-        print(f"left out: {printable(reason)}", file=sys.stderr)
+        say(f"left out: {reason}", file=sys.stderr)
         if len(self.reasons) > self.limit:
             raise ValueError(
                 f"max_damaged: expected at most {self.limit} damaged images, got more: "

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from coded_resnext.files import read_json, write_atomically
+from coded_resnext.files import UNFIT, read_json, write_atomically
 from coded_resnext.kernels.checks import checked_number
 from coded_resnext.models.block import Step, check_images
 from coded_resnext.models.decode import read_class
@@ -122,7 +122,7 @@ class EarlyExit:
         """
         try:
             return cls.from_dict(read_json(path))
-        except ValueError as error:
+        except UNFIT as error:
             raise ValueError(f"{path}: not an early-exit file: {error}") from error
 
 

@@ -12,9 +12,8 @@ from typing import Any
 import torch
 
 from coded_resnext.data.preprocessing import Preprocessing
-from coded_resnext.files import write_atomically
+from coded_resnext.files import UNFIT, write_atomically
 from coded_resnext.models.checkpoint import (
-    UNFIT,
     check_tensors,
     check_version,
     read_tensors,

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from coded_resnext.data.preprocessing import Preprocessing
-from coded_resnext.files import file_sha256, printable, read_json, write_atomically
+from coded_resnext.files import UNFIT, file_sha256, printable, read_json, write_atomically
 from coded_resnext.kernels.checks import checked_number
-from coded_resnext.models.checkpoint import MODEL_FILE, UNFIT, load_model, save_model
+from coded_resnext.models.checkpoint import MODEL_FILE, load_model, save_model
 from coded_resnext.models.resnext import CodedResNeXt
 from coded_resnext.models.shipped import find_model
 
@@ -417,5 +417,5 @@ def _cell(value: Any) -> str:
     # A bar or a line break would end the cell.
     text = " ".join(printable(" ".join(text.replace("|", "/").split())).split())
     text = text if len(text) <= CELL else text[: CELL - 2] + ".."
-    # What is left is text, whatever marks of Markdown or HTML it has.
-    return re.sub(r"([\\`*\[\]<>&#!~])", r"\\\1", text)
+    # What is left is text, whatever marks of Markdown or HTML it has, and no address a link.
+    return re.sub(r"([\\`*\[\]<>&#!~]|:(?=//)|(?<=www)\.)", r"\\\1", text)

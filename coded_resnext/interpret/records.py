@@ -11,6 +11,8 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 import torch
 from torch import Tensor
 
+from coded_resnext.files import brief
+
 Record = TypeVar("Record")
 # Energies are means of float32 numbers, and a file for 1,000 classes holds 300,000 of them.
 DECIMALS = 5
@@ -48,7 +50,7 @@ def from_plain(kind: type[Record], data: Any, name: str = "result") -> Record:
         ValueError: a field is missing, unknown or of another type; the message names it.
     """
     if not isinstance(data, dict):
-        raise ValueError(f"{name}: expected an object, got {_shown(data)}")
+        raise ValueError(f"{name}: expected an object, got {brief(data)}")
     hints = typing.get_type_hints(kind)
     fields = {field.name: field for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
     unknown = sorted(data.keys() - fields.keys())
@@ -91,7 +93,7 @@ def _read(kind: Any, data: Any, name: str) -> Any:
     if kind is Any:
         return data
     if kind is float:
-        good = isinstance(data, int | float) and not isinstance(data, bool)
+        good = isinstance(data, int | float) and not isinstance(data, bool) and math.isfinite(data)
         return float(_checked(good, data, name, "a number"))
     good = isinstance(data, kind) and (kind is bool or not isinstance(data, bool))
     return _checked(good, data, name, kind.__name__)
@@ -111,9 +113,5 @@ def _matrix(data: Any, name: str) -> Tensor:
 
 def _checked(good: bool, data: Any, name: str, expected: str) -> Any:
     if not good:
-        raise ValueError(f"{name}: expected {expected}, got {_shown(data)}")
+        raise ValueError(f"{name}: expected {expected}, got {brief(data)}")
     return data
-
-
-def _shown(data: Any) -> str:
-    return f"{data!r:.80}"

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from coded_resnext.codebooks.codebook import Codebook
 from coded_resnext.data.preprocessing import Preprocessing
-from coded_resnext.files import LARGEST_RESULTS, read_json, write_atomically
+from coded_resnext.files import LARGEST_RESULTS, UNFIT, read_json, write_atomically
 
 from .evaluate import Evaluation
 from .figures import save_figures
@@ -105,7 +105,7 @@ def load_evaluation(path: str | Path) -> Evaluation:
         path = path / EVALUATION_FILE
     try:
         return Evaluation.from_dict(read_json(path, LARGEST_RESULTS))
-    except ValueError as error:
+    except UNFIT as error:
         raise ValueError(f"{path}: not an evaluation: {error}") from error
 
 
@@ -174,7 +174,7 @@ def load_pictures(path: str | Path, images: Images | None = None) -> dict[int, s
         pictures = {int(place): picture for place, picture in content["pictures"].items()}
         if images is not None and content.get("images_sha256") not in (None, images.sha256):
             raise ValueError("it has pictures of other images than those that were measured")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except UNFIT as error:
         raise ValueError(f"{path}: not a file of pictures: {error}") from error
     if not all(isinstance(p, str) and p.startswith("data:image/") for p in pictures.values()):
         raise ValueError(f"{path}: not a file of pictures: expected data:image/ addresses")

@@ -7,7 +7,7 @@ import io
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from coded_resnext.files import printable
+from coded_resnext.files import printable, table_cell
 
 from .evaluate import Evaluation
 from .one_class import OneClass, OneClassClassifier
@@ -155,7 +155,7 @@ def _csv(rows: Iterable[dict[str, Any]]) -> str:
         if writer is None:
             writer = csv.DictWriter(buffer, list(row), lineterminator="\n")
             writer.writeheader()
-        writer.writerow(row)
+        writer.writerow({name: table_cell(value) for name, value in row.items()})
     return buffer.getvalue()
 
 

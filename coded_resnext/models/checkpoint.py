@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from coded_resnext.codebooks.codebook import Codebook
 from coded_resnext.data.preprocessing import Preprocessing
-from coded_resnext.files import parse_json, write_atomically
+from coded_resnext.files import UNFIT, parse_json, write_atomically
 from coded_resnext.kernels import Backend, check_backend
 
 from .layers import check_layers
@@ -31,16 +31,8 @@ FORMAT_VERSION = 1
 MODEL_FILE = "model.safetensors"
 _HEADER = "coded_resnext"
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-# What code that was written for sound values raises for others.
-UNFIT = (
-    ArithmeticError,
-    AttributeError,
-    LookupError,
-    RecursionError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-)
+# Convolutions and BatchNorms of a block, at the least.
+_TENSORS_OF_A_BLOCK = 18
 
 
 @dataclass(frozen=True)
@@ -174,8 +166,9 @@ def _build(
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise ValueError("class_names: expected a list of text")
     depths = [stage["depth"] for stage in config["stages"]]
-    if sum(depths) > len(state):
-        raise ValueError(f"stages: {sum(depths)} blocks, and tensors for {len(state)} at most")
+    blocks = len(state) // _TENSORS_OF_A_BLOCK
+    if sum(depths) > blocks:
+        raise ValueError(f"stages: {sum(depths)} blocks, and tensors for {blocks} at most")
     with torch.device("meta"):
         shape = CodedResNeXt.from_config(config, codebooks, class_names=names)
     check_tensors(shape.state_dict(), state, any_precision=True)

@@ -260,7 +260,7 @@ def load_plain_weights(
         elif given.shape == value.shape:
             values[name] = given
             copied.append(name)
-        elif adapt and name == "stem.0.weight" and given.shape[0::2] == value.shape[0::2]:
+        elif adapt and name == "stem.0.weight" and _fits_but_for_channels(given, value):
             values[name] = _to_channels(given, value.shape[1])
             adapted.append(name)
         else:
@@ -279,6 +279,13 @@ def load_plain_weights(
 
 def _equal(own: Tensor, other: Tensor) -> bool:
     return own.shape == other.shape and bool((own.cpu() == other.cpu()).all())
+
+
+def _fits_but_for_channels(weight: Tensor, expected: Tensor) -> bool:
+    """Returns whether a first convolution is the expected one but for its image channels."""
+    if weight.ndim != 4 or weight.shape[1] == 0:
+        return False
+    return weight[:, :1].shape == expected[:, :1].shape
 
 
 def _to_channels(weight: Tensor, channels: int) -> Tensor:

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from coded_resnext.data.batches import ShuffledSamples, TrainLoader
 from coded_resnext.data.preprocessing import Preprocessing
+from coded_resnext.files import UNFIT, brief, say
 from coded_resnext.models.checkpoint import describe_network, save_model
 from coded_resnext.models.resnext import CodedResNeXt
 
@@ -111,7 +112,14 @@ def fit(
             model, train_loader, test_loader, config, run, world, preprocessing, notes or {}
         )
         if state is not None:
-            training.restore(state, other_images=other_images)
+            try:
+                training.restore(state, other_images=other_images)
+            except ValueError:
+                raise
+            except UNFIT as error:
+                raise ValueError(
+                    f"{run.path}: its last checkpoint lacks a part: {brief(error)}"
+                ) from error
         return training.go()
 
 
@@ -239,7 +247,7 @@ class _Training:
         blocks = {str(block): list(branches) for block, branches in enumerate(dead, 1) if branches}
         self.run.write_json(DEAD_FILE, {"epoch": len(self.history), "blocks": blocks})
         for block, branches in blocks.items():
-            print(
+            say(
                 f"dead branches of coded block {block}, without energy for all classes: "
                 f"{', '.join(map(str, branches))}",
                 file=sys.stderr,
@@ -354,7 +362,7 @@ class _Training:
             local = stored[self.world.rank]
         else:
             if self.world.is_main:
-                print(
+                say(
                     f"{self.run.path}: the run was on {len(stored)} processes and goes on with "
                     f"{self.world.size}: as good, but not the same bits",
                     file=sys.stderr,

@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+from coded_resnext.files import say
+
 try:
     from tqdm.auto import tqdm
 except ImportError as error:
@@ -110,7 +112,7 @@ class RunLog:
             try:
                 self._logs.append(TensorBoardLog(folder / "tensorboard", first_step=step + 1))
             except ImportError:
-                print("TensorBoard is not installed: its logs are left out", file=sys.stderr)
+                say("TensorBoard is not installed: its logs are left out", file=sys.stderr)
             if wandb:
                 self._logs.append(WandbLog(folder, config))
         self._talks = folder is not None
@@ -137,7 +139,7 @@ class RunLog:
         for log in self._logs:
             log.write("epoch", values, step)
         if self._talks and self._bar.disable:
-            print(line, file=sys.stderr, flush=True)
+            say(line, file=sys.stderr, flush=True)
 
     def close(self) -> None:
         """Write what is buffered."""

@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from coded_resnext.data.loaders import STOP_SIGNALS
-from coded_resnext.files import printable_lines
+from coded_resnext.files import say
 
 # One request may arrive twice: from the terminal or the batch system, and from torchrun.
 SECONDS_OF_ONE_REQUEST = 1.0
@@ -263,16 +263,16 @@ def run_script(name: str, body: Callable[[], None]) -> int:
         body()
     except TrainingStopped as stopped:
         if not rank:
-            print(f"\n{stopped}", file=sys.stderr)
+            say(f"\n{stopped}", file=sys.stderr)
         return stopped.exit_code
     except FloatingPointError as error:
-        print(f"{speaker}: {printable_lines(error)}", file=sys.stderr)
+        say(f"{speaker}: {error}", file=sys.stderr)
         return 1
     except (ValueError, OSError, ImportError) as error:
-        print(f"{speaker}: {printable_lines(error)}", file=sys.stderr)
+        say(f"{speaker}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"\n{speaker}: interrupted", file=sys.stderr)
+        say(f"\n{speaker}: interrupted", file=sys.stderr)
         return 130
     return 0
 

@@ -316,6 +316,9 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     try:
         text = read_text(path, LARGEST_YAML)
+        # A few lines of what is used again in what is used again have no end.
+        if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text, yaml.SafeLoader)):
+            raise ValueError("expected values as they are, got an alias (*)")
         content = yaml.safe_load(text)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"config: expected a file, found none: {path}") from error

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from coded_resnext.files import read_json, write_atomically
+from coded_resnext.files import brief, read_json, say, write_atomically
 from coded_resnext.models.checkpoint import MODEL_FILE
 from coded_resnext.version import __version__
 
@@ -68,6 +68,7 @@ class RunFolder:
 
     def _open(self, *, resume: bool) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
+        refuse_links(self.path)
         lock_folder(self.path)
         # What a process left that was killed while it wrote.
         for stale in self.path.glob(".*.tmp"):
@@ -123,6 +124,16 @@ class RunFolder:
         return load_state(self.path)
 
 
+def refuse_links(folder: Path) -> None:
+    """Refuse a run's folder with parts that are links: what is written would be elsewhere."""
+    with os.scandir(folder) as entries:
+        links = sorted(entry.name for entry in entries if entry.is_symlink())
+    if links:
+        raise ValueError(
+            f"out: {folder}: expected files and folders of its own, got links: {', '.join(links)}"
+        )
+
+
 def differences(
     stored: Any,
     current: Any,
@@ -139,7 +150,7 @@ def differences(
         words: before the one value and before the other.
     """
     return [
-        f"{path} {words[0]} {_shown(a)}, {words[1]} {_shown(b)}".lstrip()
+        f"{path} {words[0]} {brief(a)}, {words[1]} {brief(b)}".lstrip()
         for path, a, b in _differing(stored, current, ignore)
     ]
 
@@ -182,11 +193,6 @@ def require_same(world: World, description: Mapping[str, Any]) -> None:
         words = ("on process 0", f"on process {others[0]}")
         differing = differences(described[0], described[others[0]], words=words)
         raise ValueError(f"processes: expected the same on all of a run: {'; '.join(differing)}")
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}.."
 
 
 def versions() -> dict[str, str]:
@@ -290,7 +296,7 @@ def lock_folder(folder: Path) -> None:
                 f"out: {folder} is being written by another training ({holder}); wait for it, or "
                 "choose another folder"
             ) from error
-        print(
+        say(
             f"{folder}: its file system has no locks; nothing keeps a second training out of it",
             file=sys.stderr,
         )

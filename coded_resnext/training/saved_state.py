@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from coded_resnext.files import load_tensors, write_atomically
+from coded_resnext.files import brief, load_tensors, say, write_atomically
 
 FOLDER = "checkpoints"
 STATE_VERSION = 1
@@ -74,13 +74,13 @@ def load_state(run: Path) -> dict[str, Any] | None:
                 raise ValueError(f"expected a checkpoint, got {type(state).__name__}")
         # A disk that cannot read a file has damaged it too.
         except (ValueError, OSError) as error:
-            print(f"{path}: damaged checkpoint ({error}); using the one before it", file=sys.stderr)
+            say(f"{path}: damaged checkpoint ({error}); using the one before it", file=sys.stderr)
             path.rename(path.with_suffix(".damaged"))
             continue
         if state.get("state_version") != STATE_VERSION:
             raise ValueError(
                 f"{path}: state_version: expected {STATE_VERSION}, "
-                f"got {state.get('state_version')!r}"
+                f"got {brief(state.get('state_version'))}"
             )
         return state
     if paths or any(folder.glob("*.damaged")):

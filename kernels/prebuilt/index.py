@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import stat
 import sys
 import sysconfig
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from pathlib import Path
 FOLDERS_VARIABLE = "CODED_RESNEXT_KERNELS"
 INDEX = "index.json"
 FORMAT = 1
+LARGEST_INDEX = 16 * 2**20
 
 
 def toolchain() -> dict[str, str]:
@@ -82,11 +84,14 @@ class Prebuilt:
         A kernel that lost a byte would load and compute something else, so every file is read.
         """
         digests = self.kernels.get(key)
-        if not digests:
+        if not digests or not all(map(_is_plain, (key, *digests))):
             return None
         paths = {name: self.folder / key / name for name in digests}
         try:
-            intact = all(_digest(path) == digests[name] for name, path in paths.items())
+            intact = all(
+                path.is_file() and foreign_writer(path) is None and _digest(path) == digests[name]
+                for name, path in paths.items()
+            )
         except OSError:
             return None
         return {name: str(path) for name, path in paths.items()} if intact else None
@@ -100,9 +105,11 @@ def read_index(path: Path) -> Prebuilt:
         OSError: it cannot be read.
     """
     try:
+        if path.stat().st_size > LARGEST_INDEX:
+            raise ValueError(f"expected at most {LARGEST_INDEX >> 20} MiB")
         content = json.loads(path.read_text(encoding="utf-8"))
         if content["format"] != FORMAT:
-            raise ValueError(f"format {content['format']}, expected {FORMAT}")
+            raise ValueError(f"format {content['format']!r:.80}, expected {FORMAT}")
         return Prebuilt(
             path.parent,
             content["arch"],
@@ -110,7 +117,7 @@ def read_index(path: Path) -> Prebuilt:
             {key: dict(files) for key, files in content["kernels"].items()},
             dict(content["rows"]),
         )
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+    except (LookupError, TypeError, AttributeError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not an index of prebuilt kernels: {error}") from error
 
 
@@ -120,10 +127,40 @@ def find_prebuilt() -> tuple[list[Prebuilt], list[str]]:
     for folder in folders():
         for path in sorted(folder.glob(f"*/{INDEX}")):
             try:
+                writer = foreign_writer(path)
+                if writer is not None:
+                    raise ValueError(f"{writer}: others than this user may write to it")
                 indexes.append(read_index(path))
             except (ValueError, OSError) as error:
                 faults.append(str(error))
     return indexes, faults
+
+
+def foreign_writer(path: Path) -> Path | None:
+    """Returns what others than this user may change of a path and the folders above it, if any.
+
+    The administrator may change everything. In a folder such as /tmp others may not rename what is
+    not theirs.
+    """
+    if os.name != "posix":
+        return None
+    path = path.resolve()
+    for part in (path, *path.parents):
+        status = part.lstat()
+        shared = status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+        # A group of one's own has one's own number.
+        if status.st_gid == status.st_uid and not status.st_mode & stat.S_IWOTH:
+            shared = 0
+        if status.st_mode & stat.S_ISVTX and part != path:
+            shared = 0
+        if status.st_uid not in (0, os.geteuid()) or shared:
+            return part
+    return None
+
+
+def _is_plain(name: str) -> bool:
+    """Returns whether a name is that of a file in its folder, and no path out of it."""
+    return isinstance(name, str) and name not in ("", ".", "..") and not set(name) & set("/\\\0")
 
 
 def _digest(path: Path) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -13,7 +12,7 @@ from coded_resnext.codebooks.codebook import Codebook
 from coded_resnext.deploy.cost import network_cost
 from coded_resnext.deploy.early_exit import EXIT_FILE, EarlyExit
 from coded_resnext.deploy.extract import extract_classifier
-from coded_resnext.files import read_json
+from coded_resnext.files import UNFIT, brief, parse_csv, read_json, read_text
 from coded_resnext.interpret.evaluate import Evaluation
 from coded_resnext.interpret.provenance import Images
 from coded_resnext.interpret.records import from_plain
@@ -66,7 +65,7 @@ class _Gathering:
         self.files += 1
         try:
             return reader(path)
-        except (ValueError, KeyError, TypeError, OSError) as error:
+        except (*UNFIT, OSError) as error:
             # Messages name the file by its path, which is nobody's business on a page to send.
             said = str(error).replace(f"{self.folder}/", "")
             self.lacks(part, f"{name} cannot be read: {said or type(error).__name__}.", remedy)
@@ -93,7 +92,7 @@ def gather(folder: str | Path) -> dict[str, Any]:
     gathering = _Gathering(folder)
     loaded = gathering.read("The network", MODEL_FILE, load_model)
     config = gathering.read("Configuration", CONFIG_FILE, _read_object)
-    summary = gathering.read("Summary", SUMMARY_FILE, _read_object) or {}
+    summary = gathering.read("Summary", SUMMARY_FILE, _read_summary) or {}
     log = gathering.read("Training curves", METRICS_FILE, read_log)
     evaluation = gathering.read("Results", EVALUATION_FILE, load_evaluation, _EVALUATE)
     if not gathering.files:
@@ -134,21 +133,30 @@ def _read_object(path: Path) -> dict[str, Any]:
     return content
 
 
+def _read_summary(path: Path) -> dict[str, Any]:
+    """Returns the summary of a run; a ValueError where what the page shows of it does not fit."""
+    content = _read_object(path)
+    for name, kind in (("command", str), ("versions", dict), ("seconds", int | float)):
+        value = content.get(name)
+        if value is not None and (not isinstance(value, kind) or isinstance(value, bool)):
+            raise ValueError(f"{name}: expected another kind of value, got {brief(value)}")
+    return content
+
+
 def read_log(path: Path) -> dict[str, list[float | None]]:
     """Returns the columns of a training log; None where it says NaN.
 
     Raises:
         ValueError: it has no row, or something but numbers in one.
     """
-    with path.open(encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
+    titles, *rows = parse_csv(read_text(path)) or [[]]
     # The last line of a log that is being written may be cut short.
-    rows = [row for row in rows if None not in row and None not in row.values()]
-    if not rows:
+    rows = [row for row in rows if len(row) == len(titles)]
+    if not rows or not titles:
         raise ValueError("no epoch is finished")
-    columns: dict[str, list[float | None]] = {name: [] for name in rows[0]}
+    columns: dict[str, list[float | None]] = {name: [] for name in titles}
     for row in rows:
-        for name, text in row.items():
+        for name, text in zip(titles, row, strict=True):
             value = float(text) if text else math.nan
             columns[name].append(value if math.isfinite(value) else None)
     return columns
