@@ -63,7 +63,7 @@ def run(arguments: argparse.Namespace) -> int:
     )
     criterion.save(folder / EXIT_FILE)
     exits = scores.exits(criterion).bincount(minlength=len(criterion.margins) + 1).tolist()
-    say(f"margins chosen on {printable(images)}")
+    say(f"margins chosen on {images}")
     for number, (margin, count) in enumerate(zip(criterion.margins, exits, strict=False), 1):
         text = "no image leaves" if margin is None else f"margin {margin:.3f}, {count} images leave"
         say(f"coded block {number}: {text}")

@@ -22,7 +22,7 @@ from coded_resnext.files import LARGEST_TEXT
 from coded_resnext.interpret.report import gather
 from coded_resnext.training.recipe import LARGEST_YAML, load_recipe
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def everything(folder: Path) -> set[str]:

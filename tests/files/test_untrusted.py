@@ -33,7 +33,7 @@ from coded_resnext.training.recipe import load_recipe
 from coded_resnext.training.run_folder import RunFolder
 from coded_resnext.training.saved_state import load_state, save_state
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 MEGABYTES = 200 * 10**6
 TITLE = "\x1b]0;PWN\x07"
 
