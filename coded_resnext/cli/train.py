@@ -19,7 +19,7 @@ from torch import nn
 from coded_resnext.codebooks.codebook import Codebook
 from coded_resnext.codebooks.shipped import Size, shipped_sizes
 from coded_resnext.data.augment import TrainTransform
-from coded_resnext.data.datasets import load_dataset
+from coded_resnext.data.datasets import Storage, decoded, load_dataset
 from coded_resnext.data.image_sets import (
     DamagedImages,
     FileImages,
@@ -97,19 +97,28 @@ INCIDENTAL = (
 OF_A_MACHINE = ("data_dir", "storage", "workers")
 
 
-def open_data(recipe: Recipe) -> ImageSplits:
-    """The images that a recipe asks for; raises as `load_dataset`."""
+def open_data(recipe: Recipe, world: World | None = None) -> ImageSplits:
+    """The images that a recipe asks for; raises as `load_dataset`.
+
+    Of processes that look into the same folder one lists it, and tells the others.
+    """
     data = recipe.data
-    return load_dataset(
-        data.dataset,
-        data.data_dir,
-        train_images=data.train_images,
-        test_images=data.test_images,
-        holdout=data.holdout,
-        storage=data.storage,
-        max_damaged=data.max_damaged,
-        download=data.download,
-    )
+
+    def load(storage: Storage) -> ImageSplits:
+        return load_dataset(
+            data.dataset,
+            data.data_dir,
+            train_images=data.train_images,
+            test_images=data.test_images,
+            holdout=data.holdout,
+            storage=storage,
+            max_damaged=data.max_damaged,
+            download=data.download,
+        )
+
+    if data.dataset != "folder" or world is None or len(set(world.gather(data.data_dir))) > 1:
+        return load(data.storage)
+    return decoded(world.on_main(lambda: load("files")), data.storage, data.max_damaged)
 
 
 def stored_codebooks(run: Path) -> list[Codebook] | None:
@@ -295,7 +304,7 @@ def run_recipe(
         check_backend(recipe.model.backend, world.device)
         if recipe.data.download:
             world.on_main(lambda: len(open_data(recipe).train))
-        splits = open_data(recipe)
+        splits = open_data(recipe, world)
         books = world.on_main(lambda: stored_codebooks(command.out)) if command.resume else None
         settings = identity(recipe, None if books is None else command.out)
         model = make_model(recipe, splits.class_names, books)

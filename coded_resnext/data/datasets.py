@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -21,6 +22,7 @@ from .image_sets import (
     FileImages,
     ImageSplits,
     MemoryImages,
+    TooLargeError,
     into_memory,
 )
 from .preprocessing import SPLIT_SEED, TEST_SHARE, Preprocessing
@@ -95,7 +97,7 @@ def load_dataset(
         names = ", ".join([*_CIFAR, "folder", "synthetic"])
         raise ValueError(f"dataset: expected one of {names}; got {name!r}")
     splits = splits.slice(train_images=train_images, test_images=test_images, holdout=holdout)
-    return _decoded(splits, storage, max_damaged)
+    return decoded(splits, storage, max_damaged)
 
 
 def find_image_folder(
@@ -238,22 +240,23 @@ def _numbered(what: str, count: int) -> list[str]:
     return [f"{what} {index}" for index in range(count)]
 
 
-def _decoded(splits: ImageSplits, storage: Storage, max_damaged: float) -> ImageSplits:
+def decoded(splits: ImageSplits, storage: Storage, max_damaged: float) -> ImageSplits:
     """The images in memory where `storage` asks for it; of a set that is there already, itself."""
     train, test = splits.train, splits.test
     if storage == "files" or not (isinstance(train, FileImages) and isinstance(test, FileImages)):
         return splits
     if storage == "auto" and _decoded_bytes(train) + _decoded_bytes(test) > MEMORY_BYTES:
         return splits
-    damaged = [
-        DamagedImages(images, max_damaged, every_class=images is train) for images in (train, test)
-    ]
-    return replace(
-        splits,
-        train=into_memory(train, damaged[0]),
-        test=into_memory(test, damaged[1]),
-        damaged=damaged[0].reasons | damaged[1].reasons,
-    )
+    # The headers of some are no promise of the rest.
+    largest = MEMORY_BYTES if storage == "auto" else math.inf
+    sets = []
+    for images in (train, test):
+        damaged = DamagedImages(images, max_damaged, every_class=images is train)
+        try:
+            sets.append((into_memory(images, damaged, largest), damaged.reasons))
+        except TooLargeError:
+            return splits
+    return replace(splits, train=sets[0][0], test=sets[1][0], damaged=sets[0][1] | sets[1][1])
 
 
 def _decoded_bytes(images: FileImages) -> float:

@@ -22,6 +22,8 @@ from .preprocessing import SPLIT_SEED, derive_seed
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from .image_folder import Integers
+
     Pixels = np.ndarray[tuple[int, ...], np.dtype[np.uint8]]
 
 # Largest share of images that may be unreadable, unless asked otherwise.
@@ -242,24 +244,37 @@ class DamagedImages:
         return f"{len(self.reasons)} damaged images left out: {listed(list(self.reasons))}"
 
 
-def into_memory(files: FileImages, damaged: DamagedImages) -> MemoryImages:
+class TooLargeError(ValueError):
+    """The images of a set do not fit where they are to go."""
+
+
+def into_memory(
+    files: FileImages, damaged: DamagedImages, largest: float = math.inf
+) -> MemoryImages:
     """Decode all images of a set once.
 
     Args:
         files: the images.
         damaged: counts those that cannot be read, which are left out.
+        largest: bytes of all of them.
 
     Raises:
+        TooLargeError: as soon as they are larger than that.
         ValueError: too many of them cannot be read.
     """
     images: list[Pixels] = []
     kept: list[int] = []
+    total = 0
     for index in range(len(files)):
         try:
             images.append(np.asarray(files.image(index)))
             kept.append(index)
         except ValueError as error:
             damaged.add(index, str(error))
+            continue
+        total += images[-1].nbytes
+        if total > largest:
+            raise TooLargeError(f"images: expected at most {largest} bytes of pixels, got more")
     source = files.subset(kept)
     names = [source.name(index) for index in range(len(source))]
     if len({image.shape for image in images}) != 1:
@@ -324,14 +339,19 @@ class ImageSplits:
         return f"{self.name}, {len(self.class_names)} classes: {', '.join(parts)}"
 
 
-def _shuffled_classes(targets: Tensor) -> list[list[int]]:
+def by_class(targets: Tensor) -> dict[int, Integers]:
+    """Returns the places of the samples of every class that occurs, ascending, by one sort."""
+    order = np.argsort(targets.numpy(), kind="stable")
+    classes, starts = np.unique(targets.numpy()[order], return_index=True)
+    return dict(zip(classes.tolist(), np.split(order, starts[1:]), strict=True))
+
+
+def _shuffled_classes(targets: Tensor) -> list[Integers]:
     """The samples of every class that occurs, each in an order of its own that never changes."""
-    shuffled = []
-    for target in np.unique(targets.numpy()).tolist():
-        members = (targets == target).nonzero().flatten().numpy()
-        generator = np.random.default_rng(derive_seed(SPLIT_SEED, target))
-        shuffled.append(generator.permutation(members).tolist())
-    return shuffled
+    return [
+        np.random.default_rng(derive_seed(SPLIT_SEED, target)).permutation(members)
+        for target, members in by_class(targets).items()
+    ]
 
 
 def _kept(targets: Tensor, name: str, images: int | None, holdout: float) -> list[int]:
@@ -339,18 +359,21 @@ def _kept(targets: Tensor, name: str, images: int | None, holdout: float) -> lis
         images = len(targets)
     elif not 1 <= images <= len(targets):
         raise ValueError(f"{name}: expected 1 to {len(targets)} images, got {images}")
-    chosen: list[int] = []
+    if images == len(targets) and not holdout:
+        return list(range(images))
+    chosen = []
     for members in _shuffled_classes(targets):
         wanted = max(1, round(len(members) * images / len(targets)))
-        chosen += members[: min(wanted, len(members) - _held(len(members), holdout))]
-    return sorted(chosen)
+        chosen.append(members[: min(wanted, len(members) - _held(len(members), holdout))])
+    return np.sort(np.concatenate(chosen)).tolist()  # type: ignore[no-any-return]
 
 
 def _held_out(targets: Tensor, holdout: float) -> list[int]:
-    chosen: list[int] = []
-    for members in _shuffled_classes(targets):
-        chosen += members[len(members) - _held(len(members), holdout) :]
-    return sorted(chosen)
+    chosen = [
+        members[len(members) - _held(len(members), holdout) :]
+        for members in _shuffled_classes(targets)
+    ]
+    return np.sort(np.concatenate(chosen)).tolist()  # type: ignore[no-any-return]
 
 
 def _held(images: int, holdout: float) -> int:

@@ -64,6 +64,8 @@ class RunFolder:
         self.path = Path(path)
         # As read back from JSON, so that tuples and lists compare equal.
         self.config = json.loads(json.dumps(config))
+        self._logged: tuple[int, list[str]] | None = None
+        """Rows and columns that this process has written to the log."""
         (world or World()).on_main(lambda: self._open(resume=resume))
 
     def _open(self, *, resume: bool) -> None:
@@ -106,14 +108,24 @@ class RunFolder:
         return self.path / name
 
     def write_metrics(self, history: Sequence[Mapping[str, float]]) -> None:
-        """Write the CSV log: one row for every epoch."""
-        buffer = io.StringIO()
+        """Write the CSV log, one row for every epoch; where only the last is new, append it."""
         # Settings that may change within a run add columns.
-        columns = list(dict.fromkeys(name for row in history for name in row))
-        writer = csv.DictWriter(buffer, columns, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(history)
-        write_atomically(self.path / METRICS_FILE, buffer.getvalue().encode())
+        columns = list(dict.fromkeys(name for row in history[-2:] for name in row))
+        path = self.path / METRICS_FILE
+        if self._logged == (len(history) - 1, columns) and path.is_file():
+            flags = os.O_WRONLY | os.O_APPEND | getattr(os, "O_NOFOLLOW", 0)
+            with os.fdopen(os.open(path, flags), "w", encoding="utf-8", newline="") as file:
+                csv.DictWriter(file, columns, lineterminator="\n").writerow(history[-1])
+                file.flush()
+                os.fsync(file.fileno())
+        else:
+            columns = list(dict.fromkeys(name for row in history for name in row))
+            buffer = io.StringIO()
+            writer = csv.DictWriter(buffer, columns, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(history)
+            write_atomically(path, buffer.getvalue().encode())
+        self._logged = (len(history), columns)
 
     def save_state(self, name: str, state: dict[str, Any]) -> Path:
         """Write a checkpoint, see `training_state.save_state`."""

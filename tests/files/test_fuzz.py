@@ -38,7 +38,7 @@ from coded_resnext.models.warm_start import load_plain_weights, read_state_dict
 from coded_resnext.training.recipe import load_recipe
 from coded_resnext.training.saved_state import load_state
 
-RECIPE = Path(__file__).parents[2] / "train" / "recipes" / "cifar10_small.yaml"
+RECIPE = Path(__file__).parents[2] / "coded_resnext" / "training" / "recipes" / "cifar10_small.yaml"
 MEGABYTES = 200 * 10**6
 FEW, MANY = 30, 10_000
 PREPROCESSING = Preprocessing(6, 1, (0.5,), (1.0,))

@@ -8,6 +8,7 @@ import signal
 import socket
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import torch
 from support.tiny_training import BOOK, IMAGES, TARGETS, make_config, make_model
 
 from coded_resnext import Codebook
-from coded_resnext.cli.train import Command, run_recipe
+from coded_resnext.cli.train import Command, open_data, run_recipe
 from coded_resnext.data.batches import TrainingBatches, batches
 from coded_resnext.training import step as step_module
 from coded_resnext.training.engine import fit
@@ -40,6 +41,8 @@ def start_ranks(body: Callable[[int], Any], folder: Path) -> list[int]:
         child = os.fork()
         if child == 0:
             status = 1
+            # It outlives nobody.
+            signal.alarm(int(PATIENCE) + 60)
             try:
                 os.environ |= {
                     "RANK": str(rank),
@@ -50,9 +53,11 @@ def start_ranks(body: Callable[[int], Any], folder: Path) -> list[int]:
                 }
                 sys.stderr = (folder / f"{rank}.log").open("w")
                 (folder / f"{rank}.json").write_text(json.dumps(body(rank)))
-                sys.stderr.flush()
                 status = 0
+            except Exception:
+                traceback.print_exc()
             finally:
+                sys.stderr.flush()
                 os._exit(status)
         children.append(child)
     return children
@@ -228,3 +233,29 @@ def test_a_rank_gives_up_on_another_after_the_time_that_was_set(tmp_path: Path) 
         training_session(timeout=0),
     ):
         pass
+
+
+def test_one_rank_lists_the_images_and_tells_the_other(tmp_path: Path) -> None:
+    """torchvision#557, #617: eight ranks asked a network file system for all of it eight times."""
+    from PIL import Image
+
+    for name in ("train/a", "train/b", "test/a"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        for index in range(3):
+            Image.new("RGB", (8, 8)).save(tmp_path / "data" / name / f"{index}.png")
+    settings = {"dataset": "folder", "data_dir": str(tmp_path / "data"), "train_images": None}
+    recipe = load_recipe(RECIPES / "cifar10_small.yaml", settings)
+
+    def body(rank: int) -> list[Any]:
+        scandir, listed = os.scandir, []
+        os.scandir = lambda folder: (listed.append(str(folder)), scandir(folder))[1]  # type: ignore
+        with training_session("cpu") as world:
+            splits = open_data(recipe, world)
+        return [len(listed), len(splits.train), splits.train.name(5), splits.test.targets.tolist()]
+
+    children = start_ranks(body, tmp_path)
+    assert [wait(child) for child in children] == [0, 0], (tmp_path / "1.log").read_text()
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
+    assert first[0] >= 3
+    assert second[0] == 0
+    assert first[1:] == second[1:]
