@@ -91,7 +91,7 @@ def _write(
     dtype = model.head.weight.dtype
     if arguments.format == "onnx" and dtype != torch.float32:
         own = str(dtype).removeprefix("torch.")
-        print(f"the weights are written in float32, they were in {own}")
+        say(f"the weights are written in float32, they were in {own}")
         model.float()
     options = {"image_size": arguments.image_size, "preprocessing": loaded.preprocessing}
     target = companions.target / FOLDER
