@@ -236,7 +236,7 @@ class _Training:
         config, steps = self.config, self.config.total_epochs * self.steps_per_epoch
         share = config.model_ema_decay**steps
         if config.model_ema and not config.model_ema_warmup and share > 0.5 and self.world.is_main:
-            print(
+            say(
                 f"model_ema_decay: after the {steps} steps of this run {share:.0%} of the average "
                 "are the weights that it began with; give a smaller one, or --model-ema-warmup",
                 file=sys.stderr,
@@ -376,7 +376,7 @@ class _Training:
             self.step, self.joined = begun, False
             self.make_step.sums.zero_()
             if self.world.is_main:
-                print(
+                say(
                     f"other images than before ({'; '.join(changed)}): epoch "
                     f"{len(self.history) + 1} is begun anew over them",
                     file=sys.stderr,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
 import signal
@@ -28,7 +29,7 @@ from coded_resnext.training.run_folder import RunFolder
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs forked processes")
 # Beside others on the machine, a process takes a while until it has joined the other.
-PATIENCE = 120.0
+PATIENCE = 240.0
 
 
 def start_ranks(body: Callable[[int], Any], folder: Path) -> list[int]:
@@ -52,6 +53,8 @@ def start_ranks(body: Callable[[int], Any], folder: Path) -> list[int]:
                     "MASTER_PORT": str(port),
                 }
                 sys.stderr = (folder / f"{rank}.log").open("w")
+                # What a process that does not end was waiting for.
+                faulthandler.dump_traceback_later(PATIENCE - 5, file=sys.stderr)
                 (folder / f"{rank}.json").write_text(json.dumps(body(rank)))
                 status = 0
             except Exception:
