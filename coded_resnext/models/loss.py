@@ -179,5 +179,6 @@ class CodedLoss(nn.Module):
     def extra_repr(self) -> str:
         return (
             f"blocks={self.blocks}, weight={self.weight}, exponent={self.exponent}, "
-            f"threshold={self.threshold}, label_smoothing={self.label_smoothing}"
+            f"threshold={self.threshold}, label_smoothing={self.label_smoothing}, "
+            f"class_weight={self.class_weight is not None}, ignore_index={self.ignore_index}"
         )

@@ -215,5 +215,6 @@ def test_pretrained_weights_of_other_codewords_are_refused(tmp_path: Path) -> No
 
 
 def test_a_grey_network_has_one_mean_and_one_deviation() -> None:
+    """timm#976, timm#2234: three numbers went with one channel."""
     config = timm.data.resolve_model_data_config(timm.create_model("coded_resnext_digits"))
     assert (len(config["mean"]), len(config["std"])) == (1, 1)

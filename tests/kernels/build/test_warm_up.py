@@ -50,10 +50,10 @@ def test_a_step_after_it_compiles_nothing(tmp_path: Path) -> None:
     ]
     # Five samples, where the warm-up had two.
     assert first["asked"] == []
-    assert (first["found"], first["compiled"]) == (0, 4)
+    assert (first["cache_hits"], first["compiled"]) == (0, 4)
     assert first["seconds"] > 0
     again = warmed(tmp_path)
-    assert (again["found"], again["compiled"]) == (4, 0)
+    assert (again["cache_hits"], again["compiled"]) == (4, 0)
 
 
 @needs_triton
