@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from coded_resnext.files import brief, read_json, say, write_atomically
+from coded_resnext.files import as_text, brief, read_json, say, write_atomically
 from coded_resnext.models.checkpoint import MODEL_FILE
 from coded_resnext.version import __version__
 
@@ -48,8 +48,8 @@ class RunFolder:
         world: the processes of the run; the main one alone looks at the folder and writes to it.
 
     Raises:
-        ValueError: another process trains in the folder; it holds a run and `resume` is not set,
-            or one of another configuration; the message says what differs.
+        ValueError: the path is not UTF-8; another process trains in the folder; it holds a run and
+            `resume` is not set, or one of another configuration; the message says what differs.
         OSError: the folder cannot be made or written.
     """
 
@@ -62,6 +62,10 @@ class RunFolder:
         world: World | None = None,
     ) -> None:
         self.path = Path(path)
+        if as_text(path) != str(path):
+            raise ValueError(
+                f"out: expected UTF-8, since TensorBoard takes no other, got {as_text(path)}"
+            )
         # As read back from JSON, so that tuples and lists compare equal.
         self.config = json.loads(json.dumps(config))
         self._logged: tuple[int, list[str]] | None = None

@@ -285,6 +285,11 @@ class TrainStep:
             # The weights are still those of that step; the statistics have gone further.
             statistics = self._guard.kept(running_statistics(self.model))
             self.average.update(self.parameters, statistics, step)
+            # The number of batches seen is counted, not averaged.
+            counts = [
+                [b for b in m.buffers() if not b.is_floating_point()] for m in self._networks()
+            ]
+            copy_all(counts[1], self._guard.kept(counts[0]))
 
     def _to_device(self, batch: Batch) -> tuple[Tensor, Tensor]:
         images = batch.images.to(self.device, non_blocking=True)

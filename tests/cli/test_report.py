@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from support.report_runs import ODD_NAMES, Run, odd_run
 
-from coded_resnext.cli import main
+from coded_resnext.cli import main, report
 from coded_resnext.interpret.report import gather, render
 
 
@@ -85,3 +85,12 @@ def test_tables_of_no_results_are_refused(
     assert main.main(["report", str(tmp_path), "--csv", str(tmp_path / "csv")]) == 2
     assert "evaluation.json" in capsys.readouterr().err
     assert not (tmp_path / "report.html").exists()
+
+
+def test_a_page_is_written_whatever_a_name_holds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """pyload#4523, gsutil#1625: a name that is not UTF-8 cost the report."""
+    monkeypatch.setattr(report, "render", lambda content: "caf\udce9")
+    path = report._write_page({}, tmp_path / "report.html")
+    assert path.read_text(encoding="utf-8") == "caf\\udce9"

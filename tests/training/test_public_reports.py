@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import signal
 from itertools import pairwise
 from pathlib import Path
@@ -22,7 +23,7 @@ from coded_resnext.cli.train import Command, run_recipe, start_from
 from coded_resnext.cli.train import make_model as network_of
 from coded_resnext.data.batches import TrainingBatches, batches
 from coded_resnext.data.datasets import load_dataset
-from coded_resnext.models.checkpoint import save_model
+from coded_resnext.models.checkpoint import load_model, save_model
 from coded_resnext.training.accuracy import measure_accuracy
 from coded_resnext.training.config import TrainingConfig
 from coded_resnext.training.engine import fit
@@ -264,7 +265,7 @@ def test_test_batches_must_last_for_all_epochs(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("mixup", [0.0, 0.2])
 def test_labels_may_be_of_any_integer_type(tmp_path: Path, mixup: float) -> None:
-    """vision#8286: mixing made probabilities of int64 labels alone."""
+    """torchvision makes probabilities of int64 labels alone."""
     config = make_config(epochs=1, warmup_epochs=0, mixup=mixup)
     loader = TrainingBatches(IMAGES, TARGETS.int(), config.batch_size, seed=0)
     train(tmp_path, config, loader=loader)
@@ -279,3 +280,22 @@ def test_an_average_that_cannot_follow_is_named(
     train(tmp_path, config)
     said = capsys.readouterr().err
     assert ("model_ema_decay: after the 3 steps" in said) != warmup
+
+
+def test_the_average_counts_the_batches_that_it_has_seen(tmp_path: Path) -> None:
+    """`num_batches_tracked` stayed 0: what is not averaged is copied."""
+    config = make_config(epochs=1, warmup_epochs=0, model_ema=True)
+    train(tmp_path, config)
+    counts = [
+        int(block.num_batches_tracked)
+        for name in ("model", "model_ema")
+        for block in load_model(tmp_path / f"{name}.safetensors").model.modules()
+        if isinstance(block, torch.nn.BatchNorm2d)
+    ]
+    assert set(counts) == {3}
+
+
+def test_a_run_folder_that_cannot_be_written_whole_is_refused(tmp_path: Path) -> None:
+    """pyload#4523: TensorBoard failed on its name, and no file was named."""
+    with pytest.raises(ValueError, match=r"out: expected UTF-8.*run.udcff"):
+        RunFolder(tmp_path / os.fsdecode(b"run\xff"), {})
