@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from script_runs import run_here
+from support.script_runs import run_here
 
 from coded_resnext import Codebook, create_model
 from coded_resnext.interpret.ablations import (

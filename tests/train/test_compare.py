@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from script_runs import run_here
+from support.script_runs import run_here
 
 SCRIPT = Path(__file__).parents[2] / "train" / "compare.py"
 

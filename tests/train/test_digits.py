@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 import torch
-from script_runs import run_here
 from support.browser import Pages, chromium
+from support.script_runs import run_here
 
 from coded_resnext.cli import main
 from coded_resnext.data.datasets import load_digits_split

@@ -11,7 +11,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from script_runs import run_here
+from support.script_runs import run_here
 
 from coded_resnext.interpret.results import load_evaluation
 

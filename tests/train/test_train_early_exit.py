@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from script_runs import run_here
+from support.script_runs import run_here
 
 from coded_resnext import EarlyExit, create_model
 from coded_resnext.data.datasets import DIGITS_NAME

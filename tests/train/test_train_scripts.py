@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from script_runs import run_here
 from support.image_data import REAL_DATA, needs_cifar10, needs_photographs, write_images
+from support.script_runs import run_here
 
 from coded_resnext import Codebook, create_model
 from coded_resnext.cli.train import identity, make_model, open_outside, start_from
