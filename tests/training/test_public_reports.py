@@ -213,7 +213,7 @@ def test_a_link_in_a_runs_folder_is_refused(tmp_path: Path, linked: str) -> None
     run = tmp_path / "run"
     run.mkdir()
     (run / linked).symlink_to(outside)
-    with pytest.raises(ValueError, match="got a link"):
+    with pytest.raises(ValueError, match=r"got links?: |got a link"):
         train(run, make_config(epochs=1, warmup_epochs=0))
     kept = outside / "thesis.tex" if outside.is_dir() else outside
     assert kept.read_text() == "precious"
