@@ -169,6 +169,8 @@ def make_model(
     ):
         # Branches go on working for the classes that they have learnt.
         arguments["codebooks"] = books
+    if settings.active:
+        arguments["active"] = settings.active
     torch.manual_seed(recipe.training.seed)
     model = create_model(settings.model, **arguments)
     for module in model.modules():
@@ -179,7 +181,7 @@ def make_model(
 
 def is_published(recipe: Recipe, classes: int) -> bool:
     """Returns whether the variant of codebooks that a recipe names is shipped for its network."""
-    stages = network_arguments(recipe.model.model)["stages"]
+    stages = network_arguments(recipe.model.model, active=recipe.model.active or None)["stages"]
     shipped = shipped_sizes(recipe.model.codebook_variant or "best")
     sizes = [Size(classes, stage.branches, stage.active) for stage in stages if stage.is_coded]
     return all(size in shipped for size in sizes)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -128,7 +128,8 @@ def create_model(name: str, *, pretrained: bool = False, **overrides: Any) -> Co
             `num_classes`, `in_channels`, `codebooks` or `drop_branches`. `codebook_variant`
             chooses among the shipped codebooks: `"paper"` the published ones, `"best"` those of
             the largest distance that is known; the default is the network's, published for
-            CIFAR-10 and else the best.
+            CIFAR-10 and else the best. `active` says how many branches of each stage work for a
+            class, such as `(32, 32, 16, 8)`; a stage in which all do is plain.
 
     Raises:
         ValueError: there is no such network, no weights are shipped for it, an override does not
@@ -165,29 +166,39 @@ def trained_arguments(source: CodedResNeXt, overrides: Mapping[str, Any]) -> dic
 
 
 def network_arguments(
-    name: str, *, codebook_variant: str | None = None, **overrides: Any
+    name: str,
+    *,
+    codebook_variant: str | None = None,
+    active: Sequence[int] | None = None,
+    **overrides: Any,
 ) -> dict[str, Any]:
     """Returns the arguments of `CodedResNeXt` for a named network, as `create_model`."""
     if name not in list_models():
         raise ValueError(f"name: expected one of {', '.join(list_models())}; got {name!r}")
     architecture = NETWORKS[name.removeprefix("coded_")]
     coded = name.startswith("coded_")
-    active = architecture.active if coded else (architecture.branches,) * len(architecture.active)
+    every = (architecture.branches,) * len(architecture.active)
+    chosen = tuple(architecture.active if active is None else active) if coded else every
+    if len(chosen) != len(every) or not all(0 < a <= architecture.branches for a in chosen):
+        raise ValueError(
+            f"active: expected {len(every)} numbers from 1 to {architecture.branches}, one for a "
+            f"stage, got {list(chosen)}"
+        )
     arguments = {
-        "stages": architecture.make_stages(active),
+        "stages": architecture.make_stages(chosen),
         "num_classes": architecture.num_classes,
         **architecture.arguments,
         **overrides,
     }
     if codebook_variant is not None and {"stages", "codebooks"} & overrides.keys():
         raise ValueError("codebook_variant: expected none beside stages or codebooks")
-    changed = {"stages", "num_classes", "codebooks"} & overrides.keys()
+    changed = {"stages", "num_classes", "codebooks"} & overrides.keys() or active is not None
     variant = codebook_variant or ("best" if changed else architecture.codebook_variant)
     if variant != "best" and coded:
         names = overrides.get("class_names")
         books = [
             Codebook.shipped(arguments["num_classes"], architecture.branches, a, variant)
-            for a in active
+            for a in chosen
             if a < architecture.branches
         ]
         arguments["codebooks"] = [b.with_class_names(names) if names else b for b in books]

@@ -120,6 +120,11 @@ class ModelConfig:
         "Codebook files, one for each coded stage. Without them, codebooks are made for the "
         "number of classes.",
     ] = ()
+    active: Annotated[
+        tuple[int, ...],
+        "Active branches of each stage, such as 32 32 16 8; a stage in which all branches are "
+        "active is plain. The default is the network's.",
+    ] = ()
     codebook_variant: Annotated[
         CodebookVariant | None,
         "Shipped codebooks to take: paper, the published ones, or best, those of the largest "

@@ -157,3 +157,13 @@ def test_a_network_takes_the_published_codebooks_by_name():
         create_model("coded_resnext29_20x6d", num_classes=37, codebook_variant="paper")
     with pytest.raises(ValueError, match="codebook_variant: expected none beside stages or code"):
         create_model("coded_resnext29_20x6d", codebooks=best, codebook_variant="paper")
+
+
+def test_active_branches_of_the_stages_by_numbers():
+    """The variants of the paper's appendix that change whole stages: 24/32, 4/32."""
+    model = create_model("coded_resnext50_32x4d", active=(32, 24, 16, 4), codebook_variant="paper")
+    ratios = [book.active for book in model.stage_codebooks]
+    assert ratios == [24, 16, 4]
+    assert model.stage_codebooks[2] == Codebook.shipped(1000, 32, 4, "paper")
+    with pytest.raises(ValueError, match=r"active: expected 4 numbers from 1 to 32, .* got \[33\]"):
+        create_model("coded_resnext50_32x4d", active=(33,))
