@@ -103,7 +103,7 @@ def evaluate(
     not_computed: dict[str, str] = {}
     attempt = partial(_attempt, not_computed)
 
-    observed = observe(model, test_loader)
+    observed = observe(model, test_loader, seed=seed)
     codebooks = list(dict.fromkeys(observed.codebooks))
     places = [index for index, block in enumerate(model.blocks) if block.is_coded]
     counts = observed.targets.bincount(minlength=model.num_classes)
@@ -180,6 +180,10 @@ def evaluate(
             not_computed[f"{name} images"] = str(damaged)
     if len(rows) < observed.samples:
         not_computed["removal"] = f"{len(rows)} of {observed.samples} test images, a seeded draw"
+    if observed.compared is not None:
+        not_computed["semantics"] = (
+            f"{len(observed.compared)} of {model.num_classes} classes, a seeded draw"
+        )
     if one_class is not None and len(chosen) < model.num_classes:
         not_computed["one_class"] = f"{len(chosen)} of {model.num_classes} classes, a seeded draw"
     return replace(

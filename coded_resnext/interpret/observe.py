@@ -19,14 +19,17 @@ from torch import Tensor
 
 from coded_resnext.codebooks.codebook import Codebook
 from coded_resnext.data.batches import full_batches
+from coded_resnext.data.image_sets import by_class
 from coded_resnext.kernels.coded.reference import is_dead
-from coded_resnext.models.decode import check_results, decode, not_finite
+from coded_resnext.models.decode import check_results, not_finite, read_class
 from coded_resnext.models.resnext import CodedResNeXt
 
 Loader = Iterable[tuple[Tensor, Tensor]]
 """Batches of images `[B, C, H, W]` and class indices `[B]`; every iteration starts afresh, in the
 same order."""
 Item = TypeVar("Item")
+# Of more classes these are compared with each other, and so many scores are in memory at a time.
+MOST_COMPARED, MOST_SCORES = 2000, 2**22
 _INDEX_TYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
@@ -48,9 +51,12 @@ class Observations:
     decoded: tuple[Tensor, ...]
     """Early decoding, (9), of every coded block, `[n]`."""
     probabilities: Tensor
-    """Mean softmax probabilities by true class, `[K, K]` in float64; NaN rows without images."""
+    """Mean softmax probabilities by true class of the compared classes, `[k, k]` in float64; NaN
+    rows without images."""
     image_size: tuple[int, int]
     """Height and width of the images."""
+    compared: tuple[int, ...] | None = None
+    """The classes, ascending, whose pairs are compared; None for all."""
 
     @property
     def samples(self) -> int:
@@ -63,18 +69,28 @@ class Observations:
         return int((self.predictions == self.targets).sum()) / self.samples
 
 
-def observe(model: CodedResNeXt, loader: Loader) -> Observations:
+def observe(model: CodedResNeXt, loader: Loader, *, seed: int = 0) -> Observations:
     """Run a network on every image once.
+
+    Memory grows by images times branches, not by images or classes times classes: a batch's logits
+    are let go, and of more than 2,000 classes a draw is compared.
 
     Args:
         model: coded or plain; its mode is left as found.
         loader: batches of images `[B, C, H, W]` and class indices `[B]`.
+        seed: decides which of many classes are compared.
 
     Raises:
         ValueError: the loader has no batch, or targets are not class indices of the model.
     """
     columns: list[tuple[Tensor, ...]] = []
-    sums = torch.zeros(model.num_classes, model.num_classes, dtype=torch.float64)
+    compared = torch.arange(model.num_classes)
+    if model.num_classes > MOST_COMPARED:
+        order = np.random.default_rng((seed, 5)).permutation(model.num_classes)
+        compared = torch.from_numpy(order[:MOST_COMPARED]).sort().values
+    place = torch.full((model.num_classes,), -1)
+    place[compared] = torch.arange(len(compared))
+    sums = torch.zeros(len(compared), len(compared), dtype=torch.float64)
     image_size = (0, 0)
     with evaluating(model):
         for images, targets in batches(model, loader, "test images"):
@@ -84,7 +100,9 @@ def observe(model: CodedResNeXt, loader: Loader) -> Observations:
             exact = torch.float64 if logits.dtype == torch.float64 else torch.float32
             logits = logits.to("cpu", exact)
             likely, predictions = logits.softmax(1), logits.argmax(1)
-            sums.index_add_(0, targets.cpu(), likely.double())
+            places = place[targets.cpu()]
+            chances = likely[places >= 0][:, compared].double()
+            sums.index_add_(0, places[places >= 0], chances)
             confidences = likely.gather(1, predictions[:, None])[:, 0]
             of_blocks = [energy.cpu() for energy in energies]
             columns.append((targets.cpu(), predictions, confidences, *of_blocks))
@@ -102,12 +120,22 @@ def observe(model: CodedResNeXt, loader: Loader) -> Observations:
         confidences=confidences,
         energies=all_energies,
         decoded=tuple(
-            decode(energy, book) for energy, book in zip(all_energies, model.codebooks, strict=True)
+            read_classes(energy, book)[0]
+            for energy, book in zip(all_energies, model.codebooks, strict=True)
         ),
         # A class without images divides 0 by 0: NaN.
-        probabilities=sums / counts[:, None],
+        probabilities=sums.div_(counts[compared, None]),
         image_size=image_size,
+        compared=None if len(compared) == model.num_classes else tuple(compared.tolist()),
     )
+
+
+def read_classes(energies: Tensor, book: Codebook) -> tuple[Tensor, Tensor]:
+    """Returns as `read_class` what early decoding says of all images, some of them at a time."""
+    parts = torch.split(energies, max(1, MOST_SCORES // book.classes))
+    read = [read_class(part, book.codewords) for part in parts]
+    classes, margins = map(torch.cat, zip(*read, strict=True))
+    return classes, margins
 
 
 def normalized(energies: Tensor) -> Tensor:
@@ -130,11 +158,10 @@ def draw_rows(targets: Tensor, images: int | None, seed: int) -> Tensor:
     if images is None:
         return torch.arange(len(targets))
     rows = []
-    for target in torch.unique(targets).tolist():
-        members = (targets == target).nonzero()[:, 0]
+    for target, members in by_class(targets).items():
         order = np.random.default_rng((seed, 1, target)).permutation(len(members))
         rows.append(members[order[: max(1, round(len(members) * images / len(targets)))]])
-    return torch.cat(rows).sort().values
+    return torch.from_numpy(np.sort(np.concatenate(rows)))
 
 
 class DrawnImages:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -15,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from coded_resnext.data.image_sets import by_class
 from coded_resnext.models.resnext import CodedResNeXt
 
 from .observe import (
@@ -191,9 +193,14 @@ class ClassScores:
     dead: Tensor
     """Says whether some coded block had no energy left, `[p]`."""
 
+    @cached_property
+    def _pairs(self) -> dict[int, Any]:
+        """The pairs of every class."""
+        return by_class(self.columns)
+
     def of_class(self, index: int) -> tuple[Scores, Flags, Flags]:
         """Scores of a class, whether each is of the class, and whether each is of a dead sample."""
-        pairs = (self.columns == index).nonzero()[:, 0]
+        pairs = torch.from_numpy(self._pairs.get(index, np.empty(0, np.int64)))
         positive = self.targets[self.rows[pairs]] == index
         return self.scores[pairs].numpy(), positive.numpy(), self.dead[pairs].numpy()
 
@@ -335,15 +342,20 @@ def _draw_pairs(
 ) -> tuple[Tensor, Tensor]:
     """The images and classes of pairs: all images of a class, and so many others; by image."""
     rows, columns = [], []
+    members = by_class(targets)
     for index, limit in zip(classes, limits, strict=True):
-        others = (targets != index).nonzero()[:, 0]
+        own = members.get(index, np.empty(0, np.int64))
+        others = np.arange(len(targets) - len(own))
         if limit < len(others):
             generator = np.random.default_rng((*seed, index))
-            others = others[generator.permutation(len(others))[:limit]]
-        rows.append(torch.cat([(targets == index).nonzero()[:, 0], others]))
-        columns.append(torch.full_like(rows[-1], index))
-    order = torch.cat(rows).argsort(stable=True)
-    return torch.cat(rows)[order], torch.cat(columns)[order]
+            others = generator.permutation(len(others))[:limit]
+        # The k-th image of other classes: so many of the class come before it.
+        others = others + np.searchsorted(own - np.arange(len(own)), others, side="right")
+        rows.append(np.concatenate([own, others]))
+        columns.append(np.full(len(rows[-1]), index))
+    every = np.concatenate(rows)
+    order = np.argsort(every, kind="stable")
+    return torch.from_numpy(every[order]), torch.from_numpy(np.concatenate(columns)[order])
 
 
 def _score_pairs(

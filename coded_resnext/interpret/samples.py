@@ -131,15 +131,16 @@ def choose(scores: ExitScores, limit: int, seed: int) -> Tensor:
     misread = [*order[wrong[order]].tolist(), *order[(wavering & ~wrong)[order]].tolist()]
     picked = dict.fromkeys(misread[: max(limit // MISREAD_SHARE, 1)])
     waiting: dict[int, list[int]] = {}
+    targets = scores.targets.tolist()
     for row in order.tolist():
         if row not in picked:
-            waiting.setdefault(int(scores.targets[row]), []).append(row)
+            waiting.setdefault(targets[row], []).append(row)
     # One of every class in turn: round r takes the r-th of each.
     rounds = sorted(
         (turn, target, row) for target, rows in waiting.items() for turn, row in enumerate(rows)
     )
     picked |= dict.fromkeys(row for _, _, row in rounds[: limit - len(picked)])
-    return torch.tensor(sorted(picked, key=lambda row: (int(scores.targets[row]), row)))
+    return torch.tensor(sorted(picked, key=lambda row: (targets[row], row)))
 
 
 def _settled(decoded: Tensor, final: Tensor) -> Tensor:

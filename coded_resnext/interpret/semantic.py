@@ -88,7 +88,7 @@ class Semantics:
     """Whether the paths of classes say something about what the classes look like."""
 
     classes: int
-    """Classes with images, which are compared."""
+    """Classes that are compared: those with images, or of more than 2,000 classes a seeded draw."""
     blocks: tuple[BlockSemantics, ...]
     """The coded blocks, in order."""
     permutations: int
@@ -106,13 +106,15 @@ class Semantics:
         Raises:
             ValueError: fewer than three classes have images.
         """
-        present = [index for index, count in enumerate(paths.samples_per_class) if count]
+        compared = observed.compared or range(len(paths.samples_per_class))
+        places = [place for place, index in enumerate(compared) if paths.samples_per_class[index]]
+        present = [compared[place] for place in places]
         if len(present) < 3:
             raise ValueError(
                 "classes: expected images of at least three to compare their distances, "
                 f"got images of {len(present)}"
             )
-        chances = observed.probabilities[present][:, present].numpy()
+        chances = observed.probabilities[places][:, places].numpy()
         confusion = (chances + chances.T) / 2
         generator = np.random.default_rng((seed, 4))
         count = PERMUTATIONS if len(present) <= MATRIX_CLASSES else FEW_PERMUTATIONS

@@ -202,6 +202,8 @@ def _semantic_lines(evaluation: Evaluation) -> Iterator[str]:
         ("  of that, p of random labels", "confusion_p"),
     ):
         yield _row(label, [_fraction(getattr(block, name)) for block in semantics.blocks])
+    if semantics.classes < len(evaluation.class_names):
+        yield f"Distances are those of {semantics.classes} classes."
 
 
 def _class_table(result: OneClass) -> Iterator[str]:
@@ -234,7 +236,7 @@ def _notes(evaluation: Evaluation) -> Iterator[str]:
     result = evaluation.one_class
     assert result is not None
     if evaluation.thresholds_from == "training data":
-        yield "Thresholds: best F1 on the training data."
+        yield f"Thresholds: best F1 on {evaluation.threshold_samples} training images."
     else:
         yield "Thresholds: best F1 on the test data itself, as no training data is at hand;"
         yield "precision, recall and F1 are optimistic."

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from itertools import pairwise
 from threading import Thread
 
 import pytest
 import torch
 from support.helpers import assert_alike
+from support.small_networks import make_network
 
-from coded_resnext.interpret import observe
+from coded_resnext.interpret import evaluate, observe, tables
 from coded_resnext.interpret.observe import (
     DrawnImages,
     batches,
@@ -150,3 +152,29 @@ def test_batches_take_the_dtype_of_the_model(network):
     [(images, targets)] = batches(network.double(), [(IMAGES, torch.ones(2).byte())], "test")
     assert images.dtype == torch.float64
     assert targets.dtype == torch.int64
+
+
+def test_of_many_classes_some_are_compared_and_it_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """fast-reid#503: memory by images times classes, or classes times classes, does not end."""
+    network = make_network()
+    images = torch.randn(24, 1, 6, 6, generator=torch.Generator().manual_seed(0))
+    loader = [(images, torch.arange(24) % network.num_classes)]
+    whole = observe(network, loader)
+    assert whole.compared is None
+    module = sys.modules[read_targets.__module__]
+    monkeypatch.setattr(module, "MOST_COMPARED", 3)
+    # A row at a time.
+    monkeypatch.setattr(module, "MOST_SCORES", 1)
+    some = observe(network, loader, seed=1)
+    assert some.compared is not None
+    assert len(set(some.compared)) == 3
+    assert list(some.compared) == sorted(some.compared)
+    chosen = list(some.compared)
+    torch.testing.assert_close(some.probabilities, whole.probabilities[chosen][:, chosen])
+    for one, other in zip(some.decoded, whole.decoded, strict=True):
+        assert (one == other).all()
+    evaluation = evaluate(network, None, loader, repeats=1)
+    assert evaluation.semantics is not None
+    assert evaluation.semantics.classes == 3
+    assert "3 of" in evaluation.not_computed["semantics"]
+    assert "Distances are those of 3 classes." in tables.text(evaluation)

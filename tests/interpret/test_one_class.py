@@ -21,7 +21,12 @@ from support.small_networks import make_data
 
 from coded_resnext.data.batches import batches
 from coded_resnext.interpret import one_class, score_classes
-from coded_resnext.interpret.one_class import best_threshold, count_scores, paper_negatives, sweep
+from coded_resnext.interpret.one_class import (
+    best_threshold,
+    count_scores,
+    paper_negatives,
+    sweep,
+)
 from coded_resnext.interpret.records import to_plain
 from coded_resnext.models.published import published_model
 
