@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
@@ -38,6 +38,15 @@ class PixelPicker(nn.Conv2d):
         """Maps `[B, C_in, H_in, W_in]` to `[B, C, H, W]`."""
         down, right = self.stride
         return F.conv2d(input[:, :, ::down, ::right], self.weight, self.bias)
+
+
+class StemReLU(nn.ReLU):
+    """A ReLU in place, which spares a large map, but where hooks made a view of its input."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Maps `[B, C, H, W]` to the same shape."""
+        traced = isinstance(input, fx.Proxy) or torch.compiler.is_compiling()
+        return F.relu(input, inplace=not traced and not input._is_view())
 
 
 CONVOLUTIONS = (nn.Conv2d, GroupedConv2d, PixelPicker)
@@ -156,7 +165,7 @@ def _unusual(network: Any, sizes_only: bool) -> Iterator[str | None]:
     sizes = (config["in_channels"], config["stem_channels"], *((3, 1) if small else (7, 2)), 1)
     yield _named("stem.0", _convolution(conv, *sizes))
     for index, layer in enumerate(others, 1):
-        usual = type(layer) in (nn.ReLU, nn.MaxPool2d)
+        usual = type(layer) in (nn.ReLU, StemReLU, nn.MaxPool2d)
         yield None if usual else _named(f"stem.{index}", _norm(layer))
     if not sizes_only:
         yield from (_named("stem", _acted_on(layer)) for layer in (network.stem, *network.stem))

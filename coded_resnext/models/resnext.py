@@ -16,7 +16,7 @@ from coded_resnext.kernels import Aggregation, Backend
 from coded_resnext.kernels.checks import check_integers, check_items
 
 from .block import CodedBottleneck, Step, check_images, classify, features, walk
-from .layers import check_layers
+from .layers import StemReLU, check_layers
 
 fx.wrap("check_images")
 fx.wrap("check_untraced")
@@ -438,7 +438,7 @@ def make_stem(stem: Stem, in_channels: int, channels: int) -> nn.Sequential:
         bias=False,
     )
     nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
-    layers: list[nn.Module] = [conv, nn.BatchNorm2d(channels), nn.ReLU()]
+    layers: list[nn.Module] = [conv, nn.BatchNorm2d(channels), StemReLU()]
     if not small:
         layers.append(nn.MaxPool2d(3, 2, 1))
     return nn.Sequential(*layers)
