@@ -36,8 +36,8 @@ POINTERS: dict[str, torch.dtype] = {
     "u8": torch.uint8,
     "i1": torch.bool,
 }
-# The oldest compute capability that Triton compiles for.
-OLDEST = (7, 0)
+# Architectures that PyTorch runs on and Triton does not compile for.
+TOO_OLD = ("sm50", "sm52", "sm53", "sm60", "sm61", "sm62")
 
 # Looked for once: the compiler of torch 2.11 does not follow the search.
 HAS_TRITON = find_spec("triton") is not None
@@ -75,13 +75,13 @@ def architecture_of(x: Tensor) -> str:
     return architecture(x.device.index) if x.is_cuda else "cpu"
 
 
-@cache
 def without_kernels(device: int) -> str | None:
     """Returns why no kernel runs on a CUDA device; None if kernels do."""
     if not HAS_TRITON:
         return "Triton is not installed"
-    if torch.version.hip is None and torch.cuda.get_device_capability(device) < OLDEST:
-        return f"Triton compiles for GPUs from sm70 on, not for {architecture(device)}"
+    arch = architecture(device)
+    if arch in TOO_OLD:
+        return f"Triton compiles for GPUs from sm70 on, not for {arch}"
     return None
 
 

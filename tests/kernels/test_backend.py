@@ -284,13 +284,11 @@ def test_a_gpu_that_triton_does_not_know_is_pytorchs(
     """mamba#387, triton#8182: the kernels were chosen, and ended inside Triton."""
     monkeypatch.setattr(layout, "HAS_TRITON", triton)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
-    for cached in (layout.without_kernels, layout.architecture):
-        cached.cache_clear()
+    layout.architecture.cache_clear()
     try:
         assert layout.unsupported(OnGpu()) == reason  # type: ignore[arg-type]
     finally:
-        for cached in (layout.without_kernels, layout.architecture):
-            cached.cache_clear()
+        layout.architecture.cache_clear()
 
 
 KERNELS = {
