@@ -104,12 +104,17 @@ def coding_losses(
     Raises:
         ValueError: as `coding_loss`.
     """
+    checked: set[tuple[int, int]] = set()
     for values, book in zip(energies, codewords, strict=True):
         check_loss(values, book, exponent, threshold)
         if check_values:
             check_finite("energies", values)
-        check_targets(targets, values.shape[0], book.shape[0], ignore_index)
-        check_class_weight(class_weight, book.shape[0])
+        sizes = (values.shape[0], book.shape[0])
+        # The blocks of a network have the same samples and classes, whose values are read once.
+        if sizes not in checked:
+            check_targets(targets, *sizes, ignore_index)
+            check_class_weight(class_weight, book.shape[0])
+            checked.add(sizes)
         check_device("codewords", book, values)
     if not energies:
         return CodingLosses((), () if decode else None)
