@@ -63,7 +63,7 @@ def test_a_sum_that_is_not_compared_would_be_noticed(
     """Tampering itself: without the comparison some files load and are not what was saved."""
     kind = make_kinds(tmp_path)[0]
     stated = json.loads((tmp_path / "shared" / "config.json").read_text())["sha256"]
-    monkeypatch.setattr("coded_resnext.deploy.hub._digest", lambda path: stated[path.name])
+    monkeypatch.setattr("coded_resnext.deploy.hub.file_sha256", lambda path: stated[path.name])
     assert tamper_with(kind, files=200, seed=0).wrong
 
 
