@@ -349,7 +349,7 @@ def test_bad_requests(tmp_path, monkeypatch):
     network = make_network()
     with pytest.raises(ValueError, match=r"network: expected float32 weights, got torch\.float64"):
         to_onnx(make_network().double(), tmp_path / "net.onnx")
-    with pytest.raises(ValueError, match="image_size: expected a positive number"):
+    with pytest.raises(ValueError, match="image_size: expected a positive integer"):
         to_exported_program(network, image_size=0)
     with pytest.raises(ValueError, match=r"path: expected a name that ends in \.pt2"):
         to_aot_package(network, tmp_path / "net.so")
