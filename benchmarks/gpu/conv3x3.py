@@ -237,7 +237,7 @@ def best_library(times: dict[str, float]) -> float:
 
 def verdicts(times: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Per network: the convolutions of a step by cuDNN, and by whoever wins each pass."""
-    rows = []
+    networks = []
     for network in dict.fromkeys(row["network"] for row in times):
         rows = [row for row in times if row["network"] == network]
         sums = {"library": 0.0, "selected": 0.0, "kernels": 0.0}
@@ -255,8 +255,8 @@ def verdicts(times: list[dict[str, Any]]) -> list[dict[str, Any]]:
             for which in PASSES
             if row["ms"][which]["kernel"] > best_library(row["ms"][which])
         ]
-        rows.append({"network": network, **sums, "ratio": ratio, "losses": losses})
-    return rows
+        networks.append({"network": network, **sums, "ratio": ratio, "losses": losses})
+    return networks
 
 
 def check_grouped(

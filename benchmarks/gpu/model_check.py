@@ -62,7 +62,7 @@ def judge(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     ours = [("coded", backend, "") for backend in ("torch", "fused", "triton")]
     coded = [row for row in right if any(_is(row, each) for each in ours)]
     best = max(coded, key=lambda row: float(row[TRAIN]), default=None)
-    rows = []
+    verdicts = []
     for name, figure, rival, sense, bound in CRITERIA:
         pick = min if sense == "at most" else max
         values = [row[figure] for row in right if _is(row, rival) and figure in row]
@@ -73,8 +73,8 @@ def judge(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         kept = None
         if ratio is not None:
             kept = ratio <= bound if sense == "at most" else ratio >= bound
-        rows.append({"figure": name, "bound": f"{sense} {bound}", "measured": ratio, "kept": kept})
-    return rows
+        verdicts.append({"figure": name, "bound": f"{sense} {bound}", "measured": ratio, "kept": kept})
+    return verdicts
 
 
 def _is(row: dict[str, Any], rival: tuple[str, str, str]) -> bool:
