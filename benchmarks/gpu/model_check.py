@@ -73,7 +73,9 @@ def judge(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         kept = None
         if ratio is not None:
             kept = ratio <= bound if sense == "at most" else ratio >= bound
-        verdicts.append({"figure": name, "bound": f"{sense} {bound}", "measured": ratio, "kept": kept})
+        verdicts.append(
+            {"figure": name, "bound": f"{sense} {bound}", "measured": ratio, "kept": kept}
+        )
     return verdicts
 
 
