@@ -110,7 +110,7 @@ def test_push(run_folder, monkeypatch, capsys):
 
 def test_bad_requests(run_folder, tmp_path, capsys):
     assert "got 'be'; the nearest: bee" in refused(capsys, run_folder, "--class", "be")
-    assert "`coded-resnext calibrate RUN DATA` makes it" in refused(capsys, run_folder, "--early-exit")
+    assert "calibrate RUN DATA` makes it" in refused(capsys, run_folder, "--early-exit")
     assert "--push: expected with" in refused(capsys, run_folder, "--push", "a/b")
     for options in (["--heads", "--format", "shared"], ["--int8", "x", "--format", "shared"]):
         assert "expected the whole network" in refused(capsys, run_folder, *options)
