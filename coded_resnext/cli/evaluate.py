@@ -123,7 +123,7 @@ def open_data(loaded: LoadedModel, data: str, batch_size: int) -> tuple[Loader |
         )
     preprocessing = _preprocessing(loaded)
     splits = _named_set(loaded, data) if data in NAMED_SETS else None
-    splits = splits or find_image_folder(data, model.class_names)
+    splits = splits or _folder(loaded, data)
     say(splits, file=sys.stderr)
     train, test = (
         EvalImages(images, preprocessing, batch_size) if len(images) else None
@@ -148,6 +148,24 @@ def _named_set(loaded: LoadedModel, name: str) -> ImageSplits:
             f"{loaded.model.num_classes}, the first of them {loaded.model.class_names[0]!r}"
         )
     return splits
+
+
+def _folder(loaded: LoadedModel, data: str) -> ImageSplits:
+    """Returns the images of a folder; of one that the run held images out of, its own split."""
+    splits = find_image_folder(data, loaded.model.class_names)
+    recipe = loaded.training.get("recipe") or {}
+    holdout = recipe.get("holdout") if recipe.get("dataset") == "folder" else None
+    if len(splits.train) or not holdout:
+        return splits
+    if splits.name != loaded.training.get("data"):
+        say(
+            f"the run held images of {loaded.training.get('data')!r} out; if {splits.name!r} is "
+            "the same folder, it was trained on some of these images",
+            file=sys.stderr,
+        )
+        return splits
+    part = {key: recipe.get(key) for key in ("train_images", "test_images")}
+    return find_image_folder(data, holdout=holdout).slice(holdout=holdout, **part)
 
 
 def data_names(data: str, train_loader: Loader | None) -> dict[str, str]:

@@ -12,7 +12,7 @@ from coded_resnext import Codebook, CodedResNeXt, Stage, create_model
 from coded_resnext.cli import evaluate as evaluate_command
 from coded_resnext.cli.arguments import make_parser
 from coded_resnext.data.batches import batches
-from coded_resnext.data.datasets import DIGITS_NAME, load_digits_split
+from coded_resnext.data.datasets import DIGITS_NAME, find_image_folder, load_digits_split
 from coded_resnext.data.preprocessing import Preprocessing
 from coded_resnext.interpret import evaluate, results, tables
 from coded_resnext.models.checkpoint import load_model, save_model
@@ -94,6 +94,28 @@ def test_folder_without_training_images(model, checkpoint, tmp_path, capsys):
     pictures = sorted(path.name for path in (out / "figures").glob("*.png"))
     assert len(pictures) == 7
     assert all(name in printed for name in pictures)
+
+
+def test_images_that_a_run_held_out_are_not_mixed_with_those_it_was_trained_on(
+    model, tmp_path, capsys
+):
+    """Of a plain folder of classes; under another name it cannot be known, which is said."""
+    folder = tmp_path / "data"
+    write_images(folder)
+    splits = find_image_folder(folder, holdout=0.3).slice(holdout=0.3)
+    notes = {"data": splits.name, "recipe": {"dataset": "folder", "holdout": 0.3}}
+    save_model(tmp_path / "m.safetensors", model, preprocessing=PREPROCESSING, training=notes)
+    loaded = load_model(tmp_path / "m.safetensors")
+    loaders = evaluate_command.open_data(loaded, str(folder), 4)
+    for loader, images, count in zip(loaders, (splits.train, splits.test), (6, 3), strict=True):
+        assert loader is not None
+        assert [loader.images.name(i) for i in range(count)] == list(map(images.name, range(count)))
+        assert len(loader.images) == len(images) == count
+    assert "held images" not in capsys.readouterr().err
+    folder.rename(tmp_path / "other")
+    train, test = evaluate_command.open_data(loaded, str(tmp_path / "other"), 4)
+    assert (train, len(test.images)) == (None, 9)
+    assert "the run held images of 'data' out; if 'other' is the same" in capsys.readouterr().err
 
 
 def test_folder_with_training_images(model, checkpoint, tmp_path, capsys):
