@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -226,14 +227,8 @@ def open_image(path: Path, channels: int) -> Image:
         ValueError: the file is not a readable image; the message names it.
         ImportError: Pillow is not installed.
     """
-    image_module = _pillow()
-    try:
-        with image_module.open(path, formats=_formats(image_module)) as image:
-            return to_channels(image, channels)
-    # What Pillow raises depends on the format and the damage; it is no closed list.
-    except Exception as error:
-        reason = str(error) or type(error).__name__
-        raise ValueError(f"{as_text(path)}: not a readable image: {as_text(reason)}") from error
+    with _opened(path) as image:
+        return to_channels(image, channels)
 
 
 def image_size(path: Path) -> tuple[int, int]:
@@ -243,13 +238,22 @@ def image_size(path: Path) -> tuple[int, int]:
         ValueError: the file is not a readable image; the message names it.
         ImportError: Pillow is not installed.
     """
+    with _opened(path) as image:
+        width, height = image.size
+        return width, height
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Image]:
+    """An open file, of which every failure is a ValueError that names it."""
     image_module = _pillow()
     try:
         with image_module.open(path, formats=_formats(image_module)) as image:
-            width, height = image.size
-            return width, height
+            yield image
+    # What Pillow raises depends on the format and the damage; it is no closed list.
     except Exception as error:
-        raise ValueError(f"{as_text(path)}: not a readable image: {as_text(error)}") from error
+        reason = str(error) or type(error).__name__
+        raise ValueError(f"{as_text(path)}: not a readable image: {as_text(reason)}") from error
 
 
 def read_image(path: Path, preprocessing: Preprocessing) -> Tensor:
