@@ -2,7 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-all docs-check lint type bench torture matrix portability audit kernels timm-tests clean
+# `docs` is a folder too.
+.PHONY: demo test test-all docs docs-check lint type bench torture matrix portability audit kernels timm-tests clean
 
 demo: .venv/train.stamp
 	$(BIN)/python train/digits.py --out runs/digits --resume
@@ -17,7 +18,11 @@ test: .venv/dev.stamp
 test-all: .venv/dev.stamp
 	$(PYTEST) --all
 
-# The blocks of README, tutorial and questions, as they stand; a part of test-all.
+# The site, in build/site/index.html. Nothing is loaded from elsewhere, and a warning is an error.
+docs: .venv/docs.stamp
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
+# The blocks of README, tutorial and questions, and the notebooks, as they stand; a part of test-all.
 docs-check: .venv/dev.stamp
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --all -s -v tests/test_docs.py tests/test_tutorial.py \
 		tests/models/test_tools.py
@@ -69,6 +74,10 @@ clean:
 
 .venv/train.stamp: .venv/pip.stamp setup.py pyproject.toml
 	$(BIN)/python -m pip install --quiet -e '.[train,report]'
+	touch $@
+
+.venv/docs.stamp: .venv/pip.stamp setup.py pyproject.toml
+	$(BIN)/python -m pip install --quiet -e '.[docs]'
 	touch $@
 
 .venv/dev.stamp: .venv/pip.stamp setup.py pyproject.toml

