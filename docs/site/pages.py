@@ -1,7 +1,7 @@
 """What MkDocs adds to docs/: pages that lie elsewhere in the repository, and links out of it.
 
-The README is the first page. The pages of notebooks are their cells, without outputs; those of
-commands and settings are made of what the code says of them.
+The README is the first page. The pages of notebooks are their cells, without outputs. The pages of
+commands and settings end with what the code says of them.
 """
 
 from __future__ import annotations
@@ -42,8 +42,6 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         text = (ROOT / source).read_text(encoding="utf-8")
         content = notebook(json.loads(text), source) if source.endswith(".ipynb") else text
         files.append(File.generated(config, page, content=content))
-    files.append(File.generated(config, "commands.md", content=commands()))
-    files.append(File.generated(config, "api/recipe.md", content=recipe()))
     return files
 
 
@@ -73,7 +71,8 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
             return label
         return f"[{label}]({config.repo_url.rstrip('/')}/blob/main/{path.relative_to(ROOT)})"
 
-    return LINK.sub(led, markdown)
+    filled = {"api/recipe.md": recipe, "commands.md": commands}
+    return LINK.sub(led, markdown) + ("\n\n" + filled[uri]() if uri in filled else "")
 
 
 def notebook(cells: dict[str, Any], source: str) -> str:
@@ -87,17 +86,13 @@ def notebook(cells: dict[str, Any], source: str) -> str:
 
 
 def commands() -> str:
-    """Returns the page of `coded-resnext`: what `--help` says of every command."""
+    """Returns what `coded-resnext --help` says, and that of every command."""
     from coded_resnext.cli.arguments import make_parser
 
     # The width of what argparse writes.
     os.environ["COLUMNS"] = "80"
     parser = make_parser()
-    parts = [
-        "# Commands\n\nEvery command says this itself: `coded-resnext COMMAND --help`. "
-        "`coded-resnext train` takes the settings [of a recipe](api/recipe.md).",
-        f"```text\n{parser.format_help()}```",
-    ]
+    parts = [f"```text\n{parser.format_help()}```"]
     for command in subcommands(parser):
         if command.prog != "coded-resnext train":
             parts.append(f"## {command.prog}\n\n```text\n{command.format_help()}```")
@@ -114,14 +109,10 @@ def subcommands(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentPa
 
 
 def recipe() -> str:
-    """Returns the page of a recipe's settings: a table for each group of them."""
+    """Returns a table for each group of a recipe's settings."""
     from coded_resnext.training.recipe import GROUPS
 
-    parts = [
-        "# Settings of a recipe\n\nA recipe is a flat list of these settings in YAML. "
-        "Every setting is a flag of `coded-resnext train` and of the scripts in `train/` too, with "
-        "hyphens in place of underscores. [Training](../training.md) shows recipes in use.",
-    ]
+    parts = []
     for group in GROUPS:
         hints = get_type_hints(group, include_extras=True)
         title = (group.__doc__ or "").split("\n\n")[0].split(";")[0].rstrip(".")
