@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 # `docs` is a folder too.
-.PHONY: demo test test-all docs docs-check lint type bench torture matrix portability audit kernels timm-tests clean
+.PHONY: demo test test-all docs docs-check lint type bench ptx torture matrix portability audit kernels timm-tests clean
 
 demo: .venv/train.stamp
 	$(BIN)/python train/digits.py --out runs/digits --resume
@@ -36,6 +36,13 @@ type: .venv/dev.stamp
 
 bench: .venv/dev.stamp
 	$(BIN)/python -m pytest benchmarks --benchmark-only
+
+# Every kernel as compiled for two GPUs, run on the CPU; docs/kernels.md says what that shows.
+ptx: .venv/dev.stamp
+	for arch in sm80 sm90; do \
+		PYTHONPATH=tests $(PYTEST) -p ptx.plugin --arch $$arch \
+			tests/ptx/compiled_*.py tests/kernels/loss/test_loss.py || exit 1; \
+	done
 
 # Kills, signals, tampered files and random calls; docs/reliability.md has the table of a run.
 torture: .venv/dev.stamp

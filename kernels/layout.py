@@ -53,12 +53,19 @@ def interpreted() -> bool:
     return bool(INTERPRETED.value)
 
 
-def tf32_allowed() -> bool:
-    """Returns whether PyTorch lets float32 products round their inputs to TF32."""
+def tf32_allowed(convolution: bool = False) -> bool:
+    """Returns whether PyTorch lets float32 products, or convolutions, round their inputs to TF32.
+
+    It has a setting for each, and one for all that counts where theirs says `none`. The older
+    `allow_tf32` of cuDNN cannot be read once a program has used the newer settings.
+    """
     # A property of the module, which type checkers do not see.
     default: str = torch.backends.fp32_precision  # type: ignore[attr-defined]
-    precision = torch.backends.cuda.matmul.fp32_precision
-    return bool((default if precision == "none" else precision) == "tf32")
+    if convolution:
+        precision: str = torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]
+    else:
+        precision = torch.backends.cuda.matmul.fp32_precision
+    return (default if precision == "none" else precision) == "tf32"
 
 
 @cache

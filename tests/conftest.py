@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-os.environ["TRITON_INTERPRET"] = "1"
+os.environ.setdefault("TRITON_INTERPRET", "1")
 # Processes that tests start find tests/support/ as the tests themselves do.
 os.environ["PYTHONPATH"] = os.pathsep.join(
     filter(None, (str(Path(__file__).parent), os.environ.get("PYTHONPATH")))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -82,8 +83,7 @@ def coded_aggregate(
             aggregation=aggregation,
             backend=backend,
         )
-        groups = branches if aggregation == "concat" else 1
-        return F.conv2d(scaled, weight, groups=groups), energies
+        return _branch_sum(scaled, weight, branches, aggregation), energies
     concatenate, drop_mask, keep_mask = _checked(
         h, weight, branches, aggregation, drop_mask, keep_mask
     )
@@ -91,6 +91,21 @@ def coded_aggregate(
     return coded_reference.coded_aggregate(
         h, per_branch, drop_mask, keep_mask, concatenate=concatenate
     )
+
+
+def _branch_sum(h: Tensor, weight: Tensor, branches: int, aggregation: Aggregation) -> Tensor:
+    """Returns the 1x1 convolution behind `normalized_branches`, channels-last.
+
+    As a matrix product: in float32 it is exact unless PyTorch's matrix products may take TF32, as
+    its convolutions do by default.
+    """
+    rows = h.permute(0, 2, 3, 1)
+    if aggregation == "concat":
+        per_branch = gram.split_weight(weight, branches, concatenate=True)
+        columns = rows.reshape(*rows.shape[:3], *per_branch.shape[::2])
+        outputs = torch.einsum("bhwnd,ncd->bhwnc", columns, per_branch)
+        return outputs.flatten(3).permute(0, 3, 1, 2)
+    return F.linear(rows, weight[:, :, 0, 0]).permute(0, 3, 1, 2)
 
 
 def normalized_branches(

@@ -16,6 +16,7 @@ from coded_resnext.kernels.layout import (
     as_float32,
     as_rows,
     empty_float32,
+    tf32_allowed,
     variant_of,
 )
 from coded_resnext.kernels.residual import rows as residual_rows
@@ -239,8 +240,9 @@ def weight_gradient(
 
 
 def _variant(x: Tensor, **options: bool) -> Variant:
-    """Returns what a kernel on activations `x` is compiled for; TF32 is allowed as to cuDNN."""
-    return variant_of(x, tf32=torch.backends.cudnn.allow_tf32, **options)
+    """Returns what a kernel on activations `x` is compiled for; TF32 is allowed as in PyTorch's
+    convolutions."""
+    return variant_of(x, tf32=tf32_allowed(convolution=True), **options)
 
 
 def _parts(rows: Tensor, *, pairs: bool) -> tuple[int, int]:

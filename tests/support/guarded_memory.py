@@ -13,16 +13,24 @@ from torch import Tensor
 
 # Elements before and behind every tensor; a multiple of 16 bytes for every dtype.
 GUARD = 64
-# What the bytes of a guard are, in turn. Repeated they are a NaN in every floating dtype, one of
+# What uninitialised bytes are, in turn. Repeated they are a NaN in every floating dtype, one of
 # its own: a NaN that a computation gives is another.
 BYTES = (0xFD, 0x7F)
+
+
+def poisoned(shape: tuple[int, ...], dtype: torch.dtype, device: Any = "cpu") -> Tensor:
+    """A tensor that nobody has written: NaN, or a large number for integers."""
+    tensor = torch.zeros(shape, dtype=dtype, device=device)
+    for index, byte in enumerate(BYTES):
+        tensor.view(-1).view(torch.uint8)[index :: len(BYTES)] = byte
+    return tensor
 
 
 class GuardedMemory:
     """Stands in for PyTorch's allocations of uninitialised tensors.
 
-    A tensor comes filled with NaN (the largest number for integers), so that a missing store shows.
-    Its guards are NaN too, so that a read outside shows, and of a kind that shows any store.
+    A tensor comes poisoned, so that a missing store shows. Its guards are too, so that a read
+    outside shows, and any store.
     """
 
     def __init__(self) -> None:
@@ -31,14 +39,9 @@ class GuardedMemory:
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype, device: Any = "cpu") -> Tensor:
         """A tensor between two guards, at an address as good as that of any other."""
         size = math.prod(shape)
-        buffer = torch.zeros(size + 2 * GUARD, dtype=dtype, device=device)
-        inside = buffer[GUARD : GUARD + size]
-        inside.fill_(math.nan if dtype.is_floating_point else torch.iinfo(dtype).max)
-        for guard in (buffer[:GUARD], buffer[GUARD + size :]):
-            for index, byte in enumerate(BYTES):
-                guard.view(torch.uint8)[index :: len(BYTES)] = byte
+        buffer = poisoned((size + 2 * GUARD,), dtype, device)
         self.buffers.append((buffer, size))
-        return inside.view(shape)
+        return buffer[GUARD : GUARD + size].view(shape)
 
     def guarded(self, tensor: Tensor) -> Tensor:
         """A copy of a channels-last tensor between guards."""

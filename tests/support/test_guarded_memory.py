@@ -29,6 +29,6 @@ def test_every_way_to_allocate_is_guarded() -> None:
         numbers = like.new_empty((2,), dtype=torch.int64)
         assert len(memory.buffers) == 4
     assert all(tensor.isnan().all() for tensor in tensors)
-    assert (numbers == torch.iinfo(torch.int64).max).all()
+    assert (numbers > 2**62).all()
     with pytest.raises(AssertionError, match="nothing was allocated"), guarded_memory():
         pass

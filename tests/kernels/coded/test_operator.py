@@ -9,6 +9,7 @@ import torch
 from support.cases.coded import Case
 from support.helpers import relative_error
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from coded_resnext.kernels import coded_aggregate, coding_losses, layout
 from coded_resnext.kernels.coded.operator import branch_energy, normalize_branches
@@ -82,3 +83,22 @@ def test_the_operator_reads_no_label_that_is_no_class(
     losses, grads, _ = coding_loss(energies, codewords, targets, shares, 4.0, 0.0, False)
     assert losses.isfinite().all()
     assert not grads[:, 1].any()
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("aggregation", ["sum", "concat"])
+def test_the_branch_sum_is_a_matrix_product(backend: str, aggregation: str) -> None:
+    """Of float32 it is exact by default, where convolutions round to TF32 on a GPU."""
+    case = Case("product", concat=aggregation == "concat")
+    h, weight = case.inputs(torch.float32)
+    called = []
+
+    class Recorded(TorchDispatchMode):
+        def __torch_dispatch__(self, operator, types, args=(), keywords=None):  # type: ignore[no-untyped-def]
+            called.append(operator.overloadpacket)
+            return operator(*args, **(keywords or {}))
+
+    with Recorded():
+        coded_aggregate(h, weight, case.N, aggregation=aggregation, backend=backend)
+    assert torch.ops.aten.convolution not in called
+    assert {torch.ops.aten.mm, torch.ops.aten.bmm} & set(called)

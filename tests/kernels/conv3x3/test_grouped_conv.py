@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from coded_resnext.kernels import backend, grouped_conv3x3, layout
 from coded_resnext.kernels.conv3x3 import functional as conv3x3_functional
+from coded_resnext.kernels.conv3x3 import launch as conv3x3_launch
 from coded_resnext.kernels.conv3x3 import operator as conv3x3_operator
 from coded_resnext.kernels.conv3x3 import rows as conv3x3_rows
 from coded_resnext.kernels.conv3x3.reference import grouped_conv3x3 as definition
@@ -265,3 +266,25 @@ def test_bad_input_is_refused(change: dict[str, Any], message: str) -> None:
     grouped_conv3x3(**arguments)
     with pytest.raises(ValueError, match=message):
         grouped_conv3x3(**{**arguments, **change})
+
+
+@pytest.mark.parametrize("precision", ["ieee", "tf32"])
+def test_the_precision_of_convolutions_is_read_by_its_newer_name(
+    precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who has set it cannot read the older `allow_tf32` any more."""
+    case = GroupedCase("precision")
+    variants = []
+    real = layout.variant_of
+    monkeypatch.setattr(
+        conv3x3_launch,
+        "variant_of",
+        lambda *args, **options: variants.append(real(*args, **options)) or variants[-1],
+    )
+    before = torch.backends.cudnn.conv.fp32_precision
+    torch.backends.cudnn.conv.fp32_precision = precision
+    try:
+        grouped_conv3x3(**case.inputs(torch.float32), groups=case.N, backend="triton")
+    finally:
+        torch.backends.cudnn.conv.fp32_precision = before
+    assert [variant.precision for variant in variants] == [precision]

@@ -1,0 +1,197 @@
+"""The project's kernels as compiled, through its operators, against the float64 definitions.
+
+The cases are those of tests/support/cases, in every dtype that the kernels take.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from support.cases import coded
+from support.cases.conv3x3 import GroupedCase, defined
+from support.guarded_memory import guarded_memory
+from support.helpers import TOLERANCES, relative_error
+from torch import Tensor
+
+from coded_resnext.kernels import branch_energy, grouped_conv3x3
+from coded_resnext.kernels.coded.operator import normalize_branches
+
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+
+
+@pytest.fixture(autouse=True)
+def _poisoned() -> Iterator[None]:
+    """What operators allocate holds poison, so that a read before a store is seen."""
+    with guarded_memory():
+        yield
+
+
+@contextmanager
+def convolutions_in(precision: str) -> Iterator[None]:
+    """Of float32; by default it is TF32, as of PyTorch's convolutions."""
+    before = torch.backends.cudnn.conv.fp32_precision
+    torch.backends.cudnn.conv.fp32_precision = precision
+    yield
+    torch.backends.cudnn.conv.fp32_precision = before
+
+
+def named(cases: list) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("case", cases, ids=lambda case: case.name)
+
+
+def check(actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
+    errors = {name: relative_error(actual[name].double(), expected[name]) for name in expected}
+    assert max(errors.values()) < tolerance, errors
+
+
+def unaligned(x: Tensor, elements: int) -> Tensor:
+    """The same channels-last map, some elements behind an aligned address."""
+    rows = x.permute(0, 2, 3, 1)
+    flat = torch.zeros(rows.numel() + elements, dtype=x.dtype)
+    flat[elements:] = rows.flatten()
+    return flat[elements:].view(rows.shape).permute(0, 3, 1, 2)
+
+
+# ---- coded
+
+CODED = [case for case in coded.CASES if case.name != "concat"] + coded.KERNEL_CASES
+
+
+@every_dtype
+@named(CODED)
+def test_coded_aggregate(case: coded.Case, dtype: torch.dtype) -> None:
+    actual = coded.outputs_and_gradients(case, dtype, "triton", dtype)
+    expected = coded.outputs_and_gradients(case, torch.float64, "reference", dtype)
+    check(actual, expected, TOLERANCES[dtype])
+
+
+def behind_a_map(
+    case: coded.Case, dtype: torch.dtype, like: torch.dtype, elements: int = 0
+) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """Activations and weight in a dtype, and BatchNorm's affine map; all have gradients."""
+    h, weight = case.inputs(like)
+    h = unaligned(h, elements) if elements else h
+    generator = torch.Generator().manual_seed(1)
+    scale, bias = torch.randn(2, case.N * case.D, generator=generator)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    tensors = [h.to(dtype), weight.to(dtype), scale.to(wide), bias.to(wide)]
+    keep = case.masks().get("keep_mask")
+    options = {"keep_mask": keep} if keep is not None else {}
+    return [tensor.requires_grad_() for tensor in tensors], options
+
+
+@every_dtype
+@pytest.mark.parametrize("elements", [0, 1, 4], ids=["aligned", "1 element off", "4 elements off"])
+@named(coded.KERNEL_CASES)
+def test_energies_behind_batch_norm(case: coded.Case, elements: int, dtype: torch.dtype) -> None:
+    results = []
+    for own, backend in ((dtype, "triton"), (torch.float64, "reference")):
+        leaves, options = behind_a_map(case, own, dtype, elements)
+        h, weight, scale, bias = leaves
+        energy = branch_energy(
+            h, weight, case.N, scale=scale, bias=bias, backend=backend, **options
+        )
+        grad = torch.randn(energy.shape, generator=torch.Generator().manual_seed(2)).to(energy)
+        grads = torch.autograd.grad(energy, leaves, grad)
+        names = ("energies", "grad_h", "grad_weight", "grad_scale", "grad_bias")
+        results.append(dict(zip(names, (energy, *grads), strict=True)))
+    check(*results, TOLERANCES[dtype])
+
+
+@every_dtype
+@named(coded.KERNEL_CASES)
+def test_normalisation_behind_batch_norm(case: coded.Case, dtype: torch.dtype) -> None:
+    results = []
+    masks = {name: mask.double() for name, mask in case.masks().items()}
+    for own in (dtype, torch.float64):
+        leaves, _ = behind_a_map(case, own, dtype)
+        h, weight, scale, bias = leaves
+        per_branch = weight[:, :, 0, 0].unflatten(1, (case.N, -1)).transpose(0, 1)
+        given = [masks.get(name) for name in ("drop_mask", "keep_mask")]
+        wide = [mask if mask is None else mask.to(scale.dtype) for mask in given]
+        scaled, energies, _ = normalize_branches(h, per_branch, scale, bias, *wide)
+        generator = torch.Generator().manual_seed(3)
+        grads = [
+            torch.randn(value.shape, generator=generator).to(dtype).to(value)
+            for value in (scaled, energies)
+        ]
+        values = (scaled, energies, *torch.autograd.grad((scaled, energies), leaves, grads))
+        names = ("scaled", "energies", "grad_h", "grad_weight", "grad_scale", "grad_bias")
+        results.append(dict(zip(names, values, strict=True)))
+    check(*results, TOLERANCES[dtype])
+
+
+# ---- grouped convolutions
+
+GROUPED = [
+    *(
+        GroupedCase(
+            f"width_{width}_stride_{stride}", N=32 // width or 1, D=width, H=5, stride=stride
+        )
+        for width in (1, 3, 4, 6, 8, 11, 12, 16, 22, 24, 32, 44)
+        for stride in (1, 2)
+    ),
+    GroupedCase("one_pixel", H=1, W=1),
+    GroupedCase("two_parts_of_rows", H=20, W=3, B=1),
+    GroupedCase("plain", affine=False, statistics=False, H=5, W=3),
+    GroupedCase("affine_alone_stride_2", statistics=False, H=3, stride=2),
+    GroupedCase("statistics_alone", affine=False, H=3),
+]
+# One rounding of results, and of the gradient that goes in; in float32 of sums of a few hundred.
+GROUPED_TOLERANCES = {torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
+
+
+def convolved(case: GroupedCase, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Output, statistics and all gradients by the kernels."""
+    inputs = case.inputs(dtype)
+    leaves = {name: value.requires_grad_() for name, value in inputs.items()}
+    maps = {name: leaves[name] for name in ("scale", "bias") if name in leaves}
+    y, statistics = grouped_conv3x3(
+        leaves["x"],
+        leaves["weight"],
+        case.N,
+        stride=case.stride,
+        statistics=case.statistics,
+        backend="triton",
+        **maps,
+    )
+    results = {"y": y} | ({} if statistics is None else {"statistics": statistics})
+    given = case.output_gradients(dtype)[: len(results)]
+    grads = torch.autograd.grad(list(results.values()), list(leaves.values()), given)
+    return results | {f"grad_{name}": g for name, g in zip(leaves, grads, strict=True)}
+
+
+@every_dtype
+@named(GROUPED)
+def test_grouped_convolution(case: GroupedCase, dtype: torch.dtype) -> None:
+    expected = defined(case, case.inputs(dtype), rounded=True)
+    with convolutions_in("ieee"):
+        check(convolved(case, dtype), expected, GROUPED_TOLERANCES[dtype])
+
+
+def test_float32_convolutions_follow_the_precision_of_pytorch() -> None:
+    """IEEE where it is asked for, TF32, with its ten bits, by default."""
+    case = GroupedCase("precision", N=2, D=16, H=5)
+    expected = defined(case, case.inputs(torch.float32), rounded=True)
+    for precision, low, high in (("ieee", 0.0, 1e-5), ("tf32", 1e-5, 1e-2)):
+        with convolutions_in(precision):
+            y = convolved(case, torch.float32)["y"]
+        assert low <= relative_error(y.double(), expected["y"]) < high
+
+
+def test_float32_energies_follow_the_precision_of_pytorch() -> None:
+    """IEEE by default, as of every matrix product."""
+    case = coded.Case("precision", N=4, D=16, H=5, W=5)
+    expected = coded.outputs_and_gradients(case, torch.float64, "reference", torch.float32)
+    for precision, low, high in (("highest", 0.0, 1e-5), ("high", 1e-5, 1e-2)):
+        torch.set_float32_matmul_precision(precision)
+        try:
+            actual = coded.outputs_and_gradients(case, torch.float32, "triton", torch.float32)
+        finally:
+            torch.set_float32_matmul_precision("highest")
+        error = relative_error(actual["energies"].double(), expected["energies"])
+        assert low <= error < high
