@@ -149,8 +149,9 @@ class PlannedRun:
         data = self.command.recipe.data
         return {
             "outside": None if self.ablation.name == PLAIN else self.command.outside,
-            "repeats": self.command.repeats,
+            "repeats": data.repeats,
             "test_images": data.eval_images,
+            "removal_images": data.removal_images,
             "threshold_images": data.threshold_images,
         }
 

@@ -282,6 +282,12 @@ def _add_evaluate(commands: Commands) -> None:
         "on these (default: all)",
     )
     parser.add_argument(
+        "--removal-images",
+        type=int,
+        metavar="N",
+        help="remove branches from about so many test images (default: as --test-images)",
+    )
+    parser.add_argument(
         "--threshold-images",
         type=int,
         metavar="N",

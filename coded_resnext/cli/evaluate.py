@@ -21,7 +21,7 @@ from coded_resnext.data.loaders import EvalImages
 from coded_resnext.data.preprocessing import SPLIT_SEED, Preprocessing
 from coded_resnext.files import say
 from coded_resnext.interpret import tables
-from coded_resnext.interpret.evaluate import evaluate
+from coded_resnext.interpret.evaluate import evaluate, plan
 from coded_resnext.interpret.observe import Loader
 from coded_resnext.interpret.results import (
     require_packages,
@@ -64,18 +64,20 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.outside is not None:
         images = FileImages.of_no_class([arguments.outside])
         outside = EvalImages(images, _preprocessing(loaded), batch_size)
-    evaluation = evaluate(
-        loaded.model,
-        train_loader,
-        test_loader,
-        outside_loader=outside,
-        seed=arguments.seed,
-        repeats=arguments.repeats,
-        negatives_per_positive=negatives,
-        test_images=arguments.test_images,
-        threshold_images=arguments.threshold_images,
-        classes=arguments.classes,
-    )
+    loaders = loaded.model, train_loader, test_loader
+    options: dict[str, Any] = {
+        "outside_loader": outside,
+        "seed": arguments.seed,
+        "repeats": arguments.repeats,
+        "negatives_per_positive": negatives,
+        "test_images": arguments.test_images,
+        "removal_images": arguments.removal_images,
+        "threshold_images": arguments.threshold_images,
+        "classes": arguments.classes,
+    }
+    size = loaded.preprocessing.size if loaded.preprocessing else loaded.model.image_size
+    say(plan(*loaders, image_size=(size, size), **options), file=sys.stderr)
+    evaluation = evaluate(*loaders, **options)
     evaluation = evaluation.named(
         **data_names(arguments.data, train_loader),
         outside=None if arguments.outside is None else arguments.outside.resolve().name,

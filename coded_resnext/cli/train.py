@@ -36,6 +36,7 @@ from coded_resnext.interpret import (
     Evaluation,
     Loader,
     evaluate,
+    plan,
     save_figures,
     save_pictures,
     tables,
@@ -89,6 +90,8 @@ INCIDENTAL = (
     "validation_batch_size",
     "max_damaged",
     "eval_images",
+    "removal_images",
+    "repeats",
     "threshold_images",
     "initial_checkpoint",
     "codebooks",
@@ -352,18 +355,24 @@ def run_recipe(
     if recipe.data.threshold_images is not None:
         chosen = splits.slice(train_images=min(recipe.data.threshold_images, len(splits.train)))
         thresholds = in_order(recipe, chosen.train)
+    data = recipe.data
+    measuring: dict[str, Any] = {
+        "outside_loader": outside,
+        "repeats": data.repeats,
+        "test_images": data.eval_images,
+        "removal_images": data.removal_images,
+    }
+    say(plan(model, thresholds, loaders.test, image_size=(data.img_size,) * 2, **measuring))
     evaluation = evaluate(
         model,
         thresholds,
         loaders.test,
-        outside_loader=outside,
-        repeats=command.repeats,
-        test_images=recipe.data.eval_images,
+        **measuring,
     ).named(
         splits.name,
         outside=command.outside,
         training={"data": splits.name, "recipe": settings},
-        settings={"threshold_images": recipe.data.threshold_images},
+        settings={"threshold_images": data.threshold_images},
     )
     write_results(
         run,
@@ -569,8 +578,6 @@ class Command:
     device: str
     outside: str | None = None
     """Images of none of the classes, see `open_outside`."""
-    repeats: int = 5
-    """Of the random branch removals."""
     other_images: bool = False
     """Go on with a run whose training images have changed, see `fit`."""
     timeout: float = TIMEOUT
@@ -624,9 +631,6 @@ def parse_command(
         help="of none of the classes, for the one-class classifiers: rotated (the test images, "
         "turned by a quarter), cifar10, cifar100, or a folder of images",
     )
-    parser.add_argument(
-        "--repeats", type=int, default=5, help="of the random branch removals (%(default)s)"
-    )
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (%(default)s)")
     parser.add_argument(
         "--timeout",
@@ -650,7 +654,6 @@ def parse_command(
         own["evaluation"],
         own["device"],
         own["outside"],
-        own["repeats"],
         own["other_images"],
         own["timeout"],
     )

@@ -211,7 +211,7 @@ class DamagedImages:
     ) -> None:
         if not 0 <= limit <= 1:
             raise ValueError(f"max_damaged: expected a share from 0 to 1, got {limit}")
-        self.images, self.limit = images, math.ceil(len(images) * limit)
+        self.images, self.share, self.limit = images, limit, math.ceil(len(images) * limit)
         self.reasons: dict[str, str] = {}
         """Reason why an image cannot be read, by the image's name."""
         self._left = torch.bincount(images.targets).tolist() if every_class else None

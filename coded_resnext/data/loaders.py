@@ -174,6 +174,7 @@ class EvalImages:
         if len(images) == 0:
             raise ValueError("images: expected at least one to evaluate on, got none")
         self.images, self.batch_size = images, batch_size
+        self.preprocessing, self.workers = preprocessing, workers
         self.damaged = damaged or DamagedImages(images)
         """The images that could not be read so far."""
         self._mine = range(rank, len(images), world_size)
@@ -182,6 +183,18 @@ class EvalImages:
 
     def __len__(self) -> int:
         return -(-len(self._mine) // self.batch_size)
+
+    @property
+    def targets(self) -> Tensor:
+        """The classes of all images of the set, by place; also of those that cannot be read."""
+        return self.images.targets
+
+    def part(self, places: Tensor) -> EvalImages:
+        """Returns a loader of some images of the set, which reads no others."""
+        images = self.images.subset(places.tolist())
+        damaged = DamagedImages(images, self.damaged.share)
+        options: dict[str, Any] = {"workers": self.workers, "damaged": damaged}
+        return EvalImages(images, self.preprocessing, self.batch_size, **options)
 
     def _keys(self) -> Iterator[Key]:
         for start in range(0, len(self._mine), self.batch_size):

@@ -126,6 +126,23 @@ def network_cost(
     )
 
 
+def macs_from_coded(network: CodedResNeXt, height: int, width: int) -> list[int]:
+    """Counts, for one image, the multiply-accumulates from each coded block to the classifier.
+
+    Raises:
+        ValueError: layers were changed or replaced since the network was made.
+    """
+    height, width = stem_size(network, height), stem_size(network, width)
+    spent, before = 0, []
+    for block in network.blocks:
+        if block.is_coded:
+            before.append(spent)
+        sizes = BlockSizes.of(block)
+        spent += sizes.macs(height, width) + sizes.projection_macs(height, width)
+        height, width = halved(height, sizes.stride), halved(width, sizes.stride)
+    return [spent - of_block + head_macs(network) for of_block in before]
+
+
 def head_macs(network: CodedResNeXt | ExtractedNetwork) -> int:
     """Counts the multiply-accumulates of the classifier for one image; 0 where there is none.
 

@@ -1,7 +1,7 @@
 """The experiments of the paper and the talk, each a function of what a network does."""
 
 from .decoding import BlockDecoding, Classification, EarlyDecoding, ExitCurve, ExitPoint
-from .evaluate import Evaluation, evaluate
+from .evaluate import Evaluation, Plan, evaluate, plan
 from .figures import save_figures
 from .observe import Loader, Observations, observe
 from .one_class import (
@@ -42,6 +42,7 @@ __all__ = [
     "OneClassClassifier",
     "Outside",
     "Paths",
+    "Plan",
     "Provenance",
     "Removal",
     "RemovalCurve",
@@ -54,6 +55,7 @@ __all__ = [
     "load_pictures",
     "observe",
     "one_class",
+    "plan",
     "remove_branches",
     "save_evaluation",
     "save_figures",

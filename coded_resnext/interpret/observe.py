@@ -6,12 +6,13 @@ Letters as in docs/math.md: n samples, K classes, N branches, A of them active f
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
+from operator import length_hint
 from threading import Lock
-from typing import TypeVar
+from typing import NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 import torch
@@ -83,51 +84,146 @@ def observe(model: CodedResNeXt, loader: Loader, *, seed: int = 0) -> Observatio
     Raises:
         ValueError: the loader has no batch, or targets are not class indices of the model.
     """
-    columns: list[tuple[Tensor, ...]] = []
-    compared = torch.arange(model.num_classes)
-    if model.num_classes > MOST_COMPARED:
-        order = np.random.default_rng((seed, 5)).permutation(model.num_classes)
-        compared = torch.from_numpy(order[:MOST_COMPARED]).sort().values
-    place = torch.full((model.num_classes,), -1)
-    place[compared] = torch.arange(len(compared))
-    sums = torch.zeros(len(compared), len(compared), dtype=torch.float64)
-    image_size = (0, 0)
+    observer = Observer(model, seed)
+    stream(model, loader, "test images", [(observer.add, None)])
+    return observer.result()
+
+
+class Observer:
+    """Gathers what `observe` returns, a part of the images at a time; arguments as for it."""
+
+    def __init__(self, model: CodedResNeXt, seed: int) -> None:
+        self.model = model
+        self._columns: list[tuple[Tensor, ...]] = []
+        compared = torch.arange(model.num_classes)
+        if model.num_classes > MOST_COMPARED:
+            order = np.random.default_rng((seed, 5)).permutation(model.num_classes)
+            compared = torch.from_numpy(order[:MOST_COMPARED]).sort().values
+        self._compared, self._place = compared, torch.full((model.num_classes,), -1)
+        self._place[compared] = torch.arange(len(compared))
+        self._sums = torch.zeros(len(compared), len(compared), dtype=torch.float64)
+        self._image_size = (0, 0)
+
+    def add(self, part: Part) -> None:
+        """Takes the next images."""
+        self._image_size = part.image_size
+        x, energies = self.model.features(part.features, start=first_coded(self.model))
+        logits = self.model.forward_head(x)
+        check_results(self.model, not_finite(logits, energies))
+        exact = torch.float64 if logits.dtype == torch.float64 else torch.float32
+        logits = logits.to("cpu", exact)
+        likely, predictions = logits.softmax(1), logits.argmax(1)
+        places = self._place[part.targets]
+        chances = likely[places >= 0][:, self._compared].double()
+        self._sums.index_add_(0, places[places >= 0], chances)
+        confidences = likely.gather(1, predictions[:, None])[:, 0]
+        of_blocks = [energy.cpu() for energy in energies]
+        self._columns.append((part.targets, predictions, confidences, *of_blocks))
+
+    def result(self) -> Observations:
+        """Returns what was seen."""
+        model, compared = self.model, self._compared
+        targets, predictions, confidences, *whole = map(torch.cat, zip(*self._columns, strict=True))
+        all_energies = tuple(
+            energy if block.normalize else normalized(energy)
+            for energy, block in zip(whole, model.coded_blocks, strict=True)
+        )
+        counts = targets.bincount(minlength=model.num_classes)
+        return Observations(
+            class_names=model.class_names,
+            codebooks=model.codebooks,
+            targets=targets,
+            predictions=predictions,
+            confidences=confidences,
+            energies=all_energies,
+            decoded=tuple(
+                read_classes(energy, book)[0]
+                for energy, book in zip(all_energies, model.codebooks, strict=True)
+            ),
+            # A class without images divides 0 by 0: NaN.
+            probabilities=self._sums / counts[compared, None],
+            image_size=self._image_size,
+            compared=None if len(compared) == model.num_classes else tuple(compared.tolist()),
+        )
+
+
+class Part(NamedTuple):
+    """Images on their way through a network, for all that wants them; then they are let go."""
+
+    features: Tensor
+    """Input of the first coded block, `[B, C, H, W]`; of a plain network, the last map."""
+    targets: Tensor
+    """Classes `[B]`, on the CPU."""
+    places: Tensor
+    """Places in the loader `[B]`, ascending, on the CPU."""
+    image_size: tuple[int, int]
+    """Height and width of the images."""
+
+
+Use = Callable[[Part], None]
+
+
+def stream(
+    model: CodedResNeXt,
+    loader: Loader,
+    activity: str,
+    uses: Iterable[tuple[Use, Tensor | None]],
+    known: Tensor | None = None,
+) -> None:
+    """Takes every image once through the blocks before the coded ones, and hands the results on.
+
+    Args:
+        model: its mode is left as found.
+        loader: batches of images `[B, C, H, W]` and class indices `[B]`.
+        activity: what is being done, for the progress bar.
+        uses: what takes the parts, each with the places of the images that it wants, ascending,
+            which come in batches as large as the first one; None for all, as they come.
+        known: the classes of all images by their places, by which the pass was planned.
+
+    Raises:
+        ValueError: as `batches`, or the images have other classes than those by which was planned.
+    """
+    draws = [_Draw(*use) for use in uses]
+    batch_size = 0
     with evaluating(model):
-        for images, targets in batches(model, loader, "test images"):
+        for images, targets, places in batches(model, loader, activity):
+            batch_size = batch_size or len(images)
+            if known is not None:
+                require_same_order(targets, known, places)
             image_size = (images.shape[2], images.shape[3])
-            logits, energies = model(images, return_energies=True)
-            check_results(model, not_finite(logits, energies))
-            exact = torch.float64 if logits.dtype == torch.float64 else torch.float32
-            logits = logits.to("cpu", exact)
-            likely, predictions = logits.softmax(1), logits.argmax(1)
-            places = place[targets.cpu()]
-            chances = likely[places >= 0][:, compared].double()
-            sums.index_add_(0, places[places >= 0], chances)
-            confidences = likely.gather(1, predictions[:, None])[:, 0]
-            of_blocks = [energy.cpu() for energy in energies]
-            columns.append((targets.cpu(), predictions, confidences, *of_blocks))
-    targets, predictions, confidences, *whole = map(torch.cat, zip(*columns, strict=True))
-    all_energies = tuple(
-        energy if block.normalize else normalized(energy)
-        for energy, block in zip(whole, model.coded_blocks, strict=True)
-    )
-    counts = targets.bincount(minlength=model.num_classes)
-    return Observations(
-        class_names=model.class_names,
-        codebooks=model.codebooks,
-        targets=targets,
-        predictions=predictions,
-        confidences=confidences,
-        energies=all_energies,
-        decoded=tuple(
-            read_classes(energy, book)[0]
-            for energy, book in zip(all_energies, model.codebooks, strict=True)
-        ),
-        # A class without images divides 0 by 0: NaN.
-        probabilities=sums.div_(counts[compared, None]),
-        image_size=image_size,
-        compared=None if len(compared) == model.num_classes else tuple(compared.tolist()),
-    )
+            part = Part(trunk(model, images), targets.cpu(), places, image_size)
+            for draw in draws:
+                draw.take(part, batch_size)
+        for draw in draws:
+            draw.hand_on(part.image_size, batch_size, rest=True)
+
+
+class _Draw:
+    """Hands the images that are wanted on, and holds those back that do not fill a batch."""
+
+    def __init__(self, use: Use, rows: Tensor | None) -> None:
+        self.use, self.rows = use, rows
+        self._waiting: list[tuple[Tensor, ...]] = []
+
+    def take(self, part: Part, batch_size: int) -> None:
+        if self.rows is None:
+            return self.use(part)
+        wanted = torch.isin(part.places, self.rows, assume_unique=True).nonzero()[:, 0]
+        if len(wanted):
+            features = part.features[wanted.to(part.features.device)]
+            self._waiting.append((features, part.targets[wanted], part.places[wanted]))
+        return self.hand_on(part.image_size, batch_size, rest=False)
+
+    def hand_on(self, image_size: tuple[int, int], batch_size: int, *, rest: bool) -> None:
+        waiting, self._waiting = self._waiting, []
+        if not rest and sum(len(places) for *_, places in waiting) < batch_size:
+            self._waiting = waiting
+            return
+        for features, targets, places in full_batches(waiting, batch_size):
+            if rest or len(places) == batch_size:
+                self.use(Part(features, targets, places, image_size))
+            else:
+                self._waiting.append((features, targets, places))
 
 
 def read_classes(energies: Tensor, book: Codebook) -> tuple[Tensor, Tensor]:
@@ -175,6 +271,12 @@ class DrawnImages:
     def __init__(self, loader: Loader, rows: Tensor) -> None:
         self.loader, self.rows = loader, rows
 
+    @property
+    def targets(self) -> Tensor | None:
+        """Returns the classes of the images, where the loader tells them."""
+        told = getattr(self.loader, "targets", None)
+        return None if told is None else told[self.rows]
+
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         parts = iter(self.loader)
         first = next(parts, None)
@@ -192,17 +294,18 @@ class DrawnImages:
                 yield images[places], targets[places]
 
 
-def require_same_order(targets: Tensor, known: Tensor) -> None:
-    """Refuse a loader whose later pass gives other images than its first one, as shuffling does.
+def require_same_order(targets: Tensor, known: Tensor, places: Tensor) -> None:
+    """Refuse a loader that gives other images than those a pass was planned by, as shuffling does.
 
     Args:
-        targets: classes of some images in this pass, `[B]` or, if there are fewer, what is left.
-        known: classes at the same places in the first pass.
+        targets: classes of some images in this pass, `[B]`.
+        known: classes of all images, by their places.
+        places: places of these images, `[B]`, ascending.
 
     Raises:
         ValueError: they differ.
     """
-    if not torch.equal(targets.cpu().long(), known.cpu().long()):
+    if int(places[-1]) >= len(known) or not torch.equal(targets.cpu(), known[places]):
         raise ValueError(
             "loader: expected the same images in the same order in every pass, got other classes "
             "than in the first pass; a loader for evaluation must not shuffle"
@@ -210,27 +313,62 @@ def require_same_order(targets: Tensor, known: Tensor) -> None:
 
 
 def read_targets(model: CodedResNeXt, loader: Loader) -> Tensor:
-    """The checked classes of all images of a loader, `[n]` on the CPU; raises as `batches`."""
-    return torch.cat([targets.cpu() for _, targets in batches(model, loader, "targets")])
+    """The classes of all images of a loader by their places, `[n]` on the CPU.
+
+    A loader that tells them, as `targets`, is believed; of others the images are read. Raises as
+    `batches`.
+    """
+    told = getattr(loader, "targets", None)
+    if isinstance(told, Tensor) and told.ndim == 1 and told.dtype in _INDEX_TYPES:
+        _require_classes(model, told)
+        return told.cpu().long()
+    return torch.cat([targets.cpu() for _, targets, _ in batches(model, loader, "targets")])
+
+
+@runtime_checkable
+class _KnowsPlaces(Protocol):
+    """A loader that says which images of its set it gives; damaged ones leave gaps."""
+
+    @property
+    def targets(self) -> Tensor | None: ...
+
+    def batches(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]: ...
+
+
+def numbered(loader: Loader) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Yields the batches of a loader with the places of their images, `[B]`."""
+    if isinstance(loader, _KnowsPlaces):
+        yield from loader.batches()
+        return
+    start = 0
+    for images, targets in loader:
+        yield images, targets, torch.arange(start, start + len(images))
+        start += len(images)
 
 
 class _WithoutTargets:
     def __init__(self, loader: Loader) -> None:
         self.loader = loader
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for images, _ in self.loader:
-            yield images, torch.zeros(len(images), dtype=torch.int64)
-
-
-class _SizedWithoutTargets(_WithoutTargets):
     def __len__(self) -> int:
         return len(self.loader)  # type: ignore[arg-type]
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return ((images, targets) for images, targets, _ in self.batches())
+
+    @property
+    def targets(self) -> Tensor | None:
+        told = getattr(self.loader, "targets", None)
+        return None if told is None else torch.zeros(len(told), dtype=torch.int64)
+
+    def batches(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        for images, _, places in numbered(self.loader):
+            yield images, torch.zeros(len(images), dtype=torch.int64), places
 
 
 def without_targets(loader: Loader) -> Loader:
     """The images of a loader, all as class 0: images outside the classes have no class here."""
-    return _SizedWithoutTargets(loader) if isinstance(loader, Sized) else _WithoutTargets(loader)
+    return _WithoutTargets(loader)
 
 
 @dataclass
@@ -287,8 +425,12 @@ def require_at_least(low: int, **numbers: int | None) -> None:
             raise ValueError(f"{name}: expected at least {low}, got {number}")
 
 
-def batches(model: CodedResNeXt, loader: Loader, activity: str) -> Iterator[tuple[Tensor, Tensor]]:
+def batches(
+    model: CodedResNeXt, loader: Loader, activity: str
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """The checked batches of a loader on the device (and in the dtype) of the model, with progress.
+
+    The third of each are the places of its images, `[B]` on the CPU.
 
     Args:
         model: whose device, dtype and number of classes count.
@@ -301,7 +443,8 @@ def batches(model: CodedResNeXt, loader: Loader, activity: str) -> Iterator[tupl
     """
     parameter = next(model.parameters())
     empty = True
-    for images, targets in with_progress(loader, activity):
+    total = length_hint(loader) or None
+    for images, targets, places in with_progress(numbered(loader), activity, total=total):
         empty = False
         if images.ndim != 4 or not len(images) or not images.is_floating_point():
             raise ValueError(
@@ -313,31 +456,45 @@ def batches(model: CodedResNeXt, loader: Loader, activity: str) -> Iterator[tupl
                 f"targets: expected {len(images)} integer class indices, "
                 f"got {targets.dtype} {list(targets.shape)}"
             )
-        low, high = int(targets.min()), int(targets.max())
-        if low < 0 or high >= model.num_classes:
-            raise ValueError(
-                f"targets: expected classes 0 to {model.num_classes - 1} of the model, "
-                f"got {low if low < 0 else high}"
-            )
-        yield images.to(parameter), targets.to(parameter.device).long()
+        _require_classes(model, targets)
+        yield images.to(parameter), targets.to(parameter.device).long(), places.cpu()
     if empty:
         raise ValueError("loader: expected at least one batch, got none")
 
 
+def _require_classes(model: CodedResNeXt, targets: Tensor) -> None:
+    low, high = map(int, targets.aminmax())
+    if low < 0 or high >= model.num_classes:
+        raise ValueError(
+            f"targets: expected classes 0 to {model.num_classes - 1} of the model, "
+            f"got {low if low < 0 else high}"
+        )
+
+
 def trunk(model: CodedResNeXt, images: Tensor) -> Tensor:
-    """Returns the input of the first coded block."""
-    return model.features(images, stop=_position(model, 0) if model.coded_blocks else None)[0]
+    """Returns the input of the first coded block; of a plain network, the last map."""
+    return model.features(images, stop=first_coded(model))[0]
 
 
-def coded_inputs(model: CodedResNeXt, x: Tensor) -> list[Tensor]:
-    """Returns the inputs of all coded blocks, from that of the first one; to `resume` from."""
-    first, last = _position(model, 0), _position(model, -1)
-    inputs = [x]
-    following = model.blocks[first + 1 :]
-    for step, block in zip(model.walk(x, start=first, stop=last), following, strict=False):
-        if block.is_coded:
-            inputs.append(step.map)
-    return inputs
+def coded_walk(model: CodedResNeXt, x: Tensor) -> tuple[list[Tensor], list[Tensor], Tensor]:
+    """Returns inputs, to `resume` from, and energies of all coded blocks, and the logits.
+
+    Args:
+        model: in evaluation mode, with coded blocks.
+        x: input of the first one.
+    """
+    inputs, energies = [], []
+    for step in model.walk(x, start=first_coded(model)):
+        if step.energies is not None:
+            inputs.append(x)
+            energies.append(step.energies)
+        x = step.map
+    return inputs, energies, model.forward_head(x)
+
+
+def first_coded(model: CodedResNeXt) -> int:
+    """Returns the index of the first coded block among all blocks; their number without any."""
+    return _position(model, 0) if model.coded_blocks else len(model.blocks)
 
 
 def _position(model: CodedResNeXt, coded_block: int) -> int:
@@ -373,13 +530,17 @@ def resume_with_energies(
     return model.forward_head(x), energies
 
 
-def with_progress(loader: Iterable[Item], activity: str, unit: str = "batch") -> Iterable[Item]:
+def with_progress(
+    items: Iterable[Item], activity: str, unit: str = "batch", total: int | None = None
+) -> Iterable[Item]:
     """Returns the items behind a progress bar, where tqdm is installed and a person is watching."""
     if not sys.stderr.isatty():
-        return loader
+        return items
     try:
         from tqdm import tqdm
     except ImportError:
-        return loader
-    shown: Iterable[Item] = tqdm(loader, desc=activity, unit=unit, leave=False, file=sys.stderr)
+        return items
+    shown: Iterable[Item] = tqdm(
+        items, desc=activity, unit=unit, total=total, leave=False, file=sys.stderr
+    )
     return shown

@@ -21,14 +21,12 @@ from coded_resnext.models.resnext import CodedResNeXt
 
 from .observe import (
     Loader,
-    batches,
-    evaluating,
+    Part,
     read_targets,
     require_at_least,
     require_coded_blocks,
-    require_same_order,
     resume_with_energies,
-    trunk,
+    stream,
     without_targets,
 )
 
@@ -285,7 +283,7 @@ def score_classes(
             anew for every class; None scores all images for all classes.
         seed: decides these draws; at least 0.
         targets: the classes of all images `[n]`, where they are known; otherwise a draw takes a
-            pass of its own over the loader.
+            pass of its own over a loader that does not tell them.
         test: scores of the test images, whose number decides how many images outside are drawn.
 
     Raises:
@@ -294,47 +292,96 @@ def score_classes(
             number is outside its range.
         ImportError: scikit-learn is not installed, which `OneClass.of` needs.
     """
-    require_coded_blocks(model.coded_blocks)
     require_at_least(1, negatives_per_positive=negatives_per_positive)
-    require_at_least(0, seed=seed)
-    _metrics()
-    classes = tuple(range(model.num_classes) if classes is None else classes)
     if role == "outside":
         loader = without_targets(loader)
-    pairs = None
     if negatives_per_positive is not None and targets is None:
         targets = read_targets(model, loader)
-    known = targets
-    if negatives_per_positive is not None:
-        assert targets is not None
-        if role == "outside":
+    scorer = ClassScorer(
+        model,
+        role,
+        classes=classes,
+        negatives_per_positive=negatives_per_positive,
+        seed=seed,
+        targets=targets,
+        test=test,
+    )
+    activity = f"one-class classifiers, {role} images"
+    stream(model, loader, activity, [(scorer.add, None)], known=targets)
+    return scorer.result()
+
+
+class ClassScorer:
+    """Gathers what `score_classes` returns, by pairs that are drawn beforehand.
+
+    Args:
+        model, role, classes, negatives_per_positive, seed, test: as for `score_classes`.
+        targets: the classes of all images by their places; None if all of them are scored.
+        rows: places of the images that are scored, ascending; None for all.
+
+    Raises:
+        ValueError, ImportError: as `score_classes`.
+    """
+
+    def __init__(
+        self,
+        model: CodedResNeXt,
+        role: Role,
+        *,
+        classes: Sequence[int] | None = None,
+        negatives_per_positive: int | None = None,
+        seed: int = 0,
+        targets: Tensor | None = None,
+        rows: Tensor | None = None,
+        test: ClassScores | None = None,
+    ) -> None:
+        require_coded_blocks(model.coded_blocks)
+        require_at_least(1, negatives_per_positive=negatives_per_positive)
+        require_at_least(0, seed=seed)
+        _metrics()
+        self.model, self.role = model, role
+        self.classes = tuple(range(model.num_classes) if classes is None else classes)
+        self.pairs: tuple[Tensor, Tensor] | None = None
+        """Place of the image and class of every pair, by image; None for all."""
+        if negatives_per_positive is not None:
+            assert targets is not None
+            own = targets if rows is None else targets[rows]
+            own = torch.full_like(own, -1) if role == "outside" else own
+            counted = own if test is None else test.targets
+            counts = {index: len(members) for index, members in by_class(counted).items()}
+            limits = [negatives_per_positive * counts.get(index, 0) for index in self.classes]
+            images, columns = _draw_pairs(own, self.classes, limits, (seed, 3, ROLES.index(role)))
+            self.pairs = images if rows is None else rows[images], columns
+        self._count = self._batch_size = 0
+        self._parts: list[tuple[Tensor, ...]] = []
+
+    def add(self, part: Part) -> None:
+        """Takes the next images."""
+        count = len(part.places)
+        self._batch_size = self._batch_size or count
+        if self.pairs is None:
+            rows = torch.arange(count).repeat(len(self.classes))
+            columns = torch.tensor(self.classes).repeat_interleave(count)
+        else:
+            images, columns = self.pairs
+            low = int(torch.searchsorted(images, part.places[0]))
+            high = int(torch.searchsorted(images, part.places[-1], right=True))
+            rows = torch.searchsorted(part.places, images[low:high])
+            # Not those of damaged images, which did not come.
+            came = part.places[rows] == images[low:high]
+            rows, columns = rows[came], columns[low:high][came]
+        scores, dead = _score_pairs(self.model, part.features, rows, columns, self._batch_size)
+        self._parts.append((part.targets, rows + self._count, columns, scores, dead))
+        self._count += count
+
+    def result(self) -> ClassScores:
+        """Returns the scores; ValueError if one is not finite."""
+        targets, rows, columns, scores, dead = map(torch.cat, zip(*self._parts, strict=True))
+        if not bool(scores.isfinite().all()):
+            raise ValueError("scores: expected finite logits of the model, got NaN or infinity")
+        if self.role == "outside":
             targets = torch.full_like(targets, -1)
-        counted = targets if test is None else test.targets
-        limits = [negatives_per_positive * int((counted == index).sum()) for index in classes]
-        pairs = _draw_pairs(targets, classes, limits, (seed, 3, ROLES.index(role)))
-    start = batch_size = 0
-    parts: list[tuple[Tensor, ...]] = []
-    with evaluating(model):
-        for images, of_batch in batches(model, loader, f"one-class classifiers, {role} images"):
-            count = len(images)
-            batch_size = batch_size or count
-            if known is not None:
-                require_same_order(of_batch, known[start : start + count])
-            if pairs is None:
-                rows = torch.arange(start, start + count).repeat(len(classes))
-                columns = torch.tensor(classes).repeat_interleave(count)
-            else:
-                low, high = torch.searchsorted(pairs[0], torch.tensor([start, start + count]))
-                rows, columns = pairs[0][low:high], pairs[1][low:high]
-            scores, dead = _score_pairs(
-                model, trunk(model, images), rows - start, columns, batch_size
-            )
-            parts.append((of_batch.cpu(), rows, columns, scores, dead))
-            start += count
-    read, rows, columns, scores, dead = map(torch.cat, zip(*parts, strict=True))
-    if role == "outside":
-        read = torch.full_like(read, -1)
-    return ClassScores(classes, read, rows, columns, scores, dead)
+        return ClassScores(self.classes, targets, rows, columns, scores, dead)
 
 
 def _draw_pairs(
@@ -383,8 +430,6 @@ def _score_pairs(
         exact = torch.promote_types(logits.dtype, torch.float32)
         scores.append(logits.gather(1, asked[:, None])[:, 0].to("cpu", exact))
         dead.append(torch.stack([energy.sum(1) == 0 for energy in energies], 1).any(1).cpu())
-    if not all(bool(part.isfinite().all()) for part in scores):
-        raise ValueError("scores: expected finite logits of the model, got NaN or infinity")
     return torch.cat(scores), torch.cat(dead)
 
 

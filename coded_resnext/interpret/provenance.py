@@ -17,7 +17,7 @@ from torch import Tensor
 
 from coded_resnext.training.run_folder import versions
 
-from .observe import Loader
+from .observe import Loader, numbered
 
 # Of every image, spread over all rows and channels: as fast as a GPU that evaluates.
 MOST_VALUES = 4096
@@ -59,20 +59,29 @@ class DigestedLoader:
     def __len__(self) -> int:
         return len(self.loader)  # type: ignore[arg-type]
 
+    @property
+    def targets(self) -> Tensor | None:
+        """Returns the classes of all images, where the loader tells them."""
+        return getattr(self.loader, "targets", None)
+
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return ((images, targets) for images, targets, _ in self.batches())
+
+    def batches(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Yields the batches with the places of their images."""
         if self.images is not None:
-            yield from self.loader
+            yield from numbered(self.loader)
             return
         # Of their own, so that the size of the batches does not matter.
         values, classes, samples = hashlib.sha256(), hashlib.sha256(), 0
         shape = None
-        for images, targets in self.loader:
+        for images, targets, places in numbered(self.loader):
             if shape != (shape := (images.dtype, images.shape[1:])):
                 values.update(repr(shape).encode())
             values.update(_bytes(_spread(images)))
             classes.update(_bytes(targets.long()))
             samples += len(images)
-            yield images, targets
+            yield images, targets, places
         whole = hashlib.sha256(values.digest() + classes.digest()).hexdigest()
         self.images = Images(samples, whole)
 
@@ -96,7 +105,7 @@ class Provenance:
     test: Images
     """The images on which everything is measured but the thresholds."""
     thresholds: Images | None
-    """The images on which the thresholds were chosen, before a draw; None for the test images."""
+    """The images on which the thresholds were chosen; None for the test images."""
     outside: Images | None
     """The images of none of the classes; None where there were none."""
     settings: dict[str, Any]
@@ -109,16 +118,14 @@ class Provenance:
     """How the network was trained, as its model file says: data, recipe, seed."""
 
     @classmethod
-    def of(
-        cls, loaders: Mapping[str, DigestedLoader | None], settings: dict[str, Any]
-    ) -> Provenance:
+    def of(cls, loaders: Mapping[str, DigestedLoader], settings: dict[str, Any]) -> Provenance:
         """Describes what was measured just now.
 
         Args:
             loaders: by their roles, `test`, `train` and `outside`, after their passes.
             settings: arguments by name, JSON-ready.
         """
-        images = {role: loader.images for role, loader in loaders.items() if loader is not None}
+        images = {role: loader.images for role, loader in loaders.items()}
         test = images["test"]
         assert test is not None
         return cls(

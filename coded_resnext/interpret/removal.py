@@ -19,17 +19,14 @@ from coded_resnext.codebooks.codebook import Codebook
 from coded_resnext.models.resnext import CodedResNeXt
 
 from .observe import (
-    DrawnImages,
     Loader,
-    Observations,
-    batches,
-    coded_inputs,
-    evaluating,
+    Part,
+    coded_walk,
+    normalized,
     require_at_least,
     require_coded_blocks,
-    require_same_order,
     resume,
-    trunk,
+    stream,
 )
 
 Kind = Literal["active", "inactive"]
@@ -86,7 +83,6 @@ class Removal:
 def remove_branches(
     model: CodedResNeXt,
     loader: Loader,
-    observed: Observations,
     *,
     rows: Tensor | None = None,
     seed: int = 0,
@@ -100,69 +96,85 @@ def remove_branches(
 
     Args:
         model: with at least one coded block; its mode is left as found.
-        loader: batches of images `[B, C, H, W]` and class indices `[B]`, in the same order always.
-        observed: what `observe` returned for this network and this loader.
+        loader: batches of images `[B, C, H, W]` and class indices `[B]`.
         rows: places in the loader of the images that lose branches, ascending; None for all.
         seed: decides the random orders; at least 0.
         repeats: random orders tried for every block, at least 1.
 
     Raises:
         ValueError: the network has no coded block, the loader has no batch, targets are not class
-            indices of the model, its images are not those of `observed` in their order, or a
-            number is outside its range.
+            indices of the model, or a number is outside its range.
     """
-    require_coded_blocks(model.coded_blocks)
-    require_at_least(0, seed=seed)
-    require_at_least(1, repeats=repeats)
-    if rows is None:
-        rows = torch.arange(observed.samples)
-    else:
-        loader = DrawnImages(loader, rows)
-    # By block and kind, for every number of removed branches and repeat: correct predictions, and
-    # the energy that is left, summed over the samples.
-    sums = [
-        {kind: np.zeros((size, repeats, 2)) for kind, size in _kinds(book)}
-        for book in observed.codebooks
-    ]
-    orders = [
-        [np.random.default_rng((seed, index, repeat)) for repeat in range(repeats)]
-        for index in range(len(observed.codebooks))
-    ]
-    end = done = 0
-    with evaluating(model):
-        for images, of_batch in batches(model, loader, "removal of branches"):
-            batch = rows[done : done + len(images)]
-            done += len(images)
-            require_same_order(of_batch, observed.targets[batch])
-            # An order is drawn for every image of the loader, whether it loses branches or not.
-            start, end = end, int(batch[-1]) + 1
-            inputs = coded_inputs(model, trunk(model, images))
-            targets = observed.targets[batch]
-            for index, book in enumerate(observed.codebooks):
-                energies = observed.energies[index][batch].double() / book.branches
-                works = book.codewords[targets]
-                later = [None] * (len(inputs) - index - 1)
-                for repeat, generator in enumerate(orders[index]):
-                    priorities = generator.random((end - start, book.branches))[
-                        (batch - start).numpy()
-                    ]
-                    for kind, removed in _points(book, repeat):
-                        keep = removal_mask(works == (kind == "active"), priorities, removed)
-                        masks = [keep.to(images.device), *later]
-                        predictions = resume(model, inputs[index], index, masks).argmax(1).cpu()
-                        hits = int((predictions == targets).sum())
-                        left = float((energies * keep).sum())
-                        sums[index][kind][removed - 1, repeat] += (hits, left)
-    return Removal(
-        samples=len(rows),
-        accuracy=int((observed.predictions == observed.targets)[rows].sum()) / len(rows),
-        blocks=tuple(
-            BlockRemoval(**{kind: _curve(counts / len(rows)) for kind, counts in of_block.items()})
-            for of_block in sums
-        ),
-        seed=seed,
-        repeats=repeats,
-    )
+    remover = Remover(model, seed, repeats)
+    stream(model, loader, "removal of branches", [(remover.add, rows)])
+    return remover.result()
+
+
+class Remover:
+    """Gathers what `remove_branches` returns; arguments as for it."""
+
+    def __init__(self, model: CodedResNeXt, seed: int, repeats: int) -> None:
+        require_coded_blocks(model.coded_blocks)
+        require_at_least(0, seed=seed)
+        require_at_least(1, repeats=repeats)
+        self.model, self.seed, self.repeats = model, seed, repeats
+        # By block and kind, for every number of removed branches and repeat: correct predictions,
+        # and the energy that is left, summed over the samples.
+        self._sums = [
+            {kind: np.zeros((size, repeats, 2)) for kind, size in _kinds(book)}
+            for book in model.codebooks
+        ]
+        self._orders = [
+            [np.random.default_rng((seed, index, repeat)) for repeat in range(repeats)]
+            for index in range(len(model.codebooks))
+        ]
+        self._end = self._samples = self._correct = 0
+
+    def add(self, part: Part) -> None:
+        """Takes the next images."""
+        model, targets, device = self.model, part.targets, part.features.device
+        # An order is drawn for every image of the loader, whether it loses branches or not.
+        start, self._end = self._end, int(part.places[-1]) + 1
+        inputs, all_energies, logits = coded_walk(model, part.features)
+        self._samples += len(targets)
+        self._correct += int((logits.argmax(1).cpu() == targets).sum())
+        for index, block in enumerate(model.coded_blocks):
+            book = model.codebooks[index]
+            energies = all_energies[index].cpu()
+            energies = energies if block.normalize else normalized(energies)
+            energies = energies.double() / book.branches
+            works = book.codewords[targets]
+            later = [None] * (len(inputs) - index - 1)
+            for repeat, generator in enumerate(self._orders[index]):
+                drawn = generator.random((self._end - start, book.branches))
+                priorities = drawn[(part.places - start).numpy()]
+                for kind, removed in _points(book, repeat):
+                    keep = removal_mask(works == (kind == "active"), priorities, removed)
+                    masks = [keep.to(device), *later]
+                    predictions = resume(model, inputs[index], index, masks).argmax(1).cpu()
+                    hits = int((predictions == targets).sum())
+                    left = float((energies * keep).sum())
+                    self._sums[index][kind][removed - 1, repeat] += (hits, left)
+
+    def result(self) -> Removal:
+        """Returns the curves."""
+        return Removal(
+            samples=self._samples,
+            accuracy=self._correct / self._samples,
+            blocks=tuple(
+                BlockRemoval(
+                    **{kind: _curve(counts / self._samples) for kind, counts in of_block.items()}
+                )
+                for of_block in self._sums
+            ),
+            seed=self.seed,
+            repeats=self.repeats,
+        )
+
+
+def removal_passes(book: Codebook, repeats: int) -> int:
+    """Returns how often an image goes on from a block of this codebook, to lose branches there."""
+    return sum(1 for repeat in range(repeats) for _ in _points(book, repeat))
 
 
 def _kinds(book: Codebook) -> tuple[tuple[Kind, int], ...]:

@@ -179,8 +179,8 @@ def _lines(evaluation: Evaluation) -> Iterator[str]:
         curves: list[RemovalCurve] = [getattr(block, kind) for block in blocks]
         changes = [_points(curve.accuracy[-1], removal.accuracy) for curve in curves]
         yield _row(f"All {kind} branches removed, points", changes)
-    if removal.samples < evaluation.test_samples:
-        yield f"Branches were removed for {removal.samples} images, a seeded draw."
+    drawn = ", a seeded draw" if removal.samples < evaluation.test_samples else ""
+    yield f"Branches were removed for {removal.samples} images{drawn}."
     yield from _semantic_lines(evaluation)
     if evaluation.one_class:
         yield ""
@@ -202,8 +202,7 @@ def _semantic_lines(evaluation: Evaluation) -> Iterator[str]:
         ("  of that, p of random labels", "confusion_p"),
     ):
         yield _row(label, [_fraction(getattr(block, name)) for block in semantics.blocks])
-    if semantics.classes < len(evaluation.class_names):
-        yield f"Distances are those of {semantics.classes} classes."
+    yield f"Distances are those of {semantics.classes} classes."
 
 
 def _class_table(result: OneClass) -> Iterator[str]:
@@ -235,6 +234,8 @@ def _class_table(result: OneClass) -> Iterator[str]:
 def _notes(evaluation: Evaluation) -> Iterator[str]:
     result = evaluation.one_class
     assert result is not None
+    if evaluation.one_class_samples:
+        yield f"Tested on {evaluation.one_class_samples} of {evaluation.test_samples} images."
     if evaluation.thresholds_from == "training data":
         yield f"Thresholds: best F1 on {evaluation.threshold_samples} training images."
     else:

@@ -91,6 +91,12 @@ class DataConfig:
         "Number of test images, about, from which the evaluation after the training removes "
         "branches and on which it tests the one-class classifiers. The default is all of them.",
     ] = None
+    removal_images: Annotated[
+        int | None,
+        "Number of test images, about, from which it removes branches. The default is that of "
+        "eval_images.",
+    ] = None
+    repeats: Annotated[int, "Random orders in which it removes them."] = 5
     threshold_images: Annotated[
         int | None,
         "Number of training images, about, on which the evaluation chooses the thresholds of the "
@@ -223,7 +229,7 @@ class Recipe:
 
 GROUPS = (DataConfig, Augmentation, ModelConfig, TrainingConfig, LearningRateRule)
 OWN_FLAGS = (
-    *("config", "out", "resume", "other_images", "evaluation", "device", "outside", "repeats"),
+    *("config", "out", "resume", "other_images", "evaluation", "device", "outside"),
     "timeout",
 )
 SETTINGS = tuple(field.name for group in GROUPS for field in fields(group))

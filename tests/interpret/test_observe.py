@@ -15,7 +15,7 @@ from coded_resnext.interpret import evaluate, observe, tables
 from coded_resnext.interpret.observe import (
     DrawnImages,
     batches,
-    coded_inputs,
+    coded_walk,
     draw_rows,
     evaluating,
     read_targets,
@@ -82,7 +82,7 @@ def test_resuming_with_masks_is_a_pass_with_keep(network, data):
     seen = []
     with torch.no_grad():
         logits = network(images)
-        inputs = coded_inputs(network, trunk(network, images))
+        inputs, _, _ = coded_walk(network, trunk(network, images))
         assert_alike(resume(network, inputs[2], 2, [None]), logits)
         for start in range(3):
             keep = [None] * start + masks[start:]
@@ -149,7 +149,7 @@ def test_bad_batches(network, loader, message):
 
 
 def test_batches_take_the_dtype_of_the_model(network):
-    [(images, targets)] = batches(network.double(), [(IMAGES, torch.ones(2).byte())], "test")
+    [(images, targets, _)] = batches(network.double(), [(IMAGES, torch.ones(2).byte())], "test")
     assert images.dtype == torch.float64
     assert targets.dtype == torch.int64
 

@@ -13,7 +13,7 @@ from support.helpers import class_margins, relative_error
 from support.small_networks import make_network
 
 from coded_resnext.data.batches import batches
-from coded_resnext.interpret import observe, remove_branches
+from coded_resnext.interpret import remove_branches
 from coded_resnext.interpret.records import to_plain
 from coded_resnext.interpret.removal import KINDS, removal_mask
 
@@ -24,10 +24,6 @@ def accuracy(model, data, keep):
         logits = model(data.images, keep=keep)
     assert float(class_margins(logits).min()) > 1e-5
     return float((logits.argmax(1) == data.targets).double().mean())
-
-
-def remove(model, loader, **arguments):
-    return remove_branches(model, loader, observe(model, loader), **arguments)
 
 
 def test_masks_take_branches_of_the_kind_in_order():
@@ -49,7 +45,7 @@ def test_masks_take_branches_of_the_kind_in_order():
 
 
 def test_all_removed_is_keeping_by_hand(network, data):
-    found = remove(network, data, repeats=2)
+    found = remove_branches(network, data, repeats=2)
     # The reference agrees that the masks do what they say.
     reference = make_network(backend="reference")
     different = 0
@@ -90,7 +86,7 @@ def test_every_number_of_removed_branches_is_that_of_the_definition(data):
             assert relative_error(found, wanted) < 1e-10
             assert not found[mask == 0].any()
     loader = batches(images, data.targets)
-    found, wanted = (remove(one, loader, repeats=2) for one in (network, reference))
+    found, wanted = (remove_branches(one, loader, repeats=2) for one in (network, reference))
     for block, twin in zip(found.blocks, wanted.blocks, strict=True):
         for curve, other in ((block.active, twin.active), (block.inactive, twin.inactive)):
             assert curve.accuracy == other.accuracy
@@ -99,7 +95,7 @@ def test_every_number_of_removed_branches_is_that_of_the_definition(data):
 
 def test_some_removed_is_the_mean_over_random_orders(network, data):
     repeats, seed, index = 3, 7, 2
-    found = remove(network, data, seed=seed, repeats=repeats).blocks[index]
+    found = remove_branches(network, data, seed=seed, repeats=repeats).blocks[index]
     codewords = network.codebooks[index].codewords
     assert found.active.removed == found.inactive.removed == (1, 2)
     for kind, curve in (("active", found.active), ("inactive", found.inactive)):
@@ -117,21 +113,21 @@ def test_some_removed_is_the_mean_over_random_orders(network, data):
 
 
 def test_seeds_reproduce_whatever_the_batch_size(network, data):
-    found = remove(network, data, seed=3, repeats=3)
-    again = remove(network, batches(data.images, data.targets, 7), seed=3, repeats=3)
+    found = remove_branches(network, data, seed=3, repeats=3)
+    again = remove_branches(network, batches(data.images, data.targets, 7), seed=3, repeats=3)
     for block, twin in zip(found.blocks, again.blocks, strict=True):
         for curve, other_curve in ((block.active, twin.active), (block.inactive, twin.inactive)):
             assert curve.accuracy == other_curve.accuracy
             # The energies are rounded otherwise in other batches.
             assert curve.energy == pytest.approx(other_curve.energy, rel=1e-6)
-    other = remove(network, data, seed=4, repeats=3)
+    other = remove_branches(network, data, seed=4, repeats=3)
     assert other.blocks != found.blocks
     assert json.loads(json.dumps(to_plain(found))) == to_plain(found)
 
 
 def test_a_draw_of_images_loses_what_they_lose_among_all(network, data):
     rows = torch.tensor([2, 3, 17, 18, 19, 30, 44])
-    drawn = remove(network, data, rows=rows, seed=3, repeats=2)
+    drawn = remove_branches(network, data, rows=rows, seed=3, repeats=2)
     assert drawn.samples == 7
     # The same images, each with the priorities of its place, one batch of them alone.
     images, targets = data.images[rows], data.targets[rows]
@@ -151,7 +147,7 @@ def test_a_draw_of_images_loses_what_they_lose_among_all(network, data):
 
 
 def test_one_repeat_has_no_deviation(network, data):
-    found = remove(network, data, repeats=1)
+    found = remove_branches(network, data, repeats=1)
     assert found.blocks[0].active.removed == (1, 2, 3)
     assert found.blocks[0].inactive.removed == (1, 2)
     assert all(set(block.active.deviation) == {0.0} for block in found.blocks)
@@ -160,12 +156,12 @@ def test_one_repeat_has_no_deviation(network, data):
 @pytest.mark.parametrize("argument", [{"seed": -1}, {"repeats": 0}])
 def test_numbers_out_of_range(network, data, argument):
     with pytest.raises(ValueError, match=f"{next(iter(argument))}: expected at least"):
-        remove(network, data, **argument)
+        remove_branches(network, data, **argument)
 
 
 def test_energies_that_are_left(network, data):
     repeats, seed = 3, 7
-    found = remove(network, data, seed=seed, repeats=repeats)
+    found = remove_branches(network, data, seed=seed, repeats=repeats)
     with torch.no_grad():
         _, all_energies = network(data.images, return_energies=True)
     for index, (block, energies) in enumerate(zip(found.blocks, all_energies, strict=True)):

@@ -66,9 +66,13 @@ class ToldNetwork(CodedResNeXt):
             [Stage(1, 8, 1, 4, 2), Stage(1, 8, 1, 4, 2)], 4, codebooks=[NARROW, NARROW]
         )
 
-    def forward(self, x: Tensor, **_: object) -> tuple[Tensor, list[Tensor]]:
+    def features(self, x: Tensor, *_: object, **__: object) -> tuple[Tensor, list[Tensor]]:
         """Pixel row 0 holds the logits, rows 1 and 2 the energies of the blocks."""
-        return x[:, 0, 0], [x[:, 0, 1], x[:, 0, 2]]
+        return x, [x[:, 0, 1], x[:, 0, 2]]
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Reads the logits."""
+        return x[:, 0, 0]
 
 
 def tell(said: int, first: list[float], second: list[float]) -> Tensor:
