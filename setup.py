@@ -25,6 +25,7 @@ REPORT = ["jinja2>=3.1", "matplotlib>=3.9", "pillow>=10", "scikit-learn>=1.5"]
 CODES = ["matplotlib>=3.9"]
 EXPORT = ["onnx>=1.17", "onnxruntime>=1.20", "onnxscript>=0.2"]
 HUB = ["huggingface-hub>=0.30"]
+DATASETS = ["datasets>=3", "pillow>=10"]
 TIMM = ["timm>=1.0.15"]
 # Of other people, which docs/tools.md shows on the networks.
 TOOLS = [
@@ -44,6 +45,7 @@ TEST = [
     *REPORT,
     *EXPORT,
     *HUB,
+    *DATASETS,
     *TIMM,
     *KERNELS,
     *BROWSER,
@@ -174,6 +176,7 @@ setup(
         "codes": CODES,
         "export": EXPORT,
         "hub": HUB,
+        "datasets": DATASETS,
         "timm": TIMM,
         "kernels": KERNELS,
         "tools": TOOLS,

@@ -106,13 +106,13 @@ def _whole_number(digits: str) -> int:
     return int(digits)
 
 
-def parse_csv(text: str, delimiter: str = ",") -> list[list[str]]:
-    """Returns the rows of a table.
+def parse_csv(text: str, delimiter: str = ",", *, largest: int = LARGEST_TEXT) -> list[list[str]]:
+    """Returns the rows of a table; of how large a file it may have the cells `largest` says.
 
     Raises:
         ValueError: it is no CSV, or has more cells than a file has use for.
     """
-    require_few_values(text, delimiter + "\n")
+    require_few_values(text, delimiter + "\n", largest)
     try:
         return list(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter))
     except csv.Error as error:

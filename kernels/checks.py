@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from numbers import Integral
-from typing import Literal, NoReturn, get_args
+from pathlib import Path
+from types import UnionType
+from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from .layout import transformed
 
 Aggregation = Literal["sum", "concat"]
+
+FunctionT = TypeVar("FunctionT", bound=Callable[..., Any])
 
 DEBUG_VARIABLE = "CODED_RESNEXT_DEBUG"
 
@@ -88,10 +95,67 @@ def check_integers(lowest: int = 1, **values: object) -> None:
             raise ValueError(f"{name}: expected {least}, got {value!r:.80}")
 
 
-def check_kind(name: str, value: object, kind: type | tuple[type, ...], expected: str) -> None:
+def check_kind(name: str, value: object, kind: Any, expected: str) -> None:
     """Refuse an argument that is not of its kind."""
     if not isinstance(value, kind):
         raise ValueError(f"{name}: expected {expected}, got {type(value).__name__}")
+
+
+def typed(function: FunctionT) -> FunctionT:
+    """Makes a function refuse arguments that are not what its annotations say, with their names.
+
+    For what users call a few times: a pass over a batch has checks of its own.
+    """
+    signature = inspect.signature(function)
+
+    @functools.wraps(function)
+    def checked(*values: Any, **named: Any) -> Any:
+        check_annotated(function, signature.bind(*values, **named).arguments)
+        return function(*values, **named)
+
+    return checked  # type: ignore[return-value]
+
+
+def check_annotated(annotated: Any, values: dict[str, Any]) -> None:
+    """Refuse values that are not what the annotations of a function or a dataclass say."""
+    hints = _hints(annotated)
+    for name, value in values.items():
+        if name in hints and not _is_of(value, hints[name]):
+            expected = annotated.__annotations__[name]
+            raise ValueError(f"{name}: expected {expected}, got {type(value).__name__}")
+
+
+@functools.cache
+def _hints(annotated: Any) -> dict[str, Any]:
+    return get_type_hints(annotated)
+
+
+def _is_of(value: Any, hint: Any) -> bool:
+    """Returns whether a value is of the kind that an annotation says; so are the items of a list.
+
+    What a text or a number may be is for its function to say.
+    """
+    kind, items = get_origin(hint) or hint, get_args(hint)
+    if kind in (Union, UnionType):
+        return any(_is_of(value, one) for one in items)
+    if kind is Literal:
+        return isinstance(value, tuple({type(item) for item in items}))
+    if kind is int:
+        return isinstance(value, Integral) and not isinstance(value, bool)
+    if kind is float:
+        return hasattr(value, "__float__") and not isinstance(value, bool | np.bool_)
+    if kind is bool:
+        return isinstance(value, bool | np.bool_)
+    if kind is Path:
+        return isinstance(value, os.PathLike)
+    if not isinstance(kind, type) or getattr(kind, "_is_protocol", False):
+        return True
+    if kind not in (Iterable, Sequence, tuple):
+        return isinstance(value, kind)
+    if isinstance(value, list | tuple):
+        return all(_is_of(item, items[0]) for item in value)
+    several = Iterable if kind is Iterable else Collection
+    return isinstance(value, several) and not isinstance(value, str | bytes | dict)
 
 
 def check_items(name: str, values: object, kind: type) -> None:

@@ -37,7 +37,8 @@ OPSET = 18
 
 RUN = "model file, folder of a run, or name of shipped weights, which `coded-resnext models` lists"
 _DATA = (
-    "a folder of images, DATA/CLASS/* or DATA/{train,test}/CLASS/*; 'digits', the test images of "
+    "a folder of images, DATA/CLASS/* or DATA/{train,test}/CLASS/*; a CSV of path, label and "
+    "perhaps split; hf:NAME, an image set of Hugging Face's datasets; 'digits', the test images of "
     "scikit-learn's digits; or cifar10, cifar100 or synthetic, as the run's recipe takes them from "
     "the folder $CODED_RESNEXT_DATA (./digits is a folder)"
 )
@@ -474,7 +475,10 @@ def _add_predict(commands: Commands) -> None:
     )
     parser.add_argument("checkpoint", metavar="RUN", help=RUN)
     parser.add_argument(
-        "images", metavar="IMAGE", nargs="+", help="image files, or folders that hold some"
+        "images",
+        metavar="IMAGE",
+        nargs="+",
+        help="image files, folders that hold some, or CSV files with a column path",
     )
     parser.add_argument(
         "--early",

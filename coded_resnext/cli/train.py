@@ -558,7 +558,7 @@ def rotated(images: ImageSet, max_damaged: float) -> MemoryImages:
         images: any set.
         max_damaged: largest share of them that may be unreadable.
     """
-    if isinstance(images, FileImages):
+    if not isinstance(images, MemoryImages):
         images = into_memory(images, DamagedImages(images, max_damaged))
     return MemoryImages(
         [np.rot90(np.asarray(images.image(index))) for index in range(len(images))],

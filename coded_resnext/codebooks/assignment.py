@@ -129,7 +129,10 @@ def similarity_from_paths(paths: Sequence[str], separator: str = "/") -> Floats:
 
 
 def _checked_similarity(similarity: npt.ArrayLike, classes: int) -> Floats:
-    S = np.asarray(similarity, dtype=np.float64)
+    try:
+        S = np.asarray(similarity, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"similarity: expected a matrix of numbers: {error}") from None
     _check_square("similarity", S)
     if len(S) != classes:
         raise ValueError(f"similarity: expected {classes} x {classes} numbers, got shape {S.shape}")

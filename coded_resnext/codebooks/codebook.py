@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from coded_resnext.files import printable, write_atomically
+from coded_resnext.kernels.checks import typed
 
 from .annealing import grow
 from .assignment import Assignment, assign
@@ -59,6 +60,7 @@ class Codebook:
         self._class_names = _checked_names(class_names, len(self._words))
 
     @classmethod
+    @typed
     def from_words(cls, words: Iterable[str], class_names: Sequence[str] | None = None) -> Codebook:
         """Returns a codebook from strings of 0 and 1, one per class, such as `"1001001000"`."""
         words = list(words)
@@ -78,6 +80,7 @@ class Codebook:
         return cls(torch.from_numpy(from_strings(words)), class_names)
 
     @classmethod
+    @typed
     def shipped(cls, classes: int, branches: int, active: int, variant: str = "best") -> Codebook:
         """Returns a codebook that comes with the package.
 
@@ -94,6 +97,7 @@ class Codebook:
         return cls.from_dict(load_shipped(Size(classes, branches, active), variant))
 
     @classmethod
+    @typed
     def search(
         cls,
         classes: int,
@@ -191,6 +195,7 @@ class Codebook:
         balanced = is_balanced(self._words)
         return codebook_bounds(self.classes, self.branches, self.active, self._distances, balanced)
 
+    @typed
     def quality(
         self, flip_probability: float = 0.1, *, trials: int = 10_000, seed: int = 0
     ) -> Quality:
@@ -206,6 +211,7 @@ class Codebook:
         """
         return quality(self._words, flip_probability, trials, seed)
 
+    @typed
     def extend(self, new_classes: Sequence[str] | int, *, seed: int = 0) -> Codebook:
         """A codebook for more classes: these rows first, then new codewords of the same weight.
 
@@ -232,6 +238,7 @@ class Codebook:
         all_names = _checked_names(self._class_names + names, self.classes + len(names))
         return Codebook(torch.from_numpy(grow(self._words, len(names), seed)), all_names)
 
+    @typed
     def assign(
         self, similarity: npt.ArrayLike, similar_classes: str = "far", *, seed: int = 0
     ) -> tuple[Codebook, Assignment]:
@@ -290,6 +297,7 @@ class Codebook:
                 raise ValueError(f"{field}: the file says {stated!r}, its codewords say {actual}")
         return codebook
 
+    @typed
     def save(self, path: str | Path) -> None:
         """Write the codebook as its file's ending says: `.csv`, `.txt`, or JSON for any other.
 
@@ -299,6 +307,7 @@ class Codebook:
         write_atomically(path, write_document(self.to_dict(), Path(path).suffix).encode())
 
     @classmethod
+    @typed
     def load(cls, path: str | Path) -> Codebook:
         """Read a codebook written by `save`, or words in JSON, text or CSV of any origin.
 

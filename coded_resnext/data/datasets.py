@@ -7,15 +7,15 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from coded_resnext.files import UNFIT, load_arrays
+from coded_resnext.files import UNFIT, as_text, load_arrays
 
-from .image_folder import Files, class_folders, find_splits, image_size, listed
+from .image_folder import Files, class_folders, find_splits, listed
 from .image_sets import (
     MAX_DAMAGED,
     DamagedImages,
@@ -25,11 +25,8 @@ from .image_sets import (
     TooLargeError,
     into_memory,
 )
+from .labelled import StoredImages, is_labelled, labelled_splits
 from .preprocessing import SPLIT_SEED, TEST_SHARE, Preprocessing
-
-if TYPE_CHECKING:
-    pass
-
 
 DATA_VARIABLE = "CODED_RESNEXT_DATA"
 Storage = Literal["auto", "memory", "files"]
@@ -103,12 +100,13 @@ def load_dataset(
 def find_image_folder(
     root: str | Path, class_names: Sequence[str] | None = None, *, holdout: float = 0.0
 ) -> ImageSplits:
-    """The files of a data set in folders, for training and for the evaluation of a network alike.
+    """The images of a data set with labels, for training and for evaluating a network alike.
 
     Args:
         root: `ROOT/train/CLASS` with `ROOT/test/CLASS` or `ROOT/val/CLASS`, each with images in it
             or in folders inside; or `ROOT/CLASS`, of which `holdout` takes the test images, and
-            which are test images alone to a network.
+            which are test images alone to a network. Or a CSV of labels or `hf:NAME`, see
+            `labelled.py`.
         class_names: the classes of a network; None takes the folders of training images by name.
         holdout: whether a share of the training images is going to be held out; then test images
             need not be there.
@@ -118,6 +116,9 @@ def find_image_folder(
         ValueError: folders are missing, a folder is none of the classes, a class has no training
             image, or a file can be no image; the message names them.
     """
+    if is_labelled(root):
+        labelled = labelled_splits(root, class_names, holdout=bool(holdout))
+        return ImageSplits(as_text(Path(root).name), *labelled)
     root = Path(root)
     train_root, test_root = find_splits(root, class_names)
     if class_names is None and (train_root is None or not (test_root or holdout)):
@@ -243,8 +244,9 @@ def _numbered(what: str, count: int) -> list[str]:
 def decoded(splits: ImageSplits, storage: Storage, max_damaged: float) -> ImageSplits:
     """The images in memory where `storage` asks for it; of a set that is there already, itself."""
     train, test = splits.train, splits.test
-    if storage == "files" or not (isinstance(train, FileImages) and isinstance(test, FileImages)):
+    if storage == "files" or not isinstance(train, StoredImages):
         return splits
+    assert isinstance(test, StoredImages)
     if storage == "auto" and _decoded_bytes(train) + _decoded_bytes(test) > MEMORY_BYTES:
         return splits
     # The headers of some are no promise of the rest.
@@ -259,13 +261,13 @@ def decoded(splits: ImageSplits, storage: Storage, max_damaged: float) -> ImageS
     return replace(splits, train=sets[0][0], test=sets[1][0], damaged=sets[0][1] | sets[1][1])
 
 
-def _decoded_bytes(images: FileImages) -> float:
+def _decoded_bytes(images: StoredImages) -> float:
     """Returns an estimate from the headers of a seeded sample of the images."""
     order = np.random.default_rng(SPLIT_SEED).permutation(len(images))
     sizes = []
     for index in order[:SIZES_SAMPLED].tolist():
         try:
-            width, height = image_size(images.files[index])
+            width, height = images.size(index)
         except ValueError:
             continue
         sizes.append(width * height * 3)

@@ -13,6 +13,7 @@ import stat
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
+from io import BytesIO
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from torch import Tensor
 
-from coded_resnext.files import as_text
+from coded_resnext.files import LARGEST_RESULTS, as_text, parse_csv, read_text
 
 from .preprocessing import Preprocessing, to_channels
 
@@ -104,21 +105,43 @@ def list_images(root: Path, folders: Sequence[str] = ("",)) -> tuple[Files, list
             if not name.lower().endswith(endings):
                 others += 1
                 continue
-            # A pipe would be waited for.
-            if not stat.S_ISREG(status.st_mode):
-                raise ValueError(f"{root / name}: expected an image, got something else")
-            if not os.access(root / name, os.R_OK):
-                raise ValueError(f"{root / name}: expected an image that may be read")
             names.append(name)
-            sizes.append(status.st_size)
+            sizes.append(file_size(root, name, status))
         counts.append(len(names) - before)
-    empty = [name for name, size in zip(names, sizes, strict=True) if not size]
+    files = Files(root, names, sizes, others)
+    require_content(files)
+    return files, counts
+
+
+def file_size(root: Path, name: str, status: os.stat_result | None = None) -> int:
+    """Returns the bytes of a file that may be an image.
+
+    Args:
+        root: what the name is relative to.
+        name: of the file.
+        status: what the system says of it, where that is known.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no file, or may not be read.
+    """
+    status = status or (root / name).stat()
+    # A pipe would be waited for.
+    if not stat.S_ISREG(status.st_mode):
+        raise ValueError(f"{root / name}: expected an image, got something else")
+    if not os.access(root / name, os.R_OK):
+        raise ValueError(f"{root / name}: expected an image that may be read")
+    return status.st_size
+
+
+def require_content(files: Files) -> None:
+    """Raises ValueError where files are empty; the message names them."""
+    empty = [files.name(index) for index in (files.sizes == 0).nonzero()[0].tolist()]
     if empty:
         raise ValueError(
-            f"{root}: expected images, got {len(empty)} empty files: {listed(empty)}; "
+            f"{files.root}: expected images, got {len(empty)} empty files: {listed(empty)}; "
             "remove them or fetch them again"
         )
-    return Files(root, names, sizes, others), counts
 
 
 def _walk(
@@ -146,7 +169,7 @@ def _walk(
 
 
 def find_images(paths: Sequence[str | Path]) -> Files:
-    """Files as they are given, and in place of a folder the images anywhere in it.
+    """Files as they are given; for a folder the images anywhere in it, for a CSV those it lists.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -157,7 +180,11 @@ def find_images(paths: Sequence[str | Path]) -> Files:
     sizes: list[int] = []
     others = 0
     for path in map(Path, paths):
-        if path.is_dir():
+        if is_csv(path):
+            listed_in = [path.parent / row["path"] for row in csv_rows(path, ["path"])]
+            sizes += [file_size(Path(), str(name)) for name in listed_in]
+            names += map(str, listed_in)
+        elif path.is_dir():
             files, _ = list_images(path)
             if not len(files):
                 raise ValueError(f"{path}: expected a folder with images, found none in it")
@@ -171,6 +198,36 @@ def find_images(paths: Sequence[str | Path]) -> Files:
             kind = "something else" if path.exists() else "none"
             raise FileNotFoundError(f"{path}: expected an image or a folder, found {kind}")
     return Files(Path(), names, sizes, others)
+
+
+def is_csv(path: Path) -> bool:
+    """Returns whether this is a table of images."""
+    return path.suffix.lower() == ".csv" and path.is_file()
+
+
+def csv_rows(path: Path, required: Sequence[str]) -> list[dict[str, str]]:
+    """Returns the lines of a table by its titles, in lower case.
+
+    Raises:
+        ValueError: it is no CSV, or a title or a cell that is required is missing.
+        OSError: the file cannot be read.
+    """
+    try:
+        titles, *rows = parse_csv(read_text(path, LARGEST_RESULTS), largest=LARGEST_RESULTS) or [[]]
+        titles = [title.strip().lower() for title in titles]
+        if not set(required) <= set(titles):
+            raise ValueError(f"expected the titles {', '.join(required)}, got {', '.join(titles)}")
+        for number, row in enumerate(rows, 2):
+            if row and len(row) != len(titles):
+                raise ValueError(f"line {number}: expected {len(titles)} cells, got {len(row)}")
+    except ValueError as error:
+        raise ValueError(f"{as_text(path)}: {as_text(error)}") from None
+    labelled = [dict(zip(titles, row, strict=True)) for row in rows if row]
+    for cells in labelled:
+        empty = [title for title in required if not cells[title].strip()]
+        if empty:
+            raise ValueError(f"{as_text(path)}: expected a {empty[0]} in every line, got none")
+    return labelled
 
 
 def find_splits(
@@ -220,40 +277,43 @@ def class_folders(root: Path) -> dict[str, Path]:
     return {as_text(path.name): path for path in paths if path.is_dir()}
 
 
-def open_image(path: Path, channels: int) -> Image:
-    """An image file as 8-bit grey (1 channel) or RGB (3), read in full; see `to_channels`.
+def open_image(source: Path | bytes, channels: int, name: str | None = None) -> Image:
+    """An image as 8-bit grey (1 channel) or RGB (3), read in full; see `to_channels`.
+
+    Args:
+        source: the file, or what is in one.
+        channels: 1 or 3.
+        name: of the image in messages; None for the file's.
 
     Raises:
-        ValueError: the file is not a readable image; the message names it.
+        ValueError: it is not a readable image; the message names it.
         ImportError: Pillow is not installed.
     """
-    with _opened(path) as image:
+    with _opened(source, name) as image:
         return to_channels(image, channels)
 
 
-def image_size(path: Path) -> tuple[int, int]:
-    """Returns width and height as the file's header says, without decoding; raises as `open_image`.
-
-    Raises:
-        ValueError: the file is not a readable image; the message names it.
-        ImportError: Pillow is not installed.
-    """
-    with _opened(path) as image:
+def image_size(source: Path | bytes, name: str | None = None) -> tuple[int, int]:
+    """Returns width and height as the header says, without decoding; as `open_image`."""
+    with _opened(source, name) as image:
         width, height = image.size
         return width, height
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[Image]:
-    """An open file, of which every failure is a ValueError that names it."""
+def _opened(source: Path | bytes, name: str | None) -> Iterator[Image]:
+    """An open image, of which every failure is a ValueError that names it."""
     image_module = _pillow()
+    file = BytesIO(source) if isinstance(source, bytes) else source
     try:
-        with image_module.open(path, formats=_formats(image_module)) as image:
+        with image_module.open(file, formats=_formats(image_module)) as image:
             yield image
     # What Pillow raises depends on the format and the damage; it is no closed list.
     except Exception as error:
         reason = str(error) or type(error).__name__
-        raise ValueError(f"{as_text(path)}: not a readable image: {as_text(reason)}") from error
+        raise ValueError(
+            f"{name or as_text(source)}: not a readable image: {as_text(reason)}"
+        ) from error
 
 
 def read_image(path: Path, preprocessing: Preprocessing) -> Tensor:

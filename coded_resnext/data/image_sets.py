@@ -16,7 +16,7 @@ from torch import Tensor
 
 from coded_resnext.files import as_text, say
 
-from .image_folder import Files, find_images, list_images, listed, open_image
+from .image_folder import Files, find_images, image_size, list_images, listed, open_image
 from .preprocessing import SPLIT_SEED, derive_seed
 
 if TYPE_CHECKING:
@@ -94,6 +94,10 @@ class FileImages:
         """Returns an image as 8-bit RGB; a ValueError names one that cannot be read."""
         return open_image(self.files[index], channels=3)
 
+    def size(self, index: int) -> tuple[int, int]:
+        """Returns width and height; raises as `image`."""
+        return image_size(self.files[index])
+
     def name(self, index: int) -> str:
         """Returns the path of the file, see `as_text`."""
         return as_text(self.files[index])
@@ -118,7 +122,7 @@ class FileImages:
             # Reading it in training is where this is noticed.
             except OSError:
                 content.update(b"unreadable")
-        return {"images": len(self), "names": _short(names), "content": _short(content)}
+        return {"images": len(self), "names": short_digest(names), "content": short_digest(content)}
 
     def __len__(self) -> int:
         return len(self.files)
@@ -132,8 +136,8 @@ class MemoryImages:
     """`[n, H, W, 3]`, uint8, or where sizes differ n arrays `[H, W, 3]`."""
     targets: Tensor
     names: Sequence[str]
-    source: FileImages | None = None
-    """The files that they were decoded from."""
+    source: ImageSet | None = None
+    """The set that they were decoded from."""
 
     def __post_init__(self) -> None:
         if not len(self.images) == len(self.targets) == len(self.names):
@@ -189,7 +193,7 @@ class MemoryImages:
         content = hashlib.sha256(self.targets.numpy().tobytes())
         for image in self.images:
             content.update(np.ascontiguousarray(image).data)
-        return {"images": len(self), "content": _short(content)}
+        return {"images": len(self), "content": short_digest(content)}
 
     def __len__(self) -> int:
         return len(self.images)
@@ -248,9 +252,7 @@ class TooLargeError(ValueError):
     """The images of a set do not fit where they are to go."""
 
 
-def into_memory(
-    files: FileImages, damaged: DamagedImages, largest: float = math.inf
-) -> MemoryImages:
+def into_memory(files: ImageSet, damaged: DamagedImages, largest: float = math.inf) -> MemoryImages:
     """Decode all images of a set once.
 
     Args:
@@ -395,5 +397,5 @@ def _others(images: ImageSet | Files) -> str:
     return f", {others} other files left out" if others else ""
 
 
-def _short(digest: hashlib._Hash) -> str:
+def short_digest(digest: hashlib._Hash) -> str:
     return digest.hexdigest()[:16]

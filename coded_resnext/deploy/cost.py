@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from coded_resnext.kernels.checks import check_integers
+from coded_resnext.kernels.checks import check_integers, typed
 from coded_resnext.models.block import CodedBottleneck
 from coded_resnext.models.layers import check_layers
 from coded_resnext.models.resnext import CodedResNeXt, own_network
@@ -84,9 +84,8 @@ class Share:
         return dict(vars(self))
 
 
-def network_cost(
-    network: CodedResNeXt | ExtractedNetwork, image_size: int | tuple[int, int]
-) -> Cost:
+@typed
+def network_cost(network: nn.Module, image_size: int | tuple[int, int]) -> Cost:
     """Counts the cost of a network, multiplications from its sizes and the rest from its tensors.
 
     Args:

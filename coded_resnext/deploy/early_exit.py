@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from coded_resnext.files import UNFIT, read_json, write_atomically
-from coded_resnext.kernels.checks import checked_number
+from coded_resnext.kernels.checks import check_annotated, checked_number, typed
 from coded_resnext.models.block import Step, check_images
 from coded_resnext.models.decode import read_class
 from coded_resnext.models.layers import check_layers
@@ -51,11 +51,13 @@ class EarlyExit:
     """SHA-256 of the weights that they are for, see `checkpoint.weights_sha256`."""
 
     def __post_init__(self) -> None:
+        check_annotated(type(self), vars(self))
         margins = [None if m is None else checked_number("margins", m, 0) for m in self.margins]
         object.__setattr__(self, "margins", tuple(margins))
 
     @classmethod
-    def at_margin(cls, model: CodedResNeXt, margin: float, *, agreement: bool = False) -> EarlyExit:
+    @typed
+    def at_margin(cls, model: nn.Module, margin: float, *, agreement: bool = False) -> EarlyExit:
         """Makes a criterion with one margin for all coded blocks of a network."""
         return cls((margin,) * len(own_network(model).coded_blocks), agreement)
 
@@ -107,12 +109,14 @@ class EarlyExit:
             raise ValueError(f"weights_sha256: expected text, got {weights!r:.80}")
         return cls(tuple(data["margins"]), bool(data.get("agreement")), calibration, weights)
 
+    @typed
     def save(self, path: str | Path) -> None:
         """Writes the criterion as JSON."""
         text = json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n"
         write_atomically(path, text.encode())
 
     @classmethod
+    @typed
     def load(cls, path: str | Path) -> EarlyExit:
         """Reads what `save` wrote.
 
@@ -141,9 +145,10 @@ class EarlyPrediction:
     they were asked for."""
 
 
+@typed
 @torch.no_grad()
 def predict_early(
-    model: CodedResNeXt, x: Tensor, criterion: EarlyExit, *, return_energies: bool = False
+    model: nn.Module, x: Tensor, criterion: EarlyExit, *, return_energies: bool = False
 ) -> EarlyPrediction:
     """Classifies images, each no further than needed.
 
@@ -270,6 +275,7 @@ class ExitScores:
     """The true class, `[n]`."""
 
     @classmethod
+    @typed
     def joined(cls, parts: Sequence[ExitScores]) -> ExitScores:
         """Joins the samples of several, such as the held-out parts of a cross-validation."""
         return cls(
@@ -279,6 +285,7 @@ class ExitScores:
             )
         )
 
+    @typed
     def exits(self, criterion: EarlyExit) -> Tensor:
         """Returns where every sample leaves, `[n]`: a coded block counted from 0, or L."""
         blocks = self.decoded.shape[1]
@@ -291,6 +298,7 @@ class ExitScores:
             exits[leaving] = block
         return exits
 
+    @typed
     def accuracy(self, criterion: EarlyExit | None = None) -> float:
         """Returns the share of correct predictions, with early exit or of the classifier alone."""
         said = self.final
@@ -300,8 +308,9 @@ class ExitScores:
         return float((said == self.targets).double().mean())
 
 
+@typed
 @torch.no_grad()
-def exit_scores(model: CodedResNeXt, loader: Iterable[tuple[Tensor, Tensor]]) -> ExitScores:
+def exit_scores(model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]]) -> ExitScores:
     """Decodes labelled images behind every coded block.
 
     Args:
@@ -330,6 +339,7 @@ def exit_scores(model: CodedResNeXt, loader: Iterable[tuple[Tensor, Tensor]]) ->
     return ExitScores.joined(parts)
 
 
+@typed
 def calibrate(
     scores: ExitScores, max_accuracy_loss: float = 0.001, *, agreement: bool = False
 ) -> EarlyExit:

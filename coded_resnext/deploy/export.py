@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from coded_resnext.data.preprocessing import Preprocessing
-from coded_resnext.kernels.checks import check_integers
+from coded_resnext.kernels.checks import check_integers, typed
 from coded_resnext.models.block import CodedBottleneck, classify, features
 from coded_resnext.models.decode import read_class
 from coded_resnext.models.layers import copy_of
@@ -187,6 +187,7 @@ __all__ = [
 ]
 
 
+@typed
 def to_exported_program(
     network: nn.Module,
     *,
@@ -223,6 +224,7 @@ def to_exported_program(
     return program
 
 
+@typed
 def to_onnx(
     network: nn.Module,
     path: str | Path,
@@ -280,6 +282,7 @@ def to_onnx(
     return path
 
 
+@typed
 def export_early_exit(
     model: nn.Module,
     folder: str | Path,
@@ -319,6 +322,7 @@ def export_early_exit(
     ]
 
 
+@typed
 def to_aot_package(
     network: nn.Module,
     path: str | Path,
@@ -356,8 +360,14 @@ def _frozen(network: nn.Module) -> Any:
         network = own_network(network)
     network = copy_of(network)
     network.eval().requires_grad_(False)
-    for module in network.modules():
+    for name, module in network.named_modules():
+        if callable(getattr(module, "weight", None)):
+            kind = type(module)
+            raise ValueError(
+                f"{name}: expected a layer of floating-point weights, got {kind.__module__}."
+                f"{kind.__name__}; export the network and quantise the file"
+            )
         # Whatever chooses among implementations has this attribute.
         if hasattr(module, "backend"):
-            module.backend = "torch"  # type: ignore[assignment]
+            module.backend = "torch"
     return network

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, fx, nn
 
-from coded_resnext.kernels.checks import check_kind, checked_number
+from coded_resnext.kernels.checks import check_kind, checked_number, typed
 from coded_resnext.kernels.coded.gram import branch_forms, split_weight
 from coded_resnext.kernels.layout import accumulation_dtype
 from coded_resnext.models.block import CodedBottleneck, check_images, classify, features
@@ -89,6 +89,7 @@ class ExtractedNetwork(nn.Module):
         ValueError: there is no class.
     """
 
+    @typed
     def __init__(self, config: ExtractedConfig, class_names: Sequence[str]) -> None:
         super().__init__()
         if not class_names:
@@ -128,6 +129,7 @@ class ExtractedClassifier(ExtractedNetwork):
         ValueError: there is not exactly one class.
     """
 
+    @typed
     def __init__(
         self, config: ExtractedConfig, class_names: Sequence[str], threshold: float | None = None
     ) -> None:
@@ -186,8 +188,9 @@ def class_index(class_names: Sequence[str], wanted: int | str) -> int:
     return int(wanted)
 
 
+@typed
 def extract_classifier(
-    model: CodedResNeXt,
+    model: nn.Module,
     class_index_or_name: int | str,
     *,
     threshold: float | None = None,
@@ -225,8 +228,9 @@ def extract_classifier(
     return _fill(network, model, [index], fold_batch_norm)
 
 
+@typed
 def extract_subset(
-    model: CodedResNeXt,
+    model: nn.Module,
     classes: Sequence[int | str],
     *,
     fold_batch_norm: bool = False,

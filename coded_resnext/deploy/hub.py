@@ -16,9 +16,9 @@ from typing import Any
 
 from coded_resnext.data.preprocessing import Preprocessing
 from coded_resnext.files import UNFIT, file_sha256, printable, read_json, write_atomically
-from coded_resnext.kernels.checks import checked_number
+from coded_resnext.kernels.checks import check_annotated, checked_number, typed
 from coded_resnext.models.checkpoint import MODEL_FILE, load_model, save_model
-from coded_resnext.models.resnext import CodedResNeXt
+from coded_resnext.models.resnext import CodedResNeXt, own_network
 from coded_resnext.models.shipped import find_model
 
 from .early_exit import EarlyExit
@@ -51,6 +51,8 @@ class Pretrained:
     """Identifier of the weights' licence, such as `mit`."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "model", own_network(self.model))
+        check_annotated(type(self), vars(self))
         unknown = sorted(set(self.thresholds) - set(self.model.class_names))
         if unknown:
             raise ValueError(f"thresholds: expected classes of the model, got {unknown[0]!r}")
@@ -85,6 +87,7 @@ class Pretrained:
         }
 
 
+@typed
 def save_pretrained(pretrained: Pretrained, folder: str | Path) -> Path:
     """Write a network with its description and card; the description, with the checksum, last.
 
@@ -119,6 +122,7 @@ def save_pretrained(pretrained: Pretrained, folder: str | Path) -> Path:
     return folder
 
 
+@typed
 def from_pretrained(
     source: str | Path,
     *,
@@ -191,6 +195,7 @@ def from_pretrained(
     return found
 
 
+@typed
 def push_to_hub(
     folder: str | Path,
     repository: str,

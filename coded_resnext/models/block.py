@@ -23,6 +23,7 @@ from coded_resnext.kernels.checks import (
     check_kind,
     checked_mask,
     checked_number,
+    typed,
 )
 from coded_resnext.kernels.coded.functional import normalized_branches
 from coded_resnext.kernels.coded.reference import aggregate_outputs
@@ -32,7 +33,10 @@ from coded_resnext.models.fused.values import Map, like, ready
 from coded_resnext.models.layers import applied_weight, is_seen_by_calls, unusual_layer
 
 # A symbolic trace has these as one node each, since they ask for shapes.
-for _function in ("check_images", "coded_aggregate", "draw_mask", "normalized_branches"):
+for _function in (
+    *("check_images", "coded_aggregate", "draw_mask", "normalized_branches"),
+    "apart_from_batch_norm",
+):
     fx.wrap(_function)
 
 
@@ -118,6 +122,7 @@ class CodedBottleneck(nn.Module):
     codewords: Tensor
     form: Tensor | None
 
+    @typed
     def __init__(
         self,
         in_channels: int,
@@ -249,6 +254,7 @@ class CodedBottleneck(nn.Module):
             raise ValueError(f"{name}: expected None, since this block has no codebook")
         if self.is_coded and drop_mask is None:
             drop_mask = self.draw_drop_mask(x)
+        check_kind("record", record, EnergyRecord | None, "an EnergyRecord, or None")
         record = record or EnergyRecord()
         if is_fused(self, x):
             return ready(self.fused(x, drop_mask, keep_mask, record))
@@ -277,6 +283,11 @@ class CodedBottleneck(nn.Module):
     def _aggregate(
         self, h: Tensor, drop_mask: Tensor | None, keep_mask: Tensor | None
     ) -> tuple[Tensor, Tensor]:
+        if self.form is None and isinstance(self.expand_bn, nn.Identity):
+            raise ValueError(
+                "expand_bn: expected BatchNorm, got Identity; folded into `expand` it changes the "
+                "energies, which extract_subset(model, classes, fold_batch_norm=True) keeps"
+            )
         if is_seen_by_calls(self.expand):
             return self._aggregate_by_calls(h, drop_mask, keep_mask)
         concatenate = self.aggregation == "concat"
@@ -307,7 +318,7 @@ class CodedBottleneck(nn.Module):
                 normalize=self.normalize,
                 form=self.form,
             )
-            return self.expand(scaled), energies
+            return apart_from_batch_norm(self.expand(scaled)), energies
 
     def _aggregate_by_calls(
         self, h: Tensor, drop_mask: Tensor | None, keep_mask: Tensor | None
@@ -413,6 +424,14 @@ def draw_mask(batch: int, branches: int, p: float, like: Tensor) -> Tensor:
     dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
     keep = torch.full((batch, branches), 1 - p, dtype=dtype, device=like.device)
     return torch.bernoulli(keep) / (1 - p)
+
+
+def apart_from_batch_norm(y: Tensor) -> Tensor:
+    """Returns `y`; in a symbolic trace this keeps tools from folding the BatchNorm behind it.
+
+    They would fold it into the weight that the energies are taken of.
+    """
+    return y
 
 
 def activated(norm: nn.Module, x: Tensor) -> Tensor:

@@ -31,6 +31,7 @@ def decode(energies: Tensor, codebook: Codebook | Tensor, *, check_values: bool 
     """
     check_kind("energies", energies, Tensor, "a tensor [B, N]")
     check_kind("codebook", codebook, (Codebook, Tensor), "a Codebook or a tensor [K, N]")
+    check_kind("check_values", check_values, bool, "True or False")
     codewords = codebook.codewords if isinstance(codebook, Codebook) else codebook
     if energies.ndim != 2 or energies.shape[1] != codewords.shape[1]:
         raise ValueError(

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from coded_resnext.kernels import ConvBackend, check_conv_backend, grouped_conv3x3
+from coded_resnext.kernels.checks import check_integers, typed
 
 
 class GroupedConv2d(nn.Conv2d):
@@ -36,6 +37,7 @@ class GroupedConv2d(nn.Conv2d):
         ValueError: an argument has another value than these.
     """
 
+    @typed
     def __init__(
         self,
         in_channels: int,
@@ -52,6 +54,7 @@ class GroupedConv2d(nn.Conv2d):
         *,
         backend: ConvBackend = "auto",
     ) -> None:
+        check_integers(in_channels=in_channels, out_channels=out_channels, groups=groups)
         super().__init__(
             in_channels,
             out_channels,
@@ -117,6 +120,7 @@ def mismatch(conv: nn.Conv2d) -> str | None:
     return None
 
 
+@typed
 def use_grouped_kernels(model: nn.Module, backend: ConvBackend = "auto") -> int:
     """Make every grouped 3x3 convolution of a network a `GroupedConv2d`, in place.
 

@@ -24,6 +24,7 @@ from .grouped_conv import GroupedConv2d
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
+NORM_NAMES = ("reduce_bn", "grouped_bn", "expand_bn")
 # Hooks that make a weight of other tensors just before the layer is called.
 WEIGHT_MAKERS = (BasePruningMethod, SpectralNorm, WeightNorm)
 
@@ -142,7 +143,15 @@ def unusual_layer(block: Any, *, sizes_only: bool = False) -> str | None:
             return _named(name, reason)
     if sizes_only:
         return None
+    if block.is_coded and block.form is None and isinstance(block.expand_bn, nn.Identity):
+        return _named("expand_bn", _instead(block.expand_bn, "BatchNorm"))
     return _named("forward", _acted_on(block)) or _named("skip", _acted_on(block.skip))
+
+
+def folded_away(block: Any) -> str | None:
+    """Returns which BatchNorm of a block was folded into the convolution before it, if one was."""
+    names = (name for name in NORM_NAMES if isinstance(getattr(block, name), nn.Identity))
+    return next((_named(name, _instead(nn.Identity(), "BatchNorm")) for name in names), None)
 
 
 def check_layers(network: Any, purpose: str, *, sizes_only: bool = False) -> None:
@@ -176,6 +185,8 @@ def _unusual(network: Any, sizes_only: bool) -> Iterator[str | None]:
             yield _named(name, _instead(block, "a block"))
             return
         reason = block.unusual_layer(sizes_only=sizes_only)
+        if isinstance(network.config, dict) and not sizes_only:
+            reason = reason or folded_away(block)
         yield reason and f"{name}.{reason}"
     if not sizes_only:
         head, channels = network.head, network.blocks[-1].channels

@@ -20,6 +20,7 @@ from coded_resnext.kernels.checks import (
     check_targets,
     checked_number,
     is_no_class,
+    typed,
 )
 from coded_resnext.kernels.layout import accumulation_dtype
 
@@ -62,6 +63,7 @@ class CodedLoss(nn.Module):
 
     class_weight: Tensor | None
 
+    @typed
     def __init__(
         self,
         codebooks: Sequence[Codebook],

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from coded_resnext.codebooks.codebook import Codebook
+from coded_resnext.kernels.checks import typed
 
 from .checkpoint import check_codebooks, load_model
 from .resnext import CodedResNeXt, Stage
@@ -103,6 +104,7 @@ NETWORKS = {
 }
 
 
+@typed
 def list_models(*, pretrained: bool = False) -> list[str]:
     """Returns the names that `create_model` takes: every network plain and, prefixed, coded.
 
@@ -114,6 +116,7 @@ def list_models(*, pretrained: bool = False) -> list[str]:
     return sorted([*NETWORKS, *(f"coded_{name}" for name in NETWORKS)])
 
 
+@typed
 def create_model(name: str, *, pretrained: bool = False, **overrides: Any) -> CodedResNeXt:
     """Builds a named network, with fresh weights or with those that come with the package.
 

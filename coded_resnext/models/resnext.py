@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from coded_resnext.codebooks.codebook import Codebook
 from coded_resnext.codebooks.shipped import Size, shipped_sizes
 from coded_resnext.kernels import Aggregation, Backend
-from coded_resnext.kernels.checks import check_integers, check_items
+from coded_resnext.kernels.checks import check_integers, check_items, check_kind, typed
 
 from .block import CodedBottleneck, Step, check_images, classify, features, walk
 from .layers import StemReLU, check_layers
@@ -58,6 +58,7 @@ class CodedResNeXt(nn.Module):
         config: JSON-ready arguments that, with the codebooks, rebuild the network.
     """
 
+    @typed
     def __init__(
         self,
         stages: Sequence[Stage],
@@ -154,16 +155,16 @@ class CodedResNeXt(nn.Module):
 
     @overload
     def forward(
-        self, x: Tensor, *, return_energies: Literal[False] = False, keep: Keep | None = None
+        self, x: Tensor, return_energies: Literal[False] = False, keep: Keep | None = None
     ) -> Tensor: ...
 
     @overload
     def forward(
-        self, x: Tensor, *, return_energies: Literal[True], keep: Keep | None = None
+        self, x: Tensor, return_energies: Literal[True], keep: Keep | None = None
     ) -> tuple[Tensor, list[Tensor]]: ...
 
     def forward(
-        self, x: Tensor, *, return_energies: bool = False, keep: Keep | None = None
+        self, x: Tensor, return_energies: bool = False, keep: Keep | None = None
     ) -> Tensor | tuple[Tensor, list[Tensor]]:
         """Classify images.
 
@@ -182,6 +183,8 @@ class CodedResNeXt(nn.Module):
             ValueError: an argument has the wrong shape, or a class is out of range.
         """
         x, return_energies = _traced_option(x, "return_energies", return_energies, False)
+        # A trace of TorchScript makes tensors of numbers.
+        check_kind("return_energies", return_energies, bool | Tensor, "True or False")
         x, keep = _traced_option(x, "keep", keep, None)
         last_map, energies = self.features(x, keep)
         logits = self.forward_head(last_map)
@@ -286,6 +289,8 @@ class CodedResNeXt(nn.Module):
         self, x: Tensor, keep: Keep | None, start: int | None, stop: int | None
     ) -> tuple[list[CodedBottleneck], Tensor, list[Tensor | None]]:
         """Returns the blocks of a walk, the input of the first, and the masks of the coded ones."""
+        for name, value in (("start", start), ("stop", stop)):
+            check_kind(name, value, int | None, "the number of a block, or None")
         blocks = self.blocks[start:stop]
         if start is None:
             check_images(x, self.in_channels)
@@ -462,9 +467,7 @@ class Stage:
     """Stride of the first block."""
 
     def __post_init__(self) -> None:
-        for name, value in asdict(self).items():
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"Stage.{name}: expected a positive integer, got {value!r}")
+        check_integers(**{f"Stage.{name}": value for name, value in asdict(self).items()})
         if self.active > self.branches:
             raise ValueError(
                 f"Stage.active: expected at most {self.branches} branches, got {self.active}"

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from coded_resnext.codebooks.codebook import Codebook
 from coded_resnext.files import load_tensors
+from coded_resnext.kernels.checks import typed
 
 from .checkpoint import check_codebooks, is_model_file, load_model
 from .resnext import CodedResNeXt, own_network
@@ -112,6 +113,7 @@ def read_weights(path: str | Path) -> Weights:
     return Weights(state, tuple(books[stage] for stage in sorted(books)), None)
 
 
+@typed
 def load_weights(model: nn.Module, path: str | Path) -> None:
     """Load the weights in a file into a network that they fit whole, in place.
 

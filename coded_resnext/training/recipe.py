@@ -41,7 +41,8 @@ class DataConfig:
     data_dir: Annotated[
         str | None,
         "Folder that holds the data. The default is $CODED_RESNEXT_DATA, or ./data where that is "
-        "not set.",
+        "not set. For the data set folder also a CSV with path, label and perhaps split, or "
+        "hf:NAME for an image set of Hugging Face's datasets.",
     ] = None
     download: Annotated[bool, "Let torchvision download a CIFAR set that is not there."] = False
     storage: Annotated[

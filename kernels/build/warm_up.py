@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from coded_resnext.kernels.checks import typed
+
 # Any number of samples launches the same kernels; BatchNorm needs more than one.
 SAMPLES = 2
 
@@ -28,6 +30,7 @@ class WarmUp:
     """Wall time of the warm-up, in seconds."""
 
 
+@typed
 def warm_up(
     model: nn.Module,
     images: Tensor,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 import subprocess
@@ -468,3 +469,19 @@ def test_an_untrained_network_knows_the_size_of_its_images() -> None:
     assert signature(larger, 9, None).input_shape == (1, 9, 9)
     with pytest.raises(ValueError, match="image_size: expected a positive integer, got 'small'"):
         create_model("coded_resnext_digits", image_size="small")
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("dynamo", [False, pytest.param(True, marks=pytest.mark.long)])
+@pytest.mark.parametrize("return_energies", [False, True])
+def test_both_exporters_of_pytorch(dynamo: bool, return_energies: bool) -> None:
+    """pytorch#37322: the exporter by tracing gives all arguments by position."""
+    network, images = make_network(), torch.randn(2, 1, 6, 6)
+    file = io.BytesIO()
+    options = {"return_energies": return_energies}
+    torch.onnx.export(network, (images,), file, kwargs=options, dynamo=dynamo, verbose=False)
+    session = onnxruntime.InferenceSession(file.getvalue())
+    outputs = session.run(None, {session.get_inputs()[0].name: images.numpy()})
+    expected = network(images, return_energies=True)
+    for one, other in zip(outputs, [expected[0], *expected[1]], strict=return_energies):
+        torch.testing.assert_close(torch.from_numpy(one), other.detach(), rtol=1e-4, atol=1e-5)

@@ -18,13 +18,18 @@ import torch.nn.utils.prune as pruning
 from support.small_networks import make_network
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, weight_norm
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from coded_resnext import CodedResNeXt, extract_classifier, use_grouped_kernels
 from coded_resnext.deploy.cost import network_cost
 from coded_resnext.deploy.early_exit import EarlyExit, predict_early
+from coded_resnext.deploy.export import to_exported_program
+from coded_resnext.deploy.hub import Pretrained, from_pretrained, save_pretrained
 from coded_resnext.interpret import trace
 from coded_resnext.kernels.coded.reference import is_dead
+from coded_resnext.models import block as block_module
+from coded_resnext.models import layers
 from coded_resnext.models.checkpoint import load_model, save_model
 from coded_resnext.models.decode import decode
 
@@ -82,9 +87,23 @@ def dilate(block: Any) -> None:
     block.grouped.dilation = block.grouped.padding = (2, 2)
 
 
+def dilate_alone(block: Any) -> None:
+    """Nothing else differs: `same` is the padding that keeps the map, whatever the dilation."""
+    if block.stride == 1:
+        block.grouped.dilation, block.grouped.padding = (2, 2), "same"
+
+
 def pad_by_reflection(block: Any) -> None:
     block.grouped.padding_mode = "reflect"
     block.grouped._reversed_padding_repeated_twice = [1, 1, 1, 1]
+
+
+def fold_norms(block: Any, names: tuple[str, ...] = ("reduce", "grouped", "expand")) -> None:
+    """As deployment tools do: one convolution with a bias, and nothing in the norm's place."""
+    for name in names:
+        norm = f"{name}_bn"
+        setattr(block, name, fuse_conv_bn_eval(getattr(block, name), getattr(block, norm)))
+        setattr(block, norm, nn.Identity())
 
 
 def replace(block: Any, name: str, kind: type[nn.Module]) -> None:
@@ -154,11 +173,14 @@ DONE: dict[str, Callable[[CodedResNeXt], nn.Module]] = {
     "`forward` replaced": each(
         lambda b: setattr(b.reduce, "forward", lambda x, c=b.reduce: nn.Conv2d.forward(c, 2 * x))
     ),
-    "dilation": each(dilate),
+    "dilation and padding": each(dilate),
+    "dilation alone": each(dilate_alone),
     "reflected padding": each(pad_by_reflection),
     "SyncBatchNorm": nn.SyncBatchNorm.convert_sync_batchnorm,
     "frozen BatchNorm": each(lambda b: b.grouped_bn.eval().requires_grad_(False) and None),
     "BatchNorm of a subclass": each(lambda b: replace(b, "grouped_bn", FrozenNorm)),
+    "every BatchNorm folded": each(fold_norms),
+    "BatchNorm folded but the last": each(lambda b: fold_norms(b, ("reduce", "grouped"))),
     "float16": lambda model: model.half(),
     "bfloat16": lambda model: model.bfloat16(),
     "bfloat16, BatchNorm float32": half_but_norms,
@@ -216,7 +238,7 @@ def near(actual: Any, expected: Any) -> None:
     for one, other in zip(actual, expected, strict=True):
         tolerance = {torch.float16: 0.02, torch.bfloat16: 0.15}.get(DTYPE, 2e-4)
         torch.testing.assert_close(
-            one.float(), other.float(), rtol=tolerance, atol=tolerance * float(other.abs().max())
+            one.float(), other.float(), rtol=tolerance, atol=tolerance * other.abs().max().item()
         )
 
 
@@ -232,7 +254,7 @@ def cell_train(network: Any, x: Tensor, tmp: Path) -> None:
     network.train()
     for block in model.blocks:
         block.drop.p = 0.0
-        if block.grouped_bn.weight.requires_grad is False:
+        if not all(p.requires_grad for p in block.grouped_bn.parameters()):
             block.grouped_bn.eval()
     results = []
     for run in (lambda: network(x, return_energies=True), lambda: by_layers(network, x)):
@@ -270,6 +292,16 @@ def cell_fused(network: Any, x: Tensor, tmp: Path) -> None:
     cell_train(network, x, tmp)
 
 
+def cell_triton(network: Any, x: Tensor, tmp: Path) -> None:
+    """In Triton's interpreter, for which small images are enough."""
+    for block in inner(network).blocks:
+        block.backend = "triton"
+    x = x[:2, :, :4, :4]
+    with torch.no_grad():
+        near([network(x)], [by_layers(network, x)[0]])
+    cell_energies(network, x, tmp)
+
+
 def cell_extract(network: Any, x: Tensor, tmp: Path) -> None:
     expected = by_layers(network, x, torch.full((BATCH,), CLASS))[0][:, CLASS]
     for fold in (False, True):
@@ -291,6 +323,19 @@ def cell_save(network: Any, x: Tensor, tmp: Path) -> None:
     for block in inner(network).blocks:  # A file holds weights, and no hooks.
         block.expand._forward_hooks.clear()
     near([loaded(x)], [by_layers(network, x)[0]])
+
+
+def cell_share(network: Any, x: Tensor, tmp: Path) -> None:
+    save_pretrained(Pretrained(network), tmp / "shared")
+    loaded = from_pretrained(tmp / "shared").model
+    for block in inner(network).blocks:
+        block.expand._forward_hooks.clear()
+    near([loaded(x)], [by_layers(network, x)[0]])
+
+
+def cell_export(network: Any, x: Tensor, tmp: Path) -> None:
+    program = to_exported_program(network, image_size=6)
+    near([program.module()(x)], [by_layers(network, x)[0]])
 
 
 def cell_extend(network: Any, x: Tensor, tmp: Path) -> None:
@@ -340,13 +385,35 @@ USES: dict[str, Callable[[Any, Tensor, Path], None]] = {
     "`keep`": cell_keep,
     "energies": cell_energies,
     "`fused`": cell_fused,
+    "`triton`": cell_triton,
     "extract, fold": cell_extract,
     "early exit": cell_exit,
     "save and load": cell_save,
+    "share": cell_share,
+    "export": cell_export,
     "extend": cell_extend,
     "cost": cell_cost,
     "trace": cell_trace,
 }
+
+
+# Triton's interpreter and torch.export take seconds.
+SLOW = ["`triton`", "export"]
+
+
+def regular(setting: str, value: Any) -> Callable[..., str | None]:
+    """The check of a convolution, but for one setting, which it takes to be the usual one."""
+    check = layers._convolution
+
+    def shortcut(conv: Any, *sizes: int) -> str | None:
+        before = getattr(conv, setting)
+        setattr(conv, setting, value)
+        try:
+            return check(conv, *sizes)
+        finally:
+            setattr(conv, setting, before)
+
+    return shortcut
 
 
 def outcome(done: str, use: str, tmp: Path) -> str:
@@ -369,17 +436,49 @@ def outcome(done: str, use: str, tmp: Path) -> str:
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 @pytest.mark.parametrize(
-    "done",
-    [pytest.param(d, marks=[pytest.mark.long] if "compile" in d else []) for d in DONE],
+    ("done", "uses"),
+    [
+        pytest.param(done, uses, marks=[pytest.mark.long] * (uses == SLOW or "compile" in done))
+        for done in DONE
+        for uses in ([use for use in USES if use not in SLOW], SLOW)
+    ],
 )
-def test_a_network_in_other_hands(done: str, tmp_path: Path) -> None:
+def test_a_network_in_other_hands(done: str, uses: list[str], tmp_path: Path) -> None:
     documented = {
         line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:-1]]
         for line in DOC.read_text(encoding="utf-8").splitlines()
         if line.startswith("|")
     }
     assert documented["network"] == list(USES)
-    assert [outcome(done, use, tmp_path) for use in USES] == documented[done]
+    expected = dict(zip(USES, documented[done], strict=True))
+    assert {use: outcome(done, use, tmp_path) for use in uses} == {u: expected[u] for u in uses}
+
+
+PLANTED: dict[str, tuple[str, Callable[..., Any], str, str]] = {
+    # What the one place to ask would no longer see, and the cell that tells.
+    "dilation": ("_convolution", regular("dilation", (1, 1)), "dilation alone", "`fused`"),
+    "padding": ("_convolution", regular("padding_mode", "zeros"), "reflected padding", "`fused`"),
+    "type": (
+        "made_as",
+        lambda m: nn.Conv2d if isinstance(m, nn.Conv2d) else type(m),
+        "`reduce` of a subclass",
+        "extract, fold",
+    ),
+    "hooks": ("_acted_on", lambda _: None, "hook that halves `expand`", "`fused`"),
+    "weight": ("applied_weight", lambda m, *_: m.weight, "`expand` of a subclass", "`eval`"),
+    "norms": ("folded_away", lambda _: None, "BatchNorm folded but the last", "extend"),
+}
+
+
+@pytest.mark.parametrize("planted", PLANTED)
+def test_a_planted_shortcut_is_seen(planted: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A way that looks at less than it should ends in another outcome than the table's."""
+    name, shortcut, done, use = PLANTED[planted]
+    for module in (layers, block_module):
+        if hasattr(module, name):
+            monkeypatch.setattr(module, name, shortcut)
+    with pytest.raises((AssertionError, KeyError, RuntimeError)):
+        outcome(done, use, Path())
 
 
 def test_the_energies_follow_a_pruned_expand() -> None:

@@ -11,6 +11,7 @@ import torch
 from support.helpers import relative_error
 from support.small_networks import NARROW, WIDE, make_network
 from torch import Tensor, fx
+from torch.fx.experimental import optimization
 
 from coded_resnext import (
     CodedBottleneck,
@@ -118,6 +119,12 @@ def test_a_symbolic_trace_computes_the_same(backend: str, training: bool) -> Non
         logits(IMAGES, keep=1)
     with pytest.raises(ValueError, match=r"x: expected \[B, 1, H, W\]"):
         logits(torch.randn(2, 3, 6, 6).double())
+
+
+def test_folding_in_a_symbolic_trace_leaves_the_energies() -> None:
+    """The BatchNorm behind `expand` went into the weight that the energies are taken of."""
+    model = network()
+    assert relative_error(optimization.fuse(model)(IMAGES), model(IMAGES)) < 1e-12
 
 
 def test_a_cut_out_network_is_traced_symbolically() -> None:
