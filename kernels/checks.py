@@ -148,7 +148,7 @@ def _is_of(value: Any, hint: Any) -> bool:
         return isinstance(value, bool | np.bool_)
     if kind is Path:
         return isinstance(value, os.PathLike)
-    if not isinstance(kind, type) or getattr(kind, "_is_protocol", False):
+    if kind is Any or not isinstance(kind, type) or getattr(kind, "_is_protocol", False):
         return True
     if kind not in (Iterable, Sequence, tuple):
         return isinstance(value, kind)

@@ -134,7 +134,11 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any], str]] = {
         {"energies": ENERGIES, "codebook": NARROW},
         "energies codebook check_values",
     ),
-    "create_model": (create_model, {"name": "coded_resnext_digits"}, "name pretrained"),
+    "create_model": (
+        create_model,
+        {"name": "coded_resnext_digits", "head_bias": True},
+        "name pretrained",
+    ),
     "list_models": (list_models, {}, "pretrained"),
     "load_weights": (load_weights, {"model": NETWORK, "path": PATH}, "model path"),
     "extract_classifier": (
