@@ -616,8 +616,8 @@ def parse_command(
     parser.add_argument(
         "--other-images",
         action="store_true",
-        help="with --resume, go on although the training images have changed; the epoch that was "
-        "begun is begun anew over the new ones",
+        help="with --resume, go on although the images have changed: the epoch that was begun is "
+        "begun anew over other training images, the best model chosen anew by other test images",
     )
     parser.add_argument(
         "--no-evaluation",

@@ -196,12 +196,7 @@ class TrainingBatches(ShuffledSamples):
 
     def fingerprint(self) -> dict[str, Any]:
         """Returns the number of images, and a digest of their bytes and classes; JSON-ready."""
-        content = hashlib.sha256()
-        for tensor in (self.images, self.targets):
-            content.update(
-                tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
-            )
-        return {"images": self.samples, "content": content.hexdigest()[:16]}
+        return _content(self.images, self.targets)
 
     def describe(self, indices: Tensor) -> list[str]:
         """Samples in memory have no name but their position."""
@@ -264,7 +259,7 @@ class Batches:
         if batch_size < 1:
             raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
         self.images, self.targets = images[rank::world_size], targets[rank::world_size]
-        self.batch_size = batch_size
+        self.batch_size, self._whole = batch_size, (images, targets)
 
     def __len__(self) -> int:
         return -(-len(self.images) // self.batch_size)
@@ -273,6 +268,17 @@ class Batches:
         for start in range(0, len(self.images), self.batch_size):
             chosen = slice(start, start + self.batch_size)
             yield self.images[chosen], self.targets[chosen]
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Returns that of all samples, on every rank."""
+        return _content(*self._whole)
+
+
+def _content(images: Tensor, targets: Tensor) -> dict[str, Any]:
+    content = hashlib.sha256()
+    for tensor in (images, targets):
+        content.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return {"images": len(images), "content": content.hexdigest()[:16]}
 
 
 def batches(images: Tensor, targets: Tensor, batch_size: int = 256) -> Batches:

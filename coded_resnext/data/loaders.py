@@ -189,6 +189,10 @@ class EvalImages:
         """The classes of all images of the set, by place; also of those that cannot be read."""
         return self.images.targets
 
+    def fingerprint(self) -> dict[str, Any]:
+        """Returns that of the set, on every rank."""
+        return self.images.fingerprint()
+
     def part(self, places: Tensor) -> EvalImages:
         """Returns a loader of some images of the set, which reads no others."""
         images = self.images.subset(places.tolist())

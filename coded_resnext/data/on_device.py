@@ -147,6 +147,7 @@ class DeviceEvalImages:
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
+        self.images = images
         self._pixels = device_pixels(images, preprocessing, device)[rank::world_size]
         self._targets = images.targets[rank::world_size]
         self._normalize = Normalize(preprocessing, device)
@@ -154,6 +155,10 @@ class DeviceEvalImages:
 
     def __len__(self) -> int:
         return -(-len(self._pixels) // self.batch_size)
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Returns that of the set, on every rank."""
+        return self.images.fingerprint()
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         for start in range(0, len(self._pixels), self.batch_size):

@@ -21,7 +21,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -82,8 +82,9 @@ def fit(
         world: the processes, from `training_session`; left out, this one is alone.
         preprocessing: kept with the model.
         notes: kept with the model, JSON-ready, beside the configuration.
-        other_images: go on with a run whose training images have changed. The epoch that was begun
-            is begun anew over the new images, from the weights as they are.
+        other_images: go on with a run whose images have changed. Over other training images the
+            epoch that was begun is begun anew, from the weights as they are; by other test images
+            the best model is chosen anew.
 
     Returns:
         One row for every epoch: learning rate, loss terms, accuracies, speed and memory.
@@ -123,6 +124,11 @@ def fit(
         return training.go()
 
 
+@runtime_checkable
+class _KnowsImages(Protocol):
+    def fingerprint(self) -> dict[str, Any]: ...
+
+
 class _Training:
     """The state of a run between its steps."""
 
@@ -141,8 +147,10 @@ class _Training:
         self.train_loader, self.test_loader = train_loader, test_loader
         self.preprocessing, self.notes = preprocessing, notes
         self.steps_per_epoch = len(train_loader)
-        self.data = _fingerprint(train_loader)
-        require_same(world, {"run": run.config, "data": self.data})
+        self.data = {"steps_per_epoch": len(train_loader), **_fingerprint(train_loader)}
+        self.test_data = _fingerprint(test_loader)
+        told = {"run": run.config, "data": self.data, "test images": self.test_data}
+        require_same(world, told)
         self.make_step = TrainStep(
             model,
             config,
@@ -156,6 +164,8 @@ class _Training:
         self.step = 0
         self.restarted = 0
         """Steps of epochs that were begun anew over other images, by which checkpoints count on."""
+        self.comparable = 0
+        """The epoch from which on the test images are these, counted from 0."""
         self.is_resumed = False
         self.joined = False
         """Says whether the processes have joined their running statistics since the last step."""
@@ -296,6 +306,8 @@ class _Training:
             "restarted": self.restarted,
             "network": describe_network(self.model),
             "data": self.data,
+            "test_data": self.test_data,
+            "comparable": self.comparable,
             "frozen": self._frozen_names(),
             "processes": locals_,
             **self.make_step.state(),
@@ -324,7 +336,7 @@ class _Training:
         average = self.make_step.average
         if average is not None:
             save(AVERAGE_FILE, average.model)
-        found = [_best(row) for row in self.history]
+        found = [_best(row) for row in self.history[self.comparable :]]
         if found and found[-1] > max(found[:-1], default=-1.0):
             last = self.history[-1]
             better = last.get("ema_test_accuracy", -1.0) > last["test_accuracy"]
@@ -345,18 +357,21 @@ class _Training:
                 f"model: the checkpoint in {self.run.path} is of another network: "
                 f"{'; '.join(differing)}"
             )
-        # Checkpoints of earlier versions do not know what they were trained on.
+        # Checkpoints of earlier versions do not know what they were trained and tested on.
         changed = differences(state.get("data", self.data), self.data)
-        if changed and not other_images:
+        tested = differences(state.get("test_data", self.test_data), self.test_data)
+        if (changed or tested) and not other_images:
             raise ValueError(
-                f"data: the run in {self.run.path} was trained on other images: "
-                f"{'; '.join(changed)}; give it the same ones, begin a new run, or go on "
-                "with these (--other-images), over which the epoch is begun anew"
+                f"data: the run in {self.run.path} was {'trained' if changed else 'tested'} on "
+                f"other images: {'; '.join(changed or tested)}; give it the same ones, begin a new "
+                "run, or go on with these (--other-images): over other training images the epoch "
+                "is begun anew, and by other test images the best model is chosen anew"
             )
         self.is_resumed = True
         self.step, self.history = state["step"], state["history"]
         self.joined, self.seconds = state["joined"], state["seconds"]
         self.restarted = state.get("restarted", 0)
+        self.comparable = len(self.history) if tested else state.get("comparable", 0)
         stored = state["processes"]
         if len(stored) == self.world.size:
             local = stored[self.world.rank]
@@ -370,6 +385,12 @@ class _Training:
             local = _mean_process(stored)
         self.make_step.load(state, local)
         set_rng_state(local["rng"])
+        if tested and self.world.is_main:
+            say(
+                f"other test images than before ({'; '.join(tested)}): accuracies up to epoch "
+                f"{len(self.history)} are of those, and {BEST_FILE} is chosen anew",
+                file=sys.stderr,
+            )
         if changed:
             begun = len(self.history) * self.steps_per_epoch
             self.restarted += self.step - begun
@@ -424,10 +445,9 @@ def _freeze(model: CodedResNeXt, names: dict[str, list[str]] | None) -> None:
         module.training = name not in names["modules"]
 
 
-def _fingerprint(loader: TrainLoader) -> dict[str, Any]:
+def _fingerprint(loader: object) -> dict[str, Any]:
     """Returns what tells the images of a loader from others, where the loader can say it."""
-    steps = {"steps_per_epoch": len(loader)}
-    return steps | (loader.fingerprint() if isinstance(loader, ShuffledSamples) else {})
+    return loader.fingerprint() if isinstance(loader, _KnowsImages) else {}
 
 
 def _class_weight(config: TrainingConfig, loader: TrainLoader, classes: int) -> Tensor | None:

@@ -254,8 +254,8 @@ def run_script(name: str, body: Callable[[], None]) -> int:
         body: the rest of the script.
 
     Returns:
-        The exit status: 0; 1 for a step that was not finite; 2 for input at fault; 130 after SIGINT
-        and 143 after SIGTERM.
+        The exit status: 0; 1 for a step that was not finite, or another process that is gone; 2 for
+        input at fault; 130 after SIGINT and 143 after SIGTERM.
     """
     rank = int(os.environ.get("RANK", 0))
     speaker = f"{name} (process {rank})" if rank else name
@@ -271,6 +271,13 @@ def run_script(name: str, body: Callable[[], None]) -> int:
     except (ValueError, OSError, ImportError) as error:
         say(f"{speaker}: {error}", file=sys.stderr)
         return 2
+    except RuntimeError as error:
+        # Gloo's come out of the backward pass without a class of their own.
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+            raise
+        reason = str(error).splitlines()[0][:200]
+        say(f"{speaker}: another process has ended, or gives no answer: {reason}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         say(f"\n{speaker}: interrupted", file=sys.stderr)
         return 130

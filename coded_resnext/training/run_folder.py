@@ -70,6 +70,8 @@ class RunFolder:
         self.config = json.loads(json.dumps(config))
         self._logged: tuple[int, list[str]] | None = None
         """Rows and columns that this process has written to the log."""
+        self._rows: list[str] = []
+        """The history as it was saved last, a row each."""
         (world or World()).on_main(lambda: self._open(resume=resume))
 
     def _open(self, *, resume: bool) -> None:
@@ -132,8 +134,10 @@ class RunFolder:
         self._logged = (len(history), columns)
 
     def save_state(self, name: str, state: dict[str, Any]) -> Path:
-        """Write a checkpoint, see `training_state.save_state`."""
-        return save_state(self.path, name, state)
+        """Write a checkpoint, see `saved_state.save_state`; of the history only what is new."""
+        history = state.get("history", [])
+        self._rows = [*self._rows[: len(history)], *map(json.dumps, history[len(self._rows) :])]
+        return save_state(self.path, name, {**state, "history": "\n".join(self._rows)})
 
     def load_state(self) -> dict[str, Any] | None:
         """Returns the last readable checkpoint, or None for a run that has not begun."""

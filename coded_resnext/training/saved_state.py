@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from coded_resnext.files import brief, load_tensors, say, write_atomically
+from coded_resnext.files import brief, load_tensors, parse_json, say, write_atomically
 
 FOLDER = "checkpoints"
 STATE_VERSION = 1
@@ -82,6 +82,8 @@ def load_state(run: Path) -> dict[str, Any] | None:
                 f"{path}: state_version: expected {STATE_VERSION}, "
                 f"got {brief(state.get('state_version'))}"
             )
+        if isinstance(history := state.get("history"), str):
+            state["history"] = list(map(parse_json, history.splitlines()))
         return state
     if paths or any(folder.glob("*.damaged")):
         raise ValueError(

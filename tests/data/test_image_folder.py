@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 import numpy as np
@@ -141,3 +142,12 @@ def test_training_images_alone_are_no_test(tmp_path):
     (tmp_path / "train").mkdir()
     with pytest.raises(ValueError, match="expected a folder test or val beside train"):
         find_splits(tmp_path, ["ant", "dog"])
+
+
+def test_a_file_that_all_may_read_is_asked_about_once(root, monkeypatch):
+    """torchvision#557, #617: four system calls a file, on a network file system."""
+    asked, access = [], os.access
+    monkeypatch.setattr(os, "access", lambda *args: (asked.append(args[0]), access(*args))[1])
+    (root / "dog" / "a.png").chmod(0o600)
+    image_folder(root, CLASSES, GREY)
+    assert asked == [root / "dog" / "a.png"]

@@ -10,7 +10,7 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,10 @@ from support.tiny_training import BOOK, IMAGES, TARGETS, make_config, make_model
 
 from coded_resnext import Codebook
 from coded_resnext.cli.train import Command, open_data, run_recipe
-from coded_resnext.data.batches import TrainingBatches, batches
+from coded_resnext.data.augment import Augmentation, TrainTransform
+from coded_resnext.data.batches import Batch, TrainingBatches, batches
+from coded_resnext.data.loaders import TrainImages
+from coded_resnext.data.preprocessing import Preprocessing
 from coded_resnext.training import step as step_module
 from coded_resnext.training.engine import fit
 from coded_resnext.training.processes import World, run_script, training_session
@@ -262,3 +265,53 @@ def test_one_rank_lists_the_images_and_tells_the_other(tmp_path: Path) -> None:
     assert first[0] >= 3
     assert second[0] == 0
     assert first[1:] == second[1:]
+
+
+class Failing:
+    """Images that a reader process cannot read, for a reason that is no damage."""
+
+    targets = TARGETS
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def image(self, index: int) -> Any:
+        raise AssertionError("of some library")
+
+
+class Reading(TrainingBatches):
+    """The same order, and images that a process is to read."""
+
+    def __iter__(self) -> Iterator[Batch]:
+        preprocessing = Preprocessing(6, 1, (0.5,), (0.25,))
+        transform = TrainTransform(Augmentation(crop_padding=1), preprocessing)
+        yield from TrainImages(Failing(), transform, 8, seed=0, workers=1)  # type: ignore[arg-type]
+
+
+def with_a_failing_reader(rank: int, folder: Path) -> None:
+    """A rank, of which the second has a reader process that fails."""
+
+    def main() -> None:
+        with training_session("cpu", timeout=60.0) as world:
+            config = make_config(epochs=1, warmup_epochs=0)
+            kind = Reading if rank else TrainingBatches
+            loader = kind(IMAGES, TARGETS, 8, seed=0, rank=rank, world_size=2)
+            run = RunFolder(folder / "run", {}, world=world)
+            fit(make_model(), loader, batches(IMAGES, TARGETS), config, run, world=world)
+
+    status = run_script("train.py", main)
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def test_a_reader_that_fails_on_one_rank_ends_both(tmp_path: Path) -> None:
+    """infinibatch#17, pytorch#26072, #39869: it was said, and both waited for ever."""
+    start = time.monotonic()
+    children = start_ranks(lambda rank: with_a_failing_reader(rank, tmp_path), tmp_path)
+    assert 0 not in [wait(child) for child in children]
+    # Not by the half hour that a rank waits for another one, but at once.
+    assert time.monotonic() - start < 120
+    logs = [(tmp_path / f"{rank}.log").read_text() for rank in range(2)]
+    assert "a process that reads images has failed: AssertionError: of some library" in logs[1]
+    assert "train.py: another process has ended, or gives no answer: " in logs[0]
+    assert "Traceback" not in logs[0] + logs[1]

@@ -28,7 +28,7 @@ from coded_resnext.training.engine import fit
 from coded_resnext.training.processes import TrainingStopped
 from coded_resnext.training.recipe import make_recipe
 from coded_resnext.training.run_folder import RunFolder
-from coded_resnext.training.saved_state import load_state
+from coded_resnext.training.saved_state import load_state, save_state
 
 ROOT = Path(__file__).parents[2]
 # Two epochs of three steps. A signal comes before the fourth, and the next step hears of it.
@@ -115,13 +115,18 @@ def remove_test_image(before: Situation) -> None:
     (before.data / "test" / "ant" / "00000.bmp").unlink()
 
 
+def exchange_test_image(before: Situation) -> None:
+    Image.new("RGB", (7, 7)).save(before.data / "test" / "ant" / "00000.bmp")
+
+
 CHANGES: dict[str, Callable[[Situation], Situation | None]] = {
     "nothing": lambda before: before,
     "the images lie in another folder": move,
     "`storage`": lambda before: replace(before, storage="memory"),
     "`workers`": lambda before: replace(before, workers=1),
     "`log_interval`": lambda before: replace(before, config=replace(CONFIG, log_interval=1)),
-    "test images": remove_test_image,
+    "a test image is removed": remove_test_image,
+    "a test image is another one": exchange_test_image,
     "a training image has another name": rename,
     "a training image has another class": relabel,
     "a training image is another one": exchange,
@@ -194,6 +199,40 @@ def test_tensors_in_memory_are_told_apart_by_their_bytes(tmp_path: Path) -> None
     go(IMAGES, resume=True)
     with pytest.raises(ValueError, match=r"trained on other images: content was .*--other-images"):
         go(IMAGES.flip(0), resume=True)
+
+
+def test_the_best_model_is_chosen_by_the_test_images_of_now(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """keras#12669's kind: an accuracy on other images was never reached again, nor compared."""
+    config = make_config(epochs=2, warmup_epochs=0)
+
+    class Signalling(TrainingBatches):
+        def __iter__(self) -> Iterator[Batch]:
+            for batch in super().__iter__():
+                if self.epoch == 2 and stopping:
+                    signal.raise_signal(signal.SIGTERM)
+                yield batch
+
+    def go(images: torch.Tensor, **options: Any) -> None:
+        loader = Signalling(IMAGES, TARGETS, config.batch_size, seed=0)
+        run = RunFolder(tmp_path, {}, resume=True)
+        fit(make_model(), loader, batches(images, TARGETS[: len(images)]), config, run, **options)
+
+    stopping = True
+    with pytest.raises(TrainingStopped):
+        go(IMAGES)
+    stopping = False
+    state = load_state(tmp_path)
+    assert state is not None
+    state["history"][0]["test_accuracy"] = 1.0
+    save_state(tmp_path, f"step-{state['step'] + 1:09d}-epochs-00001", state)
+    with pytest.raises(ValueError, match=r"tested on other images: images was 24, is 21"):
+        go(IMAGES[:21])
+    go(IMAGES[:21], other_images=True)
+    assert "accuracies up to epoch 1 are of those" in capsys.readouterr().err
+    best = load_model(tmp_path / "best.safetensors").training
+    assert best["epochs_done"] == 2
 
 
 def test_what_was_frozen_stays_frozen(tmp_path: Path) -> None:

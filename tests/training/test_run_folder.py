@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 from pathlib import Path
 
 import pytest
@@ -71,3 +72,19 @@ def test_an_epoch_late_in_a_run_is_logged_as_fast_as_an_early_one(
     assert len((tmp_path / "metrics.csv").read_text().splitlines()) == 4
     run.write_metrics([*history, {"epoch": 9.0, "lr": 0.0, "dead_branches": 1.0}])
     assert (tmp_path / "metrics.csv").read_text().startswith("epoch,lr,dead_branches\n")
+
+
+def test_a_checkpoint_encodes_the_new_rows_of_its_history(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All rows were encoded after every epoch, 0.3 s at the 10,000th, and read in 2 s."""
+    history = [{"epoch": epoch, "lr": 0.1 / (epoch + 1)} for epoch in range(1001)]
+    run, encoded = RunFolder(tmp_path, {}), []
+    run.save_state("step-1", {"history": history[:1000]})
+    dumps = json.dumps
+    monkeypatch.setattr(json, "dumps", lambda row: (encoded.append(row), dumps(row))[1])
+    run.save_state("step-2", {"history": history})
+    assert encoded == history[1000:]
+    state = run.load_state()
+    assert state is not None
+    assert state["history"] == history
