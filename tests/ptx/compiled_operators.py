@@ -10,14 +10,16 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from support.cases import coded
+from support.cases import coded, fused
 from support.cases.conv3x3 import GroupedCase, defined
 from support.guarded_memory import guarded_memory
-from support.helpers import TOLERANCES, relative_error
+from support.helpers import TOLERANCES, map_and_energies, relative_error
 from torch import Tensor
 
 from coded_resnext.kernels import branch_energy, grouped_conv3x3
 from coded_resnext.kernels.coded.operator import normalize_branches
+from coded_resnext.kernels.conv1x1 import operator as conv1x1_operator
+from coded_resnext.kernels.rows import ALL_PASSES, Plan
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
@@ -195,3 +197,37 @@ def test_float32_energies_follow_the_precision_of_pytorch() -> None:
             torch.set_float32_matmul_precision("highest")
         error = relative_error(actual["energies"].double(), expected["energies"])
         assert low <= error < high
+
+
+# ---- blocks
+
+
+def of_block(case: fused.BlockCase, backend: str, dtype: torch.dtype) -> dict[str, Tensor]:
+    """A training step, or in evaluation what a block gives without gradients; half precisions are
+    those of autocast."""
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    with torch.autocast("cpu", dtype, enabled=dtype.itemsize == 2):
+        if case.train:
+            return fused.step_of(case, case.make(), backend, wide)
+        block = case.make().to(wide)
+        block.backend = backend  # type: ignore[assignment]
+        inputs = case.inputs()
+        masks = {"keep_mask": inputs["keep_mask"].to(wide)} if case.keep else {}
+        with torch.no_grad():
+            y, energies = map_and_energies(block, inputs["x"].to(wide), **masks)
+    return {"output": y} | ({} if energies is None else {"energies": energies})
+
+
+@every_dtype
+@named(list(fused.CASES))
+def test_block(case: fused.BlockCase, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every pass by kernels. In half precision a number near 0 may pass a ReLU or not, so that any
+    of the results is held against the least exact one of PyTorch."""
+    plan = Plan(ALL_PASSES, "for this test")
+    monkeypatch.setattr(conv1x1_operator, "planned", lambda *_: plan)
+    expected = of_block(case, "reference", torch.float64)
+    with convolutions_in("ieee"):
+        actual = of_block(case, "triton", dtype)
+    eager = of_block(case, "reference", dtype)
+    worst = max(relative_error(eager[name].double(), value) for name, value in expected.items())
+    check(actual, expected, 1e-5 if dtype.itemsize == 4 else 2 * worst)

@@ -54,9 +54,13 @@ class GuardedMemory:
         """Nothing was stored outside the tensors."""
         assert self.buffers, "nothing was allocated through the guard"
         for buffer, size in self.buffers:
-            for guard, where in ((buffer[:GUARD], "before"), (buffer[GUARD + size :], "behind")):
-                actual = guard.view(torch.uint8).view(-1, len(BYTES))
-                assert (actual == torch.tensor(BYTES)).all(), f"a store {where} a tensor"
+            unwritten = poisoned(tuple(buffer.shape), buffer.dtype, buffer.device)
+            same = buffer.view(torch.uint8) == unwritten.view(torch.uint8)
+            for guard, where in (
+                (same[: GUARD * buffer.itemsize], "before"),
+                (same[(GUARD + size) * buffer.itemsize :], "behind"),
+            ):
+                assert guard.all(), f"a store {where} a tensor"
 
 
 @contextmanager

@@ -32,3 +32,13 @@ def test_every_way_to_allocate_is_guarded() -> None:
     assert (numbers > 2**62).all()
     with pytest.raises(AssertionError, match="nothing was allocated"), guarded_memory():
         pass
+
+
+@pytest.mark.parametrize("size", [1, 2, 5])
+def test_guards_of_bytes_are_whole(size: int) -> None:
+    memory = GuardedMemory()
+    memory.empty((size,), torch.uint8).fill_(0)
+    memory.check()
+    memory.buffers[0][0][GUARD + size] = 0
+    with pytest.raises(AssertionError, match="a store behind"):
+        memory.check()
