@@ -92,7 +92,7 @@ def assign(
 
 
 def similarity_from_confusions(confusions: npt.ArrayLike) -> Floats:
-    """`[K, K]` from a confusion matrix `[true, predicted]` of counts: how often two are mixed up.
+    """Returns how often two classes are mixed up, `[K, K]`, from counts `[true, predicted]`.
 
     Rows are divided by their sums, so that rare classes count like frequent ones.
     """
@@ -103,7 +103,7 @@ def similarity_from_confusions(confusions: npt.ArrayLike) -> Floats:
 
 
 def similarity_from_embeddings(embeddings: npt.ArrayLike) -> Floats:
-    """`[K, K]` from one vector per class `[K, features]`: the cosine, or 0 where it is negative."""
+    """Returns the cosine of two classes' vectors `[K, features]`, at least 0, as `[K, K]`."""
     vectors = np.asarray(embeddings, dtype=np.float64)
     if vectors.ndim != 2 or not np.isfinite(vectors).all():
         raise ValueError(
@@ -114,7 +114,7 @@ def similarity_from_embeddings(embeddings: npt.ArrayLike) -> Floats:
 
 
 def similarity_from_paths(paths: Sequence[str], separator: str = "/") -> Floats:
-    """`[K, K]` from one path per class in a tree, such as `"animal/mammal/dog"`.
+    """Returns `[K, K]` from one path per class in a tree, such as `"animal/mammal/dog"`.
 
     Wu and Palmer's measure: twice the depth of the last common node over the sum of both depths.
     """

@@ -45,7 +45,7 @@ class Bounds(NamedTuple):
 
     @property
     def optimal(self) -> bool:
-        """Whether the codebook is proved best: largest distance, then fewest pairs at it."""
+        """Returns whether it is proved best: the largest distance, then the fewest pairs at it."""
         return self.optimal_distance and self.pairs_found == self.pairs
 
     def __str__(self) -> str:
@@ -66,7 +66,7 @@ class Bounds(NamedTuple):
 
 @cache
 def johnson_bound(branches: int, distance: int, active: int) -> int:
-    """Upper bound on the number of words of length N and weight A at mutual distance >= d.
+    """Returns an upper bound on the number of words of length N, weight A and distance >= d.
 
     Fix a column: the words with a one there, the one removed, are words of length N - 1 and weight
     A - 1; those with a zero there are words of length N - 1 and weight A. Counting ones and zeros
@@ -97,7 +97,7 @@ def johnson_bound(branches: int, distance: int, active: int) -> int:
 
 
 def distance_bound(classes: int, branches: int, active: int) -> int:
-    """Largest even distance that the Johnson bound leaves open to K words; 2 at least."""
+    """Returns the largest even distance that the Johnson bound leaves to K words; 2 at least."""
     # The bound falls as the distance grows.
     possible = range(1, min(active, branches - active))
     halves = bisect_left(
@@ -109,7 +109,7 @@ def distance_bound(classes: int, branches: int, active: int) -> int:
 def pair_bound(
     classes: int, branches: int, active: int, distance: int, balanced: bool = True
 ) -> int | None:
-    """Least possible number of pairs at distance d when no pair is nearer; None: no such words.
+    """Returns the least number of pairs at distance d when none is nearer; None: no such words.
 
     Let n_i be the number of pairs of words with i ones in common, i <= A - d/2. They satisfy
 

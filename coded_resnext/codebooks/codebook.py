@@ -109,7 +109,7 @@ class Codebook:
         class_names: Sequence[str] | None = None,
         report: Callable[[Progress], None] | None = None,
     ) -> Codebook:
-        """The best balanced codebook that a search finds: large distance, then few pairs at it.
+        """Searches for the best balanced codebook: large distance, then few pairs at it.
 
         The same arguments give the same codebook. Ctrl-C ends the search with the best so far and a
         warning.
@@ -133,7 +133,7 @@ class Codebook:
 
     @property
     def codewords(self) -> Tensor:
-        """Boolean `[K, N]` on the CPU; a copy, so that the codebook stays what it is."""
+        """Returns a copy of the words, boolean `[K, N]` on the CPU."""
         return torch.from_numpy(self._words.astype(np.bool_))
 
     @property
@@ -168,7 +168,7 @@ class Codebook:
 
     @property
     def column_loads(self) -> tuple[int, ...]:
-        """For each branch, the number of classes that it works for."""
+        """Returns the number of classes that each branch works for."""
         return tuple(self._words.sum(axis=0, dtype=np.int64).tolist())
 
     @cached_property
@@ -177,7 +177,7 @@ class Codebook:
 
     @property
     def distances(self) -> dict[int, int]:
-        """Histogram of the Hamming distances: distance to number of class pairs, ascending."""
+        """Returns the number of class pairs at each Hamming distance, ascending."""
         return dict(self._distances)
 
     @property
@@ -199,7 +199,7 @@ class Codebook:
     def quality(
         self, flip_probability: float = 0.1, *, trials: int = 10_000, seed: int = 0
     ) -> Quality:
-        """Distances, loads, and how often a class is mistaken when branches decide wrongly.
+        """Returns distances, loads, and how often a class is mistaken when branches decide wrongly.
 
         Args:
             flip_probability: probability that a branch decides wrongly, from 0 to 0.5.
@@ -213,7 +213,7 @@ class Codebook:
 
     @typed
     def extend(self, new_classes: Sequence[str] | int, *, seed: int = 0) -> Codebook:
-        """A codebook for more classes: these rows first, then new codewords of the same weight.
+        """Returns a codebook for more classes: these rows, then new codewords of the same weight.
 
         The new codewords load the emptiest branches and keep the minimum distance, or come as near
         to it as annealing with this seed finds.
@@ -242,7 +242,7 @@ class Codebook:
     def assign(
         self, similarity: npt.ArrayLike, similar_classes: str = "far", *, seed: int = 0
     ) -> tuple[Codebook, Assignment]:
-        """The same codewords dealt to the classes so that similar classes are far apart, or near.
+        """Deals the same codewords to the classes so that similar classes are far apart, or near.
 
         Args:
             similarity: `[K, K]` numbers >= 0 in the order of the classes, such as made by
@@ -265,7 +265,7 @@ class Codebook:
         return Codebook(self.codewords, class_names)
 
     def index(self, class_name: str) -> int:
-        """Row of a class; a ValueError names the classes when there is no such class."""
+        """Returns the row of a class; a ValueError names the classes if there is no such class."""
         if class_name not in self._class_names:
             shown = ", ".join(self._class_names[:10]) + (", .." if self.classes > 10 else "")
             raise ValueError(f"class_name: expected one of {shown}; got {class_name!r}")
@@ -299,7 +299,7 @@ class Codebook:
 
     @typed
     def save(self, path: str | Path) -> None:
-        """Write the codebook as its file's ending says: `.csv`, `.txt`, or JSON for any other.
+        """Writes the codebook as its file's ending says: `.csv`, `.txt`, or JSON for any other.
 
         Raises:
             OSError: names the file; what it held before is intact.
@@ -309,7 +309,7 @@ class Codebook:
     @classmethod
     @typed
     def load(cls, path: str | Path) -> Codebook:
-        """Read a codebook written by `save`, or words in JSON, text or CSV of any origin.
+        """Reads a codebook written by `save`, or words in JSON, text or CSV of any origin.
 
         Raises:
             ValueError: the file holds no codebook; the message names the file and what is wrong.

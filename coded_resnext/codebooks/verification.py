@@ -27,7 +27,7 @@ class Rule(NamedTuple):
 
 
 def verify(document: dict[str, Any]) -> list[Rule]:
-    """Check the words of a document (`files.read_document`) rule by rule.
+    """Checks the words of a document (`files.read_document`) rule by rule.
 
     Rules that make no sense when an earlier one is broken are left out.
     """

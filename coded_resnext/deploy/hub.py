@@ -89,7 +89,7 @@ class Pretrained:
 
 @typed
 def save_pretrained(pretrained: Pretrained, folder: str | Path) -> Path:
-    """Write a network with its description and card; the description, with the checksum, last.
+    """Writes a network with its card and its description; the description comes last.
 
     Args:
         pretrained: the network.
@@ -130,7 +130,7 @@ def from_pretrained(
     token: str | bool | None = None,
     cache_dir: str | Path | None = None,
 ) -> Pretrained:
-    """Read what `save_pretrained` wrote: shipped, in a folder, or on the Hugging Face Hub.
+    """Reads what `save_pretrained` wrote: shipped, in a folder, or on the Hugging Face Hub.
 
     Args:
         source: the name of shipped weights, such as `"digits"`; a folder; or, where there is none
@@ -205,7 +205,7 @@ def push_to_hub(
     token: str | bool | None = None,
     message: str = "Upload a Coded ResNeXt",
 ) -> str:
-    """Upload a folder that `save_pretrained` wrote to the Hugging Face Hub, after reading it once.
+    """Uploads a folder that `save_pretrained` wrote to the Hugging Face Hub, after reading it once.
 
     Args:
         folder: the folder; its three files are uploaded and nothing else.

@@ -61,17 +61,17 @@ class EarlyDecoding:
 
     @property
     def block_accuracy(self) -> tuple[float, ...]:
-        """For every coded block, the share whose decoded class is the true one."""
+        """Returns the share of images whose decoded class is the true one, by coded block."""
         return tuple(block.accuracy for block in self.blocks)
 
     @property
     def block_agreement(self) -> tuple[float, ...]:
-        """For every coded block, the share whose decoded class is the final prediction."""
+        """Returns the share of images whose decoded class is the final one, by coded block."""
         return tuple(block.agreement for block in self.blocks)
 
     @classmethod
     def of(cls, observed: Observations) -> EarlyDecoding:
-        """Decode every coded block of an observed network; ValueError for a plain one."""
+        """Decodes every coded block of an observed network; ValueError for a plain one."""
         require_coded_blocks(observed.codebooks)
         final, targets = observed.predictions, observed.targets
         classes = len(observed.class_names)
@@ -147,7 +147,7 @@ class ExitCurve:
 
     @classmethod
     def of(cls, observed: Observations, model: CodedResNeXt) -> ExitCurve:
-        """Accuracy and cost of early exit for margins from 0, where all leave at once, to none.
+        """Returns accuracy and cost of early exit, from margin 0, where all leave at once, to none.
 
         The margins between part those that occur into equal shares. Every point is what
         `predict_early(model, images, EarlyExit.at_margin(model, margin))` would give.

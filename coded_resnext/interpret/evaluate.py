@@ -71,7 +71,7 @@ def evaluate(
     removal_images: int | None = None,
     classes: int | None = None,
 ) -> Evaluation:
-    """Accuracy, early decoding, paths, semantics, removal of branches and one-class classifiers.
+    """Measures accuracy, early decoding, paths, semantics, removal, and one-class classifiers.
 
     Every image is read once: what wants it is drawn by the classes beforehand, for which loaders
     that do not tell theirs, as `targets`, are read once more. An experiment that cannot be done is
@@ -458,7 +458,7 @@ class Evaluation:
 
     @classmethod
     def from_dict(cls, data: Any) -> Evaluation:
-        """Read what `to_dict` wrote, now or in version 2.
+        """Reads what `to_dict` wrote, now or in version 2.
 
         Raises:
             ValueError: it is damaged, of another format version, or of version 2 and a limit of

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 def save_figures(
     evaluation: Evaluation, codebooks: Sequence[Codebook], folder: str | Path
 ) -> list[Path]:
-    """Draw an evaluation: paths, early decoding, removal, one-class classifiers, semantics.
+    """Draws an evaluation: paths, early decoding, removal, one-class classifiers, semantics.
 
     Nothing of matplotlib's global state changes, and equal results give equal SVG files.
 

@@ -71,7 +71,7 @@ class Observations:
 
 
 def observe(model: CodedResNeXt, loader: Loader, *, seed: int = 0) -> Observations:
-    """Run a network on every image once.
+    """Runs a network on every image once.
 
     Memory grows by images times branches, not by images or classes times classes: a batch's logits
     are let go, and of more than 2,000 classes a draw is compared.

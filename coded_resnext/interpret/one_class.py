@@ -154,7 +154,7 @@ class OneClass:
         negatives_per_positive: int | None = None,
         seed: int = 0,
     ) -> OneClass:
-        """Test the classifiers of the classes that were scored.
+        """Tests the classifiers of the classes that were scored.
 
         Args:
             class_names: names of all classes, in the order of the logits.
@@ -197,7 +197,7 @@ class ClassScores:
         return by_class(self.columns)
 
     def of_class(self, index: int) -> tuple[Scores, Flags, Flags]:
-        """Scores of a class, whether each is of the class, and whether each is of a dead sample."""
+        """Returns a class's scores, whether each is of the class, and whether its image is dead."""
         pairs = torch.from_numpy(self._pairs.get(index, np.empty(0, np.int64)))
         positive = self.targets[self.rows[pairs]] == index
         return self.scores[pairs].numpy(), positive.numpy(), self.dead[pairs].numpy()
@@ -213,7 +213,7 @@ def one_class(
     negatives_per_positive: int | None = None,
     seed: int = 0,
 ) -> OneClass:
-    """Turn the network into a yes-or-no classifier for every class and test each.
+    """Turns the network into a yes-or-no classifier for every class and tests each.
 
     Args:
         model: with at least one coded block; its mode is left as found.
@@ -272,7 +272,7 @@ def score_classes(
     targets: Tensor | None = None,
     test: ClassScores | None = None,
 ) -> ClassScores:
-    """Score images for classes, for each class from its branches alone, (10).
+    """Scores images for classes, for each class from its branches alone, (10).
 
     Args:
         model: with at least one coded block; its mode is left as found.

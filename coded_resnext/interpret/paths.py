@@ -51,7 +51,7 @@ class Paths:
 
     @classmethod
     def of(cls, observed: Observations) -> Paths:
-        """Average the energies by class in every coded block; ValueError if there is none."""
+        """Averages the energies by class in every coded block; ValueError if there is none."""
         require_coded_blocks(observed.codebooks)
         targets = observed.targets
         counts = targets.bincount(minlength=len(observed.class_names))

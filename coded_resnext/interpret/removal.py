@@ -88,7 +88,7 @@ def remove_branches(
     seed: int = 0,
     repeats: int = 5,
 ) -> Removal:
-    """Remove k random active or inactive branches of every sample in one block at a time, (10).
+    """Removes k random (in)active branches of every sample in one block at a time, (10).
 
     Which branches are active is a matter of the sample's true class. In one repeat a sample loses
     its branches in one random order, so that the curve's points are nested; the orders depend on

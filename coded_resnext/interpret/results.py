@@ -66,7 +66,7 @@ def save_evaluation(
     csv: bool = False,
     codebooks: Sequence[Codebook] | None = None,
 ) -> list[Path]:
-    """Write `evaluation.json`, and what else is asked for.
+    """Writes `evaluation.json`, and what else is asked for.
 
     Args:
         evaluation: the results.
@@ -91,7 +91,7 @@ def save_evaluation(
 
 
 def load_evaluation(path: str | Path) -> Evaluation:
-    """Read the results that `save_evaluation` wrote.
+    """Reads the results that `save_evaluation` wrote.
 
     Args:
         path: the file, or the folder that has it.
@@ -116,7 +116,7 @@ def save_pictures(
     folder: str | Path,
     images: Images | None = None,
 ) -> Path:
-    """Write pictures of some images of a loader as JSON.
+    """Writes pictures of some images of a loader as JSON.
 
     Args:
         positions: places in the loader, counted from 0.
@@ -155,7 +155,7 @@ def save_pictures(
 
 
 def load_pictures(path: str | Path, images: Images | None = None) -> dict[int, str]:
-    """Pictures by place in the loader, as `data:` addresses.
+    """Reads pictures by their place in the loader, as `data:` addresses.
 
     Args:
         path: the file.

@@ -64,7 +64,7 @@ class Samples:
 
     @classmethod
     def of(cls, observed: Observations, *, limit: int | None = None, seed: int = 0) -> Samples:
-        """Follow some of the test images: the misread ones first, then as many of every class.
+        """Follows some of the test images: the misread ones first, then as many of every class.
 
         A quarter of the places is for images that the classifier misreads and, after them, those
         that an early decoder reads otherwise than the classifier. What is left goes around the
@@ -190,7 +190,7 @@ class Trace:
 
 
 def trace(model: CodedResNeXt, x: Tensor) -> Trace:
-    """Follow one image through the network.
+    """Follows one image through the network.
 
     Args:
         model: with at least one coded block; its mode is left as found.

@@ -96,7 +96,7 @@ class Semantics:
 
     @classmethod
     def of(cls, observed: Observations, paths: Paths, *, seed: int = 0) -> Semantics:
-        """Compare the distances of classes in energies, codewords and confusion.
+        """Compares the distances of classes in energies, codewords and confusion.
 
         Args:
             observed: what `observe` returned for a coded network.

@@ -200,7 +200,7 @@ class CodedBottleneck(nn.Module):
 
     @property
     def is_coded(self) -> bool:
-        """Whether branch outputs are normalised by their energies, by a codebook or cut out."""
+        """Returns whether energies normalise the outputs, by a codebook or in a cut-out block."""
         return self.normalized_by is not None
 
     def reset_parameters(self) -> None:

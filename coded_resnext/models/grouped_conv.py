@@ -75,7 +75,7 @@ class GroupedConv2d(nn.Conv2d):
         self.backend: ConvBackend = backend
 
     def forward(self, input: Tensor) -> Tensor:
-        """Convolve `[B, N*D, H, W]`, or `[N*D, H, W]` without a batch.
+        """Convolves `[B, N*D, H, W]`, or `[N*D, H, W]` without a batch.
 
         Settings that were changed since, such as a dilation, are left to `nn.Conv2d`, and symbolic
         traces are.
@@ -122,7 +122,7 @@ def mismatch(conv: nn.Conv2d) -> str | None:
 
 @typed
 def use_grouped_kernels(model: nn.Module, backend: ConvBackend = "auto") -> int:
-    """Make every grouped 3x3 convolution of a network a `GroupedConv2d`, in place.
+    """Makes every grouped 3x3 convolution of a network a `GroupedConv2d`, in place.
 
     Any ResNeXt or RegNet of torchvision or timm will do. Parameters, their names, hooks and the
     training mode stay as they are. Convolutions of one group, depthwise ones (groups of one

@@ -166,7 +166,7 @@ class CodedResNeXt(nn.Module):
     def forward(
         self, x: Tensor, return_energies: bool = False, keep: Keep | None = None
     ) -> Tensor | tuple[Tensor, list[Tensor]]:
-        """Classify images.
+        """Classifies images.
 
         Args:
             x: `[B, in_channels, H, W]`, `B >= 1`.
@@ -214,7 +214,7 @@ class CodedResNeXt(nn.Module):
         codebooks: Sequence[Codebook] | None = None,
         class_names: Sequence[str] | None = None,
     ) -> None:
-        """Turn the network, in place, to other classes: a fresh head and codebooks of their number.
+        """Turns the network to other classes, in place: fresh head, codebooks of their number.
 
         All other weights stay. With the number of classes that it has and nothing else given, the
         network keeps its codebooks. A `CodedLoss` made before is for the old ones.

@@ -115,7 +115,7 @@ def read_weights(path: str | Path) -> Weights:
 
 @typed
 def load_weights(model: nn.Module, path: str | Path) -> None:
-    """Load the weights in a file into a network that they fit whole, in place.
+    """Loads the weights in a file into a network that they fit whole, in place.
 
     Args:
         model: the network, or a wrapper around it. Where it has class names of its own, they are

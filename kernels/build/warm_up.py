@@ -36,7 +36,7 @@ def warm_up(
     images: Tensor,
     loss: Callable[[nn.Module, Tensor], Tensor] | None = None,
 ) -> WarmUp:
-    """Run one step on a copy of a model, so that all kernels of a real one are there afterwards.
+    """Runs one step on a copy of a model, so that all kernels of a real one are there afterwards.
 
     The model, its statistics and gradients, and the random numbers to come stay as they are. Call
     it in the mode (`train` or `eval`) and under the autocast of the steps to come. What depends on

@@ -48,7 +48,7 @@ def coded_aggregate(
     aggregation: Aggregation = "sum",
     backend: Backend = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """What makes a block coded: branch energies, normalisation and branch sum, (1)-(6).
+    """Normalises branch energies and sums the branches, (1)-(6): what makes a block coded.
 
     Args:
         h: activations of all branches, `[B, N*D, H, W]`, floating point, `B >= 1`.
@@ -183,7 +183,7 @@ def branch_energy(
     keep_mask: Tensor | None = None,
     backend: Backend = "auto",
 ) -> Tensor:
-    """Branch energies (2), not normalised, without the branch outputs.
+    """Returns the branch energies (2), not normalised, without the branch outputs.
 
     Args:
         h: `[B, N*D, H, W]`; with `scale` and `bias`, what stands before their affine map and ReLU.

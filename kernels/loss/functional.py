@@ -37,7 +37,7 @@ def coding_loss(
     check_values: bool = True,
     backend: Backend = "auto",
 ) -> Tensor:
-    """Coding loss of one block, (7): how far the branch energies are from the codewords.
+    """Returns the coding loss of one block, (7): how far its energies are from the codewords.
 
     Args:
         energies: normalised energies `[B, N]`.
@@ -94,7 +94,7 @@ def coding_losses(
     check_values: bool = True,
     backend: Backend = "auto",
 ) -> CodingLosses:
-    """`coding_loss` of several blocks; by the kernels in one launch for blocks of equal sizes.
+    """Returns the `coding_loss` of several blocks; the kernels launch once for equal sizes.
 
     Args:
         energies, codewords: one tensor for each block.
