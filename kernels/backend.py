@@ -58,7 +58,7 @@ def select_backend(backend: Backend = "auto") -> str:
 
 
 def check_backend(backend: Backend, device: str | torch.device | None = None) -> None:
-    """Refuse a backend in one sentence, for commands.
+    """Refuses a backend in one sentence, for commands.
 
     Args:
         backend: the one that was asked for.
@@ -109,7 +109,7 @@ ConvBackend = Literal["auto", "torch", "triton"]
 
 
 def check_conv_backend(backend: str) -> None:
-    """Refuse a backend of a convolution that does not exist."""
+    """Refuses a backend of a convolution that does not exist."""
     if backend not in get_args(ConvBackend):
         expected = ", ".join(get_args(ConvBackend))
         raise ValueError(f"backend: expected one of {expected}; got {backend!r}")
