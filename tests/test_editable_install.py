@@ -159,3 +159,39 @@ def test_without_links_the_sentence_says_what_to_do(checkout: Path) -> None:
     subprocess.run([sys.executable, "setup.py", "-q", "bdist_wheel"], cwd=checkout, check=True)
     with zipfile.ZipFile(next((checkout / "dist").glob("*.whl"))) as wheel:
         assert "coded_resnext/kernels/coded/energy.py" in wheel.namelist()
+
+
+@pytest.mark.long
+def test_type_checkers_see_the_package_and_its_kernels(tmp_path: Path) -> None:
+    """pylance-release#3262, pyright#11777: behind an import hook, every name was Any."""
+    (tmp_path / "user.py").write_text(
+        "from coded_resnext import create_model\n"
+        "from coded_resnext.kernels import coded_aggregate\n"
+        "reveal_type(create_model('x'))\n"
+        "reveal_type(coded_aggregate)\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-m", "mypy", "--follow-imports=silent", "user.py"],
+        cwd=tmp_path,
+        env={**os.environ, "MYPYPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert 'Revealed type is "coded_resnext.models.resnext.CodedResNeXt"' in result.stdout
+    assert 'Revealed type is "def (h: torch._tensor.Tensor' in result.stdout, result.stdout
+    assert result.returncode == 0, result.stdout
+
+
+def test_the_package_kernels_of_others_is_found_outside_of_the_checkout(tmp_path: Path) -> None:
+    """In the checkout Python looks there first; CONTRIBUTING.md says so."""
+    (tmp_path / "site" / "kernels").mkdir(parents=True)
+    (tmp_path / "site" / "kernels" / "__init__.py").write_text("def get_kernel(): ...\n")
+    path = os.pathsep.join([str(tmp_path / "site"), str(ROOT)])
+    code = "from kernels import get_kernel; import coded_resnext.kernels as k; print(k.__file__)"
+    result = python(tmp_path, code, path)
+    assert result.returncode == 0, result.stderr
+    assert Path(result.stdout.strip()).samefile(ROOT / "kernels" / "__init__.py")
+    refused = python(ROOT, "from kernels import get_kernel", path)
+    assert "installed as coded_resnext.kernels" in refused.stderr
+    assert "Hugging Face" in (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")

@@ -88,17 +88,17 @@ SCALES = {
             *("--threshold-images", "300", "--repeats", "1", "--device", "cpu"),
         ),
         (*PUBLISHED_ROWS, "concatenation", "DropSubNNs 0", "coding weight 1"),
-        "14 runs for two seeds, about a minute each on two CPU cores",
+        "about a minute each on two CPU cores",
     ),
     "short": Scale(
         ("--config", "cifar10", "--epochs", "60", *GPU),
         PUBLISHED_ROWS,
-        "8 runs of 60 epochs for two seeds; seconds an epoch on a GPU: not measured",
+        "of 60 epochs; seconds an epoch on a GPU: not measured",
     ),
     "full": Scale(
         ("--config", "cifar10", *GPU),
         PUBLISHED_ROWS,
-        "8 runs of 300 epochs for two seeds; seconds an epoch on a GPU: not measured",
+        "of 300 epochs; seconds an epoch on a GPU: not measured",
     ),
 }
 

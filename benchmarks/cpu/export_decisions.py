@@ -4,7 +4,7 @@ For the network, its early decoders, all one-class classifiers and the int8 netw
 ONNX and run by ONNX Runtime: how many decisions equal PyTorch's, the largest difference of the
 outputs, and the size of the file.
 
-    python benchmarks/cpu/export_decisions.py runs/digits
+    python benchmarks/cpu/export_decisions.py digits    # or runs
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from coded_resnext import CodedResNeXt, extract_classifier
-from coded_resnext.cli.extract import stored_thresholds
+from coded_resnext.cli.companions import Companions
 from coded_resnext.data.datasets import DigitsSplit, load_digits_split
 from coded_resnext.deploy.export import Heads, to_onnx
 from coded_resnext.deploy.onnx_files import quantize_onnx
@@ -35,7 +35,7 @@ def outputs(path: Path, images: Tensor) -> list[Tensor]:
 
 @torch.inference_mode()
 def compare(
-    model: CodedResNeXt, digits: DigitsSplit, thresholds: dict[str, float | None], folder: Path
+    model: CodedResNeXt, digits: DigitsSplit, thresholds: dict[str, float], folder: Path
 ) -> None:
     """Write, run and print a Markdown table."""
     x, targets = digits.test_images, digits.test_targets
@@ -86,11 +86,12 @@ def _difference(actual: Tensor, expected: Tensor) -> float:
 
 def main() -> int:
     """Compare every run that is named."""
-    for run in map(Path, sys.argv[1:]):
+    for run in sys.argv[1:]:
         print(f"\n{run}\n")
         with tempfile.TemporaryDirectory() as folder:
             model = load_model(run).model
-            compare(model, load_digits_split(), stored_thresholds(run), Path(folder))
+            thresholds = Companions(run, model).thresholds()
+            compare(model, load_digits_split(), thresholds, Path(folder))
     return 0
 
 

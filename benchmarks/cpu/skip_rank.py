@@ -11,14 +11,13 @@ from __future__ import annotations
 
 import statistics
 import sys
-from pathlib import Path
 
 import torch
 from sklearn.metrics import average_precision_score
 from torch import Tensor
 
 from coded_resnext import CodedResNeXt, extract_classifier
-from coded_resnext.cli.extract import stored_thresholds
+from coded_resnext.cli.companions import Companions
 from coded_resnext.data.datasets import load_digits_split
 from coded_resnext.deploy.cost import network_cost
 from coded_resnext.models.checkpoint import load_model
@@ -31,9 +30,9 @@ def main() -> None:
     split = load_digits_split()
     positive = torch.nn.functional.one_hot(split.test_targets).bool()
     runs = []
-    for path in map(Path, sys.argv[1:]):
+    for path in sys.argv[1:]:
         model = load_model(path).model
-        known = stored_thresholds(path)
+        known = Companions(path, model).thresholds()
         thresholds = torch.tensor([known[name] for name in model.class_names])
         runs.append((model, thresholds, scores(model, split.test_images, None)))
     print("| rank | parameters | without projections | bytes | MACs | mean AP | lowest | same |")

@@ -601,8 +601,11 @@ def parse_command(
     parser = argparse.ArgumentParser(
         prog=prog,
         description=description,
-        epilog="Every setting of a recipe can be replaced by a flag. The run's folder gets "
-        "recipe.yaml, the settings as they were used.",
+        epilog="Every setting of a recipe can be replaced by a flag. What holds where the\n"
+        "recipe does not say stands in brackets. The run's folder gets recipe.yaml, the\n"
+        "settings as they were used.",
+        # Examples stay on lines of their own.
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     names = ", ".join(sorted(path.stem for path in RECIPES.glob("*.yaml")))

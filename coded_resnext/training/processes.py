@@ -225,8 +225,8 @@ def training_session(device: str = "auto", *, timeout: float = TIMEOUT) -> Itera
     """
     if not timeout > 0:
         raise ValueError(f"timeout: expected seconds above 0, got {timeout}")
-    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    target = _pick_device(device, int(os.environ.get("LOCAL_RANK", 0)))
+    rank, size = _told("RANK", 0), _told("WORLD_SIZE", 1)
+    target = _pick_device(device, _told("LOCAL_RANK", 0))
     if target.type == "cuda":
         torch.cuda.set_device(target)
     with StopSignals() as signals:
@@ -246,6 +246,14 @@ def training_session(device: str = "auto", *, timeout: float = TIMEOUT) -> Itera
         _leave()
 
 
+def _told(variable: str, default: int) -> int:
+    """Returns a number that torchrun leaves in the environment; a ValueError names another text."""
+    text = os.environ.get(variable) or str(default)
+    if not text.isdecimal():
+        raise ValueError(f"{variable}: expected a number in the environment, got {text!r:.80}")
+    return int(text)
+
+
 def run_script(name: str, body: Callable[[], None]) -> int:
     """Run the body of a training script and say in one sentence why it ended early.
 
@@ -257,9 +265,11 @@ def run_script(name: str, body: Callable[[], None]) -> int:
         The exit status: 0; 1 for a step that was not finite, or another process that is gone; 2 for
         input at fault; 130 after SIGINT and 143 after SIGTERM.
     """
-    rank = int(os.environ.get("RANK", 0))
-    speaker = f"{name} (process {rank})" if rank else name
+    rank = 0
+    speaker = name
     try:
+        rank = _told("RANK", 0)
+        speaker = f"{name} (process {rank})" if rank else name
         body()
     except TrainingStopped as stopped:
         if not rank:

@@ -420,7 +420,7 @@ def add_flags(parser: argparse.ArgumentParser, group: type) -> None:
         flag = f"--{field.name.replace('_', '-')}"
         options: dict[str, Any] = {
             # argparse formats help with %.
-            "help": text.replace("%", "%%"),
+            "help": f"{text} [{_shown(field.default)}]".replace("%", "%%"),
             "default": argparse.SUPPRESS,
             "dest": field.name,
         }
@@ -429,8 +429,28 @@ def add_flags(parser: argparse.ArgumentParser, group: type) -> None:
         elif get_origin(hint) is tuple:
             options |= {"nargs": "*", "type": _parser(get_args(hint)[0]), "metavar": "VALUE"}
         else:
-            options |= {"type": _parser(hint), "metavar": "VALUE"}
+            options |= {"type": _parser(hint), "metavar": _metavar(hint)}
         section.add_argument(flag, **options)
+
+
+def _metavar(hint: Any) -> str:
+    """Returns what a flag takes: its choices, or the kind of its value in capitals."""
+    choices = [
+        choice
+        for one in (hint, *get_args(hint))
+        if get_origin(one) is Literal
+        for choice in get_args(one)
+    ]
+    if choices:
+        return "{" + ",".join(map(str, choices)) + "}"
+    kinds = {int: "N", float: "NUMBER"}
+    return next((kinds[one] for one in (hint, *get_args(hint)) if one in kinds), "TEXT")
+
+
+def _shown(default: Any) -> str:
+    if isinstance(default, tuple):
+        return " ".join(map(str, default)) or "none"
+    return "none" if default is None else str(default)
 
 
 def _parser(hint: Any) -> Callable[[str], Any]:

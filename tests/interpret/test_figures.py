@@ -5,18 +5,21 @@ from __future__ import annotations
 import struct
 import subprocess
 import sys
+from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import matplotlib
 import numpy as np
 import pytest
 import torch
+from matplotlib import font_manager
 from matplotlib.image import imread
 from support.small_networks import make_data, make_network
 
 from coded_resnext import Codebook, CodedResNeXt, Stage, create_model
 from coded_resnext.data.batches import batches
 from coded_resnext.interpret import evaluate, save_figures
+from coded_resnext.interpret.path_figure import figure_style, label
 
 FIGURES = [
     "paths",
@@ -70,6 +73,18 @@ def test_odd_names_missing_classes_and_many_of_them(tmp_path, recwarn):
     found = evaluate(model, None, loader, repeats=1)
     assert len(save_figures(found, model.codebooks, tmp_path)) == 2 * len(FIGURES)
     assert [str(warning.message) for warning in recwarn] == []
+
+
+def test_names_of_other_scripts_and_directions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """yolov5#6522, matplotlib#14269: boxes for letters; a name that mirrored its own number."""
+    assert label("\u202eevil") == "\\u202eevil"
+    assert label("") == "(no name)"
+    entries = [SimpleNamespace(name=name) for name in ("DejaVu Sans", "Noto Sans CJK SC", "Mine")]
+    monkeypatch.setattr(font_manager.fontManager, "ttflist", entries)
+    monkeypatch.setitem(matplotlib.rcParams, "font.sans-serif", ["Mine", "Gone"])
+    with figure_style():
+        families = matplotlib.rcParams["font.sans-serif"]
+    assert families == ["DejaVu Sans", "Mine", "Noto Sans CJK SC"]
 
 
 def test_plain_network_has_no_figures(tmp_path):

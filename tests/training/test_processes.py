@@ -189,3 +189,18 @@ def test_exit_statuses_of_a_script(capsys: pytest.CaptureFixture[str]) -> None:
     assert "stopped: y\n" in said
     assert "x.py: lr: z\n" in said
     assert "x.py: step 3\n" in said
+
+
+@pytest.mark.parametrize("variable", ["RANK", "WORLD_SIZE", "LOCAL_RANK"])
+def test_a_rank_that_is_no_number_is_one_sentence(
+    variable: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(variable, "x")
+
+    def body() -> None:
+        with training_session("cpu"):
+            raise AssertionError
+
+    assert run_script("train.py", body) == 2
+    said = capsys.readouterr().err
+    assert said == f"train.py: {variable}: expected a number in the environment, got 'x'\n"

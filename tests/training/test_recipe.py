@@ -314,3 +314,17 @@ def test_files_that_are_no_recipes(tmp_path: Path) -> None:
             load_recipe(path)
     with pytest.raises(FileNotFoundError, match="config: expected a file, found none: nowhere"):
         load_recipe("nowhere")
+
+
+def test_help_says_what_a_flag_takes_and_what_holds_without_it(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Every flag took a VALUE, and nothing said which."""
+    with pytest.raises(SystemExit):
+        parse_command(["--help"], description="Trains.\n\n    python a\n    b", default="folder")
+    out = capsys.readouterr().out
+    said = " ".join(out.split())
+    assert "\n    python a\n    b\n" in out
+    assert "--dist-bn {reduce,broadcast}" in said
+    assert "[--epochs N]" in said
+    assert "--momentum NUMBER Nesterov momentum of SGD. [0.9]" in said
