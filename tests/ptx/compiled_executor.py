@@ -252,11 +252,9 @@ def far_row(out_ptr, columns, rows, BLOCK: tl.constexpr, WIDE: tl.constexpr):
 
 
 @triton.jit
-def sum_of_squares(x_ptr, out_ptr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """The lanes of a sum add a rounded square to an unrounded one, each another."""
-    row = tl.arange(0, ROWS)
-    x = tl.load(x_ptr + row[:, None] + tl.arange(0, COLUMNS)[None, :] * ROWS)
-    tl.store(out_ptr + row, tl.sum(x * x, 1))
+def pile(x_ptr, out_ptr, BLOCK: tl.constexpr):
+    at = tl.arange(0, BLOCK)
+    tl.store(out_ptr + at // 2, tl.load(x_ptr + at))
 
 
 def seen(launch: Any, *arguments: Any, **options: Any) -> str:
@@ -322,14 +320,6 @@ def test_offsets_past_two_to_the_31_are_seen() -> None:
 
 
 def test_lanes_that_store_other_bits_are_seen() -> None:
-    text = seen(sum_of_squares[(1,)], normal(32, 16), torch.zeros(16), 16, 32)
-    assert "different values" in text
-    sum_of_squares[(1,)](normal(32, 16), torch.zeros(16), 16, 32, enable_fp_fusion=False)
-
-
-MUTATIONS = {
-    "bar.sync": "race",
-    "cp.async.wait_group": "copy",
-    "fence.proxy.async": "fence.proxy.async",
-    "wgmma.wait_group": "wgmma",
-}
+    """Which of them is stored is undefined; of equal bits it is all the same."""
+    pile[(1,)](torch.ones(128), torch.zeros(64), 128)
+    assert "different values" in seen(pile[(1,)], normal(128), torch.zeros(64), 128)

@@ -10,7 +10,8 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from support.cases import coded, fused
+from support.cases import coded, conv1x1, fused
+from support.cases.conv1x1 import ProductCase, called
 from support.cases.conv3x3 import GroupedCase, defined
 from support.guarded_memory import guarded_memory
 from support.helpers import TOLERANCES, map_and_energies, relative_error
@@ -19,6 +20,8 @@ from torch import Tensor
 from coded_resnext.kernels import branch_energy, grouped_conv3x3
 from coded_resnext.kernels.coded.operator import normalize_branches
 from coded_resnext.kernels.conv1x1 import operator as conv1x1_operator
+from coded_resnext.kernels.residual import reference as residual_reference
+from coded_resnext.kernels.residual.operator import join
 from coded_resnext.kernels.rows import ALL_PASSES, Plan
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -143,8 +146,6 @@ GROUPED = [
     GroupedCase("affine_alone_stride_2", statistics=False, H=3, stride=2),
     GroupedCase("statistics_alone", affine=False, H=3),
 ]
-# One rounding of results, and of the gradient that goes in; in float32 of sums of a few hundred.
-GROUPED_TOLERANCES = {torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 
 
 def convolved(case: GroupedCase, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -172,7 +173,7 @@ def convolved(case: GroupedCase, dtype: torch.dtype) -> dict[str, Tensor]:
 def test_grouped_convolution(case: GroupedCase, dtype: torch.dtype) -> None:
     expected = defined(case, case.inputs(dtype), rounded=True)
     with convolutions_in("ieee"):
-        check(convolved(case, dtype), expected, GROUPED_TOLERANCES[dtype])
+        check(convolved(case, dtype), expected, TOLERANCES[dtype])
 
 
 def test_float32_convolutions_follow_the_precision_of_pytorch() -> None:
@@ -197,6 +198,51 @@ def test_float32_energies_follow_the_precision_of_pytorch() -> None:
             torch.set_float32_matmul_precision("highest")
         error = relative_error(actual["energies"].double(), expected["energies"])
         assert low <= error < high
+
+
+# ---- 1x1 convolutions between BatchNorms, and the end of a block
+
+PRODUCTS = [
+    ProductCase("one_pixel", I=16, O=24, B=1, H=1, W=1),
+    ProductCase("odd_channels", I=7, O=5, B=3, H=3, W=3),
+    ProductCase("steps_over_channels", I=96, O=72),
+    ProductCase("plain", affine=False, statistics=False),
+    ProductCase("deferred", deferred=True, I=264, O=136, B=1, H=3, W=3),
+    ProductCase("join", join=True),
+    ProductCase("join_columns", join=True, I=72, O=136, B=1, affine=False),
+    ProductCase("join_without_signs", join=True, I=20, O=7, signs=False),
+    ProductCase("join_deferred", join=True, deferred=True),
+    ProductCase("join_deferred_identity", join=True, deferred=True, affine=False),
+    ProductCase("join_of_two_tiles", join=True, I=256, O=40, B=1, H=9, W=8),
+]
+
+
+@every_dtype
+@named(PRODUCTS)
+def test_pointwise_convolution(case: ProductCase, dtype: torch.dtype) -> None:
+    inputs = case.inputs(dtype)
+    actual = called(case, inputs, ALL_PASSES)
+    check(actual, conv1x1.defined(case, inputs), TOLERANCES[dtype])
+
+
+@every_dtype
+@pytest.mark.parametrize("mapped", [False, True], ids=["identity", "mapped"])
+@pytest.mark.parametrize("shape", [(3, 7, 5, 19), (2, 200, 3, 3), (1, 24, 1, 257)], ids=str)
+def test_join(shape: tuple[int, ...], mapped: bool, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    maps = [torch.randn(shape, generator=generator).to(dtype) for _ in range(2)]
+    vectors = list(torch.randn(4 if mapped else 2, shape[1], generator=generator))
+    grad = torch.randn(shape, generator=generator).to(dtype)
+    results = []
+    for own in (dtype, torch.float64):
+        wide = torch.float64 if own == torch.float64 else torch.float32
+        leaves = [*(m.to(own) for m in maps), *(v.to(wide) for v in vectors)]
+        y, residual, scale, bias, *others = (leaf.requires_grad_() for leaf in leaves)
+        given = (y, scale, bias, residual, *(others or (None, None)))
+        x = join(*given, False, True) if own == dtype else residual_reference.join(*given)
+        grads = torch.autograd.grad(x, leaves, grad.to(own))
+        results.append({str(index): value for index, value in enumerate((x, *grads))})
+    check(*results, TOLERANCES[dtype])
 
 
 # ---- blocks
