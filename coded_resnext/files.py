@@ -209,6 +209,20 @@ def write_atomically(path: str | Path, content: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def make_folder(folder: str | Path, name: str) -> Path:
+    """Makes a folder of a known name in a folder that may be a stranger's, and returns it.
+
+    Raises:
+        ValueError: it is a link, so that what is written would be elsewhere.
+        OSError: it cannot be made.
+    """
+    made = Path(folder) / name
+    if made.is_symlink():
+        raise ValueError(f"{made}: expected a folder, got a link; remove it")
+    made.mkdir(parents=True, exist_ok=True)
+    return made
+
+
 def file_sha256(path: str | Path) -> str:
     """Returns the SHA-256 of a file, in hexadecimal; an OSError where it cannot be read."""
     with Path(path).open("rb") as file:

@@ -16,7 +16,6 @@ import csv
 import json
 import re
 import shlex
-import shutil
 import statistics
 import sys
 from collections.abc import Sequence
@@ -293,7 +292,7 @@ def report(runs: Sequence[PlannedRun], arguments: argparse.Namespace) -> str:
     every = sorted(results.values(), key=lambda result: [*order].index(result.row))
     of_base = [results[run.command.out] for run in coded]
     chosen = coded[of_base.index(best_run(of_base))].command.out
-    shutil.copyfile(chosen / REPORT_FILE, arguments.out / REPORT_FILE)
+    write_atomically(arguments.out / REPORT_FILE, (chosen / REPORT_FILE).read_bytes())
     machines = [summary["machine"] for summary in summaries.values()]
     outside = of_base[0].evaluation.outside_samples
     compared = summarize({name: by_row[name] for name in order if name in by_row})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import re
 import sys
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from coded_resnext.codebooks.codebook import Codebook
 from coded_resnext.codebooks.files import ENDINGS, read_document
 from coded_resnext.codebooks.search import Progress, search
 from coded_resnext.codebooks.verification import verify
-from coded_resnext.files import say
+from coded_resnext.files import say, write_atomically
 
 if TYPE_CHECKING:
     from coded_resnext.codebooks.codebook import Codebook
@@ -192,4 +193,6 @@ def draw(codebook: Codebook, path: str | Path) -> None:
         fontsize=10,
         wrap=True,
     )
-    figure.savefig(path, format="png", dpi=120)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="png", dpi=120)
+    write_atomically(path, drawn.getvalue())

@@ -6,9 +6,9 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
+from safetensors.torch import save
 
-from coded_resnext.files import read_json, say
+from coded_resnext.files import read_json, say, write_atomically
 from coded_resnext.models.checkpoint import MODEL_FILE, load_model, save_model
 from coded_resnext.models.published import published_model, published_model_state
 from coded_resnext.models.registry import create_model
@@ -41,7 +41,7 @@ def run(arguments: argparse.Namespace) -> int:
         names = [name.strip() for name in names if name.strip()]
     if arguments.publish:
         state = published_model_state(load_model(arguments.source).model)
-        save_file({name: value.contiguous() for name, value in state.items()}, out)
+        write_atomically(out, save({name: value.contiguous() for name, value in state.items()}))
         say(f"wrote {out}: {len(state)} tensors under the published names")
         return 0
     if arguments.architecture is not None:

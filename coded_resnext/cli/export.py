@@ -24,7 +24,7 @@ from coded_resnext.deploy.extract import extract_classifier
 from coded_resnext.deploy.extract_files import file_name
 from coded_resnext.deploy.hub import Pretrained, push_to_hub, save_pretrained
 from coded_resnext.deploy.onnx_files import quantize_onnx
-from coded_resnext.files import say, write_atomically
+from coded_resnext.files import make_folder, say, write_atomically
 from coded_resnext.models.checkpoint import LoadedModel, load_model
 
 from .companions import Companions
@@ -50,7 +50,8 @@ def run(arguments: argparse.Namespace) -> int:
     loaded = load_model(arguments.checkpoint)
     companions = Companions(arguments.checkpoint, loaded.model)
     if arguments.format == "shared":
-        out = arguments.out or companions.target / FOLDER / SHARED_FOLDER
+        folder = arguments.out or make_folder(companions.target, FOLDER)
+        out = arguments.out or make_folder(folder, SHARED_FOLDER)
         shared = Pretrained(
             loaded.model,
             loaded.preprocessing,
@@ -94,7 +95,7 @@ def _write(
         say(f"the weights are written in float32, they were in {own}")
         model.float()
     options = {"image_size": arguments.image_size, "preprocessing": loaded.preprocessing}
-    target = companions.target / FOLDER
+    target = arguments.out or make_folder(companions.target, FOLDER)
     if arguments.early_exit:
         criterion = companions.early_exit()
         if criterion is None:
@@ -103,7 +104,7 @@ def _write(
                 "`coded-resnext calibrate RUN DATA` makes it"
             )
         notes = {"early_exit": criterion.to_dict()}
-        out = arguments.out or target / EARLY_EXIT_FOLDER
+        out = arguments.out or make_folder(target, EARLY_EXIT_FOLDER)
         return export_early_exit(model, out, opset=arguments.opset, metadata=notes, **options)
     network: Exportable = model
     name = "network"

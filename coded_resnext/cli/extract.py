@@ -18,7 +18,7 @@ from coded_resnext.deploy.extract import (
     extract_subset,
 )
 from coded_resnext.deploy.extract_files import INDEX_FILE, extract_all, file_name, save_extracted
-from coded_resnext.files import printable, say
+from coded_resnext.files import make_folder, printable, say
 from coded_resnext.models.checkpoint import LoadedModel, load_model
 from coded_resnext.models.resnext import CodedResNeXt
 
@@ -45,7 +45,7 @@ def run(arguments: argparse.Namespace) -> int:
     thresholds = companions.thresholds()
     options = {"fold_batch_norm": arguments.fold, "skip_rank": arguments.skip_rank}
     if arguments.all:
-        folder = arguments.out or companions.target / FOLDER
+        folder = arguments.out or make_folder(companions.target, FOLDER)
         content = _extract_all(loaded, folder, thresholds, options)
     else:
         indices = [parse_class(loaded.model, text) for text in arguments.classes]
@@ -55,7 +55,7 @@ def run(arguments: argparse.Namespace) -> int:
             if len(indices) == 1
             else f"classes-{'-'.join(map(str, indices))}.safetensors"
         )
-        path = arguments.out or companions.target / FOLDER / name
+        path = arguments.out or make_folder(companions.target, FOLDER) / name
         path.parent.mkdir(parents=True, exist_ok=True)
         save_extracted(path, part, preprocessing=loaded.preprocessing)
         content = describe(loaded, part, path)

@@ -31,7 +31,7 @@ from coded_resnext.data.image_sets import (
 from coded_resnext.data.loaders import EvalImages, TrainImages
 from coded_resnext.data.on_device import DeviceEvalImages, DeviceTrainImages
 from coded_resnext.data.preprocessing import Preprocessing
-from coded_resnext.files import file_sha256, read_json, say, write_atomically
+from coded_resnext.files import file_sha256, make_folder, read_json, say, write_atomically
 from coded_resnext.interpret import (
     Evaluation,
     Loader,
@@ -697,7 +697,8 @@ def write_results(
             **summary,
         },
     )
-    figures = save_figures(evaluation, model.codebooks, run.path / FIGURES_FOLDER)
+    drawn = make_folder(run.path, FIGURES_FOLDER)
+    figures = save_figures(evaluation, model.codebooks, drawn)
     if evaluation.samples is not None:
         positions = evaluation.samples.positions
         save_pictures(positions, test_loader, preprocessing, run.path, evaluation.images)

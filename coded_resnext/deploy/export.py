@@ -13,6 +13,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -271,14 +272,12 @@ def to_onnx(
     for key, value in {**shapes.notes, **(metadata or {})}.items():
         exported.model.metadata_props[key] = json.dumps(value, allow_nan=False)
     path = Path(path)
-    unfinished = path.with_name(f".{path.name}.tmp")
     like = next(frozen.parameters())
-    try:
+    with TemporaryDirectory(dir=path.parent, prefix=".") as folder:
+        unfinished = Path(folder) / path.name
         exported.save(unfinished, external_data=False)
         check_onnx(unfinished, frozen, [shapes.example(batch, like) for batch in CHECKED_BATCHES])
         unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
     return path
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -112,8 +113,8 @@ def quantize_onnx(source: str | Path, path: str | Path, images: Iterable[Tensor]
             return {takes.name: batch.float().cpu().numpy()}
 
     path = Path(path)
-    prepared, unfinished = (path.with_name(f".{path.name}.{part}") for part in ("prepared", "tmp"))
-    try:
+    with TemporaryDirectory(dir=path.parent, prefix=".") as folder:
+        prepared, unfinished = (Path(folder) / name for name in ("prepared", path.name))
         quant_pre_process(str(source), str(prepared), skip_symbolic_shape=True)
         quantize_static(
             str(prepared),
@@ -127,7 +128,4 @@ def quantize_onnx(source: str | Path, path: str | Path, images: Iterable[Tensor]
             reduce_range=True,
         )
         unfinished.replace(path)
-    finally:
-        prepared.unlink(missing_ok=True)
-        unfinished.unlink(missing_ok=True)
     return path

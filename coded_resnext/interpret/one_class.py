@@ -36,6 +36,8 @@ ROLES: tuple[Role, Role, Role] = ("threshold", "test", "outside")
 # From so many classes on, each is tested against some of the others' images, as in the paper.
 MANY_CLASSES = 100
 PAPER_NEGATIVES = 9
+# Of more images of other classes some are drawn without looking at the others.
+FEW_OTHERS = 10_000
 BINS = 30
 # Points of a curve that are kept, of more an even choice; and of one of many classes, so that a
 # file of 1,000 classes stays small.
@@ -392,10 +394,13 @@ def _draw_pairs(
     members = by_class(targets)
     for index, limit in zip(classes, limits, strict=True):
         own = members.get(index, np.empty(0, np.int64))
-        others = np.arange(len(targets) - len(own))
-        if limit < len(others):
-            generator = np.random.default_rng((*seed, index))
-            others = generator.permutation(len(others))[:limit]
+        count, generator = len(targets) - len(own), np.random.default_rng((*seed, index))
+        if limit >= count:
+            others = np.arange(count)
+        elif count <= FEW_OTHERS:
+            others = generator.permutation(count)[:limit]
+        else:
+            others = generator.choice(count, limit, replace=False, shuffle=False)
         # The k-th image of other classes: so many of the class come before it.
         others = others + np.searchsorted(own - np.arange(len(own)), others, side="right")
         rows.append(np.concatenate([own, others]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -13,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from coded_resnext.codebooks.codebook import Codebook
-from coded_resnext.files import printable
+from coded_resnext.files import printable, write_atomically
 
 from .decoding import EarlyDecoding
 from .paths import Paths
@@ -229,11 +230,14 @@ def new_figure(width: float, height: float) -> Figure:
 
 def save_figure(figure: Figure, folder: Path, name: str, description: str) -> list[Path]:
     """Write a figure as PNG and SVG, whose bytes follow from the figure and its description."""
-    paths = [folder / f"{name}.png", folder / f"{name}.svg"]
-    figure.savefig(paths[0], dpi=200, metadata={"Description": description})
+    png, svg = io.BytesIO(), io.BytesIO()
+    figure.savefig(png, format="png", dpi=200, metadata={"Description": description})
     # The arrangement is found while the first one is drawn; finding it again would take as long.
     figure.set_layout_engine("none")
-    figure.savefig(paths[1], metadata={"Date": None, "Description": description})
+    figure.savefig(svg, format="svg", metadata={"Date": None, "Description": description})
+    paths = [folder / f"{name}.png", folder / f"{name}.svg"]
+    for path, file in zip(paths, (png, svg), strict=True):
+        write_atomically(path, file.getvalue())
     return paths
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from coded_resnext.codebooks.codebook import Codebook
 from coded_resnext.data.preprocessing import Preprocessing
-from coded_resnext.files import LARGEST_RESULTS, UNFIT, read_json, write_atomically
+from coded_resnext.files import LARGEST_RESULTS, UNFIT, make_folder, read_json, write_atomically
 
 from .evaluate import Evaluation
 from .figures import save_figures
@@ -86,7 +86,7 @@ def save_evaluation(
         write_atomically(folder / name, content.encode())
     written = [folder / name for name in files]
     if codebooks is not None:
-        written += save_figures(evaluation, codebooks, folder / FIGURES_FOLDER)
+        written += save_figures(evaluation, codebooks, make_folder(folder, FIGURES_FOLDER))
     return written
 
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from coded_resnext.files import say
+from coded_resnext.files import say, write_atomically
 
 try:
     from tqdm.auto import tqdm
@@ -84,7 +84,7 @@ class WandbLog:
             id=identity,
             resume="allow",
         )
-        record.write_text(self._run.id, encoding="utf-8")
+        write_atomically(record, self._run.id.encode())
 
     def write(self, prefix: str, values: Mapping[str, float], step: int) -> None:
         self._run.log({f"{prefix}/{name}": value for name, value in values.items()}, step=step)

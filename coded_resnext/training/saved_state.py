@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from coded_resnext.files import brief, load_tensors, parse_json, say, write_atomically
+from coded_resnext.files import brief, load_tensors, make_folder, parse_json, say, write_atomically
 
 FOLDER = "checkpoints"
 STATE_VERSION = 1
@@ -38,8 +38,7 @@ def save_state(run: Path, name: str, state: dict[str, Any]) -> Path:
     Raises:
         OSError: the disk is full or not writable; the checkpoints that were there are intact.
     """
-    folder = _folder(run)
-    folder.mkdir(exist_ok=True)
+    folder = make_folder(run, FOLDER)
     path = folder / f"{name}.pt"
     if _is_whole(path):
         return path

@@ -237,6 +237,7 @@ def test_a_slip_in_the_path_or_a_file_gets_its_sentence(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["README.md", "config.json", "model.safetensors"])
 def test_a_link_is_not_published(tmp_path: Path, name: str) -> None:
+    """huggingface_hub#2883, #4086: a token was uploaded as what the link was called."""
     folder = save_pretrained(Pretrained(create_model("coded_resnext_digits")), tmp_path / "d")
     (folder / name).rename(tmp_path / "secret")
     (folder / name).symlink_to(tmp_path / "secret")

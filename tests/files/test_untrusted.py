@@ -10,6 +10,7 @@ import os
 import stat
 import time
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +18,22 @@ import numpy as np
 import pytest
 import torch
 from support.small_networks import make_network
+from support.tiny_training import make_model
 from torture.files import _peak, _reset_peak
 
 from coded_resnext import Codebook, files
 from coded_resnext.cli import main
+from coded_resnext.cli.codebook import draw
 from coded_resnext.data.datasets import load_dataset
 from coded_resnext.deploy.early_exit import EarlyExit
+from coded_resnext.deploy.export import to_onnx
 from coded_resnext.deploy.hub import Pretrained, model_card
 from coded_resnext.files import load_tensors, printable_lines, table_cell, write_atomically
+from coded_resnext.interpret import evaluate, save_evaluation
 from coded_resnext.interpret.report import gather
 from coded_resnext.interpret.report.content import read_log
 from coded_resnext.kernels.prebuilt.index import INDEX, Prebuilt, find_prebuilt, read_index
-from coded_resnext.models.checkpoint import load_model, read_tensors, write_tensors
+from coded_resnext.models.checkpoint import load_model, read_tensors, save_model, write_tensors
 from coded_resnext.training.recipe import load_recipe
 from coded_resnext.training.run_folder import RunFolder
 from coded_resnext.training.saved_state import load_state, save_state
@@ -83,6 +88,55 @@ def test_names_of_temporaries_differ_each_time(
         write_atomically(tmp_path / "file", b"")
     assert len(set(names)) == 8
     assert all(str(os.getpid()) != name.split(".")[-2] for name in names)
+
+
+def evaluate_into(folder: Path) -> None:
+    network = make_network()
+    images = torch.randn(12, 1, 6, 6, generator=torch.Generator().manual_seed(0))
+    evaluation = evaluate(network, None, [(images, torch.arange(12) % 4)], repeats=1)
+    save_evaluation(evaluation, folder, csv=True, codebooks=network.codebooks)
+
+
+def publish(folder: Path) -> None:
+    arguments = [str(folder / "model.safetensors"), "--out", str(folder / "weights.safetensors")]
+    save_model(folder / "model.safetensors", make_model())
+    main.main(["convert", "--publish", *arguments])
+
+
+@pytest.mark.parametrize(
+    ("names", "write"),
+    [
+        (["figures/paths.png", "figures/paths.svg", "classes.csv"], evaluate_into),
+        (["book.png"], lambda folder: draw(Codebook.shipped(10, 10, 3), folder / "book.png")),
+        (["weights.safetensors"], publish),
+        pytest.param(
+            [".net.onnx.tmp"],
+            lambda folder: to_onnx(make_network(), folder / "net.onnx"),
+            marks=pytest.mark.long,
+        ),
+    ],
+)
+def test_nothing_is_written_through_a_link_in_a_folder(
+    tmp_path: Path, names: list[str], write: Callable[[Path], None]
+) -> None:
+    """turbovec#293: results and exports of a folder that was handed over, and what they make."""
+    elsewhere = tmp_path / "authorized_keys"
+    folder = tmp_path / "run"
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).symlink_to(elsewhere)
+    write(folder)
+    assert not elsewhere.exists()
+
+
+def test_a_folder_of_results_that_is_a_link_is_refused(tmp_path: Path) -> None:
+    """SDL#11887: the figures of one folder replaced those of another."""
+    (tmp_path / "else").mkdir()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "figures").symlink_to(tmp_path / "else")
+    with pytest.raises(ValueError, match="figures: expected a folder, got a link; remove it"):
+        evaluate_into(tmp_path / "run")
+    assert not any((tmp_path / "else").iterdir())
 
 
 @pytest.mark.skipif(os.name != "posix", reason="modes are POSIX's")

@@ -22,6 +22,7 @@ from support.small_networks import make_data
 from coded_resnext.data.batches import batches
 from coded_resnext.interpret import one_class, score_classes
 from coded_resnext.interpret.one_class import (
+    _draw_pairs,
     best_threshold,
     count_scores,
     paper_negatives,
@@ -209,6 +210,23 @@ def test_nine_others_for_each_of_the_class(network, data):
     assert other.average_precisions != found.average_precisions
     with pytest.raises(ValueError, match="negatives_per_positive: expected at least 1, got 0"):
         one_class(network, data, data, negatives_per_positive=0)
+
+
+@pytest.mark.parametrize("few", [10, 10_000])
+def test_negatives_are_other_images_each_once(few, monkeypatch):
+    """Of many images they are drawn without a permutation of all of them for each class."""
+    monkeypatch.setattr(sys.modules[score_classes.__module__], "FEW_OTHERS", few)
+    targets = torch.arange(3000) % 7
+    rows, columns = _draw_pairs(targets, [2, 5], [90, 10**6], (0, 3, 1))
+    assert torch.equal(rows, rows.sort().values)
+    for index, negatives in ((2, 90), (5, 3000 - int((targets == 5).sum()))):
+        own = rows[columns == index]
+        assert len(own.unique()) == len(own)
+        assert torch.equal(own[targets[own] == index], (targets == index).nonzero()[:, 0])
+        assert int((targets[own] != index).sum()) == negatives
+    again = _draw_pairs(targets, [2, 5], [90, 10**6], (0, 3, 1))
+    assert torch.equal(again[0], rows)
+    assert not torch.equal(_draw_pairs(targets, [2, 5], [90, 10**6], (1, 3, 1))[0], rows)
 
 
 def test_some_classes_have_the_numbers_that_they_have_among_all(network, data):
