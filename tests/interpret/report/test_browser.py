@@ -17,6 +17,7 @@ from coded_resnext import EarlyExit, decode
 from coded_resnext.cli.report import write_report
 from coded_resnext.deploy.early_exit import EXIT_FILE, predict_early
 from coded_resnext.interpret import Paths, observe, score_classes, trace
+from coded_resnext.models.shipped import find_model
 
 pytestmark = pytest.mark.long
 
@@ -376,3 +377,18 @@ def test_axes_say_where_their_lines_are(pages: Any, run: Run, tmp_path: Path) ->
                 axes += 1
         assert axes > 10
         page.close()
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_every_axis_has_two_numbers(pages: Any, tmp_path: Path, width: int) -> None:
+    """One number alone is no scale: the scores of a classifier had 0 and nothing else."""
+    folder = shutil.copytree(find_model("digits"), tmp_path / "digits")
+    page = pages.open(write_report(folder), viewport={"width": width, "height": 900})
+    counts = [
+        chart.locator(f'text.tick[text-anchor="{anchor}"]').count()
+        for chart in page.locator(".chart svg").all()
+        for anchor in ("end", "middle")
+    ]
+    assert len(counts) > 15
+    assert min(counts) >= 2
+    page.close()

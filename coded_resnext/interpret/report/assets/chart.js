@@ -9,11 +9,17 @@ function niceTicks(low, high, about) {
   const span = high - low || 1;
   const raw = span / about;
   const power = 10 ** Math.floor(Math.log10(raw));
-  const step = [1, 2, 2.5, 5, 10].map((factor) => factor * power).find((value) => value >= raw * 0.999);
-  const ticks = [];
-  for (let index = Math.ceil(low / step - 1e-9); index * step <= high + step * 1e-6; index += 1)
-    ticks.push(Number((index * step).toPrecision(12)));
-  return ticks;
+  const steps = [0.5, 1, 2, 2.5, 5, 10].map((factor) => factor * power);
+  const ticksOf = (step) => {
+    const ticks = [];
+    for (let index = Math.ceil(low / step - 1e-9); index * step <= high + step * 1e-6; index += 1)
+      ticks.push(Number((index * step).toPrecision(12)));
+    return ticks;
+  };
+  let chosen = steps.findIndex((step) => step >= raw * 0.999);
+  // One number alone is no scale.
+  while (chosen > 0 && ticksOf(steps[chosen]).length < 2) chosen -= 1;
+  return ticksOf(steps[chosen]);
 }
 
 // Ticks as texts, with as many decimals as their step needs, so that no two of them are the same.
