@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sized
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal, TypeVar
@@ -461,8 +461,8 @@ class Evaluation:
         """Reads what `to_dict` wrote, now or in version 2.
 
         Raises:
-            ValueError: it is damaged, of another format version, or of version 2 and a limit of
-                time kept it from being complete.
+            ValueError: it is damaged, its parts do not fit each other, it is of another format
+                version, or of version 2 and a limit of time kept it from being complete.
         """
         if not isinstance(data, dict) or "format_version" not in data:
             raise ValueError("evaluation: expected an object with a format_version")
@@ -472,7 +472,45 @@ class Evaluation:
             content = {k: v for k, v in content.items() if k not in _FORMER_FIELDS}
         elif version != FORMAT_VERSION:
             raise ValueError(f"format_version: expected {FORMAT_VERSION}, got {version!r}")
-        return from_plain(cls, content, "evaluation")
+        evaluation = from_plain(cls, content, "evaluation")
+        for name, expected, values in evaluation._lengths():
+            if len(values) != expected:
+                raise ValueError(f"{name}: expected {expected} entries, got {len(values)}")
+        return evaluation
+
+    def _lengths(self) -> Iterator[tuple[str, int, Sized]]:
+        """Yields what has an entry for each class, block or image: name, number, entries."""
+        classes, blocks = len(self.class_names), len(self.blocks)
+        yield "samples_per_class", classes, self.samples_per_class
+        yield "classification.class_accuracy", classes, self.classification.class_accuracy
+        for name in ("early_decoding", "semantics", "removal", "samples"):
+            if (part := getattr(self, name)) is not None:
+                yield f"{name}.blocks", blocks, part.blocks
+        for block in self.early_decoding.blocks if self.early_decoding else ():
+            yield "early_decoding.blocks.class_accuracy", classes, block.class_accuracy
+            yield "early_decoding.blocks.class_agreement", classes, block.class_agreement
+        if self.paths is not None:
+            yield "paths.samples_per_class", classes, self.paths.samples_per_class
+            for name in ("energies", "outside", "disobeying"):
+                yield f"paths.{name}", blocks, getattr(self.paths, name)
+            for energies in self.paths.energies:
+                yield "paths.energies", classes, energies
+            for image in self.paths.disobedient:
+                yield "paths.disobedient.decoded", blocks, image.decoded
+                yield "paths.disobedient.outside", blocks, image.outside
+        for removed in self.removal.blocks if self.removal else ():
+            for curve in (removed.active, removed.inactive):
+                for name, values in vars(curve).items():
+                    yield f"removal.blocks.{name}", max(len(curve.removed), 1), values
+        if self.one_class is not None:
+            yield "one_class.classifiers", classes, self.one_class.classifiers
+        if self.samples is not None:
+            images = len(self.samples.positions)
+            for name in ("targets", "predictions", "probabilities", "settled"):
+                yield f"samples.{name}", images, getattr(self.samples, name)
+            for sample in self.samples.blocks:
+                for name, values in vars(sample).items():
+                    yield f"samples.blocks.{name}", images, values
 
     def __str__(self) -> str:
         balanced = f"{100 * self.classification.balanced_accuracy:.2f} %"

@@ -94,3 +94,35 @@ def test_a_page_is_written_whatever_a_name_holds(
     monkeypatch.setattr(report, "render", lambda content: "caf\udce9")
     path = report._write_page({}, tmp_path / "report.html")
     assert path.read_text(encoding="utf-8") == "caf\\udce9"
+
+
+@pytest.mark.parametrize(
+    ("part", "sentence"),
+    [
+        ("semantics.blocks", "semantics.blocks: expected 3 entries, got 0"),
+        ("paths.outside", "paths.outside: expected 3 entries, got 0"),
+        ("early_decoding.blocks", "early_decoding.blocks: expected 3 entries, got 0"),
+        ("removal.blocks.0.active.accuracy", "removal.blocks.accuracy: expected 3 entries, got 0"),
+        ("one_class.classifiers", "one_class.classifiers: expected 4 entries, got 0"),
+        ("samples.blocks.1.decoded", "samples.blocks.decoded: expected "),
+        ("samples_per_class", "samples_per_class: expected 4 entries, got 0"),
+        ("blocks", "early_decoding.blocks: expected 0 entries, got 3"),
+    ],
+)
+def test_results_whose_parts_do_not_fit_are_one_sentence(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str], part: str, sentence: str
+) -> None:
+    """transformers#10632's kind: each part was sound alone, and tables took them for one whole."""
+    content = json.loads((run.folder / "evaluation.json").read_text())
+    *keys, last = (int(key) if key.isdecimal() else key for key in part.split("."))
+    place = content
+    for key in keys:
+        place = place[key]
+    place[last] = []
+    (tmp_path / "evaluation.json").write_text(json.dumps(content))
+    (tmp_path / "config.json").write_text("{}")
+    assert main.main(["report", str(tmp_path), "--csv", str(tmp_path)]) == 2
+    [line] = capsys.readouterr().err.strip().splitlines()
+    assert f"evaluation.json: not an evaluation: {sentence}" in line
+    assert main.main(["report", str(tmp_path)]) == 0
+    assert sentence in capsys.readouterr().out

@@ -26,7 +26,7 @@ def test_16_bit_grey_is_scaled_and_not_clipped(tmp_path: Path, ending: str) -> N
 
 @pytest.mark.parametrize("largest", [1, 255, 65535, 70000])
 def test_32_bits_are_refused_whatever_the_numbers(tmp_path: Path, largest: int) -> None:
-    """Pillow#452, #3838, unsloth#10094: small numbers were taken for 16 bits, and came out black.
+    """Pillow#452, #3838, #274, unsloth#10094: small numbers were taken for 16 bits: black.
 
     Pillow's mode of 32 bits is that of a PGM of 16 bits too, which is read.
     """

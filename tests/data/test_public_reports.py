@@ -105,7 +105,9 @@ def test_mean_and_deviation_are_of_intensities_in_0_to_1() -> None:
 
 
 def test_hidden_folders_and_other_files_are_left_out(tmp_path: Path) -> None:
-    """vision#2831, Promptvision#10: checkpoints of notebooks, and what Pillow names only."""
+    """vision#2831, tensorflow#46595, Promptvision#10, palimpzest#228: checkpoints of notebooks, and
+    what Pillow names only.
+    """
     image = Image.new("RGB", (4, 4))
     image.save(tmp_path / "a.png")
     hidden = tmp_path / ".ipynb_checkpoints"
@@ -118,7 +120,7 @@ def test_hidden_folders_and_other_files_are_left_out(tmp_path: Path) -> None:
 
 
 def test_a_class_that_is_a_dead_link_is_refused(tmp_path: Path) -> None:
-    """timm#334: it vanished without a word."""
+    """timm#334, Hierarchical-Localization#283: it vanished without a word."""
     (tmp_path / "ant").mkdir()
     (tmp_path / "__MACOSX").mkdir()
     (tmp_path / ".cache").mkdir()
@@ -130,7 +132,7 @@ def test_a_class_that_is_a_dead_link_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("size", [(1, 1), (2, 1), (1, 3), (7, 1)])
 def test_a_part_of_a_tiny_picture_is_a_pixel_at_least(size: tuple[int, int]) -> None:
-    """mlverse/torchvision#44: a quarter of the crops of one pixel were black."""
+    """mlverse/torchvision#44, discolight#23: a quarter of the crops of one pixel were black."""
     preprocessing = Preprocessing(8, 3, (0.0,) * 3, (1.0,) * 3)
     colour = (200, 100, 50)
     images = [Image.new("RGB", size, colour)] * 100

@@ -65,7 +65,7 @@ def test_a_run_goes_on_with_the_images_that_it_began_with(tmp_path: Path) -> Non
 
 
 def test_a_start_that_failed_is_no_run(tmp_path: Path) -> None:
-    """mindshub#791, instructlab#1416: a folder without a checkpoint can be begun again."""
+    """mindshub#791, instructlab#1416, photon-ml#207: without a checkpoint it can be begun again."""
     RunFolder(tmp_path, {"batch_size": 64})
     RunFolder(tmp_path, {"batch_size": 16})
     train(tmp_path / "run", make_config(epochs=1, warmup_epochs=0))
@@ -105,7 +105,7 @@ def test_settings_are_checked_where_they_come_in(changes: dict[str, Any], name: 
 
 
 def test_each_module_keeps_its_mode() -> None:
-    """lightning#18930, #2551: what was frozen stays so, and after an error too."""
+    """lightning#18930, #2551, #18951, avalanche#772: what was frozen stays, after an error too."""
     model = make_model().train()
     model.stem.eval()
     modes = [module.training for module in model.modules()]
@@ -184,7 +184,7 @@ def test_a_calibration_sees_every_class(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_labels_of_an_archive_may_be_a_column(tmp_path: Path) -> None:
-    """keras#12669: Keras writes [n, 1]; what is no list of class numbers is refused."""
+    """keras#12669, sdc-issue-reports#399: Keras writes [n, 1]; what is no class is refused."""
     pixels = np.zeros((4, 32, 32, 3), np.uint8)
     labels = np.array([0, 1, 0, 1])
     arrays = {
@@ -230,8 +230,9 @@ def test_only_checkpoints_are_removed(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["model.safetensors", "best.safetensors", "epoch 7.pth"])
 def test_a_model_file_is_known_by_what_it_says(name: str, tmp_path: Path) -> None:
-    """lightly-train#985, timm#1817: the old classifier stood for new classes, and the codebook was
-    lost, where the file had another name."""
+    """lightly-train#985, #982, timm#1817, mattergen#57: the old classifier stood for new classes,
+    and the codebook was lost, where the file had another name.
+    """
     recipe = make_recipe(
         {"data_dir": str(tmp_path), "img_size": 8},
         {"model": "coded_resnext17_10x4d", "initial_checkpoint": str(tmp_path / name)},
