@@ -124,6 +124,16 @@ def image(folder: Path) -> Format:
     return path, lambda: read_image(path, PREPROCESSING)
 
 
+def labels(folder: Path) -> Format:
+    image_file, _ = image(folder)
+    for name in ("a", "b", "c"):
+        image_file.rename(folder / f"{name}.png")
+        image_file, _ = image(folder)
+    rows = "path,label,split\na.png,cat,train\nb.png,dog,train\nc.png,cat,test\n"
+    make = text("labels.csv", rows, lambda path: load_dataset("folder", path))
+    return make(folder)
+
+
 INDEX = {
     "format": 1,
     "arch": "sm90",
@@ -137,6 +147,7 @@ FORMATS: dict[str, Callable[[Path], Format]] = {
     "codebook.json": lambda folder: book(folder, ".json"),
     "codebook.csv": lambda folder: book(folder, ".csv"),
     "codebook.txt": lambda folder: book(folder, ".txt"),
+    "labels.csv": labels,
     "model.safetensors": model,
     "extracted.safetensors": extracted,
     "description.json": description,
