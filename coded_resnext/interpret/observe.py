@@ -158,6 +158,8 @@ class Part(NamedTuple):
     """Places in the loader `[B]`, ascending, on the CPU."""
     image_size: tuple[int, int]
     """Height and width of the images."""
+    at_a_time: int
+    """Images that the loader gives at a time, and that a pass is to have where there are more."""
 
 
 Use = Callable[[Part], None]
@@ -191,11 +193,11 @@ def stream(
             if known is not None:
                 require_same_order(targets, known, places)
             image_size = (images.shape[2], images.shape[3])
-            part = Part(trunk(model, images), targets.cpu(), places, image_size)
+            part = Part(trunk(model, images), targets.cpu(), places, image_size, batch_size)
             for draw in draws:
-                draw.take(part, batch_size)
+                draw.take(part)
         for draw in draws:
-            draw.hand_on(part.image_size, batch_size, rest=True)
+            draw.hand_on(part, rest=True)
 
 
 class _Draw:
@@ -205,23 +207,23 @@ class _Draw:
         self.use, self.rows = use, rows
         self._waiting: list[tuple[Tensor, ...]] = []
 
-    def take(self, part: Part, batch_size: int) -> None:
+    def take(self, part: Part) -> None:
         if self.rows is None:
             return self.use(part)
         wanted = torch.isin(part.places, self.rows, assume_unique=True).nonzero()[:, 0]
         if len(wanted):
             features = part.features[wanted.to(part.features.device)]
             self._waiting.append((features, part.targets[wanted], part.places[wanted]))
-        return self.hand_on(part.image_size, batch_size, rest=False)
+        return self.hand_on(part, rest=False)
 
-    def hand_on(self, image_size: tuple[int, int], batch_size: int, *, rest: bool) -> None:
+    def hand_on(self, like: Part, *, rest: bool) -> None:
         waiting, self._waiting = self._waiting, []
-        if not rest and sum(len(places) for *_, places in waiting) < batch_size:
+        if not rest and sum(len(places) for *_, places in waiting) < like.at_a_time:
             self._waiting = waiting
             return
-        for features, targets, places in full_batches(waiting, batch_size):
-            if rest or len(places) == batch_size:
-                self.use(Part(features, targets, places, image_size))
+        for features, targets, places in full_batches(waiting, like.at_a_time):
+            if rest or len(places) == like.at_a_time:
+                self.use(Part(features, targets, places, like.image_size, like.at_a_time))
             else:
                 self._waiting.append((features, targets, places))
 

@@ -354,13 +354,12 @@ class ClassScorer:
             limits = [negatives_per_positive * counts.get(index, 0) for index in self.classes]
             images, columns = _draw_pairs(own, self.classes, limits, (seed, 3, ROLES.index(role)))
             self.pairs = images if rows is None else rows[images], columns
-        self._count = self._batch_size = 0
+        self._count = 0
         self._parts: list[tuple[Tensor, ...]] = []
 
     def add(self, part: Part) -> None:
         """Takes the next images."""
         count = len(part.places)
-        self._batch_size = self._batch_size or count
         if self.pairs is None:
             rows = torch.arange(count).repeat(len(self.classes))
             columns = torch.tensor(self.classes).repeat_interleave(count)
@@ -372,7 +371,7 @@ class ClassScorer:
             # Not those of damaged images, which did not come.
             came = part.places[rows] == images[low:high]
             rows, columns = rows[came], columns[low:high][came]
-        scores, dead = _score_pairs(self.model, part.features, rows, columns, self._batch_size)
+        scores, dead = _score_pairs(self.model, part.features, rows, columns, part.at_a_time)
         self._parts.append((part.targets, rows + self._count, columns, scores, dead))
         self._count += count
 

@@ -19,6 +19,7 @@ from coded_resnext.codebooks.codebook import Codebook
 from coded_resnext.models.resnext import CodedResNeXt
 
 from .observe import (
+    Item,
     Loader,
     Part,
     coded_walk,
@@ -145,16 +146,25 @@ class Remover:
             energies = energies.double() / book.branches
             works = book.codewords[targets]
             later = [None] * (len(inputs) - index - 1)
+            points, masks = [], []
             for repeat, generator in enumerate(self._orders[index]):
                 drawn = generator.random((self._end - start, book.branches))
                 priorities = drawn[(part.places - start).numpy()]
                 for kind, removed in _points(book, repeat):
                     keep = removal_mask(works == (kind == "active"), priorities, removed)
-                    masks = [keep.to(device), *later]
-                    predictions = resume(model, inputs[index], index, masks).argmax(1).cpu()
+                    points.append((kind, removed - 1, repeat))
+                    masks.append(keep)
+            # Of few images several masks are tried in one pass.
+            together = max(1, part.at_a_time // len(targets))
+            for some, keeps in zip(_split(points, together), _split(masks, together), strict=True):
+                x = inputs[index]
+                x = x.expand(len(keeps), *x.shape).flatten(0, 1) if len(keeps) > 1 else x
+                logits = resume(model, x, index, [torch.cat(keeps).to(device), *later])
+                said = logits.argmax(1).cpu().view(len(keeps), -1)
+                for (kind, place, repeat), keep, predictions in zip(some, keeps, said, strict=True):
                     hits = int((predictions == targets).sum())
                     left = float((energies * keep).sum())
-                    self._sums[index][kind][removed - 1, repeat] += (hits, left)
+                    self._sums[index][kind][place, repeat] += (hits, left)
 
     def result(self) -> Removal:
         """Returns the curves."""
@@ -170,6 +180,11 @@ class Remover:
             seed=self.seed,
             repeats=self.repeats,
         )
+
+
+def _split(items: list[Item], count: int) -> list[list[Item]]:
+    """Cuts a list into parts of a length, but for the last."""
+    return [items[start : start + count] for start in range(0, len(items), count)]
 
 
 def removal_passes(book: Codebook, repeats: int) -> int:
