@@ -20,7 +20,7 @@ test-all: .venv/dev.stamp
 
 # The site, in build/site/index.html. Nothing is loaded from elsewhere, and a warning is an error.
 docs: .venv/docs.stamp
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 # The blocks of README, tutorial and questions, and the notebooks, as they stand; a part of test-all.
 docs-check: .venv/dev.stamp

@@ -238,8 +238,10 @@ def to_onnx(
     """Writes a network as an ONNX file that agrees with it at batches of 1, 2 and 7.
 
     Args:
-        network, image_size, preprocessing: as for `to_exported_program`; the weights in float32.
+        network: as for `to_exported_program`; the weights in float32.
         path: the file; an older one stays until this is complete and has been compared.
+        image_size: as for `to_exported_program`.
+        preprocessing: as for `to_exported_program`.
         opset: version of the ONNX operators, at least 18.
         metadata: JSON-ready, kept with what the file says about itself.
 
@@ -300,7 +302,10 @@ def export_early_exit(
     Args:
         model: with at least one coded block.
         folder: made when it does not exist.
-        image_size, preprocessing, opset, metadata: as for `to_onnx`.
+        image_size: as for `to_onnx`.
+        preprocessing: as for `to_onnx`.
+        opset: as for `to_onnx`.
+        metadata: as for `to_onnx`.
 
     Returns:
         The files, first part first.
@@ -332,8 +337,10 @@ def to_aot_package(
     """Compiles a network with AOTInductor for the device it is on.
 
     Args:
-        network, image_size, preprocessing: as for `to_exported_program`.
+        network: as for `to_exported_program`.
         path: the file, whose name ends in `.pt2`; `torch._inductor.aoti_load_package` loads it.
+        image_size: as for `to_exported_program`.
+        preprocessing: as for `to_exported_program`.
 
     Raises:
         ValueError: the name does not end in `.pt2`.

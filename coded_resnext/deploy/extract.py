@@ -244,7 +244,8 @@ def extract_subset(
     Args:
         model: as for `extract_classifier`.
         classes: indices or names, in the order that the logits shall have.
-        fold_batch_norm, skip_rank: as for `extract_classifier`.
+        fold_batch_norm: as for `extract_classifier`.
+        skip_rank: as for `extract_classifier`.
 
     Raises:
         ValueError: as `extract_classifier`; also no class, or one twice.

@@ -136,7 +136,8 @@ def from_pretrained(
         source: the name of shipped weights, such as `"digits"`; a folder; or, where there is none
             of that name, `OWNER/NAME` on the Hub.
         revision: branch, tag or commit on the Hub.
-        token, cache_dir: as `huggingface_hub` has them.
+        token: as `huggingface_hub` has it.
+        cache_dir: as `huggingface_hub` has it.
 
     Raises:
         FileNotFoundError: the folder lacks a file.

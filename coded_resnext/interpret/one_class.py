@@ -164,7 +164,8 @@ class OneClass:
             threshold: scores on which the thresholds are chosen; None chooses them on the test
                 images.
             outside: scores of images of none of the classes.
-            negatives_per_positive, seed: what the pairs were drawn by, noted in the result.
+            negatives_per_positive: how many pairs were drawn, noted in the result.
+            seed: what the pairs were drawn by, noted in the result.
         """
         points = MANY_POINTS if len(class_names) > MANY_CLASSES else MOST_POINTS
         classifiers = (
@@ -316,8 +317,9 @@ def score_classes(
 class ClassScorer:
     """Gathers what `score_classes` returns, by pairs that are drawn beforehand.
 
+    Arguments that are not listed are those of `score_classes`.
+
     Args:
-        model, role, classes, negatives_per_positive, seed, test: as for `score_classes`.
         targets: the classes of all images by their places; None if all of them are scored.
         rows: places of the images that are scored, ascending; None for all.
 
@@ -503,7 +505,8 @@ def sweep(scores: Scores, positive: Flags, points: int = MOST_POINTS) -> Curve |
     """Precision and recall at many thresholds; None unless there are positives and negatives.
 
     Args:
-        scores, positive: as `average_precision`.
+        scores: as for `average_precision`.
+        positive: as for `average_precision`.
         points: the most that are kept.
     """
     if not _both(positive):

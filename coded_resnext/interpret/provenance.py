@@ -151,7 +151,8 @@ class Provenance:
 
         Args:
             data: name of the data set or its folder.
-            test, thresholds: the parts of it that were tested on and that thresholds are from.
+            test: the part of it that was tested on.
+            thresholds: the part of it that thresholds are from.
             outside: name of the images of none of the classes.
             training: how the network was trained, JSON-ready.
             settings: further ones, such as how the thresholds' images were chosen before.

@@ -22,7 +22,8 @@ class GroupedConv2d(nn.Conv2d):
     anything else is copied first.
 
     Args:
-        in_channels, out_channels: equal, `N*D`.
+        in_channels: `N*D`.
+        out_channels: as many.
         kernel_size: 3.
         stride: 1 or 2.
         padding: 1.
@@ -30,7 +31,8 @@ class GroupedConv2d(nn.Conv2d):
         groups: `N`.
         bias: whether there is one; it is added behind the kernels.
         padding_mode: `"zeros"`.
-        device, dtype: of the parameters.
+        device: of the parameters.
+        dtype: of the parameters.
         backend: `"auto"`, `"torch"` or `"triton"`, see `coded_resnext.kernels.grouped_conv3x3`.
 
     Raises:

@@ -221,7 +221,8 @@ class CodedResNeXt(nn.Module):
 
         Args:
             num_classes: number of classes `K`.
-            codebooks, class_names: as for the network itself.
+            codebooks: as for the network itself.
+            class_names: as for the network itself.
 
         Raises:
             ValueError: as when a network is made.

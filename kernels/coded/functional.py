@@ -189,8 +189,8 @@ def branch_energy(
         h: `[B, N*D, H, W]`; with `scale` and `bias`, what stands before their affine map and ReLU.
         weight: expand convolution, `[C, N*D, 1, 1]`.
         branches: number of branches `N`.
-        scale, bias: the affine map of BatchNorm, `[N*D]`, both or neither: energies are those of
-            `relu(scale h + bias)`, and both have gradients.
+        scale: of the affine map of BatchNorm, `[N*D]`; energies are of `relu(scale h + bias)`.
+        bias: of that map, `[N*D]`; both or neither are given, and both have gradients.
         keep_mask: branch removal, (10), `[B, N]`.
         backend: see kernels/backend.py; `reference` forms the branch outputs.
 

@@ -67,7 +67,8 @@ def grouped_conv3x3(
         weight: `[N*D, D, 3, 3]` in the dtype of `x`; under autocast both are cast.
         groups: `N`.
         stride: 1, or 2 for every second row and column.
-        scale, bias: `[N*D]`, both or neither; without them `x` itself is convolved.
+        scale: `[N*D]`; without it and `bias`, `x` itself is convolved.
+        bias: `[N*D]`, given with `scale` or not at all.
         statistics: whether to return them.
         backend: see the module.
 

@@ -96,10 +96,12 @@ def coding_losses(
 ) -> CodingLosses:
     """Returns the `coding_loss` of several blocks; the kernels launch once for equal sizes.
 
+    Arguments that are not listed are those of `coding_loss`.
+
     Args:
-        energies, codewords: one tensor for each block.
+        energies: one tensor for each block.
+        codewords: one tensor for each block.
         decode: also read the classes off the energies, (9); ties go to the lowest class.
-        targets and the others: as for `coding_loss`.
 
     Raises:
         ValueError: as `coding_loss`.
