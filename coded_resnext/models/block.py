@@ -254,7 +254,7 @@ class CodedBottleneck(nn.Module):
             raise ValueError(f"{name}: expected None, since this block has no codebook")
         if self.is_coded and drop_mask is None:
             drop_mask = self.draw_drop_mask(x)
-        check_kind("record", record, EnergyRecord | None, "an EnergyRecord, or None")
+        check_kind("record", record, (EnergyRecord, type(None)), "an EnergyRecord, or None")
         record = record or EnergyRecord()
         if is_fused(self, x):
             return ready(self.fused(x, drop_mask, keep_mask, record))

@@ -184,7 +184,7 @@ class CodedResNeXt(nn.Module):
         """
         x, return_energies = _traced_option(x, "return_energies", return_energies, False)
         # A trace of TorchScript makes tensors of numbers.
-        check_kind("return_energies", return_energies, bool | Tensor, "True or False")
+        check_kind("return_energies", return_energies, (bool, Tensor), "True or False")
         x, keep = _traced_option(x, "keep", keep, None)
         last_map, energies = self.features(x, keep)
         logits = self.forward_head(last_map)
@@ -291,7 +291,7 @@ class CodedResNeXt(nn.Module):
     ) -> tuple[list[CodedBottleneck], Tensor, list[Tensor | None]]:
         """Returns the blocks of a walk, the input of the first, and the masks of the coded ones."""
         for name, value in (("start", start), ("stop", stop)):
-            check_kind(name, value, int | None, "the number of a block, or None")
+            check_kind(name, value, (int, type(None)), "the number of a block, or None")
         blocks = self.blocks[start:stop]
         if start is None:
             check_images(x, self.in_channels)
