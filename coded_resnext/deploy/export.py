@@ -367,7 +367,9 @@ def _frozen(network: nn.Module) -> Any:
     network = copy_of(network)
     network.eval().requires_grad_(False)
     for name, module in network.named_modules():
-        if callable(getattr(module, "weight", None)):
+        weight = getattr(module, "weight", None)
+        # That of a quantised layer is a method, that of a parametrisation a module.
+        if callable(weight) and not isinstance(weight, nn.Module):
             kind = type(module)
             raise ValueError(
                 f"{name}: expected a layer of floating-point weights, got {kind.__module__}."

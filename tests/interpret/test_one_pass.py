@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+import weakref
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -123,6 +125,27 @@ def test_every_image_is_read_once_and_the_work_is_the_planned_one(options: dict[
     assert f"Branches were removed for {found.removal.samples} images" in lines
     assert f"Tested on {found.one_class_samples} of 50 images." in lines
     assert "Distances are those of 4 classes." in lines
+
+
+def test_features_are_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    """1 GiB of them was kept, and decided how many images counted."""
+    network = make_network()
+    module, kept, alive = sys.modules["coded_resnext.interpret.observe"], [], []
+    trunk = module.trunk
+
+    def noted(*arguments: Any) -> torch.Tensor:
+        features: torch.Tensor = trunk(*arguments)
+        alive.append(sum(reference() is not None for reference in kept))
+        kept.append(weakref.ref(features))
+        return features
+
+    monkeypatch.setattr(module, "trunk", noted)
+    data = make_data(network, 50, seed=1)
+    loader = Batches(data.images, data.targets, 4)
+    evaluate(network, loader, loader, repeats=1, test_images=20)
+    assert len(kept) == 26
+    # That of the batch before, while the next one is made.
+    assert max(alive) <= 1
 
 
 @pytest.mark.parametrize("name", ["imagenet", "imagenet_150"])
