@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -131,14 +132,13 @@ def test_products(
 
 def test_the_products_of_an_architecture_are_its_own(arch: str) -> None:
     ran: list[driver.Launch] = []
-    driver.HANDLERS.append(ran.append)
     a = normal(64, 64, dtype=torch.bfloat16)
     out = torch.empty(64, 64)
-    for stages in (1, 3):
-        product[(1, 1)](
-            out, a, a, 64, 64, 64, 64, 64, 64, False, False, False, "ieee", num_stages=stages
-        )
-    driver.HANDLERS.pop()
+    with driver.launches_go_to(ran.append):
+        for stages in (1, 3):
+            product[(1, 1)](
+                out, a, a, 64, 64, 64, 64, 64, 64, False, False, False, "ieee", num_stages=stages
+            )
     word = {"sm80": "mma.sync.aligned.m16n8k16", "sm90": "wgmma.mma_async"}[arch]
     assert all(word in launch.ptx for launch in ran)
     assert "cp.async.wait_group" in ran[1].ptx
@@ -303,11 +303,8 @@ def end_of(rows: int, columns: int, wide: bool) -> None:
         driver.execute(launch)
 
     last = poisoned((columns,), torch.float32)
-    driver.HANDLERS.append(far)
-    try:
+    with driver.launches_go_to(far):
         far_row[(1,)](last, columns, rows, columns, wide)
-    finally:
-        driver.HANDLERS.pop()
     assert (last == 1).all()
 
 
@@ -323,3 +320,23 @@ def test_lanes_that_store_other_bits_are_seen() -> None:
     """Which of them is stored is undefined; of equal bits it is all the same."""
     pile[(1,)](torch.ones(128), torch.zeros(64), 128)
     assert "different values" in seen(pile[(1,)], normal(128), torch.zeros(64), 128)
+
+
+@pytest.mark.parametrize("taken", ["cp.async.wait_group", "bar.sync", "fence.proxy", "wgmma.wait"])
+def test_what_a_pipeline_lacks_is_seen(taken: str, arch: str) -> None:
+    """Of a product in three stages; some waits and barriers are made twice."""
+    seen = []
+
+    def without_one(launch: driver.Launch) -> None:
+        driver.execute(launch)
+        lines = launch.ptx.split("\n")
+        for number in (n for n, line in enumerate(lines) if line.strip().startswith(taken)):
+            text = "\n".join([*lines[:number], *lines[number + 1 :]])
+            seen.append(bool(replace(launch, ptx=text).run()))
+
+    a, b = normal(64, 160, dtype=torch.bfloat16), normal(160, 64, dtype=torch.bfloat16)
+    out = poisoned((64, 64), torch.float32)
+    sizes = (64, 64, 160, 64, 64, 32)
+    with driver.launches_go_to(without_one):
+        product[(1, 1)](out, a, b, *sizes, False, False, False, "ieee", num_stages=3)
+    assert any(seen) or (arch == "sm80" and not seen)

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from ptx import driver
-from ptx.driver import Launch, LaunchError
+from ptx.driver import Launch, LaunchError, launches_go_to
 from support.cases import coded
 from support.cases.conv3x3 import GroupedCase
 from support.guarded_memory import guarded_memory
@@ -22,16 +22,6 @@ from torch import Tensor
 
 from coded_resnext.kernels import branch_energy, coding_losses, grouped_conv3x3
 from coded_resnext.kernels.coded import aggregate, energy
-
-
-@contextmanager
-def launches_go_to(handler: Callable[[Launch], None]) -> Iterator[None]:
-    driver.HANDLERS.append(handler)
-    try:
-        yield
-    finally:
-        driver.HANDLERS.pop()
-
 
 # ---- what is run
 

@@ -10,7 +10,8 @@ import ctypes
 import os
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -147,6 +148,18 @@ def execute(launch: Launch) -> None:
 
 HANDLERS: list[Callable[[Launch], None]] = [execute]
 """Who gets the launches: the last one."""
+
+
+@contextmanager
+def launches_go_to(handler: Callable[[Launch], None]) -> Iterator[None]:
+    """Hands launches to another one than `execute` meanwhile."""
+    HANDLERS.append(handler)
+    try:
+        yield
+    finally:
+        HANDLERS.pop()
+
+
 RAN: list[tuple[str, int, float]] = []
 """Name, compiled code and seconds of each launch."""
 

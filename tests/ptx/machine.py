@@ -77,6 +77,9 @@ class Batch:
         self.copies: list[Copy] = []
         self.products: list[list[Array]] = [[]]
         """Granules that the `wgmma` of each group read; the last group is not committed."""
+        self.totals: dict[str, int] = {}
+        """Registers that hold a sum under way, and how many groups were committed before it."""
+        self.product_groups = 0
 
     # ---- lanes
 
@@ -412,6 +415,7 @@ class Batch:
 
     def commit_products(self) -> None:
         self.products.append([])
+        self.product_groups += 1
 
     def wait_for_products(self, pending: int) -> None:
         """Until at most so many groups still read their operands."""
@@ -420,3 +424,15 @@ class Batch:
             for granules in group:
                 self.shared.feeding[granules] -= 1
         self.products = self.products[done:]
+        last = self.product_groups - pending
+        self.totals = {name: group for name, group in self.totals.items() if group >= last}
+
+    def touch(self, names: set[str], at: Instruction) -> None:
+        """Registers are read or written; copies of sums under way are under way too."""
+        under_way = names & self.totals.keys()
+        if not under_way:
+            return
+        if at.words[0] == "mov":
+            self.totals |= dict.fromkeys(names, max(self.totals[name] for name in under_way))
+        else:
+            self.fault("register of a wgmma under way", at, np.arange(1), " ".join(under_way))

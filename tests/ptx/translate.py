@@ -24,6 +24,7 @@ Read = Callable[[Batch], Any]
 Write = Callable[[Batch, Array], None]
 Edges = list[tuple[int, Mask]]
 
+_REGISTER = re.compile(r"%(\w+)")
 _IMMEDIATE = re.compile(r"-?(0x[0-9A-Fa-f]+|\d+)U?")
 _FLOAT = re.compile(r"0([fFdD])([0-9A-Fa-f]+)")
 _ADDRESS = re.compile(r"\[\s*([%\w$.]+)\s*(?:\+\s*(-?\w+))?\s*\]")
@@ -114,6 +115,8 @@ class Translator:
 
     def __init__(self, kernel: Kernel, arguments: dict[str, int]) -> None:
         self.kernel, self.arguments = kernel, arguments
+        opcodes = (ins.words[0] for block in kernel.blocks for ins in block)
+        self.has_wgmma = "wgmma" in opcodes
 
     # ---- operands
 
@@ -234,11 +237,26 @@ class Translator:
         words = ins.words
         if words[0] in _NOTHING:
             return None
-        special = getattr(self, f"_{words[0]}", None)
+        special = getattr(self, f"_{words[0]}", self._lanewise)
         try:
-            return special(ins, words) if special is not None else self._lanewise(ins, words)
+            step: Step | None = special(ins, words)
+            return self._watched(ins, step) if self.has_wgmma and step else step
         except (KeyError, IndexError, StopIteration) as error:
             raise NotImplementedError(f"{ins.text} at {ins.source}: {error!r}") from error
+
+    @staticmethod
+    def _watched(ins: Instruction, step: Step) -> Step:
+        """The step in a kernel with `wgmma`, whose sums may be used when they are waited for."""
+        if ins.words[0] == "wgmma":
+            return step
+        names = set(_REGISTER.findall(" ".join(ins.operands)))
+
+        def run(batch: Batch) -> None:
+            if batch.totals:
+                batch.touch(names, ins)
+            step(batch)
+
+        return run
 
     def _lanewise(self, ins: Instruction, words: list[str]) -> Step:
         name, kind = words[0], words[-1]
@@ -488,10 +506,6 @@ class Translator:
             write(batch, np.repeat(result, 32))
 
         return run
-
-    def _elect(self, ins: Instruction, words: list[str]) -> Step:
-        write = self.write(ins.operands[0].split("|")[1], "pred", ins)
-        return lambda batch: write(batch, batch.thread & u4(31) == 0)
 
     def _createpolicy(self, ins: Instruction, words: list[str]) -> Step:
         write = self.write(ins.operands[0], "b64", ins)
