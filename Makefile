@@ -41,7 +41,7 @@ bench: .venv/dev.stamp
 ptx: .venv/dev.stamp
 	for arch in sm80 sm90; do \
 		PYTHONPATH=tests $(PYTEST) -p ptx.plugin --arch $$arch \
-			tests/ptx/compiled_*.py tests/kernels/loss/test_loss.py || exit 1; \
+			tests/ptx/compiled_*.py tests/kernels/loss tests/kernels/recompute tests/kernels/residual || exit 1; \
 	done
 
 # Kills, signals, tampered files and random calls; docs/reliability.md has the table of a run.

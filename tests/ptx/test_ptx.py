@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from coded_resnext.kernels.build.shipped import shipped_rows
+
 HERE = Path(__file__).parent
 
 
@@ -28,6 +30,13 @@ def run(arch: str, *arguments: str) -> None:
     assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-2000:]
 
 
+def test_the_page_has_every_kernel() -> None:
+    page = (HERE.parents[1] / "docs" / "kernels.md").read_text(encoding="utf-8")
+    kernels = {row.kernel.rpartition(":")[2] for _, row in shipped_rows("sm90")}
+    assert {kernel for kernel in kernels if f"`{kernel}`" not in page} == set()
+
+
+@pytest.mark.long
 def test_planted_faults_are_seen() -> None:
     run("sm80", str(HERE / "compiled_executor.py"), "-k", "seen")
 

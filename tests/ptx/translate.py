@@ -10,6 +10,7 @@ from __future__ import annotations
 import operator
 import re
 from collections.abc import Callable, Iterator
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -105,6 +106,12 @@ _REDUCTIONS = {
 _NOTHING = ("membar", "prefetch", "griddepcontrol", "pragma")
 
 
+def cache_of_lanes(number: Any) -> Read:
+    """Returns how to read a number for every lane; nobody writes into what is read."""
+    every = cache(lambda lanes: np.full(lanes, number))
+    return lambda batch: every(batch.lanes)
+
+
 def members(text: str) -> list[str]:
     """The registers of a vector operand; a single one of a scalar."""
     return [part.strip() for part in text.strip("{} ").split(",")]
@@ -133,13 +140,12 @@ class Translator:
     def _bits(self, text: str, width: int) -> Read:
         number = self._number(text, width)
         if number is not None:
-            return lambda batch: np.full(batch.lanes, number)
+            return cache_of_lanes(number)
         name, _, extra = text.partition("+")
         if name in self.kernel.shared_symbols:
             if len(self.kernel.shared_symbols) > 1:
                 raise NotImplementedError("several arrays in shared memory")
-            at = np.array(int(extra or "0", 0), storage(width))
-            return lambda batch: np.full(batch.lanes, at)
+            return cache_of_lanes(storage(width)(int(extra or "0", 0)))
         name = text.lstrip("%").replace("$", "_")
         if text.startswith(("%tid", "%ntid", "%ctaid", "%nctaid", "%laneid")):
             return lambda batch: batch.special(name)
