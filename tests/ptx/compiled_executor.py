@@ -219,6 +219,20 @@ def test_arithmetic() -> None:
     assert torch.equal(whole, wrap(n).int())
 
 
+@triton.jit
+def positive(x_ptr, out_ptr, BLOCK: tl.constexpr):
+    at = tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + at).to(tl.float32)
+    tl.store(out_ptr + at, tl.where(x > 0, x * 2, 0.0).to(out_ptr.dtype.element_ty))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_pairs_are_compared_one_by_one(dtype: torch.dtype) -> None:
+    x, out = normal(512, dtype=dtype), poisoned((512,), dtype)
+    positive[(1,)](x, out, 512)
+    assert torch.equal(out, 2 * x.relu())
+
+
 # ---- planted faults
 
 

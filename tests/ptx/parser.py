@@ -50,8 +50,8 @@ class Kernel:
 
     def type_of(self, register: str) -> str:
         """Returns the type that a register was declared with: `b32`, `pred` and so on."""
-        letters = re.match(r"[A-Za-z_]+", register)
-        return self.registers.get(register) or self.registers[letters[0] if letters else ""]
+        letters = re.fullmatch(r"([A-Za-z_]+)\d*", register)
+        return self.registers.get(register) or self.registers[letters[1] if letters else ""]
 
 
 def split_operands(text: str) -> list[str]:

@@ -324,11 +324,16 @@ class Translator:
         join = next((joins[word] for word in words[2:-1] if word in joins), None)
         a, b = (self.read(text, kind) for text in ins.operands[1:3])
         third = self.read(ins.operands[3], "pred") if join else None
-        write = self.write(ins.operands[0], "pred", ins)
+        writes = [self.write(text, "pred", ins) for text in ins.operands[0].split("|")]
+        pairs = kind.endswith("x2")
+        if len(writes) != 1 + pairs:
+            raise NotImplementedError(ins.text)
 
         def run(batch: Batch) -> None:
             result = numerics.compare(a(batch), b(batch), relation)
-            write(batch, join(result, third(batch)) if join and third else result)
+            for index, write in enumerate(writes):
+                own = result[:, index] if pairs else result
+                write(batch, join(own, third(batch)) if join and third else own)
 
         return run
 
