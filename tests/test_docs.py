@@ -51,7 +51,7 @@ NOT_RUN = {
 }
 CIFAR = (
     r"\1 --dataset synthetic --train-images 60 --test-images 30 --epochs 1 --warmup-epochs 0 "
-    "--batch-size 20 --img-size 12 --device cpu"
+    "--batch-size 20 --device cpu"
 )
 # What is smaller here than on the page, or has a name of which a page speaks in general.
 SCALED = {
