@@ -1,7 +1,13 @@
-"""What surrounds a convolution between two BatchNorms, in plain PyTorch: the statistics of its
-output, and the gradient that reaches the output when the statistics are used."""
+"""What surrounds a convolution between two BatchNorms, in plain PyTorch: the map before it, the
+statistics of its output, and the gradient that reaches the output when the statistics are used.
+
+Sums of gradients and statistics come in *parts*, one for each program of a kernel that took them;
+PyTorch's are one part.
+"""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -9,17 +15,34 @@ from torch import Tensor
 from .layout import accumulation_dtype, channels_last
 
 
-def statistics_of(y: Tensor, wanted: bool = True) -> Tensor:
-    """(count, sum, M2) of each channel of `[B, C, H, W]`, `[3, C]` in the accumulation dtype.
+class Affine(NamedTuple):
+    """BatchNorm as a map of each channel, `scale y + bias`, both `[C]` in float32 or float64."""
 
-    M2 is the sum of squared deviations from the mean. `[0]` where they are not wanted.
+    scale: Tensor
+    bias: Tensor
+
+
+class ConvGradients(NamedTuple):
+    """The gradients of a convolution of `relu(scale x + bias)`; None for what is not needed.
+
+    Of a convolution of the sum that ends a block, the gradient of the sum before its ReLU.
     """
-    wide = accumulation_dtype(y.dtype)
-    if not wanted:
-        return y.new_empty((0,), dtype=wide)
-    m2, mean = torch.var_mean(y.to(wide), (0, 2, 3), correction=0)
+
+    input: Tensor | None
+    sums: Tensor | None
+    """In parts, `[parts, rows, channels]`: of the bias and of the scale of the map before it; of a
+    sum, of its bias, of its scale and of its residual's, those that there are."""
+    weight: Tensor | None
+
+
+def statistics_of(y: Tensor) -> Tensor:
+    """(count, sum, M2) of each channel of `[B, C, H, W]`, `[1, 3, C]` in the accumulation dtype.
+
+    M2 is the sum of squared deviations from the mean.
+    """
+    m2, mean = torch.var_mean(y.to(accumulation_dtype(y.dtype)), (0, 2, 3), correction=0)
     count = y.numel() // y.shape[1]
-    return torch.stack([torch.full_like(mean, count), mean * count, m2 * count])
+    return torch.stack([torch.full_like(mean, count), mean * count, m2 * count])[None]
 
 
 def statistics_gradient(grad_statistics: Tensor, statistics: Tensor) -> tuple[Tensor, Tensor]:
@@ -58,19 +81,26 @@ def activate(z: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
 
 def behind_activation(
     grad_h: Tensor, z: Tensor, scale: Tensor | None, bias: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Returns the gradient of `z` from that of `relu(scale z + bias)`, and the sums `[2, N*D]`.
+) -> tuple[Tensor, Tensor | None]:
+    """Returns the gradient of `z` from that of `relu(scale z + bias)`, and sums `[1, 2, N*D]`.
 
     The sums are those of the gradient behind the affine map and of that times `z`: the gradients
-    of `bias` and `scale`. Without a map they are empty.
+    of `bias` and `scale`. There are none without a map.
     """
     if scale is None or bias is None:
-        return channels_last(grad_h.to(z.dtype)), grad_h.new_empty((0,))
+        return channels_last(grad_h.to(z.dtype)), None
     wide = z.to(grad_h.dtype)
     scale, bias = scale[:, None, None], bias[:, None, None]
     grad = torch.where(wide * scale + bias > 0, grad_h, 0.0)
     sums = torch.stack([grad.sum((0, 2, 3)), (grad * wide).sum((0, 2, 3))])
-    return channels_last((grad * scale).to(z.dtype)), sums
+    return channels_last((grad * scale).to(z.dtype)), sums[None]
+
+
+def total(sums: Tensor | None, like: Tensor) -> Tensor:
+    """Returns the sum of all parts, or `[0]` without any, in the accumulation dtype of `like`."""
+    if sums is None:
+        return like.new_empty((0,), dtype=accumulation_dtype(like.dtype))
+    return sums.sum(0)
 
 
 def split_sums(sums: Tensor, scale: Tensor | None) -> tuple[Tensor | None, Tensor | None]:

@@ -1,7 +1,7 @@
 """The convolutions of evaluation as PyTorch operators `coded_resnext::folded_*`: BatchNorm is in
 their weights and their biases, and what stands behind them is computed on the way out.
 
-They have no gradients. The argument `kernels` is that of kernels/conv1x1/operator.py and of
+They have no gradients. The argument `kernels` is that of kernels/conv1x1/convolution.py and of
 kernels/conv3x3/operator.py; results of the size of the activations are channels-last. B samples, N
 branches of width D, I channels in, C or O channels out.
 """

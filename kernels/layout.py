@@ -237,7 +237,9 @@ def as_float32(value: Tensor | None) -> Tensor | None:
 def aligned(x: Tensor) -> Tensor:
     """Returns the tensor contiguous and at 16 bytes, as the launch rows promise of pointers."""
     contiguous = x.contiguous()
-    return contiguous if contiguous.data_ptr() % 16 == 0 else contiguous.clone()
+    if rows.launches_nothing() or contiguous.data_ptr() % 16 == 0:
+        return contiguous
+    return contiguous.clone()
 
 
 def pixels_of(rows: Tensor) -> int:

@@ -9,7 +9,9 @@ needs. Nothing is tuned while a program runs. No imports of PyTorch or Triton in
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -186,7 +188,27 @@ class LaunchRow:
 
     def launch(self, grid: tuple[int, ...], *args: Any) -> None:
         """Run the kernel on tensors in the order of `args`."""
-        self.function()[grid](*args, **self.keywords)
+        if not getattr(_FAKE, "launches", False):
+            self.function()[grid](*args, **self.keywords)
+
+
+_FAKE = threading.local()
+
+
+@contextmanager
+def without_launches() -> Iterator[None]:
+    """Lets this thread launch nothing, for results of which shape and layout alone are wanted."""
+    before = getattr(_FAKE, "launches", False)
+    _FAKE.launches = True
+    try:
+        yield
+    finally:
+        _FAKE.launches = before
+
+
+def launches_nothing() -> bool:
+    """Returns whether this thread is within `without_launches`."""
+    return bool(getattr(_FAKE, "launches", False))
 
 
 @cache

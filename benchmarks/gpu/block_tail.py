@@ -17,12 +17,15 @@ from timing import Deadline, median_ms
 from torch import Tensor
 
 from coded_resnext.kernels.conv1x1 import rows as conv1x1_rows
-from coded_resnext.kernels.conv1x1.join_operator import pack_signs
-from coded_resnext.kernels.recompute.moments_operator import (
-    recomputed_conv1x1,
-    recomputed_conv1x1_backward,
+from coded_resnext.kernels.conv1x1.convolution import pack_signs
+from coded_resnext.kernels.recompute.convolution import (
+    Moments,
+    backward,
+    join,
+    product_sums,
+    statistics,
 )
-from coded_resnext.kernels.recompute.operator import product_join, product_sums
+from coded_resnext.kernels.rows import Passes
 
 Results = dict[str, Tensor]
 PASSES = ("statistics", "join", "sums", "gradient")
@@ -91,10 +94,9 @@ class Call:
         self.weight = (normal(layer.outputs, layer.inputs, 1, 1) / layer.inputs**0.5).to(dtype)
         self.scale, self.bias = normal(layer.inputs), normal(layer.inputs)
         self.out_vectors = [normal(layer.outputs) for _ in range(4 if layer.mapped else 2)]
-        self.grad_statistics = normal(3, layer.outputs)
+        self.of_output = [normal(layer.outputs) for _ in range(3)]
         self.grad_sums = normal(layer.outputs, layer.inputs)
-        self.mean, self.scatter = normal(layer.inputs), normal(layer.inputs, layer.inputs)
-        self.mean, self.scatter = self._moments(PYTORCH)[3:]
+        self.mean, self.spread = self._moments(PYTORCH)[1]
 
     def wide(self) -> Call:
         """The same numbers in float64."""
@@ -104,38 +106,36 @@ class Call:
             for name, value in self.__dict__.items()
         }
         other.out_vectors = [vector.double() for vector in self.out_vectors]
+        other.of_output = [vector.double() for vector in self.of_output]
         return other
 
-    def _moments(self, kernels: int) -> tuple[Tensor, ...]:
-        outputs: tuple[Tensor, ...] = recomputed_conv1x1(
-            self.x, self.weight, self.scale, self.bias, kernels
-        )
-        return outputs
+    def _moments(self, passes: Passes) -> tuple[Tensor, Moments]:
+        return statistics(self.x, self.scale, self.bias, self.weight, passes)
 
-    def run(self, which: str, kernels: int) -> Results:
+    def run(self, which: str, passes: Passes) -> Results:
         """One pass."""
         operands = (self.x, self.weight, self.scale, self.bias)
         if which == "statistics":
-            place, _, statistics, mean, scatter = self._moments(kernels)
-            assert place.shape == self.grad.shape
-            return {"sum": statistics[1], "m2": statistics[2], "mean": mean, "scatter": scatter}
+            (total,), moments = self._moments(passes)
+            return {"sum": total[1], "m2": total[2], **moments._asdict()}
         if which == "sums":
-            return {"sums": product_sums(self.grad, *operands, kernels)}
+            return {"sums": product_sums(self.grad, *operands, passes)}
         if which == "gradient":
-            gradients = recomputed_conv1x1_backward(
-                *(self.grad, self.grad_sums, self.grad_statistics, *operands),
-                *(self.mean, self.scatter, True, kernels),
+            moments = Moments(self.mean, self.spread)
+            gradients = backward(
+                *(self.grad, *self.of_output, self.grad_sums, moments, *operands),
+                *(True, self.weight.dtype, passes),
             )
-            return dict(zip(("input", "sums", "weight"), gradients, strict=True))
+            assert gradients.input is not None
+            assert gradients.sums is not None
+            assert gradients.weight is not None
+            sums = gradients.sums.sum(0)
+            return {"input": gradients.input, "sums": sums, "weight": gradients.weight}
         maps = self.out_vectors[2:] if self.layer.mapped else [None, None]
-        # Neither a projection's convolution nor a next one, but signs where kernels write them.
-        options = (*[None] * 4, False, bool(kernels), kernels, PYTORCH)
-        joined, _, _, signs = product_join(
-            *(self.grad, self.grad_sums, self.x, self.scale, self.bias, self.weight),
-            *(*self.out_vectors[:2], self.residual, *maps, *options),
-        )
-        if kernels:
-            assert torch.equal(signs, pack_signs(joined))
+        # Signs where kernels write them.
+        end = (*self.out_vectors[:2], self.residual, *maps, passes.forward, passes)
+        joined, signs = join(self.x, self.scale, self.bias, self.weight, *end)
+        assert signs is None or torch.equal(signs, pack_signs(joined))
         return {"joined": joined}
 
 

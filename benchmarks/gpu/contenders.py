@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from coded_resnext import CodedLoss, CodedResNeXt, create_model
-from coded_resnext.models.fused import operators
+from coded_resnext.models.fused import block as fused
 
 Layout = Literal["nchw", "nhwc"]
 FORMATS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
@@ -122,8 +122,8 @@ class Runner:
     def train(self) -> Tensor:
         """One step; its loss."""
         self.model.train()
-        limit = 0 if self.contender.written else operators.RECOMPUTED
-        with self._autocast(), patch.object(operators, "RECOMPUTED", limit):
+        limit = 0 if self.contender.written else fused.RECOMPUTED
+        with self._autocast(), patch.object(fused, "RECOMPUTED", limit):
             if self.loss is None:
                 total = nn.functional.cross_entropy(self.call(self.images), self.targets)
             else:

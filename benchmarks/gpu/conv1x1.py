@@ -18,9 +18,10 @@ from pass_check import KERNELS, PYTORCH, check_call
 from timing import Deadline, median_ms
 from torch import Tensor
 
-from coded_resnext.kernels.conv1x1 import join_operator
-from coded_resnext.kernels.conv1x1 import operator as conv1x1_operator
+from coded_resnext.kernels.batch_norm import launch as batch_norm
+from coded_resnext.kernels.conv1x1 import convolution
 from coded_resnext.kernels.conv1x1 import rows as conv1x1_rows
+from coded_resnext.kernels.rows import Passes
 
 Results = dict[str, Tensor]
 PASSES = ("forward", "input", "weight")
@@ -86,7 +87,7 @@ class Call:
         outputs = self.forward(PYTORCH)
         self.y, self.out = outputs["y"].to(dtype), outputs.get("x", self.x).to(dtype)
         if layer.join:
-            self.signs = join_operator.pack_signs(self.out)
+            self.signs = convolution.pack_signs(self.out)
 
     def to(self, dtype: torch.dtype) -> Call:
         """The same in another dtype, with the same numbers."""
@@ -102,43 +103,45 @@ class Call:
         """In float64."""
         return self.to(torch.float64)
 
-    def forward(self, kernels: int) -> Results:
+    def forward(self, passes: Passes) -> Results:
         """Output, statistics, and of a join the block's output."""
-        if not self.layer.join:
-            y, statistics = conv1x1_operator.conv1x1(
-                self.x, self.weight, *self.vectors, True, False, kernels
-            )
-            return {"y": y, "statistics": statistics}
-        maps = self.vectors[2:] if self.layer.mapped else [None, None]
-        x, y, statistics, _ = join_operator.join_conv1x1(
-            *(self.x, *self.vectors[:2], self.residual, *maps, self.weight),
-            *(True, bool(kernels), False, kernels),
-        )
-        return {"x": x, "y": y, "statistics": statistics}
-
-    def backward(self, kernels: int, *needs: bool) -> Results:
-        """The gradients that are needed: of the input with its sums, of the weight."""
-        terms = (self.gain, self.curve, self.level)
+        results: Results = {}
         if self.layer.join:
-            gradients = join_operator.join_conv1x1_backward(
-                *(self.grad, self.grad_x, self.out, self.signs if kernels else None, self.x),
-                *(self.residual if self.layer.mapped else None, self.weight, self.y, *terms),
-                *(*needs, kernels),
+            maps = self.vectors[2:] if self.layer.mapped else [None, None]
+            before = (self.x, *self.vectors[:2], self.residual, *maps)
+            results["x"], y, partial, _ = convolution.join(
+                *before, self.weight, True, passes.forward, passes
             )
         else:
-            gradients = conv1x1_operator.conv1x1_backward(
-                *(self.grad, self.x, self.weight, *self.vectors, self.y, *terms),
-                *(*needs, kernels),
-            )
-        return dict(zip(("input", "sums", "weight"), gradients, strict=True))
+            y, partial = convolution.forward(self.x, self.weight, *self.vectors, True, passes)
+        assert partial is not None
+        return results | {"y": y, "statistics": batch_norm.merged(partial, passes.forward)}
 
-    def run(self, which: str, kernels: int) -> Results:
-        """One pass, without what it leaves empty."""
-        if which == "forward":
-            results = self.forward(kernels)
+    def backward(self, passes: Passes, *, need_input: bool) -> Results:
+        """The gradients of the input, with its sums, or that of the weight."""
+        of_output = (self.grad, self.y)
+        statistics = (self.curve, self.level)
+        dtype = None if need_input else self.weight.dtype
+        if self.layer.join:
+            signs = self.signs if passes.input else None
+            mapped = self.residual if self.layer.mapped else None
+            saved = (self.grad_x, self.out, signs, self.x, mapped, self.weight, dtype, passes)
+            gradients = convolution.join_backward(*of_output, *statistics, *saved)
         else:
-            results = self.backward(kernels, which == "input", which == "weight")
-        return {name: value for name, value in results.items() if value.numel()}
+            saved = (self.x, self.weight, *self.vectors, need_input, dtype, passes)
+            gradients = convolution.backward(*of_output, self.gain, *statistics, *saved)
+        if not need_input:
+            assert gradients.weight is not None
+            return {"weight": gradients.weight}
+        assert gradients.input is not None
+        assert gradients.sums is not None
+        return {"input": gradients.input, "sums": gradients.sums.sum(0)}
+
+    def run(self, which: str, passes: Passes) -> Results:
+        """One pass."""
+        if which == "forward":
+            return self.forward(passes)
+        return self.backward(passes, need_input=which == "input")
 
 
 def least_bytes(layer: Layer, which: str, item: int) -> float:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from coded_resnext import CodedBottleneck, CodedResNeXt
-from coded_resnext.models.fused.operators import RECOMPUTED
+from coded_resnext.models.fused.block import RECOMPUTED
 
 
 @dataclass(frozen=True)

@@ -10,15 +10,15 @@ from conv3x3 import ROUNDING, error
 
 from coded_resnext.kernels.rows import ALL_PASSES, NO_PASSES
 
-# Who computes, as the operators take it.
-KERNELS, PYTORCH = ALL_PASSES.encoded(), NO_PASSES.encoded()
+# Who computes.
+KERNELS, PYTORCH = ALL_PASSES, NO_PASSES
 
 
 def check_call(call: Any, passes: Sequence[str], repeats: int) -> dict[str, Any]:
     """Errors of the passes beside those of PyTorch's products, and whether bits repeat.
 
     Args:
-        call: a layer's tensors in a dtype. `run(pass, kernels)` gives tensors by name, `wide()` is
+        call: a layer's tensors in a dtype. `run(pass, passes)` gives tensors by name, `wide()` is
             the same in float64.
         passes: what `run` takes.
         repeats: how often each is run by the kernels.

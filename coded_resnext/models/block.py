@@ -29,7 +29,7 @@ from coded_resnext.kernels.coded.functional import normalized_branches
 from coded_resnext.kernels.coded.reference import aggregate_outputs
 from coded_resnext.kernels.layout import accumulation_dtype
 from coded_resnext.models.fused.block import fused_block, is_fused
-from coded_resnext.models.fused.values import Map, like, ready
+from coded_resnext.models.fused.step import Map, like, ready
 from coded_resnext.models.layers import applied_weight, is_seen_by_calls, unusual_layer
 
 # A symbolic trace has these as one node each, since they ask for shapes.

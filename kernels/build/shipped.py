@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
+from coded_resnext.kernels.batch_norm import rows as batch_norm_rows
 from coded_resnext.kernels.coded.rows import (
     aggregate_backward,
     aggregate_forward,
@@ -59,3 +60,4 @@ def shipped_rows(arch: str) -> Iterator[tuple[str, LaunchRow]]:
     yield from conv3x3_rows.shipped_rows(arch)
     yield from recompute_rows.shipped_rows(arch)
     yield from residual_rows.shipped_rows()
+    yield from batch_norm_rows.shipped_rows()

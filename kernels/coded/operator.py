@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from coded_resnext.kernels import affine
-from coded_resnext.kernels.affine import behind_activation, split_sums
+from coded_resnext.kernels.affine import behind_activation, split_sums, total
 from coded_resnext.kernels.checks import check_filled, refuse_derivative
 from coded_resnext.kernels.layout import (
     accumulation_dtype,
@@ -96,7 +96,7 @@ def branch_energy_backward(
         grams = gram.branch_grams(h, branch_weight.shape[0])
         grad_h, grad_weight = gram.energy_gradients(grad_energy, h, branch_weight, grams)
         grad_z, sums = behind_activation(grad_h, z, scale, bias)
-        return grad_z, grad_weight.to(branch_weight.dtype), sums
+        return grad_z, grad_weight.to(branch_weight.dtype), total(sums, z)
     coefficient = (grad_energy * (2.0 * launch.inverse_size)).contiguous()
     row = coded_rows.energy_backward(launch.sizes, launch.variant)
     grid = launch.over_windows(row)
@@ -115,8 +115,7 @@ def branch_energy_backward(
             launch.batch,
         )
         grad_weight = launch.weight_gradient(coefficient, branch_weight)
-    sums = coefficient.new_empty((0,)) if parts is None else parts.sum(0)
-    return grad.permute(0, 3, 1, 2), grad_weight, sums
+    return grad.permute(0, 3, 1, 2), grad_weight, total(parts, z)
 
 
 @branch_energy_backward.register_fake
@@ -172,6 +171,18 @@ def normalize_branches(
     Returns:
         `s h` like `z`, `Ebar [B, N]`, and `1/M [B]`, which has no gradient.
     """
+    return forward(z, branch_weight, scale, bias, drop_mask, keep_mask)
+
+
+def forward(
+    z: Tensor,
+    branch_weight: Tensor,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    drop_mask: Tensor | None,
+    keep_mask: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Does what `normalize_branches` does, without autograd."""
     check_filled("z", z)
     rows = (coded_rows.aggregate_forward,)
     launch = Launch.of(z, branch_weight, scale, bias, drop_mask, keep_mask, rows=rows)
@@ -233,6 +244,24 @@ def normalize_branches_backward(
     Returns:
         The gradients of `z` and `branch_weight`, and the sums of `behind_activation`.
     """
+    saved = (z, branch_weight, scale, bias, drop_mask, keep_mask, normalized, inverse)
+    grad, grad_weight, sums = backward(grad_scaled, grad_normalized, *saved)
+    return grad, grad_weight, total(sums, z)
+
+
+def backward(
+    grad_scaled: Tensor,
+    grad_normalized: Tensor,
+    z: Tensor,
+    branch_weight: Tensor,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    drop_mask: Tensor | None,
+    keep_mask: Tensor | None,
+    normalized: Tensor,
+    inverse: Tensor,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Does what `normalize_branches_backward` does, with the sums in parts, `[parts, 2, N*D]`."""
     check_filled("z", z)
     rows = (coded_rows.aggregate_backward, coded_rows.weighted_gram)
     launch = Launch.of(z, branch_weight, scale, bias, drop_mask, keep_mask, rows=rows)
@@ -265,8 +294,7 @@ def normalize_branches_backward(
             launch.inverse_size,
         )
         grad_weight = launch.weight_gradient(coefficient, branch_weight)
-    sums = normalized.new_empty((0,)) if parts is None else parts.sum(0)
-    return grad.permute(0, 3, 1, 2), grad_weight, sums
+    return grad.permute(0, 3, 1, 2), grad_weight, parts
 
 
 @normalize_branches_backward.register_fake

@@ -19,7 +19,6 @@ from coded_resnext.kernels.layout import (
     pixels_of,
     variant_of,
 )
-from coded_resnext.kernels.residual.rows import merge_statistics
 
 from . import rows as conv1x1_rows
 from .rows import ProductSizes, Tile
@@ -27,8 +26,8 @@ from .rows import ProductSizes, Tile
 
 def forward(
     x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, statistics: bool
-) -> tuple[Tensor, Tensor]:
-    """`y [B, O, H, W]`, channels-last, and its (count, sum, M2) `[3, O]` float32, or `[0]`.
+) -> tuple[Tensor, Tensor | None]:
+    """`y [B, O, H, W]`, channels-last, and its (count, sum, M2) in parts, `[parts, 3, O]`.
 
     Args:
         x: `[B, I, H, W]`; copied unless channels-last.
@@ -52,7 +51,7 @@ def forward(
         aligned(weight),
         pixels_of(rows),
     )
-    return y.permute(0, 3, 1, 2), _merged(x, partial)
+    return y.permute(0, 3, 1, 2), partial
 
 
 def join_forward(
@@ -65,10 +64,10 @@ def join_forward(
     weight: Tensor,
     statistics: bool,
     keep_signs: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """`x = relu(scale y + bias + residual)`, `z = W x`, the statistics of `z` and the signs of `x`.
 
-    Arguments and results as for the operator `join_conv1x1`.
+    Arguments and results as for `convolution.join`.
     """
     sizes = ProductSizes(weight.shape[1], weight.shape[0], join=True)
     variant = variant_of(
@@ -78,12 +77,13 @@ def join_forward(
     rows, x, z = aligned_rows(y), empty_rows(y), empty_rows(y, sizes.outputs)
     parts, columns = parts_of(rows, tile, sizes.outputs)
     partial = empty_float32(y, parts, 3, sizes.outputs) if statistics else None
-    shape = (*rows.shape[:3], sizes.inputs // 8) if keep_signs else (0,)
-    signs = y.new_empty(shape, dtype=torch.uint8)
+    signs = None
+    if keep_signs:
+        signs = y.new_empty((*rows.shape[:3], sizes.inputs // 8), dtype=torch.uint8)
     conv1x1_rows.join_forward(sizes, variant).launch(
         (parts * columns,),
         x,
-        signs if keep_signs else None,
+        signs,
         z,
         partial,
         rows,
@@ -95,7 +95,7 @@ def join_forward(
         aligned(weight),
         pixels_of(rows),
     )
-    return x.permute(0, 3, 1, 2), z.permute(0, 3, 1, 2), _merged(y, partial), signs
+    return x.permute(0, 3, 1, 2), z.permute(0, 3, 1, 2), partial, signs
 
 
 def input_gradient(
@@ -109,11 +109,11 @@ def input_gradient(
     curve: Tensor | None,
     level: Tensor | None,
     keep_output_gradient: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradient of `x [B, I, H, W]`, those of `bias` and `scale`, `[2, I]` or `[0]`, and with
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """The gradient of `x [B, I, H, W]`, those of `bias` and `scale`, `[parts, 2, I]`, and with
     `keep_output_gradient` `gain grad + curve y + level`; in its place `grad` if it is not wanted.
 
-    Arguments as for the operator `conv1x1_backward`.
+    Arguments as for `convolution.backward`.
     """
     sizes = ProductSizes(weight.shape[1], weight.shape[0])
     keeps = keep_output_gradient and (y is not None or gain is not None)
@@ -144,10 +144,9 @@ def input_gradient(
         aligned(weight),
         pixels_of(rows),
     )
-    sums = empty_float32(x, 0) if partial is None else partial.sum(0)
     return (
         dx.permute(0, 3, 1, 2),
-        sums,
+        partial,
         grad if output_gradient is None else output_gradient.permute(0, 3, 1, 2),
     )
 
@@ -167,8 +166,8 @@ def join_input_gradient(
     keep_output_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradient `g` behind the ReLU of a join, and that of its output as `input_gradient` gives
-    it; between them the sums of `g`, of `g y` and of `g residual` where there are these, `[1 to 3,
-    I]`. Arguments as for the operator `join_conv1x1_backward`, but `y` may be None."""
+    it; between them the sums of `g`, of `g y` and of `g residual` where there are these, `[parts,
+    1 to 3, I]`. Arguments as for `convolution.join_backward`."""
     sizes = ProductSizes(weight.shape[1], weight.shape[0], join=True)
     keeps = keep_output_gradient and (z is not None or gain is not None)
     variant = variant_of(
@@ -204,7 +203,7 @@ def join_input_gradient(
         pixels_of(rows),
     )
     output_gradient = grad if output_gradient is None else output_gradient.permute(0, 3, 1, 2)
-    return g.permute(0, 3, 1, 2), partial.sum(0), output_gradient
+    return g.permute(0, 3, 1, 2), partial, output_gradient
 
 
 def weight_gradient(
@@ -234,16 +233,6 @@ def weight_gradient(
         pixels_of(rows),
     )
     return partial.sum(0).to(weight.dtype if dtype is None else dtype).view(weight.shape)
-
-
-def _merged(like: Tensor, partial: Tensor | None) -> Tensor:
-    """Returns the statistics of all tiles from those of the programs."""
-    if partial is None:
-        return empty_float32(like, 0)
-    parts, _, channels = partial.shape
-    total = empty_float32(like, 3, channels)
-    merge_statistics(channels).launch((-(-channels // 8),), total, partial, parts)
-    return total
 
 
 # Processors of the machine that the interpreter stands in for: programs have several tiles there.

@@ -46,9 +46,11 @@ def input_gradient(grad: Tensor, weight: Tensor, more: Tensor | None = None) -> 
 
 
 @without_autocast
-def weight_gradient(grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-    """`grad x^T`, summed over the pixels, in the shape of the weight."""
-    return (_matrix(grad).t() @ _matrix(x)).view_as(weight)
+def weight_gradient(grad: Tensor, x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """`grad x^T`, summed over the pixels, in the shape of the weight and in another dtype."""
+    if grad.is_cuda and dtype == accumulation_dtype(grad.dtype):
+        return wide_sums(grad, x).view_as(weight)
+    return (_matrix(grad).t() @ _matrix(x)).view_as(weight).to(dtype)
 
 
 def wide_sums(grad: Tensor, x: Tensor) -> Tensor:

@@ -19,7 +19,6 @@ from coded_resnext.kernels.layout import (
     tf32_allowed,
     variant_of,
 )
-from coded_resnext.kernels.residual import rows as residual_rows
 from coded_resnext.kernels.rows import Variant
 
 from . import rows as conv3x3_rows
@@ -33,15 +32,15 @@ def forward(
     scale: Tensor | None,
     bias: Tensor | None,
     statistics: bool,
-) -> tuple[Tensor, Tensor]:
-    """`y [B, N*D, OH, OW]`, channels-last, and its (count, sum, M2) `[3, N*D]` float32.
+) -> tuple[Tensor, Tensor | None]:
+    """`y [B, N*D, OH, OW]`, channels-last, and its (count, sum, M2) in parts, `[parts, 3, N*D]`.
 
     Args:
         x: `[B, N*D, H, W]`; copied unless channels-last and of a width that needs no padding.
         weight: `[N*D, D, 3, 3]` in the dtype of `x`.
         sizes: `N`, `D` and the stride.
         scale, bias: `[N*D]` float32 or None; `relu(scale x + bias)` is convolved instead of `x`.
-        statistics: whether they are wanted; `[0]` is returned in their place otherwise.
+        statistics: whether they are wanted.
     """
     rows, (scale, bias) = _rows(x, sizes), _vectors(sizes, scale, bias)
     batch, height, width, channels = rows.shape
@@ -64,12 +63,7 @@ def forward(
         width,
         part_rows,
     )
-    if partial is None:
-        return _images(y, sizes), empty_float32(x, 0)
-    total = empty_float32(x, 3, channels)
-    row = residual_rows.merge_statistics(channels)
-    row.launch((-(-channels // 8),), total, partial, parts)
-    return _images(y, sizes), _channels(total, sizes)
+    return _images(y, sizes), None if partial is None else _channels(partial, sizes)
 
 
 def folded_forward(
@@ -163,8 +157,8 @@ def input_gradient(
     x: Tensor | None,
     scale: Tensor | None,
     bias: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """The gradient of `x [B, N*D, H, W]`, and those of `bias` and `scale`, `[2, N*D]` or `[0]`.
+) -> tuple[Tensor, Tensor | None]:
+    """The gradient of `x [B, N*D, H, W]`, and those of `bias` and `scale`, `[parts, 2, N*D]`.
 
     Args:
         grad: of the output, `[B, N*D, OH, OW]`.
@@ -196,9 +190,7 @@ def input_gradient(
         *map_size,
         part_rows,
     )
-    if partial is None:
-        return _images(dx, sizes), empty_float32(grad, 0)
-    return _images(dx, sizes), _channels(partial.sum(0), sizes)
+    return _images(dx, sizes), None if partial is None else _channels(partial, sizes)
 
 
 def weight_gradient(
@@ -210,8 +202,12 @@ def weight_gradient(
     x: Tensor,
     scale: Tensor | None,
     bias: Tensor | None,
+    dtype: torch.dtype,
 ) -> Tensor:
-    """Returns the gradient of the weight, `[N*D, D, 3, 3]`; arguments as for `input_gradient`."""
+    """Returns the gradient of the weight, `[N*D, D, 3, 3]`, in a dtype.
+
+    Arguments as for `input_gradient`.
+    """
     rows, inputs = _rows(grad, sizes, "grad"), _rows(x, sizes)
     scale, bias, curve, level = _vectors(sizes, scale, bias, curve, level)
     windows = GroupedWindows.of(sizes)
@@ -233,8 +229,9 @@ def weight_gradient(
         *inputs.shape[:3],
         part_rows,
     )
-    gradient = grad.new_empty(sizes.groups * sizes.width, sizes.width, 3, 3)
-    row = conv3x3_rows.reduce_weight_gradient(sizes, DTYPES[grad.dtype])
+    shape = (sizes.groups * sizes.width, sizes.width, 3, 3)
+    gradient = grad.new_empty(shape, dtype=dtype)
+    row = conv3x3_rows.reduce_weight_gradient(sizes, DTYPES[dtype])
     row.launch((windows.count * 9 * (block * block // REDUCED),), gradient, partial, splits)
     return gradient
 
@@ -292,9 +289,9 @@ def _channels(values: Tensor, sizes: GroupedSizes) -> Tensor:
     if windows.fit(sizes):
         return values
     split = values.reshape(*values.shape[:-1], windows.count * windows.group, windows.padded)
-    return split[..., : sizes.groups, : sizes.width].flatten(-2)
+    return split[..., : sizes.groups, : sizes.width].flatten(-2).contiguous()
 
 
 def _images(rows: Tensor, sizes: GroupedSizes) -> Tensor:
     """Rows of padded channels as `[B, N*D, H, W]`, channels-last."""
-    return _channels(rows, sizes).contiguous().permute(0, 3, 1, 2)
+    return _channels(rows, sizes).permute(0, 3, 1, 2)

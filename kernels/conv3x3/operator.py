@@ -15,18 +15,21 @@ from torch import Tensor
 
 from coded_resnext.kernels import affine, layout
 from coded_resnext.kernels.affine import (
+    ConvGradients,
     add_statistics_gradient,
     behind_activation,
     split_sums,
     statistics_gradient,
-    statistics_of,
+    total,
 )
+from coded_resnext.kernels.batch_norm import launch as batch_norm_launch
 from coded_resnext.kernels.checks import check_filled
 from coded_resnext.kernels.layout import (
     accumulation_dtype,
     channels_last,
     on_device,
 )
+from coded_resnext.kernels.residual import launch as residual_launch
 from coded_resnext.kernels.rows import Passes
 
 from . import launch as conv3x3_launch
@@ -69,14 +72,33 @@ def grouped_conv3x3(
         `y [B, N*D, OH, OW]`, and its (count, sum, M2) `[3, N*D]` in the accumulation dtype, which
         a kernel takes before `y` is rounded; `[0]` without `statistics`.
     """
+    passes = Passes.decoded(kernels)
+    y, partial = forward(x, weight, scale, bias, stride, statistics, passes)
+    if partial is None:
+        return y, x.new_empty((0,), dtype=accumulation_dtype(x.dtype))
+    return y, batch_norm_launch.merged(partial, passes.forward)
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    stride: int,
+    statistics: bool,
+    passes: Passes,
+) -> tuple[Tensor, Tensor | None]:
+    """Does what `grouped_conv3x3` does, without autograd and with the statistics in parts."""
     check_filled("x", x)
     sizes = sizes_of(weight, stride)
-    if Passes.decoded(kernels).forward:
+    if passes.forward:
         with on_device(x):
             return conv3x3_launch.forward(x, weight, sizes, scale, bias, statistics)
     activated = affine.activate(x, scale, bias)
     y = channels_last(F.conv2d(activated, weight, None, stride, 1, 1, sizes.groups))
-    return y, statistics_of(y, statistics)
+    if not statistics:
+        return y, None
+    return y, residual_launch.statistics(y, passes.pointwise)
 
 
 @grouped_conv3x3.register_fake
@@ -116,21 +138,49 @@ def grouped_conv3x3_backward(
         The gradient of `x` and `[2, N*D]`, those of `bias` and `scale`, and the gradient of
         `weight`; `[0]` in place of what is not needed or not there.
     """
+    of_output = (grad, y, curve, level)
+    passes = Passes.decoded(kernels)
+    weight_dtype = weight.dtype if need_weight else None
+    dx, sums, dweight = backward(
+        *of_output, x, weight, scale, bias, stride, need_input, weight_dtype, passes
+    )
+    nothing = x.new_empty((0,))
+    return nothing if dx is None else dx, total(sums, x), nothing if dweight is None else dweight
+
+
+def backward(
+    grad: Tensor,
+    y: Tensor | None,
+    curve: Tensor | None,
+    level: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    stride: int,
+    need_input: bool,
+    weight_dtype: torch.dtype | None,
+    passes: Passes,
+) -> ConvGradients:
+    """Does what `grouped_conv3x3_backward` does, with the sums in parts.
+
+    The gradient of the weight has a dtype of its own; without one it is not computed.
+    """
     check_filled("x", x)
     sizes = sizes_of(weight, stride)
     accumulate = accumulation_dtype(x.dtype)
-    dx, dweight = x.new_empty((0,)), x.new_empty((0,))
-    sums = x.new_empty((0,), dtype=accumulate)
-    passes = Passes.decoded(kernels)
+    dx = sums = dweight = None
     with on_device(x):
         if need_input and passes.input:
             map_size = (x.shape[2], x.shape[3])
             dx, sums = conv3x3_launch.input_gradient(
                 grad, weight, sizes, map_size, y, curve, level, x, scale, bias
             )
-        if need_weight and passes.weight:
-            dweight = conv3x3_launch.weight_gradient(grad, sizes, y, curve, level, x, scale, bias)
-    mask = [need_input and not passes.input, need_weight and not passes.weight, False]
+        if weight_dtype is not None and passes.weight:
+            of_output = (grad, sizes, y, curve, level)
+            dweight = conv3x3_launch.weight_gradient(*of_output, x, scale, bias, weight_dtype)
+    by_library = weight_dtype is not None and not passes.weight
+    mask = [need_input and not passes.input, by_library, False]
     if any(mask):
         grad = add_statistics_gradient(grad, y, None, curve, level)
         activated = affine.activate(x, scale, bias)
@@ -139,8 +189,8 @@ def grouped_conv3x3_backward(
         if mask[0]:
             dx, sums = behind_activation(of_inputs[0].to(accumulate), x, scale, bias)
         if mask[1]:
-            dweight = of_inputs[1].contiguous()
-    return dx, sums, dweight
+            dweight = of_inputs[1].to(weight_dtype).contiguous()
+    return ConvGradients(dx, sums, dweight)
 
 
 @grouped_conv3x3_backward.register_fake

@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 
-from coded_resnext.kernels.residual.rows import merge_statistics
 from coded_resnext.kernels.rows import (
     ALL_PASSES,
     ITEM_BYTES,
@@ -332,7 +331,6 @@ def shipped_rows(arch: str) -> Iterator[tuple[str, LaunchRow]]:
     BatchNorms (`fused`), and evaluation (`folded`). With Triton 3.8 one row depends on the
     architecture."""
     for stage, (groups, layers) in PAPER_CONVOLUTIONS.items():
-        yield f"grouped merge_statistics {stage}", merge_statistics(groups * layers[0][0])
         for width, stride in layers:
             sizes = GroupedSizes(groups, width, stride)
             for kind in ("plain", "fused"):

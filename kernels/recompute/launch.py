@@ -37,7 +37,7 @@ def product_join(
     residual_bias: Tensor | None,
     keep_signs: bool,
     factor: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     """`relu(factor out_scale (W relu(scale x + bias)) + out_bias + residual)` and its signs.
 
     Args:
@@ -52,7 +52,7 @@ def product_join(
 
     Returns:
         `[B, O, H, W]`, channels-last, and one bit for each of its elements that is above 0, in
-        bytes `[B, H, W, O / 8]`, the first channel lowest; `[0]` without `keep_signs`.
+        bytes `[B, H, W, O / 8]`, the first channel lowest; None without `keep_signs`.
     """
     sizes = ProductSizes(weight.shape[1], weight.shape[0])
     variant = variant_of(
@@ -66,12 +66,13 @@ def product_join(
     )
     rows, y = aligned_rows(x), empty_rows(x, sizes.outputs)
     parts, columns = parts_of(rows, forward_tile(sizes, variant), sizes.outputs)
-    shape = (*rows.shape[:3], sizes.outputs // 8) if keep_signs else (0,)
-    signs = x.new_empty(shape, dtype=torch.uint8)
+    signs = None
+    if keep_signs:
+        signs = x.new_empty((*rows.shape[:3], sizes.outputs // 8), dtype=torch.uint8)
     recompute_rows.product_join(sizes, variant).launch(
         (parts * columns,),
         y,
-        signs if keep_signs else None,
+        signs,
         rows,
         as_float32(scale),
         as_float32(bias),
@@ -126,14 +127,14 @@ def moments_gradient(
     x: Tensor,
     scale: Tensor | None,
     bias: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """The gradient of `x [B, I, H, W]` and those of `bias` and `scale`, `[2, I]` float32, where
-    that of `h = relu(scale x + bias)` is `V^T grad + Q h + t`; without these `h = x`, and `[0]`.
+) -> tuple[Tensor, Tensor | None]:
+    """The gradient of `x [B, I, H, W]` and those of `bias` and `scale`, `[parts, 2, I]`, where that
+    of `h = relu(scale x + bias)` is `V^T grad + Q h + t`; without these `h = x`, and None.
 
     Args:
         grad: `[B, O, H, W]`.
         weight, square: V, `[O, I]`, and the symmetric Q, `[I, I]`, in float32. They are multiplied
-            in the dtype of `x`, Q in units of its largest element: in float16 it would end in 0.
+            in the dtype of `x`, in float16 Q in units of its largest element: it would end in 0.
         shift: t, `[I]`.
         x, scale, bias: as for the forward pass.
     """
@@ -142,14 +143,18 @@ def moments_gradient(
     rows, dx = aligned_rows(x), empty_rows(x)
     parts, columns = parts_of(rows, gradient_tile(sizes, variant), sizes.inputs)
     partial = None if scale is None else empty_float32(x, parts, 2, sizes.inputs)
-    size = square.abs().amax().clamp_min(torch.finfo(torch.float32).tiny)
+    if x.dtype == torch.float16:
+        size = square.abs().amax().clamp_min(torch.finfo(torch.float32).tiny)
+        square = square / size
+    else:
+        size = square.new_ones(())
     recompute_rows.moments_gradient(sizes, variant).launch(
         (parts * columns,),
         dx,
         partial,
         aligned_rows(grad),
         aligned(weight.to(x.dtype)),
-        aligned((square / size).to(x.dtype)),
+        aligned(square.to(x.dtype)),
         size,
         as_float32(shift),
         rows,
@@ -157,7 +162,7 @@ def moments_gradient(
         as_float32(bias),
         pixels_of(rows),
     )
-    return dx.permute(0, 3, 1, 2), empty_float32(x, 0) if partial is None else partial.sum(0)
+    return dx.permute(0, 3, 1, 2), partial
 
 
 def folded_forward(

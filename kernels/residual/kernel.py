@@ -133,6 +133,38 @@ def pointwise_join_backward(
 
 
 @triton.jit(do_not_specialize=["rows"])
+def pointwise_gradient(
+    out_ptr,
+    grad_ptr,
+    y_ptr,
+    gain_ptr,
+    curve_ptr,
+    level_ptr,
+    rows,
+    CHANNELS: tl.constexpr,
+    TRIPS: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """`gain grad + curve y + level`, the gradient of a convolution's output.
+
+    Grid: parts * column blocks. `out`, `grad`, `y [ROWS, CHANNELS]` in one dtype; the vectors
+    `[CHANNELS]` float32. `gain` may be None, and `y`, `curve` and `level` together.
+    """
+    _part, first, channel = locate_tile(rows, CHANNELS, TRIPS, BLOCK_P, BLOCK_C)
+    real = channel < CHANNELS
+    gain = load_channels(gain_ptr, channel, real, 1.0)
+    curve = load_channels(curve_ptr, channel, real, 0.0)
+    level = load_channels(level_ptr, channel, real, 0.0)
+    for trip in range(TRIPS):
+        at, inside = tile_offsets(first + trip * BLOCK_P, rows, channel, CHANNELS, BLOCK_P, BLOCK_C)
+        value = tl.load(grad_ptr + at, mask=inside, other=0.0).to(tl.float32) * gain
+        if y_ptr is not None:
+            value += curve * tl.load(y_ptr + at, mask=inside, other=0.0).to(tl.float32) + level
+        tl.store(out_ptr + at, round_to(value, out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["rows"])
 def column_statistics(
     partial_ptr,
     y_ptr,
@@ -144,9 +176,8 @@ def column_statistics(
 ):
     """Each part's (count, sum, M2) of `y [ROWS, CHANNELS]`, `partial [parts, 3, CHANNELS]` float32.
 
-    Grid: parts * column blocks. What `merge_statistics` of kernels/residual/merge.py makes one of.
-    Deviations
-    from the part's first row are what is summed: of a mean that is large beside the spread, sums of
+    Grid: parts * column blocks. kernels/batch_norm/kernel.py adds them up. Deviations from the
+    part's first row are what is summed: of a mean that is large beside the spread, sums of
     squares would leave nothing.
     """
     part, first, channel = locate_tile(rows, CHANNELS, TRIPS, BLOCK_P, BLOCK_C)

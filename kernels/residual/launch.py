@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from coded_resnext.kernels.affine import statistics_of
+from coded_resnext.kernels.affine import add_statistics_gradient, statistics_of
 from coded_resnext.kernels.layout import (
     DTYPES,
     accumulation_dtype,
@@ -23,7 +23,6 @@ from coded_resnext.kernels.layout import (
 )
 
 from . import rows as residual_rows
-from .rows import merge_statistics
 
 
 def forward(
@@ -81,16 +80,17 @@ def forward(
 def backward(
     grad: Tensor, x: Tensor, y: Tensor | None, residual: Tensor | None, kernels: bool
 ) -> tuple[Tensor, Tensor]:
-    """Returns the gradient behind the ReLU, `g = grad` where `x > 0`, and sums of it `[1 to 3, C]`.
+    """Returns the gradient behind the ReLU, `g = grad` where `x > 0`, and sums of it in parts.
 
-    The sums are those of `g`, with a `y` of `g y` and with a `residual` of `g residual`.
+    The sums, `[parts, 1 to 3, C]`, are those of `g`, with a `y` of `g y` and with a `residual` of
+    `g residual`.
     """
     factors = [each for each in (y, residual) if each is not None]
     if not kernels:
         g = torch.where(x > 0, grad, 0.0)
         wide = g.to(accumulation_dtype(x.dtype))
         products = [wide, *(wide * factor for factor in factors)]
-        return channels_last(g), torch.stack([each.sum((0, 2, 3)) for each in products])
+        return channels_last(g), torch.stack([each.sum((0, 2, 3)) for each in products])[None]
     rows = as_rows(x)
     g = empty_rows(x)
     count, channels = pixels_of(rows), rows.shape[3]
@@ -109,21 +109,48 @@ def backward(
             None if residual is None else as_rows(residual),
             count,
         )
-    return g.permute(0, 3, 1, 2), partial.sum(0)
+    return g.permute(0, 3, 1, 2), partial
 
 
-def statistics(y: Tensor, kernels: bool, wanted: bool = True) -> Tensor:
-    """(count, sum, M2) of each channel, `[3, C]` in the accumulation dtype; `[0]` if not wanted."""
-    if not kernels or not wanted:
-        return statistics_of(y, wanted)
+def output_gradient(
+    grad: Tensor,
+    y: Tensor | None,
+    gain: Tensor | None,
+    curve: Tensor | None,
+    level: Tensor | None,
+    kernels: bool,
+) -> Tensor:
+    """`gain grad + curve y + level` in the dtype of `grad`; absent terms are left out."""
+    if not kernels or (gain is None and y is None):
+        return add_statistics_gradient(grad, y, gain, curve, level)
+    rows, out = as_rows(grad), empty_rows(grad)
+    count, channels = pixels_of(rows), rows.shape[3]
+    row = residual_rows.pointwise_gradient(
+        channels, DTYPES[grad.dtype], gain=gain is not None, statistics=y is not None
+    )
+    with on_device(grad):
+        row.launch(
+            residual_rows.grid_of(count, channels),
+            out,
+            rows,
+            None if y is None else as_rows(y),
+            as_float32(gain),
+            as_float32(curve),
+            as_float32(level),
+            count,
+        )
+    return out.permute(0, 3, 1, 2)
+
+
+def statistics(y: Tensor, kernels: bool) -> Tensor:
+    """(count, sum, M2) of each channel in parts, `[parts, 3, C]` in the accumulation dtype."""
+    if not kernels:
+        return statistics_of(y)
     rows = as_rows(y)
     count, channels = pixels_of(rows), rows.shape[3]
-    parts = residual_rows.parts_of(count)
-    partial = empty_float32(y, parts, 3, channels)
-    total = empty_float32(y, 3, channels)
+    partial = empty_float32(y, residual_rows.parts_of(count), 3, channels)
     with on_device(y):
         residual_rows.column_statistics(channels, DTYPES[y.dtype]).launch(
             residual_rows.grid_of(count, channels), partial, rows, count
         )
-        merge_statistics(channels).launch((-(-channels // 8),), total, partial, parts)
-    return total
+    return partial

@@ -89,6 +89,23 @@ def pointwise_join_backward(
 
 
 @cache
+def pointwise_gradient(
+    channels: int, dtype: Dtype, *, gain: bool, statistics: bool = True
+) -> LaunchRow:
+    """Settings of `kernel.pointwise_gradient`.
+
+    Args:
+        channels, dtype: of the map.
+        gain: whether the gradient comes without its factor.
+        statistics: whether there is a gradient through them.
+    """
+    wide, vector = f"*{dtype}", "*fp32"
+    own = (vector, vector) if statistics else (None, None)
+    args = (wide, wide, wide if statistics else None, vector if gain else None, *own)
+    return _row("pointwise_gradient", channels, dtype, args, 2 + statistics)
+
+
+@cache
 def column_statistics(channels: int, dtype: Dtype) -> LaunchRow:
     """Settings of `kernel.column_statistics`."""
     return _row("column_statistics", channels, dtype, ("*fp32", f"*{dtype}"), 1)
@@ -110,24 +127,12 @@ def shipped_rows() -> Iterator[tuple[str, LaunchRow]]:
             for make in (pointwise_join, pointwise_join_backward):
                 row = make(channels, "bf16", mapped=mapped)
                 yield f"{row.kernel.split(':')[1]} {channels} {kind}", row
+        for gain in (False, True):
+            row = pointwise_gradient(channels, "bf16", gain=gain)
+            yield f"pointwise_gradient {channels}{', gain' * gain}", row
         yield f"column_statistics {channels}", column_statistics(channels, "bf16")
     # Inside the first stage; and the end of a block of plain stages, whose products are not there.
     yield "column_statistics 128", column_statistics(128, "bf16")
     for channels in PAPER_CHANNELS[:2]:
         row = pointwise_join_backward(channels, "bf16", mapped=False, raw=False)
         yield f"pointwise_join_backward {channels} of a product", row
-    # Those of fewer channels come with the grouped convolutions.
-    yield f"merge_statistics {PAPER_CHANNELS[-1]}", merge_statistics(PAPER_CHANNELS[-1])
-
-
-@cache
-def merge_statistics(channels: int) -> LaunchRow:
-    """Settings of `merge.merge_statistics`."""
-    return LaunchRow(
-        kernel="residual.merge:merge_statistics",
-        args=("*fp32", "*fp32", 960),
-        constexprs=(("CHANNELS", channels), ("BLOCK_C", 8), ("BLOCK_T", 256)),
-        num_warps=4,
-        trip_bytes=256 * 8 * 2 * 4,
-        sample_bytes=0,
-    )

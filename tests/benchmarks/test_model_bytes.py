@@ -15,10 +15,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from coded_resnext import CodedResNeXt, Stage
+from coded_resnext.kernels.conv1x1 import convolution
 from coded_resnext.kernels.conv1x1 import library as conv1x1_library
-from coded_resnext.kernels.conv1x1 import operator as conv1x1_operator
 from coded_resnext.kernels.rows import ALL_PASSES, LaunchRow, Plan
-from coded_resnext.models.fused.operators import FusedOperators
+from coded_resnext.models.fused import block as fused_block
 
 # As many samples as no weight has channels: what tells maps from weights.
 BATCH, SIZE = 7, 8
@@ -116,9 +116,9 @@ def test_it_counts_what_training_launches_kernels_with(
     monkeypatch.setattr(LaunchRow, "launch", note)
     for name in ("forward", "wide_sums"):
         monkeypatch.setattr(conv1x1_library, name, counted(name, moved))
-    monkeypatch.setattr(FusedOperators, "joins", lambda *_: True)
+    monkeypatch.setattr(fused_block, "_pointwise", lambda *_: True)
     every = Plan(ALL_PASSES, "all of them")
-    monkeypatch.setattr(conv1x1_operator, "planned", lambda *_: every)
+    monkeypatch.setattr(convolution, "planned", lambda *_: every)
     model = network(stages).float()
     for block in model.blocks:
         block.backend = "triton"

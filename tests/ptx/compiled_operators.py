@@ -13,15 +13,15 @@ import torch
 from support.cases import coded, conv1x1, fused
 from support.cases.conv1x1 import ProductCase, called
 from support.cases.conv3x3 import GroupedCase, defined
+from support.cases.differentiable import End
 from support.guarded_memory import guarded_memory
 from support.helpers import TOLERANCES, map_and_energies, relative_error
 from torch import Tensor
 
 from coded_resnext.kernels import branch_energy, grouped_conv3x3
 from coded_resnext.kernels.coded.operator import normalize_branches
-from coded_resnext.kernels.conv1x1 import operator as conv1x1_operator
+from coded_resnext.kernels.conv1x1 import convolution
 from coded_resnext.kernels.residual import reference as residual_reference
-from coded_resnext.kernels.residual.operator import join
 from coded_resnext.kernels.rows import ALL_PASSES, Plan
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -207,12 +207,10 @@ PRODUCTS = [
     ProductCase("odd_channels", I=7, O=5, B=3, H=3, W=3),
     ProductCase("steps_over_channels", I=96, O=72),
     ProductCase("plain", affine=False, statistics=False),
-    ProductCase("deferred", deferred=True, I=264, O=136, B=1, H=3, W=3),
+    ProductCase("deferred", gain=True, I=264, O=136, B=1, H=3, W=3),
     ProductCase("join", join=True),
     ProductCase("join_columns", join=True, I=72, O=136, B=1, affine=False),
     ProductCase("join_without_signs", join=True, I=20, O=7, signs=False),
-    ProductCase("join_deferred", join=True, deferred=True),
-    ProductCase("join_deferred_identity", join=True, deferred=True, affine=False),
     ProductCase("join_of_two_tiles", join=True, I=256, O=40, B=1, H=9, W=8),
 ]
 
@@ -239,7 +237,7 @@ def test_join(shape: tuple[int, ...], mapped: bool, dtype: torch.dtype) -> None:
         leaves = [*(m.to(own) for m in maps), *(v.to(wide) for v in vectors)]
         y, residual, scale, bias, *others = (leaf.requires_grad_() for leaf in leaves)
         given = (y, scale, bias, residual, *(others or (None, None)))
-        x = join(*given, False, True) if own == dtype else residual_reference.join(*given)
+        x = End.apply(*given) if own == dtype else residual_reference.join(*given)
         grads = torch.autograd.grad(x, leaves, grad.to(own))
         results.append({str(index): value for index, value in enumerate((x, *grads))})
     check(*results, TOLERANCES[dtype])
@@ -270,7 +268,7 @@ def test_block(case: fused.BlockCase, dtype: torch.dtype, monkeypatch: pytest.Mo
     """Every pass by kernels. In half precision a number near 0 may pass a ReLU or not, so that any
     of the results is held against the least exact one of PyTorch."""
     plan = Plan(ALL_PASSES, "for this test")
-    monkeypatch.setattr(conv1x1_operator, "planned", lambda *_: plan)
+    monkeypatch.setattr(convolution, "planned", lambda *_: plan)
     expected = of_block(case, "reference", torch.float64)
     with convolutions_in("ieee"):
         actual = of_block(case, "triton", dtype)

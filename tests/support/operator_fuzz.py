@@ -8,6 +8,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from support.cases.differentiable import Conv1x1, Join, ProductJoin
 from support.helpers import TOLERANCES, map_and_energies
 from support.strategies import Call
 from torch import Tensor
@@ -22,14 +23,9 @@ from coded_resnext.kernels import (
 )
 from coded_resnext.kernels.coded import reference as coded_reference
 from coded_resnext.kernels.conv1x1 import reference as conv1x1_reference
-from coded_resnext.kernels.conv1x1.join_operator import join_conv1x1
-from coded_resnext.kernels.conv1x1.operator import conv1x1
 from coded_resnext.kernels.conv3x3 import reference as conv3x3_reference
-from coded_resnext.kernels.recompute.moments_operator import recomputed_conv1x1
-from coded_resnext.kernels.recompute.operator import product_join
 from coded_resnext.kernels.residual import reference as residual_reference
 from coded_resnext.kernels.rows import NO_PASSES, Passes
-from coded_resnext.models.fused.norm import _CarryScale
 
 # Sums of up to 70,000 terms, where the table is for some hundred.
 LONGER_SUMS = 4.0
@@ -238,10 +234,8 @@ def _conv1x1(call: Call, backend: str, x: Results) -> Results:
     if backend == "reference":
         y = conv1x1_reference.conv1x1(**x)
         return {"y": y, "sum": y.sum((0, 2, 3))}
-    kernels = _chosen(call, backend).encoded()
-    y, statistics = conv1x1(
-        x["x"], x["weight"], x.get("scale"), x.get("bias"), True, False, kernels
-    )
+    operands = (x["x"], x["weight"], x.get("scale"), x.get("bias"))
+    y, statistics = Conv1x1.apply(*operands, _chosen(call, backend))
     return {"y": y, "sum": _checked_sum(call, y, statistics)}
 
 
@@ -250,21 +244,17 @@ def _join_conv1x1(call: Call, backend: str, x: Results) -> Results:
         joined = residual_reference.join(**{k: v for k, v in x.items() if k != "weight"})
         z = conv1x1_reference.conv1x1(joined, x["weight"])
         return {"x": joined, "z": z, "sum": z.sum((0, 2, 3))}
-    passes = _chosen(call, backend)
-    joined, z, statistics, _ = join_conv1x1(
+    joined, z, statistics = Join.apply(
         *(x[name] for name in ("y", "scale", "bias", "residual")),
         *(x.get(name) for name in ("residual_scale", "residual_bias")),
         x["weight"],
-        True,
-        passes.keeps_signs(x["y"].shape[1]),
-        False,
-        passes.encoded(),
+        _chosen(call, backend),
     )
     return {"x": joined, "z": z, "sum": _checked_sum(call, z, statistics)}
 
 
 def _product_join(call: Call, backend: str, x: Results) -> Results:
-    """The operators behind the end of a plain block, and the sum among the statistics."""
+    """What stands behind the end of a plain block, and the sum among the statistics."""
     operands = [x[name] for name in ("x", "scale", "bias")]
     vectors = (x["out_scale"], x["out_bias"])
     maps = [x.get("residual_scale"), x.get("residual_bias")]
@@ -273,31 +263,12 @@ def _product_join(call: Call, backend: str, x: Results) -> Results:
         joined = residual_reference.join(y, *vectors, x["residual"], *maps)
         z = conv1x1_reference.conv1x1(joined, x["next_weight"])
         return {"x": joined, "z": z, "sum": z.sum((0, 2, 3)), "sum of y": y.sum((0, 2, 3))}
-    kernels = _chosen(call, backend).encoded()
-    handle, sums_handle, statistics, _, _ = recomputed_conv1x1(
-        operands[0], x["weight"], *operands[1:], kernels
-    )
-    exact = [value.detach().double() for value in (operands[0], x["weight"], *operands[1:])]
+    passes = _chosen(call, backend)
+    operands += [x["weight"], *vectors, x["residual"], *maps]
+    joined, statistics = ProductJoin.apply(*operands, passes)
+    exact = [value.detach().double() for value in (x["x"], x["weight"], x["scale"], x["bias"])]
     of_y = _checked_sum(call, conv1x1_reference.conv1x1(*exact), statistics)
-    residual = x["residual"].view_as(x["residual"])
-    if maps[0] is not None:
-        # Whoever made it multiplies by this factor.
-        residual.register_hook(lambda g: (g * x["residual_scale"].detach()[:, None, None]).to(g))
-    joined, z, of_z, _ = product_join(
-        handle,
-        sums_handle,
-        *operands,
-        x["weight"],
-        *_CarryScale.apply(statistics, *vectors),
-        residual,
-        *maps,
-        *(None, None, None),
-        x["next_weight"],
-        True,
-        False,
-        kernels,
-        kernels,
-    )
+    z, of_z = Conv1x1.apply(joined, x["next_weight"], None, None, passes)
     return {"x": joined, "z": z, "sum": _checked_sum(call, z, of_z), "sum of y": of_y}
 
 

@@ -1,34 +1,47 @@
 """The fused data flow of a block: BatchNorm, ReLU and addition inside the convolutions around them.
 
-Every tensor between two convolutions is kept *raw*, as the convolution wrote it, together with the
-map of each channel that BatchNorm makes of its statistics; the consumer applies the map. Gradients
-are autograd's, operator by operator. Parameters and results are those of the block as
-models/block.py writes it. Letters as in docs/math.md; the data flow is told in docs/fused_block.md.
+Parameters and results are those of the block as models/block.py writes it. Here is what decides
+whether a block takes this data flow and who computes what; the algebra is in data_flow.py, autograd
+in step.py, and the whole is told in docs/fused_block.md.
 """
 
 from __future__ import annotations
 
-from typing import Protocol
+import logging
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, fx, nn
 
-from coded_resnext.kernels import Aggregation, Backend
+from coded_resnext.kernels import Aggregation, Backend, backends
 from coded_resnext.kernels.backend import LOGGER, requested_backend, say_once
 from coded_resnext.kernels.checks import check_debug, checked_mask
 from coded_resnext.kernels.coded.gram import inverse_mean, split_weight
-from coded_resnext.kernels.coded.operator import normalize_branches
-from coded_resnext.kernels.evaluation import side_by_side
-from coded_resnext.kernels.layout import accumulation_dtype, architecture, interpreted
+from coded_resnext.kernels.conv1x1 import convolution as conv1x1
+from coded_resnext.kernels.conv3x3 import functional as conv3x3
+from coded_resnext.kernels.conv3x3 import operator as conv3x3_operator
+from coded_resnext.kernels.evaluation import folded_conv1x1, folded_grouped_conv3x3, side_by_side
+from coded_resnext.kernels.layout import (
+    DTYPES,
+    accumulation_dtype,
+    architecture,
+    interpreted,
+    transformed,
+    unsupported,
+)
+from coded_resnext.kernels.rows import Passes
 from coded_resnext.models.layers import NORMS
 
-from .norm import affine_of, fold, uses_batch
-from .operators import FusedOperators
-from .values import Affine, Deferred, Map, Product, layers_of, like, ready
+from .data_flow import Layers, Plan, Weights
+from .norm import BatchNorm, Folded, Layer, fold, shared_by, update_running, uses_batch
+from .step import Deferred, Map, applied, block_call, like, ready
 
 # Architectures on which the fused data flow has been measured to train faster than layer by layer.
-# Empty, since no GPU has timed it: it runs where it is asked for by name.
+# Empty: the one GPU that has timed it was faster layer by layer. It runs where it is asked for.
 WINS: frozenset[str] = frozenset()
+# Input channels up to which a convolution is computed twice rather than written: the scatter of its
+# input costs a product of as many channels by as many, which beyond them is no longer free.
+RECOMPUTED = 256
 
 
 class Bottleneck(Protocol):
@@ -55,96 +68,152 @@ class Bottleneck(Protocol):
     def unusual_layer(self) -> str | None: ...
 
 
+def layers_of(skip: nn.Module) -> tuple[Any, ...]:
+    """Returns the convolution and the BatchNorm of a skip connection; none for the identity."""
+    return tuple(skip) if isinstance(skip, nn.Sequential) else ()
+
+
+def _norms(block: Bottleneck) -> tuple[BatchNorm, ...]:
+    return (block.reduce_bn, block.grouped_bn, block.expand_bn, *layers_of(block.skip)[1:])
+
+
 def fused_block(
     block: Bottleneck, x: Map, *, drop_mask: Tensor | None, keep_mask: Tensor | None
 ) -> tuple[Map, Tensor | None]:
     """Does what the block's forward pass does, on raw tensors; arguments as for `apply_block`."""
-    ops = FusedOperators.of(_chosen(block, like(x)), like(x))
-    bn1, bn2, bn3 = block.reduce_bn, block.grouped_bn, block.expand_bn
-    deferred = _is_deferred(block)
-    # What the operators are given has its dtype; autocast would round what they keep in float32.
-    with torch.autocast(like(x).device.type, enabled=False):
-        if can_infer(block, drop_mask):
-            return inferred_block(block, ready(x), ops, keep_mask=keep_mask)
-        x, y1, sums1 = ops.join_conv1x1(x, block.reduce, statistics=uses_batch(bn1))
-        map1 = affine_of(bn1, sums1, _values(y1))
-        y2, sums2 = ops.grouped(y1, block.grouped, map1, statistics=uses_batch(bn2))
-        map2 = affine_of(bn2, sums2, _values(y2))
-        energies: Tensor | None = None
-        map_before: Affine | None
-        y3: Tensor | Product
-        recomputed = not block.is_coded and deferred and ops.recomputes(y2, block.expand)
-        if recomputed:
-            y3, sums3 = ops.recomputed(y2, block.expand, map2)
-        else:
-            if block.is_coded:
-                operand, energies = _normalized(block, y2, map2, drop_mask, keep_mask)
-                map_before = None
-            else:
-                operand, map_before = y2, map2
-            y3, sums3 = ops.conv1x1(
-                operand, block.expand, map_before, statistics=uses_batch(bn3), deferred=deferred
+    x = _cast(x)
+    if can_infer(block, drop_mask):
+        with torch.autocast(like(x).device.type, enabled=False):
+            return inferred_block(block, ready(x), keep_mask=keep_mask)
+    handle, norms, skip = like(x), _norms(block), layers_of(block.skip)
+    _check_counts(block, handle, norms)
+    accumulate = accumulation_dtype(handle.dtype)
+    masks = (
+        checked_mask("drop_mask", drop_mask, handle, block.branches, accumulate),
+        checked_mask("keep_mask", keep_mask, handle, block.branches, accumulate),
+    )
+    weights = Weights(
+        block.reduce.weight,
+        block.grouped.weight,
+        block.expand.weight,
+        skip[0].weight if skip else None,
+    )
+    plan = planned(block, x)
+    layers = [_layer(bn, kernels=bool(plan.pointwise)) for bn in norms]
+    first, second, third, *rest = layers
+    of_layers = Layers(first, second, third, rest[0] if rest else None)
+    y, result = applied(block_call(plan, x, weights, of_layers, masks))
+    check_debug(h=result.y2, weight=block.expand.weight)
+    moments = (result.moments1, result.moments2, result.moments3, result.skip_moments)
+    update_running(norms, [each for each in moments if each is not None])
+    return y, result.energies
+
+
+def _layer(bn: BatchNorm, *, kernels: bool) -> Layer:
+    running = None
+    if not uses_batch(bn):
+        assert bn.running_mean is not None
+        assert bn.running_var is not None
+        running = (bn.running_mean, bn.running_var)
+    return Layer(bn.weight, bn.bias, running, bn.eps, shared_by(bn), kernels)
+
+
+def _check_counts(block: Bottleneck, x: Tensor, norms: tuple[BatchNorm, ...]) -> None:
+    """Refuse a single value for each channel where the batch's statistics are taken, as PyTorch."""
+    stride = block.grouped.stride[0]
+    pixels = -(-x.shape[2] // stride) * -(-x.shape[3] // stride)
+    for bn in norms:
+        count = x.shape[0] * (x.shape[2] * x.shape[3] if bn is block.reduce_bn else pixels)
+        if count == 1 and uses_batch(bn) and not shared_by(bn):
+            raise ValueError(
+                "x: expected more than 1 value per channel when training, got 1 "
+                f"for each of {bn.num_features} channels"
             )
-        map3 = affine_of(bn3, sums3, _values(y2), deferred=deferred)
-        residual, residual_map = _skip(block, ops, x, deferred=deferred, recomputed=recomputed)
-    return Deferred(y3, map3, residual, residual_map, deferred, ops.joins(y2)), energies
 
 
-def _normalized(
-    block: Bottleneck,
-    y2: Tensor,
-    affine: Affine,
-    drop_mask: Tensor | None,
-    keep_mask: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """Returns `s h` and `Ebar`, (2)-(5) and (10)-(12), of `h = relu(scale y2 + bias)`."""
-    accumulate = accumulation_dtype(y2.dtype)
-    drop_mask = checked_mask("drop_mask", drop_mask, y2, block.branches, accumulate)
-    keep_mask = checked_mask("keep_mask", keep_mask, y2, block.branches, accumulate)
-    check_debug(h=y2, weight=block.expand.weight)
-    per_branch = split_weight(block.expand.weight, block.branches, concatenate=False)
-    scaled, energies, _ = normalize_branches(y2, per_branch, *affine, drop_mask, keep_mask)
-    return scaled, energies
+def _cast(x: Map) -> Map:
+    """Returns a map in the dtype of autocast; what a block has left has it already."""
+    if isinstance(x, Deferred):
+        return x
+    device = x.device.type
+    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
 
 
-def _skip(
-    block: Bottleneck, ops: FusedOperators, x: Tensor, *, deferred: bool, recomputed: bool
-) -> tuple[Tensor | Product, Affine | None]:
-    """Returns the residual: `x` itself, or its convolution's raw output and the map behind.
+def planned(block: Bottleneck, x: Map) -> Plan:
+    """Returns what a block's algebra depends on beside tensors, and who computes it."""
+    handle, skip = like(x), layers_of(block.skip)
+    chosen = _chosen(block, handle)
+    backend: Literal["auto", "triton"] = "triton" if chosen == "triton" else "auto"
+    first = _products(handle, block.reduce, backend, join=isinstance(x, Deferred))
+    signs = False
+    if isinstance(x, Deferred) and torch.is_grad_enabled():
+        # Signs are written by a kernel of one convolution, and read by one of the other.
+        product = x.sum.main.passes.forward if x.sum.main.weight is not None else first.forward
+        both = Passes(forward=product, input=first.input)
+        signs = both.keeps_signs(block.reduce.in_channels)
+    return Plan(
+        block.branches,
+        block.grouped.stride[0],
+        block.is_coded,
+        recomputes(block, handle.device.type),
+        signs,
+        first.encoded(),
+        _grouped_passes(handle, block.grouped.weight, block.grouped.stride[0], backend).encoded(),
+        _products(handle, block.expand, backend).encoded(),
+        _products(handle, skip[0], backend).encoded() if skip else 0,
+        _pointwise(handle, backend),
+    )
 
-    Where the block's last convolution is recomputed, that of the skip connection may be too.
-    """
-    layers = layers_of(block.skip)
-    if not layers:
-        return x, None
-    conv, bn = layers
-    y: Tensor | Product
-    if recomputed and ops.recomputes(x, conv):
-        y, sums = ops.recomputed(x, conv)
-        return y, affine_of(bn, sums, _values(y.handle), deferred=True)
-    y, sums = ops.conv1x1(x, conv, statistics=uses_batch(bn), deferred=deferred)
-    return y, affine_of(bn, sums, _values(y), deferred=deferred)
+
+def recomputes(block: Bottleneck, device: str) -> bool:
+    """Returns whether the last convolution of a block, and its projection, are not stored."""
+    convolutions = (block.expand, *layers_of(block.skip)[:1])
+    narrow = all(conv.in_channels <= RECOMPUTED for conv in convolutions)
+    # Statistics of what is not stored are worked out in float64, which Apple's GPUs have not.
+    return not block.is_coded and narrow and device != "mps"
 
 
-def _values(y: Tensor) -> int:
-    """Returns the number of values of a channel of `[B, C, H, W]`."""
-    return y.shape[0] * y.shape[2] * y.shape[3]
+def _pointwise(x: Tensor, backend: str) -> bool:
+    """Returns whether Triton kernels compute what is not a product."""
+    if x.dtype not in DTYPES:
+        return False
+    return backend == "triton" or (x.is_cuda and backends()["triton"] is None)
 
 
-def _is_deferred(block: Bottleneck) -> bool:
-    """Returns whether the gradients of the summands leave the sum without their scales.
+def _products(
+    x: Tensor, conv: nn.Conv2d, backend: Literal["auto", "triton"], *, join: bool = False
+) -> Passes:
+    """Returns the passes of a 1x1 convolution that run kernels, and whether what is around does."""
+    asked = _able(backend, unsupported(x))
+    passes = conv1x1.select_products(x, conv.weight, asked, join=join)
+    return passes._replace(pointwise=_pointwise(x, backend))
 
-    The scales travel with the gradients of the statistics, so that there must be some.
-    """
-    return all(uses_batch(bn) for bn in (block.expand_bn, *layers_of(block.skip)[1:]))
+
+def _grouped_passes(
+    x: Tensor, weight: Tensor, stride: int, backend: Literal["auto", "triton"]
+) -> Passes:
+    asked = _able(backend, conv3x3_operator.unsupported(x, weight, stride))
+    return conv3x3.select_passes(x, weight, stride, asked)
+
+
+def _able(
+    backend: Literal["auto", "triton"], reason: str | None
+) -> Literal["auto", "torch", "triton"]:
+    """Returns `torch` in place of `triton` where the kernels cannot run, which is said once."""
+    if backend == "triton" and reason is not None:
+        text = f"a fused operator runs on PyTorch in place of 'triton': {reason}"
+        say_once(LOGGER, text, logging.WARNING)
+        return "torch"
+    return backend
 
 
 def is_fused(block: Bottleneck, x: Tensor) -> bool:
     """Returns whether the block takes the fused data flow for activations like `x`.
 
-    A symbolic trace of `torch.fx` is made of layers.
+    A symbolic trace of `torch.fx` is made of layers, and so is what transforms of `torch.func` and
+    forward mode differentiate.
     """
-    if isinstance(x, fx.Proxy):
+    if isinstance(x, fx.Proxy) or transformed(x):
         return False
     chosen = _chosen(block, x)
     if chosen not in ("fused", "triton"):
@@ -182,43 +251,54 @@ def unfused_reason(block: Bottleneck) -> str | None:
     reason = block.unusual_layer()
     if reason is not None:
         return reason
-    skip = layers_of(block.skip)
-    layers = (block.reduce, block.grouped, block.expand, *skip[:1])
-    norms = (block.reduce_bn, block.grouped_bn, block.expand_bn, *skip[1:])
+    layers = (block.reduce, block.grouped, block.expand, *layers_of(block.skip)[:1])
+    norms = _norms(block)
     if any(type(norm) not in NORMS for norm in norms) or any(c.bias is not None for c in layers):
         return "a BatchNorm is not there, or a convolution has a bias"
+    if len({shared_by(norm) for norm in norms if uses_batch(norm)}) > 1:
+        return "its BatchNorms share statistics with different processes"
     return None
 
 
 def can_infer(block: Bottleneck, drop_mask: Tensor | None) -> bool:
     """Returns whether `inferred_block` applies: all in evaluation, and without gradients."""
-    layers = (block.reduce_bn, block.grouped_bn, block.expand_bn, *layers_of(block.skip)[1:])
-    frozen = not block.training and not any(uses_batch(bn) for bn in layers)
+    frozen = not block.training and not any(uses_batch(bn) for bn in _norms(block))
     return frozen and drop_mask is None and not torch.is_grad_enabled()
 
 
 def inferred_block(
-    block: Bottleneck, x: Tensor, ops: FusedOperators, *, keep_mask: Tensor | None
+    block: Bottleneck, x: Tensor, *, keep_mask: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     """Evaluates a block with BatchNorm folded, on a map `[B, C_in, H, W]`; results as its own."""
-    x = ops.cast(x)
-    a = ops.folded_conv1x1(x, fold(block.reduce, block.reduce_bn, ops.dtype))
-    grouped = fold(block.grouped, block.grouped_bn, ops.dtype)
+    backend: Literal["auto", "triton"] = "triton" if _chosen(block, x) == "triton" else "auto"
+
+    def folded(
+        x: Tensor, conv: Folded, residual: Tensor | None = None, factor: Tensor | None = None
+    ) -> Tensor:
+        """Returns `relu(factor W x + bias + residual)`."""
+        passes = conv1x1.select_products(x, conv.weight, _able(backend, unsupported(x)))
+        passes = passes._replace(pointwise=_pointwise(x, backend))
+        y: Tensor = folded_conv1x1(x, *conv, residual, factor, passes.encoded())
+        return y
+
+    a = folded(x, fold(block.reduce, block.reduce_bn, x.dtype))
+    grouped = fold(block.grouped, block.grouped_bn, x.dtype)
     energies = factor = branch_weight = None
     if block.is_coded:
         accumulate = accumulation_dtype(x.dtype)
         keep_mask = checked_mask("keep_mask", keep_mask, x, block.branches, accumulate)
         branch_weight = split_weight(block.expand.weight, block.branches, concatenate=False)
     stride = block.grouped.stride[0]
-    h, energy = ops.folded_grouped(a, grouped, stride, branch_weight, keep_mask)
+    passes = _grouped_passes(a, grouped.weight, stride, backend).encoded()
+    h, energy = folded_grouped_conv3x3(a, *grouped, branch_weight, keep_mask, stride, passes)
     if block.is_coded:
         check_debug(h=h, weight=block.expand.weight)
         inverse = inverse_mean(energy)
         energies, factor = energy * inverse, inverse[:, 0].sqrt()
-    expand = fold(block.expand, block.expand_bn, ops.dtype)
+    expand = fold(block.expand, block.expand_bn, x.dtype)
     if not layers_of(block.skip):
-        return ops.folded_conv1x1(h, expand, residual=x, factor=factor), energies
+        return folded(h, expand, residual=x, factor=factor), energies
     conv, bn = layers_of(block.skip)
     step = conv.stride[0]
     both = side_by_side(h, factor, x[:, :, ::step, ::step])
-    return ops.folded_conv1x1(both, expand.beside(fold(conv, bn, ops.dtype))), energies
+    return folded(both, expand.beside(fold(conv, bn, x.dtype))), energies

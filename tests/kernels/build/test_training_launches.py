@@ -10,19 +10,19 @@ from support.helpers import needs_triton
 
 from coded_resnext import create_model
 from coded_resnext.kernels.build.shipped import shipped_rows
+from coded_resnext.kernels.conv1x1 import convolution
 from coded_resnext.kernels.conv1x1 import launch as conv1x1_launch
-from coded_resnext.kernels.conv1x1 import operator as conv1x1_operator
 from coded_resnext.kernels.conv1x1 import rows as conv1x1_rows
 from coded_resnext.kernels.recompute import launch as recompute_launch
 from coded_resnext.kernels.rows import LaunchRow
-from coded_resnext.models.fused.operators import FusedOperators
+from coded_resnext.models.fused import block as fused_block
 
 
 def of_a_step(arch: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> set[LaunchRow]:
     """Rows that a step of the ImageNet network in bfloat16 launches; nothing is computed here."""
     launched: set[LaunchRow] = set()
     monkeypatch.setattr(LaunchRow, "launch", lambda row, *_: launched.add(row))
-    monkeypatch.setattr(FusedOperators, "joins", lambda *_: True)
+    monkeypatch.setattr(fused_block, "_pointwise", lambda *_: True)
     # What a tensor on that GPU would make of its variant, on a machine that has none.
     for module in (conv1x1_launch, recompute_launch):
         of_cpu = module.variant_of
@@ -30,7 +30,7 @@ def of_a_step(arch: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> set[L
             module, "variant_of", lambda *a, of=of_cpu, **k: replace(of(*a, **k), arch=arch)
         )
     planned = conv1x1_rows.planned
-    monkeypatch.setattr(conv1x1_operator, "planned", lambda _, sizes: planned(arch, sizes))
+    monkeypatch.setattr(convolution, "planned", lambda _, sizes: planned(arch, sizes))
     model = create_model("coded_resnext50_32x4d", backend=backend).bfloat16().train()
     y, *_ = model(torch.zeros(2, 3, 32, 32, dtype=torch.bfloat16))
     y.float().square().sum().backward()
@@ -60,7 +60,7 @@ def test_what_stands_around_products_is_built(
     launched = {
         row
         for row in of_a_step(arch, backend, monkeypatch)
-        if row.kernel.startswith(("residual.", "recompute.moments:activation"))
+        if row.kernel.startswith(("residual.", "batch_norm.", "recompute.moments:activation"))
     }
     assert launched <= {row for _, row in shipped_rows(arch)}
     assert len(launched) > 10

@@ -1,4 +1,4 @@
-"""The 1x1 convolutions as operators: definition, gradients, choice of kernels."""
+"""The 1x1 convolutions by PyTorch: definition, gradients, choice of kernels."""
 
 from __future__ import annotations
 
@@ -9,21 +9,19 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from support.cases.conv1x1 import ARGUMENTS, JOIN_ARGUMENTS, ProductCase, called, defined
+from support.cases.conv1x1 import JOIN_ARGUMENTS, ProductCase, called, defined
 from support.helpers import relative_error
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from coded_resnext.kernels import backend, layout
-from coded_resnext.kernels.conv1x1 import join_operator
-from coded_resnext.kernels.conv1x1 import operator as conv1x1_operator
+from coded_resnext.kernels.conv1x1 import convolution
 from coded_resnext.kernels.conv1x1 import reference as conv1x1_reference
 from coded_resnext.kernels.conv1x1 import rows as conv1x1_rows
 from coded_resnext.kernels.conv1x1.rows import ProductSizes, planned
 from coded_resnext.kernels.residual import reference as residual_reference
 from coded_resnext.kernels.rows import ALL_PASSES, NO_PASSES, Passes, Plan
 
-PYTORCH = NO_PASSES.encoded()
 CASES = [
     ProductCase("odd_map", I=8, O=3, H=5, W=3),
     ProductCase("one_pixel", I=8, O=8, B=3, H=1, W=1),
@@ -34,12 +32,10 @@ CASES = [
     ProductCase("join_identity", I=5, O=4, H=2, W=3, join=True, affine=False, signs=False),
     ProductCase("join_without_statistics", I=8, O=3, H=2, W=2, join=True, statistics=False),
 ]
-DEFERRED = [
-    ProductCase("deferred", I=8, O=6, H=3, deferred=True),
-    ProductCase("join_deferred", I=8, O=6, H=3, join=True, deferred=True),
-    ProductCase("join_deferred_identity", I=8, join=True, affine=False, deferred=True),
+WITH_GAIN = [
+    ProductCase("gain", I=8, O=6, H=3, gain=True),
+    ProductCase("gain_plain", I=8, O=6, H=3, gain=True, affine=False, statistics=False),
 ]
-cases = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 
 
 def test_the_definition_is_that_of_pytorch() -> None:
@@ -61,7 +57,7 @@ def test_the_definition_is_that_of_pytorch() -> None:
     assert relative_error(conv1x1_reference.conv1x1(y, weight, scale, bias), expected) < 1e-14
 
 
-@pytest.mark.parametrize("case", CASES + DEFERRED, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", CASES + WITH_GAIN, ids=lambda case: case.name)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_equals_the_definition(case: ProductCase, dtype: torch.dtype) -> None:
     # Float32 rounds sums; bfloat16 also results, and the gradient that goes into the convolution.
@@ -76,134 +72,10 @@ def test_equals_the_definition(case: ProductCase, dtype: torch.dtype) -> None:
     assert max(errors.values()) < tolerance, errors
 
 
-def outputs(case: ProductCase, leaves: dict[str, Tensor]) -> tuple[Tensor, ...]:
-    """The differentiable outputs of the operator on the tensors of a case, by PyTorch."""
-    if case.join:
-        arguments = [leaves.get(name) for name in JOIN_ARGUMENTS]
-        *maps, statistics, _ = join_operator.join_conv1x1(
-            *arguments, case.statistics, False, False, PYTORCH
-        )
-    else:
-        arguments = [leaves.get(name) for name in ARGUMENTS]
-        *maps, statistics = conv1x1_operator.conv1x1(*arguments, case.statistics, False, PYTORCH)
-    return (*maps, statistics) if case.statistics else tuple(maps)
-
-
-@cases
-def test_gradcheck(case: ProductCase) -> None:
-    inputs = {n: v.requires_grad_() for n, v in case.inputs(torch.float64).items()}
-
-    def call(*tensors: Tensor) -> tuple[Tensor, ...]:
-        return outputs(case, dict(zip(inputs, tensors, strict=True)))
-
-    assert torch.autograd.gradcheck(call, tuple(inputs.values()))
-
-
-def batch_norm_map(statistics: Tensor, gain: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
-    """BatchNorm's `scale`, `bias` of training from the statistics of its input."""
-    count, total, m2 = statistics
-    mean, scale = total / count, gain * (m2 / count + 1e-5).rsqrt()
-    return scale, shift - mean * scale
-
-
-@pytest.mark.parametrize("projected", [False, True])
-def test_two_blocks_without_a_pass_over_a_map(projected: bool) -> None:
-    """The end of one block and the beginning of the next: BatchNorm by statistics and maps."""
-    generator = torch.Generator().manual_seed(0)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_()
-
-    h, skip = normal(2, 6, 3, 4), normal(2, 8, 3, 4)
-    last, first, projection = normal(8, 6, 1, 1), normal(5, 8, 1, 1), normal(8, 8, 1, 1)
-    gains, shifts = normal(3, 8), normal(3, 8)
-    leaves = [h, skip, last, first, gains, shifts, *([projection] if projected else [])]
-
-    def fused() -> tuple[Tensor, Tensor]:
-        conv1x1 = conv1x1_operator.conv1x1
-        y, statistics = conv1x1(h, last, None, None, True, False, PYTORCH)
-        last_map = batch_norm_map(statistics, gains[0], shifts[0])
-        residual, skip_map = skip, (None, None)
-        if projected:
-            residual, of_residual = conv1x1(skip, projection, None, None, True, False, PYTORCH)
-            skip_map = batch_norm_map(of_residual, gains[1], shifts[1])
-        x, z, _, _ = join_operator.join_conv1x1(
-            y, *last_map, residual, *skip_map, first, True, False, False, PYTORCH
-        )
-        return x, z
-
-    def plain() -> tuple[Tensor, Tensor]:
-        def normalised(y: Tensor, n: int) -> Tensor:
-            return F.batch_norm(y, None, None, gains[n], shifts[n], True)
-
-        residual = normalised(F.conv2d(skip, projection), 1) if projected else skip
-        x = F.relu(normalised(F.conv2d(h, last), 0) + residual)
-        return x, F.conv2d(x, first)
-
-    for a, b in zip(fused(), plain(), strict=True):
-        assert relative_error(a, b) < 1e-12
-    actual = torch.autograd.grad(sum(out.sin().sum() for out in fused()), leaves)
-    expected = torch.autograd.grad(sum(out.sin().sum() for out in plain()), leaves)
-    for a, b in zip(actual, expected, strict=True):
-        assert relative_error(a, b) < 1e-11
-
-
-@pytest.mark.parametrize("fused", [True, False])
-def test_registered_as_pytorch_wants_it(fused: bool) -> None:
-    case = ProductCase("op", I=8, O=6, H=3, affine=fused)
-    inputs = {name: value.requires_grad_() for name, value in case.inputs(torch.float32).items()}
-    tensors = [inputs.get(name) for name in ARGUMENTS]
-    torch.library.opcheck(conv1x1_operator.conv1x1, (*tensors, fused, False, PYTORCH))
-    detached = [None if v is None else v.detach() for v in tensors]
-    y = torch.randn(2, 6, 3, 5)
-    terms = (y, None, torch.ones(6), torch.ones(6)) if fused else (None, torch.ones(6), None, None)
-    for needs in ((True, True), (True, False), (False, True)):
-        torch.library.opcheck(
-            conv1x1_operator.conv1x1_backward,
-            (torch.randn_like(y), *detached, *terms, *needs, PYTORCH),
-        )
-
-
-@pytest.mark.parametrize("mapped", [True, False])
-def test_a_join_is_registered_as_pytorch_wants_it(mapped: bool) -> None:
-    case = ProductCase("op", I=8, O=6, H=3, affine=mapped, join=True)
-    inputs = {name: value.requires_grad_() for name, value in case.inputs(torch.float32).items()}
-    tensors = [inputs.get(name) for name in JOIN_ARGUMENTS]
-    operator = join_operator.join_conv1x1
-    torch.library.opcheck(operator, (*tensors, mapped, mapped, False, PYTORCH))
-    y, residual, weight = (inputs[name].detach() for name in ("y", "residual", "weight"))
-    x, z = y.relu(), torch.randn(2, 6, 3, 5)
-    signs = join_operator.pack_signs(x)
-    vector = torch.ones(6)
-    terms = (z, vector, vector, vector) if mapped else (None,) * 4
-    masks = (x, signs, y, residual) if mapped else (x, None, y, None)
-    for needs in ((True, True), (True, False), (False, True)):
-        torch.library.opcheck(
-            join_operator.join_conv1x1_backward,
-            (z + 1, x + 1 if mapped else None, *masks, weight, *terms, *needs, PYTORCH),
-        )
-
-
-@pytest.mark.parametrize("join", [False, True])
-def test_compiles_whole(join: bool) -> None:
-    case = ProductCase("compiled", I=8, O=6, H=3, join=join)
-    leaves = {name: value.requires_grad_() for name, value in case.inputs(torch.float32).items()}
-
-    def loss(*tensors: Tensor) -> Tensor:
-        *maps, statistics = outputs(case, dict(zip(leaves, tensors, strict=True)))
-        return sum(y.sin().sum() for y in maps) + statistics[2].sqrt().sum()
-
-    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
-    tensors = tuple(leaves.values())
-    expected = torch.autograd.grad(loss(*tensors), tensors)
-    for a, b in zip(torch.autograd.grad(compiled(*tensors), tensors), expected, strict=True):
-        assert relative_error(a, b) < 1e-6
-
-
 def test_signs_are_those_of_the_output() -> None:
     x = torch.randn(2, 24, 3, 5)
     x[0, :9] = 0
-    signs = join_operator.pack_signs(x)
+    signs = convolution.pack_signs(x)
     assert signs.shape == (2, 3, 5, 3)
     assert signs.dtype == torch.uint8
     # The lowest bit is the first channel.
@@ -239,19 +111,19 @@ def test_the_selection_table(
     weight = torch.zeros(256, 128, 1, 1)
     with caplog.at_level(logging.INFO, logger="coded_resnext"):
         for _ in range(2):
-            chosen = conv1x1_operator.select_products(on_gpu, weight, "triton")
+            chosen = convolution.select_products(on_gpu, weight, "triton")
             assert chosen == ALL_PASSES
     assert len(caplog.records) == 1
     assert "predicted" in caplog.text
     # What was not measured has to be asked for.
-    assert conv1x1_operator.select_products(on_gpu, weight, "auto") == NO_PASSES
+    assert convolution.select_products(on_gpu, weight, "auto") == NO_PASSES
     forward = Passes(forward=True)
     measured = {(128, 256): Plan(ALL_PASSES, "measured", measured=forward)}
     monkeypatch.setattr(conv1x1_rows, "CONVOLUTIONS", measured)
-    assert conv1x1_operator.select_products(on_gpu, weight, "auto") == forward
-    assert conv1x1_operator.select_products(on_gpu, weight, "torch") == NO_PASSES
+    assert convolution.select_products(on_gpu, weight, "auto") == forward
+    assert convolution.select_products(on_gpu, weight, "torch") == NO_PASSES
     on_gpu.dtype = torch.float64
-    assert conv1x1_operator.select_products(on_gpu, weight, "auto") == NO_PASSES
+    assert convolution.select_products(on_gpu, weight, "auto") == NO_PASSES
 
 
 @pytest.mark.parametrize(
@@ -269,7 +141,7 @@ def test_the_choice_for_a_gpu_is_compiled_whole(
     monkeypatch.setattr(backend, "_SAID", set())
 
     def choose(x: Tensor, weight: Tensor) -> tuple[Tensor, Passes]:
-        return x.relu(), conv1x1_operator.select_products(x, weight, "triton")
+        return x.relu(), convolution.select_products(x, weight, "triton")
 
     compiled = torch.compile(choose, fullgraph=True, dynamic=False, backend="eager")
     with FakeTensorMode(), caplog.at_level(logging.INFO, logger=backend.LOGGER.name):
@@ -286,9 +158,9 @@ def test_kernels_asked_for_by_name_that_cannot_run(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(layout, "interpreted", lambda: False)
     x, weight = torch.randn(1, 8, 3, 3), torch.randn(8, 8, 1, 1)
     with pytest.raises(RuntimeError, match=r"backend: 'triton' .* CUDA tensors, not on cpu"):
-        conv1x1_operator.select_products(x, weight, "triton")
+        convolution.select_products(x, weight, "triton")
     monkeypatch.setattr(layout, "interpreted", lambda: True)
     with pytest.raises(RuntimeError, match=r"backend: 'triton' .* not torch.float64"):
-        conv1x1_operator.select_products(x.double(), weight.double(), "triton")
+        convolution.select_products(x.double(), weight.double(), "triton")
     with pytest.raises(ValueError, match="expected one of auto, torch, triton; got 'cudnn'"):
-        conv1x1_operator.select_products(x, weight, "cudnn")  # type: ignore[arg-type]
+        convolution.select_products(x, weight, "cudnn")  # type: ignore[arg-type]

@@ -10,6 +10,8 @@ from support.cases.conv1x1 import ProductCase, called, defined
 from support.guarded_memory import guarded_memory
 from support.helpers import relative_error
 
+from coded_resnext.kernels.batch_norm import launch as batch_norm_launch
+from coded_resnext.kernels.conv1x1 import convolution
 from coded_resnext.kernels.conv1x1 import launch as conv1x1_launch
 from coded_resnext.kernels.layout import interpreted
 from coded_resnext.kernels.rows import ALL_PASSES, NO_PASSES, LaunchRow, Passes
@@ -35,8 +37,8 @@ CASES = [
     ProductCase("plain", affine=False, statistics=False),
     ProductCase("affine_alone", statistics=False),
     ProductCase("statistics_alone", affine=False, I=40),
-    ProductCase("deferred", deferred=True, I=40),
-    ProductCase("deferred_plain", deferred=True, affine=False, O=40),
+    ProductCase("gain", gain=True, I=40),
+    ProductCase("gain_plain", gain=True, affine=False, O=40),
     ProductCase("join", join=True),
     ProductCase("join_of_one_pixel", join=True, B=1, H=1, W=1),
     ProductCase("join_identity", join=True, affine=False),
@@ -45,8 +47,6 @@ CASES = [
     ProductCase("join_wide_columns_backward", join=True, I=136, O=24, B=1, H=7, W=5),
     ProductCase("join_without_signs", join=True, I=20, O=7, signs=False),
     ProductCase("join_without_statistics", join=True, statistics=False, affine=False),
-    ProductCase("join_deferred", join=True, deferred=True),
-    ProductCase("join_deferred_identity", join=True, deferred=True, affine=False),
 ]
 
 
@@ -84,7 +84,7 @@ def test_equals_the_float64_definition(case: ProductCase) -> None:
 @pytest.mark.parametrize("join", [False, True])
 def test_half_precision_rounds_operands_and_results_only(dtype: torch.dtype, join: bool) -> None:
     # A weight that stays with its program, two tiles of pixels, two pieces of a gradient's columns.
-    case = ProductCase("half", I=256, O=40, B=1, H=9, W=8, join=join, deferred=not join)
+    case = ProductCase("half", I=256, O=40, B=1, H=9, W=8, join=join, gain=not join)
     actual = errors(case, dtype)
     assert max(actual.values()) < 1, actual
 
@@ -209,22 +209,24 @@ def test_the_operators_run_the_kernels(join: bool, monkeypatch: pytest.MonkeyPat
             assert relative_error(actual[name_].double(), value) < 2e-6, (passes, name_)
 
 
-def test_only_needed_gradients_are_computed(monkeypatch: pytest.MonkeyPatch) -> None:
-    case = ProductCase("frozen", affine=False)
+@pytest.mark.parametrize("needed", ["weight", "x"])
+def test_only_needed_gradients_are_computed(needed: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = ProductCase("frozen", affine=False, statistics=False)
     inputs = case.inputs(torch.float32)
     expected = called(case, inputs, NO_PASSES)
-    for needed, unused in (("weight", "input_gradient"), ("x", "weight_gradient")):
-        leaves = {n: v.detach().requires_grad_(n == needed) for n, v in inputs.items()}
-        y, statistics = torch.ops.coded_resnext.conv1x1(
-            leaves["x"], leaves["weight"], None, None, True, False, ALL_PASSES.encoded()
-        )
-        given_ = case.gradients(torch.float32)
-        with monkeypatch.context() as patch:
-            patch.setattr(conv1x1_launch, unused, None)
-            (gradient,) = torch.autograd.grad(
-                (y, statistics), leaves[needed], (given_["y"], given_["statistics"])
-            )
-        assert relative_error(gradient.double(), expected[f"grad_{needed}"].double()) < 2e-6
+    unused = "input_gradient" if needed == "weight" else "weight_gradient"
+    monkeypatch.setattr(conv1x1_launch, unused, None)
+    dtype = torch.float32 if needed == "weight" else None
+    gradients = convolution.backward(
+        *(case.gradients(torch.float32)["y"], None, None, None, None),
+        *(inputs["x"], inputs["weight"], None, None, needed == "x", dtype, ALL_PASSES),
+    )
+    other, wanted = gradients.input, gradients.weight
+    if needed == "x":
+        other, wanted = wanted, other
+    assert other is None
+    assert wanted is not None
+    assert relative_error(wanted.double(), expected[f"grad_{needed}"].double()) < 2e-6
 
 
 def test_statistics_of_values_far_from_zero() -> None:
@@ -232,7 +234,9 @@ def test_statistics_of_values_far_from_zero() -> None:
     generator = torch.Generator().manual_seed(0)
     x = 100 + torch.randn(4, 16, 19, 12, generator=generator)
     weight = torch.eye(16)[:, :, None, None]
-    y, actual = conv1x1_launch.forward(x, weight, None, None, True)
+    y, partial = conv1x1_launch.forward(x, weight, None, None, True)
+    assert partial is not None
+    actual = batch_norm_launch.merged(partial, True)
     values = y.double().transpose(0, 1).flatten(1)
     assert relative_error(values, x.double().transpose(0, 1).flatten(1)) < 1e-6
     m2 = (values - values.mean(1, keepdim=True)).square().sum(1)
@@ -248,7 +252,9 @@ def test_statistics_are_taken_before_the_output_is_rounded() -> None:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, 16, 5, 5, generator=generator).bfloat16()
     weight = torch.randn(8, 16, 1, 1, generator=generator).bfloat16()
-    y, actual = conv1x1_launch.forward(x, weight, None, None, True)
+    y, partial = conv1x1_launch.forward(x, weight, None, None, True)
+    assert partial is not None
+    actual = batch_norm_launch.merged(partial, True)
     exact = torch.nn.functional.conv2d(x.double(), weight.double())
     m2 = (exact - exact.mean((0, 2, 3), keepdim=True)).square().sum((0, 2, 3))
     assert relative_error(actual[2].double(), m2) < 1e-6

@@ -12,10 +12,11 @@ from support.helpers import relative_error
 from torch import Tensor
 
 from coded_resnext.kernels import grouped_conv3x3, rows
+from coded_resnext.kernels.batch_norm import launch as batch_norm_launch
+from coded_resnext.kernels.batch_norm.rows import merge_statistics
 from coded_resnext.kernels.conv3x3 import launch as conv3x3_launch
 from coded_resnext.kernels.conv3x3.rows import MOST_ROWS, GroupedSizes, GroupedWindows
 from coded_resnext.kernels.layout import interpreted
-from coded_resnext.kernels.residual.rows import merge_statistics
 
 # Float32: rounding of sums of at most a few hundred products. The others: rounding of the results,
 # whose half unit is 2^-9 and 2^-12 of the largest, and of the gradient that goes in, to as much.
@@ -81,12 +82,14 @@ def launched(
     sizes = GroupedSizes(case.N, case.D, case.stride)
     x, weight = memory.guarded(inputs["x"]), inputs["weight"]
     scale, bias = inputs.get("scale"), inputs.get("bias")
-    y, statistics = conv3x3_launch.forward(x, weight, sizes, scale, bias, case.statistics)
+    y, partial = conv3x3_launch.forward(x, weight, sizes, scale, bias, case.statistics)
     results = {"y": y}
     kept = curve = level = None
     grad, grad_statistics = case.output_gradients(x.dtype)
     grad = memory.guarded(grad)
     if case.statistics:
+        assert partial is not None
+        statistics = batch_norm_launch.merged(partial, kernels=True)
         results["statistics"] = statistics
         kept, curve = memory.guarded(y), 2 * grad_statistics[2]
         level = grad_statistics[1] - curve * statistics[1] / statistics[0]
@@ -95,12 +98,11 @@ def launched(
     )
     results["grad_x"] = grad_x
     results["grad_weight"] = conv3x3_launch.weight_gradient(
-        grad, sizes, kept, curve, level, x, scale, bias
+        grad, sizes, kept, curve, level, x, scale, bias, x.dtype
     )
-    if case.affine:
-        results["grad_bias"], results["grad_scale"] = sums
-    else:
-        assert sums.numel() == 0
+    assert (sums is not None) == case.affine
+    if sums is not None:
+        results["grad_bias"], results["grad_scale"] = sums.sum(0)
     return results
 
 
@@ -265,7 +267,9 @@ def test_statistics_of_values_far_from_zero() -> None:
     weight[:, 0, 1, 1] = 1
     inputs["weight"] = weight
     sizes = GroupedSizes(case.N, case.D)
-    y, actual = conv3x3_launch.forward(x, weight, sizes, None, None, True)
+    y, partial = conv3x3_launch.forward(x, weight, sizes, None, None, True)
+    assert partial is not None
+    actual = batch_norm_launch.merged(partial, kernels=True)
     values = y.double().transpose(0, 1).flatten(1)
     m2 = (values - values.mean(1, keepdim=True)).square().sum(1)
     assert relative_error(actual[2].double(), m2) < 1e-3

@@ -8,11 +8,12 @@ from support.guarded_memory import guarded_memory
 from support.helpers import relative_error
 from torch import Tensor
 
+from coded_resnext.kernels.affine import add_statistics_gradient
+from coded_resnext.kernels.batch_norm import launch as batch_norm_launch
 from coded_resnext.kernels.layout import interpreted
 from coded_resnext.kernels.residual import launch as residual_launch
 from coded_resnext.kernels.residual import reference as residual_reference
 from coded_resnext.kernels.residual import rows as residual_rows
-from coded_resnext.kernels.residual.operator import join
 
 # One rounding of the results; their sums are those of what was computed before it.
 TOLERANCES = {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
@@ -96,7 +97,7 @@ def test_backward(shape: tuple[int, ...], mapped: bool, dtype: torch.dtype) -> N
         assert by[1].dtype == torch.float32
         # Nothing of a gradient is rounded: it is there or not.
         assert torch.equal(by[0].double(), g)
-        assert_near(by[1], sums, 1e-6)
+        assert_near(by[1].sum(0), sums, 1e-6)
 
 
 def test_a_nan_stays_one() -> None:
@@ -120,8 +121,8 @@ def test_statistics(shape: tuple[int, ...], mean: float, dtype: torch.dtype) -> 
     """
     y = (mean + normal(*shape, seed=8)).to(dtype)
     with guarded_memory():
-        actual = residual_launch.statistics(y, kernels=True)
-        again = residual_launch.statistics(y, kernels=True)
+        actual = batch_norm_launch.merged(residual_launch.statistics(y, kernels=True), True)
+        again = batch_norm_launch.merged(residual_launch.statistics(y, kernels=True), True)
     assert actual.dtype == torch.float32
     assert torch.equal(actual, again)
     expected = residual_reference.channel_statistics(y.double())
@@ -137,7 +138,7 @@ def test_statistics_of_constants_and_of_nan() -> None:
     y = torch.full((2, 3, 9, 9), 1 / 3)
     y[:, 1] = 0.0
     y[1, 2, 8, 8] = torch.nan
-    count, total, m2 = residual_launch.statistics(y, kernels=True)
+    count, total, m2 = batch_norm_launch.merged(residual_launch.statistics(y, kernels=True), True)
     assert torch.equal(count, torch.full((3,), 162.0))
     assert_near(total[:2], torch.tensor([54.0, 0.0]).double(), 1e-6)
     assert torch.equal(m2[:2], torch.zeros(2))
@@ -153,23 +154,21 @@ def test_parts_cover_the_rows() -> None:
         assert (parts - 1) * size < rows <= parts * size
 
 
-@pytest.mark.parametrize("kernels", [False, True], ids=["pytorch", "kernels"])
-@pytest.mark.parametrize("deferred", [False, True], ids=["whole", "deferred"])
-@pytest.mark.parametrize("mapped", [False, True], ids=["identity", "mapped"])
-def test_gradients_of_the_operator(mapped: bool, deferred: bool, kernels: bool) -> None:
-    """Those of autograd in float64; deferred ones are without their scale."""
-    inputs = inputs_of((2, 7, 5, 3), torch.float32, mapped)
-    given = {name: value for name, value in inputs.items() if value is not None}
-    leaves = {name: value.clone().requires_grad_() for name, value in given.items()}
-    grad = normal(2, 7, 5, 3, seed=9)
-    x = join(*(leaves.get(name) for name in inputs), deferred, kernels)
-    actual = torch.autograd.grad(x, list(leaves.values()), grad.float())
-    wide = {name: value.double().requires_grad_() for name, value in given.items()}
-    expected = torch.autograd.grad(by_definition(wide), list(wide.values()), grad)
-    for name, one, other in zip(given, actual, expected, strict=True):
-        if deferred and name == "y":
-            other = other / wide["scale"][:, None, None]
-        if deferred and mapped and name == "residual":
-            other = other / wide["residual_scale"][:, None, None]
-        assert one.dtype == torch.float32
-        assert_near(one, other, 1e-6)
+@pytest.mark.parametrize("terms", ["gain", "statistics", "both"])
+@pytest.mark.parametrize(("shape", "dtype"), CASES.values(), ids=CASES)
+def test_output_gradient(shape: tuple[int, ...], dtype: torch.dtype, terms: str) -> None:
+    grad, y = (normal(*shape, seed=seed).to(dtype) for seed in (1, 2))
+    gain, curve, level = (normal(shape[1], seed=seed).float() for seed in (3, 4, 5))
+    given = (
+        None if terms == "gain" else y,
+        None if terms == "statistics" else gain,
+        *((None, None) if terms == "gain" else (curve, level)),
+    )
+    expected = add_statistics_gradient(
+        grad.double(), *(None if value is None else value.double() for value in given)
+    )
+    with guarded_memory():
+        actual = residual_launch.output_gradient(grad, *given, kernels=True)
+    assert actual.dtype == dtype
+    assert actual.is_contiguous(memory_format=torch.channels_last)
+    assert_near(actual, expected, TOLERANCES[dtype])

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from coded_resnext import CodedBottleneck, CodedResNeXt, Stage, create_model
 from coded_resnext.kernels import layout
 from coded_resnext.kernels.build.shipped import shipped_rows
-from coded_resnext.kernels.conv1x1 import operator as conv1x1_operator
+from coded_resnext.kernels.conv1x1 import convolution
 from coded_resnext.kernels.rows import ALL_PASSES, NO_PASSES, LaunchRow, Passes, Plan
 from coded_resnext.models.fused import block as fused_block
 from coded_resnext.models.fused.norm import fold
@@ -71,7 +71,7 @@ def test_in_float64_it_is_the_block_to_rounding(case: BlockCase) -> None:
 def test_kernels_in_float32(
     case: BlockCase, products: Passes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(conv1x1_operator, "planned", lambda *_: Plan(products, "for this test"))
+    monkeypatch.setattr(convolution, "planned", lambda *_: Plan(products, "for this test"))
     compare(case, "triton", torch.float32, 1e-5)
 
 

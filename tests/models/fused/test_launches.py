@@ -12,11 +12,11 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from coded_resnext import Codebook, CodedBottleneck
-from coded_resnext.kernels.conv1x1 import operator as conv1x1_operator
+from coded_resnext.kernels.conv1x1 import convolution
 from coded_resnext.kernels.rows import ALL_PASSES, LaunchRow, Plan
 from coded_resnext.models.block import apply_block
-from coded_resnext.models.fused.operators import FusedOperators
-from coded_resnext.models.fused.values import Map, ready
+from coded_resnext.models.fused import block as fused_block
+from coded_resnext.models.fused.step import Map, ready
 
 TABLE = Path(__file__).parents[3] / "docs" / "fused_block.md"
 # What PyTorch hands to cuBLAS and cuDNN.
@@ -119,9 +119,9 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         launch(row, *args)
 
     monkeypatch.setattr(LaunchRow, "launch", note)
-    monkeypatch.setattr(FusedOperators, "joins", lambda *_: True)
+    monkeypatch.setattr(fused_block, "_pointwise", lambda *_: True)
     every = Plan(ALL_PASSES, "all of them")
-    monkeypatch.setattr(conv1x1_operator, "planned", lambda *_: every)
+    monkeypatch.setattr(convolution, "planned", lambda *_: every)
     return names
 
 

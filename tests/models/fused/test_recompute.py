@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -12,11 +10,10 @@ from support.cases.fused import CASES, BlockCase
 from torch import Tensor, nn
 
 from coded_resnext import CodedBottleneck
-from coded_resnext.kernels.conv1x1 import operator as conv1x1_operator
+from coded_resnext.kernels.conv1x1 import convolution
 from coded_resnext.kernels.rows import Passes
-from coded_resnext.models.fused.block import fused_block
-from coded_resnext.models.fused.operators import RECOMPUTED, FusedOperators
-from coded_resnext.models.fused.values import Deferred, Product, ready
+from coded_resnext.models.fused.block import RECOMPUTED, fused_block, recomputes
+from coded_resnext.models.fused.step import Deferred, ready
 
 PLAIN = next(case for case in CASES if case.name == "plain")
 
@@ -25,7 +22,7 @@ def recomputed(block: CodedBottleneck, x: Tensor) -> bool:
     """Whether the block leaves its last convolution to be computed."""
     block.backend = "fused"
     y, _ = fused_block(block, x, drop_mask=None, keep_mask=None)
-    return isinstance(y, Deferred) and isinstance(y.raw, Product)
+    return isinstance(y, Deferred) and y.sum.main.weight is not None
 
 
 def image(case: BlockCase = PLAIN, **to: torch.dtype) -> Tensor:
@@ -33,19 +30,26 @@ def image(case: BlockCase = PLAIN, **to: torch.dtype) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last)
 
 
-def test_plain_blocks_that_train_are() -> None:
+def test_plain_blocks_are() -> None:
     for case in CASES:
-        # Evaluation with gradients has no statistics of which to take the factor's place.
-        assert recomputed(case.make(), image(case)) == (not case.coded and case.train), case.name
+        assert recomputed(case.make(), image(case)) == (not case.coded), case.name
 
 
-def test_blocks_with_frozen_layers_are_not() -> None:
-    block = PLAIN.make()
-    block.expand_bn.eval()
-    assert not recomputed(block, image())
-    block = next(case for case in CASES if case.name == "plain, projection").make()
-    block.skip[1].eval()  # type: ignore[index]
-    assert not recomputed(block, image(CASES[2]))
+@pytest.mark.parametrize("frozen", [["expand_bn"], ["skip.1"], ["expand_bn", "skip.1"]])
+def test_frozen_layers_have_no_statistics_to_take(frozen: list[str]) -> None:
+    case = next(case for case in CASES if case.name == "plain, projection")
+    outcomes = []
+    for backend in ("fused", "reference"):
+        block = case.make()
+        block.backend = backend  # type: ignore[assignment]
+        for name in frozen:
+            block.get_submodule(name).eval()
+        x = image(case).requires_grad_()
+        y = block(x)
+        y.square().sum().backward()
+        outcomes.append([y, x.grad, *(p.grad for p in block.parameters()), *block.buffers()])
+    for a, b in zip(*outcomes, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize(("channels", "expected"), [(RECOMPUTED, True), (RECOMPUTED + 8, False)])
@@ -55,10 +59,8 @@ def test_blocks_with_many_channels_are_not(channels: int, expected: bool) -> Non
 
 
 def test_devices_without_float64_write_it() -> None:
-    run, conv = FusedOperators("auto", None), nn.Conv2d(8, 8, 1)
-    for device, expected in (("cuda", True), ("mps", False)):
-        on_device: Any = SimpleNamespace(device=torch.device(device))
-        assert run.recomputes(on_device, conv) == expected
+    assert recomputes(PLAIN.make(), "cuda")
+    assert not recomputes(PLAIN.make(), "mps")
 
 
 def test_without_gradients_statistics_are_followed() -> None:
@@ -121,7 +123,7 @@ def test_a_block_of_every_kind_behind_one(case: BlockCase) -> None:
         if backend == "fused":
             x, _ = fused_block(copies[0], leaf, drop_mask=None, keep_mask=None)
             assert isinstance(x, Deferred)
-            assert isinstance(x.raw, Product)
+            assert x.sum.main.weight is not None
             x, _ = fused_block(copies[1], x, **masks)
             y = ready(x)
         else:
@@ -136,10 +138,9 @@ def test_a_block_of_every_kind_behind_one(case: BlockCase) -> None:
 
 def test_kernels_that_run_a_pass_are_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """The passes of the product go with it to where it is computed."""
-    monkeypatch.setattr(conv1x1_operator, "select_products", lambda *_a, **_k: Passes(weight=True))
+    monkeypatch.setattr(convolution, "select_products", lambda *_a, **_k: Passes(weight=True))
     block = PLAIN.make()
     block.backend = "fused"
     y, _ = fused_block(block, image(), drop_mask=None, keep_mask=None)
     assert isinstance(y, Deferred)
-    assert isinstance(y.raw, Product)
-    assert y.raw.passes == Passes(weight=True)
+    assert y.sum.main.passes == Passes(weight=True)

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from coded_resnext.kernels import layout
-from coded_resnext.kernels.conv1x1 import join_operator
-from coded_resnext.kernels.conv1x1 import operator as conv1x1_operator
+from coded_resnext.kernels.affine import statistics_gradient
+from coded_resnext.kernels.batch_norm import launch as batch_norm_launch
+from coded_resnext.kernels.conv1x1 import convolution
 from coded_resnext.kernels.conv1x1 import reference as conv1x1_reference
 from coded_resnext.kernels.residual import reference as residual_reference
 from coded_resnext.kernels.rows import Passes
@@ -27,11 +28,12 @@ class ProductCase:
     H: int = 4
     W: int = 5
     join: bool = False
-    """Whether it is `join_conv1x1`."""
+    """Whether the sum that ends a block is before it."""
     affine: bool = True
     """Whether there are `scale` and `bias`; of a join, a map of the residual."""
     statistics: bool = True
-    deferred: bool = False
+    gain: bool = False
+    """Whether the gradient of the output comes without a factor for each channel."""
     signs: bool = True
 
     @property
@@ -68,8 +70,8 @@ class ProductCase:
         def normal(*shape: int) -> Tensor:
             return torch.randn(shape, generator=generator, dtype=torch.float64)
 
-        # Those of real statistics are small: a mean of gradients. The first row is a factor of the
-        # gradient of `y` where that is deferred, and means nothing else.
+        # Those of real statistics are small: a mean of gradients. The first row is the factor of
+        # the gradient of `y`, where there is one, and means nothing else.
         of_statistics = normal(3, self.O) * torch.tensor([[1.0], [0.2], [0.2]])
         return {
             "y": normal(self.B, self.O, self.H, self.W).to(dtype),
@@ -79,36 +81,53 @@ class ProductCase:
 
 
 def called(case: ProductCase, inputs: dict[str, Tensor], passes: Passes) -> dict[str, Tensor]:
-    """Outputs and all gradients by the operators."""
-    leaves = {name: value.detach().requires_grad_() for name, value in inputs.items()}
+    """Outputs and all gradients; of a sum before it `grad_y` is that behind its ReLU."""
     given = case.gradients(next(iter(inputs.values())).dtype)
+    weight = inputs["weight"]
     if case.join:
-        x, y, statistics, signs = join_operator.join_conv1x1(
-            *(leaves.get(name) for name in JOIN_ARGUMENTS),
-            case.statistics,
-            case.signs,
-            case.deferred,
-            passes.encoded(),
+        x, y, partial, signs = convolution.join(
+            *(inputs.get(name) for name in JOIN_ARGUMENTS), case.statistics, case.signs, passes
         )
         outputs = {"x": x, "y": y}
-        assert torch.equal(signs, join_operator.pack_signs(x) if case.signs else signs[:0])
+        assert (signs is None) != case.signs
+        assert signs is None or torch.equal(signs, convolution.pack_signs(x))
     else:
-        y, statistics = conv1x1_operator.conv1x1(
-            *(leaves.get(name) for name in ARGUMENTS),
-            case.statistics,
-            case.deferred,
-            passes.encoded(),
-        )
+        arguments = (inputs.get(name) for name in ARGUMENTS)
+        y, partial = convolution.forward(*arguments, case.statistics, passes)
         outputs = {"y": y}
-    if case.statistics:
-        outputs["statistics"] = statistics
+    curve = level = None
+    assert (partial is None) != case.statistics
+    if partial is not None:
+        by_kernels = passes.forward or passes.pointwise
+        outputs["statistics"] = statistics = batch_norm_launch.merged(partial, by_kernels)
+        curve, level = statistics_gradient(given["statistics"], statistics)
+    kept = y if case.statistics else None
+    if case.join:
+        gradients = convolution.join_backward(
+            *(given["y"], kept, curve, level, given["x"], x, signs, inputs["y"]),
+            *(inputs["residual"] if case.affine else None, weight, weight.dtype, passes),
+        )
     else:
-        assert statistics.numel() == 0
-    actual = torch.autograd.grad(
-        list(outputs.values()), list(leaves.values()), [given[name] for name in outputs]
-    )
-    results = {name: value.detach() for name, value in outputs.items()}
-    return results | {f"grad_{name}": g for name, g in zip(leaves, actual, strict=True)}
+        gain = given["statistics"][0] if case.gain else None
+        gradients = convolution.backward(
+            *(given["y"], kept, gain, curve, level),
+            *(inputs.get(name) for name in ARGUMENTS),
+            *(True, weight.dtype, passes),
+        )
+    assert gradients.input is not None
+    assert gradients.weight is not None
+    results = {"grad_weight": gradients.weight}
+    if case.join:
+        results |= {"grad_y": gradients.input, "grad_residual": gradients.input}
+        rows = ("grad_bias", "grad_scale", "grad_residual_scale")
+    else:
+        results |= {"grad_x": gradients.input}
+        rows = ("grad_bias", "grad_scale")
+    if gradients.sums is not None:
+        results |= dict(zip(rows, gradients.sums.sum(0), strict=False))
+    if case.mapped:
+        results["grad_residual_bias"] = results["grad_bias"]
+    return {name: value.detach() for name, value in outputs.items()} | results
 
 
 ARGUMENTS = ("x", "weight", "scale", "bias")
@@ -145,14 +164,14 @@ def defined(case: ProductCase, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         if case.affine:
             x = rounded(torch.relu(_by_channel(wide["scale"]) * x + _by_channel(wide["bias"])))
     results["y"] = y = conv1x1_reference.conv1x1(x, wide["weight"])
-    factor = given["statistics"][0] if case.deferred and not case.join else torch.ones(case.O)
+    factor = given["statistics"][0] if case.gain else torch.ones(case.O)
     loss = loss + (y * _by_channel(factor) * given["y"]).sum()
     if case.statistics:
         results["statistics"] = residual_reference.channel_statistics(y)
         loss = loss + (results["statistics"][1:] * given["statistics"][1:]).sum()
     actual = torch.autograd.grad(loss, list(wide.values()))
     results |= {f"grad_{name}": g for name, g in zip(wide, actual, strict=True)}
-    if case.join and case.deferred:
+    if case.join:
         results["grad_y"] = results["grad_y"] / _by_channel(wide["scale"])
         if case.mapped:
             factor = _by_channel(wide["residual_scale"])

@@ -1,0 +1,166 @@
+"""Counts what a training step launches on a GPU, by the line that launches it; no GPU is needed.
+
+    python benchmarks/cpu/launches.py coded_resnext50_32x4d --backend triton
+
+The step runs on tensors of the true sizes that have no values (PyTorch's FakeTensorMode), so that
+shapes, strides and dtypes are followed and nothing is computed. Every call of ATen counts as one
+launch, but for those that only look at a tensor in another way or allocate one; every launch of a
+Triton kernel counts as one, by the settings of sm90. Libraries may launch several kernels for one
+call, and PyTorch's products in 16 bits have casts here that a GPU does not need: a profile differs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+os.environ["TRITON_INTERPRET"] = "1"
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from coded_resnext import CodedLoss, create_model
+from coded_resnext.kernels import checks, layout
+from coded_resnext.kernels.rows import LaunchRow, without_launches
+from coded_resnext.models import loss as loss_of_models
+
+ROOT = Path(__file__).resolve().parents[2]
+# Calls that start no kernel: another view of a tensor, an allocation, a question.
+NOTHING = {
+    *("alias", "as_strided", "detach", "expand", "permute", "select", "slice", "split", "squeeze"),
+    *("t", "transpose", "unbind", "unsqueeze", "view", "_unsafe_view", "_reshape_alias"),
+    *("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "lift_fresh"),
+    *("device", "is_same_size", "result_type", "sym_size", "sym_stride"),
+    *("_record_function_enter_new", "_record_function_exit"),
+}
+
+
+class Counting(TorchDispatchMode):
+    """Notes each call that starts a kernel, with the line of the project that makes it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.launches: Counter[tuple[str, str]] = Counter()
+
+    def note(self, name: str) -> None:
+        self.launches[place(), name] += 1
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        name = func.overloadpacket.__name__
+        if name not in NOTHING:
+            self.note(name)
+        return func(*args, **(kwargs or {}))
+
+
+def place() -> str:
+    """Returns the innermost line of the library on the stack, or what runs without one."""
+    frame = sys._getframe(2)
+    while frame is not None:
+        path = Path(frame.f_code.co_filename)
+        if path.is_relative_to(ROOT) and path != Path(__file__).resolve():
+            name = str(path.relative_to(ROOT)).replace("coded_resnext/kernels", "kernels")
+            return f"{name}:{frame.f_code.co_name}"
+        frame = frame.f_back  # type: ignore[assignment]
+    node = torch._C._current_autograd_node()
+    return "(PyTorch)" if node is None else f"(autograd) {node.name()}"
+
+
+@contextmanager
+def _as_on_a_gpu() -> Iterator[Counting]:
+    """Lets kernels be chosen as on sm90, and counts in place of launching."""
+    counting = Counting()
+
+    def launch(row: LaunchRow, *_arguments: object) -> None:
+        counting.note(f"triton {row.kernel.partition(':')[2]}")
+
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(LaunchRow, "launch", launch))
+        stack.enter_context(mock.patch.object(layout, "architecture_of", return_value="sm90"))
+        stack.enter_context(mock.patch.object(layout, "too_large", return_value=None))
+        # Values are looked at on the CPU alone.
+        stack.enter_context(mock.patch.object(loss_of_models, "check_targets"))
+        stack.enter_context(mock.patch.object(checks, "_readable", return_value=False))
+        stack.enter_context(without_launches())
+        yield counting
+
+
+def launches_of_step(
+    name: str, backend: str, *, batch: int = 256, size: int = 160
+) -> Counter[tuple[str, str]]:
+    """Returns the launches of a training step in bfloat16 autocast, by place and kernel.
+
+    Args:
+        name: of a network.
+        backend: of its blocks, and of its loss.
+        batch, size: images, and their height and width in pixels.
+    """
+    model = create_model(name, backend=backend).train().to(memory_format=torch.channels_last)
+    loss = CodedLoss(model.codebooks, weight=4.0, backend=backend)
+    with _as_on_a_gpu() as counting, FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        for module in model.modules():
+            for tensors in (module._parameters, module._buffers):
+                for key, value in tensors.items():
+                    if value is not None:
+                        tensors[key] = mode.from_tensor(value)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, foreach=True)
+        images = torch.empty(batch, 3, size, size).to(memory_format=torch.channels_last)
+        targets = torch.zeros(batch, dtype=torch.int64)
+
+        def step() -> None:
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                logits, energies = model(images, return_energies=True)
+            total: Tensor = loss(logits, energies, targets).total
+            total.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        # The first step makes the optimizer's state.
+        step()
+        counting.launches.clear()
+        with counting:
+            step()
+    return counting.launches
+
+
+def table(launches: Counter[tuple[str, str]], most: int) -> str:
+    """Returns the places with the most launches as Markdown."""
+    by_place: dict[str, Counter[str]] = {}
+    for (where, name), count in launches.items():
+        by_place.setdefault(where, Counter())[name] += count
+    rows = sorted(by_place.items(), key=lambda item: -item[1].total())[:most]
+    lines = ["| place | launches | of |", "|---|---|---|"]
+    for where, counts in rows:
+        of = ", ".join(f"{name} {count}" for name, count in counts.most_common(6))
+        lines.append(f"| {where} | {counts.total()} | {of} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Prints the table of a network."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("network", help="name of a network, such as coded_resnext50_32x4d")
+    parser.add_argument("--backend", default="triton", help="of its blocks (default: %(default)s)")
+    parser.add_argument("--batch", type=int, default=256, help="images (default: %(default)s)")
+    parser.add_argument("--size", type=int, default=160, help="pixels (default: %(default)s)")
+    parser.add_argument("--most", type=int, default=40, help="rows (default: %(default)s)")
+    options = parser.parse_args()
+    launches = launches_of_step(
+        options.network, options.backend, batch=options.batch, size=options.size
+    )
+    print(table(launches, options.most))
+    print(f"\n{launches.total()} launches of a step of {options.network} by {options.backend}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,368 @@
+"""A fused block as one node of autograd, and its output as another one.
+
+Called as it is, a node is an `autograd.Function`; within a graph that `torch.compile` captures it
+is a registered operator. Both run models/fused/data_flow.py, and so do the operators' fakes, in
+which no kernel is launched.
+
+A block hands over a sum that the next one computes (`data_flow.Sum`). Autograd sees of it a
+*handle* without memory, which stands for the sum before its ReLU, and the maps of its terms: the
+gradient of the handle is that behind the ReLU, those of the maps are sums that come with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from coded_resnext.kernels.checks import refuse_derivative
+from coded_resnext.kernels.rows import Passes, without_launches
+
+from . import data_flow
+from .data_flow import Layers, Plan, Result, Sum, Term, Weights
+from .norm import Layer
+
+Tensors = list[Tensor]
+Masks = tuple[Tensor | None, Tensor | None]
+
+
+class Call(NamedTuple):
+    """The arguments of a node, as an operator of PyTorch takes them."""
+
+    inputs: Tensors
+    """With gradients."""
+    constants: Tensors
+    settings: list[int]
+    numbers: list[float]
+    group: str
+    """Name of a group of processes, or nothing."""
+
+
+Forward = Callable[[Call], Tensors]
+Backward = Callable[[Tensors, Tensors, list[bool], Call], Tensors]
+
+
+def _filled(values: Sequence[Tensor | None], like: Tensor) -> Tensors:
+    """Returns a list without None, in whose place an operator has tensors without elements."""
+    return [like.new_empty(0) if each is None else each for each in values]
+
+
+def _emptied(values: Sequence[Tensor]) -> list[Tensor | None]:
+    return [None if each.numel() == 0 else each for each in values]
+
+
+def node(
+    name: str, forward: Forward, backward: Backward, differentiable: Sequence[int]
+) -> Callable[[Call], Tensors]:
+    """Makes a node of autograd.
+
+    Args:
+        name: of the operator in `coded_resnext::`; that of its gradients ends in `_backward`.
+        forward: returns the outputs.
+        backward: returns the gradients of all inputs, given those of the differentiable outputs,
+            all outputs, and which gradients are wanted. What is not there has no elements.
+        differentiable: places of the outputs with gradients.
+    """
+
+    @torch.library.custom_op(f"coded_resnext::{name}", mutates_args=())
+    def operator(
+        inputs: list[Tensor],
+        constants: list[Tensor],
+        settings: list[int],
+        numbers: list[float],
+        group: str,
+    ) -> list[Tensor]:
+        return forward(Call(inputs, constants, settings, numbers, group))
+
+    @torch.library.custom_op(f"coded_resnext::{name}_backward", mutates_args=())
+    def operator_backward(
+        grads: list[Tensor],
+        outputs: list[Tensor],
+        wanted: list[bool],
+        inputs: list[Tensor],
+        constants: list[Tensor],
+        settings: list[int],
+        numbers: list[float],
+        group: str,
+    ) -> list[Tensor]:
+        call = Call(inputs, constants, settings, numbers, group)
+        # Vectors are rows of one tensor, and results of an operator share none.
+        gradients = backward(grads, outputs, wanted, call)
+        return [each.clone() if each.ndim == 1 else each for each in gradients]
+
+    def fake(*arguments: Any) -> Tensors:
+        with without_launches():
+            return forward(Call(*arguments))
+
+    def fake_backward(grads: Tensors, outputs: Tensors, wanted: list[bool], *rest: Any) -> Tensors:
+        with without_launches():
+            return [each.clone() for each in backward(grads, outputs, wanted, Call(*rest))]
+
+    def save(ctx: Any, call: Call, outputs: Tensors) -> None:
+        ctx.counts, ctx.rest = (len(call.inputs), len(call.constants)), call[2:]
+        ctx.save_for_backward(*call.inputs, *call.constants, *outputs)
+        ctx.mark_non_differentiable(
+            *(
+                each
+                for place, each in enumerate(outputs)
+                if place not in differentiable or each.numel() == 0
+            )
+        )
+
+    def gradients(
+        ctx: Any, grads: Sequence[Tensor | None], wanted: Sequence[bool], run: Backward
+    ) -> list[Tensor | None]:
+        # Checkpointing without reentrance gives every saved tensor once.
+        saved = list(ctx.saved_tensors)
+        inputs, constants = ctx.counts
+        call = Call(saved[:inputs], saved[inputs : inputs + constants], *ctx.rest)
+        outputs = saved[inputs + constants :]
+        of_outputs = _filled([grads[place] for place in differentiable], outputs[0])
+        of_inputs = run(of_outputs, outputs, list(wanted), call)
+        return [
+            each if want and each.numel() else None
+            for each, want in zip(of_inputs, wanted, strict=True)
+        ]
+
+    def of_operator(ctx: Any, grads: Tensors) -> Any:
+        def run(grads: Tensors, outputs: Tensors, wanted: list[bool], call: Call) -> Tensors:
+            of_inputs: Tensors = operator_backward(grads, outputs, wanted, *call)
+            return of_inputs
+
+        of_inputs = gradients(ctx, grads, ctx.needs_input_grad[0], run)
+        # PyTorch takes an empty list for one of tensors.
+        nothing: list[None] | None = None if ctx.rest[1] else []
+        return of_inputs, [None] * ctx.counts[1], None, nothing, None
+
+    def save_operator(ctx: Any, inputs: Any, output: Tensors) -> None:
+        save(ctx, Call(*inputs), output)
+
+    operator.register_fake(fake)
+    operator_backward.register_fake(fake_backward)
+    operator_backward.register_autograd(refuse_derivative)
+    operator.register_autograd(of_operator, setup_context=save_operator)
+
+    class Eager(torch.autograd.Function):
+        """The node without the cost of a registered operator."""
+
+        @staticmethod
+        def forward(ctx: Any, inputs: int, rest: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
+            call = Call(list(tensors[:inputs]), list(tensors[inputs:]), *rest)
+            outputs = forward(call)
+            save(ctx, call, outputs)
+            ctx.set_materialize_grads(False)
+            return tuple(outputs)
+
+        @staticmethod
+        @once_differentiable
+        def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+            inputs, constants = ctx.counts
+            wanted = ctx.needs_input_grad[2 : 2 + inputs]
+            of_inputs = gradients(ctx, grads, wanted, backward)
+            return None, None, *of_inputs, *([None] * constants)
+
+    def apply(call: Call) -> Tensors:
+        if torch.compiler.is_compiling():
+            outputs: Tensors = operator(*call)
+            return outputs
+        tensors = (*call.inputs, *call.constants)
+        return list(Eager.apply(len(call.inputs), call[2:], *tensors))
+
+    return apply
+
+
+class Deferred(NamedTuple):
+    """The output of a block that the next one computes on its way."""
+
+    handle: Tensor
+    """`[B, C, H, W]` without memory, for autograd."""
+    sum: Sum
+    """What it is the sum of."""
+
+
+Map = Tensor | Deferred
+# Numbers in the form of a block's input.
+_FORM = 7
+
+
+def _taken_apart(x: Map) -> tuple[Tensors, Tensors, list[int]]:
+    """Returns the tensors of a block's input, with gradients and without, and its form."""
+    if isinstance(x, Tensor):
+        return [x], [], [0] * _FORM
+    main, residual = x.sum.main, x.sum.residual
+    assert main.map is not None
+    inputs = [x.handle, main.map, *([] if residual.map is None else [residual.map])]
+    tensors = (main.x, main.before, main.weight, residual.x, residual.weight)
+    form = [
+        1,
+        main.before is not None,
+        main.weight is not None,
+        residual.map is not None,
+        residual.weight is not None,
+        x.sum.pointwise,
+        main.passes.encoded(),
+    ]
+    constants = [each.detach() for each in tensors if each is not None]
+    return inputs, constants, [int(each) for each in form]
+
+
+def _put_together(
+    inputs: Iterator[Tensor], constants: Iterator[Tensor], form: Sequence[int]
+) -> Tensor | Sum:
+    """Returns a block's input, a sum without its handle."""
+    first = next(inputs)
+    is_sum, before, product, mapped, residual_product, pointwise, passes = form
+    if not is_sum:
+        return first
+
+    def constant(there: int) -> Tensor | None:
+        return next(constants) if there else None
+
+    main = Term(
+        next(constants), next(inputs), constant(before), constant(product), Passes.decoded(passes)
+    )
+    residual = Term(next(constants), next(inputs) if mapped else None)
+    residual = residual._replace(weight=constant(residual_product))
+    return Sum(main, residual, bool(pointwise))
+
+
+def block_call(plan: Plan, x: Map, weights: Weights, layers: Layers, masks: Masks) -> Call:
+    """Returns the arguments of a block's node; those of `data_flow.forward`."""
+    inputs, constants, form = _taken_apart(x)
+    settings = [*plan, *form]
+    for weight, layer in zip(weights, layers, strict=True):
+        if weight is not None and layer is not None:
+            own = [each for each in (layer.weight, layer.bias) if each is not None]
+            inputs += [weight, *own]
+            constants += layer.running or ()
+            settings += (layer.weight is not None, layer.bias is not None, bool(layer.running))
+    constants += [mask for mask in masks if mask is not None]
+    settings += [mask is not None for mask in masks]
+    there = [layer for layer in layers if layer is not None]
+    return Call(
+        inputs,
+        constants,
+        [int(each) for each in settings],
+        [layer.epsilon for layer in there],
+        max(layer.group for layer in there),
+    )
+
+
+def _parsed(call: Call) -> tuple[Plan, Tensor | Sum, Weights, Layers, Masks]:
+    """Returns what `block_call` was given, the input without its handle."""
+    settings, inputs, constants = iter(call.settings), iter(call.inputs), iter(call.constants)
+    plan = Plan(*(next(settings) for _ in Plan._fields))
+    x = _put_together(inputs, constants, [next(settings) for _ in range(_FORM)])
+    weights: list[Tensor] = []
+    layers: list[Layer] = []
+    for epsilon in call.numbers:
+        weights.append(next(inputs))
+        weight, bias = (next(inputs) if next(settings) else None for _ in range(2))
+        running = (next(constants), next(constants)) if next(settings) else None
+        group = "" if running else call.group
+        layers.append(Layer(weight, bias, running, epsilon, group, bool(plan.pointwise)))
+    drop_mask, keep_mask = (next(constants) if next(settings) else None for _ in range(2))
+    skip = (weights[3], layers[3]) if len(layers) == 4 else (None, None)
+    return (
+        plan,
+        x,
+        Weights(weights[0], weights[1], weights[2], skip[0]),
+        Layers(layers[0], layers[1], layers[2], skip[1]),
+        (drop_mask, keep_mask),
+    )
+
+
+# Of a block's outputs the handle, and behind it those of `Result` that have gradients.
+_DIFFERENTIABLE = [0] + [1 + Result._fields.index(n) for n in ("map3", "skip_map", "energies")]
+
+
+def _block_forward(call: Call) -> Tensors:
+    """Returns the handle of a block's output, and its `Result`."""
+    plan, x, weights, layers, masks = _parsed(call)
+    like = x if isinstance(x, Tensor) else x.main.x
+    with torch.autocast(like.device.type, enabled=False):
+        result = data_flow.forward(plan, x, weights, layers, *masks)
+    batch, _, height, width = result.y2.shape
+    handle = like.new_empty(()).expand(batch, weights.expand.shape[0], height, width)
+    return [handle, *_filled(result, like)]
+
+
+def _block_backward(grads: Tensors, outputs: Tensors, wanted: list[bool], call: Call) -> Tensors:
+    """Returns the gradients of a block's inputs."""
+    plan, x, weights, layers, masks = _parsed(call)
+    given = [
+        # What nobody has used.
+        output.new_zeros(output.shape) if output.numel() and not grad.numel() else grad
+        for grad, output in zip(grads, (outputs[n] for n in _DIFFERENTIABLE), strict=True)
+    ]
+    g, of_main, of_skip, of_energies = given
+    own = 1 if isinstance(x, Tensor) else 2 + (x.residual.map is not None)
+    of_grouped = own + 1 + sum(each is not None for each in (layers[0].weight, layers[0].bias))
+    needs = (any(wanted[:own]), wanted[own], wanted[of_grouped])
+    with torch.autocast(g.device.type, enabled=False):
+        gradients = data_flow.backward(
+            plan,
+            g,
+            (of_main, of_skip if of_skip.numel() else None),
+            of_energies,
+            x,
+            weights,
+            layers,
+            masks,
+            Result(*_emptied(outputs[1:])),  # type: ignore[arg-type]
+            needs,
+        )
+    of_inputs = [gradients.x, *gradients.maps][:own]
+    of_layers = (gradients.reduce, gradients.grouped, gradients.expand, gradients.skip)
+    for layer, (weight, of_weight, of_bias) in zip(layers, of_layers, strict=True):
+        if layer is not None:
+            of_inputs.append(weight)
+            for each, value in ((layer.weight, of_weight), (layer.bias, of_bias)):
+                if each is not None and value is not None:
+                    of_inputs.append(value.to(each.dtype))
+    return _filled(of_inputs, g)
+
+
+def _sum_of(call: Call) -> Sum:
+    value = _put_together(iter(call.inputs), iter(call.constants), call.settings)
+    assert isinstance(value, Sum)
+    return value
+
+
+def _sum_forward(call: Call) -> Tensors:
+    return [_sum_of(call).ready()]
+
+
+def _sum_backward(grads: Tensors, outputs: Tensors, wanted: list[bool], call: Call) -> Tensors:
+    with torch.autocast(grads[0].device.type, enabled=False):
+        gradients = _sum_of(call).backward(grads[0], outputs[0])
+    return [each for each in gradients if each is not None]
+
+
+fused_block = node("fused_block", _block_forward, _block_backward, _DIFFERENTIABLE)
+fused_sum = node("fused_sum", _sum_forward, _sum_backward, [0])
+
+
+def applied(call: Call) -> tuple[Deferred, Result]:
+    """Applies a block; returns its output and what the algebra has made."""
+    handle, *values = fused_block(call)
+    result = Result(*_emptied(values))  # type: ignore[arg-type]
+    plan, x, weights, _, _ = _parsed(call)
+    return Deferred(handle, data_flow.output_of(plan, x, weights, result)), result
+
+
+def ready(x: Map) -> Tensor:
+    """Returns the map itself, `[B, C, H, W]`."""
+    if not isinstance(x, Deferred):
+        return x
+    inputs, constants, form = _taken_apart(x)
+    with torch.autocast(x.handle.device.type, enabled=False):
+        return fused_sum(Call(inputs, constants, form, [], ""))[0]
+
+
+def like(x: Map) -> Tensor:
+    """Returns a tensor with the map's shape, dtype and device."""
+    return x.handle if isinstance(x, Deferred) else x

@@ -1,0 +1,198 @@
+"""The last convolution of a block where its output is not stored: its statistics, the sum that ends
+the block, and its gradients.
+
+For `a = relu(scale x + bias)` and `y = W a`, over n pixels with the mean m of `a` and its scatter
+`S = sum (a - m)(a - m)^T`, the sum of `y` is `n W m`, and its M2 the diagonal of `W S W^T`. So
+BatchNorm's map of `y` is known before `y` is, and is applied to what a product has in its
+registers. `Passes` as in kernels/conv1x1/convolution.py. B samples, I channels in, O channels out.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from coded_resnext.kernels import affine
+from coded_resnext.kernels.affine import ConvGradients, behind_activation
+from coded_resnext.kernels.checks import check_filled
+from coded_resnext.kernels.conv1x1 import convolution as conv1x1
+from coded_resnext.kernels.conv1x1 import launch as conv1x1_launch
+from coded_resnext.kernels.conv1x1 import library as conv1x1_library
+from coded_resnext.kernels.layout import accumulation_dtype, on_device
+from coded_resnext.kernels.residual import launch as residual_launch
+from coded_resnext.kernels.rows import Passes
+
+from . import launch as recompute_launch
+
+
+class Moments(NamedTuple):
+    """What the gradients of the statistics need; in the accumulation dtype."""
+
+    mean: Tensor
+    """m, `[I]`."""
+    spread: Tensor
+    """`W S`, `[O, I]`."""
+
+
+def _precise(weight: Tensor) -> Tensor:
+    """`[O, I]` in float64: products of such matrices are small, and TF32 may be on for float32."""
+    return weight.flatten(1).double()
+
+
+def _pixels(x: Tensor) -> int:
+    return x.shape[0] * x.shape[2] * x.shape[3]
+
+
+def statistics(
+    x: Tensor, scale: Tensor | None, bias: Tensor | None, weight: Tensor, passes: Passes
+) -> tuple[Tensor, Moments]:
+    """Returns the (count, sum, M2) of `y = W relu(scale x + bias)`, `[1, 3, O]`, without `y`.
+
+    `x [B, I, H, W]`, `weight [O, I, 1, 1]`; `scale` and `bias [I]`, or None for `y = W x`.
+    """
+    check_filled("x", x)
+    # They are statistics, and kernels compute those wherever they compute what is pointwise.
+    if passes.forward or passes.pointwise:
+        with on_device(x):
+            mean, scatter = recompute_launch.moments(x, scale, bias)
+    else:
+        mean, scatter = conv1x1_library.moments(affine.activate(x, scale, bias))
+    wide, count = _precise(weight), _pixels(x)
+    sums = count * (wide @ mean.double())
+    spread = wide @ scatter.double()
+    # The scatter is positive semidefinite; rounding must not make a sum of squares negative.
+    m2 = (spread * wide).sum(1).clamp_min(0)
+    partial = torch.stack([torch.full_like(sums, count), sums, m2]).to(mean.dtype)
+    return partial[None], Moments(mean, spread.to(mean.dtype))
+
+
+def join(
+    x: Tensor,
+    x_scale: Tensor | None,
+    x_bias: Tensor | None,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    residual: Tensor,
+    residual_scale: Tensor | None,
+    residual_bias: Tensor | None,
+    keep_signs: bool,
+    passes: Passes,
+) -> tuple[Tensor, Tensor | None]:
+    """`joined = relu(scale W relu(x_scale x + x_bias) + bias + residual)`, and its signs.
+
+    Args:
+        x, x_scale, x_bias, weight: `[B, I, H, W]`, `[I]`, `[O, I, 1, 1]`.
+        scale, bias: `[O]`, the BatchNorm behind the product.
+        residual: `[B, O, H, W]`.
+        residual_scale, residual_bias: `[O]`, both or neither: the BatchNorm behind the residual.
+        keep_signs: whether they are wanted.
+        passes: who computes the product.
+    """
+    check_filled("x", x)
+    if passes.forward:
+        with on_device(x):
+            return recompute_launch.product_join(
+                x,
+                x_scale,
+                x_bias,
+                weight,
+                scale,
+                bias,
+                residual,
+                residual_scale,
+                residual_bias,
+                keep_signs,
+            )
+    y = conv1x1_library.forward(affine.activate(x, x_scale, x_bias), weight)
+    joined = residual_launch.forward(
+        y, scale, bias, residual, residual_scale, residual_bias, passes.pointwise
+    )
+    return joined, conv1x1.pack_signs(joined) if keep_signs else None
+
+
+def product_sums(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    passes: Passes,
+) -> Tensor:
+    """The sums over the pixels of `grad relu(scale x + bias)^T`, `[O, I]`, not rounded to the dtype
+    of `weight`, which is there for its shape."""
+    check_filled("x", x)
+    if passes.weight:
+        wide = accumulation_dtype(x.dtype)
+        with on_device(x):
+            sums = conv1x1_launch.weight_gradient(grad, x, weight, scale, bias, wide)
+        return sums.flatten(1)
+    return conv1x1_library.wide_sums(grad, affine.activate(x, scale, bias))
+
+
+def scale_gradient(of_product: Tensor, weight: Tensor) -> Tensor:
+    """Returns the gradient `[O]` of the scale behind a product from `product_sums`."""
+    return (of_product * weight.flatten(1)).sum(1)
+
+
+def backward(
+    grad: Tensor,
+    gain: Tensor,
+    curve: Tensor | None,
+    level: Tensor | None,
+    of_product: Tensor,
+    moments: Moments | None,
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    need_input: bool,
+    weight_dtype: torch.dtype,
+    passes: Passes,
+) -> ConvGradients:
+    """Returns the gradients for that of `y = W a`, `gain grad + curve y + level`, without `y`.
+
+    That of `a = relu(scale x + bias)` is `(gain W)^T grad + W^T (curve W a + level)`.
+
+    Args:
+        grad: `[B, O, H, W]`.
+        gain, curve, level: `[O]`; the last two, and `moments`, where the batch's statistics are
+            used.
+        of_product: `product_sums` of `grad`.
+        moments: as `statistics` gave them.
+        x, weight, scale, bias: as for `statistics`.
+        need_input: whether the gradients of `x`, `scale` and `bias` are wanted.
+        weight_dtype: of the gradient of the weight.
+        passes: who computes.
+    """
+    check_filled("x", x)
+    if curve is None or level is None or moments is None:
+        dweight = (gain[:, None] * of_product).to(weight_dtype).view_as(weight)
+        of_output = (grad, None, gain, None, None)
+        dx, sums, _ = conv1x1.backward(*of_output, x, weight, scale, bias, need_input, None, passes)
+        return ConvGradients(dx, sums, dweight)
+    mean, wide = moments.mean.double(), _precise(weight)
+    # Of the sum alone: the level is what remains of it where the curve meets `y`, not `y - mean`.
+    of_sum = level + curve * (wide @ mean)
+    dweight = gain[:, None] * of_product + curve[:, None] * moments.spread
+    dweight = dweight + torch.outer(of_sum, _pixels(x) * mean)
+    dweight = dweight.to(weight_dtype).view_as(weight)
+    if not need_input:
+        return ConvGradients(None, None, dweight)
+    square = wide.t() @ (curve[:, None] * wide)
+    shift = of_sum @ wide - square @ mean
+    of_weight, square, shift = (
+        each.to(moments.mean.dtype) for each in (gain[:, None] * wide, square, shift)
+    )
+    if passes.input:
+        with on_device(x):
+            dx, sums = recompute_launch.moments_gradient(
+                grad, of_weight, square, shift, x, scale, bias
+            )
+    else:
+        h = affine.activate(x, scale, bias)
+        of_activated = conv1x1_library.moments_gradient(grad, of_weight, square, shift, h)
+        dx, sums = behind_activation(of_activated.to(shift.dtype), x, scale, bias)
+    return ConvGradients(dx, sums, dweight)
