@@ -286,7 +286,7 @@ def _block_forward(call: Call) -> Tensors:
     with torch.autocast(like.device.type, enabled=False):
         result = data_flow.forward(plan, x, weights, layers, *masks)
     batch, _, height, width = result.y2.shape
-    handle = like.new_empty(()).expand(batch, weights.expand.shape[0], height, width)
+    handle = like.new_zeros(()).expand(batch, weights.expand.shape[0], height, width)
     return [handle, *_filled(result, like)]
 
 
