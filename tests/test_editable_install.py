@@ -105,6 +105,7 @@ WHERE = (
 )
 
 
+@pytest.mark.long
 def test_a_second_checkout_computes_with_its_own_kernels(checkout: Path, tmp_path: Path) -> None:
     """NIPET#18, pip#11467: parts of a package came from different places, without a word."""
     assert install(checkout, "").returncode == 0

@@ -90,6 +90,7 @@ def test_shipped_kernels_keep_their_limits(compiled: Path, tmp_path: Path) -> No
             assert row["instructions_per_byte"] > 0.01
 
 
+@pytest.mark.long
 def test_lanes_of_a_sum_hold_the_same_bits(compiled: Path) -> None:
     """Of every shipped kernel; else what is stored, or read of it, need not repeat."""
     texts = [path.read_text() for path in (compiled / "build" / "cache").glob("*/*.ptx")]

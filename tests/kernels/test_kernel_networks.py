@@ -164,7 +164,7 @@ def test_ten_steps_give_the_losses_of_pytorch() -> None:
     assert max(expected) - min(expected) > 0.1
 
 
-@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("training", [pytest.param(True, marks=pytest.mark.long), False])
 def test_a_network_by_kernels_compiles_whole(
     training: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -156,6 +156,7 @@ def outcome(situation: Situation, run: Path, whole: CodedResNeXt, **options: Any
     return "goes on"
 
 
+@pytest.mark.long
 def test_what_a_run_may_be_resumed_with(tmp_path: Path) -> None:
     """litData#436, tensorflow#41571: other images were taken without a word, in another place.
 

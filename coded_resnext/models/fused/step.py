@@ -120,7 +120,11 @@ def node(
         inputs, constants = ctx.counts
         call = Call(saved[:inputs], saved[inputs : inputs + constants], *ctx.rest)
         outputs = saved[inputs + constants :]
-        of_outputs = _filled([grads[place] for place in differentiable], outputs[0])
+        # Zeros for what nobody has used.
+        of_outputs = [
+            outputs[place].new_zeros(outputs[place].shape) if (own := grads[place]) is None else own
+            for place in differentiable
+        ]
         of_inputs = run(of_outputs, outputs, list(wanted), call)
         return [
             each if want and each.numel() else None
@@ -237,17 +241,19 @@ def block_call(plan: Plan, x: Map, weights: Weights, layers: Layers, masks: Mask
         if weight is not None and layer is not None:
             own = [each for each in (layer.weight, layer.bias) if each is not None]
             inputs += [weight, *own]
-            constants += layer.running or ()
-            settings += (layer.weight is not None, layer.bias is not None, bool(layer.running))
+            if layer.running is not None:
+                constants += layer.running
+            there = (layer.weight, layer.bias, layer.running)
+            settings += [each is not None for each in there]
     constants += [mask for mask in masks if mask is not None]
     settings += [mask is not None for mask in masks]
-    there = [layer for layer in layers if layer is not None]
+    present = [layer for layer in layers if layer is not None]
     return Call(
         inputs,
         constants,
         [int(each) for each in settings],
-        [layer.epsilon for layer in there],
-        max(layer.group for layer in there),
+        [layer.epsilon for layer in present],
+        max(layer.group for layer in present),
     )
 
 
@@ -293,12 +299,7 @@ def _block_forward(call: Call) -> Tensors:
 def _block_backward(grads: Tensors, outputs: Tensors, wanted: list[bool], call: Call) -> Tensors:
     """Returns the gradients of a block's inputs."""
     plan, x, weights, layers, masks = _parsed(call)
-    given = [
-        # What nobody has used.
-        output.new_zeros(output.shape) if output.numel() and not grad.numel() else grad
-        for grad, output in zip(grads, (outputs[n] for n in _DIFFERENTIABLE), strict=True)
-    ]
-    g, of_main, of_skip, of_energies = given
+    g, of_main, of_skip, of_energies = grads
     own = 1 if isinstance(x, Tensor) else 2 + (x.residual.map is not None)
     of_grouped = own + 1 + sum(each is not None for each in (layers[0].weight, layers[0].bias))
     needs = (any(wanted[:own]), wanted[own], wanted[of_grouped])
