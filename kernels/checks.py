@@ -122,7 +122,15 @@ def check_annotated(annotated: Any, values: dict[str, Any]) -> None:
     for name, value in values.items():
         if name in hints and not _is_of(value, hints[name]):
             expected = annotated.__annotations__[name]
-            raise ValueError(f"{name}: expected {expected}, got {type(value).__name__}")
+            raise ValueError(f"{name}: expected {expected}, got {_described(value)}")
+
+
+def _described(value: object) -> str:
+    """Returns the type of a value, and of a list those of its items."""
+    kind = type(value).__name__
+    if not isinstance(value, list | tuple) or not value:
+        return kind
+    return f"{kind} of {' and '.join(sorted({type(item).__name__ for item in value}))}"
 
 
 @functools.cache

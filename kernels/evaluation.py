@@ -16,16 +16,16 @@ from coded_resnext.kernels.coded import gram
 from coded_resnext.kernels.coded.operator import branch_energy
 from coded_resnext.kernels.conv1x1 import library as conv1x1_library
 from coded_resnext.kernels.conv3x3 import launch as conv3x3_launch
-from coded_resnext.kernels.conv3x3.operator import output_size, sizes_of
+from coded_resnext.kernels.conv3x3.operator import sizes_of
 from coded_resnext.kernels.recompute import launch as recompute_launch
 from coded_resnext.kernels.residual import launch as residual_launch
 
 from .checks import check_filled
-from .layout import accumulation_dtype, channels_last, empty_rows, on_device
+from .layout import accumulation_dtype, channels_last, empty_rows, on_device, operator
 from .rows import Passes
 
 
-@torch.library.custom_op("coded_resnext::folded_conv1x1", mutates_args=())
+@operator("folded_conv1x1")
 def folded_conv1x1(
     x: Tensor,
     weight: Tensor,
@@ -50,19 +50,7 @@ def folded_conv1x1(
     return residual_launch.forward(y, None, bias, residual, None, None, passes.pointwise, factor)
 
 
-@folded_conv1x1.register_fake
-def _(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    residual: Tensor | None,
-    factor: Tensor | None,
-    kernels: int,
-) -> Tensor:
-    return empty_rows(x, weight.shape[0]).permute(0, 3, 1, 2)
-
-
-@torch.library.custom_op("coded_resnext::folded_grouped_conv3x3", mutates_args=())
+@operator("folded_grouped_conv3x3")
 def folded_grouped_conv3x3(
     x: Tensor,
     weight: Tensor,
@@ -101,23 +89,7 @@ def folded_grouped_conv3x3(
     return h, branch_energy(h, branch_weight, None, None, None)
 
 
-@folded_grouped_conv3x3.register_fake
-def _(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    branch_weight: Tensor | None,
-    keep_mask: Tensor | None,
-    stride: int,
-    kernels: int,
-) -> tuple[Tensor, Tensor]:
-    batch, channels, height, width = x.shape
-    h = x.new_empty(batch, output_size(height, stride), output_size(width, stride), channels)
-    shape = (0,) if branch_weight is None else (batch, branch_weight.shape[0])
-    return h.permute(0, 3, 1, 2), x.new_empty(shape, dtype=accumulation_dtype(x.dtype))
-
-
-@torch.library.custom_op("coded_resnext::side_by_side", mutates_args=())
+@operator("side_by_side")
 def side_by_side(h: Tensor, factor: Tensor | None, x: Tensor) -> Tensor:
     """`[factor h, x]`, `[B, N*D + I, H, W]`: the operand of two 1x1 convolutions that are added.
 
@@ -132,8 +104,3 @@ def side_by_side(h: Tensor, factor: Tensor | None, x: Tensor) -> Tensor:
         torch.mul(h, factor[:, None, None, None], out=left)
     right.copy_(x)
     return both
-
-
-@side_by_side.register_fake
-def _(h: Tensor, factor: Tensor | None, x: Tensor) -> Tensor:
-    return empty_rows(h, h.shape[1] + x.shape[1]).permute(0, 3, 1, 2)

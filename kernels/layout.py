@@ -250,3 +250,23 @@ def pixels_of(rows: Tensor) -> int:
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which energies and sums are formed: float64 stays, all else is float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def operator(name: str) -> Callable[[Callable[..., Any]], Any]:
+    """Registers a function as the PyTorch operator `coded_resnext::name`, which writes to no input.
+
+    Its fake is the function itself with no kernel launched: shapes, layouts and dtypes have one
+    source.
+    """
+
+    def register(function: Callable[..., Any]) -> Any:
+        registered = torch.library.custom_op(f"coded_resnext::{name}", mutates_args=())(function)
+
+        @registered.register_fake
+        def _(*arguments: Any) -> Any:
+            with rows.without_launches():
+                return function(*arguments)
+
+        return registered
+
+    return register

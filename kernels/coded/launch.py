@@ -37,8 +37,9 @@ class Launch:
         drop_mask: Tensor | None,
         keep_mask: Tensor | None,
     ) -> None:
-        branches, channels, width = branch_weight.shape
-        self.batch, self.pixels = z.shape[0], z.shape[2] * z.shape[3]
+        # Kernels are compiled for these, which are constants where a graph leaves sizes open.
+        branches, channels, width = (int(size) for size in branch_weight.shape)
+        self.batch, self.pixels = z.shape[0], int(z.shape[2]) * int(z.shape[3])
         self.sizes = CodedSizes(branches, width, channels, self.pixels)
         self.variant = variant_of(
             z, affine=scale is not None, drop=drop_mask is not None, keep=keep_mask is not None

@@ -23,6 +23,7 @@ from coded_resnext.kernels.layout import (
     channels_last,
     empty_rows,
     on_device,
+    operator,
 )
 
 from . import gram
@@ -30,7 +31,7 @@ from . import rows as coded_rows
 from .launch import Launch
 
 
-@torch.library.custom_op("coded_resnext::branch_energy", mutates_args=())
+@operator("branch_energy")
 def branch_energy(
     z: Tensor,
     branch_weight: Tensor,
@@ -65,18 +66,7 @@ def branch_energy(
     return energy
 
 
-@branch_energy.register_fake
-def _(
-    z: Tensor,
-    branch_weight: Tensor,
-    scale: Tensor | None,
-    bias: Tensor | None,
-    keep_mask: Tensor | None,
-) -> Tensor:
-    return z.new_empty((z.shape[0], branch_weight.shape[0]), dtype=accumulation_dtype(z.dtype))
-
-
-@torch.library.custom_op("coded_resnext::branch_energy_backward", mutates_args=())
+@operator("branch_energy_backward")
 def branch_energy_backward(
     grad_energy: Tensor,
     z: Tensor,
@@ -118,27 +108,6 @@ def branch_energy_backward(
     return grad.permute(0, 3, 1, 2), grad_weight, total(parts, z)
 
 
-@branch_energy_backward.register_fake
-def _(
-    grad_energy: Tensor,
-    z: Tensor,
-    branch_weight: Tensor,
-    scale: Tensor | None,
-    bias: Tensor | None,
-    keep_mask: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _fake_gradients(z, branch_weight, scale)
-
-
-def _fake_gradients(
-    z: Tensor, branch_weight: Tensor, scale: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    shape = (0,) if scale is None else (2, z.shape[1])
-    sums = z.new_empty(shape, dtype=accumulation_dtype(z.dtype))
-    weight = branch_weight.new_empty(tuple(branch_weight.shape))
-    return empty_rows(z).permute(0, 3, 1, 2), weight, sums
-
-
 def _save_for_branch_energy(ctx: Any, inputs: Any, output: Any) -> None:
     ctx.save_for_backward(*inputs)
 
@@ -155,8 +124,7 @@ branch_energy_backward.register_autograd(refuse_derivative)
 branch_energy.register_autograd(_branch_energy_gradients, setup_context=_save_for_branch_energy)
 
 
-@torch.library.custom_op("coded_resnext::normalize_branches", mutates_args=())
-def normalize_branches(
+def forward(
     z: Tensor,
     branch_weight: Tensor,
     scale: Tensor | None,
@@ -171,18 +139,6 @@ def normalize_branches(
     Returns:
         `s h` like `z`, `Ebar [B, N]`, and `1/M [B]`, which has no gradient.
     """
-    return forward(z, branch_weight, scale, bias, drop_mask, keep_mask)
-
-
-def forward(
-    z: Tensor,
-    branch_weight: Tensor,
-    scale: Tensor | None,
-    bias: Tensor | None,
-    drop_mask: Tensor | None,
-    keep_mask: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Does what `normalize_branches` does, without autograd."""
     check_filled("z", z)
     rows = (coded_rows.aggregate_forward,)
     launch = Launch.of(z, branch_weight, scale, bias, drop_mask, keep_mask, rows=rows)
@@ -212,21 +168,10 @@ def forward(
     return scaled.permute(0, 3, 1, 2), normalized, inverse
 
 
-@normalize_branches.register_fake
-def _(
-    z: Tensor,
-    branch_weight: Tensor,
-    scale: Tensor | None,
-    bias: Tensor | None,
-    drop_mask: Tensor | None,
-    keep_mask: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    batch, accumulate = z.shape[0], accumulation_dtype(z.dtype)
-    normalized = z.new_empty((batch, branch_weight.shape[0]), dtype=accumulate)
-    return empty_rows(z).permute(0, 3, 1, 2), normalized, z.new_empty((batch,), dtype=accumulate)
+normalize_branches = operator("normalize_branches")(forward)
 
 
-@torch.library.custom_op("coded_resnext::normalize_branches_backward", mutates_args=())
+@operator("normalize_branches_backward")
 def normalize_branches_backward(
     grad_scaled: Tensor,
     grad_normalized: Tensor,
@@ -295,22 +240,6 @@ def backward(
         )
         grad_weight = launch.weight_gradient(coefficient, branch_weight)
     return grad.permute(0, 3, 1, 2), grad_weight, parts
-
-
-@normalize_branches_backward.register_fake
-def _(
-    grad_scaled: Tensor,
-    grad_normalized: Tensor,
-    z: Tensor,
-    branch_weight: Tensor,
-    scale: Tensor | None,
-    bias: Tensor | None,
-    drop_mask: Tensor | None,
-    keep_mask: Tensor | None,
-    normalized: Tensor,
-    inverse: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _fake_gradients(z, branch_weight, scale)
 
 
 def _save_for_normalize(ctx: Any, inputs: Any, output: Any) -> None:

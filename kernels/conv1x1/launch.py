@@ -24,6 +24,11 @@ from . import rows as conv1x1_rows
 from .rows import ProductSizes, Tile
 
 
+def sizes_of(weight: Tensor, *, join: bool = False) -> ProductSizes:
+    """Returns the sizes of a weight `[O, I, 1, 1]`, constants where a graph leaves sizes open."""
+    return ProductSizes(int(weight.shape[1]), int(weight.shape[0]), join)
+
+
 def forward(
     x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, statistics: bool
 ) -> tuple[Tensor, Tensor | None]:
@@ -35,7 +40,7 @@ def forward(
         scale, bias: `[I]` or None; `relu(scale x + bias)` is multiplied instead of `x`.
         statistics: whether they are wanted.
     """
-    sizes = ProductSizes(weight.shape[1], weight.shape[0])
+    sizes = sizes_of(weight)
     variant = variant_of(x, affine=scale is not None, statistics=statistics)
     tile = conv1x1_rows.forward_tile(sizes, variant)
     rows, y = aligned_rows(x), empty_rows(x, sizes.outputs)
@@ -69,7 +74,7 @@ def join_forward(
 
     Arguments and results as for `convolution.join`.
     """
-    sizes = ProductSizes(weight.shape[1], weight.shape[0], join=True)
+    sizes = sizes_of(weight, join=True)
     variant = variant_of(
         y, affine=residual_scale is not None, statistics=statistics, signs=keep_signs
     )
@@ -115,7 +120,7 @@ def input_gradient(
 
     Arguments as for `convolution.backward`.
     """
-    sizes = ProductSizes(weight.shape[1], weight.shape[0])
+    sizes = sizes_of(weight)
     keeps = keep_output_gradient and (y is not None or gain is not None)
     variant = variant_of(
         x,
@@ -168,7 +173,7 @@ def join_input_gradient(
     """The gradient `g` behind the ReLU of a join, and that of its output as `input_gradient` gives
     it; between them the sums of `g`, of `g y` and of `g residual` where there are these, `[parts,
     1 to 3, I]`. Arguments as for `convolution.join_backward`."""
-    sizes = ProductSizes(weight.shape[1], weight.shape[0], join=True)
+    sizes = sizes_of(weight, join=True)
     keeps = keep_output_gradient and (z is not None or gain is not None)
     variant = variant_of(
         x,
@@ -216,7 +221,7 @@ def weight_gradient(
 ) -> Tensor:
     """The gradient of the weight `[O, I, 1, 1]`: `grad relu(scale x + bias)^T` over all pixels, in
     the dtype of the weight or another one."""
-    sizes = ProductSizes(weight.shape[1], weight.shape[0])
+    sizes = sizes_of(weight)
     variant = variant_of(x, affine=scale is not None)
     tile = conv1x1_rows.weight_tile(sizes, variant)
     rows = aligned_rows(x)

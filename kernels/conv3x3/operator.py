@@ -28,6 +28,7 @@ from coded_resnext.kernels.layout import (
     accumulation_dtype,
     channels_last,
     on_device,
+    operator,
 )
 from coded_resnext.kernels.residual import launch as residual_launch
 from coded_resnext.kernels.rows import Passes
@@ -45,16 +46,12 @@ def unsupported(x: Tensor, weight: Tensor, stride: int) -> str | None:
 
 
 def sizes_of(weight: Tensor, stride: int) -> GroupedSizes:
-    """Returns the sizes of a convolution with a weight `[N*D, D, 3, 3]`."""
-    return GroupedSizes(weight.shape[0] // weight.shape[1], weight.shape[1], stride)
+    """Returns the sizes of a weight `[N*D, D, 3, 3]`, constants where a graph leaves sizes open."""
+    channels, width = (int(size) for size in weight.shape[:2])
+    return GroupedSizes(channels // width, width, int(stride))
 
 
-def output_size(size: int, stride: int) -> int:
-    """Rows, or columns, of a map behind the convolution."""
-    return -(-size // stride)
-
-
-@torch.library.custom_op("coded_resnext::grouped_conv3x3", mutates_args=())
+@operator("grouped_conv3x3")
 def grouped_conv3x3(
     x: Tensor,
     weight: Tensor,
@@ -101,23 +98,7 @@ def forward(
     return y, residual_launch.statistics(y, passes.pointwise)
 
 
-@grouped_conv3x3.register_fake
-def _(
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor | None,
-    bias: Tensor | None,
-    stride: int,
-    statistics: bool,
-    kernels: int,
-) -> tuple[Tensor, Tensor]:
-    batch, channels, height, width = x.shape
-    rows = x.new_empty(batch, output_size(height, stride), output_size(width, stride), channels)
-    shape = (3, channels) if statistics else (0,)
-    return rows.permute(0, 3, 1, 2), x.new_empty(shape, dtype=accumulation_dtype(x.dtype))
-
-
-@torch.library.custom_op("coded_resnext::grouped_conv3x3_backward", mutates_args=())
+@operator("grouped_conv3x3_backward")
 def grouped_conv3x3_backward(
     grad: Tensor,
     x: Tensor,
@@ -191,29 +172,6 @@ def backward(
         if mask[1]:
             dweight = of_inputs[1].to(weight_dtype).contiguous()
     return ConvGradients(dx, sums, dweight)
-
-
-@grouped_conv3x3_backward.register_fake
-def _(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor | None,
-    bias: Tensor | None,
-    y: Tensor | None,
-    curve: Tensor | None,
-    level: Tensor | None,
-    stride: int,
-    need_input: bool,
-    need_weight: bool,
-    kernels: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    batch, channels, height, width = x.shape
-    rows = x.new_empty(batch, height, width, channels)
-    dx = rows.permute(0, 3, 1, 2) if need_input else x.new_empty((0,))
-    dweight = weight.new_empty(tuple(weight.shape)) if need_weight else x.new_empty((0,))
-    shape = (2, channels) if need_input and scale is not None else (0,)
-    return dx, x.new_empty(shape, dtype=accumulation_dtype(x.dtype)), dweight
 
 
 def _save(ctx: Any, inputs: Any, output: Any) -> None:

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from coded_resnext.kernels.checks import check_filled, is_no_class, refuse_derivative
-from coded_resnext.kernels.layout import interpreted, on_device, without_autocast
+from coded_resnext.kernels.layout import interpreted, on_device, operator, without_autocast
 
 from . import rows as loss_rows
 
 
-@torch.library.custom_op("coded_resnext::coding_loss", mutates_args=())
+@operator("coding_loss")
 def coding_loss(
     energies: Tensor,
     codewords: Tensor,
@@ -43,7 +43,8 @@ def coding_loss(
     blocks, batch, branches = energies.shape
     classes = codewords.shape[1]
     soft = targets.ndim == 2
-    sizes = loss_rows.LossSizes(branches, classes, soft, float(exponent), decode)
+    # The kernel is compiled for these, which are constants where a graph leaves sizes open.
+    sizes = loss_rows.LossSizes(int(branches), int(classes), soft, float(exponent), decode)
     row = loss_rows.coding_loss(sizes)
     programs = -(-batch // int(dict(row.constexprs)["BLOCK_B"]))
     parts = energies.new_empty((blocks, programs))
@@ -92,22 +93,6 @@ def _in_torch(
     if not decode:
         return losses, grad, torch.empty((0,), dtype=torch.int64, device=energies.device)
     return losses, grad, (energies @ books.transpose(1, 2)).argmax(2)
-
-
-@coding_loss.register_fake
-def _(
-    energies: Tensor,
-    codewords: Tensor,
-    targets: Tensor,
-    shares: Tensor,
-    exponent: float,
-    threshold: float,
-    decode: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    blocks, batch, _ = energies.shape
-    decoded = energies.new_empty((blocks, batch) if decode else (0,), dtype=torch.int64)
-    grad = energies.new_empty(tuple(energies.shape))
-    return energies.new_empty((blocks,)), grad, decoded
 
 
 def _save(ctx: Any, inputs: Any, output: Any) -> None:

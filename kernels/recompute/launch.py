@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from coded_resnext.kernels.conv1x1.launch import parts_of, share_of
-from coded_resnext.kernels.conv1x1.rows import ProductSizes, forward_tile, gradient_tile
+from coded_resnext.kernels.conv1x1.launch import parts_of, share_of, sizes_of
+from coded_resnext.kernels.conv1x1.rows import forward_tile, gradient_tile
 from coded_resnext.kernels.layout import (
     aligned,
     aligned_rows,
@@ -54,7 +54,7 @@ def product_join(
         `[B, O, H, W]`, channels-last, and one bit for each of its elements that is above 0, in
         bytes `[B, H, W, O / 8]`, the first channel lowest; None without `keep_signs`.
     """
-    sizes = ProductSizes(weight.shape[1], weight.shape[0])
+    sizes = sizes_of(weight)
     variant = variant_of(
         x,
         affine=scale is not None,
@@ -138,7 +138,7 @@ def moments_gradient(
         shift: t, `[I]`.
         x, scale, bias: as for the forward pass.
     """
-    sizes = ProductSizes(weight.shape[1], weight.shape[0])
+    sizes = sizes_of(weight)
     variant = variant_of(x, affine=scale is not None)
     rows, dx = aligned_rows(x), empty_rows(x)
     parts, columns = parts_of(rows, gradient_tile(sizes, variant), sizes.inputs)

@@ -76,7 +76,6 @@ def test_bad_matrices(rows, message):
     ("words", "message"),
     [
         (["01", "1x"], "expected strings of 0 and 1, got '1x' for class 1"),
-        (["01", 10], "expected strings of 0 and 1, got '10' for class 1"),
         (["01", "100"], "expected 2 digits in every word as in the first, got 3 for class 1"),
         (["01"], "at least two classes, got 1"),
         ([], "at least two classes, got 0"),
@@ -87,6 +86,12 @@ def test_bad_words(words, message):
     with pytest.raises(ValueError, match=r"^codewords: ") as error:
         Codebook.from_words(words)
     assert message in str(error.value)
+
+
+def test_words_are_strings():
+    message = r"^words: expected Iterable\[str\], got list of int and str$"
+    with pytest.raises(ValueError, match=message):
+        Codebook.from_words(["01", 10])
 
 
 @pytest.mark.parametrize(
@@ -157,7 +162,7 @@ def test_search_extend_assign_and_bounds():
     ("new_classes", "message"),
     [
         (["0"], "class_names: expected distinct names, got '0' more than once"),
-        ("new", "new_classes: expected names or a number, got 'new'"),
+        ("new", "new_classes: expected Sequence[str] | int, got str"),
         (0, "new_classes: expected at least 1, got 0"),
         ([], "new_classes: expected at least 1, got 0"),
         (-3, "new_classes: expected at least 1, got -3"),

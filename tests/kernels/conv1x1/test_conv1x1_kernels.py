@@ -197,7 +197,7 @@ def test_the_operators_run_the_kernels(join: bool, monkeypatch: pytest.MonkeyPat
         # Around PyTorch's products.
         "pointwise": ["pointwise_join"] * join + ["column_statistics", "merge_statistics"],
     }
-    kernels["pointwise"] += ["pointwise_join_backward"] * join
+    kernels["pointwise"] += ["pointwise_gradient"] + ["pointwise_join_backward"] * join
     # Whoever computes a pass, all give the same.
     expected = defined(case, inputs)
     for names in (*((name,) for name in kernels), ("input", "weight"), ()):
