@@ -6,7 +6,7 @@ import launches
 import pytest
 from support.helpers import needs_triton
 
-# Counted with torch 2.14.1: 1230, 1307 and 1782. Other versions take some calls apart otherwise.
+# Counted with torch 2.14.1: 1231, 1307 and 1782. Other versions take some calls apart otherwise.
 MOST = {
     ("coded_resnext50_32x4d", "triton"): 1250,
     ("resnext50_32x4d", "triton"): 1330,

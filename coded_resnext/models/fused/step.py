@@ -54,6 +54,13 @@ def _emptied(values: Sequence[Tensor]) -> list[Tensor | None]:
     return [None if each.numel() == 0 else each for each in values]
 
 
+def _or_zeros(grad: Tensor | None, output: Tensor) -> Tensor:
+    """Returns the gradient of an output, zeros where nobody has used it."""
+    if grad is not None:
+        return grad
+    return output.new_zeros(output.shape) if output.numel() else output
+
+
 def node(
     name: str, forward: Forward, backward: Backward, differentiable: Sequence[int]
 ) -> Callable[[Call], Tensors]:
@@ -120,11 +127,7 @@ def node(
         inputs, constants = ctx.counts
         call = Call(saved[:inputs], saved[inputs : inputs + constants], *ctx.rest)
         outputs = saved[inputs + constants :]
-        # Zeros for what nobody has used.
-        of_outputs = [
-            outputs[place].new_zeros(outputs[place].shape) if (own := grads[place]) is None else own
-            for place in differentiable
-        ]
+        of_outputs = [_or_zeros(grads[place], outputs[place]) for place in differentiable]
         of_inputs = run(of_outputs, outputs, list(wanted), call)
         return [
             each if want and each.numel() else None
