@@ -357,9 +357,11 @@ class _Training:
                 f"model: the checkpoint in {self.run.path} is of another network: "
                 f"{'; '.join(differing)}"
             )
-        # Checkpoints of earlier versions do not know what they were trained and tested on.
+        # Checkpoints of earlier versions do not know what they were trained and tested on, and of a
+        # loader without a fingerprint nobody does.
         changed = differences(state.get("data", self.data), self.data)
-        tested = differences(state.get("test_data", self.test_data), self.test_data)
+        known = state.get("test_data") or self.test_data
+        tested = differences(known, self.test_data) if self.test_data else []
         if (changed or tested) and not other_images:
             raise ValueError(
                 f"data: the run in {self.run.path} was {'trained' if changed else 'tested'} on "
