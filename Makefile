@@ -22,9 +22,9 @@ test-all: .venv/dev.stamp
 docs: .venv/docs.stamp
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
-# The blocks of README, tutorial and questions, and the notebooks, as they stand; a part of test-all.
+# The blocks of all pages, and the notebooks. But for four pages that take minutes it is in test-all.
 docs-check: .venv/dev.stamp
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --all -s -v tests/test_docs.py tests/test_tutorial.py \
+	CODED_RESNEXT_DOCS=all OMP_NUM_THREADS=1 $(BIN)/python -m pytest --all -s -v tests/test_docs.py tests/test_tutorial.py \
 		tests/models/test_tools.py
 
 lint: .venv/dev.stamp

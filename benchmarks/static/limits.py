@@ -101,7 +101,7 @@ LIMITS = {
     # A factor for each sample costs a division for each row.
     "pointwise_join": Limits(registers=76, per_byte=0.06, matrix=False),
     "pointwise_join_backward": Limits(registers=104, per_byte=0.048, matrix=False),
-    "pointwise_gradient": Limits(registers=104, per_byte=0.06, matrix=False),
+    "pointwise_gradient": Limits(registers=64, per_byte=0.045, matrix=False),
     "column_statistics": Limits(registers=68, per_byte=0.113, matrix=False),
     "pack_weights": Limits(registers=128, matrix=False, wide_loads=False),
     "reduce_weight_gradient": Limits(registers=128, matrix=False),

@@ -151,11 +151,11 @@ def test_on_disk(tmp_path):
         ('{"margins": [0.1]}', "format_version: expected 1, got None"),
         (
             '{"margins": ["a"], "format_version": 1}',
-            "margins: expected a finite number of at least 0, got 'a'",
+            "got tuple of str",
         ),
         (
             '{"margins": [true], "format_version": 1}',
-            "expected a finite number of at least 0, got True",
+            "got tuple of bool",
         ),
         ('{"margins": [-1], "format_version": 1}', "expected a finite number of at least 0"),
         ('{"margins": [NaN], "format_version": 1}', "expected a finite number of at least 0"),
