@@ -23,6 +23,15 @@ os.environ["PYTHONPATH"] = os.pathsep.join(
 LEFT_OUT = pytest.StashKey[int]()
 
 
+@pytest.fixture(autouse=True)
+def _fresh_compiler(request: pytest.FixtureRequest) -> None:
+    """Code that one test's graph could not take would be left alone in the graphs of all others."""
+    if "compil" in request.node.name:
+        import torch
+
+        torch.compiler.reset()
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--all", action="store_true", help="run the tests marked long too")
 

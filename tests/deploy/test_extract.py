@@ -229,7 +229,7 @@ def test_what_cannot_be_cut_out():
     for classes in ([], [1, "bee"]):
         with pytest.raises(ValueError, match="classes: expected one or more, each once"):
             extract_subset(model, classes)
-    with pytest.raises(ValueError, match="classes: expected a sequence"):
+    with pytest.raises(ValueError, match=r"classes: expected Sequence.*, got str"):
         extract_subset(model, "bee")
     classifier = extract_classifier(model, 0)
     for shape in ((1, 3, 6, 6), (1, 6, 6), (0, 1, 6, 6)):
