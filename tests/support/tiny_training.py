@@ -92,12 +92,13 @@ def train(
     resume: bool = False,
     model: CodedResNeXt | None = None,
     loader: Any = None,
+    **options: Any,
 ) -> tuple[CodedResNeXt, list[dict[str, float]]]:
-    """Train in a folder; the model and the history."""
+    """Train in a folder, with options of `fit`; the model and the history."""
     model = model or make_model()
     loader = loader or make_loader(config)
     run = RunFolder(folder, config.to_dict(), resume=resume)
-    return model, fit(model, loader, batches(IMAGES, TARGETS), config, run)
+    return model, fit(model, loader, batches(IMAGES, TARGETS), config, run, **options)
 
 
 def without_cost(history: list[dict[str, float]]) -> list[dict[str, float]]:
