@@ -143,6 +143,7 @@ setup(
         "coded_resnext.interpret",
         "coded_resnext.interpret.report",
         "coded_resnext.kernels",
+        "coded_resnext.kernels.batch_norm",
         "coded_resnext.kernels.build",
         "coded_resnext.kernels.coded",
         "coded_resnext.kernels.conv1x1",
