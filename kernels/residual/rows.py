@@ -133,6 +133,7 @@ def shipped_rows() -> Iterator[tuple[str, LaunchRow]]:
         yield f"column_statistics {channels}", column_statistics(channels, "bf16")
     # Inside the first stage; and the end of a block of plain stages, whose products are not there.
     yield "column_statistics 128", column_statistics(128, "bf16")
+    yield "pointwise_gradient 128", pointwise_gradient(128, "bf16", gain=False)
     for channels in PAPER_CHANNELS[:2]:
         row = pointwise_join_backward(channels, "bf16", mapped=False, raw=False)
         yield f"pointwise_join_backward {channels} of a product", row

@@ -266,12 +266,16 @@ def of_block(case: fused.BlockCase, backend: str, dtype: torch.dtype) -> dict[st
 @named(list(fused.CASES))
 def test_block(case: fused.BlockCase, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every pass by kernels. In half precision a number near 0 may pass a ReLU or not, so that any
-    of the results is held against the least exact one of PyTorch."""
+    of the results is held against the least exact one of PyTorch; where one has passed the last
+    ReLU, whose gradients are then others, the output alone is."""
     plan = Plan(ALL_PASSES, "for this test")
     monkeypatch.setattr(convolution, "planned", lambda *_: plan)
     expected = of_block(case, "reference", torch.float64)
     with convolutions_in("ieee"):
         actual = of_block(case, "triton", dtype)
     eager = of_block(case, "reference", dtype)
+    if ((actual["output"] > 0) != (expected["output"] > 0)).any():
+        assert dtype.itemsize == 2
+        actual, expected = ({"output": each["output"]} for each in (actual, expected))
     worst = max(relative_error(eager[name].double(), value) for name, value in expected.items())
     check(actual, expected, 1e-5 if dtype.itemsize == 4 else 2 * worst)
