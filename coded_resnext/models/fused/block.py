@@ -133,10 +133,14 @@ def _check_counts(block: Bottleneck, x: Tensor, norms: tuple[BatchNorm, ...]) ->
 
 def _cast(x: Map) -> Map:
     """Returns a map in the dtype of autocast; what a block has left has it already."""
-    if isinstance(x, Deferred):
+    if isinstance(x, Deferred) or not _autocasts(x):
         return x
-    device = x.device.type
-    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
+    return x.to(torch.get_autocast_dtype(x.device.type))
+
+
+def _autocasts(x: Tensor) -> bool:
+    """Returns whether autocast is on for a tensor; there is none for `meta`."""
+    return not x.is_meta and torch.is_autocast_enabled(x.device.type)
 
 
 def planned(block: Bottleneck, x: Map) -> Plan:
@@ -219,6 +223,8 @@ def is_fused(block: Bottleneck, x: Tensor) -> bool:
     if chosen not in ("fused", "triton"):
         return False
     reason = unfused_reason(block)
+    if reason is None and x.dtype != block.reduce.weight.dtype and not _autocasts(x):
+        reason = f"its weights are {block.reduce.weight.dtype}, not {x.dtype}"
     if reason is not None:
         say_once(LOGGER, f"a block runs layer by layer: {reason}")
     return reason is None

@@ -204,3 +204,12 @@ def test_state_and_backend_go_through_the_registry() -> None:
     plain.load_state_dict(fused.state_dict())
     x = torch.rand(2, 1, 8, 8, dtype=torch.float64)
     torch.testing.assert_close(fused.eval()(x), plain.eval()(x), rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_maps_of_another_dtype_are_refused_as_by_the_layers(training: bool) -> None:
+    """Nothing is cast without a word where autocast is off."""
+    block = CASES[0].make().float().train(training)
+    block.backend = "fused"
+    with torch.set_grad_enabled(training), pytest.raises(RuntimeError, match="type"):
+        block(torch.rand(2, 24, 5, 5).bfloat16())
