@@ -16,7 +16,8 @@ import stat
 import sys
 import unicodedata
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, TextIO
 
@@ -182,45 +183,97 @@ def write_atomically(path: str | Path, content: bytes) -> None:
         OSError: names the file; what it held before is intact.
     """
     path = Path(path)
-    # Nobody can guess the name, and "x" writes through no link.
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:
-        with temporary.open("xb") as file:
-            if os.name == "posix" and path.is_file() and not path.is_symlink():
-                # What its owner keeps from others stays so.
-                os.fchmod(file.fileno(), stat.S_IMODE(path.stat().st_mode))
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        if os.name == "posix":
-            folder = os.open(path.parent, os.O_RDONLY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
+        with open_folder(path.parent) as (folder, names):
+            _write_in(folder, names / path.name, content)
     except OSError as error:
         raise OSError(
             error.errno,
             f"cannot write ({error.strerror or error}); older files are intact",
             str(path),
         ) from error
+
+
+def _write_in(folder: int | None, path: Path, content: bytes) -> None:
+    """Write a file; its path is one for this `dir_fd`."""
+
+    def create(name: str, flags: int) -> int:
+        return os.open(name, flags, 0o666, dir_fd=folder)
+
+    # Nobody can guess the name, and "x" writes through no link.
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    try:
+        with open(temporary, "xb", opener=create) as file:
+            if folder is not None:
+                with suppress(FileNotFoundError):
+                    mode = os.stat(path, dir_fd=folder, follow_symlinks=False).st_mode
+                    if stat.S_ISREG(mode):
+                        # What its owner keeps from others stays so.
+                        os.fchmod(file.fileno(), stat.S_IMODE(mode))
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path, src_dir_fd=folder, dst_dir_fd=folder)
+        if folder is not None:
+            os.fsync(folder)
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(FileNotFoundError):
+            os.unlink(temporary, dir_fd=folder)
+
+
+# Folders inside folders that may be a stranger's: they are never reached through a link.
+_own: set[Path] = set()
 
 
 def make_folder(folder: str | Path, name: str) -> Path:
     """Makes a folder of a known name in a folder that may be a stranger's, and returns it.
 
+    Nothing that is written into it later goes through a link, whatever is put in its place.
+
     Raises:
         ValueError: it is a link, so that what is written would be elsewhere.
         OSError: it cannot be made.
     """
-    made = Path(folder) / name
-    if made.is_symlink():
-        raise ValueError(f"{made}: expected a folder, got a link; remove it")
+    made = own_folder(folder, name)
     made.mkdir(parents=True, exist_ok=True)
     return made
+
+
+def own_folder(folder: str | Path, name: str) -> Path:
+    """Returns the path of such a folder, as `make_folder`, whether it is there or not."""
+    path = Path(folder) / name
+    if path.is_symlink():
+        raise ValueError(f"{path}: expected a folder, got a link; remove it")
+    _own.add(path)
+    return path
+
+
+@contextmanager
+def open_folder(path: Path) -> Iterator[tuple[int | None, Path]]:
+    """Yields a descriptor of a folder, which is that folder whatever is put in its place.
+
+    Yields:
+        The `dir_fd` of functions of `os`, None where the system has none (Windows), and what
+        comes before the names of files for it.
+
+    Raises:
+        OSError: it cannot be opened, or is one of `make_folder` with a link in its place.
+    """
+    if os.open not in os.supports_dir_fd:
+        yield None, path
+        return
+    descriptor = _open_folder(path)
+    try:
+        yield descriptor, Path()
+    finally:
+        os.close(descriptor)
+
+
+def _open_folder(path: Path) -> int:
+    if path not in _own:
+        return os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    with open_folder(path.parent) as (above, _):
+        return os.open(path.name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=above)
 
 
 def file_sha256(path: str | Path) -> str:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from coded_resnext.data.preprocessing import Preprocessing
+from coded_resnext.files import write_atomically
 from coded_resnext.kernels.checks import check_integers, typed
 from coded_resnext.models.block import CodedBottleneck, classify, features
 from coded_resnext.models.decode import read_class
@@ -275,11 +276,11 @@ def to_onnx(
         exported.model.metadata_props[key] = json.dumps(value, allow_nan=False)
     path = Path(path)
     like = next(frozen.parameters())
-    with TemporaryDirectory(dir=path.parent, prefix=".") as folder:
+    with TemporaryDirectory() as folder:
         unfinished = Path(folder) / path.name
         exported.save(unfinished, external_data=False)
         check_onnx(unfinished, frozen, [shapes.example(batch, like) for batch in CHECKED_BATCHES])
-        unfinished.replace(path)
+        write_atomically(path, unfinished.read_bytes())
     return path
 
 
@@ -350,13 +351,17 @@ def to_aot_package(
     if path.suffix != ".pt2":
         raise ValueError(f"path: expected a name that ends in .pt2, got {path.name}")
     program = to_exported_program(network, image_size=image_size, preprocessing=preprocessing)
-    try:
-        with torch.no_grad():
-            torch._inductor.aoti_compile_and_package(program, package_path=str(path.absolute()))
-    except Exception as error:
-        raise RuntimeError(
-            f"{path}: AOTInductor could not compile the network (it needs a C++ compiler): {error}"
-        ) from error
+    with TemporaryDirectory() as folder:
+        unfinished = Path(folder) / path.name
+        try:
+            with torch.no_grad():
+                torch._inductor.aoti_compile_and_package(program, package_path=str(unfinished))
+        except Exception as error:
+            raise RuntimeError(
+                f"{path}: AOTInductor could not compile the network (it needs a C++ compiler): "
+                f"{error}"
+            ) from error
+        write_atomically(path, unfinished.read_bytes())
     return path
 
 

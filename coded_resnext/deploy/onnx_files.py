@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from coded_resnext.files import write_atomically
+
 TOLERANCE = 1e-4
 """Largest difference between PyTorch and onnxruntime, in units of the largest output above 1."""
 
@@ -113,7 +115,7 @@ def quantize_onnx(source: str | Path, path: str | Path, images: Iterable[Tensor]
             return {takes.name: batch.float().cpu().numpy()}
 
     path = Path(path)
-    with TemporaryDirectory(dir=path.parent, prefix=".") as folder:
+    with TemporaryDirectory() as folder:
         prepared, unfinished = (Path(folder) / name for name in ("prepared", path.name))
         quant_pre_process(str(source), str(prepared), skip_symbolic_shape=True)
         quantize_static(
@@ -127,5 +129,5 @@ def quantize_onnx(source: str | Path, path: str | Path, images: Iterable[Tensor]
             weight_type=QuantType.QInt8,
             reduce_range=True,
         )
-        unfinished.replace(path)
+        write_atomically(path, unfinished.read_bytes())
     return path

@@ -345,8 +345,9 @@ class ClassScorer:
         _metrics()
         self.model, self.role = model, role
         self.classes = tuple(range(model.num_classes) if classes is None else classes)
-        self.pairs: tuple[Tensor, Tensor] | None = None
-        """Place of the image and class of every pair, by image; None for all."""
+        self.rows = rows
+        self.pairs: Tensor | None = None
+        """What `_draw_pairs` returns, of images by their places in `rows`; None for all pairs."""
         if negatives_per_positive is not None:
             assert targets is not None
             own = targets if rows is None else targets[rows]
@@ -354,8 +355,8 @@ class ClassScorer:
             counted = own if test is None else test.targets
             counts = {index: len(members) for index, members in by_class(counted).items()}
             limits = [negatives_per_positive * counts.get(index, 0) for index in self.classes]
-            images, columns = _draw_pairs(own, self.classes, limits, (seed, 3, ROLES.index(role)))
-            self.pairs = images if rows is None else rows[images], columns
+            kind = (seed, 3, ROLES.index(role))
+            self.pairs = _draw_pairs(own, self.classes, limits, kind, model.num_classes)
         self._count = 0
         self._parts: list[tuple[Tensor, ...]] = []
 
@@ -366,13 +367,16 @@ class ClassScorer:
             rows = torch.arange(count).repeat(len(self.classes))
             columns = torch.tensor(self.classes).repeat_interleave(count)
         else:
-            images, columns = self.pairs
-            low = int(torch.searchsorted(images, part.places[0]))
-            high = int(torch.searchsorted(images, part.places[-1], right=True))
-            rows = torch.searchsorted(part.places, images[low:high])
+            places, count_of = part.places, self.model.num_classes
+            if self.rows is not None:
+                places = torch.searchsorted(self.rows, places)
+            ends = torch.stack([places[0], places[-1] + 1]) * count_of
+            low, high = torch.searchsorted(self.pairs, ends).tolist()
+            images, columns = self.pairs[low:high] // count_of, self.pairs[low:high] % count_of
+            rows = torch.searchsorted(places, images)
             # Not those of damaged images, which did not come.
-            came = part.places[rows] == images[low:high]
-            rows, columns = rows[came], columns[low:high][came]
+            came = places[rows] == images
+            rows, columns = rows[came], columns[came]
         scores, dead = _score_pairs(self.model, part.features, rows, columns, part.at_a_time)
         self._parts.append((part.targets, rows + self._count, columns, scores, dead))
         self._count += count
@@ -388,13 +392,26 @@ class ClassScorer:
 
 
 def _draw_pairs(
-    targets: Tensor, classes: Sequence[int], limits: Sequence[int], seed: tuple[int, ...]
-) -> tuple[Tensor, Tensor]:
-    """The images and classes of pairs: all images of a class, and so many others; by image."""
-    rows, columns = [], []
+    targets: Tensor,
+    classes: Sequence[int],
+    limits: Sequence[int],
+    seed: tuple[int, ...],
+    num_classes: int,
+) -> Tensor:
+    """Draws pairs of an image and a class: all images of a class, and so many others.
+
+    Returns:
+        `[p]`, ascending: of a pair the image times the number of all classes, plus the class. There
+        may be ten for an image, so that this is all that is kept of them.
+    """
     members = by_class(targets)
-    for index, limit in zip(classes, limits, strict=True):
-        own = members.get(index, np.empty(0, np.int64))
+    every = [members.get(index, np.empty(0, np.int64)) for index in classes]
+    counts = [
+        len(own) + min(limit, len(targets) - len(own))
+        for own, limit in zip(every, limits, strict=True)
+    ]
+    pairs, end = np.empty(sum(counts), np.int64), 0
+    for index, limit, own, size in zip(classes, limits, every, counts, strict=True):
         count, generator = len(targets) - len(own), np.random.default_rng((*seed, index))
         if limit >= count:
             others = np.arange(count)
@@ -404,11 +421,10 @@ def _draw_pairs(
             others = generator.choice(count, limit, replace=False, shuffle=False)
         # The k-th image of other classes: so many of the class come before it.
         others = others + np.searchsorted(own - np.arange(len(own)), others, side="right")
-        rows.append(np.concatenate([own, others]))
-        columns.append(np.full(len(rows[-1]), index))
-    every = np.concatenate(rows)
-    order = np.argsort(every, kind="stable")
-    return torch.from_numpy(every[order]), torch.from_numpy(np.concatenate(columns)[order])
+        pairs[end : end + size] = np.concatenate([own, others]) * num_classes + index
+        end += size
+    pairs.sort()
+    return torch.from_numpy(pairs)
 
 
 def _score_pairs(

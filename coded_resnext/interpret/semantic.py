@@ -25,7 +25,7 @@ from .paths import Paths
 Floats = NDArray[np.float64]
 # Random relabellings of up to 100 classes, and of more, where each costs milliseconds.
 PERMUTATIONS, FEW_PERMUTATIONS = 499, 99
-LISTED = 20
+LISTED, ROWS = 20, 64
 MATRIX_CLASSES = 100
 
 
@@ -138,26 +138,27 @@ def _compare(
     hamming = np.rint(_squared_distances(words))[upper].astype(int)
     matrix = np.sqrt(_squared_distances(energies))
     distances, confused = matrix[upper], confusion[upper]
-    expected = np.zeros_like(distances)
-    groups = []
-    for distance in np.unique(hamming).tolist():
-        members = hamming == distance
-        group = distances[members]
-        expected[members] = group.mean()
-        groups.append(
-            ByDistance(
-                distance=distance,
-                pairs=len(group),
-                energy_distance=float(group.mean()),
-                energy_deviation=float(group.std(ddof=1)) if len(group) > 1 else 0.0,
-                confusion=float(confused[members].mean()),
-            )
+    counts = np.bincount(hamming)
+    mean, confusions = (
+        np.bincount(hamming, values) / np.maximum(counts, 1) for values in (distances, confused)
+    )
+    excess = distances - mean[hamming]
+    variances = np.bincount(hamming, excess**2) / np.maximum(counts - 1, 1)
+    groups = [
+        ByDistance(
+            distance=distance,
+            pairs=int(counts[distance]),
+            energy_distance=float(mean[distance]),
+            energy_deviation=float(np.sqrt(variances[distance])),
+            confusion=float(confusions[distance]),
         )
-    excess = distances - expected
+        for distance in np.flatnonzero(counts).tolist()
+    ]
     # Rounding must not pass for a difference.
     excess[np.abs(excess) < 1e-9 * distances.max()] = 0
     order = np.argsort(excess, kind="stable")[:LISTED].tolist()
-    correlation, p = _mantel(excess, confusion, upper, orders)
+    ranks = _ranks(confused)
+    correlation, p = _mantel(_ranks(excess), ranks, upper, orders)
     every = None
     if book.classes <= MATRIX_CLASSES:
         every = torch.full((book.classes, book.classes), float("nan"), dtype=torch.float64)
@@ -168,13 +169,13 @@ def _compare(
         codeword_correlation=_pearson(distances, np.sqrt(hamming)),
         confusion_correlation=correlation,
         confusion_p=p,
-        codeword_confusion_correlation=_pearson(_ranks(hamming), _ranks(confused)),
+        codeword_confusion_correlation=_pearson(_mean_ranks(counts)[hamming], ranks),
         nearest=tuple(
             Pair(
                 classes=(present[upper[0][pair]], present[upper[1][pair]]),
                 distance=int(hamming[pair]),
                 energy_distance=float(distances[pair]),
-                expected=float(expected[pair]),
+                expected=float(mean[hamming[pair]]),
                 confusion=float(confused[pair]),
             )
             for pair in order
@@ -189,24 +190,29 @@ def _mantel(
     upper: tuple[NDArray[np.int64], NDArray[np.int64]],
     orders: list[NDArray[np.int64]],
 ) -> tuple[float | None, float | None]:
-    """Spearman's correlation of pairs, and how often a relabelling gives one as far from 0."""
-    ranked = np.zeros_like(confusion)
-    ranked[upper] = _ranks(confusion[upper])
-    ranked += ranked.T
-    ranks = _ranks(excess)
-    correlation = _pearson(ranks, ranked[upper])
+    """Correlation of the ranks of pairs, and how often a relabelling gives one as far from 0."""
+    correlation = _pearson(excess, confusion)
     if correlation is None:
         return None, None
-    centred = np.zeros_like(confusion)
-    centred[upper] = ranks - ranks.mean()
+    classes = len(orders[0])
+    ranked, centred = np.zeros((2, classes, classes))
+    ranked[upper] = confusion
+    ranked += ranked.T
+    centred[upper] = excess - excess.mean()
+
+    def product(order: NDArray[np.int64]) -> float:
+        total = 0.0
+        # A few rows and what lies above the diagonal: caches hold these.
+        for start in range(0, len(order), ROWS):
+            relabelled = ranked[order[start : start + ROWS]].take(order[start:], axis=1)
+            total += np.einsum("ij,ij", centred[start : start + ROWS, start:], relabelled)
+        return abs(total)
+
     # Relabelling changes neither mean nor deviation, so that inner products compare as well; ranks
     # are half integers, and their rounding far from half of one.
-    limit = abs(np.vdot(centred, ranked)) - 1e-3
-    extreme = 0
-    for order in orders:
-        relabelled = ranked[order].take(order, axis=1)
-        extreme += abs(np.vdot(centred, relabelled)) >= limit
-    return correlation, (1 + int(extreme)) / (1 + len(orders))
+    limit = product(np.arange(len(ranked))) - 1e-3
+    extreme = sum(product(order) >= limit for order in orders)
+    return correlation, (1 + extreme) / (1 + len(orders))
 
 
 def _squared_distances(rows: Floats) -> Floats:
@@ -220,8 +226,13 @@ def _squared_distances(rows: Floats) -> Floats:
 def _ranks(values: NDArray[Any]) -> Floats:
     """Returns ranks from 0; equal values share their mean rank."""
     _, places, counts = np.unique(values, return_inverse=True, return_counts=True)
-    ends = np.cumsum(counts)
-    ranks: Floats = (ends - (counts + 1) / 2)[places]
+    ranks: Floats = _mean_ranks(counts)[places]
+    return ranks
+
+
+def _mean_ranks(counts: NDArray[np.int64]) -> Floats:
+    """Returns the ranks of ascending values that occur so many times each."""
+    ranks: Floats = np.cumsum(counts) - (counts + 1) / 2
     return ranks
 
 

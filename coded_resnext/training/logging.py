@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from coded_resnext.files import say, write_atomically
+from coded_resnext.files import make_folder, say, write_atomically
 
 try:
     from tqdm.auto import tqdm
@@ -110,7 +110,9 @@ class RunLog:
         self._logs: list[ScalarLog] = []
         if folder is not None:
             try:
-                self._logs.append(TensorBoardLog(folder / "tensorboard", first_step=step + 1))
+                self._logs.append(
+                    TensorBoardLog(make_folder(folder, "tensorboard"), first_step=step + 1)
+                )
             except ImportError:
                 say("TensorBoard is not installed: its logs are left out", file=sys.stderr)
             if wandb:

@@ -8,15 +8,26 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 import random
 import sys
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from coded_resnext.files import brief, load_tensors, make_folder, parse_json, say, write_atomically
+from coded_resnext.files import (
+    brief,
+    load_tensors,
+    make_folder,
+    open_folder,
+    own_folder,
+    parse_json,
+    say,
+    write_atomically,
+)
 
 FOLDER = "checkpoints"
 STATE_VERSION = 1
@@ -42,7 +53,6 @@ def save_state(run: Path, name: str, state: dict[str, Any]) -> Path:
     path = folder / f"{name}.pt"
     if _is_whole(path):
         return path
-    path.unlink(missing_ok=True)
     buffer = io.BytesIO()
     torch.save({"state_version": STATE_VERSION, **state}, buffer)
     content = buffer.getvalue()
@@ -63,7 +73,7 @@ def load_state(run: Path) -> dict[str, Any] | None:
     Raises:
         ValueError: there are checkpoints and none is readable, or the last is of another version.
     """
-    folder = _folder(run)
+    folder = own_folder(run, FOLDER)
     paths = sorted(folder.glob("*.pt"), reverse=True)
     for path in paths:
         try:
@@ -74,7 +84,9 @@ def load_state(run: Path) -> dict[str, Any] | None:
         # A disk that cannot read a file has damaged it too.
         except (ValueError, OSError) as error:
             say(f"{path}: damaged checkpoint ({error}); using the one before it", file=sys.stderr)
-            path.rename(path.with_suffix(".damaged"))
+            with open_folder(folder) as (opened, names):
+                aside = names / f"{path.stem}.damaged"
+                os.replace(names / path.name, aside, src_dir_fd=opened, dst_dir_fd=opened)
             continue
         if state.get("state_version") != STATE_VERSION:
             raise ValueError(
@@ -90,14 +102,6 @@ def load_state(run: Path) -> dict[str, Any] | None:
             "model.safetensors if that is whole"
         )
     return None
-
-
-def _folder(run: Path) -> Path:
-    """Returns the folder of checkpoints; a ValueError where it is a link, which is not followed."""
-    folder = run / FOLDER
-    if folder.is_symlink():
-        raise ValueError(f"{folder}: expected a folder, got a link; remove it")
-    return folder
 
 
 def _read(path: Path) -> bytes:
@@ -126,12 +130,14 @@ def _sum_path(path: Path) -> Path:
 
 def _tidy(folder: Path) -> None:
     """Remove what older checkpoints and killed processes have left, and no other file."""
-    kept = sorted(folder.glob("step-*.pt"))[-KEPT:]
-    wanted = {*kept, *map(_sum_path, kept)}
-    for pattern in ("step-*.pt", "step-*.pt.sha256", ".step-*.tmp"):
-        for path in folder.glob(pattern):
-            if path not in wanted:
-                path.unlink()
+    with open_folder(folder) as (opened, names):
+        present = os.listdir(folder if opened is None else opened)
+        kept = sorted(name for name in present if fnmatchcase(name, "step-*.pt"))[-KEPT:]
+        wanted = {*kept, *(f"{name}.sha256" for name in kept)}
+        ours = ("step-*.pt", "step-*.pt.sha256", ".step-*.tmp")
+        for name in present:
+            if name not in wanted and any(fnmatchcase(name, pattern) for pattern in ours):
+                os.unlink(names / name, dir_fd=opened)
 
 
 def get_rng_state() -> dict[str, Any]:

@@ -11,6 +11,7 @@ import stat
 import time
 import zipfile
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +27,21 @@ from coded_resnext.cli import main
 from coded_resnext.cli.codebook import draw
 from coded_resnext.data.datasets import load_dataset
 from coded_resnext.deploy.early_exit import EarlyExit
-from coded_resnext.deploy.export import to_onnx
+from coded_resnext.deploy.export import to_aot_package, to_onnx
 from coded_resnext.deploy.hub import Pretrained, model_card
-from coded_resnext.files import load_tensors, printable_lines, table_cell, write_atomically
+from coded_resnext.files import (
+    load_tensors,
+    make_folder,
+    printable_lines,
+    table_cell,
+    write_atomically,
+)
 from coded_resnext.interpret import evaluate, save_evaluation
 from coded_resnext.interpret.report import gather
 from coded_resnext.interpret.report.content import read_log
 from coded_resnext.kernels.prebuilt.index import INDEX, Prebuilt, find_prebuilt, read_index
 from coded_resnext.models.checkpoint import load_model, read_tensors, save_model, write_tensors
+from coded_resnext.training import saved_state
 from coded_resnext.training.recipe import load_recipe
 from coded_resnext.training.run_folder import RunFolder
 from coded_resnext.training.saved_state import load_state, save_state
@@ -79,11 +87,13 @@ def test_a_link_at_a_temporary_name_is_not_written_through(
 def test_names_of_temporaries_differ_each_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    names = []
-    replace = Path.replace
-    monkeypatch.setattr(
-        Path, "replace", lambda self, to: (names.append(self.name), replace(self, to))[1]
-    )
+    names, replace = list[str](), os.replace
+
+    def noted(source: Path, *arguments: Any, **options: Any) -> None:
+        names.append(source.name)
+        replace(source, *arguments, **options)
+
+    monkeypatch.setattr(os, "replace", noted)
     for _ in range(8):
         write_atomically(tmp_path / "file", b"")
     assert len(set(names)) == 8
@@ -137,6 +147,79 @@ def test_a_folder_of_results_that_is_a_link_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="figures: expected a folder, got a link; remove it"):
         evaluate_into(tmp_path / "run")
     assert not any((tmp_path / "else").iterdir())
+
+
+def test_a_compiled_package_is_written_whole_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """P6, turbovec#293: it was compiled into its final name, also where that was a link."""
+    elsewhere, package = tmp_path / "precious", tmp_path / "net.pt2"
+    package.symlink_to(elsewhere)
+
+    def compile_into(_: object, *, package_path: str) -> None:
+        Path(package_path).write_bytes(b"half")
+        if fails:
+            raise OSError("no space left on device")
+
+    monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", compile_into)
+    for fails in (True, False):
+        with pytest.raises(RuntimeError, match="no space") if fails else nullcontext():
+            to_aot_package(make_network(), package, image_size=6)
+        assert not elsewhere.exists()
+        assert package.is_symlink() == fails
+
+
+def exchange(folder: Path, elsewhere: Path) -> None:
+    """What a neighbour may do at any moment who can write in the folder above."""
+    folder.rename(folder.with_name("mine"))
+    folder.symlink_to(elsewhere)
+
+
+descriptors = pytest.mark.skipif(
+    os.open not in os.supports_dir_fd, reason="no descriptors of folders on this system"
+)
+
+
+@descriptors
+@pytest.mark.parametrize("moment", ["before the file", "while it is written"])
+def test_a_folder_that_is_exchanged_for_a_link_is_not_written_through(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    """queens#277: filelock looked whether the name was a link, and then opened it."""
+    elsewhere, figures = make_folder(tmp_path, "else"), make_folder(tmp_path / "run", "figures")
+    if moment == "before the file":
+        exchange(figures, elsewhere)
+        with pytest.raises(OSError, match=r"older files are intact.*paths\.png"):
+            write_atomically(figures / "paths.png", b"")
+    else:
+        name = files.secrets.token_hex
+        monkeypatch.setattr(
+            files.secrets, "token_hex", lambda n: (exchange(figures, elsewhere), name(n))[1]
+        )
+        write_atomically(figures / "paths.png", b"")
+        assert (tmp_path / "run" / "mine" / "paths.png").exists()
+    assert not any(elsewhere.iterdir())
+
+
+@descriptors
+def test_checkpoints_of_a_folder_that_is_exchanged_are_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """X1's window: the folder is a link by the time that older checkpoints are removed."""
+    elsewhere = make_folder(tmp_path, "else")
+    for index in range(4):
+        (elsewhere / f"step-{index}.pt").touch()
+    checkpoints = make_folder(tmp_path / "run", "checkpoints")
+
+    def write(path: Path, content: bytes) -> None:
+        write_atomically(path, content)
+        if path.suffix == ".pt":
+            exchange(checkpoints, elsewhere)
+
+    monkeypatch.setattr(saved_state, "write_atomically", write)
+    with pytest.raises(OSError, match="checkpoints"):
+        save_state(tmp_path / "run", "step-9", {})
+    assert len(list(elsewhere.iterdir())) == 4
 
 
 @pytest.mark.skipif(os.name != "posix", reason="modes are POSIX's")

@@ -217,16 +217,16 @@ def test_negatives_are_other_images_each_once(few, monkeypatch):
     """Of many images they are drawn without a permutation of all of them for each class."""
     monkeypatch.setattr(sys.modules[score_classes.__module__], "FEW_OTHERS", few)
     targets = torch.arange(3000) % 7
-    rows, columns = _draw_pairs(targets, [2, 5], [90, 10**6], (0, 3, 1))
-    assert torch.equal(rows, rows.sort().values)
+    pairs = _draw_pairs(targets, [2, 5], [90, 10**6], (0, 3, 1), 7)
+    assert torch.equal(pairs, pairs.sort().values)
+    rows, columns = pairs // 7, pairs % 7
     for index, negatives in ((2, 90), (5, 3000 - int((targets == 5).sum()))):
         own = rows[columns == index]
         assert len(own.unique()) == len(own)
         assert torch.equal(own[targets[own] == index], (targets == index).nonzero()[:, 0])
         assert int((targets[own] != index).sum()) == negatives
-    again = _draw_pairs(targets, [2, 5], [90, 10**6], (0, 3, 1))
-    assert torch.equal(again[0], rows)
-    assert not torch.equal(_draw_pairs(targets, [2, 5], [90, 10**6], (1, 3, 1))[0], rows)
+    assert torch.equal(_draw_pairs(targets, [2, 5], [90, 10**6], (0, 3, 1), 7), pairs)
+    assert not torch.equal(_draw_pairs(targets, [2, 5], [90, 10**6], (1, 3, 1), 7), pairs)
 
 
 def test_some_classes_have_the_numbers_that_they_have_among_all(network, data):
