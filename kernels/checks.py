@@ -25,11 +25,14 @@ FunctionT = TypeVar("FunctionT", bound=Callable[..., Any])
 DEBUG_VARIABLE = "CODED_RESNEXT_DEBUG"
 
 
-def check_targets(targets: Tensor, batch: int, classes: int, ignore_index: int = -100) -> None:
+def check_targets(targets: Tensor, batch: int, classes: int, ignore_index: int = -100) -> bool:
     """Refuse targets that are neither `[B]` class indices in range nor `[B, K]` probabilities.
 
     The class index `ignore_index` stands for a sample without a label. Values are read on CPU
     tensors only, so that a step on an accelerator never waits for them.
+
+    Returns:
+        Whether every sample is known to have a label that is a class, or probabilities.
     """
     check_kind("targets", targets, Tensor, "a tensor [B] or [B, K]")
     if targets.shape not in ((batch,), (batch, classes)):
@@ -40,14 +43,19 @@ def check_targets(targets: Tensor, batch: int, classes: int, ignore_index: int =
         if not targets.is_floating_point():
             raise ValueError(f"targets: expected floating-point probabilities, got {targets.dtype}")
         check_finite("targets", targets)
-        return
+        return True
     if targets.dtype not in (torch.int64, torch.int32, torch.int16, torch.uint8):
         raise ValueError(f"targets: expected integer class indices, got {targets.dtype}")
-    if _readable(targets) and batch > 0:
+    if not _readable(targets) or batch == 0:
+        return False
+    low, high = (int(bound) for bound in targets.aminmax())
+    labelled = low >= 0 and high < classes and not low <= ignore_index <= high
+    if not labelled:
         labels = targets.long()
         wrong = labels[is_no_class(labels, classes) & (labels != ignore_index)]
         if wrong.numel():
             raise ValueError(f"targets: expected classes 0 to {classes - 1}, got {int(wrong[0])}")
+    return labelled
 
 
 def is_no_class(targets: Tensor, classes: int) -> Tensor:

@@ -22,30 +22,33 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import digits
-import torch
+from coded_resnext.cli.main import ended_by_interrupt
 
-from coded_resnext import CodedResNeXt
-from coded_resnext.cli.train import make_model, open_data
-from coded_resnext.data.augment import TrainTransform
-from coded_resnext.data.batches import RandomShift, TrainingBatches, TrainLoader, batches
-from coded_resnext.data.datasets import DIGITS_NAME, load_digits_split
-from coded_resnext.data.loaders import EvalImages, TrainImages
-from coded_resnext.data.preprocessing import Preprocessing
-from coded_resnext.files import say, write_atomically
-from coded_resnext.interpret import Loader, evaluate, save_evaluation
-from coded_resnext.interpret.ablations import (
-    ABLATIONS,
-    Ablation,
-    ablated_network,
-    select_ablations,
-)
-from coded_resnext.interpret.comparing import ablation_table, measures, summarize
-from coded_resnext.training.config import TrainingConfig
-from coded_resnext.training.engine import fit
-from coded_resnext.training.processes import run_script, training_session
-from coded_resnext.training.recipe import RECIPES, load_recipe
-from coded_resnext.training.run_folder import SUMMARY_FILE, RunFolder, versions
+with ended_by_interrupt():
+    import digits
+    import torch
+
+    from coded_resnext import CodedResNeXt
+    from coded_resnext.cli.train import make_model, open_data
+    from coded_resnext.data.augment import TrainTransform
+    from coded_resnext.data.batches import RandomShift, TrainingBatches, TrainLoader, batches
+    from coded_resnext.data.datasets import DIGITS_NAME, load_digits_split
+    from coded_resnext.data.loaders import EvalImages, TrainImages
+    from coded_resnext.data.preprocessing import Preprocessing
+    from coded_resnext.files import say, write_atomically
+    from coded_resnext.interpret import Loader, evaluate, save_evaluation
+    from coded_resnext.interpret.ablations import (
+        ABLATIONS,
+        Ablation,
+        ablated_network,
+        select_ablations,
+    )
+    from coded_resnext.interpret.comparing import ablation_table, measures, summarize
+    from coded_resnext.training.config import TrainingConfig
+    from coded_resnext.training.engine import fit
+    from coded_resnext.training.processes import run_script, training_session
+    from coded_resnext.training.recipe import RECIPES, load_recipe
+    from coded_resnext.training.run_folder import SUMMARY_FILE, RunFolder, versions
 
 RESULTS_FILE = "ablations.json"
 

@@ -10,7 +10,7 @@ cifar10_cpu, cifar10_small.
 
 import sys
 
-from coded_resnext.cli.train import main
+from coded_resnext.cli.main import train_by_recipe
 
 if __name__ == "__main__":
-    sys.exit(main(__file__, __doc__, default="cifar10"))
+    sys.exit(train_by_recipe(__file__, __doc__, default="cifar10"))

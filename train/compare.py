@@ -12,9 +12,12 @@ import argparse
 import sys
 from pathlib import Path
 
-from coded_resnext.files import say
-from coded_resnext.interpret.comparing import describe_groups, group_runs, summary_table
-from coded_resnext.training.processes import run_script
+from coded_resnext.cli.main import ended_by_interrupt
+
+with ended_by_interrupt():
+    from coded_resnext.files import say
+    from coded_resnext.interpret.comparing import describe_groups, group_runs, summary_table
+    from coded_resnext.training.processes import run_script
 
 
 def compare(runs: list[Path]) -> None:

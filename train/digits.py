@@ -16,21 +16,24 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
 
-import torch
+from coded_resnext.cli.main import ended_by_interrupt
 
-from coded_resnext import CodedResNeXt, create_model
-from coded_resnext.cli.train import write_results
-from coded_resnext.data.batches import RandomShift, TrainingBatches, batches
-from coded_resnext.data.datasets import DIGITS_NAME, DigitsSplit, load_digits_split
-from coded_resnext.data.preprocessing import SPLIT_SEED
-from coded_resnext.interpret import evaluate
-from coded_resnext.interpret.results import require_packages
-from coded_resnext.kernels import Backend, check_backend
-from coded_resnext.kernels.backend import named_backend
-from coded_resnext.training.config import TrainingConfig
-from coded_resnext.training.engine import fit
-from coded_resnext.training.processes import run_script
-from coded_resnext.training.run_folder import RunFolder
+with ended_by_interrupt():
+    import torch
+
+    from coded_resnext import CodedResNeXt, create_model
+    from coded_resnext.cli.train import write_results
+    from coded_resnext.data.batches import RandomShift, TrainingBatches, batches
+    from coded_resnext.data.datasets import DIGITS_NAME, DigitsSplit, load_digits_split
+    from coded_resnext.data.preprocessing import SPLIT_SEED
+    from coded_resnext.interpret import evaluate
+    from coded_resnext.interpret.results import require_packages
+    from coded_resnext.kernels import Backend, check_backend
+    from coded_resnext.kernels.backend import named_backend
+    from coded_resnext.training.config import TrainingConfig
+    from coded_resnext.training.engine import fit
+    from coded_resnext.training.processes import run_script
+    from coded_resnext.training.run_folder import RunFolder
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:

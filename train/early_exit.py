@@ -20,22 +20,25 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from sklearn.model_selection import StratifiedKFold
-from torch import Tensor
+from coded_resnext.cli.main import ended_by_interrupt
 
-from coded_resnext import CodedResNeXt, EarlyExit, ExitScores, calibrate, exit_scores
-from coded_resnext.data.batches import RandomShift, TrainingBatches, batches
-from coded_resnext.data.datasets import DIGITS_NAME, load_digits_split
-from coded_resnext.data.preprocessing import SPLIT_SEED
-from coded_resnext.deploy.cost import network_cost
-from coded_resnext.deploy.early_exit import EXIT_FILE, predict_early
-from coded_resnext.files import say, write_atomically
-from coded_resnext.models.checkpoint import LoadedModel, load_model, weights_sha256
-from coded_resnext.training.config import TrainingConfig
-from coded_resnext.training.engine import fit
-from coded_resnext.training.processes import run_script
-from coded_resnext.training.run_folder import RunFolder, versions
+with ended_by_interrupt():
+    import torch
+    from sklearn.model_selection import StratifiedKFold
+    from torch import Tensor
+
+    from coded_resnext import CodedResNeXt, EarlyExit, ExitScores, calibrate, exit_scores
+    from coded_resnext.data.batches import RandomShift, TrainingBatches, batches
+    from coded_resnext.data.datasets import DIGITS_NAME, load_digits_split
+    from coded_resnext.data.preprocessing import SPLIT_SEED
+    from coded_resnext.deploy.cost import network_cost
+    from coded_resnext.deploy.early_exit import EXIT_FILE, predict_early
+    from coded_resnext.files import say, write_atomically
+    from coded_resnext.models.checkpoint import LoadedModel, load_model, weights_sha256
+    from coded_resnext.training.config import TrainingConfig
+    from coded_resnext.training.engine import fit
+    from coded_resnext.training.processes import run_script
+    from coded_resnext.training.run_folder import RunFolder, versions
 
 MEASUREMENT_FILE = "early_exit_test.json"
 SINGLE_IMAGES = 60

@@ -8,7 +8,7 @@ and imagenet_150 (of the paper). The data are IMAGENET/{train,val}/CLASS/*.
 
 import sys
 
-from coded_resnext.cli.train import main
+from coded_resnext.cli.main import train_by_recipe
 
 if __name__ == "__main__":
-    sys.exit(main(__file__, __doc__, default="imagenet"))
+    sys.exit(train_by_recipe(__file__, __doc__, default="imagenet"))

@@ -24,39 +24,42 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
+from coded_resnext.cli.main import ended_by_interrupt
 
-from coded_resnext.cli.report import REPORT_FILE
-from coded_resnext.cli.train import ROTATED, Command, identity, parse_command, run_recipe
-from coded_resnext.files import read_json, say, write_atomically
-from coded_resnext.interpret.ablations import (
-    BASE,
-    PLAIN,
-    Ablation,
-    ablated_network,
-    select_ablations,
-)
-from coded_resnext.interpret.comparing import (
-    FinishedRun,
-    ablation_table,
-    accuracy_table,
-    best_run,
-    class_table,
-    measures,
-    removal_table,
-    summarize,
-    summary_table,
-)
-from coded_resnext.interpret.results import load_evaluation
-from coded_resnext.training.processes import run_script
-from coded_resnext.training.run_folder import (
-    CONFIG_FILE,
-    FREE_SETTINGS,
-    METRICS_FILE,
-    SUMMARY_FILE,
-    describe_machine,
-    differences,
-)
+with ended_by_interrupt():
+    import torch
+
+    from coded_resnext.cli.report import REPORT_FILE
+    from coded_resnext.cli.train import ROTATED, Command, identity, parse_command, run_recipe
+    from coded_resnext.files import read_json, say, write_atomically
+    from coded_resnext.interpret.ablations import (
+        BASE,
+        PLAIN,
+        Ablation,
+        ablated_network,
+        select_ablations,
+    )
+    from coded_resnext.interpret.comparing import (
+        FinishedRun,
+        ablation_table,
+        accuracy_table,
+        best_run,
+        class_table,
+        measures,
+        removal_table,
+        summarize,
+        summary_table,
+    )
+    from coded_resnext.interpret.results import load_evaluation
+    from coded_resnext.training.processes import run_script
+    from coded_resnext.training.run_folder import (
+        CONFIG_FILE,
+        FREE_SETTINGS,
+        METRICS_FILE,
+        SUMMARY_FILE,
+        describe_machine,
+        differences,
+    )
 
 TABLE_FILE, RESULTS_FILE = "reproduce.md", "reproduce.json"
 # Test accuracy after the published training, percent; exponent 1 is the absolute value.

@@ -31,7 +31,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from coded_resnext import CodedLoss, create_model
 from coded_resnext.kernels import checks, layout
 from coded_resnext.kernels.rows import LaunchRow, without_launches
-from coded_resnext.models import loss as loss_of_models
 
 ROOT = Path(__file__).resolve().parents[2]
 # Calls that start no kernel: another view of a tensor, an allocation, a question.
@@ -89,7 +88,6 @@ def _as_on_a_gpu() -> Iterator[Counting]:
         stack.enter_context(mock.patch.object(layout, "architecture_of", return_value="sm90"))
         stack.enter_context(mock.patch.object(layout, "too_large", return_value=None))
         # Values are looked at on the CPU alone.
-        stack.enter_context(mock.patch.object(loss_of_models, "check_targets"))
         stack.enter_context(mock.patch.object(checks, "_readable", return_value=False))
         stack.enter_context(without_launches())
         yield counting

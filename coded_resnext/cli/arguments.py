@@ -266,8 +266,9 @@ def _add_evaluate(commands: Commands) -> None:
     parser.add_argument(
         "--outside",
         type=Path,
-        metavar="FOLDER",
-        help="images of none of the classes, in any subfolders, for the one-class classifiers",
+        metavar="IMAGES",
+        help="images of none of the classes, for the one-class classifiers: a folder, a CSV with a "
+        "column path, or hf:NAME",
     )
     parser.add_argument(
         "--negatives",
@@ -363,7 +364,8 @@ def _add_export(commands: Commands) -> None:
         "--int8",
         metavar="IMAGES",
         nargs="+",
-        help="also an int8 ONNX file, calibrated on these image files or folders: training images",
+        help="also an int8 ONNX file, calibrated on these training images: files, folders, CSV "
+        "files or hf:NAME",
     )
     parser.add_argument(
         "--image-size",
@@ -478,7 +480,7 @@ def _add_predict(commands: Commands) -> None:
         "images",
         metavar="IMAGE",
         nargs="+",
-        help="image files, folders that hold some, or CSV files with a column path",
+        help="image files, folders that hold some, CSV files with a column path, or hf:NAME",
     )
     parser.add_argument(
         "--early",

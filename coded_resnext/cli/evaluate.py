@@ -16,7 +16,8 @@ from coded_resnext.data.datasets import (
     load_dataset,
     load_digits_split,
 )
-from coded_resnext.data.image_sets import FileImages, ImageSplits
+from coded_resnext.data.image_sets import ImageSplits
+from coded_resnext.data.labelled import images_of_no_class
 from coded_resnext.data.loaders import EvalImages
 from coded_resnext.data.preprocessing import SPLIT_SEED, Preprocessing
 from coded_resnext.files import say
@@ -62,7 +63,7 @@ def run(arguments: argparse.Namespace) -> int:
     train_loader, test_loader = open_data(loaded, arguments.data, batch_size)
     outside = None
     if arguments.outside is not None:
-        images = FileImages.of_no_class([arguments.outside])
+        images = images_of_no_class([arguments.outside])
         outside = EvalImages(images, _preprocessing(loaded), batch_size)
     loaders = loaded.model, train_loader, test_loader
     options: dict[str, Any] = {

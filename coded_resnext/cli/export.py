@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from coded_resnext.data.image_sets import FileImages
+from coded_resnext.data.labelled import images_of_no_class
 from coded_resnext.data.loaders import EvalImages
 from coded_resnext.data.preprocessing import Preprocessing
 from coded_resnext.deploy.early_exit import EXIT_FILE
@@ -135,5 +135,5 @@ def _calibration(paths: list[str], preprocessing: Preprocessing | None) -> list[
     """Batches of the images that an int8 file is calibrated on."""
     if preprocessing is None:
         raise ValueError("--int8: expected a model with a preprocessing, got one without")
-    images = FileImages.of_no_class(paths)
+    images = images_of_no_class(paths)
     return [batch for batch, _ in EvalImages(images, preprocessing, CALIBRATION_BATCH)]

@@ -4,16 +4,48 @@ from __future__ import annotations
 
 import os
 import select
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
-
-from coded_resnext.files import say
-
-from .arguments import make_parser
+from types import FrameType
 
 # 128 and the number of SIGPIPE, the signal that ends other programs whose output nobody reads.
 NOBODY_READS = 141
+
+
+@contextmanager
+def ended_by_interrupt() -> Iterator[None]:
+    """Lets Ctrl-C end the process at once, with a line and status 130, while modules are imported.
+
+    That takes seconds, and libraries make other errors of an interrupt that comes in between.
+    Where somebody has another use for the signal, and beside the main thread, it changes nothing.
+    """
+
+    def end(number: int, frame: FrameType | None) -> None:
+        script = os.path.basename(sys.argv[0])
+        name = "coded-resnext" if script in ("-m", "__main__.py") else script
+        os.write(2, f"{name}: interrupted\n".encode())
+        os._exit(128 + number)
+
+    former = signal.getsignal(signal.SIGINT)
+    in_main = threading.current_thread() is threading.main_thread()
+    if not in_main or former is not signal.default_int_handler:
+        yield
+        return
+    signal.signal(signal.SIGINT, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, former)
+
+
+with ended_by_interrupt():
+    from coded_resnext.files import say
+
+    from .arguments import make_parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -56,8 +88,17 @@ def _run(argv: Sequence[str] | None) -> int:
     elif rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     # Imported only now, since most of them need PyTorch.
-    code: int = getattr(import_module(f".{module}", __package__), function)(arguments)
+    with ended_by_interrupt():
+        command = getattr(import_module(f".{module}", __package__), function)
+    code: int = command(arguments)
     return code
+
+
+def train_by_recipe(script: str, description: str | None, *, default: str) -> int:
+    """The command line of a training script; the exit status, see `train.main`."""
+    with ended_by_interrupt():
+        from .train import main as train
+    return train(script, description, default=default)
 
 
 def _nobody_reads() -> bool:

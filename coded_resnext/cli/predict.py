@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from coded_resnext.data.image_sets import DamagedImages, FileImages
+from coded_resnext.data.image_sets import DamagedImages
+from coded_resnext.data.labelled import images_of_no_class
 from coded_resnext.data.loaders import EvalImages
 from coded_resnext.deploy.cost import network_cost
 from coded_resnext.deploy.early_exit import EXIT_FILE, EarlyExit, predict_early
@@ -47,14 +46,12 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.early or arguments.margin is not None:
         companions = Companions(arguments.checkpoint, loaded.model)
         criterion = read_criterion(arguments.margin, companions, loaded.model)
-    images = FileImages.of_no_class(arguments.images)
-    if images.files.others:
-        say(f"{images.files.others} other files left out", file=sys.stderr)
+    images = images_of_no_class(arguments.images)
     damaged = DamagedImages(images, 1.0)
     loader = EvalImages(images, loaded.preprocessing, arguments.batch_size, damaged=damaged)
     rows: list[dict[str, Any]] = []
     for batch in with_progress(loader.batches(), "predict"):
-        files = [images.files[index] for index in batch.indices.tolist()]
+        files = [images.address(index) for index in batch.indices.tolist()]
         rows += classify(loaded.model, batch.images, files, criterion)
     if not rows:
         raise ValueError("IMAGES: expected at least one that can be read, got none")
@@ -85,7 +82,7 @@ def read_criterion(margin: float | None, companions: Companions, model: CodedRes
 
 
 def classify(
-    model: CodedResNeXt, images: Tensor, files: Sequence[Path], criterion: EarlyExit | None
+    model: CodedResNeXt, images: Tensor, files: Sequence[str], criterion: EarlyExit | None
 ) -> list[dict[str, Any]]:
     """One JSON-ready row for every image `[B, C, H, W]`.
 
@@ -97,9 +94,9 @@ def classify(
     images = images.to(next(model.parameters()))
     blocks = len(model.coded_blocks)
     if criterion is not None:
-        found = predict_early(model, images, criterion, return_energies=True)
-        classes, exits, macs = found.classes, found.exit_blocks.tolist(), found.macs.tolist()
-        all_energies: Sequence[Tensor] = found.energies
+        early = predict_early(model, images, criterion, return_energies=True)
+        classes, exits, macs = early.classes, early.exit_blocks.tolist(), early.macs.tolist()
+        all_energies: Sequence[Tensor] = early.energies
     else:
         with evaluating(model):
             logits, all_energies = model(images, return_energies=True)
@@ -109,11 +106,11 @@ def classify(
         macs = [network_cost(model, images.shape[2]).macs] * len(images)
     shown_from = first_agreeing(model, all_energies, classes)
     rows = []
-    for index, path in enumerate(files):
+    for index, file in enumerate(files):
         computed = min(exits[index] + 1, blocks)
         rows.append(
             {
-                "file": str(path),
+                "file": file,
                 "class_name": model.class_names[int(classes[index])],
                 "class": int(classes[index]),
                 "exit_block": None if exits[index] == blocks else exits[index] + 1,

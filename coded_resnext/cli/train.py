@@ -22,12 +22,12 @@ from coded_resnext.data.augment import TrainTransform
 from coded_resnext.data.datasets import Storage, decoded, load_dataset
 from coded_resnext.data.image_sets import (
     DamagedImages,
-    FileImages,
     ImageSet,
     ImageSplits,
     MemoryImages,
     into_memory,
 )
+from coded_resnext.data.labelled import images_of_no_class
 from coded_resnext.data.loaders import EvalImages, TrainImages
 from coded_resnext.data.on_device import DeviceEvalImages, DeviceTrainImages
 from coded_resnext.data.preprocessing import Preprocessing
@@ -534,7 +534,8 @@ def open_outside(name: str, splits: ImageSplits, recipe: Recipe) -> ImageSet:
 
     Args:
         name: `"rotated"` for the test images turned by a quarter, `"cifar10"` or `"cifar100"` for
-            the test images of these, found where the recipe looks for data; or a folder of images.
+            the test images of these, found where the recipe looks for data; or a folder of images,
+            a CSV or `hf:NAME`.
         splits: the data set.
         recipe: of the run.
 
@@ -545,7 +546,7 @@ def open_outside(name: str, splits: ImageSplits, recipe: Recipe) -> ImageSet:
     if name == ROTATED:
         return rotated(splits.test, recipe.data.max_damaged)
     if name not in CIFAR:
-        return FileImages.of_no_class([name])
+        return images_of_no_class([name])
     if name == recipe.data.dataset:
         raise ValueError(f"outside: expected another data set than {name}, which is the run's own")
     return load_dataset(name, recipe.data.data_dir, download=recipe.data.download).test
@@ -632,7 +633,7 @@ def parse_command(
         "--outside",
         metavar="IMAGES",
         help="of none of the classes, for the one-class classifiers: rotated (the test images, "
-        "turned by a quarter), cifar10, cifar100, or a folder of images",
+        "turned by a quarter), cifar10, cifar100, a folder of images, a CSV or hf:NAME",
     )
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (%(default)s)")
     parser.add_argument(

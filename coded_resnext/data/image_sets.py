@@ -102,6 +102,10 @@ class FileImages:
         """Returns the path of the file, see `as_text`."""
         return as_text(self.files[index])
 
+    def address(self, index: int) -> str:
+        """Returns the path of the file as the system has it."""
+        return str(self.files[index])
+
     def subset(self, indices: Sequence[int]) -> FileImages:
         """Returns the chosen images, in the order given."""
         chosen = torch.as_tensor(indices, dtype=torch.int64)

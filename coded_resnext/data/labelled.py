@@ -3,21 +3,25 @@
 A CSV has a line of titles with `path` and `label`, and may have `split`: train, test, val or
 validation. Paths are relative to the folder of the file. `hf:NAME` is an image set of Hugging
 Face's library: a folder of its `save_to_disk`, a parquet file, a folder that it reads, or a name.
+Images of unknown class come from files, folders and these alike.
 """
 
 from __future__ import annotations
 
 import hashlib
+import sys
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate, groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from coded_resnext.files import as_text
+from coded_resnext.files import as_text, say
 
 from .image_folder import (
     Files,
@@ -46,12 +50,14 @@ class TableImages:
 
     table: Any
     """A `datasets.Dataset` with one column, of images as they were encoded."""
+    rows: Tensor
+    """Of the images in the table, `[n]`, int64."""
     targets: Tensor
     title: str
 
     def source(self, index: int) -> bytes | Path:
         """Returns an encoded image, or the file that it is in."""
-        (cell,) = self.table[index].values()
+        (cell,) = self.table[int(self.rows[index])].values()
         return cell["bytes"] or Path(cell["path"])
 
     def image(self, index: int) -> Image:
@@ -64,12 +70,16 @@ class TableImages:
 
     def name(self, index: int) -> str:
         """Returns the table's name and the row."""
-        return f"{self.title} row {index}"
+        return f"{self.title} row {int(self.rows[index])}"
+
+    def address(self, index: int) -> str:
+        """Returns the same."""
+        return self.name(index)
 
     def subset(self, indices: Sequence[int]) -> TableImages:
         """Returns the chosen images, in the order given."""
         chosen = torch.as_tensor(indices, dtype=torch.int64)
-        return replace(self, table=self.table.select(indices), targets=self.targets[chosen])
+        return replace(self, rows=self.rows[chosen], targets=self.targets[chosen])
 
     def fingerprint(self) -> dict[str, Any]:
         """Returns their number, and digests of the classes and of the bytes of some images."""
@@ -85,6 +95,85 @@ class TableImages:
 
 
 StoredImages = FileImages | TableImages
+
+
+class JoinedImages:
+    """The images of several sets, one set behind the other."""
+
+    def __init__(self, sets: Sequence[ImagesOfNoClass]) -> None:
+        self.sets = sets
+        self.ends = list(accumulate(map(len, sets)))
+        """Places behind the last image of each set."""
+        self.targets: Tensor = torch.cat([images.targets for images in sets])
+
+    def _place(self, index: int) -> tuple[ImagesOfNoClass, int]:
+        which = bisect_right(self.ends, index)
+        return self.sets[which], index - (self.ends[which] - len(self.sets[which]))
+
+    def image(self, index: int) -> Image:
+        """Returns an image as 8-bit RGB; a ValueError names one that cannot be read."""
+        images, place = self._place(index)
+        return images.image(place)
+
+    def name(self, index: int) -> str:
+        """Returns the name that an image has in its set."""
+        images, place = self._place(index)
+        return images.name(place)
+
+    def address(self, index: int) -> str:
+        """Returns the address that an image has in its set."""
+        images, place = self._place(index)
+        return images.address(place)
+
+    def subset(self, indices: Sequence[int]) -> JoinedImages:
+        """Returns the chosen images, in the order given."""
+        runs = groupby(map(self._place, indices), key=lambda place: place[0])
+        return JoinedImages([images.subset([place for _, place in run]) for images, run in runs])
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Returns their number, and a digest of the fingerprints of all sets."""
+        content = hashlib.sha256(repr([images.fingerprint() for images in self.sets]).encode())
+        return {"images": len(self), "content": short_digest(content)}
+
+    def __len__(self) -> int:
+        return self.ends[-1]
+
+
+ImagesOfNoClass: TypeAlias = "FileImages | TableImages | JoinedImages"
+
+
+def images_of_no_class(paths: Sequence[str | Path]) -> ImagesOfNoClass:
+    """Returns images of unknown class, as class 0, and says how many other files are left out.
+
+    Args:
+        paths: image files, folders with some in them, CSVs with a column `path`, and `hf:NAME`,
+            of which all splits are taken.
+
+    Raises:
+        OSError, ValueError, ImportError: as `find_images` and `labelled_splits`; a ValueError also
+            where there is no path.
+    """
+    sets: list[ImagesOfNoClass] = []
+    for is_table, group in groupby(paths, lambda path: str(path).startswith(HUGGING_FACE)):
+        if is_table:
+            sets += [images for root in group for images in _tables_of_no_class(root)]
+            continue
+        files = FileImages.of_no_class(list(group))
+        if files.files.others:
+            say(f"{files.files.others} other files left out", file=sys.stderr)
+        sets.append(files)
+    if not sets:
+        raise ValueError("images: expected at least one file or folder, got none")
+    return sets[0] if len(sets) == 1 else JoinedImages(sets)
+
+
+def _tables_of_no_class(root: str | Path) -> list[TableImages]:
+    """Returns the images of every split of a set of `datasets`."""
+    tables = []
+    for split, table in _load_table(str(root).removeprefix(HUGGING_FACE)).items():
+        targets = torch.zeros(len(table), dtype=torch.int64)
+        tables.append(_table_images(root, split, table, targets))
+    return tables
 
 
 def is_labelled(root: str | Path) -> bool:
@@ -177,11 +266,9 @@ def _read_table(root: str | Path) -> tuple[tuple[str, ...], dict[str, StoredImag
     name = str(root).removeprefix(HUGGING_FACE)
     splits = _load_table(name)
     labels: dict[str, list[Any]] = {}
-    tables, known = {}, None
+    known = None
     for split, table in splits.items():
-        column, label, known = _columns(root, table.features)
-        feature = replace(table.features[column], decode=False)
-        tables[split] = table.select_columns([column]).cast_column(column, feature)
+        label, known = _label(root, table.features)
         labels[split] = list(table[label])
         wrong = [value for value in labels[split] if value is None or value == -1]
         if wrong:
@@ -191,12 +278,12 @@ def _read_table(root: str | Path) -> tuple[tuple[str, ...], dict[str, StoredImag
         places: Mapping[Any, int] = {name: place for place, name in enumerate(known)}
         labels = {s: [places[str(value)] for value in values] for s, values in labels.items()}
     parts: dict[str, StoredImages] = {}
-    for split, table in tables.items():
+    for split, table in splits.items():
         if split not in _SPLITS and len(splits) > 1:
             continue
         part = _SPLITS.get(split, WHOLE) if len(splits) > 1 or split != "train" else WHOLE
-        title = as_text(f"{root} {split}".strip())
-        parts.setdefault(part, TableImages(table, torch.tensor(labels[split]), title))
+        targets = torch.tensor(labels[split])
+        parts.setdefault(part, _table_images(root, split, table, targets))
     return tuple(known), parts
 
 
@@ -223,14 +310,31 @@ def _load_table(name: str) -> dict[str, Any]:
         raise ValueError(f"hf:{as_text(name)}: {as_text(error)}") from error
 
 
-def _columns(root: str | Path, features: Mapping[str, Any]) -> tuple[str, str, list[str] | None]:
-    """Returns the column of images, that of labels, and the names of the classes if it has any."""
-    images = [name for name, feature in features.items() if type(feature).__name__ == "Image"]
+def _table_images(root: str | Path, split: str, table: Any, targets: Tensor) -> TableImages:
+    """Returns the images of a table, which are not decoded before they are asked for."""
+    columns = [name for name, of in table.features.items() if type(of).__name__ == "Image"]
+    column = _only_one(root, table.features, columns, "images")
+    feature = replace(table.features[column], decode=False)
+    encoded = table.select_columns([column]).cast_column(column, feature)
+    title = as_text(f"{root} {split}".strip())
+    return TableImages(encoded, torch.arange(len(table)), targets, title)
+
+
+def _label(root: str | Path, features: Mapping[str, Any]) -> tuple[str, list[str] | None]:
+    """Returns the column of labels, and the names of the classes if it has any."""
     classes = [name for name, feature in features.items() if hasattr(feature, "str2int")]
-    labels = classes or [name for name in features if name == "label"]
-    if len(images) != 1 or len(labels) != 1:
+    columns = classes or [name for name in features if name == "label"]
+    column = _only_one(root, features, columns, "labels")
+    return column, list(features[column].names) if classes else None
+
+
+def _only_one(
+    root: str | Path, features: Mapping[str, Any], columns: Sequence[str], of: str
+) -> str:
+    """Returns the only column of its kind; a ValueError lists all columns where it is not alone."""
+    if len(columns) != 1:
         raise ValueError(
-            f"{as_text(root)}: expected one column of images and one of labels, got "
-            f"{listed([f'{name}: {type(of).__name__}' for name, of in features.items()])}"
+            f"{as_text(root)}: expected one column of {of}, got "
+            f"{listed([f'{name}: {type(kind).__name__}' for name, kind in features.items()])}"
         )
-    return images[0], labels[0], list(features[labels[0]].names) if classes else None
+    return columns[0]

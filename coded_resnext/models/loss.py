@@ -137,11 +137,11 @@ class CodedLoss(nn.Module):
                 f"energies: expected one tensor for each of {self.blocks} coded blocks, "
                 f"got {len(energies)}"
             )
-        check_targets(targets, len(logits), logits.shape[1], self.ignore_index)
+        labelled = check_targets(targets, len(logits), logits.shape[1], self.ignore_index)
         check_class_weight(self.class_weight, logits.shape[1])
         if self.check_values:
             check_finite("logits", logits)
-        cross_entropy = self._cross_entropy(logits, targets)
+        cross_entropy = self._cross_entropy(logits, targets, labelled)
         coding = coding_losses(
             energies,
             self.codewords(),
@@ -158,14 +158,21 @@ class CodedLoss(nn.Module):
             total = total + self.weight * term
         return LossTerms(total, cross_entropy, coding)
 
-    def _cross_entropy(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Returns the mean over the batch; NaN for a class out of range that nobody has read."""
+    def _cross_entropy(self, logits: Tensor, targets: Tensor, labelled: bool) -> Tensor:
+        """Returns the mean over the batch; NaN for a class out of range that nobody has read.
+
+        Args:
+            logits: `[B, K]`.
+            targets: `[B]` or `[B, K]`.
+            labelled: whether all targets are known to be classes, or probabilities.
+        """
         logits = logits.to(accumulation_dtype(logits.dtype))
-        # PyTorch ends the process on a GPU for an index outside, and under `torch.compile` reads
-        # what lies there.
-        poison = torch.ones_like(logits[0, 0])
+        poison = None
         if targets.ndim == 1:
             targets = targets.long()
+        if not labelled:
+            # PyTorch ends the process on a GPU for an index outside, and under `torch.compile`
+            # reads what lies there.
             outside = is_no_class(targets, logits.shape[1]) & (targets != self.ignore_index)
             targets = targets.masked_fill(outside, self.ignore_index)
             poison = torch.where(outside.any(), torch.nan, 1.0)
@@ -176,7 +183,7 @@ class CodedLoss(nn.Module):
             ignore_index=self.ignore_index,
             label_smoothing=self.label_smoothing,
         )
-        return cross_entropy * poison
+        return cross_entropy if poison is None else cross_entropy * poison
 
     def extra_repr(self) -> str:
         return (

@@ -107,6 +107,7 @@ def coding_losses(
         ValueError: as `coding_loss`.
     """
     checked: set[tuple[int, int]] = set()
+    equal_shares = class_weight is None
     for values, book in zip(energies, codewords, strict=True):
         check_loss(values, book, exponent, threshold)
         if check_values:
@@ -114,18 +115,20 @@ def coding_losses(
         sizes = (values.shape[0], book.shape[0])
         # The blocks of a network have the same samples and classes, whose values are read once.
         if sizes not in checked:
-            check_targets(targets, *sizes, ignore_index)
+            equal_shares &= check_targets(targets, *sizes, ignore_index)
             check_class_weight(class_weight, book.shape[0])
             checked.add(sizes)
         check_device("codewords", book, values)
     if not energies:
         return CodingLosses((), () if decode else None)
-    # The blocks of a network have the same classes.
-    dtype = layout.accumulation_dtype(energies[0].dtype)
-    shares = loss_reference.sample_shares(
-        targets, min(map(len, codewords)), dtype, class_weight, ignore_index
-    )
     triton = select_backend(backend) == "triton" and _kernel_takes_loss(energies, targets)
+    shares = None
+    if triton or not equal_shares:
+        # The blocks of a network have the same classes.
+        dtype = layout.accumulation_dtype(energies[0].dtype)
+        shares = loss_reference.sample_shares(
+            targets, min(map(len, codewords)), dtype, class_weight, ignore_index
+        )
     if not triton:
         losses = tuple(
             loss_reference.coding_loss(values, book, targets, shares, exponent, threshold)

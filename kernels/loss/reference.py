@@ -14,7 +14,7 @@ def coding_loss(
     energies: Tensor,
     codewords: Tensor,
     targets: Tensor,
-    shares: Tensor,
+    shares: Tensor | None = None,
     exponent: float = 4.0,
     threshold: float = 0.0,
 ) -> Tensor:
@@ -25,22 +25,24 @@ def coding_loss(
         codewords: `[K, N]`, boolean.
         targets: `[B]` class indices, or `[B, K]` class probabilities, whose codeword is the
             probability-weighted mean of the codewords.
-        shares: of every sample in the mean, `[B]`, from `sample_shares`. A sample with a share of 0
-            is left out, whatever its energies are.
+        shares: of every sample in the mean, `[B]`, from `sample_shares`; None where all are equal.
+            A sample with a share of 0 is left out, whatever its energies are.
         exponent: `q`.
         threshold: `t`.
     """
     accumulate = accumulation_dtype(energies.dtype)
-    wanted_of_class = codewords.to(accumulate)
-    ratio = wanted_of_class[0].mean()
-    if targets.ndim == 1:
-        # What is no class has a share of 0 or NaN.
-        wanted = wanted_of_class[targets.long().clamp(0, len(codewords) - 1)]
+    ratio = codewords[0].to(accumulate).mean()
+    if targets.ndim == 2:
+        wanted = targets.to(accumulate) @ codewords.to(accumulate)
     else:
-        wanted = targets.to(accumulate) @ wanted_of_class
-    energies = energies.to(accumulate).masked_fill((shares == 0)[:, None], 0.0)
-    excess = torch.relu((ratio * energies - wanted).abs() - threshold)
-    return (shares.to(accumulate) * excess.pow(exponent).mean(1)).sum()
+        # What is no class has a share of 0 or NaN.
+        labels = targets.long() if shares is None else targets.long().clamp(0, len(codewords) - 1)
+        wanted = codewords[labels].to(accumulate)
+    energies = energies.to(accumulate)
+    if shares is not None:
+        energies = energies.masked_fill((shares == 0)[:, None], 0.0)
+    excess = torch.relu((ratio * energies - wanted).abs() - threshold).pow(exponent)
+    return excess.mean() if shares is None else (shares.to(accumulate) * excess.mean(1)).sum()
 
 
 def sample_shares(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from coded_resnext.deploy.export import OPSET
 from coded_resnext.kernels import Backend
 from coded_resnext.kernels.prebuilt.index import FOLDERS_VARIABLE
 
+ROOT = Path(__file__).parents[2]
 COMMAND = Path(sys.executable).with_name("coded-resnext")
 
 
@@ -68,6 +70,45 @@ def test_interrupt_has_its_own_status(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr("coded_resnext.cli.doctor.run", interrupt)
     assert main.main(["doctor"]) == 130
+
+
+@pytest.mark.parametrize(
+    ("words", "imported"),
+    [
+        ("-m coded_resnext info digits", "numpy"),
+        ("-m coded_resnext info digits", "torch"),
+        ("train/digits.py", "numpy"),
+        ("train/finetune.py --data-dir x", "torch"),
+    ],
+)
+def test_an_interrupt_while_modules_are_imported_is_one_line(words: str, imported: str) -> None:
+    """It was a traceback out of the library that was being imported."""
+    command = [sys.executable, "-X", "importtime", *words.split()]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT) as process:
+        assert process.stderr is not None
+        lines = []
+        for line in process.stderr:
+            lines.append(line)
+            if "| " in line and line.split("|")[-1].strip().startswith(f"{imported}."):
+                process.send_signal(signal.SIGINT)
+                lines += process.stderr
+    said = [line for line in lines if not line.startswith("import time:")]
+    name = "coded-resnext" if words.startswith("-m") else Path(words.split()[0]).name
+    assert (process.returncode, said) == (130, [f"{name}: interrupted\n"])
+
+
+def test_a_handler_of_somebody_else_stays() -> None:
+    """Imports leave the signal as it was, and one that is ignored stays ignored."""
+    former = signal.getsignal(signal.SIGINT)
+    for handler in (signal.SIG_IGN, signal.default_int_handler):
+        signal.signal(signal.SIGINT, handler)
+        try:
+            with main.ended_by_interrupt():
+                ignored = handler is signal.SIG_IGN
+                assert (signal.getsignal(signal.SIGINT) is handler) == ignored
+            assert signal.getsignal(signal.SIGINT) is handler
+        finally:
+            signal.signal(signal.SIGINT, former)
 
 
 def test_the_command_is_installed() -> None:

@@ -17,6 +17,7 @@ from coded_resnext.cli import main
 from coded_resnext.data.datasets import find_image_folder, load_dataset
 from coded_resnext.data.image_folder import find_images
 from coded_resnext.data.image_sets import ImageSet, MemoryImages
+from coded_resnext.data.labelled import images_of_no_class
 
 COUNTS = {"cat": 5, "dog": 4}
 NAMES = ("cat", "dog")
@@ -110,6 +111,22 @@ def test_classes_of_a_network_have_its_order(root: Path, labelled: str | Path) -
         find_image_folder(labelled, ("cat", "emu"))
 
 
+def test_images_of_no_class_come_from_tables_too(root: Path, labelled: str | Path) -> None:
+    """For prediction, outside images and calibration: all splits, without labels."""
+    alone = images_of_no_class([labelled])
+    assert sorted(np.asarray(alone.image(i)).tobytes() for i in range(len(alone))) == sorted(
+        np.asarray(Image.open(path)).tobytes() for path in root.rglob("*.png")
+    )
+    assert len({alone.name(i) for i in range(len(alone))}) == len(alone) == 13
+    joined = images_of_no_class([labelled, root / "test", labelled])
+    assert len(joined) == 13 + 4 + 13
+    same(joined.subset(range(17, 30)), alone)
+    chosen = joined.subset([29, 13, 0])
+    assert [chosen.name(i) for i in range(3)] == [joined.name(i) for i in (29, 13, 0)]
+    same(chosen.subset([0, 2]), alone.subset([12, 0]))
+    assert joined.fingerprint() != alone.fingerprint()
+
+
 def test_a_table_without_splits_is_like_a_plain_folder(root: Path) -> None:
     rows = [(f"train/{name}/{i:05d}.png", name) for name in NAMES for i in range(4)]
     table = write_table(root / "all.csv", rows)
@@ -153,7 +170,7 @@ def test_a_table_with_a_label_missing_or_several_columns_is_refused(tmp_path: Pa
     pixels = [Image.new("RGB", (4, 4))] * 2
     for columns, message in (
         ({"image": pixels, "label": ["a", None]}, "expected a label of every image, got None"),
-        ({"image": pixels, "class": ["a", "b"]}, "expected one column of images and one of labels"),
+        ({"image": pixels, "class": ["a", "b"]}, "expected one column of labels"),
         ({"text": ["x", "y"], "label": ["a", "b"]}, "expected one column of images"),
     ):
         folder = tmp_path / f"t{len(list(tmp_path.iterdir()))}"
@@ -184,6 +201,11 @@ def test_every_command_takes_what_training_takes(
     assert main.main([*train.split(), *options]) == 0, capsys.readouterr().err
     for command in (["eval", str(run), str(labelled)], ["calibrate", str(run), str(labelled)]):
         assert main.main(command) == 0, capsys.readouterr().err
-    table = table_of(root, ("test",))
-    assert main.main(["predict", str(run), str(table)]) == 0
-    assert len(capsys.readouterr().out.strip().splitlines()) >= 4
+    outside = ["--outside", str(labelled)]
+    assert main.main(["eval", str(run), str(labelled), *outside]) == 0, capsys.readouterr().err
+    capsys.readouterr()
+    assert main.main(["predict", str(run), str(labelled), str(root / "test")]) == 0
+    lines = capsys.readouterr().out.strip().splitlines()
+    # Images of both splits, and those of the folder behind them.
+    assert len(lines) == 9 + 4 + 4
+    assert all("cat" in line or "dog" in line for line in lines)
