@@ -45,7 +45,7 @@ NOT_RUN = {
     r"train/early_exit.py": "trains 5 networks a run; tests/train/test_train_early_exit.py does so",
     r"train/digits.py --out runs/digits": "trains for minutes; tests/train/test_digits.py does so",
     r"train/(imagenet|finetune).py": "needs photographs; tests/train/test_train_scripts.py trains",
-    r"--scale (short|full)(?!.*--plan)": "trains for hours on a GPU",
+    r"--scale (short|full)(?!.*--plan)|ablations.py cifar100": "trains for hours on a GPU",
     r"--push|push_to_hub\(": "uploads",
     r"to_aot_package\(": "compiles for a minute; tests/deploy/test_export.py does so",
     r"--architecture|--publish": "needs published weights; tests/cli/test_convert.py makes some",
@@ -214,6 +214,15 @@ def test_figures_of_the_shipped_digits_are_those_of_the_weights() -> None:
     assert f"| network | 360 of 360 | {right:.2%}" in page
     saving = f"early exit saves on digits | {saved:.0%}".replace("%", " %")
     assert saving in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_no_verdict_on_the_paper_without_its_scale() -> None:
+    """A claim that holds or does not hold says in the same sentence after which training."""
+    text = " ".join((ROOT / "docs/ablations.md").read_text().split())
+    verdicts = re.findall(r"\*\*([^*]*\bholds?\b[^*]*)\*\*", text)
+    assert len(verdicts) == len(re.findall(r"this (?:does not hold|holds)", text)) >= 6
+    for verdict in verdicts:
+        assert re.search(r"after \d+ epochs on .* this (does not hold|holds)", verdict), verdict
 
 
 def test_what_an_h200_can_issue_is_the_same_on_every_page() -> None:

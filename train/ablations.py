@@ -1,12 +1,14 @@
 """Train the ablations of the paper's method over several seeds and print them as a table.
 
 Every row differs from the base in one thing: exponent, threshold and weight of the coding loss,
-DropSubNNs, energy normalisation, concatenation in place of the sum, codewords that lie near each
-other, active branches; the plain twin has no code at all. Rows are compared with the base of the
-same seed. Results: docs/ablations.md.
+DropSubNNs and whether blocks share its masks, gradients that are masked in place of the coding
+loss, energy normalisation, concatenation in place of the sum, codewords that lie near each other,
+active branches; the plain twin has no code at all. Rows are compared with the base of the same
+seed. Results: docs/ablations.md.
 
     python train/ablations.py digits --epochs 15 --out runs/ablations
     python train/ablations.py cifar10 --out runs/ablations-cifar10 --seeds 0 1
+    python train/ablations.py cifar100 --device cuda --amp --augment-on device --seeds 0 1
 """
 
 from __future__ import annotations
@@ -14,10 +16,9 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import re
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,14 +27,12 @@ from coded_resnext.cli.main import ended_by_interrupt
 
 with ended_by_interrupt():
     import digits
+    import reproduce
     import torch
 
     from coded_resnext import CodedResNeXt
-    from coded_resnext.cli.train import make_model, open_data
-    from coded_resnext.data.augment import TrainTransform
     from coded_resnext.data.batches import RandomShift, TrainingBatches, TrainLoader, batches
     from coded_resnext.data.datasets import DIGITS_NAME, load_digits_split
-    from coded_resnext.data.loaders import EvalImages, TrainImages
     from coded_resnext.data.preprocessing import Preprocessing
     from coded_resnext.files import say, write_atomically
     from coded_resnext.interpret import Loader, evaluate, save_evaluation
@@ -44,13 +43,29 @@ with ended_by_interrupt():
         select_ablations,
     )
     from coded_resnext.interpret.comparing import ablation_table, measures, summarize
+    from coded_resnext.interpret.results import load_evaluation
     from coded_resnext.training.config import TrainingConfig
     from coded_resnext.training.engine import fit
     from coded_resnext.training.processes import run_script, training_session
-    from coded_resnext.training.recipe import RECIPES, load_recipe
     from coded_resnext.training.run_folder import SUMMARY_FILE, RunFolder, versions
 
 RESULTS_FILE = "ablations.json"
+# Recipes, and the rows of each where none are named: on CIFAR-100 those of the paper's figures.
+STUDIES = {
+    "cifar10": reproduce.Scale(
+        ("--config", "cifar10_small", "--repeats", "1"),
+        tuple(ablation.name for ablation in ABLATIONS),
+        "eight minutes and more a run on a CPU",
+    ),
+    "cifar100": reproduce.Scale(
+        ("--config", "cifar100", "--repeats", "1"),
+        (
+            *("coding weight 0", "coding weight 1", "coding weight 4", "coding weight 10"),
+            *("coding weight 20", "DropSubNNs 0", "DropSubNNs 0.2"),
+        ),
+        "of 300 epochs, for a GPU: not measured",
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -89,57 +104,33 @@ def digits_task(epochs: int | None) -> Task:
     )
 
 
-def cifar_task(epochs: int | None) -> Task:
-    """A part of CIFAR-10 by the recipe cifar10_small."""
-    changes = {} if epochs is None else {"epochs": epochs}
-    recipe = load_recipe(RECIPES / "cifar10_small.yaml", changes)
-    data, config = recipe.data, recipe.training
-    splits = open_data(recipe)
-    transform = TrainTransform(recipe.augmentation, data.preprocessing)
-    train_in_order, test_loader = (
-        EvalImages(images, data.preprocessing, data.validation_batch_size, workers=data.workers)
-        for images in (splits.train, splits.test)
-    )
-    return Task(
-        name=splits.name,
-        base=make_model(recipe, splits.class_names),
-        config=config,
-        preprocessing=data.preprocessing,
-        train_loader=lambda seed: TrainImages(
-            splits.train, transform, config.batch_size, seed=seed, workers=data.workers
-        ),
-        train_in_order=train_in_order,
-        test_loader=test_loader,
-    )
-
-
-TASKS: dict[str, Callable[[int | None], Task]] = {"cifar10": cifar_task, "digits": digits_task}
-
-
-def parse_arguments() -> argparse.Namespace:
-    """The command line."""
+def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
+    """The command line: its own flags, and those that are handed on to the recipe."""
     parser = argparse.ArgumentParser(
         description=(__doc__ or "").split("\n\n")[0],
         epilog="Runs that are finished are not run again; the command goes on with one that was "
-        f"interrupted. OUT/{RESULTS_FILE} holds every run's measures. Rows: "
+        f"interrupted. OUT/{RESULTS_FILE} holds every run's measures. Other flags are those of "
+        "train/cifar.py, and hold for all runs but the digits'. Rows: "
         + ", ".join(ablation.name for ablation in ABLATIONS)
         + ".",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
     )
-    parser.add_argument("task", choices=sorted(TASKS), help="network, data and recipe")
+    costs = "; ".join(f"{name}: {study.cost}" for name, study in STUDIES.items())
+    parser.add_argument("task", choices=["digits", *STUDIES], help=f"data and recipe; {costs}")
     parser.add_argument("--out", type=Path, default=Path("runs/ablations"), help="folder of runs")
-    parser.add_argument("--rows", nargs="+", metavar="ROW", help="these, and the base; else all")
+    parser.add_argument(
+        "--rows", nargs="+", metavar="ROW", help="these, and the base; else the task's"
+    )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4], help="of each row")
     parser.add_argument("--epochs", type=int, help="in place of the recipe's")
     parser.add_argument(
         "--table", action="store_true", help="run nothing, print what the folder holds"
     )
-    return parser.parse_args()
-
-
-def run_folder(out: Path, ablation: Ablation, seed: int) -> Path:
-    """Where the run of a row and a seed is."""
-    return out / f"{re.sub('[^a-z0-9.]+', '-', ablation.name.lower())}-{seed}"
+    arguments, rest = parser.parse_known_args()
+    if rest and arguments.task == "digits":
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    return arguments, rest
 
 
 def train(task: Task, ablation: Ablation, seed: int, folder: Path) -> None:
@@ -178,7 +169,6 @@ def train(task: Task, ablation: Ablation, seed: int, folder: Path) -> None:
             **evaluation.summary(),
             "ablation": ablation.name,
             "seed": seed,
-            "measures": measures(evaluation),
             "seconds": sum(row["seconds"] for row in history),
             "versions": versions(),
         },
@@ -195,10 +185,11 @@ def collect(out: Path, rows: list[Ablation], seeds: list[int]) -> dict[str, dict
     images: dict[Any, Path] = {}
     for ablation in rows:
         for seed in seeds:
-            path = run_folder(out, ablation, seed) / SUMMARY_FILE
+            path = reproduce.run_folder(out, ablation, seed) / SUMMARY_FILE
             if path.exists():
                 summary = json.loads(path.read_text(encoding="utf-8"))
-                finished.setdefault(ablation.name, {})[seed] = summary["measures"]
+                of_run = measures(load_evaluation(path.parent))
+                finished.setdefault(ablation.name, {})[seed] = of_run
                 images.setdefault((summary.get("measured_on") or {}).get("sha256"), path.parent)
     if len(images) > 1:
         others = " and ".join(map(str, images.values()))
@@ -228,22 +219,32 @@ def report(arguments: argparse.Namespace, rows: list[Ablation]) -> None:
     say(ablation_table(summaries))
 
 
-def train_and_report(arguments: argparse.Namespace) -> None:
+def train_and_report(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
     """Train what is missing, seed by seed so that all rows have some early on, and report."""
-    rows = select_ablations(arguments.rows)
-    if not arguments.table:
-        with training_session():
-            task = TASKS[arguments.task](arguments.epochs)
-            for seed in arguments.seeds:
-                for ablation in rows:
-                    train(task, ablation, seed, run_folder(arguments.out, ablation, seed))
+    out, seeds = arguments.out, arguments.seeds
+    if arguments.task in STUDIES:
+        study = STUDIES[arguments.task]
+        epochs = [] if arguments.epochs is None else ["--epochs", str(arguments.epochs)]
+        names = arguments.rows or study.rows
+        runs = reproduce.plan_runs([*study.flags, *rest, *epochs], names, seeds, out)
+        if not arguments.table:
+            reproduce.carry_out(runs)
+        rows = select_ablations(names)
+    else:
+        rows = select_ablations(arguments.rows)
+        if not arguments.table:
+            with training_session():
+                task = digits_task(arguments.epochs)
+                for seed in seeds:
+                    for ablation in rows:
+                        train(task, ablation, seed, reproduce.run_folder(out, ablation, seed))
     report(arguments, rows)
 
 
 def main() -> int:
     """Run the command; 2 when the input is at fault, 130 or 143 when a signal ended it."""
-    arguments = parse_arguments()
-    return run_script("ablations.py", lambda: train_and_report(arguments))
+    arguments, rest = parse_arguments()
+    return run_script("ablations.py", lambda: train_and_report(arguments, rest))
 
 
 if __name__ == "__main__":

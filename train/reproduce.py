@@ -213,20 +213,29 @@ def plan(arguments: argparse.Namespace, rest: Sequence[str]) -> list[PlannedRun]
         ValueError: an unknown row, or a setting at fault.
     """
     scale = SCALES[arguments.scale]
+    flags = [*scale.flags, *rest, "--outside", arguments.outside]
+    return plan_runs(flags, arguments.rows or scale.rows, arguments.seeds, arguments.out)
+
+
+def plan_runs(
+    flags: Sequence[str], rows: Sequence[str], seeds: Sequence[int], out: Path
+) -> list[PlannedRun]:
+    """Runs of a recipe with these flags, seed by seed; raises as `plan`."""
     runs = []
-    for seed in arguments.seeds:
-        for ablation in select_ablations(arguments.rows or scale.rows):
-            name = re.sub("[^a-z0-9.]+", "-", ablation.name.lower())
-            changes = {**ablation.training, "seed": seed}
-            flags = [f"--{key.replace('_', '-')}={value}" for key, value in changes.items()]
-            own = ["--out", str(arguments.out / f"{name}-{seed}"), "--outside", arguments.outside]
-            command = parse_command(
-                [*scale.flags, *rest, *own, "--resume", *flags],
-                description=__doc__ or "",
-                default="cifar10",
-            )
+    for seed in seeds:
+        for ablation in select_ablations(rows):
+            own = ["--out", str(run_folder(out, ablation, seed)), "--resume", f"--seed={seed}"]
+            for key, value in ablation.training.items():
+                flag = f"--{key.replace('_', '-')}"
+                own.append(flag if value is True else f"{flag}={value}")
+            command = parse_command([*flags, *own], description=__doc__ or "", default="cifar10")
             runs.append(PlannedRun(ablation, seed, command))
     return runs
+
+
+def run_folder(out: Path, ablation: Ablation, seed: int) -> Path:
+    """Where the run of a row and a seed is."""
+    return out / f"{re.sub('[^a-z0-9.]+', '-', ablation.name.lower())}-{seed}"
 
 
 def describe_plan(runs: Sequence[PlannedRun], cost: str) -> str:

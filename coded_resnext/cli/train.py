@@ -264,7 +264,8 @@ def identity(recipe: Recipe, run: Path | None = None) -> dict[str, Any]:
     settings = {k: v for k, v in recipe.settings().items() if k not in INCIDENTAL}
     # Backends round differently. Runs from before there was a choice are those of the default.
     settings["backend"] = named_backend(recipe.model.backend)
-    later = {"backend": "auto", "class_weight": "none", "balanced_sampler": False}
+    later: dict[str, Any] = {"backend": "auto", "class_weight": "none"}
+    later |= dict.fromkeys(("balanced_sampler", "mask_gradients"), False)
     settings = {k: v for k, v in settings.items() if k not in later or v != later[k]}
     if recipe.model.initial_checkpoint is not None:
         path = _weights_file(recipe.model.initial_checkpoint)

@@ -45,16 +45,18 @@ class DropSubNNs(nn.Module):
 
     Args:
         p: probability, `0 <= p < 1`.
+        shared: whether a network hands one mask to consecutive blocks of a codebook; False is an
+            ablation.
 
     Raises:
         ValueError: `p` is outside that range.
     """
 
-    def __init__(self, p: float = 0.1) -> None:
+    def __init__(self, p: float = 0.1, *, shared: bool = True) -> None:
         super().__init__()
         if not 0 <= checked_number("drop_branches", p) < 1:
             raise ValueError(f"drop_branches: expected a probability 0 <= p < 1, got {p}")
-        self.p = float(p)
+        self.p, self.shared = float(p), shared
 
     def forward(self, batch: int, branches: int, like: Tensor) -> Tensor | None:
         """Draws a mask `[batch, branches]` of 0 and `1 / (1 - p)`; None where nothing is dropped.
@@ -96,6 +98,7 @@ class CodedBottleneck(nn.Module):
         codebook: assignment of the branches to classes, or None for the plain block.
         stride: of the 3x3 convolution and the skip connection.
         drop_branches: DropSubNNs probability `0 <= p < 1`; only coded blocks drop branches.
+        share_masks: as `shared` of `DropSubNNs`.
         aggregation: `"sum"`, or `"concat"`, the ablation of the paper's talk; a plain block sums.
         normalize: whether energies are normalised, (3)-(4); without it, an ablation, the branches
             are summed as they are and the block's energies are those of (2).
@@ -133,6 +136,7 @@ class CodedBottleneck(nn.Module):
         *,
         stride: int = 1,
         drop_branches: float = 0.0,
+        share_masks: bool = True,
         aggregation: Aggregation = "sum",
         normalize: bool = True,
         normalized_by: int | None = None,
@@ -190,7 +194,8 @@ class CodedBottleneck(nn.Module):
             self.skip = nn.Sequential(
                 nn.Conv2d(in_channels, channels, 1, stride, bias=False), nn.BatchNorm2d(channels)
             )
-        self.drop = DropSubNNs(drop_branches if codebook is not None else 0.0)
+        p = drop_branches if codebook is not None else 0.0
+        self.drop = DropSubNNs(p, shared=share_masks)
         if codebook is not None:
             self.codewords = codebook.codewords
         if self.is_coded:
@@ -500,7 +505,8 @@ def walk(
 ) -> Iterator[Step]:
     """Applies blocks one after another and yields a `Step` behind each.
 
-    Consecutive blocks of one codebook silence the same branches in training, (5).
+    Consecutive coded blocks of one codebook silence the same branches in training, (5), also where
+    plain blocks lie between them.
 
     Args:
         blocks: the blocks, first to last.
@@ -511,15 +517,15 @@ def walk(
         [None] * len(blocks) if keep_masks is None else keep_masks
     )
     drop_mask: Tensor | None = None
-    previous: Codebook | None = None
+    codebook: Codebook | None = None
     handed_over: Map = x
     for block in blocks:
         arguments: dict[str, Tensor | None] = {}
         if block.is_coded:
-            if previous is None or block.codebook is not previous:
+            if codebook is None or block.codebook is not codebook or not block.drop.shared:
                 drop_mask = block.draw_drop_mask(like(handed_over))
             arguments = {"drop_mask": drop_mask, "keep_mask": next(masks)}
-        previous = block.codebook
+            codebook = block.codebook
         step = Step(block, *apply_block(block, handed_over, **arguments))
         yield step
         handed_over = step.handed_over

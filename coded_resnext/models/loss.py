@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -24,6 +26,8 @@ from coded_resnext.kernels.checks import (
 )
 from coded_resnext.kernels.layout import accumulation_dtype
 
+from .resnext import CodedResNeXt
+
 
 class LossTerms(NamedTuple):
     """The total loss and what it is made of, all scalars."""
@@ -38,6 +42,45 @@ class LossTerms(NamedTuple):
         """Returns every term by the name under which it is logged; blocks count from 1."""
         blocks = {f"coding_{index}": term for index, term in enumerate(self.coding, 1)}
         return {"total": self.total, "cross_entropy": self.cross_entropy, **blocks}
+
+
+@contextmanager
+def masked_gradients(model: CodedResNeXt, targets: Tensor) -> Iterator[None]:
+    """Lets only the branches of an image's class learn from it, where a network is applied within.
+
+    This is the paper's other way to specialise branches, which needs no coding loss: behind the
+    normalisation, the gradient of a branch's output is zero unless the branch works for the class.
+
+    Args:
+        model: whose layers are as they were made.
+        targets: class indices `[B]` of the images that it is applied to.
+
+    Raises:
+        ValueError: a block is computed by the definition, which calls no layer.
+    """
+
+    def learn(words: Tensor, layer: nn.Module, inputs: tuple[Tensor], y: Tensor) -> Tensor:
+        (scaled,) = inputs
+        mask = words.repeat_interleave(scaled.shape[1] // words.shape[1], 1)[:, :, None, None]
+        # Of one value: what the branches of the class wrote passes the gradient on, the rest not.
+        active: Any = layer.forward(scaled * mask)
+        learned: Tensor = active + (y - active).detach()
+        return learned
+
+    hooks = []
+    for block in model.coded_blocks:
+        if select_backend(block.backend) == "reference":
+            raise ValueError(
+                "backend: expected one that calls the layers of a block, to mask gradients; got "
+                "'reference'"
+            )
+        words = block.codewords[targets]
+        hooks.append(block.expand.register_forward_hook(partial(learn, words)))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 class CodedLoss(nn.Module):

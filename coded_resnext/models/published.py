@@ -3,7 +3,8 @@
 The published code keeps the expand weight of a coded block as a grouped convolution,
 `[N*C, D, 1, 1]`, branch-major; here it is dense, `[C, N*D, 1, 1]`. A network is described there by
 an `architecture`: a list of blocks `[C_in, C, D, stride, "A/N", p_drop]` and layer names such as
-`conv3_in3_out16`, `bn2D_in16`, `relu`, `avgPool8`, `flatten`, `linear_in96`.
+`conv3_in3_out16`, `bn2D_in16`, `relu`, `avgPool8`, `flatten`, `linear_in96`. That of ImageNet has
+no `p_drop`, and `avgPoolWithMean` in place of pooling and `flatten`.
 """
 
 from __future__ import annotations
@@ -33,7 +34,11 @@ _LAYERS = {
     "skip.1": "skip_connection.bn_skip",
 }
 _CODEWORDS = "Mask_perClass"
-_STEMS = {("conv3",): "conv3x3", ("conv7", "maxPool3"): "conv7x7"}
+# The kinds of layers before and behind the blocks, by our names of the stems.
+_LAYOUTS = {
+    "conv3x3": (["conv3", "bn2D", "relu"], ["avgPool", "flatten", "linear"]),
+    "conv7x7": (["conv7", "bn2D", "relu", "maxPool3"], ["avgPoolWithMean", "linear"]),
+}
 
 
 def published_block(
@@ -116,14 +121,16 @@ def published_model(
     architecture: Sequence[Any],
     *,
     class_names: Sequence[str] | None = None,
+    drop_branches: float | None = None,
 ) -> CodedResNeXt:
     """Returns a network with the weights that the published names hold, in their dtype.
 
     Args:
         state_dict: tensors (or arrays) under the published names, `net_list.I.` before each.
-        architecture: the published description, see the module. Stem `conv3..` or `conv7..` with
-            `maxPool3`, then blocks, global average pooling, `flatten`, `linear..`. Our networks
-            average over the whole map, whatever size `avgPool` names.
+        architecture: the published description of a network for CIFAR or for ImageNet, see the
+            module. Our networks average over the whole map, whatever its size.
+        drop_branches: DropSubNNs probability; None takes the largest of the blocks', or the
+            published 0.1 where they have none.
         class_names: names of the K classes.
 
     Raises:
@@ -140,6 +147,8 @@ def published_model(
         for index, part in parts.items()
     }
     groups = _group_blocks(blocks, architecture, books)
+    if drop_branches is None:
+        drop_branches = max((float(p) for i in blocks for p in architecture[i][5:]), default=0.1)
     head_weight = _take(state, f"net_list.{head}.weight")
     model = CodedResNeXt(
         [_stage(architecture, group) for group in groups],
@@ -149,7 +158,7 @@ def published_model(
         stem=stem,  # type: ignore[arg-type]
         stem_channels=len(_take(state, "net_list.0.weight")),
         in_channels=_take(state, "net_list.0.weight").shape[1],
-        drop_branches=max(float(architecture[index][5]) for index in blocks),
+        drop_branches=drop_branches,
         head_bias=f"net_list.{head}.bias" in state,
     ).to(head_weight.dtype)
     unknown = sorted(state.keys() - published_model_state(model).keys())
@@ -167,14 +176,13 @@ def published_model(
 def published_model_state(model: CodedResNeXt) -> dict[str, Tensor]:
     """The weights of a network under the published names: the way back from `published_model`."""
     blocks = model.blocks
-    first = 3 if model.config["stem"] == "conv3x3" else 4
+    before, behind = _LAYOUTS[model.config["stem"]]
     parts: dict[int, dict[str, Tensor]] = {
         0: dict(model.stem[0].state_dict()),
         1: dict(model.stem[1].state_dict()),
-        # Behind the last block stand pooling, flattening and the classifier.
-        first + len(blocks) + 2: dict(model.head.state_dict()),
+        len(before) + len(blocks) + len(behind) - 1: dict(model.head.state_dict()),
     }
-    for index, block in enumerate(blocks, first):
+    for index, block in enumerate(blocks, len(before)):
         parts[index] = published_block_state(block, num_classes=model.num_classes)
     return {
         f"net_list.{index}.{name}": value.clone()
@@ -250,18 +258,16 @@ def _parse(architecture: Sequence[Any]) -> tuple[str, list[int], int]:
         raise ValueError("architecture: expected one uninterrupted run of blocks")
     before = [_kind(layer) for layer in architecture[: blocks[0]]]
     after = [_kind(layer) for layer in architecture[blocks[-1] + 1 :]]
-    key = (before[0], *before[3:]) if before[1:3] == ["bn2D", "relu"] else ()
-    if key not in _STEMS or after[1:] != ["flatten", "linear"] or after[0][:7] != "avgPool":
-        raise ValueError(
-            "architecture: expected conv3, bn2D, relu or conv7, bn2D, relu, maxPool3 before the "
-            f"blocks and avgPool, flatten, linear behind them; got {before} and {after}"
-        )
-    return _STEMS[key], blocks, len(architecture) - 1
+    for stem, layout in _LAYOUTS.items():
+        if layout == (before, after):
+            return stem, blocks, len(architecture) - 1
+    expected = " or ".join(f"{', '.join(a)}, blocks, {', '.join(b)}" for a, b in _LAYOUTS.values())
+    raise ValueError(f"architecture: expected {expected}; got {before} and {after} around blocks")
 
 
 def _kind(layer: str) -> str:
-    """`conv3` of `conv3_in3_out16`."""
-    return re.split("_", layer, maxsplit=1)[0]
+    """`conv3` of `conv3_in3_out16`, `avgPool` of `avgPool8`."""
+    return re.sub(r"^(avgPool)\d+$", r"\1", layer.partition("_")[0])
 
 
 def _group_blocks(
@@ -270,7 +276,7 @@ def _group_blocks(
     """The runs of blocks that make one stage: same sizes and codebook, stride 1 after the first."""
     groups = [[blocks[0]]]
     for before, index in pairwise(blocks):
-        _, channels, width, stride, ratio, _ = architecture[index]
+        _, channels, width, stride, ratio = architecture[index][:5]
         same = [channels, width, ratio] == [architecture[before][i] for i in (1, 2, 4)]
         if same and stride == 1 and books[before] == books[index]:
             groups[-1].append(index)
@@ -280,6 +286,6 @@ def _group_blocks(
 
 
 def _stage(architecture: Sequence[Any], group: Sequence[int]) -> Stage:
-    _, channels, width, stride, ratio, _ = architecture[group[0]]
+    _, channels, width, stride, ratio = architecture[group[0]][:5]
     active, branches = map(int, ratio.split("/"))
     return Stage(len(group), channels, width, branches, active, stride)

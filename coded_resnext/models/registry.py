@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from coded_resnext.codebooks.codebook import Codebook
@@ -31,6 +31,8 @@ class Architecture:
     """Further arguments of `CodedResNeXt`."""
     codebook_variant: str = "best"
     """Variant of the shipped codebooks."""
+    has_twin: bool = True
+    """Whether its plain twin has a name; that of a variant is another network's."""
 
 
 def _cifar(branches: int, width: int) -> Callable[[tuple[int, ...]], list[Stage]]:
@@ -50,6 +52,13 @@ def _resnext50(active: tuple[int, ...]) -> list[Stage]:
         Stage(depth, 256 << i, 4 << i, 32, a, stride=1 if i == 0 else 2)
         for i, (depth, a) in enumerate(zip((3, 4, 6, 3), active, strict=True))
     ]
+
+
+def _split_resnext50(active: tuple[int, ...]) -> list[Stage]:
+    """Makes ResNeXt-50 whose third stage has two ratios, one for each half of its blocks."""
+    stages = _resnext50((*active[:3], active[4]))
+    half = replace(stages[2], depth=stages[2].depth // 2)
+    return [*stages[:2], half, replace(half, active=active[3], stride=1), stages[3]]
 
 
 def _small_resnext50(active: tuple[int, ...]) -> list[Stage]:
@@ -85,6 +94,7 @@ def _cifar_small(active: tuple[int, ...]) -> list[Stage]:
     ]
 
 
+_IMAGENET: dict[str, Any] = {"stem": "conv7x7"}
 NETWORKS = {
     "resnext14_32x1d": Architecture(
         _small_resnext50, 32, (32, 32, 16, 8), 1000, {"stem": "conv7x7", "stem_channels": 16}
@@ -94,7 +104,17 @@ NETWORKS = {
     ),
     "resnext29_10x11d": Architecture(_cifar(10, 11), 10, (10, 5, 3), 10, codebook_variant="paper"),
     "resnext29_20x6d": Architecture(_cifar(20, 6), 20, (20, 8, 4), 100),
-    "resnext50_32x4d": Architecture(_resnext50, 32, (32, 32, 16, 8), 1000, {"stem": "conv7x7"}),
+    "resnext50_32x4d": Architecture(_resnext50, 32, (32, 32, 16, 8), 1000, _IMAGENET),
+    # The variants of the paper's appendix, named after the stage that differs.
+    "resnext50_32x4d_c3": Architecture(
+        _resnext50, 32, (32, 24, 16, 8), 1000, _IMAGENET, has_twin=False
+    ),
+    "resnext50_32x4d_c4": Architecture(
+        _split_resnext50, 32, (32, 32, 16, 8, 8), 1000, _IMAGENET, has_twin=False
+    ),
+    "resnext50_32x4d_c5": Architecture(
+        _resnext50, 32, (32, 32, 16, 4), 1000, _IMAGENET, has_twin=False
+    ),
     "resnext_cifar10_small": Architecture(
         _cifar_small, 10, (10, 5, 3), 10, {"stem_channels": 24}, codebook_variant="paper"
     ),
@@ -113,7 +133,8 @@ def list_models(*, pretrained: bool = False) -> list[str]:
     """
     if pretrained:
         return [network_of(name) for name in shipped_weights()]
-    return sorted([*NETWORKS, *(f"coded_{name}" for name in NETWORKS)])
+    plain = [name for name, architecture in NETWORKS.items() if architecture.has_twin]
+    return sorted([*plain, *(f"coded_{name}" for name in NETWORKS)])
 
 
 @typed

@@ -42,6 +42,8 @@ class CodedResNeXt(nn.Module):
         stem_channels: channels behind the stem.
         in_channels: channels of the images.
         drop_branches: DropSubNNs probability of the coded blocks, `0 <= p < 1`.
+        share_masks: whether consecutive blocks of a codebook drop the same branches; False is an
+            ablation.
         head_bias: whether the classifier has a bias; the published one has none.
         aggregation: `"sum"`, or `"concat"`, the ablation of the paper's talk.
         normalize: whether coded blocks normalise energies; False is an ablation.
@@ -70,6 +72,7 @@ class CodedResNeXt(nn.Module):
         stem_channels: int = 64,
         in_channels: int = 3,
         drop_branches: float = 0.1,
+        share_masks: bool = True,
         head_bias: bool = False,
         aggregation: Aggregation = "sum",
         normalize: bool = True,
@@ -103,6 +106,7 @@ class CodedResNeXt(nn.Module):
             "aggregation": aggregation,
             "normalize": normalize,
             **({} if image_size is None else {"image_size": image_size}),
+            **({} if share_masks else {"share_masks": False}),
         }
 
         self.stem = make_stem(stem, in_channels, stem_channels)
@@ -120,6 +124,7 @@ class CodedResNeXt(nn.Module):
                         codebook,
                         stride=stage.stride if index == 0 else 1,
                         drop_branches=drop_branches,
+                        share_masks=share_masks,
                         aggregation=aggregation,
                         normalize=normalize,
                         backend=backend,

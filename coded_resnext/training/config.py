@@ -63,6 +63,11 @@ class TrainingConfig:
     smoothing: Annotated[
         float, "Label smoothing of the cross-entropy; the coding loss is not smoothed."
     ] = 0.0
+    mask_gradients: Annotated[
+        bool,
+        "Let only the branches of an image's class learn from it: the paper's alternative to the "
+        "coding loss, meant for coding_weight 0.",
+    ] = False
     class_weight: Annotated[
         ClassWeight,
         "Weights of the classes in both terms of the loss: none, or balanced, which is in inverse "
@@ -192,6 +197,12 @@ class TrainingConfig:
             raise ValueError(
                 "warmup_lr: expected a number above 0 without sched_on_updates, since the whole "
                 "first epoch has this learning rate; got 0"
+            )
+
+        if self.mask_gradients and (self.mixup or self.cutmix or self.torchcompile):
+            raise ValueError(
+                "mask_gradients: expected neither mixup nor cutmix, whose images have no one "
+                "class, nor torchcompile"
             )
 
     @property

@@ -20,7 +20,7 @@ from coded_resnext.kernels.checks import check_targets
 from coded_resnext.models.checkpoint import describe_network
 from coded_resnext.models.decode import decode
 from coded_resnext.models.layers import copy_of
-from coded_resnext.models.loss import CodedLoss
+from coded_resnext.models.loss import CodedLoss, masked_gradients
 from coded_resnext.models.resnext import CodedResNeXt
 
 from .config import TrainingConfig
@@ -310,11 +310,15 @@ class TrainStep:
             if waits and self._parallel is not None:
                 # The processes add their gradients up once, with the last part.
                 context = self._parallel.no_sync()
+            masking = masked_gradients(self.model, part_targets)
             with context:
-                with torch.autocast(
-                    self.device.type,
-                    dtype=getattr(torch, self.config.amp_dtype),
-                    enabled=self.config.amp,
+                with (
+                    masking if self.config.mask_gradients else nullcontext(),
+                    torch.autocast(
+                        self.device.type,
+                        dtype=getattr(torch, self.config.amp_dtype),
+                        enabled=self.config.amp,
+                    ),
                 ):
                     logits, energies = self._forward(part, return_energies=True)
                 terms = self.loss(logits, energies, part_targets)

@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from coded_resnext import Codebook, CodedLoss
+from coded_resnext import Codebook, CodedLoss, CodedResNeXt, Stage
 from coded_resnext.kernels import coding_loss
+from coded_resnext.models.loss import masked_gradients
 
 BOOKS = [
     Codebook.from_words(["1100", "0110", "0011"]),
@@ -251,3 +252,49 @@ def test_bytes_as_labels(backend: Any) -> None:
         assert losses[0].item() == pytest.approx(losses[1].item())
     with pytest.raises(ValueError, match="targets: expected classes 0 to 2, got 156"):
         CodedLoss(BOOKS)(LOGITS, ENERGIES, torch.tensor([0, 156], dtype=torch.uint8))
+
+
+@pytest.mark.parametrize("backend", ["torch", "fused"])
+def test_masked_gradients_are_those_of_the_definition(backend: Any) -> None:
+    """As published: behind the normalisation, what other branches wrote is a constant."""
+    torch.manual_seed(0)
+    stages = [Stage(2, 8, 3, 4, 2), Stage(1, 12, 3, 4, 1, stride=2)]
+    model = CodedResNeXt(stages, 3, codebooks=BOOKS, stem_channels=8, drop_branches=0.0)
+    for block in model.double().blocks:
+        torch.nn.init.normal_(block.expand_bn.weight)
+        block.backend = backend
+    x, targets = torch.randn(5, 3, 8, 8, dtype=torch.float64), torch.tensor([0, 1, 2, 2, 0])
+
+    def defined(x: Tensor) -> Tensor:
+        x = model.stem(x)
+        for block in model.blocks:
+            h = F.relu(block.grouped_bn(block.grouped(F.relu(block.reduce_bn(block.reduce(x))))))
+            branches = h.unflatten(1, (4, -1))
+            weight = block.expand.weight[:, :, 0, 0].unflatten(1, (4, -1))
+            y = torch.einsum("bndhw,cnd->bnchw", branches, weight)
+            y = y / y.square().mean((1, 2, 3, 4), keepdim=True).sqrt()
+            own = block.codewords[targets][:, :, None, None, None]
+            y = torch.where(own, y, y.detach()).sum(1)
+            x = F.relu(block.expand_bn(y) + block.skip(x))
+        return model.head(x.mean((2, 3)))
+
+    def gradients(logits: Tensor) -> list[Tensor]:
+        return list(torch.autograd.grad(F.cross_entropy(logits, targets), model.parameters()))
+
+    expected = gradients(defined(x))
+    with masked_gradients(model, targets):
+        logits = model(x)
+    torch.testing.assert_close(logits, defined(x), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(gradients(logits), expected, rtol=1e-8, atol=1e-12)
+    # Outside of it, all branches learn again.
+    assert not torch.allclose(gradients(model(x))[3], expected[3], rtol=1e-3)
+    assert not any(block.expand._forward_hooks for block in model.blocks)
+
+
+def test_the_definition_has_no_layers_to_mask_the_gradients_of() -> None:
+    model = CodedResNeXt([Stage(1, 8, 3, 4, 2)], 3, codebooks=BOOKS[:1], backend="reference")
+    with (
+        pytest.raises(ValueError, match="backend: expected one that calls the layers"),
+        masked_gradients(model, TARGETS),
+    ):
+        pass

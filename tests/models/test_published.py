@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from support.helpers import below, load_golden
 
+from coded_resnext import Codebook, create_model
 from coded_resnext.models.published import (
     published_block,
     published_block_state,
@@ -52,31 +55,91 @@ def test_stages_are_recognised() -> None:
     assert model.class_names == tuple("abcdefghij")
 
 
-def test_imagenet_stem_and_a_biased_head_go_both_ways() -> None:
-    torch.manual_seed(0)
-    layers = ["conv7_in3_out16", "bn2D_in16", "relu", "maxPool3", [16, 16, 2, 1, "10/10", 0.1]]
-    architecture = [*layers, "avgPool8", "flatten", "linear_in16"]
-    block = {
-        "Mask_perClass": torch.ones(3, 10).bool(),
-        "conv_reduce.weight": torch.randn(20, 16, 1, 1),
-        "conv_internal.weight": torch.randn(20, 2, 3, 3),
-        "conv_expand.weight": torch.randn(16, 20, 1, 1),
-    }
-    norms = {"bn_reduce": 20, "bn_internal": 20, "bn_expand": 16}
-    for name, channels in norms.items():
-        for kind in ("weight", "bias", "running_mean", "running_var"):
-            block[f"{name}.{kind}"] = torch.rand(channels)
-    state = {f"net_list.4.{k}": v for k, v in block.items()}
-    state |= {f"net_list.1.{k}": torch.rand(16) for k in ("weight", "bias")}
-    state |= {f"net_list.1.running_{k}": torch.rand(16) for k in ("mean", "var")}
-    state |= {"net_list.0.weight": torch.randn(16, 3, 7, 7)}
-    state |= {"net_list.7.weight": torch.randn(3, 16), "net_list.7.bias": torch.randn(3)}
+def imagenet_layout(
+    depths: list[int], ratios: list[str], size: int, classes: int
+) -> tuple[list[Any], dict[str, torch.Tensor]]:
+    """The published description of a network for ImageNet, and a state dict by its rules.
+
+    By the rules of the published code, not by ours: a block says its channels in and out, its
+    width, its stride and its ratio, and no probability; pooling is one layer, so that the
+    classifier of the published network is number 21; branches stand below one another in
+    `conv_expand`; a plain block has a mask of ones. Channels are `size` times those of a network
+    of `size` 1; the published one has 64.
+    """
+    architecture: list[Any] = [f"conv7_in3_out{size}_str2", f"bn2D_in{size}", "relu"]
+    architecture.append("maxPool3_str2_pad1")
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(*shape: int) -> torch.Tensor:
+        return torch.rand(shape, generator=generator)
+
+    def norm(name: str, channels: int) -> dict[str, torch.Tensor]:
+        tensors = {f"{name}.{kind}": drawn(channels) for kind in ("weight", "bias")}
+        tensors |= {f"{name}.running_{kind}": drawn(channels) for kind in ("mean", "var")}
+        return {**tensors, f"{name}.num_batches_tracked": torch.tensor(7)}
+
+    state = {"net_list.0.weight": drawn(size, 3, 7, 7), **norm("net_list.1", size)}
+    channels = size
+    for stage, (depth, ratio) in enumerate(zip(depths, ratios, strict=True)):
+        active, branches = map(int, ratio.split("/"))
+        width, out = (size // 16) << stage, (4 * size) << stage
+        mask = torch.ones(classes, branches, dtype=torch.bool)
+        if active < branches:
+            mask = Codebook.shipped(classes, branches, active, "paper").codewords
+        for index in range(depth):
+            stride = 2 if stage and not index else 1
+            name = f"net_list.{len(architecture)}."
+            wide = branches * width
+            expand = (branches * out, width) if active < branches else (out, wide)
+            state |= {
+                f"{name}Mask_perClass": mask,
+                f"{name}conv_reduce.weight": drawn(wide, channels, 1, 1),
+                **norm(f"{name}bn_reduce", wide),
+                f"{name}conv_internal.weight": drawn(wide, width, 3, 3),
+                **norm(f"{name}bn_internal", wide),
+                f"{name}conv_expand.weight": drawn(*expand, 1, 1),
+                **norm(f"{name}bn_expand", out),
+            }
+            if index == 0:
+                skip = f"{name}skip_connection."
+                state |= {f"{skip}conv_skip.weight": drawn(out, channels, 1, 1)}
+                state |= norm(f"{skip}bn_skip", out)
+            architecture.append([channels, out, width, stride, ratio])
+            channels = out
+    architecture += ["avgPoolWithMean", f"linear_in{channels}"]
+    state[f"net_list.{len(architecture) - 1}.weight"] = drawn(classes, channels)
+    return architecture, state
+
+
+def test_the_published_imagenet_network_goes_both_ways() -> None:
+    """The whole network in its published layout comes back bit for bit, and is the named one."""
+    ratios = ["32/32", "32/32", "16/32", "8/32"]
+    architecture, state = imagenet_layout([3, 4, 6, 3], ratios, 64, 1000)
+    assert len(architecture) == 22
+    assert "net_list.21.weight" in state
     model = published_model(state, architecture)
-    assert model.config["stem"] == "conv7x7"
-    assert model.config["drop_branches"] == 0.1
-    back = {k: v for k, v in published_model_state(model).items() if "num_batches" not in k}
+    with torch.device("meta"):
+        named = create_model("coded_resnext50_32x4d", codebook_variant="paper")
+    assert model.config == named.config
+    assert [book.words for book in model.stage_codebooks] == [
+        book.words for book in named.stage_codebooks
+    ]
+    back = published_model_state(model)
     assert back.keys() == state.keys()
-    assert all(torch.equal(back[k], state[k]) for k in state)
+    assert all(torch.equal(back[name], value) for name, value in state.items())
+    # Branch by branch, the expand weight is the published one.
+    block = model.coded_blocks[0]
+    grouped = state["net_list.11.conv_expand.weight"].view(32, 1024, 16)
+    assert torch.equal(block.expand.weight[:, 16 * 5 : 16 * 6, 0, 0], grouped[5])
+
+
+def test_a_biased_head_and_another_probability() -> None:
+    architecture, state = imagenet_layout([1, 1], ["10/10", "3/10"], 16, 10)
+    state["net_list.7.bias"] = torch.rand(10)
+    model = published_model(state, architecture, drop_branches=0.3)
+    assert model.config["drop_branches"] == 0.3
+    back = published_model_state(model)
+    assert torch.equal(back["net_list.7.bias"], state["net_list.7.bias"])
 
 
 @pytest.mark.parametrize(
@@ -126,6 +189,7 @@ def test_wrong_shapes_and_strangers_are_named() -> None:
         lambda a: ["conv5_in3_out16", *a[1:]],
         lambda a: [*a[:-3], "maxPool8", *a[-2:]],
         lambda a: [*a[:4], "relu", *a[4:]],
+        lambda a: [*a[:-3], "avgPoolWithMean", *a[-2:]],
     ],
 )
 def test_unknown_architecture(change: object) -> None:

@@ -53,11 +53,34 @@ def test_parameters_of_the_papers_networks(name: str, millions: float) -> None:
         ("coded_resnext29_10x11d", [5] * 3 + [3] * 3),
         ("coded_resnext29_20x6d", [8] * 3 + [4] * 3),
         ("coded_resnext50_32x4d", [16] * 6 + [8] * 3),
+        ("coded_resnext50_32x4d_c3", [24] * 4 + [16] * 6 + [8] * 3),
+        ("coded_resnext50_32x4d_c4", [16] * 3 + [8] * 6),
+        ("coded_resnext50_32x4d_c5", [16] * 6 + [4] * 3),
         ("resnext50_32x4d", []),
     ],
 )
 def test_active_branches_of_the_papers_networks(name: str, ratios: list[int]) -> None:
-    assert [book.active for book in create_model(name).codebooks] == ratios
+    with torch.device("meta"):
+        model = create_model(name)
+    assert [book.active for book in model.codebooks] == ratios
+
+
+@pytest.mark.parametrize("stage", ["c3", "c4", "c5"])
+def test_variants_of_the_appendix_differ_in_ratios_alone(stage: str) -> None:
+    with torch.device("meta"):
+        base, model = (
+            create_model(f"coded_resnext50_32x4d{end}", codebook_variant="paper")
+            for end in ("", f"_{stage}")
+        )
+    sizes = [[p.shape for p in network.parameters()] for network in (base, model)]
+    assert sizes[0] == sizes[1]
+    assert [block.stride for block in model.blocks] == [block.stride for block in base.blocks]
+    published = {
+        active: Codebook.shipped(1000, 32, active, "paper").words for active in (4, 8, 16, 24)
+    }
+    assert all(book.words == published[book.active] for book in model.codebooks)
+    with pytest.raises(ValueError, match="name: expected one of"):
+        create_model(f"resnext50_32x4d_{stage}")
 
 
 def test_cifar10_network_has_the_published_codebooks() -> None:
@@ -113,6 +136,28 @@ def test_blocks_of_one_codebook_share_a_drop_mask(monkeypatch: pytest.MonkeyPatc
     model(IMAGES)
     assert torch.equal(seen[0], seen[1])
     assert not torch.equal(seen[1], seen[2])
+
+
+@pytest.mark.parametrize(
+    ("actives", "share_masks", "draws"),
+    [((2, 4, 2), True, 1), ((2, 4, 4), True, 1), ((2, 2, 1), True, 2), ((2, 4, 2), False, 3)],
+)
+def test_a_drop_mask_is_kept_over_plain_blocks(
+    actives: tuple[int, ...], share_masks: bool, draws: int
+) -> None:
+    """As published; `share_masks=False` is the ablation in which every block draws its own."""
+    stages = [Stage(1 + (i == 0), 8, 2, 4, active) for i, active in enumerate(actives)]
+    books = [BOOKS[2 - stage.active] for stage in stages if stage.is_coded]
+    model = make_model(
+        stages=stages, codebooks=books, drop_branches=0.5, share_masks=share_masks
+    ).train()
+    drawn = []
+    for block in model.coded_blocks:
+        block.drop.register_forward_hook(lambda *call: drawn.append(call[-1]))
+    model(IMAGES)
+    assert len(drawn) == draws
+    again = CodedResNeXt.from_config(model.config, model.stage_codebooks)
+    assert {block.drop.shared for block in again.blocks} == {share_masks}
 
 
 def test_keep_by_class_by_sample_and_by_mask_agree() -> None:

@@ -61,6 +61,8 @@ def test_processes_share_a_batch() -> None:
         ({"grad_accum_steps": 0}, "grad_accum_steps: .* at least 1, got 0"),
         ({"log_interval": 0}, "log_interval: .* at least 1, got 0"),
         ({"seed": -1}, "seed: .* got -1"),
+        ({"mask_gradients": True, "mixup": 0.2}, "mask_gradients: expected neither mixup nor"),
+        ({"mask_gradients": True, "torchcompile": "inductor"}, "mask_gradients: .* torchcompile"),
     ],
 )
 def test_refusals(change: dict[str, Any], message: str) -> None:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from support.tiny_training import BOOK, IMAGES, TARGETS, assert_same, make_config, make_model
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from coded_resnext import CodedLoss, CodedResNeXt, Stage
 from coded_resnext.data.batches import Batch
+from coded_resnext.models.loss import masked_gradients
 from coded_resnext.training.config import TrainingConfig
 from coded_resnext.training.guard import NonFiniteError
 from coded_resnext.training.processes import World
@@ -104,6 +107,29 @@ def test_weight_decay_can_leave_out_biases_and_batch_norm() -> None:
         )
         assert ours == expected
         assert set(ours.values()) == ({0.0, 0.25} if filtered else {0.25})
+
+
+def test_a_step_may_mask_gradients_in_place_of_the_coding_loss() -> None:
+    """Its gradient is that of the cross-entropy within `masked_gradients`, part by part."""
+    config = make_config(
+        mask_gradients=True, coding_weight=0.0, weight_decay=0.0, grad_accum_steps=2
+    )
+    for masked in (True, False):
+        model = freeze_batch_norm(make_model(drop_branches=0.0))
+        before = parameters(model)
+        with masked_gradients(model, BATCH.targets) if masked else nullcontext():
+            loss = F.cross_entropy(model(BATCH.images), BATCH.targets)
+        expected = torch.autograd.grad(loss, list(model.parameters()))
+        step = make_step(model, config)
+        step(BATCH, 0)
+        step.finish()
+        # The first step of Nesterov's momentum goes 1.9 times as far as the gradient.
+        moves = [(a - b) / (-1.9 * step.lr) for a, b in zip(parameters(model), before, strict=True)]
+        alike = [
+            torch.allclose(move, gradient, rtol=1e-3, atol=1e-4)
+            for move, gradient in zip(moves, expected, strict=True)
+        ]
+        assert all(alike) == masked
 
 
 def test_clipping_bounds_the_gradient_of_all_parameters_together() -> None:
