@@ -52,7 +52,7 @@ torture: .venv/dev.stamp
 matrix: .venv/dev.stamp
 	$(BIN)/python tests/version_matrix.py --out benchmarks/results/version_matrix.json
 
-# The tests of arithmetic under imitated processors: sixteen rows, each as long as `make test`.
+# The tests of arithmetic under imitated processors: seven rows, each as long as `make test`.
 portability: .venv/dev.stamp
 	$(BIN)/python tests/portability.py --out benchmarks/results/portability.json
 

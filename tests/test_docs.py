@@ -41,6 +41,7 @@ NOT_RUN = {
     r"benchmarks/gpu/(?!tune.py --op coded)": "needs a GPU",
     r"benchmarks/cpu/bench_|--benchmark-only|taskset": "times an idle machine",
     r"benchmarks/static/|build-kernels|--dry-run": "compiles kernels for minutes",
+    r"ptx.plugin": "runs in a checkout alone; tests/ptx/test_ptx.py starts it there",
     r"tests/version_matrix.py": "makes environments of 5 GB each",
     r"train/early_exit.py": "trains 5 networks a run; tests/train/test_train_early_exit.py does so",
     r"train/digits.py --out runs/digits": "trains for minutes; tests/train/test_digits.py does so",

@@ -22,13 +22,13 @@ def test_wrong(): assert 1 + 1 == 3
 
 def test_a_row_says_what_is_in_effect_and_what_failed(tmp_path: Path) -> None:
     (tmp_path / "test_three.py").write_text(TESTS)
-    [processor] = [one for one in portability.PROCESSORS if one.name == "ATen, default"]
+    processor = next(one for one in portability.PROCESSORS if one.name == "without AVX")
     row = try_tests(processor, PYTHON, [str(tmp_path)], 1)
     assert (row["passed"], row["skipped"], row["failed"]) == (2, 0, 1)
     assert row["in_effect"]["ATen"] == "DEFAULT"
     [failure] = row["failures"]
     assert failure.endswith("test_wrong")
-    assert describe(row).startswith("| ATen, default | ATen DEFAULT; ")
+    assert describe(row).startswith("| without AVX | ATen DEFAULT; ")
     assert len(describe(row).split(" | ")) == table_head(*portability.COLUMNS).count("---")
 
 
@@ -56,8 +56,8 @@ def test_a_setting_without_effect_is_a_failure() -> None:
     ],
 )
 def test_counts_are_those_of_the_last_line(line: str, counts: tuple[int, int, int]) -> None:
-    found = count_outcomes(f"FAILED a.py::b - assert 7 failed\n=== {line} ===\n")
-    assert (found["passed"], found["skipped"], found["failed"]) == counts
+    outcomes = count_outcomes(f"FAILED a.py::b - assert 7 failed\n=== {line} ===\n")
+    assert (outcomes["passed"], outcomes["skipped"], outcomes["failed"]) == counts
 
 
 def test_tests_of_arithmetic_are_found_by_what_they_compare() -> None:

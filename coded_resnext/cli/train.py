@@ -54,6 +54,7 @@ from coded_resnext.models.warm_start import (
     recalibrate_batch_norm,
 )
 from coded_resnext.training.engine import fit
+from coded_resnext.training.graph import is_recorded
 from coded_resnext.training.processes import TIMEOUT, World, run_script, training_session
 from coded_resnext.training.recipe import (
     GROUPS,
@@ -74,7 +75,7 @@ from coded_resnext.training.run_folder import (
     versions,
 )
 from coded_resnext.training.saved_state import load_state
-from coded_resnext.training.step import compiled
+from coded_resnext.training.step import compiled, compiler_for
 
 from .report import write_report
 
@@ -264,8 +265,17 @@ def identity(recipe: Recipe, run: Path | None = None) -> dict[str, Any]:
     settings = {k: v for k, v in recipe.settings().items() if k not in INCIDENTAL}
     # Backends round differently. Runs from before there was a choice are those of the default.
     settings["backend"] = named_backend(recipe.model.backend)
+<<<<<<< HEAD
     later: dict[str, Any] = {"backend": "auto", "class_weight": "none"}
     later |= dict.fromkeys(("balanced_sampler", "mask_gradients"), False)
+=======
+    later = {
+        "backend": "auto",
+        "class_weight": "none",
+        "balanced_sampler": False,
+        "graph": "auto",
+    }
+>>>>>>> 04ca5a0 (Steps on one GPU are recorded as CUDA graphs; portability imitates whole processors; two tests that leaned on their surroundings)
     settings = {k: v for k, v in settings.items() if k not in later or v != later[k]}
     if recipe.model.initial_checkpoint is not None:
         path = _weights_file(recipe.model.initial_checkpoint)
@@ -324,7 +334,13 @@ def run_recipe(
         )
         if world.is_main:
             write_atomically(run.path / RECIPE_FILE, recipe.to_yaml().encode())
-            words = f"{settings_in_words(recipe)}\n{codebooks_in_words(recipe, model)}"
+            words = "\n".join(
+                [
+                    settings_in_words(recipe),
+                    codebooks_in_words(recipe, model),
+                    computation_in_words(recipe, world),
+                ]
+            )
             say(f"{splits}\n{words}", file=sys.stderr)
         loaders = make_loaders(recipe, splits, world)
         if recipe.model.initial_checkpoint and world.on_main(lambda: run.load_state() is None):
@@ -418,7 +434,10 @@ def make_loaders(recipe: Recipe, splits: ImageSplits, world: World) -> Loaders:
             device=world.device,
             seed=training.seed,
             workers=data.workers,
-            around=partial(compiled, backend=training.torchcompile),
+            around=partial(
+                compiled,
+                backend=compiler_for(training.torchcompile, world.device, recipe.model.backend),
+            ),
             balanced=training.balanced_sampler,
             **share,
         )
@@ -483,6 +502,20 @@ def settings_in_words(recipe: Recipe) -> str:
             f"centre {recipe.data.img_size} pixels",
         ]
     )
+
+
+def computation_in_words(recipe: Recipe, world: World) -> str:
+    """How the steps are computed, and by which settings they are computed otherwise."""
+    backend = named_backend(recipe.model.backend)
+    compiler = compiler_for(recipe.training.torchcompile, world.device, recipe.model.backend)
+    is_gpu = world.device.type == "cuda"
+    device = torch.cuda.get_device_name(world.device) if is_gpu else world.device.type
+    parts = [
+        f"backend {backend}",
+        f"compiled by {compiler}" if compiler else "not compiled",
+        *(["recorded as CUDA graphs"] if is_recorded(recipe.training, world.device, world) else []),
+    ]
+    return f"steps on {device}: {', '.join(parts)} (--backend, --torchcompile, --graph)"
 
 
 def main(script: str, description: str | None, *, default: str) -> int:

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, get_args
 AmpDtype = Literal["bfloat16", "float16"]
 ClassWeight = Literal["none", "balanced"]
 DistBn = Literal["reduce", "broadcast"]
+Graph = Literal["auto", "always", "never"]
 
 
 @dataclass(frozen=True)
@@ -102,8 +103,14 @@ class TrainingConfig:
     torchcompile: Annotated[
         str,
         "Backend of torch.compile for the forward pass, such as inductor; without it, the network "
-        "is not compiled.",
+        "is not compiled. With auto, it is compiled on the GPUs where that was measured to pay.",
     ] = ""
+    graph: Annotated[
+        Graph,
+        "Record the launches of a step as CUDA graphs and replay them for every batch, so that the "
+        "GPU does not wait for Python. With auto, this is done on one GPU, and not with several "
+        "processes.",
+    ] = "auto"
     sync_bn: Annotated[
         bool, "Take BatchNorm statistics over all processes in every step; this needs GPUs."
     ] = False
@@ -180,6 +187,7 @@ class TrainingConfig:
             ("amp_dtype", self.amp_dtype, get_args(AmpDtype)),
             ("class_weight", self.class_weight, get_args(ClassWeight)),
             ("dist_bn", self.dist_bn, get_args(DistBn)),
+            ("graph", self.graph, get_args(Graph)),
         ):
             if choice not in choices:
                 raise ValueError(f"{name}: expected {' or '.join(choices)}, got {choice!r}")
