@@ -265,17 +265,8 @@ def identity(recipe: Recipe, run: Path | None = None) -> dict[str, Any]:
     settings = {k: v for k, v in recipe.settings().items() if k not in INCIDENTAL}
     # Backends round differently. Runs from before there was a choice are those of the default.
     settings["backend"] = named_backend(recipe.model.backend)
-<<<<<<< HEAD
-    later: dict[str, Any] = {"backend": "auto", "class_weight": "none"}
+    later: dict[str, Any] = {"backend": "auto", "class_weight": "none", "graph": "auto"}
     later |= dict.fromkeys(("balanced_sampler", "mask_gradients"), False)
-=======
-    later = {
-        "backend": "auto",
-        "class_weight": "none",
-        "balanced_sampler": False,
-        "graph": "auto",
-    }
->>>>>>> 04ca5a0 (Steps on one GPU are recorded as CUDA graphs; portability imitates whole processors; two tests that leaned on their surroundings)
     settings = {k: v for k, v in settings.items() if k not in later or v != later[k]}
     if recipe.model.initial_checkpoint is not None:
         path = _weights_file(recipe.model.initial_checkpoint)
