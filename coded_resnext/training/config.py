@@ -234,7 +234,9 @@ class TrainingConfig:
         if now < warmup:
             return self.warmup_lr + (self.lr - self.warmup_lr) * min(risen / warmup, 1.0)
         begin = warmup if self.warmup_prefix else 0
-        passed = min((now - begin) / max(end - begin, 1), 1.0)
+        falling = end - begin
+        # A warm-up up to the last step leaves nothing to fall in.
+        passed = min((now - begin) / falling, 1.0) if falling > 0 else float(now > end)
         cosine = 0.5 * (1 + math.cos(math.pi * passed))
         return self.min_lr + (self.lr - self.min_lr) * cosine
 

@@ -23,7 +23,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from coded_resnext import CodedResNeXt, extract_classifier, use_grouped_kernels
 from coded_resnext.deploy.cost import network_cost
-from coded_resnext.deploy.early_exit import EarlyExit, predict_early
+from coded_resnext.deploy.early_exit import EarlyExit, exit_scores, predict_early
 from coded_resnext.deploy.export import to_exported_program
 from coded_resnext.deploy.hub import Pretrained, from_pretrained, save_pretrained
 from coded_resnext.interpret import trace
@@ -574,10 +574,16 @@ def test_keep_without_a_head_goes_by_the_codebooks() -> None:
 
 
 def test_early_predictions_are_ordinary_tensors() -> None:
+    """dinov2#472, pytorch#161164: a temperature could not be fitted to what was said."""
     model = make_network()
     said = predict_early(model, images(), EarlyExit.at_margin(model, 0.5), return_energies=True)
     said.classes[0] = 3
     assert not said.energies[0].is_inference()
+    scores = exit_scores(model, [(images(), torch.arange(len(images())) % 2)])
+    temperature = torch.ones((), requires_grad=True)
+    (scores.margins / temperature).sum().backward()
+    assert temperature.grad is not None
+    assert temperature.grad.isfinite()
 
 
 def table(tmp: Path) -> str:

@@ -298,6 +298,21 @@ def test_gradients_of_single_samples_by_vmap() -> None:
             assert relative_error(at_once[name][index], parameter.grad) < 1e-10
 
 
+def test_jacobians_forward_and_backward_agree() -> None:
+    """pytorch#47562's kind: of logits and energies by the image, in float64."""
+    model = network()
+
+    def outputs(image: Tensor) -> Tensor:
+        logits, energies = model(image[None], return_energies=True)
+        return torch.cat([logits[0], *(value[0] for value in energies)])
+
+    backward = torch.func.jacrev(outputs)(IMAGES[0])
+    assert backward[:, 0].any()
+    assert relative_error(torch.func.jacfwd(outputs)(IMAGES[0]), backward) < 1e-10
+    by_rows = torch.autograd.functional.jacobian(outputs, IMAGES[0])
+    assert relative_error(by_rows, backward) < 1e-10
+
+
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 @pytest.mark.parametrize("code", CODE)
 def test_code_of_the_documentation(code: str) -> None:

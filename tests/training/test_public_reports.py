@@ -77,21 +77,44 @@ def test_a_start_that_failed_is_no_run(tmp_path: Path) -> None:
     warmup=st.floats(0, 3.9),
     steps=st.integers(1, 40),
     low=st.floats(0, 1),
+    first=st.floats(0.001, 1),
+    prefix=st.booleans(),
+    by_steps=st.booleans(),
 )
-@settings(max_examples=50, deadline=None)
-def test_no_learning_rate_is_above_lr(warmup: float, steps: int, low: float) -> None:
+@settings(max_examples=100, deadline=None)
+def test_no_learning_rate_is_above_lr(
+    warmup: float, steps: int, low: float, first: float, prefix: bool, by_steps: bool
+) -> None:
     """DeepSpec#32, MIL_BASELINE#47: a warm-up that is no whole number of steps overshoots."""
-    config = TrainingConfig(4, 8, lr=0.1, min_lr=0.1 * low, warmup_epochs=warmup, cooldown_epochs=1)
+    config = TrainingConfig(
+        4,
+        8,
+        lr=0.1,
+        min_lr=0.1 * low,
+        warmup_epochs=warmup,
+        warmup_lr=0.0 if by_steps and prefix else 0.1 * first,
+        warmup_prefix=prefix,
+        sched_on_updates=by_steps,
+        cooldown_epochs=1,
+    )
     rates = [config.lr_at(step, steps) for step in range(5 * steps)]
-    assert max(rates) <= 0.1 * (1 + 1e-12)
-    # Continuous: no step is steeper than the warm-up or the middle of the cosine.
-    cosine = max(4 * steps - 1 - warmup * steps, 1)
-    steepest = 0.1 * max(1 / max(warmup * steps, 1), math.pi / 2 / cosine)
-    assert all(abs(after - before) <= steepest * (1 + 1e-9) for before, after in pairwise(rates))
-    warm = rates[: int(warmup * steps)]
-    assert all(before <= after for before, after in pairwise(warm))
-    if 4 * steps - 1 - warmup * steps >= 1:
-        assert rates[4 * steps - 1 :] == pytest.approx([0.1 * low] * (steps + 1))
+    lowest = min(config.min_lr, config.warmup_lr or config.min_lr, rates[0])
+    assert lowest * (1 - 1e-12) <= min(rates) <= max(rates) <= 0.1 * (1 + 1e-12)
+    # Epoch by epoch, an epoch that began before the end of the warm-up belongs to it.
+    risen = int(warmup * steps) if by_steps else math.ceil(warmup) * steps
+    falling = math.ceil(warmup * steps) if by_steps else risen
+    assert all(before <= after for before, after in pairwise(rates[:risen]))
+    # To a rounding of the cosine.
+    assert all(before >= after - 1e-12 for before, after in pairwise(rates[falling:]))
+    last = 4 * steps - (by_steps and 4 * steps - 1 > warmup * steps)
+    assert rates[last:] == pytest.approx([0.1 * low] * (5 * steps - last))
+    if prefix and by_steps:
+        # Continuous: no step is steeper than the warm-up or the middle of the cosine.
+        cosine = max(4 * steps - 1 - warmup * steps, 1)
+        steepest = 0.1 * max(1 / max(warmup * steps, 1), math.pi / 2 / cosine)
+        assert all(abs(b - a) <= steepest * (1 + 1e-9) for a, b in pairwise(rates))
+    elif not by_steps:
+        assert all(len(set(rates[i : i + steps])) == 1 for i in range(0, 5 * steps, steps))
 
 
 @pytest.mark.parametrize(
