@@ -34,7 +34,7 @@ with ended_by_interrupt():
     from coded_resnext.data.batches import RandomShift, TrainingBatches, TrainLoader, batches
     from coded_resnext.data.datasets import DIGITS_NAME, load_digits_split
     from coded_resnext.data.preprocessing import Preprocessing
-    from coded_resnext.files import say, write_atomically
+    from coded_resnext.files import read_json, say, write_atomically
     from coded_resnext.interpret import Loader, evaluate, save_evaluation
     from coded_resnext.interpret.ablations import (
         ABLATIONS,
@@ -187,7 +187,7 @@ def collect(out: Path, rows: list[Ablation], seeds: list[int]) -> dict[str, dict
         for seed in seeds:
             path = reproduce.run_folder(out, ablation, seed) / SUMMARY_FILE
             if path.exists():
-                summary = json.loads(path.read_text(encoding="utf-8"))
+                summary = read_json(path)
                 of_run = measures(load_evaluation(path.parent))
                 finished.setdefault(ablation.name, {})[seed] = of_run
                 images.setdefault((summary.get("measured_on") or {}).get("sha256"), path.parent)

@@ -12,7 +12,6 @@ Results: docs/reproduce.md.
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import re
 import shlex
@@ -50,6 +49,7 @@ with ended_by_interrupt():
         summarize,
         summary_table,
     )
+    from coded_resnext.interpret.report.content import read_log
     from coded_resnext.interpret.results import load_evaluation
     from coded_resnext.training.processes import run_script
     from coded_resnext.training.run_folder import (
@@ -160,15 +160,14 @@ class PlannedRun:
     def result(self) -> FinishedRun:
         """The measurements of a finished run."""
         folder = self.command.out
-        with (folder / METRICS_FILE).open(encoding="utf-8") as file:
-            epochs = list(csv.DictReader(file))
+        log = read_log(folder / METRICS_FILE)
         return FinishedRun(
             self.ablation.name,
             self.seed,
             load_evaluation(folder),
             read_json(folder / SUMMARY_FILE)["seconds"],
-            statistics.median(float(epoch["images_per_second"]) for epoch in epochs),
-            max(float(epoch["peak_memory_mib"]) for epoch in epochs),
+            statistics.median(value or 0.0 for value in log["images_per_second"]),
+            max(value or 0.0 for value in log["peak_memory_mib"]),
         )
 
 

@@ -2,9 +2,10 @@
 
     python benchmarks/cpu/scale.py                          all rows as a table
     python benchmarks/cpu/scale.py observation 1000 2000    one row, in this process
+    python benchmarks/cpu/scale.py imagenet                 a twentieth of ImageNet's evaluation
 
 What grows is the bookkeeping: the network is a block of a few channels on images of four pixels.
-Every row is measured in a process of its own. Linux only.
+Every row is measured in a process of its own; seconds are those of the processor. Linux only.
 """
 
 from __future__ import annotations
@@ -15,17 +16,19 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 import torch
 from step_memory import resident_mib
 from torch import Tensor
 
-from coded_resnext import Codebook, CodedResNeXt, Stage
+from coded_resnext import Codebook, CodedResNeXt, Stage, create_model
 from coded_resnext.data.image_folder import Files
 from coded_resnext.data.image_sets import FileImages, ImageSplits
-from coded_resnext.interpret import Paths, Semantics, evaluate, observe
+from coded_resnext.interpret import Paths, Semantics, evaluate, observe, plan
 from coded_resnext.interpret.one_class import ClassScorer
+from coded_resnext.training.recipe import RECIPES, load_recipe
 from coded_resnext.training.run_folder import RunFolder
 
 # Classes and images of every row; of a history the second is its number of epochs.
@@ -43,13 +46,14 @@ ROWS = {
 class Noise:
     """Batches of noise that knows its classes: each in turn."""
 
-    def __init__(self, classes: int, images: int) -> None:
+    def __init__(self, classes: int, images: int, size: int = 4, batch: int = 500) -> None:
         self.targets = torch.arange(images) % classes
+        self.size, self.batch = size, batch
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         generator = torch.Generator().manual_seed(0)
-        for targets in self.targets.split(500):
-            yield torch.randn(len(targets), 3, 4, 4, generator=generator), targets
+        for targets in self.targets.split(self.batch):
+            yield torch.randn(len(targets), 3, self.size, self.size, generator=generator), targets
 
 
 def network(classes: int) -> CodedResNeXt:
@@ -137,14 +141,48 @@ def measure(task: str, classes: int, images: int) -> str:
     work = TASKS[task](classes, images)
     # Resets the highest value to the present one.
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    before, start = resident_mib("VmRSS"), time.perf_counter()
+    before, start = resident_mib("VmRSS"), time.process_time()
     work()
-    seconds = time.perf_counter() - start
+    seconds = time.process_time() - start
     return f"{seconds:.3g} {resident_mib('VmHWM') - before:.0f}"
+
+
+def imagenet(classes: int = 50, images: int = 2500, size: int = 64) -> None:
+    """Print what the evaluation of a twentieth takes, and three plain passes over these images.
+
+    Of the 1,000 classes of the network a twentieth have images, so that for each of these there are
+    as many images and draws as in the recipe.
+    """
+    model = create_model("coded_resnext50_32x4d", codebook_variant="paper").eval()
+    data = load_recipe(RECIPES / "imagenet.yaml", {"data_dir": "."}).data
+    draws = {
+        "test_images": data.eval_images,
+        "removal_images": data.removal_images,
+        "threshold_images": data.threshold_images,
+    }
+    options: Any = {"repeats": data.repeats}
+    options |= {name: count // 20 for name, count in draws.items() if count}
+    train, test = (Noise(classes, images, size, 100) for _ in range(2))
+    planned = plan(model, train, test, image_size=(size, size), **options)
+    print(f"{planned}; {sum(planned.macs.values()) / 1e9:,.0f} G multiply-accumulates")
+    start = time.perf_counter()
+    with torch.inference_mode():
+        for pixels, _ in test:
+            model(pixels)
+    plain = time.perf_counter() - start
+    start = time.perf_counter()
+    evaluation = evaluate(model, train, test, **options)
+    seconds = time.perf_counter() - start
+    ratio = seconds / plain / 3
+    print(f"plain pass {plain:.1f} s; evaluation {seconds:.1f} s, {ratio:.2f} of three such passes")
+    print(f"on {evaluation.test_samples:,} images, {evaluation.threshold_samples:,} of training")
 
 
 def main() -> None:
     """Print one row, or all of them as a table."""
+    if sys.argv[1:] == ["imagenet"]:
+        imagenet()
+        return
     if len(sys.argv) == 4:
         print(measure(sys.argv[1], int(sys.argv[2]), int(sys.argv[3])))
         return

@@ -18,7 +18,7 @@ from coded_resnext.deploy.extract import (
     extract_subset,
 )
 from coded_resnext.deploy.extract_files import INDEX_FILE, extract_all, file_name, save_extracted
-from coded_resnext.files import make_folder, printable, say
+from coded_resnext.files import make_folder, printable, read_json, say
 from coded_resnext.models.checkpoint import LoadedModel, load_model
 from coded_resnext.models.resnext import CodedResNeXt
 
@@ -114,7 +114,7 @@ def _extract_all(
     )
     first = extract_classifier(loaded.model, 0, **options)
     content = describe(loaded, first, folder / INDEX_FILE)
-    rows = json.loads(index.read_text(encoding="utf-8"))["classifiers"]
+    rows = read_json(index)["classifiers"]
     return {**content, "class_names": list(loaded.model.class_names), "classifiers": rows}
 
 

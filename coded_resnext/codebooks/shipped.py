@@ -10,10 +10,11 @@ codewords were made and how to make them again, and `sha256`, the digest of the 
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable
 from importlib.resources import files
 from typing import Any, NamedTuple
+
+from coded_resnext.files import parse_json
 
 FORMAT_VERSION = 1
 VARIANTS = ("best", "paper", "paper_d8")
@@ -69,7 +70,7 @@ def load_shipped(size: Size, variant: str = "best") -> dict[str, Any]:
         )
     name = file_name(size, variant)
     path = files(__package__).joinpath("data", name)
-    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    content: dict[str, Any] = parse_json(path.read_text(encoding="utf-8"))
     if digest(content["codewords"]) != content["sha256"]:
         raise ValueError(f"{name}: the codewords do not match their sha256; install anew")
     return content

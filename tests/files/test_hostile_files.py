@@ -126,6 +126,26 @@ def test_no_source_runs_what_it_reads() -> None:
     ]
 
 
+READERS = ("csv.reader", "csv.DictReader", "json.load", "torch.load", "np.load")
+
+
+def test_json_csv_arrays_and_tensors_have_one_reader() -> None:
+    """Two scripts read a run's log and summary without its limits."""
+    others = [
+        f"{path.relative_to(ROOT)}:{node.lineno}"
+        for folder in ("coded_resnext", "train")
+        for path in (ROOT / folder).rglob("*.py")
+        if path != ROOT / "coded_resnext" / "files.py" and "kernels" not in path.parts
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call)
+        and (
+            ast.unparse(node.func) in READERS
+            or (ast.unparse(node.func) == "json.loads" and "read_" in ast.unparse(node))
+        )
+    ]
+    assert others == []
+
+
 @pytest.mark.parametrize(
     ("name", "read", "size"),
     [

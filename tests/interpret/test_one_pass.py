@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import scale
 import torch
 from PIL import Image
 from support.small_networks import make_data, make_network
@@ -171,6 +172,24 @@ def test_imagenet_ends_within_twice_three_plain_passes(name: str) -> None:
     assert planned.test_images == planned.images["observation"] == 50_000
     assert planned.passes <= 6
     assert f"{planned.passes:.1f} passes over the test images" in str(planned)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
+@pytest.mark.parametrize(
+    ("task", "classes", "images", "seconds", "mib"),
+    [
+        ("start-up", 10_000, 200_000, 3, 50),
+        ("observation", 10_000, 1000, 10, 400),
+        ("drawing", 1000, 100_000, 20, 30),
+    ],
+)
+def test_what_grew_with_classes_times_images(
+    task: str, classes: int, images: int, seconds: float, mib: float
+) -> None:
+    """torchvision#557, fast-reid#503: 15 s, 1.7 GiB and a second draw for each class and part."""
+    used, added = map(float, scale.measure(task, classes, images).split())
+    assert used < seconds
+    assert added < mib
 
 
 @pytest.fixture
