@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from coded_resnext.codebooks.codebook import Codebook
 from coded_resnext.files import printable
 
@@ -82,6 +84,7 @@ def save_figures(
         if one and _computed(one):
             figures["one_class_scores"] = score_figure(one, source)
             figures["precision_recall"] = precision_recall_figure(one, source)
+            figures["one_class_points"] = points_figure(one, source)
         if evaluation.semantics:
             figures["semantics"] = semantic_figure(evaluation.semantics)
         for name, figure in figures.items():
@@ -313,6 +316,45 @@ def precision_recall_figure(result: OneClass, thresholds_from: str) -> Figure:
             ],
             ["the class", "the other classes", f"at the best threshold of the {thresholds_from}"],
         ),
+    )
+    return figure
+
+
+def points_figure(result: OneClass, thresholds_from: str) -> Figure:
+    """Returns the paper's figure: the classifiers of all classes as points of one plot."""
+    figure = new_figure(5.6, 4.6)
+    panel = figure.add_subplot()
+    known = [one for one in result.classifiers if one.precision is not None]
+    outside = [one.outside for one in known if one.outside and one.outside.precision is not None]
+    size = max(2.0, 5 - len(known) / 100)
+    handles, names = [], []
+    for points, name, colour, inside, marker in (
+        (known, "against images of other classes", BLUE, BLUE, "o"),
+        (outside, "against images of none of the classes", VERMILLION, "none", "^"),
+    ):
+        if points:
+            handles += panel.plot(
+                *np.array([(one.recall, one.precision) for one in points], float).T,
+                color=colour,
+                marker=marker,
+                markersize=size,
+                markerfacecolor=inside,
+                linestyle="none",
+            )
+            names.append(name)
+    panel.set_xlim(-0.02, 1.02)
+    panel.set_ylim(-0.02, 1.02)
+    panel.set_xlabel("recall")
+    panel.set_ylabel("precision")
+    panel.grid()
+    panel.set_axisbelow(True)
+    computed = sum(one.computed for one in result.classifiers)
+    heading(
+        figure,
+        "One-class classifiers: all in one plot",
+        f"A point for each of {computed} classes, on test images, at the threshold of the best F1 "
+        f"on the {thresholds_from}.",
+        (handles, names),
     )
     return figure
 

@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -79,13 +79,22 @@ class Curve:
 
 @dataclass(frozen=True)
 class Outside:
-    """A classifier on images of none of the classes; None is "not available"."""
+    """A classifier's test images of the class against images of none of the classes; None is "not
+    available"."""
 
     samples: int
     average_precision: float | None
     """Average precision of telling test images of the class from these."""
     accepted: float | None
     """Share of these that reach the threshold."""
+    precision: float | None = None
+    """Precision at the threshold; 0 where no image reaches it."""
+    recall: float | None = None
+    """Recall at the threshold, which is that among the classes."""
+    f1: float | None = None
+    """F1 at the threshold."""
+    balanced_accuracy: float | None = None
+    """Mean of the recall and of the share of these that do not reach the threshold."""
 
 
 @dataclass(frozen=True)
@@ -114,6 +123,8 @@ class OneClassClassifier:
     """Recall on the test images at the threshold."""
     f1: float | None = None
     """F1 on the test images at the threshold."""
+    balanced_accuracy: float | None = None
+    """Mean of the recall and of the share of other classes' test images below the threshold."""
     dead: float | None = None
     """Share of the scored test images for which some coded block had no energy left: its branches
     of this class are silent, and the score does not depend on the block."""
@@ -467,18 +478,19 @@ def _classifier(
     scores, positive, dead = test.of_class(index)
     learned_scores, learned_positive, _ = threshold_images.of_class(index)
     threshold = best_threshold(learned_scores, learned_positive)
-    precision, recall, f1 = at_threshold(scores, positive, threshold)
     outside, outside_scores = None, np.empty(0)
     if outside_images is not None:
         outside_scores = outside_images.of_class(index)[0]
         joined = np.concatenate([scores[positive], outside_scores])
+        own = np.arange(len(joined)) < positive.sum()
         accepted = None
         if threshold is not None and len(outside_scores):
             accepted = float((outside_scores >= threshold).mean())
         outside = Outside(
             samples=len(outside_scores),
-            average_precision=average_precision(joined, np.arange(len(joined)) < positive.sum()),
+            average_precision=average_precision(joined, own),
             accepted=accepted,
+            **at_threshold(joined, own, threshold)._asdict(),
         )
     return OneClassClassifier(
         class_name=name,
@@ -488,13 +500,11 @@ def _classifier(
         average_precision=average_precision(scores, positive),
         curve=sweep(scores, positive, points),
         threshold=threshold,
-        threshold_f1=at_threshold(learned_scores, learned_positive, threshold)[2],
-        precision=precision,
-        recall=recall,
-        f1=f1,
+        threshold_f1=at_threshold(learned_scores, learned_positive, threshold).f1,
         dead=float(dead.mean()) if len(scores) else None,
         histogram=count_scores(scores, positive, outside_scores),
         outside=outside,
+        **at_threshold(scores, positive, threshold)._asdict(),
     )
 
 
@@ -556,20 +566,29 @@ def best_threshold(scores: Scores, positive: Flags) -> float | None:
     return float(thresholds[(2 * hits / (accepted + len(of_class))).argmax()])
 
 
-def at_threshold(
-    scores: Scores, positive: Flags, threshold: float | None
-) -> tuple[float | None, float | None, float | None]:
-    """Returns precision, recall and F1 where scores of at least the threshold say yes.
+class AtThreshold(NamedTuple):
+    """What a classifier does at its threshold; fields as those of `OneClassClassifier`."""
+
+    precision: float | None = None
+    recall: float | None = None
+    f1: float | None = None
+    balanced_accuracy: float | None = None
+
+
+def at_threshold(scores: Scores, positive: Flags, threshold: float | None) -> AtThreshold:
+    """Returns what scores say where those of at least the threshold say yes.
 
     None without a threshold, or unless there are positives and negatives.
     """
     if threshold is None or not _both(positive):
-        return None, None, None
-    numbers = _metrics().precision_recall_fscore_support(
-        positive, scores >= threshold, average="binary", zero_division=0
+        return AtThreshold()
+    yes = scores >= threshold
+    metrics = _metrics()
+    numbers = metrics.precision_recall_fscore_support(
+        positive, yes, average="binary", zero_division=0
     )
-    precision, recall, f1 = (float(value) for value in numbers[:3])
-    return precision, recall, f1
+    balanced = metrics.balanced_accuracy_score(positive, yes)
+    return AtThreshold(*map(float, (*numbers[:3], balanced)))
 
 
 def count_scores(scores: Scores, positive: Flags, outside: Scores) -> Histogram | None:

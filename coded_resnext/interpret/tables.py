@@ -16,6 +16,9 @@ from .removal import KINDS, RemovalCurve
 
 # Rows of the table of classes; of more classes the worst are shown.
 TABLE_CLASSES = 20
+OUTSIDE_MEASURES = (
+    *("average_precision", "accepted", "precision", "recall", "f1", "balanced_accuracy"),
+)
 _LABEL = 38
 
 
@@ -82,12 +85,13 @@ def _classes(evaluation: Evaluation) -> Iterator[dict[str, Any]]:
                 "precision": classifier.precision,
                 "recall": classifier.recall,
                 "f1": classifier.f1,
+                "balanced_accuracy": classifier.balanced_accuracy,
                 "dead": classifier.dead,
             }
             if evaluation.outside_samples:
                 outside = classifier.outside
-                row["outside_average_precision"] = outside.average_precision if outside else None
-                row["outside_accepted"] = outside.accepted if outside else None
+                for name in OUTSIDE_MEASURES:
+                    row[f"outside_{name}"] = getattr(outside, name) if outside else None
         yield row
 
 
@@ -246,15 +250,18 @@ def _notes(evaluation: Evaluation) -> Iterator[str]:
             f"Negatives: {result.negatives_per_positive} images of other classes for each of the "
             "class, drawn at random."
         )
-    accepted = [
-        one.outside.accepted
-        for one in result.classifiers
-        if one.outside and one.outside.accepted is not None
+    outside = [
+        one.outside for one in result.classifiers if one.outside and one.outside.f1 is not None
     ]
-    if accepted:
+    if outside:
+        accepted, precision, f1 = (
+            sum(getattr(one, name) for one in outside) / len(outside)
+            for name in ("accepted", "precision", "f1")
+        )
         yield (
             f"Of {evaluation.outside_samples} images of no class a classifier accepts "
-            f"{_percent(sum(accepted) / len(accepted))} on average."
+            f"{_percent(accepted)} on average; against them its precision is {precision:.3f} and "
+            f"its F1 {f1:.3f}."
         )
 
 

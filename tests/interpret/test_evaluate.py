@@ -204,6 +204,30 @@ def test_draws_have_the_numbers_of_the_drawn_images(network, data):
             evaluate(network, train, data, **{name: 0})
 
 
+def test_a_hundred_classes_are_tested_by_the_papers_protocol():
+    """Nine negatives for each positive at K = 100 too, of other classes and of none of them."""
+    torch.manual_seed(0)
+    stages = [Stage(1, 16, 1, 20, 20), Stage(1, 16, 1, 20, 4)]
+    books = [Codebook.shipped(100, 20, 4, "paper")]
+    model = CodedResNeXt(stages, 100, codebooks=books, stem_channels=8).eval()
+    torch.nn.init.normal_(model.blocks[1].expand_bn.weight)
+    images = torch.randn(240, 3, 4, 4, generator=torch.Generator().manual_seed(1))
+    data = batches(images[:200], torch.arange(200) % 100)
+    outside = batches(images[200:], torch.zeros(40, dtype=torch.long))
+    found = evaluate(model, data, data, outside_loader=outside, repeats=1, classes=6)
+    assert found.one_class.negatives_per_positive == 9
+    computed = [one for one in found.one_class.classifiers if one.computed]
+    assert len(computed) == 6
+    for one in computed:
+        assert (one.positives, one.negatives, one.outside.samples) == (2, 18, 18)
+        assert None not in (one.balanced_accuracy, one.outside.precision, one.outside.f1)
+        # Of the same images of the class.
+        assert one.outside.recall == one.recall
+    lines = text(found)
+    assert "Negatives: 9 images of other classes" in lines
+    assert "against them its precision is" in lines
+
+
 def test_a_thousand_classes():
     """The paper's numbers of classes, branches and images of other classes."""
     torch.manual_seed(0)

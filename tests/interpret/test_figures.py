@@ -28,6 +28,7 @@ FIGURES = [
     "removal_energy",
     "one_class_scores",
     "precision_recall",
+    "one_class_points",
     "semantics",
 ]
 

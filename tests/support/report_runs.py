@@ -65,7 +65,8 @@ def odd_run(folder: Path) -> Run:
     ).eval()
     model.load_state_dict(small.state_dict())
     test = make_data(small, 120, seed=1)
-    evaluation = evaluate(model, make_data(small, 90, seed=2), test, repeats=2)
+    learned, outside = (make_data(small, 90, seed=seed) for seed in (2, 9))
+    evaluation = evaluate(model, learned, test, outside_loader=outside, repeats=2)
     assert evaluation.samples is not None
     save_model(folder / "model.safetensors", model, preprocessing=PREPROCESSING)
     save_evaluation(evaluation, folder)
@@ -144,7 +145,6 @@ def drawn_classifiers(names: tuple[str, ...]) -> OneClass:
     drawn = []
     for name in names[:25]:
         scores = (rng.standard_normal(500) + 2 * positive).astype(np.float32)
-        precision, recall, f1 = at_threshold(scores, positive, 1.0)
         drawn.append(
             OneClassClassifier(
                 class_name=name,
@@ -154,10 +154,8 @@ def drawn_classifiers(names: tuple[str, ...]) -> OneClass:
                 average_precision=average_precision(scores, positive),
                 curve=sweep(scores, positive),
                 threshold=1.0,
-                precision=precision,
-                recall=recall,
-                f1=f1,
                 histogram=count_scores(scores, positive, scores[:0]),
+                **at_threshold(scores, positive, 1.0)._asdict(),
             )
         )
     actual = (replace(drawn[i % len(drawn)], class_name=name) for i, name in enumerate(names))

@@ -113,6 +113,27 @@ def test_a_misread_image_can_be_jumped_to(page: Any, run: Run) -> None:
     assert page.locator("#reading .wrong").count() >= 1
 
 
+def test_all_classifiers_are_points_of_one_plot(page: Any, run: Run) -> None:
+    """The paper's figure; the class that is chosen is marked there too."""
+    one_class = run.evaluation.one_class
+    assert one_class is not None
+    plot = page.locator("#classifier-points")
+    for look, part in (
+        ("inactive", one_class.classifiers),
+        ("active", [o.outside for o in one_class.classifiers]),
+    ):
+        known = [one for one in part if one is not None and one.precision is not None]
+        assert plot.locator(f".chart .markers.{look} > *").count() == len(known) > 0
+    places = set()
+    for target in CLASSES:
+        choose_class(page, target)
+        mark = plot.locator(".chart .mark")
+        places.add((mark.get_attribute("cx"), mark.get_attribute("cy")))
+        assert plot.locator("summary").inner_text() == "Numbers"
+    points = {(one.recall, one.precision) for one in one_class.classifiers}
+    assert len(places) == len(points)
+
+
 def test_the_threshold_moves_precision_and_recall(page: Any, run: Run) -> None:
     scored = score_classes(run.model, run.test, "test")
     targets = scored.targets

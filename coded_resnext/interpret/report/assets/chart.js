@@ -34,6 +34,7 @@ function tickTexts(ticks, inPercent) {
 const markers = {
   circle: (x, y) => svg("circle", { cx: x, cy: y, r: 3.4 }),
   square: (x, y) => svg("rect", { x: x - 3, y: y - 3, width: 6, height: 6 }),
+  triangle: (x, y) => svg("path", { d: `M${x} ${y - 4.4}l4.2 7.4h-8.4z` }),
   diamond: (x, y) => svg("path", { d: `M${x} ${y - 5}l5 5l-5 5l-5 -5z` }),
 };
 
@@ -133,10 +134,10 @@ function barOf(share) {
 
 // Which line is which: a stroke with its marker beside each name.
 function legendOf(entries) {
-  return html("ul", { class: "legend" }, entries.map(({ name, look, marker }) =>
+  return html("ul", { class: "legend" }, entries.map(({ name, look, marker, points }) =>
     html("li", {},
       svg("svg", { width: 30, height: 12, "aria-hidden": "true" },
-        svg("path", { class: `line ${look}`, d: "M0 6H30" }),
+        points ? null : svg("path", { class: `line ${look}`, d: "M0 6H30" }),
         marker ? svg("g", { class: `markers ${look}` }, markers[marker](15, 6)) : null),
       name)));
 }

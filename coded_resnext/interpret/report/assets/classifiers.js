@@ -70,7 +70,33 @@ function setUpClassifiers() {
     html("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": "Table of classifiers" }, table), more);
   fill();
   onChoice(mark);
+  setUpPoints(classifiers);
   onChoice(({ chosenClass }) => showClassifier(classifiers[chosenClass], chosenClass));
+}
+
+// The paper's figure: all classifiers as points of one plot; the chosen one is marked.
+function setUpPoints(classifiers) {
+  const outside = classifiers.map((one) => one.outside || {});
+  const axis = (title) => ({ title, low: -0.02, high: 1.02, ticks: [0, 0.25, 0.5, 0.75, 1] });
+  const series = [
+    { name: "against images of other classes", look: "inactive", marker: "circle", of: classifiers },
+    { name: "against images of none of the classes", look: "active hollow", marker: "triangle", of: outside },
+  ].filter(({ of }) => of.some((one) => known(one.precision)))
+    .map((one) => ({ ...one, points: true, x: one.of.map(({ recall }) => recall), y: one.of.map(({ precision }) => precision) }));
+  const chart = lineChart({
+    label: `Precision against recall of all classifiers at their thresholds, ${series.map(({ name }) => name).join(", and ")}`,
+    x: axis("recall"), y: axis("precision"), series, height: 330,
+  });
+  byId("classifier-points").append(
+    html("h3", { text: "All classifiers at their thresholds" }), chart.host, legendOf(series),
+    numbersOf("Numbers", () => tableOf("Classifiers at their thresholds, against images of other classes and of none of the classes",
+      ["class", "recall", "precision", "balanced accuracy", "precision, outside", "F1, outside", "balanced accuracy, outside"],
+      classifiers.map((one, index) => {
+        const { precision, f1, balanced_accuracy: balanced } = outside[index];
+        const values = [one.recall, one.precision, one.balanced_accuracy, precision, f1, balanced];
+        return [nameOf(index, 28), ...values.map((value) => fixed(value, 3))];
+      }))));
+  onChoice(({ chosenClass }) => chart.place(classifiers[chosenClass].recall, classifiers[chosenClass].precision));
 }
 
 // Every place of the slider is a point of the curve that was measured, and the chosen threshold.
