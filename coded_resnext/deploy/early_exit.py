@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from coded_resnext.files import UNFIT, read_json, write_atomically
 from coded_resnext.kernels.checks import check_annotated, checked_number, typed
 from coded_resnext.models.block import Step, check_images
-from coded_resnext.models.decode import read_class
+from coded_resnext.models.decode import check_results, not_finite, read_class
 from coded_resnext.models.layers import check_layers
 from coded_resnext.models.resnext import CodedResNeXt, own_network
 from coded_resnext.models.sizes import BlockSizes, halved
@@ -164,10 +164,12 @@ def predict_early(
 
     Raises:
         ValueError: the network is plain, does not normalise its energies or is in training mode,
-            the criterion is for another number of coded blocks, or `x` has the wrong shape.
+            the criterion is for another number of coded blocks, `x` has the wrong shape, or what
+            was computed is not finite.
     """
     model = own_network(model)
     check_early_exit(model, criterion, x)
+    bad = torch.zeros(len(model.coded_blocks) + 1, dtype=torch.bool, device=x.device)
     batch = len(x)
     classes = torch.empty(batch, dtype=torch.int64, device=x.device)
     exits = torch.full_like(classes, len(model.coded_blocks))
@@ -186,6 +188,7 @@ def predict_early(
             kept = energies.new_full((batch, energies.shape[1]), math.nan)
             kept[remaining] = energies
             kept_energies.append(kept)
+        bad[index] = ~energies.isfinite().all()
         decoded, margin = read_class(energies, step.block.codewords)
         leaving = criterion.leaves(index, decoded, margin, previous)
         if bool(leaving.any()):
@@ -200,8 +203,11 @@ def predict_early(
         index += 1
     else:
         assert step is not None
-        classes[remaining] = model.forward_head(step.map).argmax(1)
+        logits = model.forward_head(step.map)
+        bad[-1] = ~logits.isfinite().all()
+        classes[remaining] = logits.argmax(1)
         macs[remaining] = spent[-1]
+    check_results(model, bad)
     if return_energies:
         for rest in model.coded_blocks[len(kept_energies) :]:
             kept_energies.append(kept_energies[0].new_full((batch, rest.branches), math.nan))
@@ -319,7 +325,8 @@ def exit_scores(model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]]) -> Ex
             trained on: on its training images every margin looks better than it is.
 
     Raises:
-        ValueError: the network is plain or in training mode, or the loader has no batch.
+        ValueError: the network is plain or in training mode, the loader has no batch, or results
+            are not finite.
     """
     model = own_network(model)
     check_early_exit(model)
@@ -327,6 +334,7 @@ def exit_scores(model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]]) -> Ex
     parts = []
     for images, targets in loader:
         logits, energies = model(images.to(parameter), return_energies=True)
+        check_results(model, not_finite(logits, energies))
         read = [
             read_class(value, block.codewords)
             for value, block in zip(energies, model.coded_blocks, strict=True)

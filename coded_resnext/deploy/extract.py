@@ -22,6 +22,7 @@ from coded_resnext.kernels.coded.gram import branch_forms, split_weight
 from coded_resnext.kernels.layout import accumulation_dtype
 from coded_resnext.models.block import CodedBottleneck, check_images, classify, features
 from coded_resnext.models.checkpoint import check_tensors
+from coded_resnext.models.decode import check_results, not_finite
 from coded_resnext.models.fused.norm import fold
 from coded_resnext.models.layers import PixelPicker, check_layers
 from coded_resnext.models.resnext import CodedResNeXt, Stem, make_stem, own_network
@@ -152,13 +153,14 @@ class ExtractedClassifier(ExtractedNetwork):
         """Returns whether the images `[B, in_channels, H, W]` are of the class, booleans `[B]`.
 
         Raises:
-            ValueError: the classifier has no threshold.
+            ValueError: the classifier has no threshold, or results are not finite.
         """
         if self.threshold is None:
             raise ValueError(
                 "threshold: expected a number, got None; give one to extract_classifier"
             )
         logits: Tensor = self(x)
+        check_results(self, not_finite(logits, ()))
         return logits >= self.threshold
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from coded_resnext.deploy.early_exit import ExitScores
-from coded_resnext.models.decode import decode
+from coded_resnext.models.decode import check_results, decode, not_finite
 from coded_resnext.models.resnext import CodedResNeXt, own_network
 
 from .decoding import scores_of
@@ -197,7 +197,7 @@ def trace(model: CodedResNeXt, x: Tensor) -> Trace:
         x: `[C, H, W]` or `[1, C, H, W]`.
 
     Raises:
-        ValueError: the network has no coded block, or `x` is not one image.
+        ValueError: the network has no coded block, `x` is not one image, or results are not finite.
     """
     model = own_network(model)
     require_coded_blocks(model.coded_blocks)
@@ -208,6 +208,7 @@ def trace(model: CodedResNeXt, x: Tensor) -> Trace:
         raise ValueError(f"x: expected one image [C, H, W] or [1, C, H, W], got {list(x.shape)}")
     with evaluating(model):
         logits, all_energies = model(batch.to(next(model.parameters())), return_energies=True)
+    check_results(model, not_finite(logits, all_energies))
     blocks = []
     for block, energies in zip(model.coded_blocks, all_energies, strict=True):
         book = block.codebook

@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from coded_resnext.codebooks.codebook import Codebook
 from coded_resnext.kernels.checks import check_finite, check_kind
 from coded_resnext.kernels.loss.reference import class_scores
-
-from .resnext import CodedResNeXt
 
 
 def decode(energies: Tensor, codebook: Codebook | Tensor, *, check_values: bool = True) -> Tensor:
@@ -71,7 +69,7 @@ def not_finite(logits: Tensor, energies: Sequence[Tensor]) -> Tensor:
     return torch.stack([~values.isfinite().all() for values in (*energies, logits)])
 
 
-def check_results(model: CodedResNeXt, bad: Tensor) -> None:
+def check_results(model: nn.Module, bad: Tensor) -> None:
     """Refuse results that hold NaN or infinity, of which `argmax` would still make a class.
 
     Args:
@@ -86,7 +84,11 @@ def check_results(model: CodedResNeXt, bad: Tensor) -> None:
         return
     first = flags.index(True)
     place = "logits" if first == len(flags) - 1 else f"energies of coded block {first + 1}"
-    state = model.state_dict().items()
-    tensors = [name for name, value in state if not bool(value.isfinite().all())]
+    tensors = [
+        name
+        for name, value in model.state_dict().items()
+        # A quantised layer has other things in its state.
+        if isinstance(value, Tensor) and not bool(value.isfinite().all())
+    ]
     cause = f"{tensors[0]} of the network is not" if tensors else "the network's tensors are"
     raise ValueError(f"model: expected finite results, got NaN or infinity in the {place}; {cause}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import signal
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,13 @@ from support.image_data import write_images
 from support.tiny_training import IMAGES, TARGETS, make_config, make_loader, make_model, train
 
 import coded_resnext.training.engine as engine
-from coded_resnext import Codebook, create_model
+from coded_resnext import Codebook, create_model, extract_classifier
 from coded_resnext.cli.train import Command, run_recipe, start_from
 from coded_resnext.cli.train import make_model as network_of
 from coded_resnext.data.batches import TrainingBatches, batches
 from coded_resnext.data.datasets import load_dataset
+from coded_resnext.deploy.early_exit import EarlyExit, exit_scores, predict_early
+from coded_resnext.interpret import trace
 from coded_resnext.models.checkpoint import load_model, save_model
 from coded_resnext.training.accuracy import measure_accuracy
 from coded_resnext.training.config import TrainingConfig
@@ -39,6 +42,29 @@ def test_nan_is_no_accuracy() -> None:
     model.head.weight.data[0, 0] = float("nan")
     with pytest.raises(ValueError, match=r"logits; head\.weight of the network is not"):
         measure_accuracy(model, batches(IMAGES, TARGETS))
+
+
+@pytest.mark.parametrize(
+    "decide",
+    [
+        lambda model, x: predict_early(model, x, EarlyExit.at_margin(model, 1.0)),
+        lambda model, x: exit_scores(model, [(x, TARGETS[: len(x)])]),
+        lambda model, x: trace(model, x[1]),
+        lambda model, x: extract_classifier(model, 1, threshold=0.0).predict(x),
+    ],
+    ids=["early exit", "margins", "trace", "one class"],
+)
+def test_nan_decides_nothing(decide: Callable[..., object]) -> None:
+    """keras#1925's kind: a class, an exit, a margin or a no of what is not finite."""
+    model, x = make_model().eval(), IMAGES[:3].clone()
+    decide(model, x)
+    x[1, 0, 0, 0] = torch.nan
+    with pytest.raises(ValueError, match="model: expected finite results, got NaN or infinity"):
+        decide(model, x)
+    broken = "expand_bn.running_var of the network is not"
+    model.coded_blocks[-1].expand_bn.running_var.fill_(torch.nan)
+    with pytest.raises(ValueError, match=f"{broken}|{broken.split('.')[0]}"):
+        decide(model, IMAGES[:3])
 
 
 def test_running_statistics_that_are_not_finite_end_the_run(tmp_path: Path) -> None:
