@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.helpers import assert_same_network, below, load_golden
+from support.published_layout import imagenet_layout
 
 from coded_resnext import Codebook, create_model
 from coded_resnext.cli import main
@@ -57,6 +58,20 @@ def test_published_names_in_and_out(tmp_path, architecture, capsys):
     back = load_file(tmp_path / "back.safetensors")
     for name, value in PUBLISHED.items():
         assert torch.equal(back[name], value), name
+
+
+def test_the_published_imagenet_layout_in_and_out(tmp_path, architecture, capsys):
+    """Its description as it stands there; what comes back is the same bits under the same names."""
+    layers, state = imagenet_layout([1, 1, 2], ["32/32", "16/32", "8/32"], 16, 1000)
+    architecture.write_text(json.dumps(layers))
+    torch.save({"state_dict": state}, tmp_path / "published.pth")
+    arguments = ("--architecture", architecture, "--out", tmp_path / "run")
+    assert convert(tmp_path / "published.pth", *arguments) == 0
+    assert "3 of 4 blocks are coded" in capsys.readouterr().out
+    assert convert(tmp_path / "run", "--publish", "--out", tmp_path / "back.safetensors") == 0
+    back = load_file(tmp_path / "back.safetensors")
+    assert back.keys() == state.keys()
+    assert all(torch.equal(back[name], value) for name, value in state.items())
 
 
 def test_plain_weights_start_a_coded_network(tmp_path, capsys):

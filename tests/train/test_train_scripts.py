@@ -20,7 +20,13 @@ from support.image_data import REAL_DATA, needs_cifar10, needs_photographs, writ
 from support.script_runs import run_here
 
 from coded_resnext import Codebook, create_model
-from coded_resnext.cli.train import identity, make_model, open_outside, start_from
+from coded_resnext.cli.train import (
+    codebooks_in_words,
+    identity,
+    make_model,
+    open_outside,
+    start_from,
+)
 from coded_resnext.data.datasets import load_dataset
 from coded_resnext.models.checkpoint import load_model, save_model
 from coded_resnext.training.processes import World
@@ -83,6 +89,27 @@ def test_a_slice_of_cifar10(tmp_path: Path) -> None:
     again = run("cifar.py", *arguments)
     assert again.returncode == 2
     assert "holds a run already" in again.stderr
+
+
+@pytest.mark.parametrize(
+    ("changes", "classes", "said"),
+    [
+        ({}, 100, "the published ones"),
+        ({"codebook_variant": "best"}, 100, "best"),
+        ({}, 7, "none is published for 7 classes; the best known"),
+        ({"model": "resnext29_20x6d"}, 100, "none, the plain twin"),
+    ],
+)
+def test_the_start_of_a_run_says_which_codewords_it_trains(
+    changes: dict[str, Any], classes: int, said: str
+) -> None:
+    recipe = load_recipe(RECIPES / "cifar100.yaml", changes)
+    with torch.device("meta"):
+        model = make_model(recipe, [f"class {index}" for index in range(classes)])
+    assert codebooks_in_words(recipe, model) == f"codebooks: {said}"
+    published = [Codebook.shipped(100, 20, active, "paper").words for active in (8, 4)]
+    trained = [book.words for book in model.stage_codebooks]
+    assert (trained == published) == (said == "the published ones")
 
 
 @pytest.mark.long

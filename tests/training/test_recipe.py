@@ -10,8 +10,8 @@ from typing import Any, get_args, get_type_hints
 import pytest
 import torch
 
-from coded_resnext import list_models
-from coded_resnext.cli.train import parse_command
+from coded_resnext import Codebook, list_models
+from coded_resnext.cli.train import make_model, parse_command
 from coded_resnext.training.recipe import (
     ABOUT_KEYS,
     GROUPS,
@@ -158,6 +158,14 @@ def test_the_learning_rate_of_every_epoch_is_the_published_one(name: str) -> Non
     steps = 7
     rates = [training.lr_at(step, steps) for step in range(training.total_epochs * steps)]
     assert min(rates) > 0
+    # The fifth epoch, the last of ImageNet's warm-up, for a person to look at.
+    by_step = replace(training, sched_on_updates=True)
+    judge = "timm" if training.warmup_epochs else "PyTorch"
+    for step in range(4 * steps, 5 * steps):
+        print(
+            f"{name}, epoch 5, step {step % steps + 1} of {steps}: {rates[step]:.6f}, {judge} "
+            f"{expected[4]:.6f}; with sched_on_updates {by_step.lr_at(step, steps):.6f}"
+        )
     for step in range(steps):
         assert rates[step::steps] == pytest.approx(expected, rel=1e-9)
 
@@ -230,6 +238,25 @@ def test_flags_replace_settings() -> None:
     unnamed = parse_command([], description="", default="cifar100")
     assert unnamed.recipe.model.model == "coded_resnext29_20x6d"
     assert unnamed.out == Path("runs/cifar100")
+
+
+def test_the_papers_other_settings_are_flags() -> None:
+    """Ratios by stage and mu = 4 on ImageNet, and a variant of the appendix by its name."""
+    flags = "-c imagenet --active 32 24 16 4 --coding-weight 4 --model coded_resnext50_32x4d"
+    recipe = parse_command(flags.split(), description="", default="cifar10").recipe
+    assert recipe.training.coding_weight == 4
+    with torch.device("meta"):
+        model = make_model(recipe, [str(index) for index in range(1000)])
+    assert [stage["active"] for stage in model.config["stages"]] == [32, 24, 16, 4]
+    # The published codewords, where there are some of these sizes.
+    for book in model.codebooks:
+        assert book.words == Codebook.shipped(1000, 32, book.active, "paper").words
+    flags = "-c imagenet --model coded_resnext50_32x4d_c4"
+    recipe = parse_command(flags.split(), description="", default="cifar10").recipe
+    with torch.device("meta"):
+        model = make_model(recipe, [str(index) for index in range(1000)])
+    assert [book.active for book in model.codebooks] == [16] * 3 + [8] * 6
+    assert model.codebooks[3] is model.codebooks[-1]
 
 
 def test_help_explains_every_setting(capsys: pytest.CaptureFixture[str]) -> None:
