@@ -7,8 +7,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.helpers import assert_same_network, below, load_golden
-from support.published_layout import imagenet_layout
+from support.helpers import assert_same_network, below, imagenet_layout, load_golden
 
 from coded_resnext import Codebook, create_model
 from coded_resnext.cli import main

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.helpers import below, load_golden
-from support.published_layout import imagenet_layout
+from support.helpers import below, imagenet_layout, load_golden
 
 from coded_resnext import create_model
 from coded_resnext.models.published import (
