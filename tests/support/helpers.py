@@ -1,4 +1,4 @@
-"""What several tests share: golden tensors, a published layout, errors relative to the largest value."""
+"""What several tests share: golden tensors, a published layout, relative errors."""
 
 from __future__ import annotations
 
