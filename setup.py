@@ -26,6 +26,7 @@ CODES = ["matplotlib>=3.9"]
 EXPORT = ["onnx>=1.17", "onnxruntime>=1.20", "onnxscript>=0.2"]
 HUB = ["huggingface-hub>=0.30"]
 DATASETS = ["datasets>=3", "pillow>=10"]
+FAST = ["simplejpeg>=1.8"]
 TIMM = ["timm>=1.0.15"]
 # Of other people, which docs/tools.md shows on the networks.
 TOOLS = [
@@ -46,6 +47,7 @@ TEST = [
     *EXPORT,
     *HUB,
     *DATASETS,
+    *FAST,
     *TIMM,
     *KERNELS,
     *BROWSER,
@@ -178,6 +180,7 @@ setup(
         "export": EXPORT,
         "hub": HUB,
         "datasets": DATASETS,
+        "fast": FAST,
         "timm": TIMM,
         "kernels": KERNELS,
         "tools": TOOLS,

@@ -7,7 +7,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,8 +29,9 @@ from coded_resnext.data.image_sets import (
 )
 from coded_resnext.data.labelled import images_of_no_class
 from coded_resnext.data.loaders import EvalImages, TrainImages
-from coded_resnext.data.on_device import DeviceEvalImages, DeviceTrainImages
+from coded_resnext.data.on_device import DeviceEvalImages, DeviceTrainImages, is_resident
 from coded_resnext.data.preprocessing import Preprocessing
+from coded_resnext.data.streamed import StreamedTrainImages
 from coded_resnext.files import file_sha256, make_folder, read_json, say, write_atomically
 from coded_resnext.interpret import (
     Evaluation,
@@ -265,7 +266,12 @@ def identity(recipe: Recipe, run: Path | None = None) -> dict[str, Any]:
     settings = {k: v for k, v in recipe.settings().items() if k not in INCIDENTAL}
     # Backends round differently. Runs from before there was a choice are those of the default.
     settings["backend"] = named_backend(recipe.model.backend)
-    later: dict[str, Any] = {"backend": "auto", "class_weight": "none", "graph": "auto"}
+    later: dict[str, Any] = {
+        "decoder": "pillow",
+        "backend": "auto",
+        "class_weight": "none",
+        "graph": "auto",
+    }
     later |= dict.fromkeys(("balanced_sampler", "mask_gradients"), False)
     settings = {k: v for k, v in settings.items() if k not in later or v != later[k]}
     if recipe.model.initial_checkpoint is not None:
@@ -303,6 +309,7 @@ def run_recipe(
     if command.evaluation:
         require_packages("the evaluation after the training")
     with training_session(command.device, timeout=command.timeout) as world:
+        recipe = replace(recipe, augmentation=recipe.augmentation.settled(world.device))
         # First, since what a process does from here on follows from its settings.
         own = {k: v for k, v in recipe.settings().items() if k not in OF_A_MACHINE}
         require_same(world, {**own, "device": world.device.type})
@@ -416,22 +423,35 @@ def make_loaders(recipe: Recipe, splits: ImageSplits, world: World) -> Loaders:
     damaged = DamagedImages(splits.test, data.max_damaged)
     train: TrainImages | DeviceTrainImages
     test: EvalImages | DeviceEvalImages
-    if augmentation.augment_on == "device":
-        train = DeviceTrainImages(
-            splits.train,
-            augmentation,
-            data.preprocessing,
-            training.batch_size,
-            device=world.device,
-            seed=training.seed,
-            workers=data.workers,
-            around=partial(
-                compiled,
-                backend=compiler_for(training.torchcompile, world.device, recipe.model.backend),
-            ),
-            balanced=training.balanced_sampler,
-            **share,
-        )
+    options: dict[str, Any] = {
+        **share,
+        "seed": training.seed,
+        "workers": data.workers,
+        "balanced": training.balanced_sampler,
+    }
+    on_device: dict[str, Any] = {
+        "device": world.device,
+        "around": partial(
+            compiled,
+            backend=compiler_for(training.torchcompile, world.device, recipe.model.backend),
+        ),
+    }
+    shape, size = data.preprocessing, training.batch_size
+    in_place = augmentation.augment_on == "device"
+    if (
+        in_place
+        and augmentation.crop_padding is not None
+        and is_resident(splits.train, data.preprocessing)
+    ):
+        train = DeviceTrainImages(splits.train, augmentation, shape, size, **on_device, **options)
+    elif in_place:
+        options["max_damaged"] = data.max_damaged
+        train = StreamedTrainImages(splits.train, augmentation, shape, size, **on_device, **options)
+    else:
+        options["max_damaged"] = data.max_damaged
+        transform = TrainTransform(augmentation, data.preprocessing)
+        train = TrainImages(splits.train, transform, training.batch_size, **options)
+    if in_place and is_resident(splits.test, data.preprocessing):
         test = DeviceEvalImages(
             splits.test,
             data.preprocessing,
@@ -440,16 +460,6 @@ def make_loaders(recipe: Recipe, splits: ImageSplits, world: World) -> Loaders:
             **share,
         )
     else:
-        train = TrainImages(
-            splits.train,
-            TrainTransform(augmentation, data.preprocessing),
-            training.batch_size,
-            seed=training.seed,
-            workers=data.workers,
-            max_damaged=data.max_damaged,
-            balanced=training.balanced_sampler,
-            **share,
-        )
         test = in_order(recipe, splits.test, damaged, world)
     train_in_order = in_order(recipe, splits.train, train.damaged)
     return Loaders(train, test, train_in_order, in_order(recipe, splits.test, damaged))

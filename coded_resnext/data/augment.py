@@ -9,21 +9,23 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from .crops import Decoder, Part, cut, has_simplejpeg
 from .preprocessing import Preprocessing, resize_and_cut
 
 if TYPE_CHECKING:
     from PIL.Image import Image
     from timm.data.auto_augment import RandAugment
 
-AugmentOn = Literal["cpu", "device"]
+    from .image_sets import ImageSet
+
+AugmentOn = Literal["cpu", "device", "auto"]
 Interpolation = Literal["random", "bilinear", "bicubic"]
 EraseMode = Literal["const", "rand", "pixel"]
 
@@ -67,9 +69,14 @@ class Augmentation:
     recount: Annotated[int, "Largest number of rectangles that are erased from one image."] = 1
     augment_on: Annotated[
         AugmentOn,
-        "Where images are augmented: device keeps them in the memory of the network's device and "
-        "augments whole batches there, with the draws that cpu makes.",
+        "Where images are augmented: device augments whole batches on the network's device, with "
+        "the draws that cpu makes, and keeps small decoded sets there; auto does so on a GPU.",
     ] = "cpu"
+    decoder: Annotated[
+        Decoder,
+        "What decodes JPEGs for resized crops with augment_on device: simplejpeg, at the scale "
+        "that a crop needs, pillow, or auto for simplejpeg where it is installed.",
+    ] = "auto"
 
     def __post_init__(self) -> None:
         if self.crop_padding is not None and self.crop_padding < 0:
@@ -88,11 +95,32 @@ class Augmentation:
             ("train_interpolation", self.train_interpolation, get_args(Interpolation)),
             ("remode", self.remode, get_args(EraseMode)),
             ("augment_on", self.augment_on, get_args(AugmentOn)),
+            ("decoder", self.decoder, get_args(Decoder)),
         ):
             if choice not in choices:
                 raise ValueError(f"{name}: expected one of {', '.join(choices)}; got {choice!r}")
         if self.recount < 1:
             raise ValueError(f"recount: expected at least 1, got {self.recount}")
+
+    def settled(self, device: torch.device) -> Augmentation:
+        """Returns this with every `auto` decided for the network's device.
+
+        Raises:
+            ImportError: the decoder is not installed.
+        """
+        place = self.augment_on
+        if place == "auto":
+            place = "cpu" if device.type == "cpu" else "device"
+        decoder = self.decoder
+        if place == "cpu" or self.crop_padding is not None:
+            decoder = "pillow"
+        elif decoder == "auto":
+            decoder = "simplejpeg" if has_simplejpeg() else "pillow"
+        elif decoder == "simplejpeg" and not has_simplejpeg():
+            raise ImportError(
+                "decoder: simplejpeg is not installed: pip install 'coded-resnext[fast]'"
+            )
+        return replace(self, augment_on=place, decoder=decoder)
 
 
 class TrainTransform:
@@ -110,25 +138,13 @@ class TrainTransform:
     def __init__(self, augmentation: Augmentation, preprocessing: Preprocessing) -> None:
         try:
             from timm.data.random_erasing import RandomErasing
-            from timm.data.transforms import RandomResizedCropAndInterpolation
         except ImportError as error:
             raise ImportError(
                 "augmentation needs timm and torchvision: pip install 'coded-resnext[train]'"
             ) from error
         self.preprocessing = preprocessing
         self._steps: list[Callable[[Image], Image]] = []
-        if augmentation.crop_padding is None:
-            make_part: Callable[..., Any] = RandomResizedCropAndInterpolation
-            part = make_part(
-                preprocessing.size,
-                scale=augmentation.scale,
-                ratio=augmentation.ratio,
-                interpolation=augmentation.train_interpolation,
-            )
-            part.get_params = partial(_with_a_pixel, part.get_params)
-            self._steps.append(part)
-        else:
-            self._steps.append(PaddedCrop(preprocessing.size, augmentation.crop_padding))
+        self._steps.append(make_crop(augmentation, preprocessing.size))
         self._steps.append(Flips(augmentation.hflip, augmentation.vflip))
         if augmentation.aa:
             place = 0 if augmentation.aa_first else len(self._steps)
@@ -142,6 +158,10 @@ class TrainTransform:
                 max_count=augmentation.recount,
                 device="cpu",
             )
+
+    def open(self, images: ImageSet, index: int, _: int) -> Image:
+        """Returns an image of a set as RGB; a ValueError names one that cannot be read."""
+        return images.image(index)
 
     def __call__(self, images: Sequence[Image], seeds: Sequence[int]) -> Tensor:
         """RGB images of any size, each with its seed, to `[B, 3, size, size]`, normalised."""
@@ -161,13 +181,45 @@ class TrainTransform:
         return pixels
 
 
-def _with_a_pixel(
-    draw: Callable[..., tuple[int, int, int, int]], image: Image, *ranges: tuple[float, ...]
-) -> tuple[int, int, int, int]:
-    """Draws a part of an image: top, left, height and width; of a tiny image timm may draw none."""
-    top, left, height, width = draw(image, *ranges)
-    height, width = max(height, 1), max(width, 1)
-    return min(top, image.height - height), min(left, image.width - width), height, width
+class ResizedCrop:
+    """Cuts out a part of random size and shape, drawn by timm, and resizes it to a square.
+
+    Raises:
+        ImportError: timm or torchvision is missing.
+    """
+
+    def __init__(self, size: int, augmentation: Augmentation) -> None:
+        from timm.data.transforms import RandomResizedCropAndInterpolation
+
+        self.size = size
+        make: Any = RandomResizedCropAndInterpolation
+        self._timm = make(
+            size,
+            scale=augmentation.scale,
+            ratio=augmentation.ratio,
+            interpolation=augmentation.train_interpolation,
+        )
+
+    def __call__(self, image: Image) -> Image:
+        import PIL.Image
+
+        return PIL.Image.fromarray(cut(image, self.draw(image.size), self.size))
+
+    def draw(self, size: tuple[int, int]) -> Part:
+        """Returns the part of an image of this width and height."""
+        import PIL.Image
+
+        # Without pixels: the size alone is asked for.
+        image = PIL.Image.Image()
+        image._size = size
+        top, left, height, width = self._timm.get_params(image, self._timm.scale, self._timm.ratio)
+        # Of a tiny image timm may draw none.
+        height, width = max(height, 1), max(width, 1)
+        chosen = self._timm.interpolation
+        if isinstance(chosen, tuple):
+            chosen = random.choice(chosen)  # noqa: S311
+        left, top = min(left, size[0] - width), min(top, size[1] - height)
+        return Part(left, top, width, height, chosen.value == "bicubic")
 
 
 class PaddedCrop:
@@ -187,6 +239,13 @@ class PaddedCrop:
         left = random.randint(-self.padding, self.padding)  # noqa: S311
         top = random.randint(-self.padding, self.padding)  # noqa: S311
         return left, top
+
+
+def make_crop(augmentation: Augmentation, size: int) -> ResizedCrop | PaddedCrop:
+    """Returns what cuts a square of `size` pixels out of an image."""
+    if augmentation.crop_padding is None:
+        return ResizedCrop(size, augmentation)
+    return PaddedCrop(size, augmentation.crop_padding)
 
 
 class Flips:

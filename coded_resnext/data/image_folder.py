@@ -23,7 +23,7 @@ from torch import Tensor
 
 from coded_resnext.files import LARGEST_RESULTS, as_text, parse_csv, read_text
 
-from .preprocessing import Preprocessing, to_channels
+from .preprocessing import Preprocessing, stored_turn, to_channels
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -293,6 +293,15 @@ def open_image(source: Path | bytes, channels: int, name: str | None = None) -> 
     """
     with _opened(source, name) as image:
         return to_channels(image, channels)
+
+
+def is_upright(source: Path | bytes) -> bool:
+    """Returns whether an image is stored upright, see `to_channels`; False where it is none."""
+    try:
+        with _opened(source, "") as image:
+            return stored_turn(image) is None
+    except ValueError:
+        return False
 
 
 def image_size(source: Path | bytes, name: str | None = None) -> tuple[int, int]:

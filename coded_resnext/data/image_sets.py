@@ -42,6 +42,9 @@ class ImageSet(Protocol):
     def image(self, index: int) -> Image:
         """Returns an image as 8-bit RGB; a ValueError names one that cannot be read."""
 
+    def encoded(self, index: int) -> Path | bytes | Image:
+        """Returns an image as it is kept: its file, what is in one, or 8-bit RGB."""
+
     def name(self, index: int) -> str:
         """Returns the name of an image in messages: its file, where it has one."""
 
@@ -93,6 +96,10 @@ class FileImages:
     def image(self, index: int) -> Image:
         """Returns an image as 8-bit RGB; a ValueError names one that cannot be read."""
         return open_image(self.files[index], channels=3)
+
+    def encoded(self, index: int) -> Path:
+        """Returns the file."""
+        return self.files[index]
 
     def size(self, index: int) -> tuple[int, int]:
         """Returns width and height; raises as `image`."""
@@ -170,6 +177,8 @@ class MemoryImages:
         from PIL import Image
 
         return Image.fromarray(self.images[index])
+
+    encoded = image
 
     def name(self, index: int) -> str:
         """Returns the file that the image came from, or its place in one."""

@@ -55,18 +55,18 @@ class TableImages:
     targets: Tensor
     title: str
 
-    def source(self, index: int) -> bytes | Path:
+    def encoded(self, index: int) -> bytes | Path:
         """Returns an encoded image, or the file that it is in."""
         (cell,) = self.table[int(self.rows[index])].values()
         return cell["bytes"] or Path(cell["path"])
 
     def image(self, index: int) -> Image:
         """Returns an image as 8-bit RGB; a ValueError names one that cannot be read."""
-        return open_image(self.source(index), 3, self.name(index))
+        return open_image(self.encoded(index), 3, self.name(index))
 
     def size(self, index: int) -> tuple[int, int]:
         """Returns width and height; raises as `image`."""
-        return image_size(self.source(index), self.name(index))
+        return image_size(self.encoded(index), self.name(index))
 
     def name(self, index: int) -> str:
         """Returns the table's name and the row."""
@@ -86,7 +86,7 @@ class TableImages:
         content = hashlib.sha256(self.targets.numpy().tobytes())
         chosen = np.random.default_rng(SPLIT_SEED).permutation(len(self))[:FILES_COMPARED]
         for index in chosen.tolist():
-            source = self.source(index)
+            source = self.encoded(index)
             content.update(source if isinstance(source, bytes) else source.read_bytes())
         return {"images": len(self), "content": short_digest(content)}
 
@@ -114,6 +114,11 @@ class JoinedImages:
         """Returns an image as 8-bit RGB; a ValueError names one that cannot be read."""
         images, place = self._place(index)
         return images.image(place)
+
+    def encoded(self, index: int) -> Path | bytes:
+        """Returns an encoded image, or the file that it is in."""
+        images, place = self._place(index)
+        return images.encoded(place)
 
     def name(self, index: int) -> str:
         """Returns the name that an image has in its set."""

@@ -11,13 +11,13 @@ import multiprocessing
 import signal
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from .augment import TrainTransform
+from .augment import generators_kept
 from .batches import Batch, Key, ShuffledSamples, full_batches
 from .image_sets import MAX_DAMAGED, DamagedImages, ImageSet
 from .preprocessing import Preprocessing, derive_seed
@@ -28,24 +28,36 @@ if TYPE_CHECKING:
 # The signals that end a run: its main process answers them, not those that read.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
-_Transform = Callable[[Sequence["Image"], Sequence[int]], Tensor]
+
+class Transform(Protocol):
+    """From images of a set to a batch."""
+
+    def open(self, images: ImageSet, index: int, seed: int, /) -> Any:
+        """Reads an image; a ValueError names one that cannot be read."""
+
+    def __call__(
+        self, opened: Sequence[Any], seeds: Sequence[int], /
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Returns `[B, 3, H, W]` of what was opened, and perhaps draws for the device."""
 
 
-class _Read(NamedTuple):
+class Read(NamedTuple):
     """What a process that reads hands back; of a named tuple PyTorch pins the tensors."""
 
     batch: Batch | None
     """The images that could be read; None when there is none."""
     damaged: dict[int, str]
     """Reason why each unreadable image could not be read, by the image's place in the set."""
+    draws: Tensor | None = None
+    """What is still to be done to the images, on the device."""
 
 
-class _Reader(Dataset[_Read]):
+class _Reader(Dataset[Read]):
     """Makes whole batches.
 
     Args:
         images: the images.
-        transform: from images and their seeds to `[B, 3, H, W]`.
+        transform: makes a batch of images and their seeds.
         seed: the seeds follow from it, the epoch and the place.
         replacements: how many of the images that follow may be tried in place of a damaged one.
     """
@@ -53,34 +65,38 @@ class _Reader(Dataset[_Read]):
     def __init__(
         self,
         images: ImageSet,
-        transform: _Transform,
+        transform: Transform,
         seed: int,
         replacements: int,
     ) -> None:
         self.images, self.transform = images, transform
         self.seed, self.replacements = seed, replacements
 
-    def __getitem__(self, key: Key) -> _Read:
-        epoch, places = key
+    def __getitem__(self, key: Key) -> Read:
+        with generators_kept():
+            return self._read(*key)
+
+    def _read(self, epoch: int, places: list[int]) -> Read:
         damaged: dict[int, str] = {}
         opened, indices, seeds = [], [], []
         for place in places:
             for offset in range(self.replacements + 1):
                 again, position = divmod(place, len(self.images))
                 index = (position + offset) % len(self.images)
+                seed = derive_seed(self.seed, epoch, index + again * len(self.images))
                 try:
-                    opened.append(self.images.image(index))
+                    opened.append(self.transform.open(self.images, index, seed))
                 except ValueError as error:
                     damaged[index] = str(error)
                 else:
                     indices.append(index)
-                    place_of_index = index + again * len(self.images)
-                    seeds.append(derive_seed(self.seed, epoch, place_of_index))
+                    seeds.append(seed)
                     break
         if not indices:
-            return _Read(None, damaged)
-        pixels, chosen = self.transform(opened, seeds), torch.tensor(indices)
-        return _Read(Batch(pixels, self.images.targets[chosen], chosen), damaged)
+            return Read(None, damaged)
+        made, chosen = self.transform(opened, seeds), torch.tensor(indices)
+        pixels, draws = made if isinstance(made, tuple) else (made, None)
+        return Read(Batch(pixels, self.images.targets[chosen], chosen), damaged, draws)
 
 
 class TrainImages(ShuffledSamples):
@@ -108,7 +124,7 @@ class TrainImages(ShuffledSamples):
     def __init__(
         self,
         images: ImageSet,
-        transform: TrainTransform,
+        transform: Transform,
         batch_size: int,
         *,
         seed: int,
@@ -127,7 +143,7 @@ class TrainImages(ShuffledSamples):
         self._loader = make_loader(reader, Plan(self.keys), workers)
 
     def __iter__(self) -> Iterator[Batch]:
-        return _readable(self._loader, self.damaged)
+        return (batch for batch, _ in readable(self._loader, self.damaged))
 
     def fingerprint(self) -> dict[str, Any]:
         """Returns that of the images."""
@@ -206,7 +222,8 @@ class EvalImages:
 
     def batches(self) -> Iterator[Batch]:
         """Yields full batches with the places of their images in the set."""
-        for tensors in full_batches(_readable(self._loader, self.damaged), self.batch_size):
+        read = (batch for batch, _ in readable(self._loader, self.damaged))
+        for tensors in full_batches(read, self.batch_size):
             yield Batch(*tensors)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -218,6 +235,9 @@ class _Plain:
 
     def __init__(self, preprocessing: Preprocessing) -> None:
         self.preprocessing = preprocessing
+
+    def open(self, images: ImageSet, index: int, _: int) -> Image:
+        return images.image(index)
 
     def __call__(self, images: Sequence[Image], _: Sequence[int]) -> Tensor:
         return torch.stack([self.preprocessing(image) for image in images])
@@ -284,13 +304,18 @@ def _end_workers() -> None:
         worker.kill()
 
 
-def _readable(loader: DataLoader[_Read], damaged: DamagedImages) -> Iterator[Batch]:
-    """Yields what could be read in one pass, and counts what could not, in this process."""
+def readable(
+    loader: DataLoader[Read], damaged: DamagedImages
+) -> Iterator[tuple[Batch, Tensor | None]]:
+    """Yields what could be read in one pass, with draws for the device where there are any.
+
+    What could not be read is counted, in this process.
+    """
     for read in passing(loader):
         for index, reason in read.damaged.items():
             damaged.add(index, reason)
         if read.batch is not None:
-            yield read.batch
+            yield read.batch, read.draws
 
 
 def ignore_signals(worker: int = 0) -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -13,13 +14,16 @@ from torch.utils.data import Dataset
 from .augment import (
     Augmentation,
     Flips,
-    PaddedCrop,
+    ResizedCrop,
     generators_kept,
+    make_crop,
     make_rand_augment,
     posterize_to_black,
     seed_generators,
 )
 from .batches import Batch, Key, ShuffledSamples
+from .crops import Part
+from .erasing import DeviceErasing, Rectangles
 from .image_sets import DamagedImages, ImageSet, MemoryImages
 from .loaders import Plan, make_loader, passing
 from .preprocessing import Preprocessing, derive_seed
@@ -51,6 +55,17 @@ def device_pixels(images: ImageSet, preprocessing: Preprocessing, device: torch.
             f"{preprocessing.resize or size}; leave it to augment_on cpu"
         )
     return pixels.contiguous().to(device)
+
+
+def is_resident(images: ImageSet, preprocessing: Preprocessing) -> bool:
+    """Returns whether a set can be kept in a device's memory, as `device_pixels` does it."""
+    side = preprocessing.size
+    return (
+        isinstance(images, MemoryImages)
+        and isinstance(images.images, np.ndarray)
+        and images.images.shape[1:3] == (side, side)
+        and preprocessing.resize in (None, side)
+    )
 
 
 class DeviceTrainImages(ShuffledSamples):
@@ -95,8 +110,15 @@ class DeviceTrainImages(ShuffledSamples):
     ) -> None:
         shared = {"rank": rank, "world_size": world_size}
         super().__init__(images.targets, batch_size, seed=seed, balanced=balanced, **shared)
+        if augmentation.crop_padding is None:
+            raise ValueError(
+                "crop_padding: expected a number of pixels for images that stay on the device, got "
+                "None; StreamedTrainImages has resized crops"
+            )
         draws = Draws(augmentation, preprocessing)
-        augment: Augment = DeviceAugment(preprocessing, draws.fill, device, augmentation.aa_first)
+        augment: Augment = DeviceAugment(
+            preprocessing, draws.fill, device, augmentation.aa_first, draws.erasing(device)
+        )
         self._augment = around(augment) if around else augment
         self.images, self._pixels = images, device_pixels(images, preprocessing, device)
         self.damaged = DamagedImages(images, 0)
@@ -208,18 +230,9 @@ class Draws:
     """
 
     def __init__(self, augmentation: Augmentation, preprocessing: Preprocessing) -> None:
-        if augmentation.crop_padding is None or augmentation.reprob:
-            name, given = (
-                ("crop_padding", None)
-                if augmentation.crop_padding is None
-                else ("reprob", augmentation.reprob)
-            )
-            wanted = "a number of pixels" if given is None else "0"
-            raise ValueError(
-                f"{name}: expected {wanted} with augment_on device, which has no resized crops and "
-                f"no erasing, got {given}; leave it to augment_on cpu"
-            )
-        self._crop = PaddedCrop(preprocessing.size, augmentation.crop_padding)
+        self._crop = make_crop(augmentation, preprocessing.size)
+        self._erased = Rectangles(augmentation)
+        self._augmentation = augmentation
         self._flips = Flips(augmentation.hflip, augmentation.vflip)
         self.layers, self.fill = 0, (0, 0, 0)
         self._augment: RandAugment | None = None
@@ -232,22 +245,41 @@ class Draws:
         self._size, self._aa_first = preprocessing.size, augmentation.aa_first
 
     def __call__(self, seeds: Sequence[int]) -> Tensor:
-        """`[B, PLACE + layers * NUMBERS]`, float64."""
-        rows = []
-        notes = _make_notes(self._size)
+        """Of images of the network's size, `[B, PLACE + layers * NUMBERS + ..]`, float64."""
         with generators_kept():
-            for seed in seeds:
-                seed_generators(seed)
-                first = self._operations(notes) if self._aa_first else []
-                row = [float(number) for number in (*self._crop.draw(), *self._flips.draw())]
-                row += first if self._aa_first else self._operations(notes)
-                rows.append(row + [0.0] * (PLACE + self.layers * NUMBERS - len(row)))
+            rows = [self.of_image(seed, (self._size, self._size))[1] for seed in seeds]
         return torch.tensor(rows, dtype=torch.float64)
 
-    def _operations(self, notes: Any) -> list[float]:
+    def of_image(self, seed: int, size: tuple[int, int]) -> tuple[Part | None, list[float]]:
+        """Returns the part that a resized crop shows, and the numbers; seeds the generators.
+
+        Args:
+            seed: of the image.
+            size: its width and height.
+        """
+        seed_generators(seed)
+        first = self._operations() if self._aa_first else []
+        part, corner = None, (0, 0)
+        if isinstance(self._crop, ResizedCrop):
+            part = self._crop.draw(size)
+        else:
+            corner = self._crop.draw()
+        row = [float(number) for number in (*corner, *self._flips.draw())]
+        row += first if self._aa_first else self._operations()
+        row += [0.0] * (PLACE + self.layers * NUMBERS - len(row))
+        if self._erased.columns:
+            row += self._erased.draw(self._size, seed + 1)
+        return part, row
+
+    def erasing(self, device: torch.device) -> DeviceErasing:
+        """Returns what erases by these numbers on a device."""
+        return DeviceErasing(self._augmentation, self._erased.columns, device)
+
+    def _operations(self) -> list[float]:
         """Returns the numbers of RandAugment's operations on the next image."""
         if self._augment is None:
             return []
+        notes = _make_notes(self._size)
         notes.rows = []
         self._augment(notes)
         return [number for operation in notes.rows for number in operation]
@@ -294,6 +326,7 @@ class DeviceAugment:
         fill: of `Draws`.
         device: where the images are.
         aa_first: whether RandAugment comes before the crop and the flips.
+        erasing: of `Draws`.
     """
 
     def __init__(
@@ -302,8 +335,10 @@ class DeviceAugment:
         fill: Sequence[int],
         device: torch.device,
         aa_first: bool = False,
+        erasing: DeviceErasing | None = None,
     ) -> None:
         self._aa_first = aa_first
+        self._erasing = erasing if erasing is not None and erasing.columns else None
         self._fill = torch.tensor(fill, dtype=torch.uint8, device=device)
         self._normalize = Normalize(preprocessing, device)
 
@@ -318,13 +353,17 @@ class DeviceAugment:
         Returns:
             `[B, 3, H, W]`, float32.
         """
+        if self._erasing is not None:
+            count = draws.shape[1] - self._erasing.columns
+            draws, erased = draws[:, :count], draws[:, count:]
         places = draws[:, :PLACE]
         if self._aa_first:
             images = self._operate(pixels[indices], draws)
             images = crop_and_flip(images, torch.arange(len(images), device=images.device), places)
         else:
             images = self._operate(crop_and_flip(pixels, indices, places), draws)
-        return self._normalize(images)
+        images = self._normalize(images)
+        return images if self._erasing is None else self._erasing(images, erased)
 
     def _operate(self, images: Tensor, draws: Tensor) -> Tensor:
         for start in range(PLACE, draws.shape[1], NUMBERS):
@@ -399,6 +438,7 @@ def _note(operation: int, notes: Any, amount: float = 0.0, **_: Any) -> Any:
     return notes
 
 
+@cache
 def _make_notes(size: int) -> Any:
     """Stands for an image of a size; its list `rows` gets what an operation would do to it."""
     from PIL import Image

@@ -166,7 +166,7 @@ def to_channels(image: Image, channels: int) -> Image:
     import PIL.Image
 
     source = image.format
-    turn = _turn(image)
+    turn = stored_turn(image)
     if turn is not None:
         image = image.transpose(PIL.Image.Transpose[turn])
     if image.mode == "F":
@@ -191,7 +191,7 @@ def to_channels(image: Image, channels: int) -> Image:
     return opaque
 
 
-def _turn(image: Image) -> str | None:
+def stored_turn(image: Image) -> str | None:
     """Returns how to turn an image upright, None where it is, or where its EXIF is damaged."""
     try:
         # The tag alone is read: other entries may be anything, and none of them is written anew.

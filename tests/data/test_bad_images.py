@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from coded_resnext.data.datasets import find_image_folder, load_dataset
 from coded_resnext.data.image_sets import DamagedImages
 from coded_resnext.data.loaders import EvalImages, TrainImages
 from coded_resnext.data.preprocessing import Preprocessing
+from coded_resnext.data.streamed import StreamedTrainImages
 from coded_resnext.models.checkpoint import save_model
 
 PREPROCESSING = Preprocessing(16, 1, (0.0,), (1.0,))
@@ -58,10 +60,20 @@ def close(pixels: torch.Tensor, bad: BadImage) -> bool:
 
 @every_kind
 @pytest.mark.parametrize("storage", ["files", "memory"])
+@pytest.mark.parametrize("augment_on", ["cpu", "device"])
 def test_in_training(
-    bad: BadImage, storage: str, data: Path, capsys: pytest.CaptureFixture[str]
+    bad: BadImage, storage: str, augment_on: str, data: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Found at the start, it is refused there; met, it is left out, counted and named."""
+
+    def make_loader(max_damaged: float) -> TrainImages:
+        options: dict[str, Any] = {"seed": 0, "max_damaged": max_damaged}
+        if augment_on == "device":
+            options["device"] = torch.device("cpu")
+            return StreamedTrainImages(splits.train, Augmentation(), COLOUR, 4, **options)
+        transform = TrainTransform(Augmentation(), COLOUR)
+        return TrainImages(splits.train, transform, 4, **options)
+
     path = data / "train" / "ant" / bad.name
     bad.make(path)
     if bad.noticed == "start":
@@ -74,8 +86,7 @@ def test_in_training(
     if bad.noticed == "read":
         pixels = torch.from_numpy(np.asarray(splits.train.image(present[0]), np.float32)) / 255
         assert all(close(pixels[..., channel], bad) for channel in range(3))
-    transform = TrainTransform(Augmentation(), COLOUR)
-    loader = TrainImages(splits.train, transform, 4, seed=0, max_damaged=0.2)
+    loader = make_loader(0.2)
     seen = torch.cat([batch.images for batch in loader])
     assert seen.isfinite().all()
     noted = bad.name in capsys.readouterr().err
@@ -83,9 +94,8 @@ def test_in_training(
     assert bool(loader.damaged.reasons) == (bad.noticed == "met" and storage == "files")
     # No allowance: too many damaged images end the run, with their names.
     if bad.noticed == "met" and storage == "files":
-        strict = TrainImages(splits.train, transform, 4, seed=0, max_damaged=0)
         with pytest.raises(ValueError, match=rf"max_damaged.*{bad.name}"):
-            list(strict)
+            list(make_loader(0))
 
 
 @every_kind
