@@ -60,6 +60,7 @@ CIFAR = (
 SCALED = {
     r"for seed in 0 1.*?;": "for seed in 0;",
     r"(train/digits.py)": r"\1 --epochs 1",
+    r"(export_decisions.py digits)": r"\1 --classes 2",
     r"(ablations.py digits) --epochs 15": r"\1 --epochs 1 --seeds 0 --rows 'exponent 2'",
     r"(train/cifar.py)(.*?)( --out| *#|\n|$)": CIFAR.replace(r"\1", r"\1\2", 1) + r"\3",
     r"(reproduce.py --scale small)": CIFAR + " --seeds 0 --rows 'plain twin' --augment-on cpu",
@@ -149,7 +150,7 @@ def test_every_block_of_a_page_runs(page: str, folder: Path) -> None:
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
     }
     environment.pop("TRITON_INTERPRET")
-    start = time.perf_counter()
+    start = time.perf_counter(), os.times()
     run = 0
     not_run: list[str] = []
 
@@ -176,8 +177,11 @@ def test_every_block_of_a_page_runs(page: str, folder: Path) -> None:
             execute(["bash", "-ec", code])
     if python:
         execute([sys.executable, "-c", python])
+    seconds, used = time.perf_counter() - start[0], os.times()
+    computed = sum(used[2:4]) - sum(start[1][2:4])
     print(
-        f"{page}: {run} of {len(blocks_of(page))} blocks run, {time.perf_counter() - start:.0f} s"
+        f"{page}: {run} of {len(blocks_of(page))} blocks run, {seconds:.0f} s, "
+        f"{computed:.0f} s of the processor"
     )
     for part in not_run:
         print(f"  not run: {part.strip():.60}: {reason_of(part)}")

@@ -9,6 +9,7 @@ outputs, and the size of the file.
 
 from __future__ import annotations
 
+import argparse
 import sys
 import tempfile
 from pathlib import Path
@@ -68,10 +69,8 @@ def compare(
         same = classes[:, block] == decoded[:, block]
         row(f"early decoder {block + 1}", same, right, difference, path.stat().st_size)
     same, worst, sizes = [], 0.0, []
-    for index, name in enumerate(model.class_names):
-        part = extract_classifier(
-            model, index, threshold=thresholds.get(name) or 0.0, fold_batch_norm=True
-        )
+    for name, threshold in thresholds.items():
+        part = extract_classifier(model, name, threshold=threshold, fold_batch_norm=True)
         path = to_onnx(part, folder / "part.onnx", preprocessing=digits.preprocessing)
         (actual,) = outputs(path, x)
         same.append((actual >= part.threshold) == part.predict(x))
@@ -86,12 +85,18 @@ def _difference(actual: Tensor, expected: Tensor) -> float:
 
 def main() -> int:
     """Compare every run that is named."""
-    for run in sys.argv[1:]:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("runs", nargs="+", metavar="RUN")
+    parser.add_argument("--classes", type=int, help="classifiers to compare [all]")
+    arguments = parser.parse_args()
+    for run in arguments.runs:
         print(f"\n{run}\n")
         with tempfile.TemporaryDirectory() as folder:
             model = load_model(run).model
             thresholds = Companions(run, model).thresholds()
-            compare(model, load_digits_split(), thresholds, Path(folder))
+            names = model.class_names[: arguments.classes]
+            chosen = {name: thresholds.get(name) or 0.0 for name in names}
+            compare(model, load_digits_split(), chosen, Path(folder))
     return 0
 
 
