@@ -126,7 +126,7 @@ def test_a_second_checkout_computes_with_its_own_kernels(checkout: Path, tmp_pat
 
 
 def test_a_checkout_is_imported_where_it_lies(checkout: Path) -> None:
-    """pykdtree#69, NIPET#18: in the folder of the sources, the package lacked a part of itself."""
+    """pykdtree#69, lead-lag#5, NIPET#18: in its own folder the package lacked a part of itself."""
     result = python(checkout, f"{WHERE}; coded_resnext.kernels.backends()")
     assert result.returncode == 0, result.stderr
     assert result.stdout.count(str(checkout)) == 2
@@ -185,7 +185,7 @@ def test_type_checkers_see_the_package_and_its_kernels(tmp_path: Path) -> None:
 
 
 def test_the_package_kernels_of_others_is_found_outside_of_the_checkout(tmp_path: Path) -> None:
-    """In the checkout Python looks there first; CONTRIBUTING.md says so."""
+    """In the checkout Python looks there first; README.md says so."""
     (tmp_path / "site" / "kernels").mkdir(parents=True)
     (tmp_path / "site" / "kernels" / "__init__.py").write_text("def get_kernel(): ...\n")
     path = os.pathsep.join([str(tmp_path / "site"), str(ROOT)])
@@ -195,4 +195,4 @@ def test_the_package_kernels_of_others_is_found_outside_of_the_checkout(tmp_path
     assert Path(result.stdout.strip()).samefile(ROOT / "kernels" / "__init__.py")
     refused = python(ROOT, "from kernels import get_kernel", path)
     assert "installed as coded_resnext.kernels" in refused.stderr
-    assert "Hugging Face" in (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    assert "Hugging Face's `kernels`" in (ROOT / "README.md").read_text(encoding="utf-8")

@@ -193,3 +193,41 @@ def test_a_backend_that_cannot_run_is_not_a_damaged_file(checkpoint, monkeypatch
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(ValueError, match=r"^backend: 'triton' was asked for but cannot run: "):
         run(checkpoint, "digits", "--backend", "triton")
+
+
+def test_an_evaluation_into_the_folder_of_another_is_as_a_fresh_one(model, tmp_path, monkeypatch):
+    """moabb#628, big-ann-benchmarks#279: it took the scores of the images that were there before.
+
+    Each input is changed in turn: mean average precision was 0.944 where a fresh run said 0.084.
+    """
+    monkeypatch.setattr(results, "save_figures", lambda *_: [])
+
+    def evaluated(name, out, test=2, train=1, outside=9, classes=(0, 1, 2), batch=64, mean=0.3):
+        folder = tmp_path / name
+        if not folder.exists():
+            write_images(folder / "data" / "train", seed=train)
+            write_images(folder / "data" / "test", seed=test, classes=classes)
+            write_images(folder / "outside", seed=outside)
+            preprocessing = Preprocessing(8, 1, (mean,), (0.4,))
+            save_model(folder / "model.safetensors", model, preprocessing=preprocessing)
+        arguments = ("--outside", folder / "outside", "--batch-size", batch, "--repeats", 1)
+        assert run(folder, folder / "data", *arguments, "--out", tmp_path / out) == 0
+        return {
+            name: (tmp_path / out / name).read_text()
+            for name in (results.EVALUATION_FILE, results.PICTURES_FILE)
+        }
+
+    before = evaluated("before", "out")
+    for change in (
+        {"test": 3},
+        {"classes": (1, 2, 0)},
+        {"outside": 4},
+        {"train": 5},
+        {"batch": 2},
+        {"mean": 0.2},
+    ):
+        name = next(iter(change))
+        after = evaluated(name, "out", **change)
+        assert after == evaluated(name, f"fresh-{name}", **change), name
+        # Sums of other batches round otherwise.
+        assert after != before or name == "batch", name

@@ -125,7 +125,7 @@ def test_bad_requests(run_folder, tmp_path, capsys):
 
 
 def test_a_program_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
-    """pytorch#10577."""
+    """pytorch#10577, LlamaFactory#1223, so-vits-svc#46."""
     save_model(tmp_path / "model.safetensors", create_model("coded_resnext_digits"))
     (tmp_path / "folder.pt2").mkdir()
     out = tmp_path / "folder.pt2"

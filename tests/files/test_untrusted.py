@@ -451,6 +451,7 @@ def test_a_card_holds_no_markup_of_others() -> None:
 
 
 def test_a_table_holds_no_formula_of_others() -> None:
+    """tableExport#230: a spreadsheet computed a cell that began with `=`."""
     row = [table_cell(value) for value in ("=1+1", "@x", "-x", "+x", "cat", -1.5, None)]
     assert row == ["'=1+1", "'@x", "'-x", "'+x", "cat", -1.5, None]
     buffer = io.StringIO()

@@ -304,7 +304,7 @@ def test_points_of_a_long_curve():
 
 
 def test_scores_nearer_than_bins_are_counted():
-    """rio-stac#68, skrub#2189: nearly equal scores in float64 had no bins."""
+    """rio-stac#68, skrub#2189, physt#79: nearly equal scores in float64 had no bins."""
     scores = 1.0 + 1e-16 * np.arange(6)
     scores[3:] = np.nextafter(1.0, 2.0)
     counted = count_scores(scores, np.arange(6) < 2, np.empty(0))
