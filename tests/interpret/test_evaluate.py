@@ -312,7 +312,7 @@ class _Shuffling:
 
 
 def test_a_loader_that_shuffles_is_refused(network, data):
-    """ipex-llm#6308, ipex-llm#6326, skorch#499: the second pass was taken for the order of the first."""
+    """ipex-llm#6308, ipex-llm#6326, skorch#499: a second pass had the order of the first."""
     with pytest.raises(ValueError, match="same images in the same order"):
         evaluate(network, None, _Shuffling(data), repeats=1, negatives_per_positive=2)
     # Where nothing is drawn there is one pass alone.

@@ -101,7 +101,12 @@ def thousand_run(folder: Path) -> Run:
     stages = [
         Stage(depth, 32, 1, 32, book.active) for depth, book in zip(depths, books, strict=True)
     ]
-    model = CodedResNeXt([Stage(3, 32, 1, 32, 32), *stages], 1000, codebooks=books).eval()
+    # A codebook may name a class by nothing.
+    names = ("", *map(str, range(1, 1000)))
+    books = [book.with_class_names(names) for book in books]
+    model = CodedResNeXt(
+        [Stage(3, 32, 1, 32, 32), *stages], 1000, codebooks=books, class_names=names
+    ).eval()
     images = torch.randn(1000, 3, 12, 12)
     test = batches(images, torch.arange(1000).clamp(min=1), 250)
     observed = observe(model, test)

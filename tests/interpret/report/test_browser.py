@@ -359,6 +359,9 @@ def test_a_thousand_classes_stay_small_and_quick(pages: Any, thousand: Run) -> N
     assert page.input_value("#class-select") == "1"
     choose_class(page, 0)
     assert "no test image" in page.text_content("#network-text")
+    # goaccess#2923: a class without a name left a button without one.
+    assert "(class 0 has no name)" in page.text_content("#network-text")
+    assert all(text.strip() for text in page.locator("button").all_text_contents())
     assert page.locator("#network-picture .track.lit").count() == 4 * 16 + 6 * 8 + 3 * 4
     page.fill("#class-find", "77")
     options = page.locator("#class-select option").all_inner_texts()
