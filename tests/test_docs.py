@@ -60,6 +60,7 @@ CIFAR = (
 SCALED = {
     r"for seed in 0 1.*?;": "for seed in 0;",
     r"(train/digits.py)": r"\1 --epochs 1",
+    r"(scale.py)( imagenet)?": r"\1 start-up 10 1000",
     r"(export_decisions.py digits)": r"\1 --classes 2",
     r"(ablations.py digits) --epochs 15": r"\1 --epochs 1 --seeds 0 --rows 'exponent 2'",
     r"(train/cifar.py)(.*?)( --out| *#|\n|$)": CIFAR.replace(r"\1", r"\1\2", 1) + r"\3",
