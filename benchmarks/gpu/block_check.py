@@ -78,17 +78,6 @@ TINY = [
 ]
 
 
-def check_blocks(device: torch.device, *, dry: bool, repeats: int) -> dict[str, Any]:
-    """Errors beside those of layer by layer in the same dtype, for `gpu_check.json`."""
-    rows = [
-        check_block(block, dtype, backend, device, repeats)
-        for block in (TINY if dry else BLOCKS)
-        for dtype in DTYPES
-        for backend in ("fused", "triton")
-    ]
-    return {"checks": rows}
-
-
 def check_block(
     block: EvaluatedBlock, dtype: torch.dtype, backend: str, device: torch.device, repeats: int
 ) -> dict[str, Any]:

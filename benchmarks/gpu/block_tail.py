@@ -1,7 +1,7 @@
 """The last convolution of plain blocks, which is not written, on the GPU at hand: is it right, does
 it repeat, how fast is it.
 
-A part of conv1x1_check.py. The moments of what is multiplied, the sum that ends the block, the sums
+A part of check.py. The moments of what is multiplied, the sum that ends the block, the sums
 of gradient and input over the pixels, and the gradient of the input are checked and timed by the
 kernels and by PyTorch's products with elementwise passes.
 """
@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from pass_check import KERNELS, PYTORCH, check_call
-from timing import Deadline, median_ms
+from pass_check import KERNELS, PYTORCH
+from timing import median_ms
 from torch import Tensor
 
 from coded_resnext.kernels.conv1x1 import rows as conv1x1_rows
@@ -151,20 +151,3 @@ def time_tail(call: Call, bandwidth: float | None) -> dict[str, Any]:
             floor = 1000 * call.layer.least_bytes(which, call.x.itemsize) / bandwidth
             row["over_floor"][which] = row["ms"][which]["kernel"] / floor
     return row
-
-
-def check_tails(
-    device: torch.device, *, dry: bool, bandwidth: float | None, deadline: Deadline, repeats: int
-) -> dict[str, Any]:
-    """All of it, JSON-ready; layers that the time does not suffice for are named."""
-    results: dict[str, Any] = {"checks": [], "times": [], "left_out": []}
-    for layer in TINY if dry else TAILS:
-        call = Call(layer, torch.bfloat16, device)
-        results["checks"].append(check_call(call, PASSES, repeats))
-        if results["checks"][-1]["wrong"]:
-            continue
-        if deadline.passed:
-            results["left_out"].append(layer.name)
-        else:
-            results["times"].append(time_tail(call, bandwidth))
-    return results

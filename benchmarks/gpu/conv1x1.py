@@ -13,9 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from block_tail import check_tails
-from pass_check import KERNELS, PYTORCH, check_call
-from timing import Deadline, median_ms
+from pass_check import KERNELS, PYTORCH
+from timing import median_ms
 from torch import Tensor
 
 from coded_resnext.kernels.batch_norm import launch as batch_norm
@@ -224,50 +223,3 @@ def plain_form(call: Call, which: str) -> Callable[[], tuple[Tensor, ...]]:
         return (of_x.to(call.x.dtype), *sums)
 
     return run
-
-
-def check_products(
-    device: torch.device,
-    *,
-    dry: bool,
-    bandwidth: float | None,
-    compiler: str,
-    deadline: Deadline,
-    repeats: int,
-) -> dict[str, Any]:
-    """All of it, JSON-ready; layers that the time does not suffice for are named."""
-    chosen = TINY if dry else LAYERS
-    calls = (Call(layer, torch.bfloat16, device) for layer in chosen)
-    checks = [check_call(call, PASSES, repeats) for call in calls]
-    wrong = {row["layer"] for row in checks if row["wrong"]}
-    times, left_out = [], []
-    for index, layer in enumerate(chosen):
-        if layer.name in wrong:
-            continue
-        if deadline.passed:
-            left_out.append(layer.name)
-            continue
-        # Compiling is what takes the minutes.
-        worth = compiler if index < len(chosen) // 2 else None
-        times.append(time_layer(layer, device, bandwidth, worth))
-    tails = check_tails(device, dry=dry, bandwidth=bandwidth, deadline=deadline, repeats=repeats)
-    return {
-        "checks": checks + tails["checks"],
-        "times": times + tails["times"],
-        "left_out": left_out + tails["left_out"],
-    }
-
-
-def report_products(results: dict[str, Any]) -> list[str]:
-    """The results as lines of text, with who is to be in the selection table."""
-    lines = ["", "1x1 convolutions between BatchNorms, bf16: kernel ms (others)"]
-    for row in results["times"]:
-        lines.append(row["layer"])
-        for which, times in row["ms"].items():
-            others = {name: ms for name, ms in times.items() if name != "kernel"}
-            text = ", ".join(f"{name} {ms:.3f}" for name, ms in others.items())
-            ratio = row["over_floor"].get(which)
-            floor = "" if ratio is None else f", {ratio:.2f} of its byte floor"
-            winner = "kernel" if times["kernel"] <= min(others.values()) else "library"
-            lines.append(f"    {which:<8} {times['kernel']:.3f} ({text}){floor}: {winner} wins")
-    return lines + [f"left out, time was up: {name}" for name in results["left_out"]]

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timing import Deadline, median_ms
+from timing import median_ms
 from torch import Tensor
 
 from coded_resnext.kernels import grouped_conv3x3
@@ -228,83 +228,3 @@ def time_layer(
         moved = 2 * (call.x.numel() + call.grad.numel())
         row["forward_over_floor"] = row["ms"]["forward"]["kernel"] / (1000 * moved / bandwidth)
     return row
-
-
-def best_library(times: dict[str, float]) -> float:
-    """What cuDNN needs, its layout chosen; merged groups are another thing."""
-    return min(times["NHWC"], times["NCHW"])
-
-
-def verdicts(times: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Per network: the convolutions of a step by cuDNN, and by whoever wins each pass."""
-    networks = []
-    for network in dict.fromkeys(row["network"] for row in times):
-        rows = [row for row in times if row["network"] == network]
-        sums = {"library": 0.0, "selected": 0.0, "kernels": 0.0}
-        for row in rows:
-            for which in PASSES:
-                kernel, library = row["ms"][which]["kernel"], best_library(row["ms"][which])
-                sums["library"] += row["count"] * library
-                sums["kernels"] += row["count"] * kernel
-                sums["selected"] += row["count"] * min(kernel, library)
-        ratio = sums["library"] / sums["selected"]
-        # The table knows widths and strides, not map sizes: all maps of a pair have to agree.
-        losses = [
-            f"{row['layer']} {which}"
-            for row in rows
-            for which in PASSES
-            if row["ms"][which]["kernel"] > best_library(row["ms"][which])
-        ]
-        networks.append({"network": network, **sums, "ratio": ratio, "losses": losses})
-    return networks
-
-
-def check_grouped(
-    device: torch.device,
-    *,
-    dry: bool,
-    bandwidth: float | None,
-    compiler: str,
-    deadline: Deadline,
-    repeats: int,
-) -> dict[str, Any]:
-    """All of it, JSON-ready; layers that the time does not suffice for are named."""
-    layers = TINY if dry else LAYERS
-    checks = [check_layer(layer, torch.bfloat16, device, repeats) for layer in layers]
-    # What differs by dtype is the rounding alone, so that one layer of each stride shows it.
-    checks += [check_layer(layer, torch.float16, device, 2) for layer in layers[:2]]
-    wrong = {row["layer"] for row in checks if row["wrong"]}
-    times, left_out = [], []
-    for index, layer in enumerate(layers):
-        if layer.name in wrong:
-            continue
-        if deadline.passed:
-            left_out.append(layer.name)
-            continue
-        # Compiling is what takes the minutes.
-        worth = compiler if index < (1 if dry else 7) else None
-        times.append(time_layer(layer, device, bandwidth, worth))
-    complete = [] if left_out or wrong else verdicts(times)
-    return {"checks": checks, "times": times, "verdicts": complete, "left_out": left_out}
-
-
-def report_grouped(results: dict[str, Any]) -> list[str]:
-    """The results as lines of text; the promises are 1.5 in the sum, and 1.5 floors at most."""
-    lines = ["", "grouped 3x3 convolutions, bf16: kernel ms (cuDNN NHWC / NCHW, merged)"]
-    for row in results["times"]:
-        lines.append(f"{row['layer']} x {row['count']}")
-        for which, times in row["ms"].items():
-            others = ", ".join(f"{k} {v:.3f}" for k, v in times.items() if k != "kernel")
-            lines.append(f"    {which:<14} {times['kernel']:.3f} ({others})")
-        if "forward_over_floor" in row:
-            kept = "kept" if row["forward_over_floor"] <= 1.5 else "MISSED"
-            lines.append(f"    forward over its byte floor {row['forward_over_floor']:.2f}: {kept}")
-    for verdict in results["verdicts"]:
-        kept = "kept" if verdict["ratio"] >= 1.5 else "MISSED"
-        lines.append(
-            f"{verdict['network']}: cuDNN {verdict['library']:.2f} ms, kernels "
-            f"{verdict['kernels']:.2f} ms, the faster of the two {verdict['selected']:.2f} ms: "
-            f"{verdict['ratio']:.2f} times as fast, promised 1.5: {kept}"
-        )
-        lines += [f"    cuDNN wins {loss}" for loss in verdict["losses"]]
-    return lines + [f"left out, time was up: {name}" for name in results["left_out"]]

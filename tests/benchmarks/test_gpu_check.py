@@ -16,6 +16,7 @@ import block_tail
 import check
 import model_check
 import pytest
+import stages
 import timing
 import torch
 from operators import OPERATORS, TINY, Place, Tensors, aggregate_by
@@ -58,31 +59,113 @@ def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
 
 @pytest.mark.long
 def test_a_dry_run_takes_every_path(tmp_path: Path) -> None:
-    result = run("--out", str(tmp_path), "--dry-run", "--random-calls", "8")
+    seconds = ("--seconds", "900")
+    result = run("--out", str(tmp_path), "--dry-run", "--random-calls", "8", *seconds)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "this was a dry run" in result.stdout
-    assert "0 wrong" in result.stdout
-    content = json.loads((tmp_path / "dry_run_gpu_check.json").read_text())
-    checked = {(row["operator"], row["place"], row["dtype"]) for row in content["agreement"]}
-    names = {operator.name for operator in OPERATORS}
-    dtypes = {"bfloat16", "float16", "float32"}
-    assert checked == {(n, p.name, d) for n in names for p in TINY for d in dtypes}
-    timed = {(row["operator"], row["place"], row["dtype"], row["pass"]) for row in content["times"]}
-    assert timed == {
-        (*key, way) for key in checked if key[1] == TINY[0].name for way in ("forward", "backward")
+    assert " 0 wrong" in result.stdout
+    state = check.State(tmp_path, dry=True)
+    assert state.stages == dict.fromkeys(check.STAGES, "finished")
+    said = {stage: {row["what"]: row for row in state.rows(stage)} for stage in check.STAGES}
+    assert not any(
+        stage != "build" and "left_out" in r for stage in said for r in said[stage].values()
+    )
+    dtypes = ("bfloat16", "float16", "float32")
+    names = [operator.name for operator in OPERATORS]
+    assert said["right"].keys() >= {
+        f"{n}, {p.name}, {d}" for n in names for p in TINY for d in dtypes
     }
-    assert all(row["ms"]["kernel"] > 0 for row in content["times"])
-    assert any("compiled definition" in row["ms"] for row in content["times"])
-    assert {row["operator"] for row in content["compilation"]} == names
-    assert len(content["registration"]) >= 4
-    assert content["left_out"] == []
-    blocks = {(row["block"], row["backend"]) for row in content["blocks"]["checks"]}
-    assert blocks == {(b.name, name) for b in block_check.TINY for name in ("fused", "triton")}
-    tried = dict.fromkeys(strategies.OPERATORS, 1)
-    assert content["random_calls"] == {"tried": tried, "seeds": [0]}
-    assert content["models"]["left_out"] == []
-    assert {row["contender"] for row in content["models"]["rows"]} >= {"coded, fused, eager, nhwc"}
-    assert content["models"]["guard"]["fused"] > 0
+    assert said["right"].keys() >= {
+        f"evaluation, {block.name}, {backend}, bfloat16"
+        for block in block_check.TINY
+        for backend in ("fused", "triton")
+    }
+    assert said["right"].keys() >= {f"{name}, compilation" for name in names}
+    assert said["right"]["random calls"]["tried"] == dict.fromkeys(strategies.OPERATORS, 1)
+    assert said["headline"]["coded, train/imagenet.py's step, graph"]["recorded"]
+    assert said["headline"]["coded, triton, as it is"]["ms"] > 0
+    assert {each["name"] for each in said["profile"]["coded, triton"]["kernels"]} >= {"batch_norm"}
+    assert all(said["operators"][f"{name}, {TINY[0].name}"]["ms"]["kernel"] > 0 for name in names)
+    assert said["guard"]["accuracy guard"]["fused"] > 0
+
+
+STAGE = """
+import json, os, sys, time
+from pathlib import Path
+stage = sys.argv[sys.argv.index("--stage") + 1]
+out = Path(sys.argv[sys.argv.index("--out") + 1]) / f"dry_run_gpu_check_{stage}.jsonl"
+with out.open("a") as file:
+    print(json.dumps({"what": stage, "wrong": ["a fault"] if stage == "right" else []}), file=file)
+    file.write('{"what": "half a li')
+if stage == "headline":
+    os.kill(os.getpid(), 9)
+if stage == "profile":
+    raise ValueError
+if stage == "operators":
+    time.sleep(60)
+"""
+
+
+def test_a_stage_that_fails_costs_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One that is killed, one that raises, one out of time; and they alone are run again."""
+    (tmp_path / "stage.py").write_text(STAGE)
+    monkeypatch.setattr(check, "__file__", str(tmp_path / "stage.py"))
+    monkeypatch.setattr(check, "GRACE", 0)
+    command = ["check.py", "--out", str(tmp_path), "--dry-run", "--seconds", "2"]
+    monkeypatch.setattr(sys, "argv", command)
+    assert check.main() == 1
+    state = check.State(tmp_path, dry=True)
+    assert state.stages == {
+        **dict.fromkeys(("build", "right", "networks", "guard"), "finished"),
+        "headline": "killed by SIGKILL",
+        "profile": "exit status 1",
+        "operators": "out of time",
+    }
+    for stage in check.STAGES:
+        assert [row["what"] for row in state.rows(stage)] == [stage]
+    assert "WRONG: right: right: a fault" in capsys.readouterr().out
+    (tmp_path / "stage.py").write_text(STAGE.partition("\nif stage ==")[0])
+    monkeypatch.setattr(sys, "argv", [*command, "--resume"])
+    assert check.main() == 1  # The fault is still there.
+    begun = [line for line in capsys.readouterr().out.splitlines() if "at most" in line]
+    assert [line.split()[1] for line in begun] == ["headline,", "profile,", "operators,"]
+    assert check.State(tmp_path, dry=True).stages == dict.fromkeys(check.STAGES, "finished")
+
+
+def test_a_check_fits_into_eight_minutes() -> None:
+    assert sum(check.STAGES.values()) <= 480
+
+
+def test_a_row_that_raises_is_a_fault_and_the_stage_goes_on() -> None:
+    task = stages.Task(dry=True, deadline=timing.Deadline(5))
+
+    def fail() -> Any:
+        raise RuntimeError("an illegal address")
+
+    rows = list(task.rows([("first", fail), ("second", lambda: {"ms": 1.0})]))
+    assert rows[0]["wrong"] == ["RuntimeError: an illegal address"]
+    assert rows[1] == {"what": "second", "ms": 1.0}
+    late = stages.Task(dry=True, deadline=timing.Deadline(-1))
+    assert list(late.rows([("third", fail)])) == [{"what": "third", "left_out": "time was up"}]
+
+
+def test_the_summary_sets_the_best_of_each_beside_each_other(tmp_path: Path) -> None:
+    state = check.State(tmp_path, dry=True)
+    rows = [
+        {"what": name, "ms": ms, "host_ms": 1.0, "images_per_second": 256e3 / ms}
+        for name, ms in (
+            ("plain, torch, graph", 43.0),
+            ("plain, torch, compiled, as it is", 36.0),
+            ("coded, triton, graph", 24.0),
+            ("coded, torch, graph", 51.0),
+        )
+    ]
+    state.path("headline").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text = check.summary(state)
+    assert "best coded 24.0 ms (coded, triton, graph), best plain 36.0 ms" in text
+    assert "coded is 1.50 times as fast" in text
 
 
 def altered(factor: float) -> agreement.Form:
@@ -176,22 +259,6 @@ def test_when_time_is_up_the_rest_is_named() -> None:
     assert all(row["ms"] == {} for row in rows)
     assert rows[0]["left_out"]["kernel"] == "time was up"
     assert set(rows[0]["left_out"]) == {"kernel", "replaced", "gram", "definition"}
-    empty = {name: [] for name in ("agreement", "repeats", "registration", "compilation")}
-    results = {**empty, "times": rows, "criteria": [], "wrong": [], "dry_run": False}
-    results |= {"kernels_found": 3, "kernels_compiled": 0}
-    results["grouped"] = {"checks": [], "times": [], "verdicts": [], "left_out": ["a layer"]}
-    results["products"] = {"checks": [], "times": [], "left_out": ["another layer"]}
-    results["blocks"] = {"checks": []}
-    results["models"] = model_check.check_models(dry=True, deadline=timing.Deadline(minutes=-1))
-    assert results["models"]["rows"] == []
-    assert "coded, fused, eager, nhwc" in results["models"]["left_out"]
-    text = check.report({**results, "left_out": ["the kernel: time was up"]})
-    assert "left out: the kernel: time was up" in text
-    assert "left out, time was up: a layer" in text
-    assert "left out, time was up: another layer" in text
-    assert "left out, time was up: coded, fused, eager, nhwc" in text
-    assert "training beside plain, compiled: at least 1.25: not measured" in text
-    assert "accuracy guard left out: time was up" in text
 
 
 @pytest.mark.parametrize(
@@ -251,49 +318,6 @@ def test_ratios_and_the_least_time() -> None:
     assert row["over_kernel"]["definition"] == pytest.approx(
         row["ms"]["definition"] / row["ms"]["kernel"]
     )
-
-
-def test_criteria_are_judged() -> None:
-    row = {
-        "operator": "coded_aggregate",
-        "place": "32x4d c4 160px",
-        "dtype": "bfloat16",
-        "pass": "forward",
-        "over_kernel": {"replaced": 1 / 1.2, "definition": 7.0},
-    }
-    other = {**row, "dtype": "float16"}
-    judged = {item["figure"]: item for item in check.criteria([row, other])}
-    assert judged["over_replaced"]["kept"] is True
-    assert judged["over_replaced"]["measured"] == pytest.approx(1.2)
-    assert judged["definition"]["kept"] is False
-    missing = check.criteria([{**row, "over_kernel": {}}])
-    assert [item["kept"] for item in missing] == [None, None]
-
-
-def test_criteria_of_networks_are_judged() -> None:
-    def row(contender: str, train: float, infer: float, memory: float) -> dict[str, object]:
-        figures = (model_check.TRAIN, model_check.INFER, model_check.MEMORY)
-        return {
-            "contender": contender,
-            "wrong": None,
-            **dict(zip(figures, (train, infer, memory), strict=True)),
-        }
-
-    rows = [
-        row("plain, torch, eager, nchw", 60, 200, 900),
-        row("plain, torch, compiled default, nhwc", 100, 300, 800),
-        row("plain, fused, eager, nhwc", 130, 420, 700),
-        row("coded, fused, eager, nhwc", 126, 440, 901),
-        row("coded, torch, eager, nhwc", 50, 460, 600),
-        row("coded, reference, eager, nhwc", 10, 30, 5000),
-        row("coded, reference, compiled default, nhwc", 150, 500, 500),
-        {"contender": "plain, triton, eager, nhwc", "wrong": "logits are apart"},
-    ]
-    actual = model_check.judge(rows)
-    measured = [1.26, 126 / 130, 12.6, 901 / 900, 460 / 300]
-    assert [item["measured"] for item in actual] == pytest.approx(measured)
-    assert [item["kept"] for item in actual] == [True, False, True, False, True]
-    assert {item["kept"] for item in model_check.judge([])} == {None}
 
 
 def test_the_guard_misses_what_trains_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,459 @@
+"""The stages of check.py: generators of rows, what matters most first.
+
+A row says `what` it is about. `wrong` lists faults, where something was checked. A row that raises
+is a fault of its own, and the stage goes on.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+from unittest.mock import patch
+
+import block_check
+import block_tail
+import conv1x1
+import conv3x3
+import torch
+from agreement import compare, compiled, registration, repeats
+from bench_model import SETTINGS, TINY, TINY_CLASSES, kernels_of, tiny_overrides
+from contenders import Contender, Runner
+from gpus import find_gpu
+from model_check import guard as accuracy_guard
+from operators import IMAGENET, OPERATORS, PLACES
+from operators import TINY as TINY_PLACES
+from pass_check import check_call
+from timing import Deadline, measure, median_ms
+from torch import Tensor
+from torch._functorch import config as functorch_config
+
+from coded_resnext import create_model
+from coded_resnext.data.batches import Batch
+from coded_resnext.kernels.layout import architecture
+from coded_resnext.kernels.rows import LaunchRow
+from coded_resnext.training import graph
+from coded_resnext.training.config import TrainingConfig
+from coded_resnext.training.processes import World
+from coded_resnext.training.step import TrainStep, compiler_for
+
+Row = dict[str, Any]
+NETWORK, SMALL_NETWORK = "resnext50_32x4d", "resnext29_10x11d"
+# bfloat16 first: it is what networks train in.
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+# Samples of which the float64 definition forms the branch tensor at a time.
+SAMPLES_AT_A_TIME = 32
+# The same graph is run backward many times, which compiled graphs allow only without this.
+functorch_config.donated_buffer = False
+torch.backends.cudnn.benchmark = True
+
+
+class Task(NamedTuple):
+    """How a stage runs."""
+
+    dry: bool
+    deadline: Deadline
+    random_calls: int = 0
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cpu" if self.dry else "cuda")
+
+    @property
+    def repeats(self) -> int:
+        return 3 if self.dry else 20
+
+    @property
+    def bandwidth(self) -> float | None:
+        """Of the GPU's memory by its data sheet, bytes a second."""
+        known = None if self.dry else find_gpu(torch.cuda.get_device_name())
+        return known.bandwidth if known else None
+
+    def rows(self, calls: Sequence[tuple[str, Callable[[], Any]]]) -> Iterator[Row]:
+        """The rows of calls by what each is about, as long as there is time."""
+        for what, call in calls:
+            if self.deadline.passed:
+                yield {"what": what, "left_out": "time was up"}
+                continue
+            try:
+                result = call()
+                for row in result if isinstance(result, list) else [result]:
+                    yield {"what": what, **row}
+            except Exception as error:
+                yield {"what": what, "wrong": [f"{type(error).__name__}: {error}"[:800]]}
+
+
+def build(task: Task) -> Iterator[Row]:
+    """Compile the kernels of this GPU, all at once."""
+
+    def kernels() -> Row:
+        from coded_resnext.cli.main import main
+
+        arch = architecture(0).removeprefix("sm")
+        start = time.perf_counter()
+        status = main(["build-kernels", "--arch", arch])
+        seconds = time.perf_counter() - start
+        return {"seconds": seconds, "wrong": [f"exit status {status}"] if status else []}
+
+    if task.dry:
+        yield {"what": "kernels", "left_out": "a dry run has no GPU to build for"}
+        return
+    yield from task.rows([("kernels", kernels)])
+
+
+def right(task: Task) -> Iterator[Row]:
+    """Kernels against float64, then repeats, registration and compilation."""
+    device, dry = task.device, task.dry
+    places = TINY_PLACES if dry else PLACES
+    tiny = TINY_PLACES[0]
+    convolutions = conv3x3.TINY if dry else conv3x3.LAYERS
+    products = conv1x1.TINY if dry else conv1x1.LAYERS
+    tails = block_tail.TINY if dry else block_tail.TAILS
+    blocks = block_check.TINY if dry else block_check.BLOCKS
+    calls: list[tuple[str, Callable[[], Any]]] = []
+    for dtype in DTYPES:
+        first = dtype == torch.bfloat16
+        name = str(dtype).removeprefix("torch.")
+        calls += [
+            (
+                f"{operator.name}, {place.name}, {name}",
+                lambda o=operator, p=place, d=dtype: compare(o, p, d, device, SAMPLES_AT_A_TIME),
+            )
+            for operator in OPERATORS
+            for place in (places if first or dry else places[:3])
+        ]
+        if dtype == torch.float32:
+            continue
+        # What differs by dtype is the rounding alone, so that few layers show it.
+        few = slice(None) if first or dry else slice(2)
+        calls += [
+            (
+                f"grouped convolution, {layer.name}, {name}",
+                lambda c=layer, d=dtype: conv3x3.check_layer(c, d, device, task.repeats),
+            )
+            for layer in convolutions[few]
+        ]
+        for module, layers in ((conv1x1, products), (block_tail, tails)):
+            calls += [
+                (
+                    f"{module.__name__}, {layer.name}, {name}",
+                    lambda m=module, c=layer, d=dtype: check_call(
+                        m.Call(c, d, device), m.PASSES, task.repeats
+                    ),
+                )
+                for layer in layers[few]
+            ]
+        calls += [
+            (
+                f"evaluation, {block.name}, {backend}, {name}",
+                lambda b=block, w=backend, d=dtype: block_check.check_block(
+                    b, d, w, device, task.repeats
+                ),
+            )
+            for block in blocks[few]
+            for backend in ("fused", "triton")
+        ]
+    compiler = "aot_eager" if dry else "inductor"
+    for operator in OPERATORS:
+        calls += [
+            (
+                f"{operator.name}, repeats",
+                lambda o=operator: repeats(o, places[0], torch.bfloat16, device, task.repeats),
+            ),
+            (
+                f"{operator.name}, registration",
+                lambda o=operator: list(registration(o, tiny, torch.float32, device)),
+            ),
+            (
+                f"{operator.name}, compilation",
+                lambda o=operator: compiled(o, places[0], torch.bfloat16, device, compiler),
+            ),
+        ]
+    if task.random_calls:
+        calls.append(("random calls", lambda: _random_calls(task)))
+    yield from task.rows(calls)
+
+
+def _random_calls(task: Task) -> Row:
+    """Calls of every operator that hypothesis draws."""
+    sys.path.append(str(Path(__file__).parents[2] / "tests"))
+    from torture.fuzz import fuzz_count
+
+    fuzzed = fuzz_count(task.random_calls, device=task.device.type)
+    return {"tried": fuzzed.tried, "seeds": fuzzed.seeds, "wrong": fuzzed.wrong}
+
+
+def inputs_of(task: Task, network: str, pixels: int | None = None) -> tuple[Tensor, Tensor]:
+    """Images and targets of a network's batch."""
+    size, batch = TINY if task.dry else SETTINGS[network]
+    generator = torch.Generator().manual_seed(0)
+    size = size if task.dry or pixels is None else pixels
+    images = torch.randn(batch, 3, size, size, generator=generator)
+    classes = TINY_CLASSES if task.dry else create_model(network).num_classes
+    targets = torch.randint(classes, (batch,), generator=generator)
+    return images.to(task.device), targets.to(task.device)
+
+
+def runner_of(task: Task, contender: Contender, network: str, pixels: int | None = None) -> Runner:
+    """A contender on its images."""
+    overrides = tiny_overrides(contender) if task.dry else {}
+    dtype = torch.float32 if task.dry else torch.bfloat16
+    images, targets = inputs_of(task, network, pixels)
+    return Runner(contender, network, images, targets, dtype, overrides)
+
+
+def timed(run: Callable[[], Any], images: int, task: Task) -> Row:
+    """Milliseconds of a call in a row of them, and those for which the host is busy."""
+    steps = 1 if task.dry else 12
+    for _ in range(0 if task.dry else 3):
+        run()
+    on_gpu = task.device.type == "cuda"
+    if on_gpu:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+    start = time.perf_counter()
+    for _ in range(steps):
+        run()
+    host = time.perf_counter() - start
+    if on_gpu:
+        torch.cuda.synchronize()
+    seconds = (time.perf_counter() - start) / steps
+    row: Row = {"ms": 1e3 * seconds, "host_ms": 1e3 * host / steps}
+    row["images_per_second"] = images / seconds
+    if on_gpu:
+        row["peak_mib"] = torch.cuda.max_memory_allocated() / 2**20
+    return row
+
+
+def _captured(work: Callable[[], Any]) -> Callable[[], None]:
+    """A call as a CUDA graph."""
+    for _ in range(3):
+        work()
+    torch.cuda.synchronize()
+    return graph.record(work).replay
+
+
+def _ways(task: Task, contender: Contender, network: str) -> list[Row]:
+    """A training step as it is and as a CUDA graph, one after the other."""
+    runner = runner_of(task, contender, network)
+    start = time.perf_counter()
+    loss = float(runner.train())
+    row = {"loss": loss, "first_step_s": time.perf_counter() - start}
+    images = len(runner.images)
+    rows = [{**row, "way": "as it is", **timed(runner.train, images, task)}]
+    if task.dry:
+        return rows
+    rows[0]["launches"] = kernels_of(runner.train)
+    rows.append({"way": "graph", **timed(_captured(runner.train), images, task)})
+    return rows
+
+
+def _by_project(task: Task, kind: str, **settings: Any) -> Row:
+    """A step as training takes it: guard, metrics and optimizer included."""
+    images, targets = inputs_of(task, NETWORK)
+    contender = Contender("coded" if kind == "coded" else "plain")
+    overrides = tiny_overrides(contender) if task.dry else {}
+    model: Any = contender.build(NETWORK, overrides).to(task.device)
+    config = TrainingConfig(
+        epochs=1000,
+        batch_size=len(images),
+        lr=1e-3,
+        amp=not task.dry,
+        channels_last=True,
+        **settings,
+    )
+    device = task.device
+    chosen = compiler_for(config.torchcompile, device, "auto")
+    dry = patch.multiple(
+        graph, unrecordable=lambda *_: None, record=lambda work: SimpleNamespace(replay=work)
+    )
+    with dry if task.dry else patch.object(graph, "record", graph.record):
+        step = TrainStep(model.train(), config, World(device=device), 100)
+        batch = Batch(images, targets, torch.arange(len(images)))
+        count = iter(range(10**6))
+        run = lambda: step(batch, next(count))  # noqa: E731
+        # The third is recorded.
+        for _ in range(4):
+            run()
+        row = timed(run, len(images), task)
+        step.finish()
+    return {**row, "compiled": chosen, "recorded": step._recorded is not None}
+
+
+def headline(task: Task) -> Iterator[Row]:
+    """A training step of ResNeXt-50 by each way; those that compile for long come later."""
+    calls: list[tuple[str, Callable[[], Any]]] = []
+
+    def project(name: str, **settings: Any) -> None:
+        what = f"coded, train/imagenet.py's step, {name}"
+        calls.append((what, lambda: _by_project(task, "coded", **settings)))
+
+    def ways(kind: str, backend: str, *, compile: bool = False) -> None:
+        mode = "default" if compile and not task.dry else None
+        contender = Contender(kind, backend, mode)  # type: ignore[arg-type]
+        name = f"{kind}, {backend}" + ", compiled" * compile
+        calls.append((name, lambda: _ways(task, contender, NETWORK)))
+
+    project("graph")
+    for kind, backend in (("coded", "torch"), ("plain", "torch"), ("coded", "triton")):
+        ways(kind, backend)
+    project("compiled, graph", torchcompile="eager" if task.dry else "inductor")
+    for kind, backend in (("plain", "torch"), ("coded", "torch")):
+        ways(kind, backend, compile=True)
+    if not task.dry:
+        # In the interpreter a step by the kernels takes long.
+        ways("coded", "triton", compile=True)
+        for kind, backend in (("plain", "triton"), ("coded", "fused"), ("timm", "torch")):
+            ways(kind, backend)
+    for row in task.rows(calls):
+        way = row.pop("way", None)
+        yield {**row, "what": f"{row['what']}, {way}" if way else row["what"]}
+
+
+@contextmanager
+def _bytes_of_launches() -> Iterator[dict[str, float]]:
+    """Bytes of the tensors that each of our kernels is given, every one counted once a launch."""
+    moved: dict[str, float] = {}
+    launch = LaunchRow.launch
+
+    def launched(row: LaunchRow, grid: tuple[int, ...], *args: Any) -> None:
+        tensors = {
+            a.data_ptr(): a.numel() * a.element_size() for a in args if isinstance(a, Tensor)
+        }
+        name = row.kernel.rpartition(":")[2]
+        moved[name] = moved.get(name, 0.0) + sum(tensors.values())
+        launch(row, grid, *args)
+
+    with patch.object(LaunchRow, "launch", launched):
+        yield moved
+
+
+def _profile(task: Task, contender: Contender) -> Row:
+    runner = runner_of(task, contender, NETWORK)
+    for _ in range(0 if task.dry else 3):
+        runner.train()
+    with _bytes_of_launches() as moved:
+        runner.train()
+    if task.dry:
+        return {"kernels": [{"name": n, "ms": 0.0, "count": 0} for n in moved], "device_ms": 0.0}
+    from torch.profiler import ProfilerActivity, profile
+
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as trace:
+        runner.train()
+        torch.cuda.synchronize()
+    times: dict[str, list[float]] = {}
+    for event in trace.events():
+        if event.device_type == torch.autograd.DeviceType.CUDA:
+            times.setdefault(event.name[:110], []).append(event.time_range.elapsed_us() / 1e3)
+    kernels = []
+    for name, each in sorted(times.items(), key=lambda item: -sum(item[1]))[:60]:
+        kernel = {"name": name, "ms": sum(each), "count": len(each)}
+        if name in moved:
+            kernel["bytes"] = moved[name]
+            if task.bandwidth:
+                kernel["share"] = moved[name] / task.bandwidth / (sum(each) / 1e3)
+        kernels.append(kernel)
+    total = sum(sum(each) for each in times.values())
+    return {"kernels": kernels, "device_ms": total, "launches": sum(map(len, times.values()))}
+
+
+def profile(task: Task) -> Iterator[Row]:
+    """Where the time of one step goes, kernel by kernel."""
+    pairs = [("coded", "triton"), ("coded", "torch"), ("plain", "torch")]
+    yield from task.rows(
+        [
+            (f"{kind}, {backend}", lambda k=kind, b=backend: _profile(task, Contender(k, b)))
+            for kind, backend in (pairs[:1] if task.dry else pairs)
+        ]
+    )
+
+
+def operators(task: Task) -> Iterator[Row]:
+    """Times of single operators beside their rivals, as device time."""
+    device, bandwidth = task.device, task.bandwidth
+    calls: list[tuple[str, Callable[[], Any]]] = []
+    if not task.dry:
+        calls.append(("copy of a gigabyte", lambda: _copy(device)))
+    for place in TINY_PLACES[:1] if task.dry else IMAGENET[:2]:
+        calls += [
+            (
+                f"{operator.name}, {place.name}",
+                lambda o=operator, p=place: measure(
+                    o, p, torch.bfloat16, device, bandwidth, None, task.deadline
+                ),
+            )
+            for operator in OPERATORS
+        ]
+    calls += [
+        (
+            f"grouped convolution, {layer.name}",
+            lambda c=layer: conv3x3.time_layer(c, device, bandwidth, None),
+        )
+        for layer in (conv3x3.TINY if task.dry else conv3x3.LAYERS[:7])
+    ]
+    calls += [
+        (f"1x1, {layer.name}", lambda c=layer: conv1x1.time_layer(c, device, bandwidth, None))
+        for layer in (conv1x1.TINY if task.dry else conv1x1.LAYERS[: len(conv1x1.LAYERS) // 2])
+    ]
+    calls += [
+        (
+            f"end of a block, {layer.name}",
+            lambda c=layer: block_tail.time_tail(
+                block_tail.Call(c, torch.bfloat16, device), bandwidth
+            ),
+        )
+        for layer in (block_tail.TINY if task.dry else block_tail.TAILS)
+    ]
+    yield from task.rows(calls)
+
+
+def _copy(device: torch.device) -> Row:
+    source = torch.empty(2**30, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    ms = median_ms(lambda: target.copy_(source), device)
+    return {"bytes_per_second": 2 * source.numel() / (ms / 1000)}
+
+
+def networks(task: Task) -> Iterator[Row]:
+    """Inference, CIFAR's networks, and images of 224 pixels."""
+    pairs = (("coded", "torch"), ("coded", "triton"), ("plain", "torch"))
+
+    def inferred(contender: Contender, pixels: int | None = None) -> Row:
+        runner = runner_of(task, contender, NETWORK, pixels)
+        return timed(runner.infer, len(runner.images), task)
+
+    def trained(contender: Contender, network: str, pixels: int | None = None) -> Row:
+        runner = runner_of(task, contender, network, pixels)
+        train = runner.train if task.dry else _captured(runner.train)
+        return timed(train, len(runner.images), task)
+
+    calls: list[tuple[str, Callable[[], Any]]] = []
+    for kind, backend in pairs:
+        one = Contender(kind, backend)
+        calls.append((f"{NETWORK}, {kind}, {backend}, inference", lambda c=one: inferred(c)))
+        if task.dry and backend == "triton":
+            continue
+        calls += [
+            (f"{SMALL_NETWORK}, {kind}, {backend}, graph", lambda c=one: trained(c, SMALL_NETWORK)),
+            (
+                f"{NETWORK} at 224 px, {kind}, {backend}, graph",
+                lambda c=one: trained(c, NETWORK, 224),
+            ),
+        ]
+    yield from task.rows(calls)
+
+
+def guard(task: Task) -> Iterator[Row]:
+    """Whether 200 steps by the kernels learn what 200 steps layer by layer do."""
+
+    def kept() -> Row:
+        row = accuracy_guard(dry=task.dry)
+        faults = [] if task.dry or row.get("kept", True) else ["the losses differ"]
+        return {**row, "wrong": faults}
+
+    yield from task.rows([("accuracy guard", kept)])
