@@ -97,6 +97,9 @@ def test_tables_say_the_numbers(found, tmp_path):
         assert float(row["average_precision"]) == one.average_precision
         assert float(row["threshold"]) == one.threshold
         assert float(row["outside_accepted"]) == one.outside.accepted
+        assert float(row["balanced_accuracy"]) == one.balanced_accuracy
+        for name in ("precision", "recall", "f1", "balanced_accuracy"):
+            assert float(row[f"outside_{name}"]) == getattr(one.outside, name)
         block = found.early_decoding.blocks[1]
         assert float(row["early_decoding_2"]) == block.class_accuracy[index]
     for index, row in enumerate(tables["blocks.csv"]):
