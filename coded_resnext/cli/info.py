@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from coded_resnext.codebooks.shipped import IN_WORDS
 from coded_resnext.deploy.cost import measure_latency, network_cost
 from coded_resnext.deploy.early_exit import EarlyExit
 from coded_resnext.deploy.extract import extract_classifier, extract_subset
@@ -58,6 +59,7 @@ def describe(
                 "branches": book.branches,
                 "active": book.active,
                 "min_distance": book.min_distance,
+                "variant": book.variant,
             }
             for book in model.stage_codebooks
         ],
@@ -90,9 +92,13 @@ def _sentences(content: dict[str, Any]) -> str:
     shown = ", ".join(map(printable, names[:SHOWN_CLASSES]))
     shown += ", .." if len(names) > SHOWN_CLASSES else ""
     lines = [f"{len(names)} classes: {shown}"]
+    books = iter(content["codebooks"])
     for number, stage in enumerate(content["stages"], 1):
         active, branches = stage["active"], stage["branches"]
-        coded = f"{active} of {branches} branches a class" if active < branches else "plain"
+        coded = "plain"
+        if active < branches:
+            words = IN_WORDS[next(books)["variant"]]
+            coded = f"{active} of {branches} branches a class, {words}"
         lines.append(
             f"stage {number}: {stage['depth']} blocks, {stage['channels']} channels, "
             f"{branches} branches of width {stage['width']}, {coded}"

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from coded_resnext.codebooks.codebook import Codebook
-from coded_resnext.codebooks.shipped import Size, shipped_sizes
+from coded_resnext.codebooks.shipped import IN_WORDS, Size, shipped_sizes
 from coded_resnext.data.augment import TrainTransform
 from coded_resnext.data.datasets import Storage, decoded, load_dataset
 from coded_resnext.data.image_sets import (
@@ -192,18 +192,10 @@ def is_published(recipe: Recipe, classes: int) -> bool:
     return all(size in shipped for size in sizes)
 
 
-def codebooks_in_words(recipe: Recipe, model: CodedResNeXt) -> str:
+def codebooks_in_words(model: CodedResNeXt) -> str:
     """Returns which codewords a run trains, as a line for a person."""
-    settings = recipe.model
-    if not model.codebooks:
-        return "codebooks: none, the plain twin"
-    if settings.codebooks:
-        return f"codebooks: {', '.join(settings.codebooks)}"
-    if settings.codebook_variant == "paper":
-        if is_published(recipe, model.num_classes):
-            return "codebooks: the published ones"
-        return f"codebooks: none is published for {model.num_classes} classes; the best known"
-    return f"codebooks: {settings.codebook_variant or 'those of the network or the checkpoint'}"
+    books = [f"{b.active}/{b.branches} {IN_WORDS[b.variant]}" for b in model.stage_codebooks]
+    return f"codebooks: {', '.join(books) or 'none, the plain twin'}"
 
 
 def _codebook(path: str, class_names: Sequence[str]) -> Codebook:
@@ -335,7 +327,7 @@ def run_recipe(
             words = "\n".join(
                 [
                     settings_in_words(recipe),
-                    codebooks_in_words(recipe, model),
+                    codebooks_in_words(model),
                     computation_in_words(recipe, world),
                 ]
             )

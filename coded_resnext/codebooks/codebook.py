@@ -27,7 +27,7 @@ from .bounds import Bounds, codebook_bounds
 from .files import read_document, write_document
 from .quality import Quality, quality
 from .search import Progress, search
-from .shipped import FORMAT_VERSION, Size, load_shipped
+from .shipped import FORMAT_VERSION, Size, load_shipped, variant_of
 from .words import Words, distance_histogram, first_duplicate, from_strings, is_balanced, to_strings
 
 # Characters of a class name in a table of classes.
@@ -165,6 +165,11 @@ class Codebook:
     def words(self) -> tuple[str, ...]:
         """Returns the codewords as strings of 0 and 1."""
         return tuple(to_strings(self._words))
+
+    @property
+    def variant(self) -> str | None:
+        """Returns the variant as which these codewords are shipped; None where they are not."""
+        return variant_of(Size(self.classes, self.branches, self.active), self.words)
 
     @property
     def column_loads(self) -> tuple[int, ...]:

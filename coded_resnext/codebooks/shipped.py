@@ -10,7 +10,7 @@ codewords were made and how to make them again, and `sha256`, the digest of the 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from importlib.resources import files
 from typing import Any, NamedTuple
 
@@ -18,6 +18,13 @@ from coded_resnext.files import parse_json
 
 FORMAT_VERSION = 1
 VARIANTS = ("best", "paper", "paper_d8")
+# Which table codewords are, for a person; None for those that are not shipped.
+IN_WORDS: dict[str | None, str] = {
+    "best": "the best known codewords",
+    "paper": "the published codewords",
+    "paper_d8": "the published codewords D8",
+    None: "codewords of its own",
+}
 
 
 class Size(NamedTuple):
@@ -74,6 +81,12 @@ def load_shipped(size: Size, variant: str = "best") -> dict[str, Any]:
     if digest(content["codewords"]) != content["sha256"]:
         raise ValueError(f"{name}: the codewords do not match their sha256; install anew")
     return content
+
+
+def variant_of(size: Size, words: Sequence[str]) -> str | None:
+    """Returns the variant that these codewords are, the published where both are; None for none."""
+    shipped = (v for v in ("paper", "paper_d8", "best") if size in shipped_sizes(v))
+    return next((v for v in shipped if load_shipped(size, v)["sha256"] == digest(words)), None)
 
 
 def _check_variant(variant: str) -> None:

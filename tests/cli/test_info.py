@@ -37,9 +37,8 @@ def test_sentences(run_folder, network, capsys):
     assert info(run_folder / "model.safetensors", "--latency") == 0
     output = capsys.readouterr().out
     assert "4 classes: ant, bee, cat, dog" in output
-    assert (
-        "stage 2: 2 blocks, 12 channels, 5 branches of width 2, 3 of 5 branches a class" in output
-    )
+    stage = "stage 2: 2 blocks, 12 channels, 5 branches of width 2, 3 of 5 branches a class"
+    assert f"{stage}, codewords of its own\n" in output
     assert f"{network_cost(network, 6).macs:,}  for one image of 6x6 pixels" in output
     assert "one image, BatchNorm folded: network" in output
     assert "early exit at margins 0.500, none, 0.125" in output

@@ -114,6 +114,20 @@ def test_published_tables(size):
     assert codebook.words[0] == {3: "1001001000", 5: "1010100011"}[size.active]
 
 
+def test_codewords_say_which_table_they_are():
+    """Whatever their names; the published one where the best is the same."""
+    for variant in ("paper_d8", "paper", "best"):
+        for size in shipped_sizes(variant):
+            codebook = Codebook.shipped(*size, variant)
+            same = size in shipped_sizes("paper") and codebook.words == tuple(
+                load_shipped(size, "paper")["codewords"]
+            )
+            names = [f"class {index}" for index in range(size.classes)]
+            assert codebook.with_class_names(names).variant == ("paper" if same else variant)
+    assert Codebook.from_words(["1100", "0110", "0011"]).variant is None
+    assert Codebook(Codebook.shipped(10, 10, 3).codewords.flip(0)).variant is None
+
+
 def test_what_is_not_shipped_is_named():
     with pytest.raises(ValueError, match=r"no 'best' codebook of 7 x 3/10 .*; there are 10 x 3/10"):
         Codebook.shipped(7, 10, 3)
