@@ -23,7 +23,7 @@ ENV PATH=/opt/venv/bin:${PATH} \
 
 COPY . /opt/source
 RUN pip install --no-cache-dir --index-url "${TORCH_INDEX}" "torch>=2.11" "torchvision>=0.26" \
-    && pip install --no-cache-dir "/opt/source[train,report,export,kernels]"
+    && pip install --no-cache-dir "/opt/source[train,report,export]"
 RUN mkdir /opt/kernels \
     && for arch in ${CODED_RESNEXT_BUILD_ARCHS}; do \
         coded-resnext build-kernels --arch "${arch}" --out /opt/kernels || exit 1; \

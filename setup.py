@@ -5,7 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
-from importlib.util import find_spec
+import time
 from pathlib import Path
 
 from setuptools import setup
@@ -37,7 +37,6 @@ TOOLS = [
     "opacus>=1.6",
     "torchinfo>=1.8",
 ]
-KERNELS = ["ninja>=1.11"]
 BROWSER = ["axe-playwright-python>=0.1.7", "playwright>=1.50"]
 DOCS = ["mkdocs-material>=9.6", "mkdocstrings[python]>=1.0", "ruff>=0.9"]
 NOTEBOOKS = ["ipykernel>=6.29", "nbclient>=0.10", *REPORT, *TRAIN]
@@ -49,7 +48,6 @@ TEST = [
     *DATASETS,
     *FAST,
     *TIMM,
-    *KERNELS,
     *BROWSER,
     *DOCS,
     *NOTEBOOKS,
@@ -80,34 +78,58 @@ IS_LINKED = (ROOT / "coded_resnext" / "kernels").is_dir()
 ARCHS_VARIABLE = "CODED_RESNEXT_BUILD_ARCHS"
 
 
-class EditableWheel(editable_wheel):
-    """An editable install that also compiles the kernels, where the environment asks for it.
+# Asked of the environment itself: pip hides its packages from an isolated build.
+QUESTION = """
+try:
+    import numpy, torch, triton
+except ImportError as error:
+    print("lacks", error.name)
+else:
+    count = 0 if torch.version.hip else torch.cuda.device_count()
+    seen = sorted({torch.cuda.get_device_capability(index) for index in range(count)})
+    print("sees", *(f"{major}{minor}" for major, minor in seen if major >= 8))
+"""
 
-    CODED_RESNEXT_BUILD_ARCHS holds compute capabilities, such as "80 90". The kernels are bound to
-    the Triton that compiles them, so only a build in the environment of use makes sense
-    (`--no-build-isolation`); an isolated one says that it skips this.
+
+class EditableWheel(editable_wheel):
+    """An editable install that also compiles the kernels for the GPUs that it sees.
+
+    CODED_RESNEXT_BUILD_ARCHS holds other compute capabilities, such as "80 90". It says in one line
+    what it did, which pip shows with `-v`.
     """
 
     def run(self) -> None:
         super().run()
-        archs = os.environ.get(ARCHS_VARIABLE, "").replace(",", " ").split()
-        if not archs:
-            return
-        if find_spec("triton") is None or find_spec("torch") is None:
-            print(
-                f"coded-resnext: {ARCHS_VARIABLE} is set, but this is an isolated build without "
-                "torch and triton: no kernels are compiled. Install with --no-build-isolation, or "
-                "run `coded-resnext build-kernels` afterwards.",
-                file=sys.stderr,
-            )
-            return
-        options = [option for arch in archs for option in ("--arch", arch)]
-        command = "import sys; from coded_resnext.cli.main import main; sys.exit(main())"
-        subprocess.run(  # noqa: S603
-            [sys.executable, "-P", "-c", command, "build-kernels", *options],
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
-            check=True,
-        )
+        print(f"coded-resnext: {_build_kernels()}", file=sys.stderr)
+
+
+def _build_kernels() -> str:
+    """Compiles kernels in the environment of use; returns what became of it."""
+    hidden = ("PYTHONPATH", "PYTHONNOUSERSITE")
+    environment = {name: value for name, value in os.environ.items() if name not in hidden}
+    ask = [sys.executable, "-P", "-c", QUESTION]
+    answer = subprocess.run(ask, env=environment, capture_output=True, text=True, check=False)  # noqa: S603
+    verb, *words = answer.stdout.split() or ("lacks", "Python")
+    later = "`coded-resnext build-kernels` compiles them"
+    if verb == "lacks":
+        return f"no kernels were compiled, since {words[0]} is not installed yet; {later}"
+    asked = os.environ.get(ARCHS_VARIABLE, "").replace(",", " ").split()
+    archs = asked or words
+    if not archs:
+        return f"no kernels were compiled, since there is no GPU here for them; {later}"
+    command = "import sys; from coded_resnext.cli.main import main; sys.exit(main())"
+    options = [option for arch in archs for option in ("--arch", arch)]
+    start = time.perf_counter()
+    done = subprocess.run(  # noqa: S603
+        [sys.executable, "-P", "-c", command, "build-kernels", *options],
+        env={**environment, "PYTHONPATH": str(ROOT)},
+        # Without being asked for, a build is no reason for an install to fail.
+        check=bool(asked),
+    )
+    names = ", ".join(f"sm_{arch}" for arch in archs)
+    if done.returncode:
+        return f"the kernels for {names} were not compiled, see above; {later}"
+    return f"kernels compiled for {names} in {time.perf_counter() - start:.0f} s"
 
 
 class CleanBuild(build_py):
@@ -168,6 +190,7 @@ setup(
         "coded_resnext.training": ["recipes/*.yaml"],
     },
     install_requires=[
+        "ninja>=1.11",
         "numpy>=2",
         "safetensors>=0.4",
         "torch>=2.11",
@@ -182,7 +205,6 @@ setup(
         "datasets": DATASETS,
         "fast": FAST,
         "timm": TIMM,
-        "kernels": KERNELS,
         "tools": TOOLS,
         "docs": DOCS,
         "notebooks": NOTEBOOKS,

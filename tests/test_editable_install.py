@@ -36,11 +36,11 @@ def copy_checkout(folder: Path) -> Path:
 
 
 def install(
-    checkout: Path, archs: str, *options: str, **environment: str
+    checkout: Path, archs: str, *options: str, python: str = sys.executable, **environment: str
 ) -> subprocess.CompletedProcess[str]:
     """Run the step of an editable install that makes its wheel."""
     return subprocess.run(
-        [sys.executable, *options, "setup.py", "-q", "editable_wheel", "--dist-dir", "dist"],
+        [python, *options, "setup.py", "-q", "editable_wheel", "--dist-dir", "dist"],
         cwd=checkout,
         env={**os.environ, "CODED_RESNEXT_BUILD_ARCHS": archs, **environment},
         capture_output=True,
@@ -49,43 +49,88 @@ def install(
     )
 
 
-def test_an_isolated_build_says_that_it_skips(checkout: Path) -> None:
-    # As in pip's build environment there is setuptools, and not torch nor triton.
-    packages = checkout / "isolated"
-    packages.mkdir()
+def setuptools_alone(folder: Path) -> Path:
+    """Makes a folder with setuptools and nothing else, as pip's build environment has it."""
+    folder.mkdir(parents=True)
     installed = Path(setuptools.__file__).parent.parent
     for pattern in ("setuptools*", "_distutils_hack", "pkg_resources"):
         for path in installed.glob(pattern):
-            (packages / path.name).symlink_to(path)
-    result = install(checkout, "90", "-S", PYTHONPATH=str(packages))
-    assert result.returncode == 0, result.stderr
-    assert "no kernels are compiled. Install with --no-build-isolation" in result.stderr
-    assert list((checkout / "dist").glob("*.whl"))
-    quiet = install(checkout, "", "-S", PYTHONPATH=str(packages))
-    assert "no kernels" not in quiet.stderr
+            (folder / path.name).symlink_to(path)
+    return folder
 
 
-@pytest.mark.long
-def test_a_build_in_place_runs_the_builder_of_this_checkout(checkout: Path) -> None:
-    # What it compiles is not the question here, and would take a minute.
+def environment_with(folder: Path, *packages: str, at_start: str = "") -> str:
+    """Makes an environment that has the packages of folders; its interpreter."""
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)
+    [site] = folder.glob("lib/python*/site-packages")
+    (site / "packages.pth").write_text("\n".join(packages))
+    (site / "sitecustomize.py").write_text(at_start)
+    return str(folder / "bin" / "python")
+
+
+@pytest.fixture
+def asking(checkout: Path) -> Path:
+    """Returns a checkout whose builder says what it is asked for; compiling takes a minute."""
     command = checkout / "coded_resnext" / "cli" / "build_kernels.py"
-    text = command.read_text()
-    shutil.copy(command, checkout / "original")
     command.write_text(
-        text.replace(
+        command.read_text().replace(
             "    archs = arguments.arch",
             "    print('asked for', arguments.arch)\n"
             "    print('kernels of', build.__code__.co_filename)\n"
-            "    return 0\n    archs = arguments.arch",
+            "    return int(arguments.arch == ['99'])\n    archs = arguments.arch",
+            1,
         )
     )
-    result = install(checkout, "90, 100")
+    return checkout
+
+
+def test_an_install_without_torch_or_a_gpu_says_so(asking: Path, tmp_path: Path) -> None:
+    without = environment_with(tmp_path / "bare", str(setuptools_alone(tmp_path / "packages")))
+    for archs in ("", "90"):
+        result = install(asking, archs, python=without)
+        assert result.returncode == 0, result.stderr
+        assert "no kernels were compiled, since numpy is not installed yet" in result.stderr
+        assert list((asking / "dist").glob("*.whl"))
+    result = install(asking, "", CUDA_VISIBLE_DEVICES="")
+    assert result.returncode == 0, result.stderr
+    assert "no kernels were compiled, since there is no GPU here for them" in result.stderr
+    assert "`coded-resnext build-kernels` compiles them" in result.stderr
+
+
+FAKE_GPU = """
+import torch
+torch.cuda.device_count = lambda: 2
+torch.cuda.get_device_capability = lambda index: [(7, 5), {seen}][index]
+"""
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("isolated", [False, True])
+def test_an_install_compiles_for_the_gpus_that_it_sees(
+    asking: Path, tmp_path: Path, isolated: bool
+) -> None:
+    """By the environment's own packages, which pip hides behind a PYTHONPATH of its own."""
+    own = [path for path in sys.path if path.endswith("site-packages")]
+    hides = {"PYTHONPATH": str(setuptools_alone(tmp_path / "packages"))} if isolated else {}
+    options = ["-S"] * isolated
+    for seen, outcome in (("9, 0", "kernels compiled for sm_90 in"), ("9, 9", "were not compiled")):
+        start = FAKE_GPU.format(seen=f"({seen})")
+        gpu = environment_with(tmp_path / seen, *own, at_start=start)
+        result = install(asking, "", *options, python=gpu, **hides)
+        assert result.returncode == 0, result.stderr
+        assert outcome in result.stderr
+        assert f"asked for ['{seen[0]}{seen[-1]}']" in result.stdout
+        assert f"kernels of {asking / 'coded_resnext'}" in result.stdout
+
+
+@pytest.mark.long
+def test_an_install_compiles_what_it_is_asked_for(asking: Path) -> None:
+    result = install(asking, "90, 100")
     assert result.returncode == 0, result.stderr
     assert "asked for ['90', '100']" in result.stdout
-    shutil.copy(checkout / "original", command)
-    failed = install(checkout, "ninety")
-    assert failed.returncode != 0
-    assert "--arch: expected a capability" in failed.stderr
+    assert "kernels compiled for sm_90, sm_100 in" in result.stderr
+    # Asked for, a failure is one.
+    assert install(asking, "99").returncode != 0
 
 
 def python(folder: Path, code: str, path: str = "") -> subprocess.CompletedProcess[str]:

@@ -46,6 +46,21 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def build_missing(arch: str) -> None:
+    """Compiles the kernels of an architecture, `sm90`, that are not there; says so, and by whom.
+
+    Where they cannot be compiled now, each is when it is first launched.
+    """
+    folder = default_folder()
+    if folder is None or not arch.startswith("sm") or not missing([arch], folder):
+        return
+    say(f"compiling the kernels for {arch}, once, into {folder}", file=sys.stderr)
+    try:
+        build([arch], folder)
+    except (BuildError, OSError) as error:
+        say(f"they are compiled as they are needed instead: {error}", file=sys.stderr)
+
+
 def _present_arch() -> str:
     if not torch.cuda.is_available():
         raise ValueError("--arch: expected a capability such as 90, since there is no GPU here")

@@ -45,6 +45,7 @@ from coded_resnext.interpret import (
 from coded_resnext.interpret.results import FIGURES_FOLDER, require_packages
 from coded_resnext.kernels import check_backend
 from coded_resnext.kernels.backend import named_backend
+from coded_resnext.kernels.layout import architecture
 from coded_resnext.models.checkpoint import MODEL_FILE
 from coded_resnext.models.registry import create_model, network_arguments
 from coded_resnext.models.resnext import CodedResNeXt
@@ -78,6 +79,7 @@ from coded_resnext.training.run_folder import (
 from coded_resnext.training.saved_state import load_state
 from coded_resnext.training.step import compiled, compiler_for
 
+from .build_kernels import build_missing
 from .report import write_report
 
 RECIPE_FILE = "recipe.yaml"
@@ -332,6 +334,8 @@ def run_recipe(
                 ]
             )
             say(f"{splits}\n{words}", file=sys.stderr)
+        if world.device.type == "cuda" and settings["backend"] in ("fused", "triton"):
+            world.on_main(lambda: build_missing(architecture(world.device.index or 0)))
         loaders = make_loaders(recipe, splits, world)
         if recipe.model.initial_checkpoint and world.on_main(lambda: run.load_state() is None):
             some = splits.slice(train_images=min(CALIBRATION_IMAGES, len(splits.train)))
