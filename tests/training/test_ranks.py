@@ -190,6 +190,24 @@ def test_a_rank_of_another_recipe_is_refused_before_it_opens_anything(tmp_path: 
     assert not (tmp_path / "run").exists()
 
 
+def test_running_statistics_begin_as_those_of_the_first_rank(tmp_path: Path) -> None:
+    """DistributedDataParallel makes parameters equal, buffers not in every version."""
+
+    def body(rank: int) -> list[float]:
+        with training_session("cpu") as world:
+            model = make_model()
+            buffers = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
+            for buffer in buffers:
+                buffer.fill_(1 + rank)
+            step_module.TrainStep(model, make_config(), world, 1)
+            return [float(buffer.mean()) for buffer in buffers]
+
+    children = start_ranks(body, tmp_path)
+    assert [wait(child) for child in children] == [0, 0]
+    for rank in range(2):
+        assert set(json.loads((tmp_path / f"{rank}.json").read_text())) == {1.0}
+
+
 def test_a_rank_that_waits_for_another_ends_at_the_second_signal(tmp_path: Path) -> None:
     def body(rank: int) -> None:
         with training_session("cpu") as world:
