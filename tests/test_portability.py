@@ -20,6 +20,7 @@ def test_wrong(): assert 1 + 1 == 3
 """
 
 
+@pytest.mark.long
 def test_a_row_says_what_is_in_effect_and_what_failed(tmp_path: Path) -> None:
     (tmp_path / "test_three.py").write_text(TESTS)
     processor = next(one for one in portability.PROCESSORS if one.name == "without AVX")
@@ -40,6 +41,7 @@ def test_what_this_processor_lacks_is_not_called_passed() -> None:
     assert describe(row) == "| future | not on this processor: no_such_flag | 1 |  |  |  |  |"
 
 
+@pytest.mark.long
 def test_a_setting_without_effect_is_a_failure() -> None:
     ignored = Processor("ignored", {"ATEN_CPU_CAPABILITY": "default"}, {"ATen": "AVX512"})
     row = try_tests(ignored, PYTHON, [], 1)

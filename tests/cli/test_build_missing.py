@@ -14,10 +14,10 @@ from coded_resnext.kernels.build.build import BuildError
 @pytest.mark.parametrize(
     ("arch", "lacking", "error", "said"),
     [
-        ("sm90", ["energy_forward"], None, "compiling the kernels for sm90, once, into"),
-        ("sm90", ["energy_forward"], BuildError("no ninja"), "as they are needed instead: no ninja"),
+        ("sm90", ["a kernel"], None, "compiling the kernels for sm90, once, into"),
+        ("sm90", ["a kernel"], BuildError("no ninja"), "as they are needed instead: no ninja"),
         ("sm90", [], None, ""),
-        ("gfx942", ["energy_forward"], None, ""),
+        ("gfx942", ["a kernel"], None, ""),
     ],
 )
 def test_what_is_missing_is_built_once(
