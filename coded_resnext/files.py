@@ -4,6 +4,7 @@ all."""
 from __future__ import annotations
 
 import csv
+import errno
 import hashlib
 import io
 import json
@@ -12,6 +13,7 @@ import os
 import re
 import reprlib
 import secrets
+import shutil
 import stat
 import sys
 import unicodedata
@@ -219,6 +221,22 @@ def _write_in(folder: int | None, path: Path, content: bytes) -> None:
     finally:
         with suppress(FileNotFoundError):
             os.unlink(temporary, dir_fd=folder)
+
+
+def require_room(folder: str | Path, size: int) -> None:
+    """Makes a folder, and refuses one that cannot take so many bytes, before the work for it.
+
+    Raises:
+        OSError: it cannot be made or written, or its disk has less room.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK):
+        raise PermissionError(errno.EACCES, "cannot write", str(folder))
+    free = shutil.disk_usage(folder).free
+    if free < size:
+        wanted = f"expected {-(-size >> 20)} MiB of free space, got {free >> 20}"
+        raise OSError(errno.ENOSPC, wanted, str(folder))
 
 
 # Folders inside folders that may be a stranger's: they are never reached through a link.

@@ -20,7 +20,7 @@ from coded_resnext.data.image_sets import ImageSplits
 from coded_resnext.data.labelled import images_of_no_class
 from coded_resnext.data.loaders import EvalImages
 from coded_resnext.data.preprocessing import SPLIT_SEED, Preprocessing
-from coded_resnext.files import say
+from coded_resnext.files import require_room, say
 from coded_resnext.interpret import tables
 from coded_resnext.interpret.evaluate import evaluate, plan
 from coded_resnext.interpret.observe import Loader
@@ -36,6 +36,8 @@ DIGITS = "digits"
 # As in the evaluation at the end of a training, so that rounding is the same and all digits agree.
 DIGITS_BATCH = 256
 FOLDER_BATCH = 64
+# Results of a thousand classes with their figures and tables.
+ROOM = 64 * 2**20
 NAMED_SETS = ("cifar10", "cifar100", "synthetic")
 
 
@@ -52,6 +54,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError("--csv: expected --out DIR beside it, where the tables go")
     if out is not None:
         require_packages("--out")
+        require_room(out, ROOM)
     negatives = _negatives(arguments.negatives)
     loaded = load_model(arguments.checkpoint, backend=arguments.backend)
     # The kernels run there, or without one in Triton's interpreter.

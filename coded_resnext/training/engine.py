@@ -28,7 +28,7 @@ from torch import Tensor
 
 from coded_resnext.data.batches import ShuffledSamples, TrainLoader
 from coded_resnext.data.preprocessing import Preprocessing
-from coded_resnext.files import UNFIT, brief, say
+from coded_resnext.files import UNFIT, brief, require_room, say
 from coded_resnext.models.checkpoint import describe_network, save_model
 from coded_resnext.models.resnext import CodedResNeXt
 
@@ -50,6 +50,8 @@ from .step import TrainStep
 
 NON_FINITE_FILE = "non_finite.json"
 FILES_SHOWN = 8
+# Three checkpoints of weights, momenta and average, and three model files.
+ROOM = 12
 
 
 def fit(
@@ -96,7 +98,8 @@ def fit(
         FloatingPointError: a step was not finite; the message says which step, where it came up
             first, and the files of its images. The folder holds the state before it.
         TrainingStopped: after SIGTERM or SIGINT; the folder holds the state after the last step.
-        OSError: a file could not be written; the checkpoints before it are intact.
+        OSError: there is no room for checkpoints, or a file could not be written; the checkpoints
+            before it are intact.
     """
     world = world or World(device=next(model.parameters()).device)
     config.local_batch_size(world.size)
@@ -106,6 +109,8 @@ def fit(
         )
     with world.signals:
         # What was frozen is known before anything is made of the network.
+        weights = sum(value.nbytes for value in model.state_dict().values())
+        world.on_main(lambda: require_room(run.path, ROOM * weights))
         state = world.on_main(run.load_state)
         if state is not None:
             _freeze(model, state.get("frozen"))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -164,6 +166,18 @@ def test_a_missing_package_is_named_before_the_work(checkpoint, tmp_path, monkey
     monkeypatch.setattr(evaluate_command, "evaluate", lambda *_, **__: pytest.fail("too late"))
     monkeypatch.setattr(results, "find_spec", lambda name: None if name == "matplotlib" else name)
     with pytest.raises(ImportError, match=r"^--out needs matplotlib; install .*\[report\]"):
+        run(checkpoint, tmp_path / "data", "--out", tmp_path / "out")
+
+
+def test_room_for_the_results_is_looked_for_before_the_work(checkpoint, tmp_path, monkeypatch):
+    """so-vits-svc#46, LlamaFactory#1223: hours of work ended at a full disk."""
+    write_images(tmp_path / "data")
+    monkeypatch.setattr(evaluate_command, "evaluate", lambda *_, **__: pytest.fail("too late"))
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="file"):
+        run(checkpoint, tmp_path / "data", "--out", tmp_path / "file")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=2**20))
+    with pytest.raises(OSError, match=r"expected 64 MiB of free space, got 1.*out"):
         run(checkpoint, tmp_path / "data", "--out", tmp_path / "out")
 
 

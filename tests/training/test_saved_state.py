@@ -6,14 +6,18 @@ import os
 import pickle
 import random
 import resource
+import shutil
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from support.tiny_training import make_config, train
 from torture.checkpoints import flip_bits, kill_while_saving
 
+from coded_resnext.training import engine
 from coded_resnext.training.saved_state import load_state, save_state
 
 STATE = {"model": {"w": torch.arange(3)}, "history": [{"epoch": 1, "total": 0.5}]}
@@ -124,6 +128,16 @@ def test_full_disk_is_an_error_that_leaves_the_old_checkpoint(tmp_path: Path) ->
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert (load_state(tmp_path) or {})["step"] == 0
     assert not list((tmp_path / "checkpoints").glob(".*"))
+
+
+def test_room_for_checkpoints_is_looked_for_before_the_first_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """so-vits-svc#46, LlamaFactory#1223: an epoch was trained, and could not be saved."""
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    monkeypatch.setattr(engine, "TrainStep", lambda *_: pytest.fail("too late"))
+    with pytest.raises(OSError, match="MiB of free space, got 0"):
+        train(tmp_path, make_config(epochs=1, warmup_epochs=0))
 
 
 def test_killed_while_saving_short(tmp_path: Path) -> None:
