@@ -22,7 +22,7 @@ from coded_resnext.kernels.recompute.convolution import Moments
 from coded_resnext.kernels.rows import Passes
 from coded_resnext.models.fused import block as fused_block
 from coded_resnext.models.fused import step
-from coded_resnext.models.fused.data_flow import Layers, Weights
+from coded_resnext.models.fused.data_flow import Conv, Convs
 
 N, D, OUT = 4, 3, 8
 CHANNELS = N * D
@@ -67,7 +67,8 @@ def block_call(size: Size) -> step.Call:
         for bn in (block.reduce_bn, block.grouped_bn, block.expand_bn)
     ]
     weights = [conv.weight.detach() for conv in (block.reduce, block.grouped, block.expand)]
-    return step.block_call(plan, x, Weights(*weights, None), Layers(*layers, None), (None, None))
+    convs = [Conv(weight, layer) for weight, layer in zip(weights, layers, strict=True)]
+    return step.block_call(plan, x, Convs(*convs, None), (None, None))
 
 
 def energies(size: Size) -> Tensor:

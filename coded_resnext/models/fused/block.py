@@ -32,7 +32,7 @@ from coded_resnext.kernels.layout import (
 from coded_resnext.kernels.rows import Passes
 from coded_resnext.models.layers import NORMS
 
-from .data_flow import Layers, Plan, Weights
+from .data_flow import Conv, Convs, Plan, present
 from .norm import BatchNorm, Folded, Layer, fold, shared_by, update_running, uses_batch
 from .step import Deferred, Map, applied, block_call, like, ready
 
@@ -92,20 +92,16 @@ def fused_block(
         checked_mask("drop_mask", drop_mask, handle, block.branches, accumulate),
         checked_mask("keep_mask", keep_mask, handle, block.branches, accumulate),
     )
-    weights = Weights(
-        block.reduce.weight,
-        block.grouped.weight,
-        block.expand.weight,
-        skip[0].weight if skip else None,
-    )
     plan = planned(block, x)
-    layers = [_layer(bn, kernels=bool(plan.pointwise)) for bn in norms]
-    first, second, third, *rest = layers
-    of_layers = Layers(first, second, third, rest[0] if rest else None)
-    y, result = applied(block_call(plan, x, weights, of_layers, masks))
-    check_debug(h=result.y2, weight=block.expand.weight)
-    moments = (result.moments1, result.moments2, result.moments3, result.skip_moments)
-    update_running(norms, [each for each in moments if each is not None])
+    layers = (block.reduce, block.grouped, block.expand, *skip[:1])
+    pairs = zip(layers, norms, strict=True)
+    first, second, third, *rest = (
+        Conv(conv.weight, _layer(bn, kernels=bool(plan.pointwise))) for conv, bn in pairs
+    )
+    convs = Convs(first, second, third, rest[0] if rest else None)
+    y, result = applied(block_call(plan, x, convs, masks))
+    check_debug(h=present(result.grouped.y), weight=block.expand.weight)
+    update_running(norms, [made.moments for made in result.convs])
     return y, result.energies
 
 

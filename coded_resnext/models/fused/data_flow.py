@@ -10,7 +10,7 @@ docs/fused_block.md; letters as in docs/math.md.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,6 +33,12 @@ from .norm import Layer
 MaybeAffine = tuple[Tensor | None, Tensor | None]
 # Without a map.
 NO_MAP: MaybeAffine = (None, None)
+
+
+def present(value: Tensor | None) -> Tensor:
+    """Returns a tensor that is there, which its type does not say."""
+    assert value is not None
+    return value
 
 
 def _affine(map_: Tensor | None) -> MaybeAffine:
@@ -85,9 +91,7 @@ class Sum(NamedTuple):
         """Computes `x [B, C, H, W]`."""
         residual = (self.residual.written(), *self.residual.affine)
         main = self.main
-        scale, bias = main.affine
-        assert scale is not None
-        assert bias is not None
+        scale, bias = map(present, main.affine)
         if main.weight is None:
             return residual_launch.forward(main.x, scale, bias, *residual, self.pointwise)
         product = (main.x, *main.affine_before, main.weight, scale, bias)
@@ -151,33 +155,48 @@ class Plan(NamedTuple):
         return Passes.decoded(getattr(self, name))._replace(pointwise=bool(self.pointwise))
 
 
-class Weights(NamedTuple):
-    """The weights of a block's convolutions."""
+class Conv(NamedTuple):
+    """A convolution of a block, and the BatchNorm behind it."""
 
-    reduce: Tensor
-    grouped: Tensor
-    expand: Tensor
-    skip: Tensor | None
+    weight: Tensor
+    layer: Layer
 
-    def to(self, dtype: torch.dtype) -> Weights:
-        """Returns them in another dtype, contiguous."""
-        reduce, grouped, expand, skip = (
-            None if each is None else each.to(dtype, memory_format=torch.contiguous_format)
-            for each in self
-        )
-        assert reduce is not None
-        assert grouped is not None
-        assert expand is not None
-        return Weights(reduce, grouped, expand, skip)
+    def weight_for(self, x: Tensor) -> Tensor:
+        """Returns the weight in the dtype of activations, contiguous."""
+        return self.weight.to(x.dtype, memory_format=torch.contiguous_format)
 
 
-class Layers(NamedTuple):
-    """The BatchNorms of a block."""
+class Convs(NamedTuple):
+    """The convolutions of a block."""
 
-    reduce: Layer
-    grouped: Layer
-    expand: Layer
-    skip: Layer | None
+    reduce: Conv
+    grouped: Conv
+    expand: Conv
+    skip: Conv | None
+
+
+class Made(NamedTuple):
+    """What a forward pass makes of a convolution."""
+
+    y: Tensor | None
+    """Behind it, raw; None where it is not stored."""
+    map: Tensor
+    """With `moments` the `Normalization` of its BatchNorm."""
+    moments: Tensor
+    mean: Tensor | None
+    """With `spread` the `Moments` of its input, where it is not stored."""
+    spread: Tensor | None
+    cast: Tensor | None
+    """Its weight in the dtype of the activations, where it is another."""
+
+    @property
+    def normalization(self) -> Normalization:
+        """Returns what the BatchNorm made of the statistics."""
+        return Normalization(self.map, self.moments)
+
+    def weight_of(self, conv: Conv) -> Tensor:
+        """Returns the weight that was multiplied by."""
+        return conv.weight if self.cast is None else self.cast
 
 
 class Result(NamedTuple):
@@ -186,53 +205,46 @@ class Result(NamedTuple):
     x: Tensor | None
     """The block's input where it was a `Sum`."""
     signs: Tensor | None
-    y1: Tensor
-    map1: Tensor
-    moments1: Tensor
-    y2: Tensor
-    map2: Tensor
-    moments2: Tensor
     scaled: Tensor | None
     """`s h` of a coded block."""
     energies: Tensor | None
     inverse: Tensor | None
-    y3: Tensor | None
-    """Behind the last convolution, where it is written."""
-    map3: Tensor
-    moments3: Tensor
-    mean: Tensor | None
-    """`Moments` of `h` where it is not."""
-    spread: Tensor | None
-    reduce: Tensor | None
-    """The weight in the dtype of the activations, where it is another; so are the other three."""
-    grouped: Tensor | None
-    expand: Tensor | None
     picked: Tensor | None
     """The pixels of `x` that a projection with a stride takes."""
-    skip_y: Tensor | None
-    skip_map: Tensor | None
-    skip_moments: Tensor | None
-    skip_mean: Tensor | None
-    skip_spread: Tensor | None
-    skip: Tensor | None
-
-    def weights(self, own: Weights) -> Weights:
-        """Returns the weights in the dtype of the activations, given the block's own."""
-        return Weights(
-            own.reduce if self.reduce is None else self.reduce,
-            own.grouped if self.grouped is None else self.grouped,
-            own.expand if self.expand is None else self.expand,
-            own.skip if self.skip is None else self.skip,
-        )
+    reduce: Made
+    grouped: Made
+    expand: Made
+    skip: Made | None
 
     @property
-    def norms(self) -> tuple[Normalization, Normalization, Normalization]:
-        """Returns what the three BatchNorms made of their statistics."""
-        return (
-            Normalization(self.map1, self.moments1),
-            Normalization(self.map2, self.moments2),
-            Normalization(self.map3, self.moments3),
-        )
+    def convs(self) -> list[Made]:
+        """Returns what was made of the convolutions that there are."""
+        four = (self.reduce, self.grouped, self.expand, self.skip)
+        return [each for each in four if each is not None]
+
+    def flat(self) -> list[Tensor | None]:
+        """Returns the tensors in a row, always as many."""
+        absent = (None,) * len(Made._fields)
+        return [*self[:_ALONE], *self.reduce, *self.grouped, *self.expand, *(self.skip or absent)]
+
+    @classmethod
+    def of(cls, values: Sequence[Tensor | None]) -> Result:
+        """Returns the result whose `flat` this is."""
+        size = len(Made._fields)
+        parts = (values[start : start + size] for start in range(_ALONE, len(values), size))
+        # A map is there wherever there is a convolution.
+        made: list[Any] = [None if part[1] is None else Made._make(part) for part in parts]
+        return cls._make([*values[:_ALONE], *made])
+
+    @classmethod
+    def place(cls, conv: str, field: str) -> int:
+        """Returns where in `flat` a field of a convolution is."""
+        before = cls._fields.index(conv) - _ALONE
+        return _ALONE + before * len(Made._fields) + Made._fields.index(field)
+
+
+# Fields of `Result` that are tensors.
+_ALONE = 6
 
 
 class BlockGradients(NamedTuple):
@@ -252,8 +264,7 @@ class BlockGradients(NamedTuple):
 def forward(
     plan: Plan,
     x: Tensor | Sum,
-    weights: Weights,
-    layers: Layers,
+    convs: Convs,
     drop_mask: Tensor | None,
     keep_mask: Tensor | None,
 ) -> Result:
@@ -262,139 +273,101 @@ def forward(
     Args:
         plan: what the block is, and who computes.
         x: `[B, C_in, H, W]`, or what the block before has left to be computed.
-        weights: in any dtype; products are in that of `x`.
-        layers: the BatchNorms.
+        convs: the convolutions, weights in any dtype; products are in that of `x`.
         drop_mask, keep_mask: `[B, N]` in the accumulation dtype, or None.
     """
-    like = x if isinstance(x, Tensor) else x.main.x
-    wide = accumulation_dtype(like.dtype)
-    cast = weights.to(like.dtype)
-    joined, signs, y1, partial = _first(plan, x, cast.reduce, layers.reduce)
-    norm1 = layers.reduce.normalization(partial, wide)
+    joined, signs, first = _first(plan, x, convs.reduce)
+    y1, weight = present(first.y), convs.grouped.weight_for(present(first.y))
     y2, partial = conv3x3.forward(
         y1,
-        cast.grouped,
-        *norm1.affine,
+        weight,
+        *first.normalization.affine,
         plan.stride,
-        layers.grouped.running is None,
+        convs.grouped.layer.running is None,
         plan.passes("grouped"),
     )
-    norm2 = layers.grouped.normalization(partial, wide)
-    scaled = energies = inverse = None
-    operand, before = y2, _affine(norm2.map)
+    second = _made(convs.grouped, weight, y2, partial)
+    scaled = energies = inverse = picked = skip = None
+    operand, before = y2, _affine(second.map)
     if plan.coded:
-        per_branch = split_weight(weights.expand, plan.branches, concatenate=False)
+        per_branch = split_weight(convs.expand.weight, plan.branches, concatenate=False)
         scaled, energies, inverse = coded.forward(
-            y2, per_branch, *norm2.affine, drop_mask, keep_mask
+            y2, per_branch, *second.normalization.affine, drop_mask, keep_mask
         )
         operand, before = scaled, NO_MAP
-    last = _ending(plan, "last", operand, before, cast.expand, layers.expand)
-    picked, skip = None, _Ending(None, None, None, None, None)
-    if cast.skip is not None and layers.skip is not None:
-        source = x if isinstance(x, Tensor) else joined
-        assert source is not None
+    last = _ending(plan, "last", operand, before, convs.expand)
+    if convs.skip is not None:
+        source = x if isinstance(x, Tensor) else present(joined)
         if plan.stride > 1:
             # It is read several times, of which each would copy what a stride picks.
             source = picked = channels_last(source[:, :, :: plan.stride, :: plan.stride])
-        skip = _ending(plan, "skip", source, NO_MAP, cast.skip, layers.skip)
-    assert last.map is not None
-    assert last.moments is not None
-    return Result(
-        x=joined,
-        signs=signs,
-        y1=y1,
-        map1=norm1.map,
-        moments1=norm1.moments,
-        y2=y2,
-        map2=norm2.map,
-        moments2=norm2.moments,
-        scaled=scaled,
-        energies=energies,
-        inverse=inverse,
-        y3=last.y,
-        map3=last.map,
-        moments3=last.moments,
-        mean=last.mean,
-        spread=last.spread,
-        reduce=None if cast.reduce is weights.reduce else cast.reduce,
-        grouped=None if cast.grouped is weights.grouped else cast.grouped,
-        expand=None if cast.expand is weights.expand else cast.expand,
-        picked=picked,
-        skip_y=skip.y,
-        skip_map=skip.map,
-        skip_moments=skip.moments,
-        skip_mean=skip.mean,
-        skip_spread=skip.spread,
-        skip=None if cast.skip is weights.skip else cast.skip,
-    )
+        skip = _ending(plan, "skip", source, NO_MAP, convs.skip)
+    return Result(joined, signs, scaled, energies, inverse, picked, first, second, last, skip)
 
 
-def _first(
-    plan: Plan, x: Tensor | Sum, weight: Tensor, layer: Layer
-) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor | None]:
-    """Returns the input where it was a sum, its signs, the first convolution and its statistics."""
-    passes, statistics = plan.passes("first"), layer.running is None
+def _made(
+    conv: Conv,
+    weight: Tensor,
+    y: Tensor | None,
+    partial: Tensor | None,
+    moments: tuple[Tensor | None, Tensor | None] = (None, None),
+) -> Made:
+    """Returns what was made of a convolution, with its BatchNorm's map."""
+    norm = conv.layer.normalization(partial, accumulation_dtype(weight.dtype))
+    return Made(y, *norm, *moments, None if weight is conv.weight else weight)
+
+
+def _first(plan: Plan, x: Tensor | Sum, conv: Conv) -> tuple[Tensor | None, Tensor | None, Made]:
+    """Returns the input where it was a sum, its signs, and the first convolution."""
+    passes, statistics = plan.passes("first"), conv.layer.running is None
+    weight = conv.weight_for(x if isinstance(x, Tensor) else x.main.x)
+    joined = signs = None
     if isinstance(x, Tensor):
-        return None, None, *conv1x1.forward(x, weight, *NO_MAP, statistics, passes)
-    main, residual = x.main, (x.residual.written(), *x.residual.affine)
-    scale, bias = main.affine
-    assert scale is not None
-    assert bias is not None
-    if main.weight is None:
-        joined, y1, partial, signs = conv1x1.join(
-            main.x, scale, bias, *residual, weight, statistics, bool(plan.signs), passes
-        )
-        return joined, signs, y1, partial
-    product = (main.x, *main.affine_before, main.weight, scale, bias)
-    joined, signs = recompute.join(*product, *residual, bool(plan.signs), main.passes)
-    return joined, signs, *conv1x1.forward(joined, weight, *NO_MAP, statistics, passes)
-
-
-class _Ending(NamedTuple):
-    """A convolution at the end of a block, if there is one, and the BatchNorm behind it."""
-
-    y: Tensor | None
-    """None where it is not stored."""
-    map: Tensor | None
-    moments: Tensor | None
-    mean: Tensor | None
-    """With `spread` its `Moments`, None where it is stored."""
-    spread: Tensor | None
-
-
-def _ending(
-    plan: Plan, name: str, x: Tensor, before: MaybeAffine, weight: Tensor, layer: Layer
-) -> _Ending:
-    """Returns a convolution at the end of a block, with the map `before` it."""
-    passes, statistics = plan.passes(name), layer.running is None
-    y = partial = None
-    moments: tuple[Tensor | None, Tensor | None] = (None, None)
-    if not plan.recomputed:
-        y, partial = conv1x1.forward(x, weight, *before, statistics, passes)
-    elif statistics:
-        partial, moments = recompute.statistics(x, *before, weight, passes)
-    made = layer.normalization(partial, accumulation_dtype(x.dtype))
-    return _Ending(y, made.map, made.moments, *moments)
-
-
-def output_of(plan: Plan, x: Tensor | Sum, weights: Weights, result: Result) -> Sum:
-    """Returns a block's output, which is left to be computed."""
-    cast = result.weights(weights)
-    operand = result.scaled if plan.coded else result.y2
-    if result.y3 is not None:
-        main = Term(result.y3, result.map3)
+        y, partial = conv1x1.forward(x, weight, *NO_MAP, statistics, passes)
     else:
-        assert operand is not None
-        main = Term(operand, result.map3, result.map2, cast.expand, plan.passes("last"))
-    source = x if isinstance(x, Tensor) else result.x
-    assert source is not None
-    if weights.skip is None:
-        return Sum(main, Term(source, None), bool(plan.pointwise))
-    if result.skip_y is not None:
-        residual = Term(result.skip_y, result.skip_map)
+        main, residual = x.main, (x.residual.written(), *x.residual.affine)
+        scale, bias = map(present, main.affine)
+        if main.weight is None:
+            joined, y, partial, signs = conv1x1.join(
+                main.x, scale, bias, *residual, weight, statistics, bool(plan.signs), passes
+            )
+        else:
+            product = (main.x, *main.affine_before, main.weight, scale, bias)
+            joined, signs = recompute.join(*product, *residual, bool(plan.signs), main.passes)
+            y, partial = conv1x1.forward(joined, weight, *NO_MAP, statistics, passes)
+    return joined, signs, _made(conv, weight, y, partial)
+
+
+def _ending(plan: Plan, name: str, x: Tensor, before: MaybeAffine, conv: Conv) -> Made:
+    """Returns a convolution at the end of a block, with the map `before` it."""
+    passes, statistics = plan.passes(name), conv.layer.running is None
+    weight = conv.weight_for(x)
+    if not plan.recomputed:
+        return _made(conv, weight, *conv1x1.forward(x, weight, *before, statistics, passes))
+    if not statistics:
+        return _made(conv, weight, None, None)
+    partial, moments = recompute.statistics(x, *before, weight, passes)
+    return _made(conv, weight, None, partial, moments)
+
+
+def output_of(plan: Plan, x: Tensor | Sum, convs: Convs, result: Result) -> Sum:
+    """Returns a block's output, which is left to be computed."""
+    last, skip = result.expand, result.skip
+    if last.y is not None:
+        main = Term(last.y, last.map)
+    else:
+        operand = present(result.scaled if plan.coded else result.grouped.y)
+        weight = last.weight_of(convs.expand)
+        main = Term(operand, last.map, result.grouped.map, weight, plan.passes("last"))
+    source = x if isinstance(x, Tensor) else present(result.x)
+    if convs.skip is None or skip is None:
+        residual = Term(source, None)
+    elif skip.y is not None:
+        residual = Term(skip.y, skip.map)
     else:
         operand = source if result.picked is None else result.picked
-        residual = Term(operand, result.skip_map, None, cast.skip, plan.passes("skip"))
+        weight = skip.weight_of(convs.skip)
+        residual = Term(operand, skip.map, None, weight, plan.passes("skip"))
     return Sum(main, residual, bool(plan.pointwise))
 
 
@@ -404,8 +377,7 @@ def backward(
     of_maps: tuple[Tensor, Tensor | None],
     of_energies: Tensor | None,
     x: Tensor | Sum,
-    weights: Weights,
-    layers: Layers,
+    convs: Convs,
     masks: tuple[Tensor | None, Tensor | None],
     result: Result,
     needs: Sequence[bool],
@@ -413,125 +385,82 @@ def backward(
     """Returns the gradients of a block.
 
     Args:
-        plan, x, weights, layers, masks, result: of the forward pass.
+        plan, x, convs, masks, result: of the forward pass.
         g: the gradient of the block's output behind its ReLU.
         of_maps: those of the maps of the output's two terms, as `Sum.gradients` gives them.
         of_energies: those of the energies of a coded block.
         needs: whether the gradients of the input, of the first and of the 3x3 weight are wanted.
     """
     need_input, need_reduce, need_grouped = needs
-    cast = result.weights(weights)
-    norm1, norm2, norm3 = result.norms
-    expand = weights.expand
+    reduce, grouped, expand, _ = convs
+    first, second = result.reduce, result.grouped
+    y2, affine2 = present(second.y), second.normalization.affine
+    operand, before = (present(result.scaled), NO_MAP) if plan.coded else (y2, affine2)
+    of_last, of_expand_bn = _ending_backward(
+        plan, "last", g, of_maps[0], operand, before, expand, result.expand, need_input=True
+    )
+    dy2, dexpand, sums2 = present(of_last.input), present(of_last.weight), of_last.sums
     if plan.coded:
-        assert result.scaled is not None
-        assert result.energies is not None
-        assert result.inverse is not None
-        (of_scaled, _, dexpand), dexpand_bn = _last_backward(
-            plan,
-            "last",
-            g,
-            of_maps[0],
-            result.scaled,
-            NO_MAP,
-            cast.expand,
-            expand.dtype,
-            layers.expand,
-            result.y3,
-            norm3,
-            result.mean,
-            result.spread,
-            need_input=True,
+        energies = present(result.energies)
+        per_branch = split_weight(expand.weight, plan.branches, concatenate=False)
+        dy2, of_branches, sums2 = coded.backward(
+            dy2,
+            torch.zeros_like(energies) if of_energies is None else of_energies,
+            y2,
+            per_branch,
+            *affine2,
+            *masks,
+            energies,
+            present(result.inverse),
         )
-        assert of_scaled is not None
-        assert dexpand is not None
-        per_branch = split_weight(expand, plan.branches, concatenate=False)
-        if of_energies is None:
-            of_energies = torch.zeros_like(result.energies)
-        saved = (result.y2, per_branch, *norm2.affine, *masks, result.energies, result.inverse)
-        dy2, dbranches, sums2 = coded.backward(of_scaled, of_energies, *saved)
-        dexpand = dexpand + dbranches.transpose(0, 1).reshape(expand.shape)
-    else:
-        (dy2_, sums2, dexpand), dexpand_bn = _last_backward(
-            plan,
-            "last",
-            g,
-            of_maps[0],
-            result.y2,
-            _affine(result.map2),
-            cast.expand,
-            expand.dtype,
-            layers.expand,
-            result.y3,
-            norm3,
-            result.mean,
-            result.spread,
-            need_input=True,
-        )
-        assert dy2_ is not None
-        dy2 = dy2_
-    assert dexpand is not None
-    assert sums2 is not None
-    dgrouped_bn, curve, level = layers.grouped.backward(sums2, norm2)
+        dexpand = dexpand + of_branches.transpose(0, 1).reshape(expand.weight.shape)
+    of_grouped_bn, curve, level = grouped.layer.backward(present(sums2), second.normalization)
     dy1, sums1, dgrouped = conv3x3.backward(
         dy2,
-        None if curve is None else result.y2,
+        None if curve is None else y2,
         curve,
         level,
-        result.y1,
-        cast.grouped,
-        *norm1.affine,
+        present(first.y),
+        second.weight_of(grouped),
+        *first.normalization.affine,
         plan.stride,
         True,
-        weights.grouped.dtype if need_grouped else None,
+        grouped.weight.dtype if need_grouped else None,
         plan.passes("grouped"),
     )
-    assert dy1 is not None
-    assert sums1 is not None
-    dreduce_bn, curve, level = layers.reduce.backward(sums1, norm1)
-    of_y1 = (dy1, None if curve is None else result.y1, curve, level)
-    source = x if isinstance(x, Tensor) else result.x
-    assert source is not None
-    through_skip, dskip = _skip_backward(
-        plan, g, of_maps[1], source, cast.skip, weights, layers, result, need_input
-    )
-    reduce_dtype = weights.reduce.dtype if need_reduce else None
-    of_input: tuple[Tensor | None, tuple[Tensor | None, Tensor | None]] = (None, (None, None))
+    of_reduce_bn, curve, level = reduce.layer.backward(present(sums1), first.normalization)
+    of_y1 = (present(dy1), None if curve is None else first.y)
+    source = x if isinstance(x, Tensor) else present(result.x)
+    through_skip, of_skip = _skip_backward(plan, g, of_maps[1], source, convs, result, need_input)
+    weight = first.weight_of(reduce)
+    dtype, passes = reduce.weight.dtype if need_reduce else None, plan.passes("first")
+    maps: tuple[Tensor | None, Tensor | None] = (None, None)
     if isinstance(x, Tensor):
-        dx, _, dreduce = conv1x1.backward(
-            *of_y1[:2],
-            None,
-            *of_y1[2:],
-            x,
-            cast.reduce,
-            *NO_MAP,
-            need_input,
-            reduce_dtype,
-            plan.passes("first"),
-            through_skip,
+        of_y1_and_means = (*of_y1, None, curve, level)
+        of_input, _, dreduce = conv1x1.backward(
+            *of_y1_and_means, x, weight, *NO_MAP, need_input, dtype, passes, through_skip
         )
-        of_input = (dx, (None, None))
     else:
-        before, sums, dreduce = conv1x1.join_backward(
+        of_input, sums, dreduce = conv1x1.join_backward(
             *of_y1,
+            curve,
+            level,
             through_skip,
             source,
             result.signs,
             *x.factors,
-            cast.reduce,
-            reduce_dtype,
-            plan.passes("first"),
+            weight,
+            dtype,
+            passes,
         )
-        assert before is not None
-        assert sums is not None
-        of_input = (before, x.gradients(before, sums))
+        maps = x.gradients(present(of_input), present(sums))
     return BlockGradients(
-        of_input[0],
-        of_input[1],
-        (dreduce, dreduce_bn.weight, dreduce_bn.bias),
-        (dgrouped, dgrouped_bn.weight, dgrouped_bn.bias),
-        (dexpand, *dexpand_bn),
-        dskip,
+        of_input,
+        maps,
+        (dreduce, of_reduce_bn.weight, of_reduce_bn.bias),
+        (dgrouped, of_grouped_bn.weight, of_grouped_bn.bias),
+        (dexpand, *of_expand_bn),
+        of_skip,
     )
 
 
@@ -540,98 +469,62 @@ def _skip_backward(
     g: Tensor,
     of_map: Tensor | None,
     x: Tensor,
-    cast: Tensor | None,
-    weights: Weights,
-    layers: Layers,
+    convs: Convs,
     result: Result,
     need_input: bool,
 ) -> tuple[Tensor | None, tuple[Tensor | None, Tensor | None, Tensor | None]]:
     """Returns the gradient of the input through the skip connection, and those of its layers."""
-    if weights.skip is None or layers.skip is None or cast is None or of_map is None:
+    if convs.skip is None or result.skip is None:
         return g, (None, None, None)
-    assert result.skip_map is not None
-    assert result.skip_moments is not None
     operand = x if result.picked is None else result.picked
-    normalization = Normalization(result.skip_map, result.skip_moments)
-    (dx, _, dweight), dlayer = _last_backward(
+    (dx, _, dweight), of_bn = _ending_backward(
         plan,
         "skip",
         g,
-        of_map,
+        present(of_map),
         operand,
         NO_MAP,
-        cast,
-        weights.skip.dtype,
-        layers.skip,
-        result.skip_y,
-        normalization,
-        result.skip_mean,
-        result.skip_spread,
+        convs.skip,
+        result.skip,
         need_input=need_input,
     )
-    assert dweight is not None
     if dx is not None and plan.stride > 1:
         whole = torch.zeros_like(x, memory_format=torch.channels_last)
         whole[:, :, :: plan.stride, :: plan.stride] = dx
         dx = whole
-    return dx, (dweight, *dlayer)
+    return dx, (dweight, *of_bn)
 
 
-def _last_backward(
+def _ending_backward(
     plan: Plan,
     name: str,
     g: Tensor,
     of_map: Tensor,
     x: Tensor,
     before: MaybeAffine,
-    weight: Tensor,
-    weight_dtype: torch.dtype,
-    layer: Layer,
-    y: Tensor | None,
-    normalization: Normalization,
-    mean: Tensor | None,
-    spread: Tensor | None,
+    conv: Conv,
+    made: Made,
     *,
     need_input: bool,
 ) -> tuple[ConvGradients, tuple[Tensor, Tensor]]:
     """Returns the gradients of a convolution at the end of a block, and of its BatchNorm."""
-    passes = plan.passes(name)
-    gain = normalization.map[1]
-    if y is not None:
-        dlayer, curve, level = layer.backward(of_map[None], normalization)
-        of_conv = conv1x1.backward(
-            g,
-            None if curve is None else y,
-            gain,
-            curve,
-            level,
-            x,
-            weight,
-            *before,
-            need_input,
-            weight_dtype,
-            passes,
+    passes, norm, weight = plan.passes(name), made.normalization, made.weight_of(conv)
+    gain, dtype = norm.map[1], conv.weight.dtype
+    if made.y is not None:
+        of_bn, curve, level = conv.layer.backward(of_map[None], norm)
+        y = None if curve is None else made.y
+        gradients = conv1x1.backward(
+            g, y, gain, curve, level, x, weight, *before, need_input, dtype, passes
         )
-        return of_conv, (dlayer.weight, dlayer.bias)
+        return gradients, (of_bn.weight, of_bn.bias)
     # Sums of maps as they are, of which a projection's are, are cuBLAS's.
     who = passes if name == "last" else NO_PASSES
     of_product = recompute.product_sums(g, x, weight, *before, who)
     of_scale = recompute.scale_gradient(of_product, weight)
     sums = torch.stack([of_map[0], of_scale.to(of_map.dtype)])[None]
-    dlayer, curve, level = layer.backward(sums, normalization)
-    moments = None if mean is None or spread is None else Moments(mean, spread)
-    of_conv = recompute.backward(
-        g,
-        gain,
-        curve,
-        level,
-        of_product,
-        moments,
-        x,
-        weight,
-        *before,
-        need_input,
-        weight_dtype,
-        passes,
-    )
-    return of_conv, (dlayer.weight, dlayer.bias)
+    of_bn, curve, level = conv.layer.backward(sums, norm)
+    both = made.mean is not None and made.spread is not None
+    moments = Moments(present(made.mean), present(made.spread)) if both else None
+    of_y = (g, gain, curve, level, of_product, moments)
+    gradients = recompute.backward(*of_y, x, weight, *before, need_input, dtype, passes)
+    return gradients, (of_bn.weight, of_bn.bias)

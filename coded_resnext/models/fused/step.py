@@ -22,7 +22,7 @@ from coded_resnext.kernels.checks import refuse_derivative
 from coded_resnext.kernels.rows import Passes, without_launches
 
 from . import data_flow
-from .data_flow import Layers, Plan, Result, Sum, Term, Weights
+from .data_flow import Conv, Convs, Plan, Result, Sum, Term
 from .norm import Layer
 
 Tensors = list[Tensor]
@@ -236,95 +236,81 @@ def _put_together(
     return Sum(main, residual, bool(pointwise))
 
 
-def block_call(plan: Plan, x: Map, weights: Weights, layers: Layers, masks: Masks) -> Call:
+def block_call(plan: Plan, x: Map, convs: Convs, masks: Masks) -> Call:
     """Returns the arguments of a block's node; those of `data_flow.forward`."""
     inputs, constants, form = _taken_apart(x)
     settings = [*plan, *form]
-    for weight, layer in zip(weights, layers, strict=True):
-        if weight is not None and layer is not None:
-            own = [each for each in (layer.weight, layer.bias) if each is not None]
-            inputs += [weight, *own]
-            if layer.running is not None:
-                constants += layer.running
-            there = (layer.weight, layer.bias, layer.running)
-            settings += [each is not None for each in there]
+    present = [conv for conv in convs if conv is not None]
+    for weight, layer in present:
+        inputs += [weight, *(each for each in (layer.weight, layer.bias) if each is not None)]
+        constants += layer.running or ()
+        there = (layer.weight, layer.bias, layer.running)
+        settings += [each is not None for each in there]
     constants += [mask for mask in masks if mask is not None]
     settings += [mask is not None for mask in masks]
-    present = [layer for layer in layers if layer is not None]
     return Call(
         inputs,
         constants,
         [int(each) for each in settings],
-        [layer.epsilon for layer in present],
-        max(layer.group for layer in present),
+        [conv.layer.epsilon for conv in present],
+        max(conv.layer.group for conv in present),
     )
 
 
-def _parsed(call: Call) -> tuple[Plan, Tensor | Sum, Weights, Layers, Masks]:
+def _parsed(call: Call) -> tuple[Plan, Tensor | Sum, Convs, Masks]:
     """Returns what `block_call` was given, the input without its handle."""
     settings, inputs, constants = iter(call.settings), iter(call.inputs), iter(call.constants)
     plan = Plan(*(next(settings) for _ in Plan._fields))
     x = _put_together(inputs, constants, [next(settings) for _ in range(_FORM)])
-    weights: list[Tensor] = []
-    layers: list[Layer] = []
+    convs: list[Conv] = []
     for epsilon in call.numbers:
-        weights.append(next(inputs))
+        of_conv = next(inputs)
         weight, bias = (next(inputs) if next(settings) else None for _ in range(2))
         running = (next(constants), next(constants)) if next(settings) else None
         group = "" if running else call.group
-        layers.append(Layer(weight, bias, running, epsilon, group, bool(plan.pointwise)))
-    drop_mask, keep_mask = (next(constants) if next(settings) else None for _ in range(2))
-    skip = (weights[3], layers[3]) if len(layers) == 4 else (None, None)
-    return (
-        plan,
-        x,
-        Weights(weights[0], weights[1], weights[2], skip[0]),
-        Layers(layers[0], layers[1], layers[2], skip[1]),
-        (drop_mask, keep_mask),
-    )
+        layer = Layer(weight, bias, running, epsilon, group, bool(plan.pointwise))
+        convs.append(Conv(of_conv, layer))
+    masks = tuple(next(constants) if next(settings) else None for _ in range(2))
+    skip = convs[3] if len(convs) == 4 else None
+    return plan, x, Convs(convs[0], convs[1], convs[2], skip), (masks[0], masks[1])
 
 
 # Of a block's outputs the handle, and behind it those of `Result` that have gradients.
-_DIFFERENTIABLE = [0] + [1 + Result._fields.index(n) for n in ("map3", "skip_map", "energies")]
+_DIFFERENTIABLE = [0, 1 + Result.place("expand", "map"), 1 + Result.place("skip", "map")]
+_DIFFERENTIABLE += [1 + Result._fields.index("energies")]
 
 
 def _block_forward(call: Call) -> Tensors:
     """Returns the handle of a block's output, and its `Result`."""
-    plan, x, weights, layers, masks = _parsed(call)
+    plan, x, convs, masks = _parsed(call)
     like = x if isinstance(x, Tensor) else x.main.x
     with torch.autocast(like.device.type, enabled=False):
-        result = data_flow.forward(plan, x, weights, layers, *masks)
-    batch, _, height, width = result.y2.shape
-    handle = like.new_zeros(()).expand(batch, weights.expand.shape[0], height, width)
-    return [handle, *_filled(result, like)]
+        result = data_flow.forward(plan, x, convs, *masks)
+    batch, _, height, width = data_flow.present(result.grouped.y).shape
+    handle = like.new_zeros(()).expand(batch, convs.expand.weight.shape[0], height, width)
+    return [handle, *_filled(result.flat(), like)]
 
 
 def _block_backward(grads: Tensors, outputs: Tensors, wanted: list[bool], call: Call) -> Tensors:
     """Returns the gradients of a block's inputs."""
-    plan, x, weights, layers, masks = _parsed(call)
+    plan, x, convs, masks = _parsed(call)
     g, of_main, of_skip, of_energies = grads
     own = 1 if isinstance(x, Tensor) else 2 + (x.residual.map is not None)
-    of_grouped = own + 1 + sum(each is not None for each in (layers[0].weight, layers[0].bias))
+    layer = convs.reduce.layer
+    of_grouped = own + 1 + sum(each is not None for each in (layer.weight, layer.bias))
     needs = (any(wanted[:own]), wanted[own], wanted[of_grouped])
+    of_maps = (of_main, of_skip if of_skip.numel() else None)
+    result = Result.of(_emptied(outputs[1:]))
     with torch.autocast(g.device.type, enabled=False):
         gradients = data_flow.backward(
-            plan,
-            g,
-            (of_main, of_skip if of_skip.numel() else None),
-            of_energies,
-            x,
-            weights,
-            layers,
-            masks,
-            Result(*_emptied(outputs[1:])),  # type: ignore[arg-type]
-            needs,
+            plan, g, of_maps, of_energies, x, convs, masks, result, needs
         )
     of_inputs = [gradients.x, *gradients.maps][:own]
-    of_layers = (gradients.reduce, gradients.grouped, gradients.expand, gradients.skip)
-    for layer, (weight, of_weight, of_bias) in zip(layers, of_layers, strict=True):
-        if layer is not None:
-            of_inputs.append(weight)
-            for each, value in ((layer.weight, of_weight), (layer.bias, of_bias)):
+    of_convs = (gradients.reduce, gradients.grouped, gradients.expand, gradients.skip)
+    for conv, (of_weight, *of_layer) in zip(convs, of_convs, strict=True):
+        if conv is not None:
+            of_inputs.append(of_weight)
+            for each, value in zip((conv.layer.weight, conv.layer.bias), of_layer, strict=True):
                 if each is not None and value is not None:
                     of_inputs.append(value.to(each.dtype))
     return _filled(of_inputs, g)
@@ -353,9 +339,9 @@ fused_sum = node("fused_sum", _sum_forward, _sum_backward, [0])
 def applied(call: Call) -> tuple[Deferred, Result]:
     """Applies a block; returns its output and what the algebra has made."""
     handle, *values = fused_block(call)
-    result = Result(*_emptied(values))  # type: ignore[arg-type]
-    plan, x, weights, _, _ = _parsed(call)
-    return Deferred(handle, data_flow.output_of(plan, x, weights, result)), result
+    result = Result.of(_emptied(values))
+    plan, x, convs, _ = _parsed(call)
+    return Deferred(handle, data_flow.output_of(plan, x, convs, result)), result
 
 
 def ready(x: Map) -> Tensor:
