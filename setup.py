@@ -55,6 +55,7 @@ TEST = [
     "pytest>=8.3",
     "pytest-xdist>=3.6",
     "setuptools>=70.1",
+    "webdataset>=1",
 ]
 BENCH = ["pytest-benchmark>=5.1"]
 # timm's own tests of models run on ours, so that its version is pinned.

@@ -72,6 +72,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_extract(commands)
     _add_info(commands)
     _add_models(commands)
+    _add_pack(commands)
     _add_predict(commands)
     _add_report(commands)
     _add_train(commands)
@@ -466,6 +467,33 @@ def _add_models(commands: Commands) -> None:
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     parser.set_defaults(function="models:run")
+
+
+def _add_pack(commands: Commands) -> None:
+    parser = commands.add_parser(
+        "pack",
+        help="write a folder of images anew with smaller JPEGs, to train from",
+        description="Write a folder of images anew, once: images whose shorter side is longer are "
+        "resized, all others are copied. An interrupted command goes on where it was.",
+    )
+    parser.add_argument(
+        "folder", metavar="FOLDER", help="with train/CLASS and test/CLASS, or CLASS"
+    )
+    parser.add_argument("out", metavar="OUT", help="the new folder")
+    parser.add_argument(
+        "--shorter-side", type=int, default=256, metavar="PIXELS", help="(default 256)"
+    )
+    parser.add_argument("--quality", type=int, default=90, help="of the JPEGs (default 90)")
+    parser.add_argument(
+        "--shard-images",
+        type=int,
+        metavar="N",
+        help="write tar files of so many images each, and images.csv, which training takes",
+    )
+    parser.add_argument(
+        "--workers", type=int, default=4, help="processes that resize (default 4); 0 for none"
+    )
+    parser.set_defaults(function="convert:run_pack")
 
 
 def _add_predict(commands: Commands) -> None:

@@ -1,4 +1,7 @@
-"""`coded-resnext convert`: published checkpoints and plain ResNeXts into networks of ours."""
+"""`coded-resnext convert`: published checkpoints and plain ResNeXts into networks of ours.
+
+`coded-resnext pack`: a folder of images into one of smaller JPEGs.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,8 @@ from typing import Any
 
 from safetensors.torch import save
 
-from coded_resnext.files import read_json, say, write_atomically
+from coded_resnext.data.pack import pack
+from coded_resnext.files import as_text, read_json, say, write_atomically
 from coded_resnext.models.checkpoint import MODEL_FILE, load_model, save_model
 from coded_resnext.models.published import published_model, published_model_state
 from coded_resnext.models.registry import create_model
@@ -79,3 +83,17 @@ def _overrides(
     if arguments.in_channels:
         overrides["in_channels"] = arguments.in_channels
     return overrides
+
+
+def run_pack(arguments: argparse.Namespace) -> int:
+    """`coded-resnext pack`; the exit status."""
+    data = pack(
+        Path(arguments.folder),
+        Path(arguments.out),
+        shorter_side=arguments.shorter_side,
+        quality=arguments.quality,
+        shard_images=arguments.shard_images,
+        workers=arguments.workers,
+    )
+    say(f"packed: train with --data-dir {as_text(data)}")
+    return 0

@@ -94,7 +94,65 @@ class TableImages:
         return len(self.targets)
 
 
-StoredImages = FileImages | TableImages
+@dataclass(frozen=True, eq=False)
+class ShardImages:
+    """Images inside tar files, which a table says the places of; see `pack.py`."""
+
+    files: Files
+    """Their names and sizes, below the folder of the table."""
+    shards: tuple[Path, ...]
+    places: Tensor
+    """Which shard, and the first byte in it, `[n, 2]`, int64."""
+    targets: Tensor
+
+    def encoded(self, index: int) -> bytes:
+        """Returns what was in the file; a ValueError names one that cannot be read."""
+        shard, offset = self.places[index].tolist()
+        try:
+            with self.shards[shard].open("rb") as file:
+                file.seek(offset)
+                content: bytes = file.read(int(self.files.sizes[index]))
+                return content
+        except OSError as error:
+            raise ValueError(f"{self.name(index)}: not a readable image: {error}") from error
+
+    def image(self, index: int) -> Image:
+        """Returns an image as 8-bit RGB; a ValueError names one that cannot be read."""
+        return open_image(self.encoded(index), 3, self.name(index))
+
+    def size(self, index: int) -> tuple[int, int]:
+        """Returns width and height; raises as `image`."""
+        return image_size(self.encoded(index), self.name(index))
+
+    def name(self, index: int) -> str:
+        """Returns the path that the image had in its folder, see `as_text`."""
+        return as_text(self.files[index])
+
+    def address(self, index: int) -> str:
+        """Returns the same."""
+        return self.name(index)
+
+    def subset(self, indices: Sequence[int]) -> ShardImages:
+        """Returns the chosen images, in the order given."""
+        chosen = torch.as_tensor(indices, dtype=torch.int64)
+        files, places = self.files.take(indices), self.places[chosen]
+        return ShardImages(files, self.shards, places, self.targets[chosen])
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Returns their number, and digests of names, classes, sizes and the bytes of some."""
+        names = hashlib.sha256(self.files.names)
+        names.update(self.files.ends.tobytes() + self.targets.numpy().tobytes())
+        content = hashlib.sha256(self.files.sizes.tobytes())
+        chosen = np.random.default_rng(SPLIT_SEED).permutation(len(self))[:FILES_COMPARED]
+        for index in chosen.tolist():
+            content.update(self.encoded(index))
+        return {"images": len(self), "names": short_digest(names), "content": short_digest(content)}
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+
+StoredImages = FileImages | TableImages | ShardImages
 
 
 class JoinedImages:
@@ -259,11 +317,41 @@ def _read_csv(root: str | Path) -> tuple[tuple[str, ...], dict[str, StoredImages
                 f"{as_text(path)}: split: expected one of {', '.join(_SPLITS)}; got {split!r:.80}"
             )
         members.setdefault(_SPLITS.get(split, WHOLE), []).append(index)
-    sizes = [file_size(path.parent, row["path"]) for row in rows]
-    files = Files(path.parent, (row["path"] for row in rows), sizes)
-    require_content(files)
-    images = FileImages(files, torch.tensor([places[row["label"]] for row in rows]))
+    targets = torch.tensor([places[row["label"]] for row in rows])
+    images: StoredImages
+    if "shard" in (rows[0] if rows else {}):
+        images = _in_shards(path, rows, targets)
+    else:
+        sizes = [file_size(path.parent, row["path"]) for row in rows]
+        files = Files(path.parent, (row["path"] for row in rows), sizes)
+        require_content(files)
+        images = FileImages(files, targets)
     return names, {split: images.subset(indices) for split, indices in members.items()}
+
+
+def _in_shards(path: Path, rows: Sequence[dict[str, str]], targets: Tensor) -> ShardImages:
+    """Returns the images of a table with the titles shard, offset and bytes."""
+    ends = {name: file_size(path.parent, name) for name in {row["shard"] for row in rows}}
+    names = sorted(ends)
+    order = {name: place for place, name in enumerate(names)}
+    places, sizes = [], []
+    for row in rows:
+        numbers = [row.get(title, "") for title in ("offset", "bytes")]
+        if not all(number.isdecimal() and len(number) < 16 for number in numbers):
+            raise ValueError(
+                f"{as_text(path)}: {row['path']}: expected an offset and bytes, got {numbers}"
+            )
+        offset, size = map(int, numbers)
+        if not size or offset + size > ends[row["shard"]]:
+            raise ValueError(
+                f"{as_text(path)}: {row['path']}: expected bytes inside {row['shard']} of "
+                f"{ends[row['shard']]:,} bytes, got {size:,} from {offset:,} on"
+            )
+        places.append((order[row["shard"]], offset))
+        sizes.append(size)
+    files = Files(path.parent, (row["path"] for row in rows), sizes)
+    shards = tuple(path.parent / name for name in names)
+    return ShardImages(files, shards, torch.tensor(places), targets)
 
 
 def _read_table(root: str | Path) -> tuple[tuple[str, ...], dict[str, StoredImages]]:
