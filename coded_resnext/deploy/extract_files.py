@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from coded_resnext.data.preprocessing import Preprocessing
 from coded_resnext.files import UNFIT, write_atomically
@@ -19,6 +20,7 @@ from coded_resnext.models.checkpoint import (
     read_tensors,
     write_tensors,
 )
+from coded_resnext.models.layers import check_settings
 from coded_resnext.models.resnext import CodedResNeXt
 
 from .extract import ExtractedClassifier, ExtractedConfig, ExtractedNetwork, extract_classifier
@@ -48,8 +50,16 @@ def save_extracted(
         path: the file.
         network: the network, or classifier with its threshold.
         preprocessing: how images become its input.
+
+    Raises:
+        ValueError: a layer was taken away, replaced or set otherwise, so that what is read again
+            would be another network.
     """
     single = isinstance(network, ExtractedClassifier)
+    state = network.state_dict()
+    described = _described(network.config, network.class_names, single=single)
+    check_settings(network, described, "a file does not say so; fold_batch_norm=True folds it")
+    _check_tensors(described, state)
     description = {
         "format_version": FORMAT_VERSION,
         "kind": KIND,
@@ -59,7 +69,21 @@ def save_extracted(
         "threshold": network.threshold if isinstance(network, ExtractedClassifier) else None,
         "preprocessing": None if preprocessing is None else preprocessing.to_dict(),
     }
-    write_tensors(path, network.state_dict(), description)
+    write_tensors(path, state, description)
+
+
+def _described(
+    config: ExtractedConfig, names: Sequence[str], *, single: bool, threshold: float | None = None
+) -> ExtractedNetwork:
+    """Returns the network of a description, whose tensors take no memory."""
+    with torch.device("meta"):
+        if single:
+            return ExtractedClassifier(config, names, threshold)
+        return ExtractedNetwork(config, names)
+
+
+def _check_tensors(described: ExtractedNetwork, state: dict[str, Tensor]) -> None:
+    check_tensors(described.to(state["head.weight"].dtype).state_dict(), state)
 
 
 def load_extracted(path: str | Path) -> LoadedExtract:
@@ -78,13 +102,9 @@ def load_extracted(path: str | Path) -> LoadedExtract:
     try:
         config = ExtractedConfig.from_dict(description["config"])
         names = description["class_names"]
-        with torch.device("meta"):
-            network = (
-                ExtractedClassifier(config, names, description["threshold"])
-                if description["single"]
-                else ExtractedNetwork(config, names)
-            )
-        check_tensors(network.to(state["head.weight"].dtype).state_dict(), state)
+        threshold = description["threshold"]
+        network = _described(config, names, single=description["single"], threshold=threshold)
+        _check_tensors(network, state)
         network.load_state_dict(state, assign=True)
         preprocessing = description["preprocessing"]
         if preprocessing is not None:

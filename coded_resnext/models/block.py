@@ -450,6 +450,8 @@ def check_images(x: Tensor, channels: int) -> None:
     check_kind("x", x, Tensor, f"a tensor [B, {channels}, H, W]")
     if x.ndim != 4 or x.shape[1] != channels or x.shape[0] == 0:
         raise ValueError(f"x: expected [B, {channels}, H, W] with B >= 1, got {list(x.shape)}")
+    if not x.is_floating_point():
+        raise ValueError(f"x: expected floating-point numbers, as preprocessed, got {x.dtype}")
 
 
 def apply_block(

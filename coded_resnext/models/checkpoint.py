@@ -23,7 +23,7 @@ from coded_resnext.data.preprocessing import Preprocessing
 from coded_resnext.files import UNFIT, parse_json, write_atomically
 from coded_resnext.kernels import Backend, check_backend
 
-from .layers import check_layers
+from .layers import check_layers, check_settings
 from .resnext import CodedResNeXt, own_network
 from .shipped import find_model
 
@@ -62,7 +62,8 @@ def save_model(
         training: JSON-ready notes on how it was trained.
 
     Raises:
-        ValueError: a layer was taken away or replaced, so that the file could not be read again.
+        ValueError: a layer was taken away, replaced or set otherwise, so that what is read again
+            would be another network.
     """
     model = own_network(model)
     if isinstance(model.head, nn.Identity):
@@ -74,6 +75,7 @@ def save_model(
         described = CodedResNeXt.from_config(
             model.config, model.stage_codebooks, class_names=model.class_names
         )
+    check_settings(model, described, "a file does not say so")
     try:
         check_tensors(described.state_dict(), state, any_precision=True)
     except ValueError as error:

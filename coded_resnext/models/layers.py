@@ -25,6 +25,8 @@ ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 NORM_NAMES = ("reduce_bn", "grouped_bn", "expand_bn")
+# Settings of a norm, of the pooling and of a block that change results and no tensor.
+DESCRIBED = ("eps", "ceil_mode", "normalize", "normalized_by", "aggregation")
 # Hooks that make a weight of other tensors just before the layer is called.
 WEIGHT_MAKERS = (BasePruningMethod, SpectralNorm, WeightNorm)
 
@@ -165,6 +167,23 @@ def check_layers(network: Any, purpose: str, *, sizes_only: bool = False) -> Non
     """
     for reason in filter(None, _unusual(network, sizes_only)):
         raise ValueError(f"{reason}; {purpose}")
+
+
+def check_settings(network: nn.Module, described: nn.Module, purpose: str) -> None:
+    """Raises ValueError, naming the first layer with a setting that its description does not have.
+
+    Args:
+        network: of which layers may have been changed since it was made.
+        described: the network that the same description makes.
+        purpose: what is made by the description, for the message.
+    """
+    for name, usual in described.named_modules():
+        layer = network.get_submodule(name)
+        for setting in DESCRIBED:
+            expected = getattr(usual, setting, None)
+            value = getattr(layer, setting, None)
+            if value != expected:
+                raise ValueError(f"{name}: {setting}: expected {expected}, got {value}; {purpose}")
 
 
 def _unusual(network: Any, sizes_only: bool) -> Iterator[str | None]:

@@ -16,7 +16,7 @@ from coded_resnext.kernels import Aggregation, Backend
 from coded_resnext.kernels.checks import check_integers, check_items, check_kind, typed
 
 from .block import CodedBottleneck, Step, check_images, classify, features, walk
-from .layers import StemReLU, check_layers
+from .layers import StemReLU, check_layers, check_settings
 
 fx.wrap("check_images")
 fx.wrap("check_untraced")
@@ -333,6 +333,7 @@ class CodedResNeXt(nn.Module):
             class_names=names,
             backend=self.blocks[0].backend,
         ).to(self.head.weight)
+        check_settings(self, grown, "extending makes them anew")
         state = self.state_dict()
         for name, value in grown.state_dict().items():
             if name.startswith("head."):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from support.helpers import assert_same_network, relative_error
 from support.small_networks import make_images, make_network
 
@@ -21,7 +21,7 @@ from coded_resnext.deploy.extract_files import (
     load_extracted,
     save_extracted,
 )
-from coded_resnext.models.checkpoint import load_model, save_model
+from coded_resnext.models.checkpoint import load_model, read_tensors, save_model, write_tensors
 
 PREPROCESSING = Preprocessing(6, 1, (0.3,), (0.4,))
 
@@ -143,11 +143,16 @@ def test_damaged_and_foreign_files(tmp_path):
 
 
 def test_tensors_that_do_not_fit_the_description(tmp_path):
-    network = extract_classifier(make_network(), 0)
+    """They are refused as they are written and as they are read."""
+    network, path = extract_classifier(make_network(), 0), tmp_path / "wrong.safetensors"
+    save_extracted(path, network)
+    description, state = read_tensors(path)
+    description["config"]["blocks"][1]["branches"] = 2
+    write_tensors(path, state, description)
+    with pytest.raises(ValueError, match="damaged or incomplete classifier file"):
+        load_extracted(path)
     blocks = list(network.config.blocks)
     blocks[1] = replace(blocks[1], branches=2)
     network.config = replace(network.config, blocks=tuple(blocks))
-    save_extracted(tmp_path / "wrong.safetensors", network)
-    assert "head.weight" in load_file(tmp_path / "wrong.safetensors")
-    with pytest.raises(ValueError, match="damaged or incomplete classifier file"):
-        load_extracted(tmp_path / "wrong.safetensors")
+    with pytest.raises(ValueError, match=r"tensors: blocks\.1\.reduce\.weight: expected \[4"):
+        save_extracted(path, network)

@@ -21,10 +21,16 @@ from torch.nn.utils import parametrizations, weight_norm
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from coded_resnext import CodedResNeXt, extract_classifier, use_grouped_kernels
+from coded_resnext import (
+    CodedResNeXt,
+    extract_classifier,
+    extract_subset,
+    use_grouped_kernels,
+)
 from coded_resnext.deploy.cost import network_cost
 from coded_resnext.deploy.early_exit import EarlyExit, exit_scores, predict_early
 from coded_resnext.deploy.export import to_exported_program
+from coded_resnext.deploy.extract_files import load_extracted, save_extracted
 from coded_resnext.deploy.hub import Pretrained, from_pretrained, save_pretrained
 from coded_resnext.interpret import trace
 from coded_resnext.kernels.coded.reference import is_dead
@@ -179,6 +185,9 @@ DONE: dict[str, Callable[[CodedResNeXt], nn.Module]] = {
     "SyncBatchNorm": nn.SyncBatchNorm.convert_sync_batchnorm,
     "frozen BatchNorm": each(lambda b: b.grouped_bn.eval().requires_grad_(False) and None),
     "BatchNorm of a subclass": each(lambda b: replace(b, "grouped_bn", FrozenNorm)),
+    "other `eps` of BatchNorm": each(
+        lambda b: [setattr(getattr(b, name), "eps", 0.1) for name in layers.NORM_NAMES] and None
+    ),
     "every BatchNorm folded": each(fold_norms),
     "BatchNorm folded but the last": each(lambda b: fold_norms(b, ("reduce", "grouped"))),
     "float16": lambda model: model.half(),
@@ -450,11 +459,14 @@ def test_a_network_in_other_hands(done: str, uses: list[str], tmp_path: Path) ->
         if line.startswith("|")
     }
     assert documented["network"] == list(USES)
+    cells = [cell for row in documented.values() for cell in row]
+    counts = f"{cells.count('equal')} cells are equal, {cells.count('refused')} are refused"
+    assert counts in DOC.read_text(encoding="utf-8")
     expected = dict(zip(USES, documented[done], strict=True))
     assert {use: outcome(done, use, tmp_path) for use in uses} == {u: expected[u] for u in uses}
 
 
-PLANTED: dict[str, tuple[str, Callable[..., Any], str, str]] = {
+PLANTED: dict[str, tuple[str, Any, str, str]] = {
     # What the one place to ask would no longer see, and the cell that tells.
     "dilation": ("_convolution", regular("dilation", (1, 1)), "dilation alone", "`fused`"),
     "padding": ("_convolution", regular("padding_mode", "zeros"), "reflected padding", "`fused`"),
@@ -466,7 +478,7 @@ PLANTED: dict[str, tuple[str, Callable[..., Any], str, str]] = {
     ),
     "hooks": ("_acted_on", lambda _: None, "hook that halves `expand`", "`fused`"),
     "weight": ("applied_weight", lambda m, *_: m.weight, "`expand` of a subclass", "`eval`"),
-    "norms": ("folded_away", lambda _: None, "BatchNorm folded but the last", "extend"),
+    "settings": ("DESCRIBED", (), "other `eps` of BatchNorm", "extend"),
 }
 
 
@@ -544,6 +556,27 @@ def test_sync_batch_norm_is_cut_out_as_batch_norm() -> None:
         block.reset_parameters()
         assert (block.expand_bn.weight == 0).all()
         assert (block.grouped_bn.weight == 1).all()
+
+
+@pytest.mark.parametrize(("setting", "value"), [("eps", 0.1), ("normalize", False)])
+def test_a_setting_that_no_file_has_is_not_lost(setting: str, value: Any, tmp_path: Path) -> None:
+    """libreyolo#700, keras-resnet#36: what was read again, or extended, computed something else."""
+    model = make_network()
+    for module in model.modules():
+        if hasattr(module, setting):
+            setattr(module, setting, value)
+    for make in (lambda: save_model(tmp_path / "m", model), lambda: model.extend_classes(["new"])):
+        with pytest.raises(ValueError, match=rf"{setting}: expected .*, got {value};"):
+            make()
+    if setting == "eps":
+        part = extract_classifier(model, CLASS)
+        near([part(images())], [model(images(), keep=CLASS)[:, CLASS]])
+        with pytest.raises(ValueError, match=r"eps: expected 1e-05, got 0\.1"):
+            save_extracted(tmp_path / "m", part)
+        folded = extract_subset(model, [CLASS], fold_batch_norm=True)
+        save_extracted(tmp_path / "m", folded)
+        near([load_extracted(tmp_path / "m").network(images())[:, 0]], [part(images())])
+    assert not (tmp_path / "m").exists() or setting == "eps"
 
 
 def test_refused_weights_leave_the_network_whole() -> None:

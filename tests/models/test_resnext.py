@@ -249,6 +249,13 @@ def test_forward_refuses_other_shapes(x: torch.Tensor) -> None:
         make_model()(x)
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64])
+def test_images_in_bytes_are_refused_by_name(dtype: torch.dtype) -> None:
+    """super-gradients#1073: "expected scalar type Byte but found Float", from within a layer."""
+    with pytest.raises(ValueError, match="x: expected floating-point numbers, as preprocessed"):
+        make_model()(torch.zeros(2, 3, 8, 8, dtype=dtype))
+
+
 def test_unknown_name_lists_the_known_ones() -> None:
     with pytest.raises(ValueError, match=r"name: expected one of .*resnext29_10x11d.*'resnet'"):
         create_model("resnet")

@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from coded_resnext.kernels.checks import refuse_derivative
 from coded_resnext.kernels.rows import Passes, without_launches
@@ -39,6 +38,18 @@ class Call(NamedTuple):
     numbers: list[float]
     group: str
     """Name of a group of processes, or nothing."""
+
+
+class Underivable(torch.autograd.Function):
+    """Hands gradients on, whose own derivatives are refused when somebody asks for them."""
+
+    @staticmethod
+    def forward(ctx: Any, asked: Tensor, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        return gradients
+
+    @staticmethod
+    def backward(ctx: Any, *_gradients: Any) -> Any:
+        refuse_derivative()
 
 
 Forward = Callable[[Call], Tensors]
@@ -164,11 +175,13 @@ def node(
             return tuple(outputs)
 
         @staticmethod
-        @once_differentiable
         def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
             inputs, constants = ctx.counts
             wanted = ctx.needs_input_grad[2 : 2 + inputs]
-            of_inputs = gradients(ctx, grads, wanted, backward)
+            with torch.no_grad():
+                of_inputs = gradients(ctx, grads, wanted, backward)
+            if torch.is_grad_enabled():
+                of_inputs = Underivable.apply(torch.ones((), requires_grad=True), *of_inputs)
             return None, None, *of_inputs, *([None] * constants)
 
     def apply(call: Call) -> Tensors:
