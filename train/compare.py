@@ -23,7 +23,7 @@ with ended_by_interrupt():
 def compare(runs: list[Path]) -> None:
     """Read the folders and print the table."""
     groups = group_runs(runs)
-    say(summary_table({group.name: group.summaries for group in groups}))
+    say(summary_table({g.name: [summary for _, summary in g.runs.values()] for g in groups}))
     say(f"\n{describe_groups(groups)}")
 
 

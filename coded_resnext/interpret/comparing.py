@@ -239,16 +239,15 @@ def removal_table(runs: Sequence[FinishedRun]) -> str:
 class Group:
     """Finished runs of one recipe, measured on the same images, each with a seed of its own."""
 
-    folders: tuple[Path, ...]
     recipe: Any
     """What `config.json` says, without the seed, and `measured_on`, the digest of the images."""
-    seeds: tuple[int | None, ...]
-    summaries: tuple[Mapping[str, Any], ...]
+    runs: dict[int | None, tuple[Path, Mapping[str, Any]]]
+    """The folder and the summary of the run of each seed."""
 
     @property
     def name(self) -> str:
         """Returns the folder of the first run."""
-        return str(self.folders[0])
+        return str(next(folder for folder, _ in self.runs.values()))
 
 
 def group_runs(folders: Iterable[Path]) -> list[Group]:
@@ -269,25 +268,15 @@ def group_runs(folders: Iterable[Path]) -> list[Group]:
         recipe, seed = _without_seed(read_json(folder / CONFIG_FILE))
         summary = read_json(folder / SUMMARY_FILE)
         recipe["measured_on"] = (summary.get("measured_on") or {}).get("sha256")
-        own = Group((folder,), recipe, (seed,), (summary,))
-        for index, group in enumerate(groups):
-            if differences(group.recipe, recipe, ignore=FREE_SETTINGS):
-                continue
-            if seed in group.seeds:
-                twin = group.folders[group.seeds.index(seed)]
-                raise ValueError(
-                    f"runs: {twin} and {folder} have the same recipe and seed {seed}; expected "
-                    "every run once"
-                )
-            groups[index] = Group(
-                (*group.folders, folder),
-                recipe,
-                (*group.seeds, seed),
-                (*group.summaries, *own.summaries),
+        same = (g for g in groups if not differences(g.recipe, recipe, ignore=FREE_SETTINGS))
+        if (group := next(same, None)) is None:
+            groups.append(group := Group(recipe, {}))
+        if seed in group.runs:
+            raise ValueError(
+                f"runs: {group.runs[seed][0]} and {folder} have the same recipe and seed {seed}; "
+                "expected every run once"
             )
-            break
-        else:
-            groups.append(own)
+        group.runs[seed] = folder, summary
     return groups
 
 
@@ -307,8 +296,8 @@ def describe_groups(groups: Sequence[Group]) -> str:
     """Returns the folders and seeds of every group, and what differs from the first one."""
     lines = []
     for group in groups:
-        runs = zip(group.folders, group.seeds, strict=True)
-        line = f"{group.name}: " + ", ".join(f"{folder} (seed {seed})" for folder, seed in runs)
+        runs = ", ".join(f"{folder} (seed {seed})" for seed, (folder, _) in group.runs.items())
+        line = f"{group.name}: {runs}"
         if differing := differences(groups[0].recipe, group.recipe, ignore=FREE_SETTINGS):
             line += f"; in the first group {'; '.join(differing)}"
         lines.append(line)
