@@ -12,7 +12,7 @@ from coded_resnext.deploy.cost import network_cost
 from coded_resnext.deploy.early_exit import EarlyExit, ExitScores, exit_macs
 from coded_resnext.models.resnext import CodedResNeXt
 
-from .observe import Observations, read_classes, require_coded_blocks
+from .observe import Observations, require_coded_blocks
 
 Confusion = tuple[tuple[int, int, int], ...]
 """The cells of a confusion matrix that are not 0, in order: (class, class that is said, images)."""
@@ -174,13 +174,9 @@ class ExitCurve:
 
 def scores_of(observed: Observations) -> ExitScores:
     """The numbers of the images that early exit needs: decoded classes, margins, true classes."""
-    read = [
-        read_classes(energies, book)
-        for energies, book in zip(observed.energies, observed.codebooks, strict=True)
-    ]
     return ExitScores(
-        decoded=torch.stack([classes for classes, _ in read], 1),
-        margins=torch.stack([margins for _, margins in read], 1),
+        decoded=torch.stack(observed.decoded, 1),
+        margins=torch.stack(observed.margins, 1),
         final=observed.predictions,
         targets=observed.targets,
     )

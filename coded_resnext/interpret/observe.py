@@ -51,6 +51,8 @@ class Observations:
     """Normalised energies, (4), of every coded block, `[n, N]`."""
     decoded: tuple[Tensor, ...]
     """Early decoding, (9), of every coded block, `[n]`."""
+    margins: tuple[Tensor, ...]
+    """Margins of these classes, as early exit measures them, `[n]`."""
     probabilities: Tensor
     """Mean softmax probabilities by true class of the compared classes, `[k, k]` in float64; NaN
     rows without images."""
@@ -129,6 +131,10 @@ class Observer:
             for energy, block in zip(whole, model.coded_blocks, strict=True)
         )
         counts = targets.bincount(minlength=model.num_classes)
+        read = [
+            read_classes(energy, book)
+            for energy, book in zip(all_energies, model.codebooks, strict=True)
+        ]
         return Observations(
             class_names=model.class_names,
             codebooks=model.codebooks,
@@ -136,10 +142,8 @@ class Observer:
             predictions=predictions,
             confidences=confidences,
             energies=all_energies,
-            decoded=tuple(
-                read_classes(energy, book)[0]
-                for energy, book in zip(all_energies, model.codebooks, strict=True)
-            ),
+            decoded=tuple(classes for classes, _ in read),
+            margins=tuple(margins for _, margins in read),
             # A class without images divides 0 by 0: NaN.
             probabilities=self._sums / counts[compared, None],
             image_size=self._image_size,

@@ -32,6 +32,7 @@ def observations(energies, probabilities, book=BOOK):
         confidences=torch.ones(classes),
         energies=(energies / book.ratio,),
         decoded=(targets,),
+        margins=(torch.ones(classes),),
         probabilities=probabilities,
         image_size=(8, 8),
     )
