@@ -114,17 +114,17 @@ def measure(
 ) -> dict[str, Any]:
     """Accuracy, multiply-accumulates and wall time with early exit and without."""
     whole = network_cost(model, images.shape[2]).macs
-    found = predict_early(model, images, criterion)
+    early = predict_early(model, images, criterion)
     with torch.inference_mode():
         final = model(images).argmax(1)
     blocks = len(model.coded_blocks)
     row: dict[str, Any] = {
         "test_images": len(images),
         "accuracy": float((final == targets).double().mean()),
-        "early_accuracy": float((found.classes == targets).double().mean()),
-        "lost_images": int((final == targets).sum() - (found.classes == targets).sum()),
-        "macs_saved": 1 - float(found.macs.double().mean()) / whole,
-        "exits": found.exit_blocks.bincount(minlength=blocks + 1).tolist(),
+        "early_accuracy": float((early.classes == targets).double().mean()),
+        "lost_images": int((final == targets).sum() - (early.classes == targets).sum()),
+        "macs_saved": 1 - float(early.macs.double().mean()) / whole,
+        "exits": early.exit_blocks.bincount(minlength=blocks + 1).tolist(),
     }
     for batch_size in (1, 256):
         count = SINGLE_IMAGES if batch_size == 1 else len(images) // batch_size * batch_size

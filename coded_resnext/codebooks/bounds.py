@@ -165,13 +165,16 @@ def codebook_bounds(
     `balanced` says that its column loads differ by one at most; the bound on pairs is then that of
     the balanced codebooks, else that of all codebooks.
     """
-    found = min(distances)
+    own_distance = min(distances)
     distance = distance_bound(classes, branches, active)
-    while distance > found and pair_bound(classes, branches, active, distance, balanced) is None:
+    while (
+        distance > own_distance
+        and pair_bound(classes, branches, active, distance, balanced) is None
+    ):
         distance -= 2
-    pairs = pair_bound(classes, branches, active, found, balanced)
+    pairs = pair_bound(classes, branches, active, own_distance, balanced)
     assert pairs is not None, "the bound excludes a codebook that exists"
-    return Bounds(distance, max(pairs, 1), found, distances[found])
+    return Bounds(distance, max(pairs, 1), own_distance, distances[own_distance])
 
 
 def _evenly_shared_pairs(incidences: int, subsets: int) -> int:

@@ -45,18 +45,18 @@ def full_orbits(
 ) -> Candidates:
     """At most `most` orbits; among all words when they are few, else among `samples` blocks."""
     branches = group.shape[1]
-    found: list[Words] = []
+    distant: list[Words] = []
     total = 0
     if comb(branches, active) <= ENUMERATED:
-        found.append(_distant_orbits(all_words(branches, active), group, limit))
+        distant.append(_distant_orbits(all_words(branches, active), group, limit))
     else:
         for _ in range(samples):
             block = _random_words(branches, active, BLOCK_DIGITS // branches, rng)
-            found.append(_distant_orbits(block, group, limit))
-            total += len(found[-1])
+            distant.append(_distant_orbits(block, group, limit))
+            total += len(distant[-1])
             if total >= most:
                 break
-    candidates = orbits_of(np.concatenate(found), group, limit)
+    candidates = orbits_of(np.concatenate(distant), group, limit)
     return candidates.select(rng.permutation(len(candidates.words))[:most])
 
 
@@ -70,7 +70,7 @@ def short_orbits(
     """
     order, branches = group.shape
     fixing = order // size
-    found = [np.zeros((0, branches), dtype=np.uint8)]
+    distant = [np.zeros((0, branches), dtype=np.uint8)]
     if fixing * size == order and active % fixing == 0:
         subgroups: set[tuple[int, ...]] = {(0,)} if fixing == 1 else set()
         for _ in range(40):
@@ -90,8 +90,8 @@ def short_orbits(
             words = np.zeros((len(picks), branches), dtype=np.uint8)
             for position, block in enumerate(blocks):
                 words[:, list(block)] = picks[:, position : position + 1]
-            found.append(_distant_orbits(words, group, limit))
-    candidates = orbits_of(np.concatenate(found), group, limit)
+            distant.append(_distant_orbits(words, group, limit))
+    candidates = orbits_of(np.concatenate(distant), group, limit)
     return candidates.select(rng.permutation(np.flatnonzero(candidates.sizes == size))[:most])
 
 

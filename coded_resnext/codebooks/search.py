@@ -67,8 +67,8 @@ EFFORTS = {
 }
 
 
-class Found(NamedTuple):
-    """What a search found.
+class SearchResult(NamedTuple):
+    """The best codebook of a search.
 
     Attributes:
         words: `[K, N]` codewords.
@@ -98,7 +98,7 @@ def search(
     effort: str = "default",
     seed: int = 0,
     report: Callable[[Progress], None] | None = None,
-) -> Found:
+) -> SearchResult:
     """`K` distinct words of length `N` and weight `A`, column loads equal within one.
 
     Ctrl-C ends the search and keeps the best words so far (of distance 2 when there are none).
@@ -120,8 +120,8 @@ def search(
     if seed < 0:
         raise ValueError(f"seed: expected an integer >= 0, got {seed}")
     if 2 * active > branches:
-        found = search(classes, branches, branches - active, effort, seed, report)
-        return found._replace(words=(1 - found.words).astype(np.uint8))
+        complement = search(classes, branches, branches - active, effort, seed, report)
+        return complement._replace(words=(1 - complement.words).astype(np.uint8))
     if _is_small(classes, branches, active):
         return _best_of_all(classes, branches, active, seed)
     return _Search(classes, branches, active, EFFORTS[effort], seed, report).run()
@@ -133,7 +133,7 @@ def _is_small(classes: int, branches: int, active: int) -> bool:
     return words <= SMALL_WORDS and comb(words - 1, classes - 1) * classes * branches <= SMALL
 
 
-def _best_of_all(classes: int, branches: int, active: int, seed: int) -> Found:
+def _best_of_all(classes: int, branches: int, active: int, seed: int) -> SearchResult:
     """The best of all codebooks with the first word; any word is as good as any other."""
     words = all_words(branches, active)
     chosen = np.array(list(combinations(range(1, len(words)), classes - 1)), dtype=np.int64)
@@ -146,7 +146,7 @@ def _best_of_all(classes: int, branches: int, active: int, seed: int) -> Found:
     pairs = (overlaps == most[:, None]).sum(axis=1)
     best = np.flatnonzero((most == most.min()) & (pairs == pairs[most == most.min()].min()))
     index = best[np.random.default_rng(seed).integers(len(best))]
-    return Found(words[chosen[index]], 2 * (active - int(most[index])), int(pairs[index]))
+    return SearchResult(words[chosen[index]], 2 * (active - int(most[index])), int(pairs[index]))
 
 
 def _pairs(count: int) -> list[tuple[int, int]]:
@@ -180,10 +180,10 @@ class _Search:
     ) -> None:
         self.classes, self.branches, self.active = classes, branches, active
         self.effort, self.seed, self.report = effort, seed, report
-        self.best: Found | None = None
+        self.best: SearchResult | None = None
         self.interrupted = False
 
-    def run(self) -> Found:
+    def run(self) -> SearchResult:
         try:
             for distance in self.distances():
                 self.attempt(distance)
@@ -297,9 +297,12 @@ class _Search:
             raise RuntimeError(f"expected {self.classes} words, the search has {len(words)}")
         distances = distance_histogram(words)
         distance = min(distances)
-        found = Found(words, distance, distances[distance])
-        if self.best is None or (distance, -found.pairs) > (self.best.distance, -self.best.pairs):
-            self.best = found
+        candidate = SearchResult(words, distance, distances[distance])
+        if self.best is None or (distance, -candidate.pairs) > (
+            self.best.distance,
+            -self.best.pairs,
+        ):
+            self.best = candidate
             self.tell("found")
 
     def tell(self, trying: str) -> None:

@@ -285,15 +285,15 @@ def _even_units(
 
 def _subgroups(group: Group, order: int, rng: np.random.Generator) -> list[list[int]]:
     """Returns some subgroups of an order, found by generating from random elements."""
-    found = {tuple(range(len(group)))} if order == len(group) else set()
-    for _ in range(0 if found else 60):
+    subgroups = {tuple(range(len(group)))} if order == len(group) else set()
+    for _ in range(0 if subgroups else 60):
         generators = rng.integers(1, len(group), size=int(rng.integers(1, 5))).tolist()
         members = tuple(subgroup(group, generators))
         if len(members) == order:
-            found.add(members)
-        if len(found) == SUBGROUPS:
+            subgroups.add(members)
+        if len(subgroups) == SUBGROUPS:
             break
-    return [list(members) for members in sorted(found)]
+    return [list(members) for members in sorted(subgroups)]
 
 
 def _level_choice(words: Words, count: int, rng: np.random.Generator) -> Ints:

@@ -90,8 +90,8 @@ def blend(degenerate: Tensor, values: Tensor, amounts: Tensor) -> Tensor:
 
 def look_up(images: Tensor, table: Tensor) -> Tensor:
     """Replaces every intensity by the table `[B, 3, 256]` of its image and channel."""
-    found = torch.gather(table, 2, images.flatten(2).long())
-    return found.view_as(images)
+    replaced = torch.gather(table, 2, images.flatten(2).long())
+    return replaced.view_as(images)
 
 
 def tables(images: Tensor, grey: Tensor, rows: Tensor) -> Tensor:
@@ -193,10 +193,10 @@ def affine(images: Tensor, coefficients: Tensor, cubic: Tensor, fill: Tensor) ->
         cubic_lines.append(_cubic(values, across))
         if number in (1, 2):
             linear_lines.append(_linear(values[1:3], across))
-    found = torch.where(
+    resampled = torch.where(
         cubic[:, None, None, None] > 0, _cubic(cubic_lines, down), _linear(linear_lines, down)
     )
-    moved = found.clamp(0, 255).to(torch.uint8)
+    moved = resampled.clamp(0, 255).to(torch.uint8)
     return torch.where(inside[:, None], moved, fill[:, None, None])
 
 

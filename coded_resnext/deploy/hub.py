@@ -178,7 +178,7 @@ def from_pretrained(
     loaded = load_model(weights)
     try:
         early_exit = description["early_exit"]
-        found = Pretrained(
+        pretrained = Pretrained(
             loaded.model,
             loaded.preprocessing,
             description["thresholds"],
@@ -188,12 +188,12 @@ def from_pretrained(
             description["name"],
             description["license"],
         )
-        for key, value in _architecture(found).items():
+        for key, value in _architecture(pretrained).items():
             if description[key] != value:
                 raise ValueError(f"{key}: expected what {MODEL_FILE} has, got another")
     except UNFIT as error:
         raise ValueError(f"{path}: damaged or incomplete description: {error}") from error
-    return found
+    return pretrained
 
 
 @typed
@@ -369,12 +369,12 @@ def _assignment(stage: Mapping[str, Any]) -> str:
 
 
 def _input(pretrained: Pretrained) -> str:
-    found = pretrained.preprocessing
-    if found is None:
+    images = pretrained.preprocessing
+    if images is None:
         return f"{pretrained.model.in_channels} channels; preprocessing not recorded"
     return (
-        f"{found.size}x{found.size} pixels, {'grey' if found.channels == 1 else 'RGB'}, "
-        f"intensities in 0..1 less {_numbers(found.mean)}, divided by {_numbers(found.std)}"
+        f"{images.size}x{images.size} pixels, {'grey' if images.channels == 1 else 'RGB'}, "
+        f"intensities in 0..1 less {_numbers(images.mean)}, divided by {_numbers(images.std)}"
     )
 
 

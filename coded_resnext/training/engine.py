@@ -341,8 +341,8 @@ class _Training:
         average = self.make_step.average
         if average is not None:
             save(AVERAGE_FILE, average.model)
-        found = [_best(row) for row in self.history[self.comparable :]]
-        if found and found[-1] > max(found[:-1], default=-1.0):
+        scores = [_best(row) for row in self.history[self.comparable :]]
+        if scores and scores[-1] > max(scores[:-1], default=-1.0):
             last = self.history[-1]
             better = last.get("ema_test_accuracy", -1.0) > last["test_accuracy"]
             save(BEST_FILE, average.model if average is not None and better else self.model)
