@@ -16,6 +16,7 @@ ROWS = pytest.StashKey[list[dict[str, Any]]]()
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--results", type=Path, help="write the recorded rows to this JSON file")
+    parser.addoption("--photographs", type=Path, help="folder of JPEGs, for bench_input.py")
 
 
 def pytest_configure(config: pytest.Config) -> None:

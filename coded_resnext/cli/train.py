@@ -28,7 +28,7 @@ from coded_resnext.data.image_sets import (
     into_memory,
 )
 from coded_resnext.data.labelled import images_of_no_class
-from coded_resnext.data.loaders import EvalImages, TrainImages
+from coded_resnext.data.loaders import EvalImages, TrainImages, measure_input
 from coded_resnext.data.on_device import DeviceEvalImages, DeviceTrainImages, is_resident
 from coded_resnext.data.preprocessing import Preprocessing
 from coded_resnext.data.streamed import StreamedTrainImages
@@ -85,6 +85,8 @@ from .report import write_report
 RECIPE_FILE = "recipe.yaml"
 # Images from which the last BatchNorm of coded blocks is measured when weights are plain ones.
 CALIBRATION_IMAGES = 512
+# In an epoch, for which the input alone is measured first, for some seconds.
+STEPS_WORTH_MEASURING = 200
 # How a run is carried out, but not what comes of it: a run may be resumed under other ones.
 INCIDENTAL = (
     "data_dir",
@@ -342,6 +344,10 @@ def run_recipe(
             taken = start_from(model, recipe.model, in_order(recipe, some.train))
             if world.is_main:
                 say(taken, file=sys.stderr)
+        rate = None
+        # In a short run it would take longer than it could save.
+        if len(loaders.train) >= STEPS_WORTH_MEASURING:
+            rate = sum(world.gather(measure_input(loaders.train, recipe.data.workers)))
         history = fit(
             model.to(world.device),
             loaders.train,
@@ -352,6 +358,7 @@ def run_recipe(
             preprocessing=recipe.data.preprocessing,
             notes={"data": splits.name, "recipe": settings},
             other_images=command.other_images,
+            input_rate=rate,
         )
         damaged = dict(splits.damaged)
         for counted in (loaders.train.damaged, loaders.test.damaged):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import multiprocessing
 import signal
+import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
@@ -18,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from .augment import generators_kept
-from .batches import Batch, Key, ShuffledSamples, full_batches
+from .batches import Batch, Key, ShuffledSamples, TrainLoader, full_batches
 from .image_sets import MAX_DAMAGED, DamagedImages, ImageSet
 from .preprocessing import Preprocessing, derive_seed
 
@@ -285,6 +286,29 @@ def passing(loader: DataLoader[Any]) -> Iterator[Any]:
     finally:
         del iterator
     raise OSError(f"a process that reads images has failed: {reason}")
+
+
+def measure_input(loader: TrainLoader, workers: int, seconds: float = 5.0) -> float:
+    """Returns the images a second that a training loader gives to a process that only waits.
+
+    Args:
+        loader: of this process; its next pass has to be chosen anew.
+        workers: its worker processes, whose first batches come all at once.
+        seconds: after which the measurement ends.
+    """
+    loader.set_epoch(1)
+    images, begun, batches = 0, time.perf_counter(), iter(loader)
+    for number, batch in enumerate(batches):
+        images += len(batch.images)
+        if number == workers:
+            images, begun = 0, time.perf_counter()
+        elif images and time.perf_counter() - begun > seconds:
+            break
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    rate = images / max(time.perf_counter() - begun, 1e-9)
+    del batches
+    return rate
 
 
 @atexit.register

@@ -35,7 +35,7 @@ from coded_resnext.models.resnext import CodedResNeXt
 from .accuracy import EvaluationLoader, measure_until_stopped
 from .config import TrainingConfig
 from .guard import NonFiniteError
-from .logging import RunLog
+from .logging import Pace, RunLog
 from .processes import TrainingStopped, World
 from .run_folder import (
     AVERAGE_FILE,
@@ -65,6 +65,7 @@ def fit(
     preprocessing: Preprocessing | None = None,
     notes: dict[str, Any] | None = None,
     other_images: bool = False,
+    input_rate: float | None = None,
 ) -> list[dict[str, float]]:
     """Train a network, or go on training it where the run's folder left off.
 
@@ -87,6 +88,8 @@ def fit(
         other_images: go on with a run whose images have changed. Over other training images the
             epoch that was begun is begun anew, from the weights as they are; by other test images
             the best model is chosen anew.
+        input_rate: images a second that the training loaders of all processes give alone, to be
+            said beside those of the network; see `measure_input`.
 
     Returns:
         One row for every epoch: learning rate, loss terms, accuracies, speed and memory.
@@ -117,6 +120,8 @@ def fit(
         training = _Training(
             model, train_loader, test_loader, config, run, world, preprocessing, notes or {}
         )
+        if input_rate is not None:
+            training.pace = Pace(input_rate, config.batch_size, talks=world.is_main)
         if state is not None:
             try:
                 training.restore(state, other_images=other_images)
@@ -172,6 +177,7 @@ class _Training:
         self.comparable = 0
         """The epoch from which on the test images are these, counted from 0."""
         self.is_resumed = False
+        self.pace: Pace | None = None
         self.joined = False
         """Says whether the processes have joined their running statistics since the last step."""
         self.seconds = 0.0
@@ -277,7 +283,11 @@ class _Training:
         self.train_loader.set_epoch(epoch, self.step - (end - self.steps_per_epoch))
         self.joined = False
         for batch in self.train_loader:
+            begun = time.perf_counter()
             self.make_step(batch, self.step)
+            if self.pace is not None:
+                self.make_step.finish()
+                self.pace = self.pace.add(time.perf_counter() - begun)
             self.step += 1
             self.log.advance()
             if self.step % self.config.log_interval == 0:

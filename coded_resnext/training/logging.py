@@ -6,6 +6,7 @@ The CSV file is not here: it follows from the history in the checkpoint, see
 
 from __future__ import annotations
 
+import statistics
 import sys
 import warnings
 from collections.abc import Mapping
@@ -91,6 +92,41 @@ class WandbLog:
 
     def close(self) -> None:
         self._run.finish()
+
+
+class Pace:
+    """Says once, early in a run, whether the input or the network is the limit.
+
+    Args:
+        input_rate: images a second of the input alone, over all processes.
+        images: of a step, over all processes.
+        talks: whether it says anything.
+    """
+
+    # Compilers and recorded graphs are at work in the first steps.
+    WARM_UP, MEASURED = 10, 10
+
+    def __init__(self, input_rate: float, images: int, *, talks: bool) -> None:
+        self.input_rate, self.images, self.talks = input_rate, images, talks
+        self._seconds: list[float] = []
+
+    def add(self, seconds: float) -> Pace | None:
+        """Takes in the time of a step without its input; None as soon as it has said it."""
+        self._seconds.append(seconds)
+        if len(self._seconds) < self.WARM_UP + self.MEASURED:
+            return self
+        rate = self.images / statistics.median(self._seconds[self.WARM_UP :])
+        if self.talks:
+            limit = (
+                "input is the limit; see `Reading JPEGs faster` in docs/training.md, and --workers"
+                if self.input_rate < rate
+                else "network is the limit"
+            )
+            say(
+                f"input {self.input_rate:,.0f} images/s, network {rate:,.0f}: the {limit}",
+                file=sys.stderr,
+            )
+        return None
 
 
 class RunLog:

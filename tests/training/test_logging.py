@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import builtins
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from support.tiny_training import make_config, train
+import torch
+from support.tiny_training import IMAGES, TARGETS, make_config, train
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from coded_resnext.data.batches import Batch, TrainingBatches
+from coded_resnext.data.loaders import measure_input
+from coded_resnext.models.checkpoint import load_model
 from coded_resnext.training.logging import RunLog
 
 
@@ -98,3 +104,33 @@ def test_other_processes_are_silent(capsys: pytest.CaptureFixture[str]) -> None:
     said = capsys.readouterr()
     assert not said.err
     assert not said.out
+
+
+def test_the_start_of_a_run_says_what_its_limit_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Once, after the steps in which compilers are at work; a resumed run says it again."""
+    for rate, limit in ((1.0, "input"), (1e9, "network")):
+        folder = tmp_path / limit
+        train(folder, make_config(epochs=8), input_rate=rate)
+        said = capsys.readouterr().err
+        assert said.count("images/s, network") == 1
+        assert f"input {rate:,.0f} images/s, network " in said
+        assert f": the {limit} is the limit" in said
+    # Waiting for a step changes nothing about it.
+    other, _ = train(tmp_path / "silent", make_config(epochs=8))
+    assert "images/s, network" not in capsys.readouterr().err
+    same = load_model(tmp_path / "input").model.state_dict()
+    assert all(torch.equal(same[name], value) for name, value in other.state_dict().items())
+
+
+def test_the_input_alone_is_measured() -> None:
+    class Slow(TrainingBatches):
+        def __iter__(self) -> Iterator[Batch]:
+            for batch in super().__iter__():
+                time.sleep(0.02)
+                yield batch
+
+    loader = Slow(IMAGES.repeat(20, 1, 1, 1), TARGETS.repeat(20), 8, seed=0)
+    # Eight images in at least a fiftieth of a second; and in no more than ten of them.
+    assert 40 < measure_input(loader, 0, seconds=0.3) <= 8 / 0.02
