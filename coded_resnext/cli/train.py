@@ -78,6 +78,7 @@ from coded_resnext.training.run_folder import (
 )
 from coded_resnext.training.saved_state import load_state
 from coded_resnext.training.step import compiled, compiler_for
+from coded_resnext.training.ways import measure_ways, ways_in_words
 
 from .build_kernels import build_missing
 from .report import write_report
@@ -320,6 +321,9 @@ def run_recipe(
         model = make_model(recipe, splits.class_names, books)
         if vary is not None:
             model = vary(model)
+        if command.compare_ways:
+            say(compare_ways(recipe, model, splits, world))
+            return
         run = RunFolder(
             command.out,
             {"recipe": settings, "network": model.config},
@@ -508,6 +512,21 @@ def settings_in_words(recipe: Recipe) -> str:
     )
 
 
+def compare_ways(recipe: Recipe, model: CodedResNeXt, splits: ImageSplits, world: World) -> str:
+    """Measures the ways to compute a step of a run; a table.
+
+    Raises:
+        ValueError: there are several processes.
+    """
+    if world.is_shared:
+        raise ValueError(f"--compare-ways: expected one process, got {world.size}")
+    train = make_loaders(recipe, splits, world).train
+    train.set_epoch(1)
+    batch = next(iter(train))
+    rows = measure_ways(model.to(world.device), batch, recipe.training)
+    return ways_in_words(rows, len(batch.images))
+
+
 def computation_in_words(recipe: Recipe, world: World) -> str:
     """How the steps are computed, and by which settings they are computed otherwise."""
     backend = named_backend(recipe.model.backend)
@@ -621,6 +640,8 @@ class Command:
     """Go on with a run whose training images have changed, see `fit`."""
     timeout: float = TIMEOUT
     """Seconds that a process waits for another one."""
+    compare_ways: bool = False
+    """Measure the ways to compute a step, and end."""
 
 
 def parse_command(
@@ -681,6 +702,12 @@ def parse_command(
         metavar="SECONDS",
         help="that a process waits for another one of the run before it gives up (%(default)g)",
     )
+    parser.add_argument(
+        "--compare-ways",
+        action="store_true",
+        help="train nothing: measure the ways to compute a step of this run on this machine, print "
+        "their times and the flags of the fastest",
+    )
     for group in GROUPS:
         add_flags(parser, group)
     arguments = vars(parser.parse_args(argv))
@@ -698,6 +725,7 @@ def parse_command(
         own["outside"],
         own["other_images"],
         own["timeout"],
+        own["compare_ways"],
     )
 
 

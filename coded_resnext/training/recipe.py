@@ -230,7 +230,16 @@ class Recipe:
 
 GROUPS = (DataConfig, Augmentation, ModelConfig, TrainingConfig, LearningRateRule)
 OWN_FLAGS = (
-    *("config", "out", "resume", "other_images", "evaluation", "device", "outside"),
+    *(
+        "config",
+        "out",
+        "resume",
+        "other_images",
+        "evaluation",
+        "device",
+        "outside",
+        "compare_ways",
+    ),
     "timeout",
 )
 SETTINGS = tuple(field.name for group in GROUPS for field in fields(group))
