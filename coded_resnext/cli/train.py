@@ -263,12 +263,10 @@ def identity(recipe: Recipe, run: Path | None = None) -> dict[str, Any]:
     settings = {k: v for k, v in recipe.settings().items() if k not in INCIDENTAL}
     # Backends round differently. Runs from before there was a choice are those of the default.
     settings["backend"] = named_backend(recipe.model.backend)
-    later: dict[str, Any] = {
-        "decoder": "pillow",
-        "backend": "auto",
-        "class_weight": "none",
-        "graph": "auto",
-    }
+    # Where nobody has decided, nothing is cut out of JPEGs on the way to a device.
+    if settings["decoder"] != "simplejpeg":
+        del settings["decoder"]
+    later: dict[str, Any] = {"backend": "auto", "class_weight": "none", "graph": "auto"}
     later |= dict.fromkeys(("balanced_sampler", "mask_gradients"), False)
     settings = {k: v for k, v in settings.items() if k not in later or v != later[k]}
     if recipe.model.initial_checkpoint is not None:
