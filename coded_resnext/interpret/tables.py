@@ -16,8 +16,15 @@ from .removal import KINDS, RemovalCurve
 
 # Rows of the table of classes; of more classes the worst are shown.
 TABLE_CLASSES = 20
+CLASS_MEASURES = (
+    *("average_precision", "threshold", "precision", "recall", "f1", "balanced_accuracy", "dead"),
+)
 OUTSIDE_MEASURES = (
     *("average_precision", "accepted", "precision", "recall", "f1", "balanced_accuracy"),
+)
+CORRELATIONS = (
+    *("codeword_correlation", "confusion_correlation", "confusion_p"),
+    "codeword_confusion_correlation",
 )
 _LABEL = 38
 
@@ -76,18 +83,9 @@ def _classes(evaluation: Evaluation) -> Iterator[dict[str, Any]]:
             row[f"early_agreement_{number}"] = block.class_agreement[index]
         if one:
             classifier = one.classifiers[index]
-            row |= {
-                "one_class_computed": classifier.computed,
-                "one_class_positives": classifier.positives,
-                "one_class_negatives": classifier.negatives,
-                "average_precision": classifier.average_precision,
-                "threshold": classifier.threshold,
-                "precision": classifier.precision,
-                "recall": classifier.recall,
-                "f1": classifier.f1,
-                "balanced_accuracy": classifier.balanced_accuracy,
-                "dead": classifier.dead,
-            }
+            for name in ("computed", "positives", "negatives"):
+                row[f"one_class_{name}"] = getattr(classifier, name)
+            row |= {name: getattr(classifier, name) for name in CLASS_MEASURES}
             if evaluation.outside_samples:
                 outside = classifier.outside
                 for name in OUTSIDE_MEASURES:
@@ -110,12 +108,7 @@ def _blocks(evaluation: Evaluation) -> Iterator[dict[str, Any]]:
         }
         if semantics:
             compared = semantics.blocks[index]
-            row |= {
-                "codeword_correlation": compared.codeword_correlation,
-                "confusion_correlation": compared.confusion_correlation,
-                "confusion_p": compared.confusion_p,
-                "codeword_confusion_correlation": compared.codeword_confusion_correlation,
-            }
+            row |= {name: getattr(compared, name) for name in CORRELATIONS}
         yield row
 
 
@@ -123,16 +116,12 @@ def _removal(evaluation: Evaluation) -> Iterator[dict[str, Any]]:
     assert evaluation.removal is not None
     for number, block in enumerate(evaluation.removal.blocks, 1):
         for kind in KINDS:
-            curve: RemovalCurve = getattr(block, kind)
-            for index, removed in enumerate(curve.removed):
+            columns = vars(getattr(block, kind))
+            for values in zip(*columns.values(), strict=True):
                 yield {
                     "coded_block": number,
                     "kind": kind,
-                    "removed": removed,
-                    "accuracy": curve.accuracy[index],
-                    "deviation": curve.deviation[index],
-                    "energy": curve.energy[index],
-                    "energy_deviation": curve.energy_deviation[index],
+                    **dict(zip(columns, values, strict=True)),
                 }
 
 
