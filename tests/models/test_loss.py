@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from support.helpers import needs_triton
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -21,6 +22,7 @@ BOOKS = [
 LOGITS = torch.tensor([[2.0, 0.5, -1.0], [0.0, 0.0, 1.0]])
 ENERGIES = [torch.tensor([[2.0, 1.5, 0.5, 0.0]] * 2), torch.tensor([[1.0, 3.0, 0.0, 0.0]] * 2)]
 TARGETS = torch.tensor([0, 2])
+BACKENDS = ["torch", pytest.param("triton", marks=needs_triton)]
 
 
 def test_total_is_cross_entropy_plus_weighted_coding_losses() -> None:
@@ -183,7 +185,7 @@ def terms_by_hand(
     return cross_entropy / total, coding / total
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("class_weight", [[1.0, 1.0, 1.0], [0.5, 2.0, 0.0]], ids=["equal", "own"])
 @pytest.mark.parametrize(
     "targets",
@@ -225,7 +227,7 @@ def test_both_terms_obey_ignored_labels_and_class_weights(
         torch.testing.assert_close(gradient.double(), value, **tolerance)
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_sample_without_a_label_may_hold_anything(backend: Any) -> None:
     """pytorch#183608: what is left out has no gradient, even where its numbers are not finite."""
     energies = ENERGIES[0].clone()
@@ -240,7 +242,7 @@ def test_a_sample_without_a_label_may_hold_anything(backend: Any) -> None:
     assert not gradient[1].any()
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("label", [-1, 3, 7, -(2**40), 2**40])
 def test_a_label_that_is_no_class_is_nan_where_values_are_not_read(
     label: int, backend: Any
@@ -276,7 +278,7 @@ def test_class_weights_that_are_none(class_weight: Tensor, message: str) -> None
         CodedLoss(BOOKS, class_weight=class_weight)
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_bytes_as_labels(backend: Any) -> None:
     """pytorch#12670: what is to be ignored, and the number of classes, were brought to 8 bits."""
     codewords = torch.eye(20, dtype=torch.bool).repeat(15, 1)
