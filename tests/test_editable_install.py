@@ -170,6 +170,7 @@ def test_a_second_checkout_computes_with_its_own_kernels(checkout: Path, tmp_pat
         assert Path(kernels).samefile(expected / "kernels" / "__init__.py")
 
 
+@pytest.mark.long
 def test_a_checkout_is_imported_where_it_lies(checkout: Path) -> None:
     """pykdtree#69, lead-lag#5, NIPET#18: in its own folder the package lacked a part of itself."""
     result = python(checkout, f"{WHERE}; coded_resnext.kernels.backends()")

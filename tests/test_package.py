@@ -86,6 +86,7 @@ def test_what_is_exported_can_be_pickled_by_name() -> None:
         assert pickle.loads(pickle.dumps(exported)) is exported  # noqa: S301
 
 
+@pytest.mark.long
 def test_no_submodule_hides_what_a_package_exports() -> None:
     """Python binds a submodule to its package when it is first imported, which may be late."""
     code = (

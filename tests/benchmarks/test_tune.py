@@ -59,6 +59,7 @@ def test_a_dry_run_tries_every_candidate() -> None:
     assert "no place has 'nowhere' in its name" in result.stderr
 
 
+@pytest.mark.long
 def test_the_fastest_settings_are_found_and_can_be_entered(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -165,6 +165,7 @@ def test_as_many_words_as_asked_for_where_orbits_have_several_lengths(seed):
 
 @given(st.integers(2, 60), st.integers(2, 40), st.data())
 @settings(max_examples=60, deadline=None)
+@pytest.mark.long
 def test_any_size_has_its_number_of_words(classes, branches, data):
     active = data.draw(st.integers(1, branches))
     assume(comb(branches, active) >= classes)

@@ -381,6 +381,7 @@ def test_aot_package(tmp_path):
         torch.testing.assert_close(compiled(x), network(x), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("opset", [13, 17, 99, True, "20"])
 def test_an_opset_that_cannot_be_written_is_refused(tmp_path: Path, opset: int) -> None:
     """pytorch#150592, pytorch#161056: a conversion that failed was logged, and the status 0."""

@@ -110,6 +110,7 @@ def test_without_matplotlib(network, data, tmp_path, monkeypatch):
         save_figures(found, network.codebooks, tmp_path)
 
 
+@pytest.mark.long
 def test_importing_needs_no_optional_package():
     code = (
         "import sys, coded_resnext.interpret\n"
