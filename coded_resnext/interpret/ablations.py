@@ -40,7 +40,10 @@ ABLATIONS = (
     Ablation("concatenation", model={"aggregation": "concat"}),
     Ablation("DropSubNNs 0", model={"drop_branches": 0.0}),
     Ablation("masks not shared", model={"share_masks": False}),
-    Ablation("gradients masked", training={"mask_gradients": True, "coding_weight": 0.0}),
+    Ablation(
+        "gradients masked",
+        training={"mask_gradients": True, "coding_weight": 0.0, "torchcompile": ""},
+    ),
     Ablation("coding weight 1", training={"coding_weight": 1.0}),
     Ablation("no normalisation", model={"normalize": False}),
     Ablation("codebook distance 2", near_codewords=True),

@@ -210,7 +210,7 @@ class TrainingConfig:
         if self.mask_gradients and (self.mixup or self.cutmix or self.torchcompile):
             raise ValueError(
                 "mask_gradients: expected neither mixup nor cutmix, whose images have no one "
-                "class, nor torchcompile"
+                "class, nor torchcompile (--torchcompile '')"
             )
 
     @property
