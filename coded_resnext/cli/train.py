@@ -340,6 +340,10 @@ def run_recipe(
             say(f"{splits}\n{words}", file=sys.stderr)
         if world.device.type == "cuda" and settings["backend"] in ("fused", "triton"):
             world.on_main(lambda: build_missing(architecture(world.device.index or 0)))
+        outside_name = command.outside
+        if command.evaluation and outside_name is not None and outside_name != ROTATED:
+            # What is wrong with it is said now, and not after the training.
+            world.on_main(lambda: len(open_outside(outside_name, splits, recipe)))
         loaders = make_loaders(recipe, splits, world)
         if recipe.model.initial_checkpoint and world.on_main(lambda: run.load_state() is None):
             some = splits.slice(train_images=min(CALIBRATION_IMAGES, len(splits.train)))

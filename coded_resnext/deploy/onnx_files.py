@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from coded_resnext.files import write_atomically
+from coded_resnext.kernels.checks import check_finite
 
 TOLERANCE = 1e-4
 """Largest difference between PyTorch and onnxruntime, in units of the largest output above 1."""
@@ -81,7 +82,8 @@ def quantize_onnx(source: str | Path, path: str | Path, images: Iterable[Tensor]
             a part behind the first, the maps that come in.
 
     Raises:
-        ValueError: no images, or none of the shape that the file takes.
+        ValueError: no images, none of the shape that the file takes, or numbers that are not
+            finite.
         ImportError: as `require_onnx`.
     """
     require_onnx()
@@ -112,6 +114,7 @@ def quantize_onnx(source: str | Path, path: str | Path, images: Iterable[Tensor]
             if list(batch.shape[1:]) != takes.shape[1:]:
                 expected = ", ".join(map(str, takes.shape[1:]))
                 raise ValueError(f"images: expected [B, {expected}], got {list(batch.shape)}")
+            check_finite("images", batch.cpu())
             return {takes.name: batch.float().cpu().numpy()}
 
     path = Path(path)

@@ -16,6 +16,7 @@ from coded_resnext.data.datasets import Storage
 from coded_resnext.data.preprocessing import Preprocessing
 from coded_resnext.files import read_text
 from coded_resnext.kernels import Backend
+from coded_resnext.kernels.checks import check_integers
 
 from .config import TrainingConfig
 
@@ -103,6 +104,11 @@ class DataConfig:
         "Number of training images, about, on which the evaluation chooses the thresholds of the "
         "one-class classifiers. The default is all of them.",
     ] = None
+
+    def __post_init__(self) -> None:
+        for name in ("eval_images", "removal_images", "repeats", "threshold_images"):
+            if getattr(self, name) is not None:
+                check_integers(**{name: getattr(self, name)})
 
     @property
     def preprocessing(self) -> Preprocessing:

@@ -456,6 +456,8 @@ def test_a_part_can_be_quantised(tmp_path: Path) -> None:
     assert len(session.run(None, {session.get_inputs()[0].name: images.numpy()})) == 3
     with pytest.raises(ValueError, match=r"images: expected \[B, 1, 6, 6\], got \[1, 6, 6\]"):
         quantize_onnx(first, tmp_path / "int8.onnx", list(images))
+    with pytest.raises(ValueError, match="images: expected finite numbers"):
+        quantize_onnx(first, tmp_path / "int8.onnx", [images * torch.nan])
 
 
 def test_an_untrained_network_knows_the_size_of_its_images() -> None:

@@ -204,6 +204,25 @@ def test_an_evaluation_that_fails_does_not_cost_the_epoch(tmp_path: Path) -> Non
     assert state["step"] == len(loader)
 
 
+@pytest.mark.parametrize("outside", ["nowhere", "empty", "cifar10"])
+def test_outside_images_that_are_not_there_are_said_before_the_training(
+    tmp_path: Path, outside: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """fairseq#2140's kind: what only the evaluation needs failed when all epochs were done."""
+    for split in ("train", "test"):
+        write_images(tmp_path / split, {"a": 4, "b": 4})
+    (tmp_path / "empty").mkdir()
+    recipe = make_recipe(
+        {"data_dir": str(tmp_path), "img_size": 8, "workers": 0},
+        {"model": "coded_resnext17_10x4d", "epochs": 1, "batch_size": 4, "lr": 0.1},
+    )
+    monkeypatch.setattr("coded_resnext.cli.train.fit", lambda *_, **__: pytest.fail("trained"))
+    name = outside if outside == "cifar10" else str(tmp_path / outside)
+    command = Command(recipe, tmp_path / "run", False, True, "cpu", outside=name)
+    with pytest.raises((FileNotFoundError, ValueError), match=outside):
+        run_recipe(command)
+
+
 def test_a_calibration_sees_every_class(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """mmdetection#259, SinglePathOneShot#4: the head of a sorted set is one class."""
     for split in ("train", "test"):

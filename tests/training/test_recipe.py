@@ -299,6 +299,8 @@ def test_unknown_flags_end_the_command(capsys: pytest.CaptureFixture[str]) -> No
             {"backend": "cuda"},
             "^backend: expected one of auto, reference, torch, fused, triton, got 'cuda'$",
         ),
+        ({"repeats": 0}, "repeats: expected a positive integer, got 0"),
+        ({"threshold_images": -1}, "threshold_images: expected a positive integer, got -1"),
         ({"bn_momentum": 0}, "bn_momentum: expected 0 < value <= 1, got 0"),
         ({"mean": [0.5]}, "mean: expected 3 numbers, got 1"),
         ({"test_resize": 8}, "resize: expected at least the size, 224 pixels, got 8"),
