@@ -119,11 +119,13 @@ def torchvisions(folder: Path, augmentation: Augmentation, size: int) -> Callabl
 
 
 def dalis(folder: Path, size: int) -> Callable[[], Pass]:
-    """Decoding of the crop, resizing and a flip, on the CPU."""
+    """Decoding of the crop, resizing and a flip, on the CPU and not ahead of being asked."""
     fn = pytest.importorskip("nvidia.dali.fn")
     from nvidia.dali import pipeline_def, types
 
-    @pipeline_def(batch_size=BATCH, num_threads=1, device_id=None)
+    when_asked = {"exec_async": False, "exec_pipelined": False, "exec_dynamic": False}
+
+    @pipeline_def(batch_size=BATCH, num_threads=1, device_id=None, **when_asked)
     def make() -> Any:
         encoded, label = fn.readers.file(file_root=str(folder), random_shuffle=True)
         image = fn.decoders.image_random_crop(encoded, random_area=[0.08, 1.0])

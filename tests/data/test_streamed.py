@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
@@ -25,6 +26,7 @@ from coded_resnext.data.loaders import TrainImages
 from coded_resnext.data.preprocessing import Preprocessing
 from coded_resnext.data.streamed import HostCrops, StreamedTrainImages
 from coded_resnext.models.checkpoint import load_model
+from coded_resnext.training.processes import TrainingStopped
 from coded_resnext.training.recipe import RECIPES, load_recipe
 
 CPU = torch.device("cpu")
@@ -312,3 +314,40 @@ def test_a_training_on_files_is_the_same_wherever_they_are_augmented(tmp_path: P
 
     first, second = weights("cpu"), weights("device")
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@decoders
+@pytest.mark.long
+def test_a_run_that_was_cut_goes_on_to_the_same_bits(
+    decoder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for split in ("train", "test"):
+        for number in range(24):
+            folder = tmp_path / "data" / split / ("ant", "bee")[number % 2]
+            folder.mkdir(parents=True, exist_ok=True)
+            scene(40 + number, 50, number).save(folder / f"{number}.jpg")
+
+    def run(name: str, *more: str) -> dict[str, Tensor]:
+        line = (
+            f"--data-dir {tmp_path / 'data'} --storage files --img-size 16 --epochs 2 --workers 0 \
+            --aa rand-m4-n2 --reprob 0.5 --warmup-epochs 0 --batch-size 8 --no-evaluation \
+            --augment-on device --decoder {decoder} --device cpu --out {tmp_path / name}".split()
+        )
+        run_recipe(parse_command([*line, *more], description="", default="folder"))
+        return dict(load_model(tmp_path / name).model.state_dict())
+
+    whole = run("whole")
+    passes = StreamedTrainImages.__iter__
+
+    def with_a_signal(loader: StreamedTrainImages) -> Iterator[Batch]:
+        for number, batch in enumerate(passes(loader)):
+            if (loader.epoch, number) == (2, 1):
+                signal.raise_signal(signal.SIGTERM)
+            yield batch
+
+    monkeypatch.setattr(StreamedTrainImages, "__iter__", with_a_signal)
+    with pytest.raises(TrainingStopped):
+        run("cut")
+    monkeypatch.undo()
+    resumed = run("cut", "--resume")
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
