@@ -10,6 +10,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 import numpy as np
@@ -199,6 +200,9 @@ class ResizedCrop:
             ratio=augmentation.ratio,
             interpolation=augmentation.train_interpolation,
         )
+        modes = self._timm.interpolation
+        modes = modes if isinstance(modes, tuple) else (modes,)
+        self._bicubic = [mode.value == "bicubic" for mode in modes]
 
     def __call__(self, image: Image) -> Image:
         import PIL.Image
@@ -207,19 +211,24 @@ class ResizedCrop:
 
     def draw(self, size: tuple[int, int]) -> Part:
         """Returns the part of an image of this width and height."""
-        import PIL.Image
-
-        # Without pixels: the size alone is asked for.
-        image = PIL.Image.Image()
+        image = _without_pixels()
         image._size = size
         top, left, height, width = self._timm.get_params(image, self._timm.scale, self._timm.ratio)
         # Of a tiny image timm may draw none.
         height, width = max(height, 1), max(width, 1)
-        chosen = self._timm.interpolation
-        if isinstance(chosen, tuple):
-            chosen = random.choice(chosen)  # noqa: S311
+        is_bicubic = self._bicubic[0]
+        if len(self._bicubic) > 1:
+            is_bicubic = random.choice(self._bicubic)  # noqa: S311
         left, top = min(left, size[0] - width), min(top, size[1] - height)
-        return Part(left, top, width, height, chosen.value == "bicubic")
+        return Part(left, top, width, height, is_bicubic)
+
+
+@cache
+def _without_pixels() -> Image:
+    """Returns what stands for an image of which the size alone is asked for."""
+    import PIL.Image
+
+    return PIL.Image.Image()
 
 
 class PaddedCrop:
