@@ -25,11 +25,13 @@ FunctionT = TypeVar("FunctionT", bound=Callable[..., Any])
 DEBUG_VARIABLE = "CODED_RESNEXT_DEBUG"
 
 
-def check_targets(targets: Tensor, batch: int, classes: int, ignore_index: int = -100) -> bool:
+def check_targets(
+    targets: Tensor, batch: int, classes: int, ignore_index: int | None = None
+) -> bool:
     """Refuse targets that are neither `[B]` class indices in range nor `[B, K]` probabilities.
 
-    The class index `ignore_index` stands for a sample without a label. Values are read on CPU
-    tensors only, so that a step on an accelerator never waits for them.
+    The class index `ignore_index` stands for a sample without a label; without it all must have
+    one. Values are read on CPU tensors only, so that a step on an accelerator never waits for them.
 
     Returns:
         Whether every sample is known to have a label that is a class, or probabilities.
@@ -49,10 +51,13 @@ def check_targets(targets: Tensor, batch: int, classes: int, ignore_index: int =
     if not _readable(targets) or batch == 0:
         return False
     low, high = (int(bound) for bound in targets.aminmax())
-    labelled = low >= 0 and high < classes and not low <= ignore_index <= high
+    ignoring = ignore_index is not None and low <= ignore_index <= high
+    labelled = low >= 0 and high < classes and not ignoring
     if not labelled:
         labels = targets.long()
-        wrong = labels[is_no_class(labels, classes) & (labels != ignore_index)]
+        wrong = labels[is_no_class(labels, classes)]
+        if ignoring:
+            wrong = wrong[wrong != ignore_index]
         if wrong.numel():
             raise ValueError(f"targets: expected classes 0 to {classes - 1}, got {int(wrong[0])}")
     return labelled

@@ -29,6 +29,7 @@ from torch import Tensor
 from coded_resnext.data.batches import ShuffledSamples, TrainLoader
 from coded_resnext.data.preprocessing import Preprocessing
 from coded_resnext.files import UNFIT, brief, require_room, say
+from coded_resnext.kernels.checks import check_kind
 from coded_resnext.models.checkpoint import describe_network, save_model
 from coded_resnext.models.resnext import CodedResNeXt
 
@@ -95,7 +96,8 @@ def fit(
         One row for every epoch: learning rate, loss terms, accuracies, speed and memory.
 
     Raises:
-        ValueError: the processes do not divide the batch, a batch has targets that are no classes
+        ValueError: the model is wrapped or all of it frozen, the processes do not divide the batch,
+            a batch has targets that are no classes
             of the network, the test batches can be iterated only once, or the folder's checkpoint
             is of another network, or of other images and `other_images` is not set.
         FloatingPointError: a step was not finite; the message says which step, where it came up
@@ -104,6 +106,9 @@ def fit(
         OSError: there is no room for checkpoints, or a file could not be written; the checkpoints
             before it are intact.
     """
+    check_kind("model", model, CodedResNeXt, "a CodedResNeXt, which the run wraps and compiles")
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError("model: expected a parameter to train, got all of them frozen")
     world = world or World(device=next(model.parameters()).device)
     config.local_batch_size(world.size)
     if isinstance(test_loader, Iterator):

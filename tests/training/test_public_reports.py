@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.image_data import write_images
 from support.tiny_training import IMAGES, TARGETS, make_config, make_loader, make_model, train
+from torch import nn
 
 import coded_resnext.training.engine as engine
 from coded_resnext import Codebook, create_model, extract_classifier
@@ -163,6 +164,35 @@ def test_each_module_keeps_its_mode() -> None:
     with pytest.raises(ValueError, match="targets"):
         measure_accuracy(model, [(IMAGES[:1], torch.tensor([10]))])
     assert [module.training for module in model.modules()] == modes
+
+
+@pytest.mark.parametrize("where", ["training", "test"])
+def test_a_sample_without_a_label_is_refused_in_a_run(tmp_path: Path, where: str) -> None:
+    """pytorch#135546's kind: -100 passed the check, and ended in an index out of range."""
+    config = make_config(epochs=1, warmup_epochs=0)
+    targets = {"training": TARGETS.clone(), "test": TARGETS.clone()}
+    targets[where][-1] = -100
+    loader = TrainingBatches(IMAGES, targets["training"], config.batch_size, seed=0)
+    tested = batches(IMAGES, targets["test"])
+    with pytest.raises(ValueError, match="targets: expected classes 0 to 2, got -100"):
+        fit(make_model(), loader, tested, config, RunFolder(tmp_path, {}))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda model: nn.DataParallel(model), "expected a CodedResNeXt, .* got DataParallel"),
+        (lambda model: torch.compile(model, backend="eager"), "got OptimizedModule"),
+        (lambda model: model.requires_grad_(False), "expected a parameter to train"),
+    ],
+)
+def test_what_cannot_be_trained_is_said_at_once(
+    tmp_path: Path, change: Callable[[Any], Any], message: str
+) -> None:
+    """timm#1454's kind: AttributeError, TypeError and RuntimeError from somewhere within."""
+    config, tested = make_config(), batches(IMAGES, TARGETS)
+    with pytest.raises(ValueError, match=f"model: .*{message}"):
+        fit(change(make_model()), make_loader(config), tested, config, RunFolder(tmp_path, {}))
 
 
 def test_a_frozen_batch_norm_is_not_trained(tmp_path: Path) -> None:
