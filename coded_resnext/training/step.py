@@ -323,6 +323,8 @@ class TrainStep:
         self._seen.clear()
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
+        # A run that has no step left writes it again.
+        self.lr = float(self.optimizer.param_groups[0]["lr"])
         for parameter, values in self.optimizer.state.items():
             # The fused step goes through memory: layouts must agree.
             own = torch.zeros_like(parameter)
