@@ -85,7 +85,7 @@ def main() -> int:
         print(f"--- {stage}: {outcome} after {time.monotonic() - start:.0f} s", flush=True)
     print(summary(state))
     good = all(state.stages.get(stage) == "finished" for stage in arguments.only)
-    return int(not good or bool(faults(state)))
+    return int(not good or any(faults(state)))
 
 
 class State:

@@ -132,6 +132,9 @@ def test_a_stage_that_fails_costs_no_other(
     begun = [line for line in capsys.readouterr().out.splitlines() if "at most" in line]
     assert [line.split()[1] for line in begun] == ["headline,", "profile,", "operators,"]
     assert check.State(tmp_path, dry=True).stages == dict.fromkeys(check.STAGES, "finished")
+    monkeypatch.setattr(sys, "argv", [*command, "--only", "build", "guard"])
+    state.path("right").unlink()
+    assert check.main() == 0
 
 
 def test_a_check_fits_into_eight_minutes() -> None:
