@@ -94,7 +94,7 @@ def test_folder_without_training_images(model, checkpoint, tmp_path, capsys):
     assert expected.removal.samples == 6
     assert "on the test data itself" in printed
     pictures = sorted(path.name for path in (out / "figures").glob("*.png"))
-    assert len(pictures) == 7
+    assert len(pictures) == 8
     assert all(name in printed for name in pictures)
 
 

@@ -134,6 +134,7 @@ def turned_by_xmp(image: Image.Image) -> bytes:
     return plain[:2] + segment + plain[2:]
 
 
+@needs_simplejpeg
 @pytest.mark.parametrize(
     "make",
     [
