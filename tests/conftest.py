@@ -32,6 +32,14 @@ def _fresh_compiler(request: pytest.FixtureRequest) -> None:
         torch.compiler.reset()
 
 
+@pytest.fixture(autouse=True)
+def _nothing_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is said once a process, each test may hear."""
+    from coded_resnext.kernels import backend
+
+    monkeypatch.setattr(backend, "_SAID", set())
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--all", action="store_true", help="run the tests marked long too")
 

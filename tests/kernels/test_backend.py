@@ -314,7 +314,6 @@ def test_a_kernel_that_does_not_fit_is_pytorchs(
         real(row, grid, *arguments)
 
     monkeypatch.setattr(LaunchRow, "launch", launch)
-    monkeypatch.setattr(backend, "_SAID", set())
     # As the last stage of ResNeXt-101 32x8d once did on sm86.
     taken = 131072
     monkeypatch.setattr(layout, "shared_memory_of", lambda r: taken if large in r.kernel else 0)

@@ -138,7 +138,6 @@ def test_the_choice_for_a_gpu_is_compiled_whole(
 ) -> None:
     """On fake CUDA tensors, which need no GPU: on the CPU the rule ends before its table."""
     monkeypatch.setattr(layout, "architecture", lambda _index: "sm90")
-    monkeypatch.setattr(backend, "_SAID", set())
 
     def choose(x: Tensor, weight: Tensor) -> tuple[Tensor, Passes]:
         return x.relu(), convolution.select_products(x, weight, "triton")

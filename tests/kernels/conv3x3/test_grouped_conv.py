@@ -207,7 +207,6 @@ def test_the_choice_for_a_gpu_is_compiled_whole(
     """On fake CUDA tensors, which need no GPU: on the CPU the rule ends before its table."""
     monkeypatch.setattr(layout, "architecture", lambda _index: "sm90")
     monkeypatch.setitem(conv3x3_rows.WINS, ("sm90", 16, 1), WON)
-    monkeypatch.setattr(backend, "_SAID", set())
 
     def choose(x: Tensor, weight: Tensor) -> tuple[Tensor, Passes]:
         return x.relu(), conv3x3_functional.select_passes(x, weight, 1, "auto")

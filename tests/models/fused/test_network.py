@@ -12,7 +12,6 @@ from support.small_networks import make_images, make_network
 from torch import Tensor, nn
 
 from coded_resnext import CodedLoss, CodedResNeXt, create_model
-from coded_resnext.kernels import backend as kernels_backend
 
 TARGETS = torch.tensor([0, 1, 2, 3])
 
@@ -168,11 +167,8 @@ def test_a_block_keeps_its_raw_tensors_alone(name: str) -> None:
     assert kept_bytes(block, x) >= layered
 
 
-def test_what_cannot_be_fused_runs_layer_by_layer(
-    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_cannot_be_fused_runs_layer_by_layer(caplog: pytest.LogCaptureFixture) -> None:
     x = make_images(2, seed=0).double()
-    monkeypatch.setattr(kernels_backend, "_SAID", set())
     changes: dict[str, Callable[[CodedResNeXt], object]] = {
         "a hook on": lambda m: m.blocks[1].expand.register_forward_hook(lambda *_: None),
         "GroupNorm stands in": lambda m: setattr(
