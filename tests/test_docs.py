@@ -46,6 +46,7 @@ NOT_RUN = {
     r"train/early_exit.py": "trains 5 networks a run; tests/train/test_train_early_exit.py does so",
     r"train/digits.py --out runs/digits": "trains for minutes; tests/train/test_digits.py does so",
     r"train/(imagenet|finetune).py": "needs photographs; tests/train/test_train_scripts.py trains",
+    r"coded-resnext pack": "needs photographs; tests/data/test_pack.py packs some",
     r"--scale (short|full)(?!.*--plan)|ablations.py cifar100": "trains for hours on a GPU",
     r"--push|push_to_hub\(": "uploads",
     r"to_aot_package\(": "compiles for a minute; tests/deploy/test_export.py does so",

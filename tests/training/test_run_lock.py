@@ -13,17 +13,26 @@ from typing import Any
 
 import pytest
 import torch
-from support.tiny_training import IMAGES, TARGETS, make_config, make_loader, make_model
+from support.tiny_training import make_model
 from torture.checkpoints import _save_for_ever
 
-from coded_resnext.data.batches import batches
 from coded_resnext.interpret.report import gather
 from coded_resnext.models.checkpoint import load_model, save_model
-from coded_resnext.training.engine import fit
 from coded_resnext.training.processes import World
 from coded_resnext.training.run_folder import LOCK_FILE, RunFolder, lock_folder
 from coded_resnext.training.saved_state import load_state
 
+TRAIN = """
+import sys
+from pathlib import Path
+from support.tiny_training import IMAGES, TARGETS, make_config, make_loader, make_model
+from coded_resnext.data.batches import batches
+from coded_resnext.training.engine import fit
+from coded_resnext.training.run_folder import RunFolder
+config = make_config(epochs=10_000, warmup_epochs=0)
+run = RunFolder(Path(sys.argv[1]), config.to_dict())
+fit(make_model(), make_loader(config), batches(IMAGES, TARGETS), config, run)
+"""
 HOLD = """
 import sys, time
 from pathlib import Path
@@ -100,14 +109,7 @@ def test_the_first_process_of_a_run_alone_locks(tmp_path: Path) -> None:
 
 def test_readers_while_a_training_writes(tmp_path: Path) -> None:
     """Reports and model files in the middle of a run: whole, of one epoch or of a later one."""
-    config = make_config(epochs=10_000, warmup_epochs=0)
-    child = os.fork()
-    if child == 0:
-        try:
-            run = RunFolder(tmp_path, config.to_dict())
-            fit(make_model(), make_loader(config), batches(IMAGES, TARGETS), config, run)
-        finally:
-            os._exit(0)
+    child = subprocess.Popen([sys.executable, "-c", TRAIN, str(tmp_path)])
     seen: set[int] = set()
     end = time.monotonic() + 60
     try:
@@ -122,8 +124,8 @@ def test_readers_while_a_training_writes(tmp_path: Path) -> None:
             assert before - 1 <= len(content["training_log"]["epoch"]) <= after
             seen.add(before)
     finally:
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
+        child.kill()
+        child.wait()
     assert len(seen) == 5
 
 
