@@ -32,6 +32,14 @@ def _fresh_compiler(request: pytest.FixtureRequest) -> None:
         torch.compiler.reset()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _autograd_that_forks() -> None:
+    """A first backward pass behind some libraries' starts threads, and no fork could train then."""
+    import torch
+
+    torch.ones((), requires_grad=True).backward()
+
+
 @pytest.fixture(autouse=True)
 def _nothing_said(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is said once a process, each test may hear."""
