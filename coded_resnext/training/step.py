@@ -214,7 +214,12 @@ class TrainStep:
         """Returns the device's part of a step, recorded if batches like this one come often."""
         if self._lr is None:
             return self._part
-        kind = (images.shape, images.dtype, images.stride(), targets.shape, targets.dtype)
+        kind = (
+            *(images.shape, images.dtype, images.stride(), targets.shape, targets.dtype),
+            # A recording would go on as the network was: changed, it is run as it is.
+            *((id(module), module.training) for module in self.model.modules()),
+            *((id(each), each.requires_grad) for each in self.model.parameters()),
+        )
         self._seen[kind] += 1
         # Two steps have set up what is set up once. One shape is recorded, as a graph keeps memory.
         if self._recorded is None and self._seen[kind] == 3:

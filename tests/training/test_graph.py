@@ -204,6 +204,25 @@ def test_a_step_that_is_not_finite_is_found_in_a_replay(on_cpu: pytest.MonkeyPat
     assert_same(state_of(step), before)
 
 
+def test_a_layer_that_is_changed_later_counts(on_cpu: pytest.MonkeyPatch) -> None:
+    """A recording knows nothing of a BatchNorm in evaluation, nor of weights that are frozen."""
+
+    def changed() -> TrainStep:
+        step = TrainStep(make_model(), make_config(), World(), 5)
+        for index in range(8):
+            if index == 5:
+                step.model.blocks[0].grouped_bn.eval()
+                step.model.blocks[1].expand.requires_grad_(requires_grad=False)
+            step(batch_of(index, 8), index)
+        step.finish()
+        return step
+
+    replayed = changed()
+    assert replayed._recorded is not None
+    on_cpu.setattr("coded_resnext.training.step.recorded", lambda part, *_: part)
+    assert_same(state_of(replayed), state_of(changed()))
+
+
 def test_a_state_that_is_loaded_is_recorded_anew(on_cpu: pytest.MonkeyPatch) -> None:
     step, other = (TrainStep(make_model(), make_config(), World(), 5) for _ in range(2))
     for index in range(4):
