@@ -519,6 +519,7 @@ def compare_ways(recipe: Recipe, model: CodedResNeXt, splits: ImageSplits, world
 
     Raises:
         ValueError: there are several processes.
+        FloatingPointError: as `measure_ways`.
     """
     if world.is_shared:
         raise ValueError(f"--compare-ways: expected one process, got {world.size}")

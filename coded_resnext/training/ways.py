@@ -21,6 +21,7 @@ from coded_resnext.models.layers import copy_of
 from coded_resnext.models.resnext import CodedResNeXt
 
 from .config import Graph, TrainingConfig
+from .guard import NonFiniteError
 from .processes import World
 from .step import TrainStep
 
@@ -87,13 +88,19 @@ def measure_ways(
 
     Returns:
         A row for every way, in their order. Milliseconds are means over the steps.
+
+    Raises:
+        FloatingPointError: the first step is not finite layer by layer.
     """
     device = next(model.parameters()).device
     ways = ways_on(device) if ways is None else ways
     by_layers = Way("torch")
-    exact = _Try(model, by_layers, replace(config, amp=False)).change(batch)
     noise = NOISE[config.amp_dtype if config.amp else "float32"]
-    own = _Try(model, by_layers, config).change(batch)
+    try:
+        exact = _Try(model, by_layers, replace(config, amp=False)).change(batch)
+        own = _Try(model, by_layers, config).change(batch)
+    except NonFiniteError as error:
+        raise FloatingPointError(f"layer by layer, {error}: no way can be compared") from error
     limit = WORSE_THAN_LAYERS * max(noise, _apart(own, exact))
     rows = []
     for way in ways:

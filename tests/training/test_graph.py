@@ -337,6 +337,13 @@ def test_a_way_that_is_wrong_or_fails_is_none(monkeypatch: pytest.MonkeyPatch) -
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+def test_ways_of_a_step_that_is_not_finite_are_not_compared() -> None:
+    batch = batch_of(0, 8)
+    bad = batch._replace(images=batch.images * torch.nan)
+    with pytest.raises(FloatingPointError, match="layer by layer, step 0: coding loss"):
+        measure_ways(make_model(), bad, make_config())
+
+
 def test_the_shortest_step_wins() -> None:
     rows = [
         ways.Measured(Way("torch"), 9.0, 0.0, None),
