@@ -204,6 +204,22 @@ def test_a_step_that_is_not_finite_is_found_in_a_replay(on_cpu: pytest.MonkeyPat
     assert_same(state_of(step), before)
 
 
+def test_a_replay_keeps_the_weights_where_the_gradient_is_not_at_fault(
+    on_cpu: pytest.MonkeyPatch,
+) -> None:
+    """The gradient has a flag of its own; what else is wrong reaches a replay by its gate."""
+    step = TrainStep(make_model(), make_config(), World(), 5)
+    for index in range(5):
+        step(batch_of(index, 8), index)
+    step.finish()
+    before = [parameter.detach().clone() for parameter in step.parameters]
+    next(iter(step.optimizer.state.values()))["momentum_buffer"].fill_(torch.inf)
+    step(batch_of(5, 8), 5)
+    with pytest.raises(NonFiniteError, match="step 5: optimizer state not finite"):
+        step.finish()
+    assert_same([parameter.detach() for parameter in step.parameters], before)
+
+
 def test_a_layer_that_is_changed_later_counts(on_cpu: pytest.MonkeyPatch) -> None:
     """A recording knows nothing of a BatchNorm in evaluation, nor of weights that are frozen."""
 
