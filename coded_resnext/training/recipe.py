@@ -463,6 +463,8 @@ def _metavar(hint: Any) -> str:
 
 
 def _shown(default: Any) -> str:
+    if default is MISSING:
+        return "as the recipe says"
     if isinstance(default, tuple):
         return " ".join(map(str, default)) or "none"
     return "none" if default is None else str(default)

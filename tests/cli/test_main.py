@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import get_args
 
 import pytest
+from support.script_runs import run_here
 
 from coded_resnext import list_models
 from coded_resnext.cli import arguments, export, main, report
@@ -35,6 +37,9 @@ def parsers(
             for word, inner in action.choices.items():
                 yield from parsers(inner, (*words, word))
 
+
+# What Python says of objects, and what argparse and dataclasses have for "nothing".
+NOT_FOR_PEOPLE = re.compile(r"<[\w.]+ object at|<(?:class|function|bound)|MISSING|SUPPRESS|%\(\w+")
 
 ALL_PARSERS = dict(parsers(arguments.make_parser()))
 
@@ -137,6 +142,29 @@ def test_help_needs_no_pytorch() -> None:
     assert result.returncode == 0, result.stderr
     usages = [line for line in result.stdout.splitlines() if line.startswith("usage: ")]
     assert len(usages) == len(asked)
+
+
+SCRIPTS = [
+    path
+    for folder in ("train", "benchmarks")
+    for path in sorted((ROOT / folder).rglob("*.py"))
+    if 'if __name__ == "__main__"' in path.read_text(encoding="utf-8")
+    and re.search(r"ArgumentParser|train_by_recipe", path.read_text(encoding="utf-8"))
+]
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+def test_help_of_scripts_is_for_people(script: Path) -> None:
+    """A setting without a default had `<dataclasses._MISSING_TYPE object at 0x..>` for one."""
+    result = run_here(script, "--help")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("usage: ")
+    assert NOT_FOR_PEOPLE.findall(result.stdout) == []
+
+
+def test_help_of_commands_is_for_people() -> None:
+    for words, parser in ALL_PARSERS.items():
+        assert NOT_FOR_PEOPLE.findall(parser.format_help()) == [], words
 
 
 def test_what_help_says_is_what_the_modules_have() -> None:
