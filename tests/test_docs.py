@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -21,6 +22,8 @@ from coded_resnext import from_pretrained
 from coded_resnext.data.datasets import load_digits_split
 from coded_resnext.deploy.cost import network_cost
 from coded_resnext.deploy.early_exit import predict_early
+from coded_resnext.interpret import load_evaluation
+from coded_resnext.models.shipped import find_model
 
 ROOT = Path(__file__).parents[1]
 # A block of code, or indented lines behind an empty one.
@@ -221,6 +224,22 @@ def test_figures_of_the_shipped_digits_are_those_of_the_weights() -> None:
     assert f"| network | 360 of 360 | {right:.2%}" in page
     saving = f"early exit saves on digits | {saved:.0%}".replace("%", " %")
     assert saving in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_gallery_has_an_image_of_each_class_and_misread_ones() -> None:
+    """Images were picked by taste."""
+    gallery = runpy.run_path(str(ROOT / "docs/site/gallery.py"))
+    samples = load_evaluation(find_model("digits")).samples
+    assert samples is not None
+    rows = gallery["choose"](samples)
+    targets = [samples.targets[row] for row in rows]
+    assert targets == list(range(10))
+    said = zip(samples.targets, samples.predictions, strict=True)
+    misread = {target for target, predicted in said if predicted != target}
+    for place, row in enumerate(rows):
+        is_right = samples.predictions[row] == samples.targets[row]
+        assert is_right == (place % 2 == 1 or targets[place] not in misread)
+    assert gallery["page"]("digits").count("#gh-dark-mode-only") == 10
 
 
 def test_no_verdict_on_the_paper_without_its_scale() -> None:

@@ -1,7 +1,7 @@
 """What MkDocs adds to docs/: pages that lie elsewhere in the repository, and links out of it.
 
 The README is the first page. The pages of notebooks are their cells, without outputs. The pages of
-commands and settings end with what the code says of them.
+commands and settings end with what the code says of them. Shipped weights have their reports.
 """
 
 from __future__ import annotations
@@ -37,7 +37,13 @@ LINK = re.compile(r"(!?)\[([^]]*)\]\(([^)#\s]+)(#[^)\s]*)?\)")
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Adds the pages that lie outside docs/."""
+    """Adds the pages that lie outside docs/, and the reports of the shipped weights."""
+    from coded_resnext.interpret.report import gather, render
+    from coded_resnext.models.shipped import find_model, shipped_weights
+
+    for name in shipped_weights():
+        report = render(gather(find_model(name)))
+        files.append(File.generated(config, f"reports/{name}.html", content=report))
     for page, source in ELSEWHERE.items():
         text = (ROOT / source).read_text(encoding="utf-8")
         content = notebook(json.loads(text), source) if source.endswith(".ipynb") else text
@@ -71,7 +77,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
             return label
         return f"[{label}]({config.repo_url.rstrip('/')}/blob/main/{path.relative_to(ROOT)})"
 
-    filled = {"api/recipe.md": recipe, "commands.md": commands}
+    filled = {"api/recipe.md": recipe, "commands.md": commands, "gallery.md": reports}
     return LINK.sub(led, markdown) + ("\n\n" + filled[uri]() if uri in filled else "")
 
 
@@ -83,6 +89,14 @@ def notebook(cells: dict[str, Any], source: str) -> str:
         parts.append(text if cell["cell_type"] == "markdown" else f"```python\n{text}\n```")
     title, *rest = parts
     return "\n\n".join([title, f"*The notebook is `{source}`.*", *rest])
+
+
+def reports() -> str:
+    """Returns links to the reports, which are there on the site alone."""
+    from coded_resnext.models.shipped import shipped_weights
+
+    links = [f"- [{name}](reports/{name}.html)" for name in shipped_weights()]
+    return "\n".join(["## The reports of the weights that come along", "", *links])
 
 
 def commands() -> str:

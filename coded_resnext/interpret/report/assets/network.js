@@ -60,7 +60,7 @@ function setUpNetwork() {
     parts = { blocks: [], upright };
 
     // Where the image enters; the chosen test image is drawn here.
-    const side = 48;
+    const side = upright ? 48 : 66;
     const [imageX, imageY] = place(end / 2 - side / 2 - (upright ? 4 : 6), middle - side / 2);
     parts.frame = svg("rect", { class: "image-frame", x: imageX, y: imageY, width: side, height: side, rx: 5 });
     parts.image = svg("image", { x: imageX, y: imageY, width: side, height: side, class: "pixels" });
