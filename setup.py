@@ -26,7 +26,7 @@ CODES = ["matplotlib>=3.9"]
 EXPORT = ["onnx>=1.17", "onnxruntime>=1.20", "onnxscript>=0.2"]
 HUB = ["huggingface-hub>=0.30"]
 DATASETS = ["datasets>=3", "pillow>=10"]
-FAST = ["simplejpeg>=1.8"]
+FAST = ["nvidia-nvimgcodec-cu13>=0.9; sys_platform == 'linux'", "simplejpeg>=1.8"]
 TIMM = ["timm>=1.0.15"]
 # Of other people, which docs/tools.md shows on the networks.
 TOOLS = [

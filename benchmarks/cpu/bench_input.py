@@ -2,8 +2,8 @@
 
 All read the same files, ImageNet's recipe at 160 pixels, in this process and thread, batches of 50.
 By turns, batch by batch, so that the machine's mood falls on all alike; the least time of each
-batch counts. `device` is what the host has left to do where the device augments. Before anything is
-timed, its pictures are compared with those of the CPU's path.
+batch counts. `device` is what the host has left to do where the device augments, with one library
+and with both. Before anything is timed, its pictures are compared with those of the CPU's path.
 
     python -m pytest benchmarks/cpu/bench_input.py --benchmark-only --photographs FOLDER \
         --results benchmarks/results/cpu_input.json
@@ -20,6 +20,7 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -27,7 +28,7 @@ import torch
 from PIL import Image
 
 from coded_resnext.data.augment import Augmentation, TrainTransform
-from coded_resnext.data.crops import has_simplejpeg
+from coded_resnext.data.crops import has_nvimgcodec, has_simplejpeg
 from coded_resnext.data.image_folder import find_images
 from coded_resnext.data.image_sets import FileImages
 from coded_resnext.data.loaders import TrainImages
@@ -79,6 +80,15 @@ def ours(folder: Path, augmentation: Augmentation, preprocessing: Preprocessing)
 def host_part(loader: TrainImages) -> Pass:
     """What worker processes do, without the device's part."""
     return iter(loader._loader)
+
+
+def without_nvimgcodec(batches: Pass) -> Pass:
+    while True:
+        with patch("coded_resnext.data.crops._nvimgcodec", return_value=None):
+            batch = next(batches, None)
+        if batch is None:
+            return
+        yield batch
 
 
 def timms(folder: Path, augmentation: Augmentation, size: int) -> Callable[[], Pass]:
@@ -151,6 +161,10 @@ def test_input(folder: Path, benchmark: Any, record: Callable[[dict[str, Any]], 
     passes: dict[str, Callable[[], Pass]] = {
         name: lambda loader=loader: host_part(loader) for name, loader in loaders.items()
     }
+    if has_nvimgcodec():
+        both = passes["device, simplejpeg"]
+        passes["device, simplejpeg"] = lambda: without_nvimgcodec(both())
+        passes["device, simplejpeg and nvimgcodec"] = both
     passes["timm"] = timms(folder, asked, size)
     passes["torchvision ImageFolder"] = torchvisions(folder, asked, size)
     with suppress(pytest.skip.Exception):

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from .crops import Decoder, Part, cut, has_simplejpeg
+from .image_sets import attempt
 from .preprocessing import Preprocessing, resize_and_cut
 
 if TYPE_CHECKING:
@@ -160,9 +161,9 @@ class TrainTransform:
                 device="cpu",
             )
 
-    def open(self, images: ImageSet, index: int, _: int) -> Image:
-        """Returns an image of a set as RGB; a ValueError names one that cannot be read."""
-        return images.image(index)
+    def open(self, images: ImageSet, indices: Sequence[int], _: Sequence[int]) -> list[Any]:
+        """Returns images of a set as RGB; a ValueError stands for one that cannot be read."""
+        return [attempt(images.image, index) for index in indices]
 
     def __call__(self, images: Sequence[Image], seeds: Sequence[int]) -> Tensor:
         """RGB images of any size, each with its seed, to `[B, 3, size, size]`, normalised."""

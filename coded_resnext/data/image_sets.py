@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -210,6 +210,14 @@ class MemoryImages:
 
     def __len__(self) -> int:
         return len(self.images)
+
+
+def attempt(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Returns what a function of an image returns, or the ValueError that says what is wrong."""
+    try:
+        return function(*arguments)
+    except ValueError as error:
+        return error
 
 
 class DamagedImages:

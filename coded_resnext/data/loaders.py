@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from .augment import generators_kept
 from .batches import Batch, Key, ShuffledSamples, TrainLoader, full_batches
-from .image_sets import MAX_DAMAGED, DamagedImages, ImageSet
+from .image_sets import MAX_DAMAGED, DamagedImages, ImageSet, attempt
 from .preprocessing import Preprocessing, derive_seed
 
 if TYPE_CHECKING:
@@ -33,8 +33,8 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 class Transform(Protocol):
     """From images of a set to a batch."""
 
-    def open(self, images: ImageSet, index: int, seed: int, /) -> Any:
-        """Reads an image; a ValueError names one that cannot be read."""
+    def open(self, images: ImageSet, indices: Sequence[int], seeds: Sequence[int], /) -> list[Any]:
+        """Reads images; a ValueError stands for one that cannot be read, and names it."""
 
     def __call__(
         self, opened: Sequence[Any], seeds: Sequence[int], /
@@ -79,23 +79,29 @@ class _Reader(Dataset[Read]):
 
     def _read(self, epoch: int, places: list[int]) -> Read:
         damaged: dict[int, str] = {}
-        opened, indices, seeds = [], [], []
-        for place in places:
-            for offset in range(self.replacements + 1):
-                again, position = divmod(place, len(self.images))
-                index = (position + offset) % len(self.images)
-                seed = derive_seed(self.seed, epoch, index + again * len(self.images))
-                try:
-                    opened.append(self.transform.open(self.images, index, seed))
-                except ValueError as error:
-                    damaged[index] = str(error)
+        count, opened = len(self.images), {}
+        left = dict(enumerate(places))
+        for offset in range(self.replacements + 1):
+            turns = [divmod(place, count) for place in left.values()]
+            indices = [(position + offset) % count for _, position in turns]
+            seeds = [
+                derive_seed(self.seed, epoch, index + again * count)
+                for index, (again, _) in zip(indices, turns, strict=True)
+            ]
+            results = self.transform.open(self.images, indices, seeds)
+            for slot, index, seed, result in zip([*left], indices, seeds, results, strict=True):
+                if isinstance(result, ValueError):
+                    damaged[index] = str(result)
                 else:
-                    indices.append(index)
-                    seeds.append(seed)
-                    break
-        if not indices:
+                    opened[slot] = index, seed, result
+                    del left[slot]
+            if not left:
+                break
+        if not opened:
             return Read(None, damaged)
-        made, chosen = self.transform(opened, seeds), torch.tensor(indices)
+        in_order = [opened[slot] for slot in sorted(opened)]
+        indices, seeds, results = map(list, zip(*in_order, strict=True))
+        made, chosen = self.transform(results, seeds), torch.tensor(indices)
         pixels, draws = made if isinstance(made, tuple) else (made, None)
         return Read(Batch(pixels, self.images.targets[chosen], chosen), damaged, draws)
 
@@ -237,8 +243,8 @@ class _Plain:
     def __init__(self, preprocessing: Preprocessing) -> None:
         self.preprocessing = preprocessing
 
-    def open(self, images: ImageSet, index: int, _: int) -> Image:
-        return images.image(index)
+    def open(self, images: ImageSet, indices: Sequence[int], _: Sequence[int]) -> list[Any]:
+        return [attempt(images.image, index) for index in indices]
 
     def __call__(self, images: Sequence[Image], _: Sequence[int]) -> Tensor:
         return torch.stack([self.preprocessing(image) for image in images])

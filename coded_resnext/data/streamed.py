@@ -12,14 +12,17 @@ from torch import Tensor
 
 from .augment import Augmentation
 from .batches import Batch
-from .crops import LazyImage
-from .image_sets import ImageSet
+from .crops import LazyImage, cut_parts
+from .image_sets import ImageSet, attempt
 from .loaders import TrainImages, readable
 from .on_device import Augment, DeviceAugment, Draws
 from .preprocessing import Preprocessing, resize_and_cut
 
 if TYPE_CHECKING:
     from .crops import Pixels
+
+# Images of which a process holds the encoded bytes at a time.
+GROUP = 16
 
 
 class HostCrops:
@@ -45,13 +48,36 @@ class HostCrops:
         self.decoder = replace(augmentation, augment_on="device").settled(device).decoder
         self.side = preprocessing.size
 
-    def open(self, images: ImageSet, index: int, seed: int) -> tuple[Pixels, list[float]]:
-        """Returns an image `[side, side, 3]` and its draws; a ValueError names a damaged one."""
-        image = LazyImage(images, index, self.decoder)
-        part, numbers = self.draws.of_image(seed, image.size)
-        if part is None:
-            return np.asarray(resize_and_cut(image.whole(), self.side)), numbers
-        return image.part(part, self.side), numbers
+    def open(self, images: ImageSet, indices: Sequence[int], seeds: Sequence[int]) -> list[Any]:
+        """Returns pairs of an image `[side, side, 3]` and its draws, or a ValueError that names a
+        damaged image."""
+        opened = []
+        for start in range(0, len(indices), GROUP):
+            group = slice(start, start + GROUP)
+            opened += self._open(images, indices[group], seeds[group])
+        return opened
+
+    def _open(self, images: ImageSet, indices: Sequence[int], seeds: Sequence[int]) -> list[Any]:
+        """Does one thing after the other for all of them, which the processor does faster."""
+        opened = [attempt(LazyImage, images, index, self.decoder) for index in indices]
+        places = [n for n, image in enumerate(opened) if isinstance(image, LazyImage)]
+        sound = [opened[place] for place in places]
+        drawn = [
+            self.draws.of_image(seeds[place], image.size)
+            for place, image in zip(places, sound, strict=True)
+        ]
+        parts = [part for part, _ in drawn if part is not None]
+        pixels = (
+            cut_parts(sound, parts, self.side)
+            if len(parts) == len(drawn)
+            else [attempt(self._padded, image) for image in sound]
+        )
+        for place, cut, (_, numbers) in zip(places, pixels, drawn, strict=True):
+            opened[place] = cut if isinstance(cut, ValueError) else (cut, numbers)
+        return opened
+
+    def _padded(self, image: LazyImage) -> Pixels:
+        return np.asarray(resize_and_cut(image.whole(), self.side))
 
     def __call__(
         self, opened: Sequence[tuple[Pixels, list[float]]], _: Sequence[int]

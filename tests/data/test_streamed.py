@@ -19,7 +19,14 @@ from torch import Tensor
 from coded_resnext.cli.train import identity, parse_command, run_recipe
 from coded_resnext.data.augment import Augmentation, TrainTransform
 from coded_resnext.data.batches import Batch
-from coded_resnext.data.crops import LazyImage, Part, cut, has_simplejpeg
+from coded_resnext.data.crops import (
+    LazyImage,
+    Part,
+    cut,
+    cut_parts,
+    has_nvimgcodec,
+    has_simplejpeg,
+)
 from coded_resnext.data.datasets import find_image_folder
 from coded_resnext.data.image_sets import FileImages, MemoryImages
 from coded_resnext.data.loaders import TrainImages
@@ -33,9 +40,25 @@ CPU = torch.device("cpu")
 PREP = Preprocessing(32, 3, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 IMAGENET = Augmentation(aa="rand-m7-n2-mstd0.5", reprob=0.6, recount=3, remode="const")
 needs_simplejpeg = pytest.mark.skipif(not has_simplejpeg(), reason="simplejpeg is not installed")
+needs_nvimgcodec = pytest.mark.skipif(not has_nvimgcodec(), reason="nvimgcodec is not installed")
 decoders = pytest.mark.parametrize(
     "decoder", ["pillow", pytest.param("simplejpeg", marks=needs_simplejpeg)]
 )
+KINDS: list[dict[str, Any]] = [
+    {},
+    {"subsampling": 0},
+    {"progressive": True},
+    {"quality": 60},
+    {"restart_marker_rows": 2},
+    {"grey": True},
+]
+
+
+@pytest.fixture(params=["alone", pytest.param("with nvimgcodec", marks=needs_nvimgcodec)])
+def regions(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Simplejpeg alone, and with the library that decodes regions."""
+    if request.param == "alone":
+        monkeypatch.setattr("coded_resnext.data.crops._nvimgcodec", lambda: None)
 
 
 def scene(width: int, height: int, seed: int = 0) -> Image.Image:
@@ -55,6 +78,10 @@ def encoded(image: Image.Image, **options: Any) -> bytes:
     buffer = BytesIO()
     image.save(buffer, **{"format": "JPEG", "quality": 92, **options})
     return buffer.getvalue()
+
+
+def of_kind(image: Image.Image, grey: bool = False, **options: Any) -> bytes:
+    return encoded(image.convert("L") if grey else image, **options)
 
 
 def in_folder(folder: Path, *contents: bytes) -> FileImages:
@@ -79,6 +106,13 @@ def files(tmp_path: Path) -> FileImages:
     return found
 
 
+def cut_part(image: LazyImage, part: Part, side: int) -> np.ndarray[Any, Any]:
+    [pixels] = cut_parts([image], [part], side)
+    if isinstance(pixels, ValueError):
+        raise pixels
+    return pixels
+
+
 def one_epoch(loader: TrainImages, epoch: int = 2, start_step: int = 0) -> list[Batch]:
     loader.set_epoch(epoch, start_step)
     return list(loader)
@@ -89,14 +123,11 @@ def streamed(images: Any, augmentation: Augmentation = IMAGENET, **options: Any)
 
 
 @needs_simplejpeg
-@pytest.mark.parametrize(
-    "options", [{}, {"subsampling": 0}, {"progressive": True}, {"quality": 60}, {"grey": True}]
-)
+@pytest.mark.usefixtures("regions")
+@pytest.mark.parametrize("options", KINDS)
 def test_a_part_is_what_pillow_decodes_and_resizes(options: dict[str, Any], tmp_path: Path) -> None:
     """At full scale they differ by single roundings, at reduced scale by two filters in a row."""
-    grey = options.pop("grey", False)
-    image = scene(331, 250)
-    images = in_folder(tmp_path, encoded(image.convert("L") if grey else image, **options))
+    images = in_folder(tmp_path, of_kind(scene(331, 250), **options))
     whole = images.image(0)
     for part in (
         Part(0, 0, 331, 250, True),
@@ -106,7 +137,7 @@ def test_a_part_is_what_pillow_decodes_and_resizes(options: dict[str, Any], tmp_
     ):
         lazy = LazyImage(images, 0)
         assert lazy.size == whole.size
-        ours = lazy.part(part, 24).astype(int)
+        ours = cut_part(lazy, part, 24).astype(int)
         assert lazy._image is None
         scale = max(n for n in (1, 2, 4, 8) if n == 1 or min(part[2:4]) >= 24 * n)
         left, top = (round(edge / scale) * scale for edge in part[:2])
@@ -118,6 +149,33 @@ def test_a_part_is_what_pillow_decodes_and_resizes(options: dict[str, Any], tmp_
         difference = np.abs(ours - cut(whole, rounded, 24))
         assert difference.mean() < (0.6 if scale == 1 else 4), part
         assert difference.max() <= 3 or scale > 1
+
+
+@needs_nvimgcodec
+@needs_simplejpeg
+@pytest.mark.parametrize("options", [*KINDS, {"subsampling": 1}])
+def test_regions_have_the_pixels_of_the_whole(
+    options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both libraries have libjpeg-turbo's exact arithmetic, so that a run may have one or both."""
+    images = in_folder(tmp_path, *(of_kind(scene(97, 83, n), **options) for n in range(24)))
+    generator = np.random.default_rng(0)
+    parts = [
+        Part(*map(int, corner), *map(int, size), bool(n % 2))
+        for n, (corner, size) in enumerate(generator.integers([[0, 0], [1, 1]], 40, (24, 2, 2)))
+    ]
+    # Rows of the whole width lie in memory without gaps.
+    parts[5:7] = Part(0, 3, 97, 30, True), Part(0, 40, 97, 1, False)
+    lazy = [LazyImage(images, index) for index in range(len(images))]
+    ours = cut_parts(lazy, parts, 24)
+    decoded = []
+    monkeypatch.setattr("simplejpeg.decode_jpeg", lambda *_, **__: decoded.append(1))
+    again = cut_parts(lazy[:3], parts[:3], 24) if not options.get("progressive") else ours[:3]
+    assert not decoded
+    monkeypatch.undo()
+    monkeypatch.setattr("coded_resnext.data.crops._nvimgcodec", lambda: None)
+    for a, b in zip([*ours, *again], [*cut_parts(lazy, parts, 24), *ours[:3]], strict=True):
+        assert np.array_equal(a, b)
 
 
 def turned(image: Image.Image) -> bytes:
@@ -150,7 +208,7 @@ def turned_by_xmp(image: Image.Image) -> bytes:
 def test_odd_images_are_pillows(make: Callable[[Image.Image], bytes], tmp_path: Path) -> None:
     images = in_folder(tmp_path, make(scene(70, 50)))
     lazy, part = LazyImage(images, 0), Part(5, 6, 41, 40, True)
-    assert np.array_equal(lazy.part(part, 16), cut(images.image(0), part, 16))
+    assert np.array_equal(cut_part(lazy, part, 16), cut(images.image(0), part, 16))
     assert lazy.size == images.image(0).size
 
 
@@ -160,11 +218,12 @@ def test_an_upright_exif_costs_nothing(tmp_path: Path) -> None:
     exif[0x0112] = 1
     images = in_folder(tmp_path, encoded(scene(70, 50), exif=exif))
     lazy = LazyImage(images, 0)
-    lazy.part(Part(0, 0, 50, 50, True), 16)
+    cut_part(lazy, Part(0, 0, 50, 50, True), 16)
     assert lazy._image is None
 
 
 @decoders
+@pytest.mark.usefixtures("regions")
 def test_damage_is_what_pillow_calls_damage(decoder: Any, tmp_path: Path) -> None:
     """Bytes that are changed or cut off, headers among them: the same error, or about the same
     picture, and nothing else."""
@@ -175,6 +234,10 @@ def test_damage_is_what_pillow_calls_damage(decoder: Any, tmp_path: Path) -> Non
         changed = bytearray(whole)
         changed[place] ^= int(generator.integers(1, 256))
         contents.append(bytes(changed))
+    # Below the part: the beginning of another image, of its size, and of its end.
+    for marker in (b"\xff\xd8", b"\xff\xc0", b"\xff\xd9"):
+        place = len(whole) * 9 // 10
+        contents.append(whole[:place] + marker + whole[place + 2 :])
     images = in_folder(tmp_path, *contents)
     outcomes = {"same": 0, "refused": 0}
     for index in range(len(images)):
@@ -183,10 +246,10 @@ def test_damage_is_what_pillow_calls_damage(decoder: Any, tmp_path: Path) -> Non
             expected = cut(images.image(index), part, 16)
         except ValueError:
             with pytest.raises(ValueError, match=f"{index:03d}.jpg: not a readable image"):
-                LazyImage(images, index, decoder).part(part, 16)
+                cut_part(LazyImage(images, index, decoder), part, 16)
             outcomes["refused"] += 1
             continue
-        ours = LazyImage(images, index, decoder).part(part, 16)
+        ours = cut_part(LazyImage(images, index, decoder), part, 16)
         assert np.abs(ours.astype(int) - expected).mean() < 1.5
         outcomes["same"] += 1
     assert min(outcomes.values()) > 5
