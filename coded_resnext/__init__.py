@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from .models.registry import create_model, list_models
     from .models.resnext import CodedResNeXt, Stage
     from .models.warm_start import load_weights
+    from .training.ways import choose_backend
 
 if not Path(__file__).with_name("kernels").is_dir():
     raise ImportError(
@@ -53,6 +54,7 @@ _MODULES = {
     "Stage": "models.resnext",
     "WarmUp": "kernels.build.warm_up",
     "calibrate": "deploy.early_exit",
+    "choose_backend": "training.ways",
     "create_model": "models.registry",
     "decode": "models.decode",
     "exit_scores": "deploy.early_exit",
@@ -84,6 +86,7 @@ __all__ = [
     "Stage",
     "WarmUp",
     "calibrate",
+    "choose_backend",
     "create_model",
     "decode",
     "exit_scores",

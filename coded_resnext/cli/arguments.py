@@ -76,6 +76,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_predict(commands)
     _add_report(commands)
     _add_train(commands)
+    _add_tune(commands)
     return parser
 
 
@@ -146,6 +147,40 @@ def _add_train(commands: Commands) -> None:
         add_help=False,
     )
     parser.set_defaults(function="train:run")
+
+
+def _add_tune(commands: Commands) -> None:
+    parser = commands.add_parser(
+        "tune",
+        help="measure the ways to compute a training step on this machine",
+        description="Measure the ways to compute a training step of a network on this machine: "
+        "layer by layer and by the kernels, as it is, compiled and as CUDA graphs. What was "
+        "measured is remembered: a training of the same network, batch, image size and precision "
+        "takes the fastest way without measuring again.",
+        epilog="A way that computes something else or fails is left out, with its reason. Exit "
+        "status 1 where nothing was measured.",
+    )
+    parser.add_argument("model", metavar="MODEL", help=f"{RUN}; or one of {', '.join(NETWORKS)}")
+    parser.add_argument(
+        "--batch-size", type=int, default=256, help="images in a step (default %(default)s)"
+    )
+    parser.add_argument(
+        "--image-size", type=int, metavar="PIXELS", help="(default: that of the network)"
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=["bfloat16", "float16", "float32"],
+        help="of mixed precision; float32 for none (default: bfloat16 on a GPU, else float32)",
+    )
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        default=300.0,
+        help="after which no other way is begun (default %(default)s)",
+    )
+    parser.add_argument("--anew", action="store_true", help="measure also what is remembered")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.set_defaults(function="build_kernels:run_tune")
 
 
 def _add_codebook(subparsers: Commands) -> None:

@@ -1,15 +1,27 @@
-"""`coded-resnext build-kernels`: compile the Triton kernels before anybody waits for them."""
+"""`coded-resnext build-kernels`: compile the Triton kernels before anybody waits for them.
+
+`coded-resnext tune` measures where they win.
+"""
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
+from typing import Any
 
 import torch
 
 from coded_resnext.files import say
+from coded_resnext.kernels.backend import backends
 from coded_resnext.kernels.build.build import BuildError, build, missing
+from coded_resnext.kernels.layout import architecture
 from coded_resnext.kernels.prebuilt.index import default_folder
+from coded_resnext.models.checkpoint import load_model
+from coded_resnext.models.registry import create_model, list_models
+from coded_resnext.training.config import TrainingConfig
+from coded_resnext.training.processes import World
+from coded_resnext.training.ways import choose_way
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -59,6 +71,45 @@ def build_missing(arch: str) -> None:
         build([arch], folder)
     except (BuildError, OSError) as error:
         say(f"they are compiled as they are needed instead: {error}", file=sys.stderr)
+
+
+def run_tune(arguments: argparse.Namespace) -> int:
+    """Measure the ways to compute a step of a network; 1 where none could be.
+
+    Raises:
+        ValueError: a number that cannot be, no such network, a damaged file.
+        OSError: a file cannot be read.
+    """
+    for flag in ("batch_size", "image_size", "seconds"):
+        value = getattr(arguments, flag)
+        if value is not None and value <= 0:
+            raise ValueError(f"--{flag.replace('_', '-')}: expected more than 0, got {value}")
+    is_known = arguments.model in list_models()
+    model = create_model(arguments.model) if is_known else load_model(arguments.model).model
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = arguments.dtype or ("bfloat16" if device.type == "cuda" else "float32")
+    settings: dict[str, Any] = {"amp": True, "amp_dtype": dtype} if dtype != "float32" else {}
+    settings |= {"batch_size": arguments.batch_size, "channels_last": True, "torchcompile": "auto"}
+    config = TrainingConfig(epochs=1, lr=0.1, **settings)
+
+    def build() -> None:
+        if device.type == "cuda" and backends()["triton"] is None:
+            build_missing(architecture(torch.cuda.current_device()))
+
+    choice = choose_way(
+        model.to(device),
+        arguments.image_size or model.image_size,
+        config,
+        world=World(device=device),
+        seconds=arguments.seconds,
+        build=build,
+        anew=arguments.anew,
+    )
+    if choice is None:
+        say("nothing was measured: there is one way, or there was no time", file=sys.stderr)
+        return 1
+    say(json.dumps(choice.to_dict(), indent=1) if arguments.json else f"{choice}, {choice.gain}")
+    return 0
 
 
 def _present_arch() -> str:

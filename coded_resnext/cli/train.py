@@ -78,7 +78,7 @@ from coded_resnext.training.run_folder import (
 )
 from coded_resnext.training.saved_state import load_state
 from coded_resnext.training.step import compiled, compiler_for
-from coded_resnext.training.ways import measure_ways, ways_in_words
+from coded_resnext.training.ways import LIMIT, WAYS_FILE, Choice, choose_way, read_choice
 
 from .build_kernels import build_missing
 from .report import write_report
@@ -315,13 +315,15 @@ def run_recipe(
             world.on_main(lambda: len(open_data(recipe).train))
         splits = open_data(recipe, world)
         books = world.on_main(lambda: stored_codebooks(command.out)) if command.resume else None
-        settings = identity(recipe, None if books is None else command.out)
         model = make_model(recipe, splits.class_names, books)
         if vary is not None:
             model = vary(model)
-        if command.compare_ways:
-            say(compare_ways(recipe, model, splits, world))
-            return
+        choice = way_of_run(command, recipe, model, splits, world, begun=books is not None)
+        if choice is not None:
+            recipe = with_way(recipe, choice)
+            for block in model.blocks:
+                block.backend = recipe.model.backend
+        settings = identity(recipe, None if books is None else command.out)
         run = RunFolder(
             command.out,
             {"recipe": settings, "network": model.config},
@@ -334,12 +336,15 @@ def run_recipe(
                 [
                     settings_in_words(recipe),
                     codebooks_in_words(model),
-                    computation_in_words(recipe, world),
+                    *([] if choice is None else [str(choice)]),
+                    computation_in_words(recipe, world, choice),
                 ]
             )
+            if choice is not None:
+                run.write_json(WAYS_FILE, choice.to_dict())
             say(f"{splits}\n{words}", file=sys.stderr)
-        if world.device.type == "cuda" and settings["backend"] in ("fused", "triton"):
-            world.on_main(lambda: build_missing(architecture(world.device.index or 0)))
+        if named_backend(recipe.model.backend) in ("fused", "triton"):
+            world.on_main(lambda: build_kernels_of(world))
         outside_name = command.outside
         if command.evaluation and outside_name is not None and outside_name != ROTATED:
             # What is wrong with it is said now, and not after the training.
@@ -514,24 +519,63 @@ def settings_in_words(recipe: Recipe) -> str:
     )
 
 
-def compare_ways(recipe: Recipe, model: CodedResNeXt, splits: ImageSplits, world: World) -> str:
-    """Measures the ways to compute a step of a run; a table.
+def build_kernels_of(world: World) -> None:
+    """Compiles what is missing of the kernels of a process's GPU."""
+    if world.device.type == "cuda":
+        build_missing(architecture(world.device.index or 0))
 
-    Raises:
-        ValueError: there are several processes.
-        FloatingPointError: as `measure_ways`.
+
+def way_of_run(
+    command: Command,
+    recipe: Recipe,
+    model: CodedResNeXt,
+    splits: ImageSplits,
+    world: World,
+    *,
+    begun: bool,
+) -> Choice | None:
+    """Returns the way to compute the steps of a run, or None where it is not measured.
+
+    A run that has begun keeps its way. Without being asked for, only GPUs are measured. Of several
+    processes, the first one measures for all.
     """
-    if world.is_shared:
-        raise ValueError(f"--compare-ways: expected one process, got {world.size}")
-    train = make_loaders(recipe, splits, world).train
-    train.set_epoch(1)
-    batch = next(iter(train))
-    rows = measure_ways(model.to(world.device), batch, recipe.training)
-    return ways_in_words(rows, len(batch.images))
+    path = command.out / WAYS_FILE
+    if begun:
+        return world.on_main(lambda: read_choice(path) if path.is_file() else None)
+    if command.tune_seconds is None and world.device.type != "cuda":
+        return None
+    seconds, steps = command.tune_seconds, None
+    if seconds is None:
+        epoch = len(splits.train) // recipe.training.batch_size
+        seconds, steps = LIMIT, epoch * recipe.training.total_epochs
+    return world.on_main(
+        lambda: choose_way(
+            model.to(world.device),
+            recipe.data.img_size,
+            recipe.training,
+            world=world,
+            backend=recipe.model.backend,
+            seconds=seconds,
+            run_steps=steps,
+            build=lambda: build_kernels_of(world),
+        )
+    )
 
 
-def computation_in_words(recipe: Recipe, world: World) -> str:
-    """How the steps are computed, and by which settings they are computed otherwise."""
+def with_way(recipe: Recipe, choice: Choice) -> Recipe:
+    """A recipe in which what was left at `auto` is as it was chosen."""
+    way, model, training = choice.way, recipe.model, recipe.training
+    if named_backend(model.backend) == "auto":
+        model = replace(model, backend=way.backend)
+    if training.torchcompile == "auto":
+        training = replace(training, torchcompile=way.torchcompile)
+    if training.graph == "auto":
+        training = replace(training, graph=way.graph)
+    return replace(recipe, model=model, training=training)
+
+
+def computation_in_words(recipe: Recipe, world: World, choice: Choice | None = None) -> str:
+    """How the steps are computed, what that gains, and by which settings it is done otherwise."""
     backend = named_backend(recipe.model.backend)
     compiler = compiler_for(recipe.training.torchcompile, world.device, recipe.model.backend)
     is_gpu = world.device.type == "cuda"
@@ -541,7 +585,9 @@ def computation_in_words(recipe: Recipe, world: World) -> str:
         f"compiled by {compiler}" if compiler else "not compiled",
         *(["recorded as CUDA graphs"] if is_recorded(recipe.training, world.device, world) else []),
     ]
-    return f"steps on {device}: {', '.join(parts)} (--backend, --torchcompile, --graph)"
+    gain = "not measured for this run" if choice is None else choice.gain
+    text = f"steps on {device}: {', '.join(parts)}; {gain}"
+    return f"{text} (--backend, --torchcompile, --graph, --tune-seconds)"
 
 
 def main(script: str, description: str | None, *, default: str) -> int:
@@ -643,8 +689,9 @@ class Command:
     """Go on with a run whose training images have changed, see `fit`."""
     timeout: float = TIMEOUT
     """Seconds that a process waits for another one."""
-    compare_ways: bool = False
-    """Measure the ways to compute a step, and end."""
+    tune_seconds: float | None = None
+    """Measure the ways to compute a step for so long before the first one; None where a GPU is
+    trained on for much longer than that takes."""
 
 
 def parse_command(
@@ -706,10 +753,12 @@ def parse_command(
         help="that a process waits for another one of the run before it gives up (%(default)g)",
     )
     parser.add_argument(
-        "--compare-ways",
-        action="store_true",
-        help="train nothing: measure the ways to compute a step of this run on this machine, print "
-        "their times and the flags of the fastest",
+        "--tune-seconds",
+        type=float,
+        metavar="SECONDS",
+        help="time in which the ways to compute a step may be measured before the first one, to "
+        "take the fastest where backend, torchcompile or graph is auto; 0 measures nothing (on a "
+        f"GPU a twentieth of the run, at most {LIMIT:.0f}; elsewhere 0)",
     )
     for group in GROUPS:
         add_flags(parser, group)
@@ -728,7 +777,7 @@ def parse_command(
         own["outside"],
         own["other_images"],
         own["timeout"],
-        own["compare_ways"],
+        own["tune_seconds"],
     )
 
 

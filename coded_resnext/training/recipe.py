@@ -244,7 +244,7 @@ OWN_FLAGS = (
         "evaluation",
         "device",
         "outside",
-        "compare_ways",
+        "tune_seconds",
     ),
     "timeout",
 )

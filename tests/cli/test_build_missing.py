@@ -1,14 +1,21 @@
-"""Before a training by the kernels, what was not built is built."""
+"""Before a training by the kernels, what was not built is built; tuning says where they win."""
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from coded_resnext import create_model
 from coded_resnext.cli import build_kernels
+from coded_resnext.cli.main import main
 from coded_resnext.kernels.build.build import BuildError
+from coded_resnext.training import ways
+from coded_resnext.training.config import TrainingConfig
+from coded_resnext.training.ways import Way, choose_way
 
 
 @pytest.mark.parametrize(
@@ -44,3 +51,32 @@ def test_what_is_missing_is_built_once(
     text = capsys.readouterr().err
     assert said in text
     assert bool(said) == bool(text)
+
+
+def test_tune_measures_a_network_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(ways, "default_folder", lambda: tmp_path)
+    monkeypatch.setattr(ways, "open_ways", lambda *_: [Way("torch"), Way("reference")])
+    monkeypatch.setattr(ways, "FIRST", 1)
+    monkeypatch.setattr(ways, "TIMED", 1)
+    command = ["tune", "coded_resnext_digits", "--batch-size", "4", "--dtype", "float32"]
+    assert main([*command, "--json"]) == 0
+    content = json.loads(capsys.readouterr().out)
+    assert [row["way"]["backend"] for row in content["rows"]] == ["torch", "reference"]
+    assert content["subject"]["images"] == [4, 1, 8, 8]
+    monkeypatch.setattr(ways, "_measure", lambda *_: None)
+    assert main(command) == 0
+    text = capsys.readouterr().out
+    assert "taken: --backend " in text
+    assert " times as fast as layer by layer" in text
+    assert main([*command, "--anew"]) == 1
+    assert "nothing was measured" in capsys.readouterr().err
+    # A training of that kind has no need to measure.
+    config = TrainingConfig(epochs=3, batch_size=4, lr=0.5, channels_last=True, seed=7)
+    model = create_model("coded_resnext_digits")
+    assert choose_way(model, 8, replace(config, torchcompile="auto")) is not None
+    for flag in ("--batch-size", "--image-size", "--seconds"):
+        assert main([*command, flag, "0"]) == 2
+        assert f"{flag}: expected more than 0, got 0" in capsys.readouterr().err
+    assert main(["tune", str(tmp_path / "nothing")]) == 2

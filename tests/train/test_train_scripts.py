@@ -20,19 +20,24 @@ from support.image_data import REAL_DATA, needs_cifar10, needs_photographs, writ
 from support.script_runs import run_here
 
 from coded_resnext import Codebook, create_model
+from coded_resnext.cli.report import write_report
 from coded_resnext.cli.train import (
     codebooks_in_words,
     identity,
     make_model,
     open_outside,
+    parse_command,
+    run_recipe,
     start_from,
 )
 from coded_resnext.data.datasets import load_dataset
 from coded_resnext.models.checkpoint import load_model, save_model
+from coded_resnext.training import ways
 from coded_resnext.training.processes import World
 from coded_resnext.training.recipe import RECIPES, load_recipe
 from coded_resnext.training.run_folder import differences
 from coded_resnext.training.step import TrainStep
+from coded_resnext.training.ways import Way, read_choice
 
 TRAIN = Path(__file__).parents[2] / "train"
 SMALL = ("--epochs", 2, "--warmup-epochs", 0, "--batch-size", 16, "--img-size", 12, "--workers", 0)
@@ -364,3 +369,51 @@ def test_bad_input_is_said_in_one_sentence(
     [line] = [line for line in result.stderr.splitlines() if "Warning" not in line]
     assert line.startswith(f"{script}: ")
     assert message in line
+
+
+def test_a_run_keeps_the_way_that_was_measured(
+    pets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What it left open is measured once, said, written and shown; a resumed run keeps it."""
+    monkeypatch.setattr(ways, "default_folder", lambda: tmp_path / "cache")
+    monkeypatch.setattr(ways, "open_ways", lambda *_: [Way("torch"), Way("reference")])
+    monkeypatch.setattr(ways, "FIRST", 1)
+    monkeypatch.setattr(ways, "TIMED", 1)
+    measured: list[str] = []
+    milliseconds = ways._Step.milliseconds
+
+    def by_plan(step: Any) -> float:
+        measured.append(step.step.model.blocks[0].backend)
+        return milliseconds(step) / (1e6 if measured[-1] == "reference" else 1)
+
+    monkeypatch.setattr(ways._Step, "milliseconds", by_plan)
+    out = tmp_path / "out"
+
+    def go(*arguments: object) -> None:
+        words = [*folder_of(pets, out), "--epochs", 1, *arguments]
+        run_recipe(parse_command([str(w) for w in words], description="", default="folder"))
+
+    go()
+    assert measured == []
+    shutil.rmtree(out)
+    go("--tune-seconds", 60)
+    assert measured == ["torch", "reference"]
+    said = capsys.readouterr().err
+    assert "taken: --backend reference --torchcompile '' --graph never" in said
+    assert "steps on cpu: backend reference, not compiled; measured 0.0 ms, " in said
+    choice = read_choice(out / "ways.json")
+    assert choice.way.backend == "reference"
+    assert load_recipe(out / "recipe.yaml").model.backend == "reference"
+    page = Path(write_report(out)).read_text(encoding="utf-8")
+    assert "Ways to compute a step" in page
+    assert "--backend torch --torchcompile &#39;&#39; --graph never" in page
+    # Resumed, it is not measured, and another way is another run.
+    go("--resume")
+    assert measured == ["torch", "reference"]
+    with pytest.raises(ValueError, match="backend was 'reference', is 'torch'"):
+        go("--resume", "--backend", "torch")
+    # Another run of the same kind remembers.
+    shutil.rmtree(out)
+    go("--tune-seconds", 60)
+    assert measured == ["torch", "reference"]
+    assert read_choice(out / "ways.json") == choice

@@ -9,7 +9,9 @@ replaces, goes wrong in a replay. What a graph cannot hold raises while it is re
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
@@ -27,7 +29,14 @@ from coded_resnext.training import graph, ways
 from coded_resnext.training.guard import NonFiniteError
 from coded_resnext.training.processes import World
 from coded_resnext.training.step import TrainStep, compiler_for
-from coded_resnext.training.ways import Way, fastest, measure_ways, ways_in_words
+from coded_resnext.training.ways import (
+    BY_LAYERS,
+    Choice,
+    Way,
+    choose_backend,
+    choose_way,
+    read_choice,
+)
 
 aten = torch.ops.aten
 # The host waits for the device to know a value, or a size that follows from values.
@@ -316,13 +325,16 @@ def test_auto_compiles_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> Non
         assert compiler_for("eager", gpu, "auto") == "eager"
 
 
-LAYERS, WRONG, FAILS = (Way("torch", name) for name in ("", "wrong", "fails"))
+SLOW, WRONG, FAILS = (Way("torch", name) for name in ("slow", "wrong", "fails"))
 
 
 class Planted(TrainStep):
     """A step that goes by layers, but for what is planted in the name of the compiler."""
 
+    made = 0
+
     def __init__(self, model: Any, config: Any, *rest: Any) -> None:
+        Planted.made += 1
         self.planted = config.torchcompile
         plain = make_config(**{**config.to_dict(), "torchcompile": ""})
         super().__init__(model, plain, *rest)
@@ -332,61 +344,218 @@ class Planted(TrainStep):
             raise torch.OutOfMemoryError("CUDA out of memory")
         if self.planted == "wrong":
             batch = batch._replace(targets=(batch.targets + 1) % 3)
+        if self.planted == "slow":
+            time.sleep(1)
         super().__call__(batch, step)
 
 
-def test_a_way_that_is_wrong_or_fails_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ways, "TrainStep", Planted)
+@pytest.fixture
+def few(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> pytest.MonkeyPatch:
+    """Few steps are taken, and nothing is remembered yet."""
+    monkeypatch.setattr(ways, "FIRST", 1)
+    monkeypatch.setattr(ways, "TIMED", 1)
+    monkeypatch.setattr(ways, "default_folder", lambda: tmp_path)
+    return monkeypatch
+
+
+@pytest.fixture
+def planted(few: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """The ways that a run leaves open are planted ones."""
+    few.setattr(ways, "TrainStep", Planted)
+    few.setattr(ways, "open_ways", lambda *_: [BY_LAYERS, WRONG, FAILS])
+    few.setattr(Planted, "made", 0)
+    return few
+
+
+def choose(**options: Any) -> Choice:
+    choice = choose_way(make_model(), 6, make_config(), **options)
+    assert choice is not None
+    return choice
+
+
+def test_the_fastest_right_way_is_taken(
+    planted: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    planted.setattr(ways, "open_ways", lambda *_: [SLOW, BY_LAYERS, WRONG, FAILS])
     model = make_model()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    rows = measure_ways(model, batch_of(0, 8), make_config(), [LAYERS, WRONG, FAILS], steps=2)
-    layers, wrong, fails = rows
-    assert layers.apart == 0
-    assert layers.milliseconds is not None
+    torch.manual_seed(3)
+    choice = choose_way(model, 6, make_config())
+    after = torch.rand(2)
+    torch.manual_seed(3)
+    assert_same(torch.rand(2), after)
+    assert choice is not None
+    assert choice.way == BY_LAYERS
+    slow, layers, wrong, fails = choice.rows
+    assert layers.apart is not None
+    assert layers.apart < 1e-4
+    assert (slow.milliseconds or 0) > 1000 > (layers.milliseconds or 0)
     assert wrong.milliseconds is None
-    assert wrong.apart is not None
-    assert wrong.apart > 0.1
-    assert "apart from a step in float32, more than" in (wrong.fault or "")
-    assert "CUDA out of memory" in (fails.fault or "")
-    text = ways_in_words(rows, 8)
-    assert "--backend torch --torchcompile fails --graph never" in text
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert (wrong.apart or 0) > 0.1
+    assert "refused: " in (wrong.fault or "")
+    assert fails.fault == "left out: OutOfMemoryError('CUDA out of memory')"
+    warning = "warning: --backend torch --torchcompile wrong --graph never is refused: "
+    assert warning in capsys.readouterr().err
+    table = str(choice)
+    assert "--backend torch --torchcompile fails --graph never" in table
+    assert table.endswith("taken: --backend torch --torchcompile '' --graph never")
+    assert choice.gain.endswith("1.00 times as fast as layer by layer")
+    assert_same(dict(model.state_dict()), before)
 
 
-def test_ways_of_a_step_that_is_not_finite_are_not_compared() -> None:
-    batch = batch_of(0, 8)
-    bad = batch._replace(images=batch.images * torch.nan)
-    with pytest.raises(FloatingPointError, match="layer by layer, step 0: coding loss"):
-        measure_ways(make_model(), bad, make_config())
+def test_what_was_measured_is_remembered(planted: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    first = choose()
+    made = Planted.made
+    assert choose() == first
+    assert Planted.made == made
+    # Of other versions, another machine, another shape or other settings nothing is known.
+    machine = ways.describe_machine()
+    for changes in (
+        {"versions": {**machine["versions"], "triton": "0.0"}},
+        {"commit": "another"},
+        {"gpu": "NVIDIA B200"},
+    ):
+        planted.setattr(ways, "describe_machine", lambda c=changes: {**machine, **c})
+        choose()
+        made, before = Planted.made, made
+        assert made > before, changes
+    planted.setattr(ways, "describe_machine", lambda: dict(machine))
+    for model, size, config in (
+        (make_model(stem_channels=16), 6, make_config()),
+        (make_model(), 8, make_config()),
+        (make_model(), 6, make_config(batch_size=4)),
+        (make_model(), 6, make_config(grad_accum_steps=2)),
+    ):
+        choose_way(model, size, config)
+        made, before = Planted.made, made
+        assert made > before
+    assert choose() == first
+    assert Planted.made == made
+    # Nor of a file that is damaged.
+    [path] = [path for path in (tmp_path / "ways").iterdir() if read_choice(path) == first]
+    for content in ("{", '{"rows": []}', path.read_text().replace('"torch"', '"cuda"')):
+        path.write_text(content)
+        with pytest.raises(ValueError, match="no measured ways to compute a step"):
+            read_choice(path)
+        choose()
+        made, before = Planted.made, made
+        assert made > before
+    choose(anew=True)
+    assert Planted.made > made
 
 
-def test_the_shortest_step_wins() -> None:
-    rows = [
-        ways.Measured(Way("torch"), 9.0, 0.0, None),
-        ways.Measured(Way("triton", "", "always"), 4.0, 0.0, None),
-        ways.Measured(Way("fused"), None, 0.5, "its step is apart"),
-    ]
-    assert fastest(rows) == rows[1]
-    text = ways_in_words(rows, 256)
-    assert text.endswith("fastest: --backend triton --torchcompile '' --graph always")
-    assert "64000" in text
-    assert fastest(rows[2:]) is None
-    assert ways_in_words(rows[2:], 8).endswith("no way is right")
+def test_measuring_takes_no_longer_than_it_may(planted: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    model, config = make_model(), make_config()
+    assert choose_way(model, 6, config, seconds=0) is None
+    assert choose_way(model, 6, config, run_steps=70) is None
+    assert Planted.made == 0
+    # In a run of few short steps there is time for what the others are held against.
+    assert choose_way(model, 6, config, run_steps=80) is None
+    assert Planted.made == 2
+
+    def tick() -> None:
+        clock = iter(range(10**6))
+        planted.setattr(ways.time, "monotonic", lambda: next(clock))
+
+    tick()
+    layers, wrong, fails = choose(seconds=2).rows
+    assert layers.fault is None
+    assert "refused" in (wrong.fault or "")
+    assert fails.fault == ways.TIME_WAS_UP
+    # What is taken without measuring is the first way; without its time no other one is better.
+    planted.setattr(ways, "open_ways", lambda *_: [WRONG, BY_LAYERS])
+    tick()
+    assert choose_way(model, 6, config, seconds=1) is None
+    # The next run may have the time.
+    assert not (tmp_path / "ways").exists()
+
+
+def test_a_step_that_is_not_finite_measures_nothing(
+    planted: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = make_model()
+    model.head.weight.data.fill_(torch.nan)
+    assert choose_way(model, 6, make_config()) is None
+    assert "no way is measured, since layer by layer step 0: " in capsys.readouterr().err
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("amp", [False, True])
-def test_ways_of_the_processor_compute_the_same(amp: bool) -> None:
-    rows = measure_ways(make_model(), batch_of(0, 8), make_config(amp=amp), steps=1)
-    assert [row.way.backend for row in rows] == ["torch", "fused"]
-    assert all(row.fault is None for row in rows), rows
+def test_ways_of_the_interpreter_compute_the_same(few: pytest.MonkeyPatch) -> None:
+    """All of it, with Triton's interpreter in the place of a GPU."""
+    choice = choose_way(make_model(), 6, make_config(amp=True))
+    assert choice is not None
+    assert choice.rows[0].way.backend == "torch"
+    assert {row.way.backend for row in choice.rows} >= {"torch", "fused"}
+    assert all(row.fault is None for row in choice.rows), choice
 
 
-def test_what_a_gpu_may_do(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_run_leaves_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = World(device=torch.device("cuda"))
     monkeypatch.setattr(ways, "backends", lambda: {"triton": None})
-    of_gpu = ways.ways_on(torch.device("cuda"))
-    assert of_gpu[0] == Way("torch")
-    assert Way("torch", "inductor", "always") in of_gpu
-    assert Way("triton", "", "always") in of_gpu
+    monkeypatch.setattr(ways, "HAS_TRITON", True)
+    monkeypatch.setattr("coded_resnext.training.step.HAS_TRITON", True)
+    monkeypatch.setattr("coded_resnext.training.step.architecture", lambda _: "sm90")
+    config = make_config(torchcompile="auto")
+    ways_of_gpu = ways.open_ways(config, "auto", gpu)
+    # What was measured to be the fastest, which is also taken without measuring.
+    assert ways_of_gpu[0] == Way("torch", "inductor", "always")
+    assert len(set(ways_of_gpu)) == len(ways_of_gpu) == 12
+    # Compiling takes long.
+    assert [bool(way.torchcompile) for way in ways_of_gpu[1:]] == [False] * 6 + [True] * 5
+    assert {way.backend for way in ways_of_gpu} == {"torch", "triton", "fused"}
+    assert ways.open_ways(make_config(graph="never"), "triton", gpu) == [Way("triton")]
+    two = World(size=2, device=torch.device("cuda"))
+    assert {way.graph for way in ways.open_ways(config, "auto", two)} == {"never"}
     monkeypatch.setattr(ways, "backends", lambda: {"triton": "Triton is not installed"})
-    assert {way.backend for way in ways.ways_on(torch.device("cuda"))} == {"torch"}
+    assert "triton" not in {way.backend for way in ways.open_ways(config, "auto", gpu)}
+    assert ways.open_ways(config, "auto", World()) == [Way("torch"), Way("fused")]
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_blocks_get_the_fastest_backend(training: bool, few: pytest.MonkeyPatch) -> None:
+    few.setattr(ways, "open_ways", lambda *_: [Way("torch"), Way("reference")])
+    model = make_model().train(training)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    images = torch.rand(4, 1, 6, 6)
+    with torch.autocast("cpu", torch.bfloat16, enabled=not training):
+        choice = choose_backend(model, images)
+    assert choice is not None
+    assert [row.way.backend for row in choice.rows] == ["torch", "reference"]
+    assert all(row.fault is None for row in choice.rows), choice
+    assert {block.backend for block in model.blocks} == {choice.way.backend}
+    assert_same(dict(model.state_dict()), before)
+    assert all(p.grad is None for p in model.parameters())
+    # A loss of one's own sees a copy of the network and all images.
+    seen: list[Any] = []
+
+    def loss(twin: nn.Module, batch: Tensor) -> Tensor:
+        assert twin is not model
+        seen.append(batch.shape)
+        return twin(batch).square().mean()
+
+    assert choose_backend(model, images, loss) is not None
+    assert set(seen) == ({images.shape} if training else set())
+    # Remembered: nothing is called.
+    seen.clear()
+    choose_backend(model, images, loss)
+    assert seen == []
+
+
+def test_a_backend_that_computes_something_else_is_refused(
+    few: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    few.setattr(ways, "open_ways", lambda *_: [Way("torch"), Way("reference")])
+    with_backend = ways._with_backend
+
+    def faulty(model: Any, way: Way) -> Any:
+        twin = with_backend(model, way)
+        twin.head.weight.data.mul_(1.1 if way.backend == "reference" else 1)
+        return twin
+
+    few.setattr(ways, "_with_backend", faulty)
+    model = make_model().eval()
+    choice = choose_backend(model, torch.rand(4, 1, 6, 6))
+    assert choice is not None
+    assert "refused: " in (choice.rows[1].fault or ""), choice
+    assert {block.backend for block in model.blocks} == {"torch"}
+    assert "warning: --backend reference" in capsys.readouterr().err

@@ -25,6 +25,7 @@ from coded_resnext.interpret.results import (
 from coded_resnext.interpret.samples import Samples
 from coded_resnext.models.checkpoint import MODEL_FILE, LoadedModel, load_model, weights_sha256
 from coded_resnext.training.run_folder import CONFIG_FILE, METRICS_FILE, SUMMARY_FILE
+from coded_resnext.training.ways import WAYS_FILE, read_choice
 
 FORMAT_VERSION = 1
 EXIT_MEASUREMENT_FILE = "early_exit_test.json"
@@ -94,6 +95,7 @@ def gather(folder: str | Path) -> dict[str, Any]:
     config = gathering.read("Configuration", CONFIG_FILE, _read_object)
     summary = gathering.read("Summary", SUMMARY_FILE, _read_summary) or {}
     log = gathering.read("Training curves", METRICS_FILE, read_log)
+    choice = gathering.read_if_there("Ways to compute a step", WAYS_FILE, read_choice)
     evaluation = gathering.read("Results", EVALUATION_FILE, load_evaluation, _EVALUATE)
     if not gathering.files:
         raise ValueError(
@@ -108,6 +110,7 @@ def gather(folder: str | Path) -> dict[str, Any]:
         "command": summary.get("command"),
         "versions": summary.get("versions"),
         "seconds": summary.get("seconds"),
+        "ways": None if choice is None else choice.described(),
         "training_log": log,
         **_network(loaded, evaluation),
         "evaluation": None,

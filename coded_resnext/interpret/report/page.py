@@ -27,7 +27,9 @@ SCRIPTS = (
 )
 MANY_CLASSES = 100
 # What the template writes itself; the rest goes into the page as data.
-_STATIC = ("missing", "config", "command", "versions", "seconds", "title", "summary", "cost")
+_STATIC = (
+    *("missing", "config", "command", "versions", "seconds", "ways", "title", "summary", "cost"),
+)
 
 
 def render(content: dict[str, Any]) -> str:
