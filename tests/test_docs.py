@@ -18,12 +18,12 @@ import torch
 from gpus import GPUS
 from PIL import Image
 
-from coded_resnext import from_pretrained
+from coded_resnext import create_model, from_pretrained
 from coded_resnext.data.datasets import load_digits_split
 from coded_resnext.deploy.cost import network_cost
 from coded_resnext.deploy.early_exit import predict_early
 from coded_resnext.interpret import load_evaluation
-from coded_resnext.models.shipped import find_model
+from coded_resnext.models.shipped import find_model, network_of, shipped_weights
 
 ROOT = Path(__file__).parents[1]
 # A block of code, or indented lines behind an empty one.
@@ -224,6 +224,20 @@ def test_figures_of_the_shipped_digits_are_those_of_the_weights() -> None:
     assert f"| network | 360 of 360 | {right:.2%}" in page
     saving = f"early exit saves on digits | {saved:.0%}".replace("%", " %")
     assert saving in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", shipped_weights())
+def test_the_table_of_weights_has_their_figures(name: str) -> None:
+    results = from_pretrained(name).results
+    early = ", ".join(f"{100 * share:.1f}" for share in results["early_decoding"])
+    images = load_evaluation(find_model(name)).test_samples
+    parameters = sum(p.numel() for p in create_model(network_of(name)).parameters())
+    size = sum(path.stat().st_size for path in find_model(name).iterdir()) / 1e6
+    row = (
+        f"| `{name}` | `{network_of(name)}`, {parameters:,} parameters | "
+        f"{100 * results['test_accuracy']:.2f} % of {images:,} images | {early} % | {size:.1f} MB |"
+    )
+    assert row in (ROOT / "docs/weights.md").read_text(encoding="utf-8")
 
 
 def test_the_gallery_has_an_image_of_each_class_and_misread_ones() -> None:

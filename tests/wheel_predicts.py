@@ -21,7 +21,9 @@ model = coded_resnext.create_model("coded_resnext29_10x11d").eval()
 logits, energies = model(torch.zeros(2, 3, 32, 32), return_energies=True)
 if logits.shape != (2, 10) or len(energies) != 6 or not logits.isfinite().all():
     sys.exit("the network of the wheel does not predict")
-trained = coded_resnext.create_model("coded_resnext_digits", pretrained=True).eval()
-if not trained(torch.zeros(2, 1, 8, 8)).isfinite().all():
-    sys.exit("the wheel's weights do not predict")
+for network in coded_resnext.list_models(pretrained=True):
+    trained = coded_resnext.create_model(network, pretrained=True).eval()
+    size = trained.image_size
+    if not trained(torch.zeros(2, trained.in_channels, size, size)).isfinite().all():
+        sys.exit(f"the wheel's weights of {network} do not predict")
 print(f"the wheel's network predicts: {coded_resnext.__file__}")

@@ -37,7 +37,8 @@ energy that a branch has for this image. Below each block stands the class that 
 and behind the last one what the classifier says ([how to read it](report.md#how-to-read-it)).
 
 The images are chosen by a rule: one of each class, of every second class one that the network
-misreads. The others are read rightly, if possible after an early block said something else.
+misreads. The others are read rightly, if possible by the last block too, after an early one said
+something else.
 Measured on {images}; weights {weights}.
 `python docs/site/gallery.py {name}` makes this page, and `coded-resnext report {name}` one with
 hundreds of images to choose from.
@@ -52,7 +53,9 @@ def choose(samples: Samples, images: int = IMAGES) -> list[int]:
         def merit(
             row: int, target: int = target, is_right: bool = place % 2 == 1
         ) -> tuple[bool, bool]:
-            return (samples.predictions[row] == target) == is_right, samples.settled[row] > 0
+            return (samples.predictions[row] == target) == is_right, 0 < samples.settled[row] < len(
+                samples.blocks
+            )
 
         of_class = [row for row, one in enumerate(samples.targets) if one == target]
         # Of equal ones the first.
@@ -96,7 +99,7 @@ def page(name: str) -> str:
         target, said = names[samples.targets[row]], names[samples.predictions[row]]
         title = target if said == target else f"{target}, read as {said}"
         pictures = (
-            f"![The path of {title}](gallery/{picture_name(evaluation, row, scheme)}{only})"
+            f"![The path of a test image: {title}](gallery/{picture_name(evaluation, row, scheme)}{only})"
             for scheme, only in ONLY.items()
         )
         parts += [f"## {title.capitalize()}", *pictures, sentence(evaluation, row)]
