@@ -38,8 +38,7 @@ and behind the last one what the classifier says ([how to read it](report.md#how
 
 The images are chosen by a rule: one of each class, of every second class one that the network
 misreads. The others are read rightly, if possible by the last block too, after an early one said
-something else.
-Measured on {images}; weights {weights}.
+something else. Measured on {images}; weights {weights}.
 `python docs/site/gallery.py {name}` makes this page, and `coded-resnext report {name}` one with
 hundreds of images to choose from.
 """
@@ -49,17 +48,11 @@ def choose(samples: Samples, images: int = IMAGES) -> list[int]:
     """Returns rows of the samples: one of each of the first classes, every second one misread."""
     rows = []
     for place, target in enumerate(list(dict.fromkeys(samples.targets))[:images]):
-
-        def merit(
-            row: int, target: int = target, is_right: bool = place % 2 == 1
-        ) -> tuple[bool, bool]:
-            return (samples.predictions[row] == target) == is_right, 0 < samples.settled[row] < len(
-                samples.blocks
-            )
-
         of_class = [row for row, one in enumerate(samples.targets) if one == target]
-        # Of equal ones the first.
-        rows.append(max(of_class, key=merit))
+        right = [row for row in of_class if samples.predictions[row] == target]
+        misread = [row for row in of_class if row not in right]
+        late = [row for row in right if 0 < samples.settled[row] < len(samples.blocks)]
+        rows.append(((late + right if place % 2 else misread) or of_class)[0])
     return rows
 
 
@@ -98,10 +91,8 @@ def page(name: str) -> str:
         names = evaluation.class_names
         target, said = names[samples.targets[row]], names[samples.predictions[row]]
         title = target if said == target else f"{target}, read as {said}"
-        pictures = (
-            f"![The path of a test image: {title}](gallery/{picture_name(evaluation, row, scheme)}{only})"
-            for scheme, only in ONLY.items()
-        )
+        files = [picture_name(evaluation, row, scheme) + only for scheme, only in ONLY.items()]
+        pictures = [f"![The path of a test image: {title}](gallery/{file})" for file in files]
         parts += [f"## {title.capitalize()}", *pictures, sentence(evaluation, row)]
     return "\n\n".join(part.strip() for part in parts) + "\n"
 
