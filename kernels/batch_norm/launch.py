@@ -136,6 +136,10 @@ def backward(
     gradients = partial.new_empty((4, channels))
     with on_device(partial):
         batch_norm_rows.batch_norm_backward(channels, rows, scale).launch(
-            batch_norm_rows.grid_of(channels), gradients, partial, *normalization, parts
+            batch_norm_rows.grid_of(channels),
+            gradients,
+            partial.contiguous(),
+            *normalization,
+            parts,
         )
     return NormGradients(*gradients)

@@ -83,17 +83,22 @@ class Launch:
         samples, windows = int(settings["SAMPLES"]), int(settings["WINDOWS"])
         return -(-self.batch // samples), -(-self.windows // windows)
 
-    def weight_gradient(self, coefficient: Tensor, branch_weight: Tensor) -> Tensor:
-        """(17) without the part that the convolution computes."""
+    def add_weight_gradient(
+        self, coefficient: Tensor, branch_weight: Tensor, gradient: Tensor
+    ) -> None:
+        """Adds (17) without the part that the convolution computes, to a gradient `[N, C, D]`."""
         row = coded_rows.weighted_gram(self.sizes, self.variant)
         grid = self.over_windows(row)
         branches, width = self.sizes.branches, self.sizes.width
         parts = self.form.new_empty((grid[0], branches, width, width))
         row.launch(grid, parts, self.rows, self.scale, self.bias, coefficient, self.batch)
-        return _weight_gradient(parts, branch_weight)
+        _add_product(gradient, branch_weight.to(torch.float32), parts.sum(0))
 
 
 @without_autocast
-def _weight_gradient(parts: Tensor, branch_weight: Tensor) -> Tensor:
-    """Returns `W_n` times the weighted Grams, `[programs, N, D, D]`, in the dtype of the weight."""
-    return torch.bmm(branch_weight.to(torch.float32), parts.sum(0)).to(branch_weight.dtype)
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Adds the products of float32 matrices to `total`, rounded to its dtype."""
+    if total.dtype == left.dtype:
+        total.baddbmm_(left, right)
+    else:
+        total += torch.bmm(left, right)

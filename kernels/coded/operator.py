@@ -104,7 +104,8 @@ def branch_energy_backward(
             coefficient,
             launch.batch,
         )
-        grad_weight = launch.weight_gradient(coefficient, branch_weight)
+        grad_weight = torch.zeros_like(branch_weight, memory_format=torch.contiguous_format)
+        launch.add_weight_gradient(coefficient, branch_weight, grad_weight)
     return grad.permute(0, 3, 1, 2), grad_weight, total(parts, z)
 
 
@@ -190,7 +191,8 @@ def normalize_branches_backward(
         The gradients of `z` and `branch_weight`, and the sums of `behind_activation`.
     """
     saved = (z, branch_weight, scale, bias, drop_mask, keep_mask, normalized, inverse)
-    grad, grad_weight, sums = backward(grad_scaled, grad_normalized, *saved)
+    grad_weight = torch.zeros_like(branch_weight, memory_format=torch.contiguous_format)
+    grad, sums = backward(grad_scaled, grad_normalized, *saved, grad_weight)
     return grad, grad_weight, total(sums, z)
 
 
@@ -205,19 +207,24 @@ def backward(
     keep_mask: Tensor | None,
     normalized: Tensor,
     inverse: Tensor,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Does what `normalize_branches_backward` does, with the sums in parts, `[parts, 2, N*D]`."""
+    grad_weight: Tensor,
+) -> tuple[Tensor, Tensor | None]:
+    """Does what `normalize_branches_backward` does, with the sums in parts, `[parts, 2, N*D]`.
+
+    What the energies add to the gradient of the weight is added to `grad_weight [N, C, D]`, of any
+    strides.
+    """
     check_filled("z", z)
     rows = (coded_rows.aggregate_backward, coded_rows.weighted_gram)
     launch = Launch.of(z, branch_weight, scale, bias, drop_mask, keep_mask, rows=rows)
     if launch is None:
         h = affine.activate(z, scale, bias)
         forward = gram.normalize(h, branch_weight, drop_mask, keep_mask)
-        grad_h, grad_weight = gram.normalize_backward(
+        grad_h, of_energies = gram.normalize_backward(
             grad_scaled, grad_normalized, h, branch_weight, forward, keep_mask
         )
-        grad_z, sums = behind_activation(grad_h, z, scale, bias)
-        return grad_z, grad_weight.to(branch_weight.dtype), sums
+        grad_weight += of_energies
+        return behind_activation(grad_h, z, scale, bias)
     grad, coefficient = empty_rows(z), torch.empty_like(normalized)
     parts = None if scale is None else normalized.new_empty((launch.batch, 2, z.shape[1]))
     with on_device(z):
@@ -238,8 +245,8 @@ def backward(
             grad_normalized.contiguous(),
             launch.inverse_size,
         )
-        grad_weight = launch.weight_gradient(coefficient, branch_weight)
-    return grad.permute(0, 3, 1, 2), grad_weight, parts
+        launch.add_weight_gradient(coefficient, branch_weight, grad_weight)
+    return grad.permute(0, 3, 1, 2), parts
 
 
 def _save_for_normalize(ctx: Any, inputs: Any, output: Any) -> None:

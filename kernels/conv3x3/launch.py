@@ -12,6 +12,7 @@ from torch import Tensor
 from coded_resnext.kernels.checks import check_filled
 from coded_resnext.kernels.layout import (
     DTYPES,
+    aligned,
     aligned_rows,
     as_float32,
     as_rows,
@@ -37,7 +38,7 @@ def forward(
 
     Args:
         x: `[B, N*D, H, W]`; copied unless channels-last and of a width that needs no padding.
-        weight: `[N*D, D, 3, 3]` in the dtype of `x`.
+        weight: `[N*D, D, 3, 3]` in any dtype of the kernels; it is rounded to that of `x`.
         sizes: `N`, `D` and the stride.
         scale, bias: `[N*D]` float32 or None; `relu(scale x + bias)` is convolved instead of `x`.
         statistics: whether they are wanted.
@@ -56,7 +57,7 @@ def forward(
         rows,
         scale,
         bias,
-        _pack(weight, sizes, backward=False),
+        _pack(weight, sizes, x.dtype, backward=False),
         *(None, None, None),
         batch,
         height,
@@ -103,7 +104,7 @@ def folded_forward(
         rows,
         None,
         None,
-        _pack(weight, sizes, backward=False),
+        _pack(weight, sizes, x.dtype, backward=False),
         after_rows,
         kept,
         scaled,
@@ -185,7 +186,7 @@ def input_gradient(
         None if scale is None or x is None else _rows(x, sizes),
         scale,
         bias,
-        _pack(weight, sizes, backward=True),
+        _pack(weight, sizes, grad.dtype, backward=True),
         rows.shape[0],
         *map_size,
         part_rows,
@@ -203,10 +204,11 @@ def weight_gradient(
     scale: Tensor | None,
     bias: Tensor | None,
     dtype: torch.dtype,
+    last: bool = False,
 ) -> Tensor:
-    """Returns the gradient of the weight, `[N*D, D, 3, 3]`, in a dtype.
+    """Returns the gradient of the weight, `[N*D, D, 3, 3]`, in a dtype, channels-last if `last`.
 
-    Arguments as for `input_gradient`.
+    Other arguments as for `input_gradient`.
     """
     rows, inputs = _rows(grad, sizes, "grad"), _rows(x, sizes)
     scale, bias, curve, level = _vectors(sizes, scale, bias, curve, level)
@@ -230,8 +232,9 @@ def weight_gradient(
         part_rows,
     )
     shape = (sizes.groups * sizes.width, sizes.width, 3, 3)
-    gradient = grad.new_empty(shape, dtype=dtype)
-    row = conv3x3_rows.reduce_weight_gradient(sizes, DTYPES[dtype])
+    layout = torch.channels_last if last else torch.contiguous_format
+    gradient = torch.empty(shape, dtype=dtype, device=grad.device, memory_format=layout)
+    row = conv3x3_rows.reduce_weight_gradient(sizes, DTYPES[dtype], last=last)
     row.launch((windows.count * 9 * (block * block // REDUCED),), gradient, partial, splits)
     return gradient
 
@@ -251,12 +254,21 @@ def _parts(rows: Tensor, *, pairs: bool) -> tuple[int, int]:
     return -(-lanes // LANES) * -(-height // part_rows), part_rows
 
 
-def _pack(weight: Tensor, sizes: GroupedSizes, *, backward: bool) -> Tensor:
-    """Returns the weight as the kernels read it, `[windows, 9, BLOCK_K, BLOCK_K]`."""
-    windows = GroupedWindows.of(sizes)
-    packed = weight.new_empty(windows.count, 9, windows.block_k, windows.block_k)
-    row = conv3x3_rows.pack_weights(sizes, DTYPES[weight.dtype], backward=backward)
-    row.launch((windows.count * 9,), packed, weight.contiguous())
+def is_last(weight: Tensor) -> bool:
+    """Returns whether a weight `[N*D, D, 3, 3]` is channels-last, and no contiguous one besides."""
+    last = weight.is_contiguous(memory_format=torch.channels_last)
+    return last and not weight.is_contiguous()
+
+
+def _pack(weight: Tensor, sizes: GroupedSizes, dtype: torch.dtype, *, backward: bool) -> Tensor:
+    """Returns the weight as the kernels read it, `[windows, 9, BLOCK_K, BLOCK_K]` in a dtype."""
+    windows, last = GroupedWindows.of(sizes), is_last(weight)
+    packed = weight.new_empty(windows.count, 9, windows.block_k, windows.block_k, dtype=dtype)
+    row = conv3x3_rows.pack_weights(
+        sizes, DTYPES[dtype], DTYPES[weight.dtype], last=last, backward=backward
+    )
+    flat = weight.permute(0, 2, 3, 1) if last else weight
+    row.launch((windows.count * 9,), packed, aligned(flat))
     return packed
 
 

@@ -85,13 +85,17 @@ def forward(
     statistics: bool,
     passes: Passes,
 ) -> tuple[Tensor, Tensor | None]:
-    """Does what `grouped_conv3x3` does, without autograd and with the statistics in parts."""
+    """Does what `grouped_conv3x3` does, without autograd and with the statistics in parts.
+
+    The weight has a dtype of its own, and is rounded to that of `x`.
+    """
     check_filled("x", x)
     sizes = sizes_of(weight, stride)
     if passes.forward:
         with on_device(x):
             return conv3x3_launch.forward(x, weight, sizes, scale, bias, statistics)
     activated = affine.activate(x, scale, bias)
+    weight = weight.to(x.dtype)
     y = channels_last(F.conv2d(activated, weight, None, stride, 1, 1, sizes.groups))
     if not statistics:
         return y, None
@@ -121,9 +125,8 @@ def grouped_conv3x3_backward(
     """
     of_output = (grad, y, curve, level)
     passes = Passes.decoded(kernels)
-    weight_dtype = weight.dtype if need_weight else None
     dx, sums, dweight = backward(
-        *of_output, x, weight, scale, bias, stride, need_input, weight_dtype, passes
+        *of_output, x, weight, scale, bias, stride, need_input, need_weight, passes
     )
     nothing = x.new_empty((0,))
     return nothing if dx is None else dx, total(sums, x), nothing if dweight is None else dweight
@@ -140,12 +143,12 @@ def backward(
     bias: Tensor | None,
     stride: int,
     need_input: bool,
-    weight_dtype: torch.dtype | None,
+    need_weight: bool,
     passes: Passes,
 ) -> ConvGradients:
     """Does what `grouped_conv3x3_backward` does, with the sums in parts.
 
-    The gradient of the weight has a dtype of its own; without one it is not computed.
+    The weight, and so its gradient, has a dtype of its own.
     """
     check_filled("x", x)
     sizes = sizes_of(weight, stride)
@@ -157,20 +160,23 @@ def backward(
             dx, sums = conv3x3_launch.input_gradient(
                 grad, weight, sizes, map_size, y, curve, level, x, scale, bias
             )
-        if weight_dtype is not None and passes.weight:
+        if need_weight and passes.weight:
+            own = (weight.dtype, conv3x3_launch.is_last(weight))
             of_output = (grad, sizes, y, curve, level)
-            dweight = conv3x3_launch.weight_gradient(*of_output, x, scale, bias, weight_dtype)
-    by_library = weight_dtype is not None and not passes.weight
+            dweight = conv3x3_launch.weight_gradient(*of_output, x, scale, bias, *own)
+    by_library = need_weight and not passes.weight
     mask = [need_input and not passes.input, by_library, False]
     if any(mask):
         grad = add_statistics_gradient(grad, y, None, curve, level)
         activated = affine.activate(x, scale, bias)
         plain = (None, [stride] * 2, [1, 1], [1, 1], False, [0, 0], sizes.groups)
-        of_inputs = torch.ops.aten.convolution_backward(grad, activated, weight, *plain, mask)
+        of_inputs = torch.ops.aten.convolution_backward(
+            grad, activated, weight.to(grad.dtype), *plain, mask
+        )
         if mask[0]:
             dx, sums = behind_activation(of_inputs[0].to(accumulate), x, scale, bias)
         if mask[1]:
-            dweight = of_inputs[1].to(weight_dtype).contiguous()
+            dweight = of_inputs[1].to(weight.dtype).contiguous()
     return ConvGradients(dx, sums, dweight)
 
 

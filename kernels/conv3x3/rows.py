@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import product
 
 from coded_resnext.kernels.rows import (
     ALL_PASSES,
@@ -270,7 +271,7 @@ def weight_splits(sizes: GroupedSizes, parts: int) -> int:
     return max(1, min(parts, 1024 // windows.warps // windows.count))
 
 
-def _weights(sizes: GroupedSizes) -> tuple[tuple[str, int], ...]:
+def _weights(sizes: GroupedSizes, last: bool) -> tuple[tuple[str, int], ...]:
     windows = GroupedWindows.of(sizes)
     return (
         ("GROUPS", sizes.groups),
@@ -278,18 +279,21 @@ def _weights(sizes: GroupedSizes) -> tuple[tuple[str, int], ...]:
         ("PADDED", windows.padded),
         ("GROUP", windows.group),
         ("BLOCK_K", windows.block_k),
+        ("LAST", last),
     )
 
 
 @cache
-def pack_weights(sizes: GroupedSizes, dtype: Dtype, *, backward: bool) -> LaunchRow:
-    """Settings of `weight.pack_weights`."""
+def pack_weights(
+    sizes: GroupedSizes, dtype: Dtype, own: Dtype, *, last: bool, backward: bool
+) -> LaunchRow:
+    """Settings of `weight.pack_weights`: a weight in a dtype of its own, channels-last or not."""
     windows = GroupedWindows.of(sizes)
     return LaunchRow(
         kernel="conv3x3.weight:pack_weights",
-        args=(f"*{dtype}", f"*{dtype}"),
+        args=(f"*{dtype}", f"*{own}"),
         constexprs=(
-            *_weights(sizes),
+            *_weights(sizes, last),
             ("TRANSPOSE", backward),
             ("MIRROR", backward and sizes.stride == 1),
         ),
@@ -300,12 +304,12 @@ def pack_weights(sizes: GroupedSizes, dtype: Dtype, *, backward: bool) -> Launch
 
 
 @cache
-def reduce_weight_gradient(sizes: GroupedSizes, dtype: Dtype) -> LaunchRow:
-    """Settings of `weight.reduce_weight_gradient`."""
+def reduce_weight_gradient(sizes: GroupedSizes, dtype: Dtype, *, last: bool) -> LaunchRow:
+    """Settings of `weight.reduce_weight_gradient`, for a gradient that is channels-last or not."""
     return LaunchRow(
         kernel="conv3x3.weight:reduce_weight_gradient",
         args=(f"*{dtype}", "*fp32", 128),
-        constexprs=(*_weights(sizes), ("BLOCK_E", REDUCED), ("BLOCK_S", 16)),
+        constexprs=(*_weights(sizes, last), ("BLOCK_E", REDUCED), ("BLOCK_S", 16)),
         num_warps=4,
         trip_bytes=16 * REDUCED * 4,
         sample_bytes=0,
@@ -342,9 +346,11 @@ def shipped_rows(arch: str) -> Iterator[tuple[str, LaunchRow]]:
             folded = Variant("bf16", folded=True, energies=stage in CODED, arch=arch)
             row = forward(sizes, folded)
             yield f"grouped {row.kernel.split(':')[1]} {stage} folded", row
-            for backward in (False, True):
-                name = f"grouped pack_weights_{'backward' if backward else 'forward'}"
-                row = pack_weights(sizes, "bf16", backward=backward)
-                yield f"{name} stride {stride} {stage}", row
-            row = reduce_weight_gradient(sizes, "bf16")
-            yield f"grouped reduce_weight_gradient stride {stride} {stage}", row
+            # Weights of a training in bfloat16 are float32, and those of evaluation bfloat16.
+            for own, last in product(("fp32", "bf16"), (False, True)):
+                place = f"stride {stride} {stage} {own}{' channels-last' if last else ''}"
+                for backward in (False, True):
+                    name = f"grouped pack_weights_{'backward' if backward else 'forward'} {place}"
+                    yield name, pack_weights(sizes, "bf16", own, last=last, backward=backward)
+                row = reduce_weight_gradient(sizes, own, last=last)
+                yield f"grouped reduce_weight_gradient {place}", row

@@ -191,14 +191,17 @@ def weight_index(
     WIDTH: tl.constexpr,
     PADDED: tl.constexpr,
     GROUP: tl.constexpr,
+    LAST: tl.constexpr,
 ):
     """Where `[N*D, D, 3, 3]` keeps the weight from channel `source` to channel `target` of a
-    window, and whether there is such a weight."""
+    window, and whether there is such a weight. With LAST it is channels-last."""
     group = source // PADDED
     real = (group == target // PADDED) & (group < GROUP) & (window * GROUP + group < GROUPS)
     real = real & (source % PADDED < WIDTH) & (target % PADDED < WIDTH)
     row = (window * GROUP + group) * WIDTH + target % PADDED
-    return (row * WIDTH + source % PADDED) * 9 + tap, real
+    column = source % PADDED
+    at = (row * 9 + tap) * WIDTH + column if LAST else (row * WIDTH + column) * 9 + tap
+    return at, real
 
 
 @triton.jit
@@ -210,10 +213,12 @@ def pack_weights(
     PADDED: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    LAST: tl.constexpr,
     TRANSPOSE: tl.constexpr,
     MIRROR: tl.constexpr,
 ):
-    """`weight [N*D, D, 3, 3]` to `packed [windows, 9, BLOCK_K, BLOCK_K]`, from row to column.
+    """`weight [N*D, D, 3, 3]` to `packed [windows, 9, BLOCK_K, BLOCK_K]`, from row to column, in a
+    dtype of its own.
 
     TRANSPOSE exchanges the two channels and MIRROR reverses the taps. Grid: windows * 9.
     """
@@ -223,10 +228,11 @@ def pack_weights(
     source = k[None, :] if TRANSPOSE else k[:, None]
     target = k[:, None] if TRANSPOSE else k[None, :]
     at, real = weight_index(
-        window, 8 - tap if MIRROR else tap, source, target, GROUPS, WIDTH, PADDED, GROUP
+        window, 8 - tap if MIRROR else tap, source, target, GROUPS, WIDTH, PADDED, GROUP, LAST
     )
     out = packed_ptr + tl.program_id(0) * (BLOCK_K * BLOCK_K) + k[:, None] * BLOCK_K + k[None, :]
-    tl.store(out, tl.load(weight_ptr + at, mask=real, other=0.0))
+    weight = tl.load(weight_ptr + at, mask=real, other=0.0)
+    tl.store(out, round_to(weight.to(tl.float32), packed_ptr.dtype.element_ty))
 
 
 @triton.jit(do_not_specialize=["splits"])
@@ -239,6 +245,7 @@ def reduce_weight_gradient(
     PADDED: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    LAST: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
@@ -258,7 +265,15 @@ def reduce_weight_gradient(
         at = (split * matrices + matrix) * (BLOCK_K * BLOCK_K) + element[None, :]
         total += tl.load(partial_ptr + at, mask=split < splits, other=0.0)
     at, real = weight_index(
-        matrix // 9, matrix % 9, element // BLOCK_K, element % BLOCK_K, GROUPS, WIDTH, PADDED, GROUP
+        matrix // 9,
+        matrix % 9,
+        element // BLOCK_K,
+        element % BLOCK_K,
+        GROUPS,
+        WIDTH,
+        PADDED,
+        GROUP,
+        LAST,
     )
     value = tl.sum(total, 0)
     tl.store(gradient_ptr + at, round_to(value, gradient_ptr.dtype.element_ty), mask=real)

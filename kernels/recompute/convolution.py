@@ -41,6 +41,11 @@ def _precise(weight: Tensor) -> Tensor:
     return weight.flatten(1).double()
 
 
+def _by_kernels(passes: Passes) -> bool:
+    """Whether Triton kernels compute statistics and their gradients, as all that is pointwise."""
+    return passes.forward or passes.pointwise
+
+
 def _pixels(x: Tensor) -> int:
     return x.shape[0] * x.shape[2] * x.shape[3]
 
@@ -53,12 +58,12 @@ def statistics(
     `x [B, I, H, W]`, `weight [O, I, 1, 1]`; `scale` and `bias [I]`, or None for `y = W x`.
     """
     check_filled("x", x)
-    # They are statistics, and kernels compute those wherever they compute what is pointwise.
-    if passes.forward or passes.pointwise:
+    if _by_kernels(passes):
         with on_device(x):
             mean, scatter = recompute_launch.moments(x, scale, bias)
-    else:
-        mean, scatter = conv1x1_library.moments(affine.activate(x, scale, bias))
+            partial, spread = recompute_launch.product_statistics(weight, mean, scatter, _pixels(x))
+        return partial, Moments(mean, spread)
+    mean, scatter = conv1x1_library.moments(affine.activate(x, scale, bias))
     wide, count = _precise(weight), _pixels(x)
     sums = count * (wide @ mean.double())
     spread = wide @ scatter.double()
@@ -132,9 +137,16 @@ def product_sums(
     return conv1x1_library.wide_sums(grad, affine.activate(x, scale, bias))
 
 
-def scale_gradient(of_product: Tensor, weight: Tensor) -> Tensor:
-    """Returns the gradient `[O]` of the scale behind a product from `product_sums`."""
-    return (of_product * weight.flatten(1)).sum(1)
+def map_gradients(of_bias: Tensor, of_product: Tensor, weight: Tensor, passes: Passes) -> Tensor:
+    """Returns the gradients of the bias and the scale behind a product, `[1, 2, O]`.
+
+    That of the bias is `of_bias [O]`; that of the scale follows from `product_sums`.
+    """
+    if _by_kernels(passes):
+        with on_device(weight):
+            return recompute_launch.map_gradients(of_bias, of_product, weight)
+    of_scale = (of_product * weight.flatten(1)).sum(1)
+    return torch.stack([of_bias, of_scale.to(of_bias.dtype)])[None]
 
 
 def backward(
@@ -173,19 +185,35 @@ def backward(
         of_output = (grad, None, gain, None, None)
         dx, sums, _ = conv1x1.backward(*of_output, x, weight, scale, bias, need_input, None, passes)
         return ConvGradients(dx, sums, dweight)
-    mean, wide = moments.mean.double(), _precise(weight)
-    # Of the sum alone: the level is what remains of it where the curve meets `y`, not `y - mean`.
-    of_sum = level + curve * (wide @ mean)
-    dweight = gain[:, None] * of_product + curve[:, None] * moments.spread
-    dweight = dweight + torch.outer(of_sum, _pixels(x) * mean)
-    dweight = dweight.to(weight_dtype).view_as(weight)
-    if not need_input:
+    square = shift = None
+    if _by_kernels(passes):
+        with on_device(x):
+            dweight, of_weight = recompute_launch.weight_gradients(
+                of_product,
+                weight,
+                moments.spread,
+                moments.mean,
+                gain,
+                curve,
+                level,
+                _pixels(x),
+                weight_dtype,
+            )
+            if need_input:
+                square, shift = recompute_launch.moments_gradients(weight, curve, level)
+    else:
+        mean, wide = moments.mean.double(), _precise(weight)
+        # Of the sum alone: the level is what remains of it where the curve meets the whole product.
+        of_sum = level + curve * (wide @ mean)
+        dweight = gain[:, None] * of_product + curve[:, None] * moments.spread
+        dweight = dweight + torch.outer(of_sum, _pixels(x) * mean)
+        dweight = dweight.to(weight_dtype).view_as(weight)
+        of_weight = (gain[:, None] * wide).to(moments.mean.dtype)
+        if need_input:
+            square = (wide.t() @ (curve[:, None] * wide)).to(moments.mean.dtype)
+            shift = (level.double() @ wide).to(moments.mean.dtype)
+    if square is None or shift is None:
         return ConvGradients(None, None, dweight)
-    square = wide.t() @ (curve[:, None] * wide)
-    shift = of_sum @ wide - square @ mean
-    of_weight, square, shift = (
-        each.to(moments.mean.dtype) for each in (gain[:, None] * wide, square, shift)
-    )
     if passes.input:
         with on_device(x):
             dx, sums = recompute_launch.moments_gradient(

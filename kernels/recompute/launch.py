@@ -13,6 +13,7 @@ from torch import Tensor
 from coded_resnext.kernels.conv1x1.launch import parts_of, share_of, sizes_of
 from coded_resnext.kernels.conv1x1.rows import forward_tile, gradient_tile
 from coded_resnext.kernels.layout import (
+    DTYPES,
     aligned,
     aligned_rows,
     as_float32,
@@ -114,9 +115,121 @@ def moments(x: Tensor, scale: Tensor | None, bias: Tensor | None) -> tuple[Tenso
         as_float32(bias),
         pixels_of(rows),
     )
-    mean, apart = sums.sum(0, dtype=torch.float64) / pixels_of(rows)
-    upper = partial.sum(0, dtype=torch.float64) - pixels_of(rows) * apart[:, None] * apart
-    return mean.float(), (upper.triu() + upper.triu(1).mT).float()
+    mean, scatter = empty_float32(x, channels), empty_float32(x, channels, channels)
+    recompute_rows.merge_moments(channels).launch(
+        recompute_rows.scatter_grid(channels),
+        mean,
+        scatter,
+        partial,
+        sums,
+        shares,
+        pixels_of(rows),
+    )
+    return mean, scatter
+
+
+def product_statistics(
+    weight: Tensor, mean: Tensor, scatter: Tensor, pixels: int
+) -> tuple[Tensor, Tensor]:
+    """The (count, sum, M2) of `W a`, `[1, 3, O]`, and `W S`, `[O, I]`, both float32.
+
+    Args:
+        weight: `[O, I, 1, 1]` in the dtype of the activations.
+        mean, scatter: `[I]` and `[I, I]`, of `moments`.
+        pixels: over which these were taken.
+    """
+    sizes = sizes_of(weight)
+    statistics = empty_float32(weight, 1, 3, sizes.outputs)
+    spread = empty_float32(weight, sizes.outputs, sizes.inputs)
+    recompute_rows.product_statistics(sizes, DTYPES[weight.dtype]).launch(
+        recompute_rows.outputs_grid(sizes),
+        statistics,
+        spread,
+        aligned(weight),
+        mean,
+        scatter,
+        pixels,
+    )
+    return statistics, spread
+
+
+def map_gradients(of_bias: Tensor, of_product: Tensor, weight: Tensor) -> Tensor:
+    """The gradients of bias and scale behind the product, `[1, 2, O]` float32.
+
+    Args:
+        of_bias: that of the bias, `[O]`.
+        of_product: `sum grad a^T` over the pixels, `[O, I]` float32.
+        weight: `[O, I, 1, 1]` in the dtype of the activations.
+    """
+    sizes = sizes_of(weight)
+    sums = empty_float32(weight, 1, 2, sizes.outputs)
+    recompute_rows.map_gradients(sizes, DTYPES[weight.dtype]).launch(
+        recompute_rows.outputs_grid(sizes),
+        sums,
+        aligned(of_bias),
+        aligned(of_product),
+        aligned(weight),
+    )
+    return sums
+
+
+def weight_gradients(
+    of_product: Tensor,
+    weight: Tensor,
+    spread: Tensor,
+    mean: Tensor,
+    gain: Tensor,
+    curve: Tensor,
+    level: Tensor,
+    pixels: int,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """The gradient of the weight in a dtype, in its shape, where that of `y = W a` is
+    `gain grad + curve y + level`; and `gain W`, `[O, I]` in the dtype of the weight.
+
+    Args:
+        of_product, weight: as for `map_gradients`.
+        spread, mean, pixels: `W S` and the arguments of `product_statistics`.
+        gain, curve, level: `[O]` float32.
+        dtype: of the gradient.
+    """
+    sizes = sizes_of(weight)
+    gradient = weight.new_empty(weight.shape, dtype=dtype)
+    scaled = weight.new_empty(sizes.outputs, sizes.inputs)
+    recompute_rows.weight_gradients(sizes, DTYPES[weight.dtype], DTYPES[dtype]).launch(
+        recompute_rows.outputs_grid(sizes),
+        gradient,
+        scaled,
+        aligned(of_product),
+        aligned(weight),
+        spread,
+        mean,
+        aligned(gain),
+        aligned(curve),
+        aligned(level),
+        pixels,
+    )
+    return gradient, scaled
+
+
+def moments_gradients(weight: Tensor, curve: Tensor, level: Tensor) -> tuple[Tensor, Tensor]:
+    """`Q = W^T curve W`, `[I, I]`, and `t = W^T level`, `[I]`, as `moments_gradient` takes them.
+
+    Q has the dtype of the weight, in float16 float32.
+    """
+    sizes = sizes_of(weight)
+    dtype = torch.float32 if weight.dtype == torch.float16 else weight.dtype
+    square = weight.new_empty(sizes.inputs, sizes.inputs, dtype=dtype)
+    shift = empty_float32(weight, sizes.inputs)
+    recompute_rows.moments_gradients(sizes, DTYPES[weight.dtype]).launch(
+        recompute_rows.inputs_grid(sizes),
+        square,
+        shift,
+        aligned(weight),
+        aligned(curve),
+        aligned(level),
+    )
+    return square, shift
 
 
 def moments_gradient(
@@ -133,8 +246,8 @@ def moments_gradient(
 
     Args:
         grad: `[B, O, H, W]`.
-        weight, square: V, `[O, I]`, and the symmetric Q, `[I, I]`, in float32. They are multiplied
-            in the dtype of `x`, in float16 Q in units of its largest element: it would end in 0.
+        weight, square: V, `[O, I]`, and the symmetric Q, `[I, I]`. They are multiplied in the dtype
+            of `x`, in float16 Q, in float32, in units of its largest element: it would end in 0.
         shift: t, `[I]`.
         x, scale, bias: as for the forward pass.
     """
@@ -143,11 +256,10 @@ def moments_gradient(
     rows, dx = aligned_rows(x), empty_rows(x)
     parts, columns = parts_of(rows, gradient_tile(sizes, variant), sizes.inputs)
     partial = None if scale is None else empty_float32(x, parts, 2, sizes.inputs)
+    size = None
     if x.dtype == torch.float16:
         size = square.abs().amax().clamp_min(torch.finfo(torch.float32).tiny)
         square = square / size
-    else:
-        size = square.new_ones(())
     recompute_rows.moments_gradient(sizes, variant).launch(
         (parts * columns,),
         dx,

@@ -265,9 +265,9 @@ def moments_input_gradient(
 
     Grid: parts * ceil(INPUTS / BLOCK_N). `dx`, `x [rows, INPUTS]`, `grad [rows, OUTPUTS]`; V is
     `weight [OUTPUTS, INPUTS]`, Q the symmetric `square [INPUTS, INPUTS]`; float32: `size` is one
-    number, t is `shift [INPUTS]`, as are `scale` and `bias` or None, and with them `partial [parts,
-    2, INPUTS]`, the gradients of bias and scale. The first product takes BLOCK_K output channels a
-    step, the second BLOCK_H of the input's.
+    number, None for 1; t is `shift [INPUTS]`, as are `scale` and `bias` or None, and with them
+    `partial [parts, 2, INPUTS]`, the gradients of bias and scale. The first product takes BLOCK_K
+    output channels a step, the second BLOCK_H of the input's.
     """
     AFFINE: tl.constexpr = scale_ptr is not None
     COLUMNS: tl.constexpr = (INPUTS + BLOCK_N - 1) // BLOCK_N
@@ -277,7 +277,7 @@ def moments_input_gradient(
     column = tl.program_id(0) % COLUMNS
     n = column * BLOCK_N + tl.arange(0, BLOCK_N)
     m = tl.arange(0, BLOCK_M)
-    size = tl.load(size_ptr)
+    size = 1.0 if size_ptr is None else tl.load(size_ptr)
     shift = load_vector(shift_ptr, n, n < INPUTS, 0.0, WHOLE_N)
     of_output = resident_weight(None, None, None, weight_ptr, n, INPUTS, OUTPUTS, BLOCK_K, WHOLE_N)
     of_input = resident_operands(

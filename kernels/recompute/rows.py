@@ -28,7 +28,14 @@ from coded_resnext.kernels.conv1x1.rows import (
     row_of,
     weight_gradient,
 )
-from coded_resnext.kernels.rows import ITEM_BYTES, LaunchRow, Variant, triton_release
+from coded_resnext.kernels.rows import (
+    ITEM_BYTES,
+    Argument,
+    Dtype,
+    LaunchRow,
+    Variant,
+    triton_release,
+)
 
 
 @cache
@@ -106,7 +113,7 @@ def moments_gradient(sizes: ProductSizes, variant: Variant) -> LaunchRow:
         variant.pointer(),
         variant.pointer(),
         variant.pointer(),
-        "*fp32",
+        "*fp32" if variant.dtype == "fp16" else None,
         "*fp32",
         variant.pointer(),
         vector,
@@ -122,16 +129,122 @@ def moments_gradient(sizes: ProductSizes, variant: Variant) -> LaunchRow:
     return replace(row, constexprs=(*row.constexprs, ("BLOCK_H", step)), steps=steps)
 
 
+# Rows of W of a program, and the sides of the blocks of its matrices.
+MATRIX_ROWS = 16
+MATRIX_STEP = 32
+MATRIX_COLUMNS = 64
+# Channels of a block of the scatter, and parts that are added at a time: of matrices, and of sums.
+SCATTER_BLOCK = 16
+SCATTER_PARTS = 16
+SUMS_PARTS = 64
+
+
+def scatter_grid(channels: int) -> tuple[int]:
+    """Returns the grid of `matrices.merge_moments`."""
+    return ((-(-channels // SCATTER_BLOCK)) ** 2,)
+
+
+def outputs_grid(sizes: ProductSizes) -> tuple[int]:
+    """Returns the grid of the kernels over rows of W."""
+    return (-(-sizes.outputs // MATRIX_ROWS),)
+
+
+def inputs_grid(sizes: ProductSizes) -> tuple[int]:
+    """Returns the grid of `matrices.moments_gradients`."""
+    return ((-(-sizes.inputs // MATRIX_STEP)) ** 2,)
+
+
+def _matrices(kernel: str, args: tuple[Argument, ...], **constexprs: int | str) -> LaunchRow:
+    return LaunchRow(
+        kernel=f"recompute.matrices:{kernel}",
+        args=args,
+        constexprs=tuple(constexprs.items()),
+        num_warps=4,
+        trip_bytes=MATRIX_STEP * MATRIX_COLUMNS * 4,
+        sample_bytes=0,
+    )
+
+
+@cache
+def merge_moments(channels: int) -> LaunchRow:
+    """Settings of `matrices.merge_moments`."""
+    return _matrices(
+        "merge_moments",
+        ("*fp32", "*fp32", "*fp32", "*fp32", 132, EXAMPLE_PIXELS),
+        CHANNELS=channels,
+        BLOCK_C=SCATTER_BLOCK,
+        BLOCK_T=SCATTER_PARTS,
+        BLOCK_S=SUMS_PARTS,
+    )
+
+
+@cache
+def product_statistics(sizes: ProductSizes, dtype: Dtype) -> LaunchRow:
+    """Settings of `matrices.product_statistics`, for a weight in a dtype."""
+    return _matrices(
+        "product_statistics",
+        ("*fp32", "*fp32", f"*{dtype}", "*fp32", "*fp32", EXAMPLE_PIXELS),
+        INPUTS=sizes.inputs,
+        OUTPUTS=sizes.outputs,
+        BLOCK_O=MATRIX_ROWS,
+        BLOCK_K=MATRIX_STEP,
+        BLOCK_N=MATRIX_COLUMNS,
+        PRECISION="ieee",
+    )
+
+
+@cache
+def map_gradients(sizes: ProductSizes, dtype: Dtype) -> LaunchRow:
+    """Settings of `matrices.map_gradients`."""
+    return _matrices(
+        "map_gradients",
+        ("*fp32", "*fp32", "*fp32", f"*{dtype}"),
+        INPUTS=sizes.inputs,
+        OUTPUTS=sizes.outputs,
+        BLOCK_O=MATRIX_ROWS,
+        BLOCK_N=MATRIX_COLUMNS,
+    )
+
+
+@cache
+def weight_gradients(sizes: ProductSizes, dtype: Dtype, gradient: Dtype) -> LaunchRow:
+    """Settings of `matrices.weight_gradients`, whose gradient has a dtype of its own."""
+    tensors = (f"*{gradient}", f"*{dtype}", "*fp32", f"*{dtype}", "*fp32", "*fp32")
+    return _matrices(
+        "weight_gradients",
+        (*tensors, "*fp32", "*fp32", "*fp32", EXAMPLE_PIXELS),
+        INPUTS=sizes.inputs,
+        OUTPUTS=sizes.outputs,
+        BLOCK_O=MATRIX_ROWS,
+        BLOCK_N=MATRIX_COLUMNS,
+    )
+
+
+@cache
+def moments_gradients(sizes: ProductSizes, dtype: Dtype) -> LaunchRow:
+    """Settings of `matrices.moments_gradients`; in float16 Q is scaled, and float32 before."""
+    square = "fp32" if dtype == "fp16" else dtype
+    return _matrices(
+        "moments_gradients",
+        (f"*{square}", "*fp32", f"*{dtype}", "*fp32", "*fp32"),
+        INPUTS=sizes.inputs,
+        OUTPUTS=sizes.outputs,
+        BLOCK_O=MATRIX_STEP,
+        BLOCK_N=MATRIX_STEP,
+        PRECISION="ieee",
+    )
+
+
 # The stage behind has no kernels, whose gradients would read signs.
 LAST = ("32x4d c3",)
 # The stage whose projection has the sizes of its last convolutions.
 PROJECTED = ("32x4d c3",)
-# Channels of what has its moments taken, and whether it has a map, on every GPU.
+# Sizes of the convolutions that are not stored, and whether a map is before them, on every GPU.
 PAPER_MOMENTS = {
-    "32x4d c2": (128, True),
-    "32x4d c3": (256, True),
-    "32x4d c2 projection": (64, False),
-    "32x4d c3 projection": (256, False),
+    "32x4d c2": (ProductSizes(128, 256), True),
+    "32x4d c3": (ProductSizes(256, 512), True),
+    "32x4d c2 projection": (ProductSizes(64, 256), False),
+    "32x4d c3 projection": (ProductSizes(256, 512), False),
 }
 
 
@@ -158,9 +271,17 @@ def shipped_rows(arch: str) -> Iterator[tuple[str, LaunchRow]]:
                 yield f"1x1 moments_input_gradient {stage} projection", row
         if passes.weight:
             yield f"1x1 product_weight_gradient {stage}", weight_gradient(sizes, trained)
-    for stage, (channels, affine) in PAPER_MOMENTS.items():
-        row = moments(channels, Variant(affine=affine, arch=arch))
+    for stage, (sizes, affine) in PAPER_MOMENTS.items():
+        row = moments(sizes.inputs, Variant(affine=affine, arch=arch))
         yield f"1x1 activation_moments {stage}", row
+        for row in (
+            merge_moments(sizes.inputs),
+            product_statistics(sizes, "bf16"),
+            map_gradients(sizes, "bf16"),
+            weight_gradients(sizes, "bf16", "fp32"),
+            moments_gradients(sizes, "bf16"),
+        ):
+            yield f"1x1 {row.kernel.split(':')[1]} {stage}", row
     # What stands behind such a join: a convolution of it as it is.
     behind = Variant(statistics=True, output_gradient=True, signs=True, raw=False, arch=arch)
     for stage, (inputs, outputs) in PAPER_JOINS.items():

@@ -104,17 +104,17 @@ class Sum(NamedTuple):
             g: the gradient behind the ReLU.
             sums: its sums in parts, `[parts, 1 to 3, C]`: of `g`, of `g` times the main term's raw
                 map, of `g` times the residual's, where these were written and are mapped. The
-                gradient of the scale of what was not written is left 0 here: the block that made
-                it takes it from `g`.
+                second row of what was not written means nothing: the block that made it takes the
+                gradient of its scale from `g`.
         """
-        total = list(sums.sum(0))
-        of_bias, rest = total[0], total[1:]
+        total, row = sums.sum(0), 0
         of_maps = []
         for term in self:
             if not isinstance(term, Term) or term.map is None:
                 continue
-            of_scale = rest.pop(0) if term.weight is None else torch.zeros_like(of_bias)
-            of_maps.append(torch.stack([of_bias, of_scale]))
+            row += term.weight is None
+            # Of two rows, which are the first and one of the others; all are views of one sum.
+            of_maps.append(total[::row][:2] if term.weight is None else total[:1].expand(2, -1))
         return of_maps[0], of_maps[1] if len(of_maps) == 2 else None
 
     @property
@@ -160,10 +160,13 @@ class Conv(NamedTuple):
 
     weight: Tensor
     layer: Layer
+    cast: Tensor | None = None
+    """The weight of a 1x1 convolution in the dtype of the activations, where it is another."""
 
-    def weight_for(self, x: Tensor) -> Tensor:
-        """Returns the weight in the dtype of activations, contiguous."""
-        return self.weight.to(x.dtype, memory_format=torch.contiguous_format)
+    @property
+    def factor(self) -> Tensor:
+        """Returns the weight that is multiplied by."""
+        return self.weight if self.cast is None else self.cast
 
 
 class Convs(NamedTuple):
@@ -173,6 +176,20 @@ class Convs(NamedTuple):
     grouped: Conv
     expand: Conv
     skip: Conv | None
+
+    def cast_to(self, dtype: torch.dtype) -> Convs:
+        """Returns the convolutions with the 1x1 ones' weights in a dtype, all cast in one launch.
+
+        What computes a 3x3 convolution casts its weight itself.
+        """
+        products = [conv for conv in (self.reduce, self.expand, self.skip) if conv is not None]
+        if all(conv.weight.dtype == dtype for conv in products):
+            return self
+        casts = [torch.empty_like(conv.weight, dtype=dtype) for conv in products]
+        torch._foreach_copy_(casts, [conv.weight for conv in products])
+        pairs = zip(products, casts, strict=True)
+        reduce, expand, *skip = (conv._replace(cast=cast) for conv, cast in pairs)
+        return Convs(reduce, self.grouped, expand, skip[0] if skip else None)
 
 
 class Made(NamedTuple):
@@ -187,16 +204,16 @@ class Made(NamedTuple):
     """With `spread` the `Moments` of its input, where it is not stored."""
     spread: Tensor | None
     cast: Tensor | None
-    """Its weight in the dtype of the activations, where it is another."""
+    """That of `Conv`."""
 
     @property
     def normalization(self) -> Normalization:
         """Returns what the BatchNorm made of the statistics."""
         return Normalization(self.map, self.moments)
 
-    def weight_of(self, conv: Conv) -> Tensor:
+    def factor_of(self, conv: Conv) -> Tensor:
         """Returns the weight that was multiplied by."""
-        return conv.weight if self.cast is None else self.cast
+        return conv._replace(cast=self.cast).factor
 
 
 class Result(NamedTuple):
@@ -276,17 +293,18 @@ def forward(
         convs: the convolutions, weights in any dtype; products are in that of `x`.
         drop_mask, keep_mask: `[B, N]` in the accumulation dtype, or None.
     """
+    convs = convs.cast_to(x.dtype if isinstance(x, Tensor) else x.main.x.dtype)
     joined, signs, first = _first(plan, x, convs.reduce)
-    y1, weight = present(first.y), convs.grouped.weight_for(present(first.y))
+    y1 = present(first.y)
     y2, partial = conv3x3.forward(
         y1,
-        weight,
+        convs.grouped.weight,
         *first.normalization.affine,
         plan.stride,
         convs.grouped.layer.running is None,
         plan.passes("grouped"),
     )
-    second = _made(convs.grouped, weight, y2, partial)
+    second = _made(convs.grouped, y2, partial)
     scaled = energies = inverse = picked = skip = None
     operand, before = y2, _affine(second.map)
     if plan.coded:
@@ -307,20 +325,20 @@ def forward(
 
 def _made(
     conv: Conv,
-    weight: Tensor,
     y: Tensor | None,
     partial: Tensor | None,
     moments: tuple[Tensor | None, Tensor | None] = (None, None),
 ) -> Made:
     """Returns what was made of a convolution, with its BatchNorm's map."""
-    norm = conv.layer.normalization(partial, accumulation_dtype(weight.dtype))
-    return Made(y, *norm, *moments, None if weight is conv.weight else weight)
+    made = conv.factor if y is None else y
+    norm = conv.layer.normalization(partial, accumulation_dtype(made.dtype))
+    return Made(y, *norm, *moments, conv.cast)
 
 
 def _first(plan: Plan, x: Tensor | Sum, conv: Conv) -> tuple[Tensor | None, Tensor | None, Made]:
     """Returns the input where it was a sum, its signs, and the first convolution."""
     passes, statistics = plan.passes("first"), conv.layer.running is None
-    weight = conv.weight_for(x if isinstance(x, Tensor) else x.main.x)
+    weight = conv.factor
     joined = signs = None
     if isinstance(x, Tensor):
         y, partial = conv1x1.forward(x, weight, *NO_MAP, statistics, passes)
@@ -335,19 +353,19 @@ def _first(plan: Plan, x: Tensor | Sum, conv: Conv) -> tuple[Tensor | None, Tens
             product = (main.x, *main.affine_before, main.weight, scale, bias)
             joined, signs = recompute.join(*product, *residual, bool(plan.signs), main.passes)
             y, partial = conv1x1.forward(joined, weight, *NO_MAP, statistics, passes)
-    return joined, signs, _made(conv, weight, y, partial)
+    return joined, signs, _made(conv, y, partial)
 
 
 def _ending(plan: Plan, name: str, x: Tensor, before: MaybeAffine, conv: Conv) -> Made:
     """Returns a convolution at the end of a block, with the map `before` it."""
     passes, statistics = plan.passes(name), conv.layer.running is None
-    weight = conv.weight_for(x)
+    weight = conv.factor
     if not plan.recomputed:
-        return _made(conv, weight, *conv1x1.forward(x, weight, *before, statistics, passes))
+        return _made(conv, *conv1x1.forward(x, weight, *before, statistics, passes))
     if not statistics:
-        return _made(conv, weight, None, None)
+        return _made(conv, None, None)
     partial, moments = recompute.statistics(x, *before, weight, passes)
-    return _made(conv, weight, None, partial, moments)
+    return _made(conv, None, partial, moments)
 
 
 def output_of(plan: Plan, x: Tensor | Sum, convs: Convs, result: Result) -> Sum:
@@ -357,7 +375,7 @@ def output_of(plan: Plan, x: Tensor | Sum, convs: Convs, result: Result) -> Sum:
         main = Term(last.y, last.map)
     else:
         operand = present(result.scaled if plan.coded else result.grouped.y)
-        weight = last.weight_of(convs.expand)
+        weight = last.factor_of(convs.expand)
         main = Term(operand, last.map, result.grouped.map, weight, plan.passes("last"))
     source = x if isinstance(x, Tensor) else present(result.x)
     if convs.skip is None or skip is None:
@@ -366,7 +384,7 @@ def output_of(plan: Plan, x: Tensor | Sum, convs: Convs, result: Result) -> Sum:
         residual = Term(skip.y, skip.map)
     else:
         operand = source if result.picked is None else result.picked
-        weight = skip.weight_of(convs.skip)
+        weight = skip.factor_of(convs.skip)
         residual = Term(operand, skip.map, None, weight, plan.passes("skip"))
     return Sum(main, residual, bool(plan.pointwise))
 
@@ -403,7 +421,9 @@ def backward(
     if plan.coded:
         energies = present(result.energies)
         per_branch = split_weight(expand.weight, plan.branches, concatenate=False)
-        dy2, of_branches, sums2 = coded.backward(
+        # It is this block's own, and takes up what the energies add to it.
+        of_branches = split_weight(dexpand, plan.branches, concatenate=False)
+        dy2, sums2 = coded.backward(
             dy2,
             torch.zeros_like(energies) if of_energies is None else of_energies,
             y2,
@@ -412,8 +432,8 @@ def backward(
             *masks,
             energies,
             present(result.inverse),
+            of_branches,
         )
-        dexpand = dexpand + of_branches.transpose(0, 1).reshape(expand.weight.shape)
     of_grouped_bn, curve, level = grouped.layer.backward(present(sums2), second.normalization)
     dy1, sums1, dgrouped = conv3x3.backward(
         dy2,
@@ -421,18 +441,18 @@ def backward(
         curve,
         level,
         present(first.y),
-        second.weight_of(grouped),
+        grouped.weight,
         *first.normalization.affine,
         plan.stride,
         True,
-        grouped.weight.dtype if need_grouped else None,
+        need_grouped,
         plan.passes("grouped"),
     )
     of_reduce_bn, curve, level = reduce.layer.backward(present(sums1), first.normalization)
     of_y1 = (present(dy1), None if curve is None else first.y)
     source = x if isinstance(x, Tensor) else present(result.x)
     through_skip, of_skip = _skip_backward(plan, g, of_maps[1], source, convs, result, need_input)
-    weight = first.weight_of(reduce)
+    weight = first.factor_of(reduce)
     dtype, passes = reduce.weight.dtype if need_reduce else None, plan.passes("first")
     maps: tuple[Tensor | None, Tensor | None] = (None, None)
     if isinstance(x, Tensor):
@@ -508,7 +528,7 @@ def _ending_backward(
     need_input: bool,
 ) -> tuple[ConvGradients, tuple[Tensor, Tensor]]:
     """Returns the gradients of a convolution at the end of a block, and of its BatchNorm."""
-    passes, norm, weight = plan.passes(name), made.normalization, made.weight_of(conv)
+    passes, norm, weight = plan.passes(name), made.normalization, made.factor_of(conv)
     gain, dtype = norm.map[1], conv.weight.dtype
     if made.y is not None:
         of_bn, curve, level = conv.layer.backward(of_map[None], norm)
@@ -520,8 +540,7 @@ def _ending_backward(
     # Sums of maps as they are, of which a projection's are, are cuBLAS's.
     who = passes if name == "last" else NO_PASSES
     of_product = recompute.product_sums(g, x, weight, *before, who)
-    of_scale = recompute.scale_gradient(of_product, weight)
-    sums = torch.stack([of_map[0], of_scale.to(of_map.dtype)])[None]
+    sums = recompute.map_gradients(of_map[0], of_product, weight, passes)
     of_bn, curve, level = conv.layer.backward(sums, norm)
     both = made.mean is not None and made.spread is not None
     moments = Moments(present(made.mean), present(made.spread)) if both else None

@@ -107,9 +107,9 @@ def node(
         group: str,
     ) -> list[Tensor]:
         call = Call(inputs, constants, settings, numbers, group)
-        # Vectors are rows of one tensor, and results of an operator share none.
+        # Vectors and maps are rows of one tensor, and results of an operator share none.
         gradients = backward(grads, outputs, wanted, call)
-        return [each.clone() if each.ndim == 1 else each for each in gradients]
+        return [each.clone() if each.ndim <= 2 else each for each in gradients]
 
     def fake(*arguments: Any) -> Tensors:
         with without_launches():
@@ -254,8 +254,9 @@ def block_call(plan: Plan, x: Map, convs: Convs, masks: Masks) -> Call:
     inputs, constants, form = _taken_apart(x)
     settings = [*plan, *form]
     present = [conv for conv in convs if conv is not None]
-    for weight, layer in present:
-        inputs += [weight, *(each for each in (layer.weight, layer.bias) if each is not None)]
+    for conv in present:
+        layer = conv.layer
+        inputs += [conv.weight, *(each for each in (layer.weight, layer.bias) if each is not None)]
         constants += layer.running or ()
         there = (layer.weight, layer.bias, layer.running)
         settings += [each is not None for each in there]
@@ -300,7 +301,8 @@ def _block_forward(call: Call) -> Tensors:
     with torch.autocast(like.device.type, enabled=False):
         result = data_flow.forward(plan, x, convs, *masks)
     batch, _, height, width = data_flow.present(result.grouped.y).shape
-    handle = like.new_zeros(()).expand(batch, convs.expand.weight.shape[0], height, width)
+    # Nobody reads it: it stands for what has not been computed.
+    handle = like.new_empty(()).expand(batch, convs.expand.weight.shape[0], height, width)
     return [handle, *_filled(result.flat(), like)]
 
 

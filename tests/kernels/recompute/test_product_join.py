@@ -132,8 +132,8 @@ def called(case: Case, inputs: dict[str, Tensor], passes: Passes) -> dict[str, T
     g, sums = residual_launch.backward(case.gradient(x.dtype), joined, None, mapped, kernels)
     of_bias, *of_residual = sums.sum(0)
     of_product = convolution.product_sums(g, x, weight, *before, passes)
-    of_scale = convolution.scale_gradient(of_product, weight)
-    own = batch_norm.backward(torch.stack([of_bias, of_scale])[None], norm, kernels)
+    of_map = convolution.map_gradients(of_bias, of_product, weight, passes)
+    own = batch_norm.backward(of_map, norm, kernels)
     statistics = (None, None) if case.frozen else (own.curve, own.level)
     gradients = convolution.backward(
         *(g, norm.map[1], *statistics, of_product, moments, x, weight, *before),

@@ -127,7 +127,7 @@ class ProductJoin(torch.autograd.Function):
         assert gradients.sums is not None
         of_before = gradients.sums.sum(0)
         own = (of_residual[0], of_bias) if of_residual else (None, None)
-        of_scale = recompute.scale_gradient(of_product, weight)
+        of_scale = recompute.map_gradients(of_bias, of_product, weight, ctx.passes)[0, 1]
         return (
             *(gradients.input, of_before[1], of_before[0], gradients.weight, of_scale, of_bias),
             *(_by(residual_scale, g), *own, None),
