@@ -6,7 +6,7 @@ The step runs on tensors of the true sizes that have no values (PyTorch's FakeTe
 shapes, strides and dtypes are followed and nothing is computed. Every call of ATen counts as one
 launch, but for those that only look at a tensor in another way or allocate one; every launch of a
 Triton kernel counts as one, by the settings of sm90. Libraries may launch several kernels for one
-call, and PyTorch's products in 16 bits have casts here that a GPU does not need: a profile differs.
+call: a profile differs.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from coded_resnext import CodedLoss, create_model
 from coded_resnext.kernels import checks, layout
+from coded_resnext.kernels.conv1x1 import library
 from coded_resnext.kernels.rows import LaunchRow, without_launches
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -83,12 +84,19 @@ def _as_on_a_gpu() -> Iterator[Counting]:
     def launch(row: LaunchRow, *_arguments: object) -> None:
         counting.note(f"triton {row.kernel.partition(':')[2]}")
 
+    def wide_product(left: Tensor, right: Tensor) -> Tensor:
+        # One product by cuBLAS, which PyTorch has on a GPU alone.
+        counting.note("mm")
+        return left.new_empty(left.shape[1], right.shape[1], dtype=torch.float32)
+
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(LaunchRow, "launch", launch))
         stack.enter_context(mock.patch.object(layout, "architecture_of", return_value="sm90"))
         stack.enter_context(mock.patch.object(layout, "too_large", return_value=None))
         # Values are looked at on the CPU alone.
         stack.enter_context(mock.patch.object(checks, "_readable", return_value=False))
+        stack.enter_context(mock.patch.object(library, "_sums_wide", return_value=True))
+        stack.enter_context(mock.patch.object(library, "_wide_product", wide_product))
         stack.enter_context(without_launches())
         yield counting
 

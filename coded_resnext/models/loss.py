@@ -197,8 +197,8 @@ class CodedLoss(nn.Module):
             backend=self.backend,
         ).losses
         total = cross_entropy
-        for term in coding:
-            total = total + self.weight * term
+        if coding:
+            total = total + self.weight * torch.stack(coding).sum()
         return LossTerms(total, cross_entropy, coding)
 
     def _cross_entropy(self, logits: Tensor, targets: Tensor, labelled: bool) -> Tensor:

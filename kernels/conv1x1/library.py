@@ -48,7 +48,7 @@ def input_gradient(grad: Tensor, weight: Tensor, more: Tensor | None = None) -> 
 @without_autocast
 def weight_gradient(grad: Tensor, x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
     """`grad x^T`, summed over the pixels, in the shape of the weight and in another dtype."""
-    if grad.is_cuda and dtype == accumulation_dtype(grad.dtype):
+    if dtype == accumulation_dtype(grad.dtype) and _sums_wide(grad):
         return wide_sums(grad, x).view_as(weight)
     return (_matrix(grad).t() @ _matrix(x)).view_as(weight).to(dtype)
 
@@ -88,10 +88,15 @@ def moments_gradient(
     return _images(torch.addmm(more, _matrix(grad), weight.to(x.dtype)), grad)
 
 
+def _sums_wide(x: Tensor) -> bool:
+    """Whether a product may have a wider dtype than its factors, as cuBLAS's may."""
+    return x.is_cuda and torch.version.hip is None
+
+
 @without_autocast
 def _wide_product(left: Tensor, right: Tensor) -> Tensor:
     """`left^T right` of matrices with a row for each pixel, in the accumulation dtype."""
     wide = accumulation_dtype(left.dtype)
-    if left.is_cuda and wide != left.dtype and torch.version.hip is None:
+    if wide != left.dtype and _sums_wide(left):
         return torch.mm(left.t(), right, out_dtype=wide)
     return left.t().to(wide) @ right.to(wide)
