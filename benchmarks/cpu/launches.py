@@ -5,7 +5,7 @@
 The step runs on tensors of the true sizes that have no values (PyTorch's FakeTensorMode), so that
 shapes, strides and dtypes are followed and nothing is computed. Every call of ATen counts as one
 launch, but for those that only look at a tensor in another way or allocate one; every launch of a
-Triton kernel counts as one, by the settings of sm90. Libraries may launch several kernels for one
+Triton kernel counts as one, by the settings of sm90. A library may launch several kernels for one
 call: a profile differs.
 """
 

@@ -97,6 +97,12 @@ LIMITS = {
     "join_input_gradient": Limits(registers=255, per_byte=0.13),
     "join_input_gradient 64": Limits(registers=240, per_byte=0.15),
     "product_weight_gradient": Limits(registers=255, per_byte=0.17),
+    # The matrices of a convolution that is not stored: products in float32, sums in float64.
+    "merge_moments": Limits(registers=168, matrix=False),
+    "product_statistics": Limits(registers=128, matrix=False),
+    "map_gradients": Limits(registers=64, matrix=False),
+    "weight_gradients": Limits(registers=80, matrix=False),
+    "moments_gradients": Limits(registers=255, matrix=False),
     # The end of a residual block, element by element.
     # A factor for each sample costs a division for each row.
     "pointwise_join": Limits(registers=76, per_byte=0.06, matrix=False),

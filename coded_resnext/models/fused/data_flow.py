@@ -422,7 +422,7 @@ def backward(
         energies = present(result.energies)
         per_branch = split_weight(expand.weight, plan.branches, concatenate=False)
         # It is this block's own, and takes up what the energies add to it.
-        of_branches = split_weight(dexpand, plan.branches, concatenate=False)
+        of_branches = dexpand.view(dexpand.shape[0], plan.branches, -1).transpose(0, 1)
         dy2, sums2 = coded.backward(
             dy2,
             torch.zeros_like(energies) if of_energies is None else of_energies,
