@@ -120,7 +120,9 @@ def _build_kernels() -> str:
     if not archs:
         return f"no kernels were compiled, since there is no GPU here for them; {later}"
     command = "import sys; from coded_resnext.cli.main import main; sys.exit(main())"
-    options = [option for arch in archs for option in ("--arch", arch)]
+    has_affinity = hasattr(os, "sched_getaffinity")
+    jobs = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
+    options = [option for arch in archs for option in ("--arch", arch)] + ["--jobs", str(jobs)]
     start = time.perf_counter()
     done = subprocess.run(  # noqa: S603
         [sys.executable, "-P", "-c", command, "build-kernels", *options],
@@ -131,7 +133,8 @@ def _build_kernels() -> str:
     names = ", ".join(f"sm_{arch}" for arch in archs)
     if done.returncode:
         return f"the kernels for {names} were not compiled, see above; {later}"
-    return f"kernels compiled for {names} in {time.perf_counter() - start:.0f} s"
+    seconds = time.perf_counter() - start
+    return f"kernels compiled for {names} in {seconds:.0f} s with {jobs} processes"
 
 
 class CleanBuild(build_py):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -11,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import setuptools
+from support.helpers import needs_triton
 
 ROOT = Path(__file__).parent.parent
 PARTS = ("setup.py", "pyproject.toml", "README.md", "LICENSE", "coded_resnext", "kernels")
@@ -131,6 +134,48 @@ def test_an_install_compiles_what_it_is_asked_for(asking: Path) -> None:
     assert "kernels compiled for sm_90, sm_100 in" in result.stderr
     # Asked for, a failure is one.
     assert install(asking, "99").returncode != 0
+
+
+@pytest.mark.long
+@needs_triton
+def test_what_pip_built_is_found_by_the_next_process(checkout: Path, tmp_path: Path) -> None:
+    """A first step compiles nothing, in the place of whose GPU stands the builder's stub.
+
+    Of the kernels only those of one layer are built here.
+    """
+    rows = checkout / "kernels" / "build" / "shipped.py"
+    text = rows.read_text()
+    text = text.replace('("bf16", "fp16", "fp32")', '("fp32",)').replace("drop=True", "drop=False")
+    text = text.replace("RowMaker =", 'PAPER_SIZES = {"": CodedSizes(10, 4, 32, 16)}\nRowMaker =')
+    rows.write_text("\n".join(line for line in text.split("\n") if "    yield from " not in line))
+    own = [path for path in sys.path if path.endswith("site-packages")]
+    gpu = environment_with(tmp_path / "gpu", *own, at_start=FAKE_GPU.format(seen="(9, 0)"))
+    clean = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "PYTHONPATH")}
+    clean |= {"XDG_CACHE_HOME": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
+    options = ("--no-build-isolation", "--no-deps", "--no-index", "-v")
+    installed = subprocess.run(
+        [gpu, "-m", "pip", "install", *options, "-e", str(checkout)],
+        env=clean,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    output = installed.stdout + installed.stderr
+    assert installed.returncode == 0, output
+    assert re.search(r"kernels compiled for sm_90 in \d+ s with \d+ processes", output), output
+    step = subprocess.run(
+        [gpu, str(ROOT / "tests" / "kernels" / "build" / "warm_up_a_layer.py")],
+        cwd=tmp_path,
+        env={**clean, "TRITON_CACHE_DIR": str(tmp_path / "triton")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert step.returncode == 0, step.stderr
+    report = json.loads(step.stdout)
+    assert (report["cache_hits"], report["compiled"]) == (4, 0)
+    assert report["launches"][:2] == ["aggregate_forward", "coding_loss"]
+    assert not (tmp_path / "triton").exists()
 
 
 def python(folder: Path, code: str, path: str = "") -> subprocess.CompletedProcess[str]:

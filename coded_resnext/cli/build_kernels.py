@@ -64,11 +64,12 @@ def build_missing(arch: str) -> None:
     Where they cannot be compiled now, each is when it is first launched.
     """
     folder = default_folder()
-    if folder is None or not arch.startswith("sm") or not missing([arch], folder):
+    if folder is None or not arch.startswith("sm"):
         return
-    say(f"compiling the kernels for {arch}, once, into {folder}", file=sys.stderr)
     try:
-        build([arch], folder)
+        if missing([arch], folder):
+            say(f"compiling the kernels for {arch}, once, into {folder}", file=sys.stderr)
+            build([arch], folder)
     except (BuildError, OSError) as error:
         say(f"they are compiled as they are needed instead: {error}", file=sys.stderr)
 

@@ -569,8 +569,9 @@ def with_way(recipe: Recipe, choice: Choice) -> Recipe:
         model = replace(model, backend=way.backend)
     if training.torchcompile == "auto":
         training = replace(training, torchcompile=way.torchcompile)
-    if training.graph == "auto":
-        training = replace(training, graph=way.graph)
+    # What is recorded stays at `auto`, which goes on without where a run cannot be.
+    if training.graph == "auto" and way.graph == "never":
+        training = replace(training, graph="never")
     return replace(recipe, model=model, training=training)
 
 

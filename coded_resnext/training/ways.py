@@ -34,7 +34,6 @@ from coded_resnext.models.resnext import CodedResNeXt
 
 from .config import Graph, TrainingConfig
 from .graph import is_recorded, unrecordable
-from .guard import NonFiniteError
 from .processes import World
 from .run_folder import describe_machine
 from .step import TrainStep, compiler_for
@@ -49,6 +48,8 @@ LIMIT, SHARE = 300.0, 0.05
 # layer in the run's own precision is further away.
 NOISE = {torch.float32: 0.01, torch.bfloat16: 0.05, torch.float16: 0.05}
 WORSE_THAN_LAYERS = 2.0
+# Halvings of float16's first loss scale, 2**16.
+SCALES = 16
 TIME_WAS_UP = "time was up"
 # Settings of a run that decide what a step computes, and therefore which way is fastest.
 SETTINGS = (
@@ -346,14 +347,15 @@ def _measure(
     """A row for every way, in their order; None where not even the first was tried."""
     start = time.monotonic()
     try:
-        exact = _first(attempt(BY_LAYERS, exact=True))
         layers = attempt(BY_LAYERS)
-        apart = _apart(_first(layers), exact)
-    except NonFiniteError as error:
-        say(f"no way is measured, since layer by layer {error}", file=sys.stderr)
+        own, by_layers = _first(layers), layers.milliseconds()
+        del layers
+        exact = _in_float32(attempt) or own
+    except Exception as error:
+        # If it is the run's, the run will say it again.
+        say(f"no way is measured, since layer by layer: {error}", file=sys.stderr)
         return None
-    by_layers = layers.milliseconds()
-    del layers
+    apart = _apart(own, exact)
     if run_steps is not None:
         seconds = min(seconds, SHARE * run_steps * by_layers / 1000)
     if time.monotonic() - start > seconds:
@@ -372,6 +374,14 @@ def _measure(
     right = [row for row in rows if row.milliseconds is not None]
     best = min(right, key=lambda row: row.milliseconds or 0.0, default=rows[0])
     return Choice(best.way, rows, by_layers, subject)
+
+
+def _in_float32(attempt: Callable[..., _Attempt]) -> list[Tensor] | None:
+    """Returns what comes of layer by layer in float32; None where the memory is too small."""
+    try:
+        return _first(attempt(BY_LAYERS, exact=True))
+    except torch.OutOfMemoryError:
+        return None
 
 
 def _row(
@@ -424,12 +434,14 @@ def _first(attempt: _Attempt) -> list[Tensor]:
 
 
 def _timed(steps: Callable[[int], None], device: torch.device) -> float:
-    steps(FIRST)
-    start = time.perf_counter()
-    steps(TIMED)
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return 1000 * (time.perf_counter() - start) / TIMED
+    def wait(count: int) -> float:
+        steps(count)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    start = wait(FIRST)
+    return 1000 * (wait(TIMED) - start) / TIMED
 
 
 def _with_backend(model: CodedResNeXt, way: Way) -> CodedResNeXt:
@@ -454,9 +466,17 @@ class _Step:
 
     def first(self) -> Iterable[Tensor]:
         before = [each.detach().double() for each in self.step.parameters]
-        self._steps(1)
-        pairs = zip(self.step.parameters, before, strict=True)
-        return [after.double() - old for after, old in pairs]
+        # In float16 the loss is scaled too much at first, and steps change nothing.
+        for _ in range(SCALES):
+            self._steps(1)
+            self.count = 0
+            pairs = zip(self.step.parameters, before, strict=True)
+            change = [after.detach().double() - old for after, old in pairs]
+            if any(bool(each.any()) for each in change):
+                break
+        # Steps without a warm-up might end in numbers that are not finite.
+        self.step.config = replace(self.step.config, lr=1e-12, min_lr=0.0)
+        return change
 
     def milliseconds(self) -> float:
         return _timed(self._steps, self.device)

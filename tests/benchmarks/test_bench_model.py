@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import bench_kernels
 import bench_model
 import pytest
 import torch
@@ -139,3 +142,54 @@ def test_without_a_gpu_it_says_so(
     assert run(monkeypatch, "--out", tmp_path / "model.json") == 2
     assert "no GPU was available: nothing was timed" in capsys.readouterr().err
     assert not (tmp_path / "model.json").exists()
+
+
+def bench(*options: object) -> str:
+    """What pytest says of the benchmarks of a GPU on a machine that has none."""
+    benchmarks = Path(bench_model.__file__).with_name("bench_kernels.py")
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", benchmarks, *map(str, options)],
+        env={**environment, "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout
+    return result.stdout
+
+
+@pytest.mark.long
+def test_benchmarks_of_a_gpu_take_their_paths_without_one(tmp_path: Path) -> None:
+    """Skipped with the reason, or tiny in the interpreter, where a wrong result is found."""
+    pytest.importorskip("pytest_benchmark")
+    words = bench("-k", "coding_loss")
+    assert "no GPU was available; --dry takes the paths in the interpreter" in words
+    assert "passed" not in words
+    bench("--dry", "-k", "coding_loss and not compiled", "--results", tmp_path / "rows.json")
+    content = json.loads((tmp_path / "rows.json").read_text())
+    assert [row["what"] for row in content["rows"]] == [
+        f"coding_loss, tiny, {which}: {form}"
+        for form in ("kernel", "definition")
+        for which in ("forward", "backward")
+    ]
+
+
+@pytest.mark.parametrize("factor", [1.1, float("nan")])
+def test_a_benchmark_of_what_is_wrong_fails(factor: float) -> None:
+    x = torch.ones(3)
+    bench_kernels.check((x, None), (1.01 * x, None))
+    with pytest.raises(AssertionError):
+        bench_kernels.check((factor * x, None), (x, None))
+
+
+def test_every_kernel_is_benchmarked_at_the_sizes_of_the_paper() -> None:
+    names = [case.name for case in bench_kernels.all_cases(dry=False)]
+    assert len(set(names)) == len(names)
+    for what in (
+        *("branch_energy", "coded_aggregate", "coding_loss", "grouped convolution", "conv1x1"),
+        *("block_tail", "block c4, coded", "resnext50_32x4d, train", "resnext29_10x11d, infer"),
+    ):
+        assert any(name.startswith(what) for name in names), what
+    steps = {name.partition(": ")[2] for name in names if name.startswith("resnext50_32x4d, train")}
+    assert {"timm, torch, eager, nhwc", "plain, torch, compiled default, nhwc"} < steps

@@ -403,6 +403,33 @@ def test_the_fastest_right_way_is_taken(
     assert_same(dict(model.state_dict()), before)
 
 
+def test_float16_is_compared_by_a_step_that_counts(planted: pytest.MonkeyPatch) -> None:
+    """Its first ones only find the scale of the loss."""
+    model, config = (
+        make_model(),
+        make_config(amp=True, amp_dtype="float16", coding_weight=1e4, lr=1e-4),
+    )
+    step = ways._Step(model, BY_LAYERS, config, batch_of(0, 8))
+    scale = step.step.scaler.get_scale()
+    change = step.first()
+    assert step.step.scaler.get_scale() < scale
+    assert any(bool(each.any()) for each in change)
+    choice = choose_way(model, 6, config)
+    assert choice is not None
+    _, wrong, _ = choice.rows
+    assert "refused" in (wrong.fault or ""), choice
+
+
+def test_timed_steps_go_nowhere(few: pytest.MonkeyPatch) -> None:
+    """Without its warm-up, a run's learning rate might end in numbers that are not finite."""
+    step = ways._Step(make_model(), BY_LAYERS, make_config(), batch_of(0, 8))
+    assert any(bool(each.abs().max() > 1e-3) for each in step.first())
+    before = [each.detach().clone() for each in step.step.parameters]
+    step.milliseconds()
+    for value, earlier in zip(step.step.parameters, before, strict=True):
+        assert torch.allclose(value, earlier, rtol=1e-6, atol=1e-9)
+
+
 def test_what_was_measured_is_remembered(planted: pytest.MonkeyPatch, tmp_path: Path) -> None:
     first = choose()
     made = Planted.made
@@ -476,7 +503,7 @@ def test_a_step_that_is_not_finite_measures_nothing(
     model = make_model()
     model.head.weight.data.fill_(torch.nan)
     assert choose_way(model, 6, make_config()) is None
-    assert "no way is measured, since layer by layer step 0: " in capsys.readouterr().err
+    assert "no way is measured, since layer by layer: step 0: " in capsys.readouterr().err
 
 
 @pytest.mark.long

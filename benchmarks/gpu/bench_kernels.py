@@ -1,0 +1,264 @@
+"""Every Triton operator, whole blocks and whole networks on a GPU, beside what they replace.
+
+Each call is held against its unfused definition first, and then timed as a CUDA graph, so that the
+host is not. bfloat16, at the sizes of the paper's networks.
+
+    python -m pytest benchmarks/gpu/bench_kernels.py --benchmark-only --results gpu.json
+    python -m pytest benchmarks/gpu/bench_kernels.py --dry      # tiny sizes in Triton's interpreter
+
+Without a GPU they are skipped. check.py measures what matters most of this in eight minutes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from typing import Any, NamedTuple
+
+import block_check
+import block_tail
+import conv1x1
+import conv3x3
+import pytest
+import torch
+from agreement import inputs_of, upstream_of
+from block_check import EvaluatedBlock
+from contenders import Contender
+from operators import OPERATORS, PLACES, TINY, Form, Operator, Place
+from pass_check import KERNELS, PYTORCH
+from stages import NETWORK, SMALL_NETWORK, Task, _captured, runner_of
+from timing import Deadline, forms_of, median_ms
+from torch.utils._pytree import tree_leaves
+
+BFLOAT16 = torch.bfloat16
+# Distance from the definition, relative to its norm: some roundings of bfloat16.
+APART = 0.05
+Call = Callable[[], Any]
+
+
+class Setting(NamedTuple):
+    """Where and how a benchmark runs."""
+
+    dry: bool
+    device: torch.device
+    compiler: str
+
+
+class Case(NamedTuple):
+    """What is timed."""
+
+    name: str
+    make: Callable[[Setting], tuple[Call, Call | None]]
+    """Returns the call, and one that gives what is right."""
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "case" in metafunc.fixturenames:
+        cases = list(all_cases(dry=metafunc.config.getoption("--dry")))
+        metafunc.parametrize("case", cases, ids=[case.name for case in cases])
+
+
+@pytest.fixture(scope="module")
+def setting(request: pytest.FixtureRequest) -> Iterator[Setting]:
+    dry = request.config.getoption("--dry")
+    if dry:
+        yield Setting(True, torch.device("cpu"), "aot_eager")
+        return
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU was available; --dry takes the paths in the interpreter")
+    # A graph is captured on the stream that its forward pass ran on, never the default one.
+    with torch.cuda.stream(torch.cuda.Stream()):
+        yield Setting(False, torch.device("cuda"), "inductor")
+
+
+def test_on_gpu(
+    case: Case, setting: Setting, benchmark: Any, record: Callable[[dict[str, Any]], None]
+) -> None:
+    call, right = case.make(setting)
+    if right is not None:
+        check(call(), right())
+    ms = None if setting.dry else median_ms(call, setting.device)
+    replay = call if setting.dry else _captured(call)
+
+    def once() -> None:
+        replay()
+        if not setting.dry:
+            torch.cuda.synchronize()
+
+    benchmark.pedantic(once, rounds=1 if setting.dry else 20)
+    row = {"what": case.name, "ms": ms, "dry": setting.dry}
+    benchmark.extra_info.update(row)
+    record(row)
+
+
+def check(actual: Any, expected: Any) -> None:
+    """The same but for rounding, of which some gradients have nothing else: all count together."""
+    pairs = zip(tree_leaves(actual), tree_leaves(expected), strict=True)
+    wide = [(a.double(), e.double()) for a, e in pairs if a is not None and e is not None]
+    difference = torch.stack([(a - e).norm() for a, e in wide]).norm()
+    # Written so that a NaN is wrong.
+    assert difference <= APART * torch.stack([e.norm() for _, e in wide]).norm()
+
+
+def all_cases(*, dry: bool) -> Iterator[Case]:
+    """Operators, convolutions, blocks, networks."""
+    yield from _operators(TINY[:1] if dry else PLACES)
+    yield from _convolutions(dry=dry)
+    yield from _blocks(block_check.TINY if dry else block_check.BLOCKS)
+    yield from _networks((NETWORK,) if dry else (NETWORK, SMALL_NETWORK))
+
+
+def _operators(places: tuple[Place, ...]) -> Iterator[Case]:
+    for operator in OPERATORS:
+        forms = ["kernel", *operator.rivals, "definition"]
+        forms += [f"compiled {form}" for form in forms[1:]]
+        if operator.replaced is not None:
+            forms.append("replaced")
+        for place in places:
+            for form in forms:
+                for which in ("forward", "backward"):
+
+                    def make(
+                        setting: Setting,
+                        operator: Operator = operator,
+                        place: Place = place,
+                        form: str = form,
+                        which: str = which,
+                    ) -> tuple[Call, Call | None]:
+                        forms = dict(forms_of(operator, compile_with=setting.compiler))
+                        call = _pass(operator, place, forms[form], which, setting)
+                        if form in ("replaced", "definition"):
+                            return call, None
+                        return call, _pass(operator, place, operator.definition, which, setting)
+
+                    yield Case(f"{operator.name}, {place.name}, {which}: {form}", make)
+
+
+def _pass(operator: Operator, place: Place, form: Form, which: str, setting: Setting) -> Call:
+    inputs = inputs_of(operator, place, BFLOAT16, setting.device)
+    if which == "forward":
+        return lambda: form(inputs, place)
+    leaves = [inputs[name] for name in operator.differentiable]
+    outputs = [y for y in form(inputs, place) if y.requires_grad]
+    upstream = upstream_of(outputs)
+    return lambda: torch.autograd.grad(
+        outputs, leaves, upstream, retain_graph=True, allow_unused=True
+    )
+
+
+def _convolutions(*, dry: bool) -> Iterator[Case]:
+    for layer in conv3x3.TINY if dry else conv3x3.LAYERS:
+        for which in conv3x3.PASSES:
+
+            def make(
+                setting: Setting, form: str, layer: conv3x3.Layer = layer, which: str = which
+            ) -> tuple[Call, Call | None]:
+                call = conv3x3.Call(layer, BFLOAT16, setting.device)
+                if form == "kernel":
+                    return lambda: call.kernel(which), lambda: call.library(which)
+                other = call if form == "NHWC" else call.in_rows()
+                return lambda: other.library(which), None
+
+            for form in ("kernel", "NHWC", "NCHW"):
+                name = f"grouped convolution, {layer.name}, {which}: {form}"
+                yield Case(name, lambda setting, f=form, m=make: m(setting, f))
+    for module, layers in (
+        (conv1x1, conv1x1.TINY if dry else conv1x1.LAYERS),
+        (block_tail, block_tail.TINY if dry else block_tail.TAILS),
+    ):
+        for layer in layers:
+            for which in module.PASSES:
+
+                def make_product(
+                    setting: Setting,
+                    form: str,
+                    module: Any = module,
+                    layer: Any = layer,
+                    which: str = which,
+                ) -> tuple[Call, Call | None]:
+                    call = module.Call(layer, BFLOAT16, setting.device)
+                    if form == "compiled":
+                        plain = conv1x1.plain_form(call, which)
+                        return torch.compile(plain, backend=setting.compiler, dynamic=False), None
+                    by = KERNELS if form == "kernel" else PYTORCH
+                    right = (lambda: call.run(which, PYTORCH)) if form == "kernel" else None
+                    return lambda: call.run(which, by), right
+
+                compiled = ("compiled",) if module is conv1x1 else ()
+                for form in ("kernel", "library", *compiled):
+                    name = f"{module.__name__}, {layer.name}, {which}: {form}"
+                    yield Case(name, lambda setting, f=form, m=make_product: m(setting, f))
+
+
+def _blocks(blocks: list[EvaluatedBlock]) -> Iterator[Case]:
+    for block in blocks:
+        for training in (True, False):
+            for form in ("torch", "compiled", "reference", "fused", "triton"):
+
+                def make(
+                    setting: Setting,
+                    block: EvaluatedBlock = block,
+                    training: bool = training,
+                    form: str = form,
+                ) -> tuple[Call, Call | None]:
+                    right = None if form == "torch" else _block(block, training, "torch", setting)
+                    return _block(block, training, form, setting), right
+
+                name = f"block {block.name}, {'training' if training else 'evaluation'}: {form}"
+                yield Case(name, make)
+
+
+def _block(block: EvaluatedBlock, training: bool, form: str, setting: Setting) -> Call:
+    torch.manual_seed(0)
+    module, inputs = block.make(setting.device).train(training), block.inputs(setting.device)
+    module.backend = "torch" if form == "compiled" else form  # type: ignore[assignment]
+    call: Any = module
+    if form == "compiled":
+        torch.compiler.reset()
+        call = torch.compile(module, backend=setting.compiler, dynamic=False)
+    parameters = list(module.parameters())
+
+    def run() -> Any:
+        with (
+            torch.autocast(setting.device.type, BFLOAT16),
+            nullcontext() if training else torch.no_grad(),
+        ):
+            y = call(**inputs)
+        if not training:
+            return y
+        return y.detach(), *torch.autograd.grad(y.float().square().mean(), parameters)
+
+    return run
+
+
+def _networks(names: tuple[str, ...]) -> Iterator[Case]:
+    contenders = [
+        Contender("coded", "torch"),
+        Contender("coded", "torch", "default"),
+        Contender("coded", "fused"),
+        Contender("coded", "triton"),
+        Contender("plain", "torch"),
+        Contender("plain", "torch", "default"),
+        Contender("timm", "torch"),
+        Contender("timm", "torch", "default"),
+    ]
+    for network in names:
+        for contender in contenders:
+            for which in ("train", "infer"):
+                if contender.kind == "timm" and network != NETWORK:
+                    continue
+
+                def make(
+                    setting: Setting,
+                    contender: Contender = contender,
+                    network: str = network,
+                    which: str = which,
+                ) -> tuple[Call, Call | None]:
+                    if contender.kind == "timm":
+                        pytest.importorskip("timm")
+                    if setting.dry and contender.compile is not None:
+                        pytest.skip("compiling takes minutes on a CPU")
+                    task = Task(setting.dry, Deadline(1e6))
+                    return getattr(runner_of(task, contender, network), which), None
+
+                yield Case(f"{network}, {which}: {contender.name}", make)
