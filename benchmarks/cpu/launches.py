@@ -15,7 +15,7 @@ import argparse
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from coded_resnext import CodedLoss, create_model
 from coded_resnext.kernels import checks, layout
@@ -50,17 +51,21 @@ class Counting(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.launches: Counter[tuple[str, str]] = Counter()
+        self.bytes: Counter[str] = Counter()
 
-    def note(self, name: str) -> None:
+    def note(self, name: str, tensors: Iterable[object]) -> None:
         self.launches[place(), name] += 1
+        each = {id(value): value for value in tensors if isinstance(value, Tensor)}
+        self.bytes[name] += sum(value.numel() * value.element_size() for value in each.values())
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         name = func.overloadpacket.__name__
+        result = func(*args, **(kwargs or {}))
         if name not in NOTHING:
-            self.note(name)
-        return func(*args, **(kwargs or {}))
+            self.note(name, tree_leaves((args, kwargs, result)))
+        return result
 
 
 def place() -> str:
@@ -81,13 +86,14 @@ def _as_on_a_gpu() -> Iterator[Counting]:
     """Lets kernels be chosen as on sm90, and counts in place of launching."""
     counting = Counting()
 
-    def launch(row: LaunchRow, *_arguments: object) -> None:
-        counting.note(f"triton {row.kernel.partition(':')[2]}")
+    def launch(row: LaunchRow, _grid: object, *arguments: object) -> None:
+        counting.note(f"triton {row.kernel.partition(':')[2]}", arguments)
 
     def wide_product(left: Tensor, right: Tensor) -> Tensor:
         # One product by cuBLAS, which PyTorch has on a GPU alone.
-        counting.note("mm")
-        return left.new_empty(left.shape[1], right.shape[1], dtype=torch.float32)
+        result = left.new_empty(left.shape[1], right.shape[1], dtype=torch.float32)
+        counting.note("mm", (left, right, result))
+        return result
 
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(LaunchRow, "launch", launch))
@@ -104,7 +110,12 @@ def _as_on_a_gpu() -> Iterator[Counting]:
 def launches_of_step(
     name: str, backend: str, *, batch: int = 256, size: int = 160
 ) -> Counter[tuple[str, str]]:
-    """Returns the launches of a training step in bfloat16 autocast, by place and kernel.
+    """Returns the launches of `counted_step`, by place and kernel."""
+    return counted_step(name, backend, batch=batch, size=size).launches
+
+
+def counted_step(name: str, backend: str, *, batch: int = 256, size: int = 160) -> Counting:
+    """Counts a training step in bfloat16 autocast: its launches, and the bytes of their tensors.
 
     Args:
         name: of a network.
@@ -134,9 +145,10 @@ def launches_of_step(
         # The first step makes the optimizer's state.
         step()
         counting.launches.clear()
+        counting.bytes.clear()
         with counting:
             step()
-    return counting.launches
+    return counting
 
 
 def table(launches: Counter[tuple[str, str]], most: int) -> str:
@@ -152,6 +164,17 @@ def table(launches: Counter[tuple[str, str]], most: int) -> str:
     return "\n".join(lines)
 
 
+def table_of_bytes(counting: Counting, most: int) -> str:
+    """Returns the kernels with the most bytes as Markdown: each tensor of a launch once."""
+    counts: Counter[str] = Counter()
+    for (_, name), count in counting.launches.items():
+        counts[name] += count
+    lines = ["| kernel | launches | GB | ms at 3.0 TB/s |", "|---|---|---|---|"]
+    for name, size in counting.bytes.most_common(most):
+        lines.append(f"| {name} | {counts[name]} | {size / 1e9:.2f} | {size / 3e9:.2f} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     """Prints the table of a network."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
@@ -160,12 +183,15 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=256, help="images (default: %(default)s)")
     parser.add_argument("--size", type=int, default=160, help="pixels (default: %(default)s)")
     parser.add_argument("--most", type=int, default=40, help="rows (default: %(default)s)")
+    parser.add_argument("--bytes", action="store_true", help="by kernel, with bytes, not by line")
     options = parser.parse_args()
-    launches = launches_of_step(
-        options.network, options.backend, batch=options.batch, size=options.size
+    counted = counted_step(options.network, options.backend, batch=options.batch, size=options.size)
+    by_kernel = table_of_bytes(counted, options.most)
+    print(by_kernel if options.bytes else table(counted.launches, options.most))
+    total, moved = counted.launches.total(), counted.bytes.total() / 1e9
+    print(
+        f"\n{total} launches and {moved:.1f} GB of a step of {options.network} by {options.backend}"
     )
-    print(table(launches, options.most))
-    print(f"\n{launches.total()} launches of a step of {options.network} by {options.backend}")
 
 
 if __name__ == "__main__":
