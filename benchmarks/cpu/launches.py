@@ -35,6 +35,7 @@ from coded_resnext.kernels.conv1x1 import library
 from coded_resnext.kernels.rows import LaunchRow, without_launches
 
 ROOT = Path(__file__).resolve().parents[2]
+LIBRARY = ("coded_resnext", "kernels")
 # Calls that start no kernel: another view of a tensor, an allocation, a question.
 NOTHING = {
     *("alias", "as_strided", "detach", "expand", "permute", "select", "slice", "split", "squeeze"),
@@ -73,7 +74,7 @@ def place() -> str:
     frame = sys._getframe(2)
     while frame is not None:
         path = Path(frame.f_code.co_filename)
-        if path.is_relative_to(ROOT) and path != Path(__file__).resolve():
+        if path.is_relative_to(ROOT) and path.relative_to(ROOT).parts[0] in LIBRARY:
             name = str(path.relative_to(ROOT)).replace("coded_resnext/kernels", "kernels")
             return f"{name}:{frame.f_code.co_name}"
         frame = frame.f_back  # type: ignore[assignment]
