@@ -312,7 +312,7 @@ def _choose(
     if path is not None and path.is_file() and not anew:
         try:
             remembered = read_choice(path)
-            if remembered.subject == subject:
+            if remembered.subject == subject and remembered.way in ways:
                 return remembered
         except (ValueError, OSError):
             pass
