@@ -24,6 +24,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
@@ -37,7 +38,7 @@ WAYS = {
     "coded, fused": ("coded", "fused"),
     "coded, kernels": ("coded", "triton"),
 }
-ROUNDS = 15
+ROUNDS = 7
 BATCH, SIZE = 2, 32
 # Elements that are computed as fast as nothing, and seconds of a launch.
 SMALL, LAUNCH = 4096, 5e-6
@@ -59,13 +60,19 @@ def measure(networks: dict[str, str], rounds: int) -> list[dict[str, Any]]:
 
 
 def test_host(benchmark: Any, record: Callable[[dict[str, Any]], None]) -> None:
+    for row in benchmark.pedantic(measure, (NETWORKS, ROUNDS), rounds=1):
+        record(row)
+        print(f"\n{row}", end="")
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_launches(way: str, benchmark: Any, record: Callable[[dict[str, Any]], None]) -> None:
     import launches
 
-    for row in benchmark.pedantic(measure, (NETWORKS, ROUNDS), rounds=1):
-        network, backend = WAYS[row["way"]]
-        counted = launches.launches_of_step(NETWORKS[network], backend)
-        record({**row, "launches_256x160": counted.total()})
-        print(f"\n\n{row['way']}: {row}\n{launches.table(counted, 12)}", end="")
+    network, backend = WAYS[way]
+    counted = benchmark.pedantic(launches.launches_of_step, (NETWORKS[network], backend), rounds=1)
+    record({"way": way, "launches_256x160": counted.total()})
+    print(f"\n{way}:\n{launches.table(counted, 12)}", end="")
 
 
 class _Operators(TorchDispatchMode):
