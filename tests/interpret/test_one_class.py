@@ -250,20 +250,22 @@ def test_images_of_no_class(network, data):
     outside_scores = scores_by_keep(network, outside.images).numpy()
     for index, one in enumerate(found.classifiers):
         positive = (data.targets == index).numpy()
-        said = outside_scores[:, index] >= one.threshold
+        # It is the score of an image, which another batch may round to a little less.
+        least = one.threshold - 1e-6
+        said = outside_scores[:, index] >= least
         assert one.outside.samples == 30
         assert one.outside.accepted == pytest.approx(said.mean())
         joined = np.concatenate([inside_scores[positive, index], outside_scores[:, index]])
         expected = average_precision_score(np.arange(len(joined)) < positive.sum(), joined)
         assert one.outside.average_precision == pytest.approx(expected, abs=1e-12)
         # The threshold stays, which was chosen on images of the classes.
-        right = (inside_scores[positive, index] >= one.threshold).sum()
+        right = (inside_scores[positive, index] >= least).sum()
         assert one.outside.recall == one.recall == right / positive.sum()
         assert one.outside.precision == pytest.approx(right / max(right + said.sum(), 1))
         f1 = 2 * right / (right + said.sum() + positive.sum())
         assert one.outside.f1 == pytest.approx(f1)
         assert one.outside.balanced_accuracy == pytest.approx((one.recall + 1 - said.mean()) / 2)
-        refused = (inside_scores[~positive, index] < one.threshold).mean()
+        refused = (inside_scores[~positive, index] < least).mean()
         assert one.balanced_accuracy == pytest.approx((one.recall + refused) / 2)
         assert sum(one.histogram.outside) == 30
         assert one.histogram.edges[-1] == pytest.approx(joined.max(), abs=1e-5) or (
