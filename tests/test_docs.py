@@ -19,10 +19,11 @@ from gpus import GPUS
 from PIL import Image
 
 from coded_resnext import create_model, from_pretrained
-from coded_resnext.data.datasets import load_digits_split
+from coded_resnext.data.datasets import DATA_VARIABLE, load_digits_split
 from coded_resnext.deploy.cost import network_cost
 from coded_resnext.deploy.early_exit import predict_early
 from coded_resnext.interpret import load_evaluation
+from coded_resnext.interpret.comparing import summary_table
 from coded_resnext.models.shipped import find_model, network_of, shipped_weights
 
 ROOT = Path(__file__).parents[1]
@@ -94,7 +95,10 @@ GIVEN = {
 }
 # Smaller than the notebooks' own settings.
 NOTEBOOKS = {
-    "early_exit_and_one_class": "IMAGES = 100",
+    # A machine without photographs has the digits.
+    "early_exit_and_one_class": "IMAGES = 100"
+    if DATA_VARIABLE in os.environ
+    else "NETWORK, IMAGES = 'digits', 100",
     "train_and_look": "EPOCHS = 2",
     "your_own_classifier": "EPOCHS, IMAGES = 2, 12",
 }
@@ -254,6 +258,29 @@ def test_the_gallery_has_an_image_of_each_class_and_misread_ones() -> None:
         is_right = samples.predictions[row] == samples.targets[row]
         assert is_right == (place % 2 == 1 or targets[place] not in misread)
     assert gallery["page"]("digits").count("#gh-dark-mode-only") == 10
+
+
+def test_figures_of_photographs_are_those_of_the_shipped_weights() -> None:
+    gallery = runpy.run_path(str(ROOT / "docs/site/gallery.py"))
+    page = gallery["page"]("cifar10_small")
+    assert page == (ROOT / "docs/gallery.md").read_text(encoding="utf-8")
+    pictures = re.findall(r"\]\((gallery/[^#]+)#", page)
+    assert len(pictures) == 20
+    assert all((ROOT / "docs" / picture).is_file() for picture in pictures)
+    readme, reproduction = (
+        (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/reproduce.md")
+    )
+    evaluation = load_evaluation(find_model("cifar10_small"))
+    [cat] = [
+        row
+        for row in gallery["choose"](evaluation.samples)
+        if evaluation.class_names[evaluation.samples.targets[row]] == "cat"
+    ]
+    assert gallery["sentence"](evaluation, cat) in " ".join(readme.split())
+    assert f"one seed | {100 * evaluation.test_accuracy:.2f} % |" in readme
+    table = summary_table({"coded": [{**evaluation.summary(), "seconds": 0}]})
+    for line in table.replace(" ± ?", "").splitlines()[2:-1]:
+        assert line in reproduction
 
 
 def test_no_verdict_on_the_paper_without_its_scale() -> None:

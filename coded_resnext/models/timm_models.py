@@ -242,7 +242,8 @@ def _entry_point(network: str) -> Any:
     everything = tuple(range(1 + len(network_arguments(network)["stages"])))
 
     def create(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-        others = {"pretrained_cfg", "pretrained_cfg_overlay"} & kwargs.keys()
+        # timm hands both over, None where the caller gave none.
+        others = kwargs.get("pretrained_cfg") or kwargs.get("pretrained_cfg_overlay")
         if pretrained and not others and weights_of(network) is not None:
             kwargs = trained_arguments(load_pretrained(network), kwargs) | kwargs
         model: nn.Module = build_model_with_cfg(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from coded_resnext import list_models
 from coded_resnext.cli import main
 from coded_resnext.cli.models import tables
 from coded_resnext.data.datasets import load_digits_split
+from coded_resnext.interpret import load_evaluation
+from coded_resnext.interpret.results import PICTURES_FILE, load_pictures
 from coded_resnext.models.shipped import find_model, shipped_weights
 
 
@@ -66,6 +69,31 @@ def test_predict_right_after_install(
             assert "classifier alone" in line
         else:
             assert f"classifier, shown from block {row['shown_from']}/4 on" in line
+
+
+def test_photographs_right_after_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The test images that the weights bring along are read as in their evaluation."""
+    monkeypatch.chdir(tmp_path)
+    folder = find_model("cifar10_small")
+    samples = load_evaluation(folder).samples
+    assert samples is not None
+    pictures = load_pictures(folder / PICTURES_FILE)
+    for position in samples.positions[::20]:
+        content = pictures[position].partition("base64,")[2]
+        Path(f"{position}.png").write_bytes(base64.b64decode(content))
+    names = load_evaluation(folder).class_names
+    for margin in ([], ["--margin", "0.2"]):
+        assert command("predict", "cifar10_small", *Path().glob("*.png"), "--json", *margin) == 0
+        rows = {int(Path(row["file"]).stem): row for row in json.loads(capsys.readouterr().out)}
+        assert len(rows) == 12
+        if not margin:
+            for position, said in zip(samples.positions, samples.predictions, strict=True):
+                if position in rows:
+                    assert rows[position]["class_name"] == names[said]
+    assert command("extract", "cifar10_small", "cat") == 0
+    assert command("report", "cifar10_small") == 0
 
 
 def test_what_is_made_of_shipped_weights_goes_to_the_current_folder(
