@@ -9,8 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import cache
-from itertools import product
+from functools import cache, partial
 
 from coded_resnext.kernels.rows import (
     ALL_PASSES,
@@ -346,11 +345,12 @@ def shipped_rows(arch: str) -> Iterator[tuple[str, LaunchRow]]:
             folded = Variant("bf16", folded=True, energies=stage in CODED, arch=arch)
             row = forward(sizes, folded)
             yield f"grouped {row.kernel.split(':')[1]} {stage} folded", row
-            # Weights of a training in bfloat16 are float32, and those of evaluation bfloat16.
-            for own, last in product(("fp32", "bf16"), (False, True)):
-                place = f"stride {stride} {stage} {own}{' channels-last' if last else ''}"
-                for backward in (False, True):
-                    name = f"grouped pack_weights_{'backward' if backward else 'forward'} {place}"
-                    yield name, pack_weights(sizes, "bf16", own, last=last, backward=backward)
-                row = reduce_weight_gradient(sizes, own, last=last)
+            # Weights are float32 in a training in bfloat16, and bfloat16 in evaluation.
+            for last in (False, True):
+                place = f"stride {stride} {stage}{' channels-last' if last else ''}"
+                pack = partial(pack_weights, sizes, "bf16", last=last)
+                yield f"grouped pack_weights_forward {place}", pack("fp32", backward=False)
+                yield f"grouped pack_weights_backward {place}", pack("fp32", backward=True)
+                yield f"grouped pack_weights_forward {place} folded", pack("bf16", backward=False)
+                row = reduce_weight_gradient(sizes, "fp32", last=last)
                 yield f"grouped reduce_weight_gradient {place}", row
