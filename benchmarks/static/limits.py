@@ -102,7 +102,8 @@ LIMITS = {
     "product_statistics": Limits(registers=128, matrix=False),
     "map_gradients": Limits(registers=64, matrix=False),
     "weight_gradients": Limits(registers=80, matrix=False),
-    "moments_gradients": Limits(registers=255, matrix=False),
+    # Half of its loads are of vectors, a number for each row of a tile.
+    "moments_gradients": Limits(registers=255, matrix=False, wide_loads=False),
     # The end of a residual block, element by element.
     # A factor for each sample costs a division for each row.
     "pointwise_join": Limits(registers=76, per_byte=0.06, matrix=False),

@@ -188,7 +188,7 @@ def product_statistics(sizes: ProductSizes, dtype: Dtype) -> LaunchRow:
         OUTPUTS=sizes.outputs,
         BLOCK_O=MATRIX_ROWS,
         BLOCK_K=MATRIX_STEP,
-        BLOCK_N=MATRIX_COLUMNS,
+        BLOCK_N=MATRIX_STEP,
         PRECISION="ieee",
     )
 
