@@ -323,3 +323,25 @@ def test_windows_hold_whole_groups_and_start_at_16_bytes() -> None:
             assert windows.padded >= width
             assert windows.count * windows.group >= groups > (windows.count - 1) * windows.group
             assert windows.fit(sizes) == (windows.count * windows.channels == groups * width)
+
+
+@pytest.mark.parametrize("width", [3, 8])
+def test_a_weight_has_a_layout_and_a_dtype_of_its_own(width: int) -> None:
+    """Both are read and written by the kernels that pack it and reduce its gradient, so that no
+    copy is made. Rounded and moved in the same way, numbers are the same to the bit."""
+    generator = torch.Generator().manual_seed(width)
+    sizes, channels = GroupedSizes(4, width, 1), 4 * width
+    x, grad = torch.randn(2, 2, channels, 5, 4, generator=generator).half()
+    weight = torch.randn(channels, width, 3, 3, generator=generator)
+    last = weight.to(memory_format=torch.channels_last)
+    expected, _ = conv3x3_launch.forward(x, weight.half(), sizes, None, None, False)
+    for own in (weight, last, last.half()):
+        y, _ = conv3x3_launch.forward(x, own, sizes, None, None, False)
+        assert y.dtype == torch.float16
+        assert torch.equal(y, expected)
+    reference = torch.nn.functional.conv2d(x.double(), weight.half().double(), None, 1, 1, 1, 4)
+    assert relative_error(expected.double(), reference) < 1e-3
+    arguments = (grad, sizes, None, None, None, x, None, None, torch.float32)
+    contiguous, other = (conv3x3_launch.weight_gradient(*arguments, kept) for kept in (False, True))
+    assert torch.equal(contiguous, other)
+    assert [conv3x3_launch.is_last(each) for each in (contiguous, other)] == [False, True]
