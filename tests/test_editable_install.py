@@ -276,7 +276,7 @@ def test_type_checkers_see_the_package_and_its_kernels(tmp_path: Path) -> None:
 
 
 def test_the_package_kernels_of_others_is_found_outside_of_the_checkout(tmp_path: Path) -> None:
-    """In the checkout Python looks there first; README.md says so."""
+    """In the checkout Python looks there first; docs/questions.md says so."""
     (tmp_path / "site" / "kernels").mkdir(parents=True)
     (tmp_path / "site" / "kernels" / "__init__.py").write_text("def get_kernel(): ...\n")
     path = os.pathsep.join([str(tmp_path / "site"), str(ROOT)])
@@ -286,4 +286,5 @@ def test_the_package_kernels_of_others_is_found_outside_of_the_checkout(tmp_path
     assert Path(result.stdout.strip()).samefile(ROOT / "kernels" / "__init__.py")
     refused = python(ROOT, "from kernels import get_kernel", path)
     assert "installed as coded_resnext.kernels" in refused.stderr
-    assert "Hugging Face's `kernels`" in (ROOT / "README.md").read_text(encoding="utf-8")
+    questions = (ROOT / "docs" / "questions.md").read_text(encoding="utf-8")
+    assert "Hugging Face's `kernels`" in questions
