@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import re
@@ -22,8 +23,9 @@ from coded_resnext import create_model, from_pretrained
 from coded_resnext.data.datasets import DATA_VARIABLE, load_digits_split
 from coded_resnext.deploy.cost import network_cost
 from coded_resnext.deploy.early_exit import predict_early
-from coded_resnext.interpret import load_evaluation
+from coded_resnext.interpret import load_evaluation, load_pictures
 from coded_resnext.interpret.comparing import summary_table
+from coded_resnext.interpret.results import PICTURES_FILE
 from coded_resnext.models.shipped import find_model, network_of, shipped_weights
 
 ROOT = Path(__file__).parents[1]
@@ -95,10 +97,7 @@ GIVEN = {
 }
 # Smaller than the notebooks' own settings.
 NOTEBOOKS = {
-    # A machine without photographs has the digits.
-    "early_exit_and_one_class": "IMAGES = 100"
-    if DATA_VARIABLE in os.environ
-    else "NETWORK, IMAGES = 'digits', 100",
+    "early_exit_and_one_class": "IMAGES = 240",
     "train_and_look": "EPOCHS = 2",
     "your_own_classifier": "EPOCHS, IMAGES = 2, 12",
 }
@@ -314,6 +313,18 @@ def test_notebooks_hold_no_outputs_and_every_one_is_run() -> None:
         assert all(cell["outputs"] == [] and cell["execution_count"] is None for cell in code)
 
 
+def write_cifar10(folder: Path) -> None:
+    """Writes the test images that the shipped network's report shows, as a data set."""
+    run = find_model("cifar10_small")
+    evaluation, pictures = load_evaluation(run), load_pictures(run / PICTURES_FILE)
+    for place, target in zip(evaluation.samples.positions, evaluation.samples.targets, strict=True):
+        # No notebook trains on them, but a data set has training images.
+        for part in ("train", "test"):
+            path = folder / part / evaluation.class_names[target] / f"{place}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(base64.b64decode(pictures[place].partition(",")[2]))
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("name", NOTEBOOKS)
 def test_a_notebook_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -322,6 +333,8 @@ def test_a_notebook_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("PATH", os.pathsep.join([folder, os.environ["PATH"]]))
     # The kernels of Triton are not interpreted where a person runs it.
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    if DATA_VARIABLE not in os.environ:
+        write_cifar10(tmp_path / "data" / "cifar10")
     notebook = nbformat.read(ROOT / "examples" / f"{name}.ipynb", 4)
     settings = [cell.metadata.get("tags") == ["parameters"] for cell in notebook.cells].index(True)
     notebook.cells.insert(settings + 1, nbformat.v4.new_code_cell(NOTEBOOKS[name]))
