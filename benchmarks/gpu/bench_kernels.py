@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from functools import partial
 from typing import Any, NamedTuple
 
 import block_check
@@ -28,11 +29,18 @@ from operators import OPERATORS, PLACES, TINY, Form, Operator, Place
 from pass_check import KERNELS, PYTORCH
 from stages import NETWORK, SMALL_NETWORK, Task, _captured, runner_of
 from timing import Deadline, forms_of, median_ms
+from torch import Tensor
 from torch.utils._pytree import tree_leaves
+
+from coded_resnext.kernels.batch_norm import launch as batch_norm
+from coded_resnext.kernels.residual import launch as residual
+from coded_resnext.kernels.residual.rows import parts_of
 
 BFLOAT16 = torch.bfloat16
 # Distance from the definition, relative to its norm: some roundings of bfloat16.
 APART = 0.05
+# Batch, channels and pixels of an edge of what ends the blocks of ResNeXt-50's stages, 160 pixels.
+MAPS = ((256, 256, 40), (256, 512, 20), (256, 1024, 10), (256, 2048, 5))
 Call = Callable[[], Any]
 
 
@@ -42,6 +50,11 @@ class Setting(NamedTuple):
     dry: bool
     device: torch.device
     compiler: str
+
+    def compiled(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        """A call that is compiled, whatever was compiled before it."""
+        torch.compiler.reset()
+        return torch.compile(call, backend=self.compiler, dynamic=False)
 
 
 class Case(NamedTuple):
@@ -101,9 +114,10 @@ def check(actual: Any, expected: Any) -> None:
 
 
 def all_cases(*, dry: bool) -> Iterator[Case]:
-    """Operators, convolutions, blocks, networks."""
+    """Operators, convolutions, what is between them, blocks, networks."""
     yield from _operators(TINY[:1] if dry else PLACES)
     yield from _convolutions(dry=dry)
+    yield from _between_convolutions(((2, 8, 3),) if dry else MAPS)
     yield from _blocks(block_check.TINY if dry else block_check.BLOCKS)
     yield from _networks((NETWORK,) if dry else (NETWORK, SMALL_NETWORK))
 
@@ -162,6 +176,26 @@ def _convolutions(*, dry: bool) -> Iterator[Case]:
             for form in ("kernel", "NHWC", "NCHW"):
                 name = f"grouped convolution, {layer.name}, {which}: {form}"
                 yield Case(name, lambda setting, f=form, m=make: m(setting, f))
+        # Alone, a compiled convolution is cuDNN's; between BatchNorms the compiler has its say.
+        for which in ("forward", "backward"):
+            for form in ("kernel", "definition", "compiled"):
+
+                def make_fused(
+                    setting: Setting,
+                    layer: conv3x3.Layer = layer,
+                    which: str = which,
+                    form: str = form,
+                ) -> tuple[Call, Call | None]:
+                    call = conv3x3.Call(layer, BFLOAT16, setting.device)
+                    plain = call.fused("torch")
+                    run = call.fused("triton") if form == "kernel" else plain
+                    if form == "compiled":
+                        run = setting.compiled(run)
+                    right = None if form == "definition" else _fused(call, plain, which)
+                    return _fused(call, run, which), right
+
+                name = f"grouped convolution, {layer.name}, between BatchNorms, {which}: {form}"
+                yield Case(name, make_fused)
     for module, layers in (
         (conv1x1, conv1x1.TINY if dry else conv1x1.LAYERS),
         (block_tail, block_tail.TINY if dry else block_tail.TAILS),
@@ -177,17 +211,99 @@ def _convolutions(*, dry: bool) -> Iterator[Case]:
                     which: str = which,
                 ) -> tuple[Call, Call | None]:
                     call = module.Call(layer, BFLOAT16, setting.device)
+                    library = partial(call.run, which, PYTORCH)
                     if form == "compiled":
-                        plain = conv1x1.plain_form(call, which)
-                        return torch.compile(plain, backend=setting.compiler, dynamic=False), None
-                    by = KERNELS if form == "kernel" else PYTORCH
-                    right = (lambda: call.run(which, PYTORCH)) if form == "kernel" else None
-                    return lambda: call.run(which, by), right
+                        plain = module is conv1x1
+                        rival = conv1x1.plain_form(call, which) if plain else library
+                        return setting.compiled(rival), None if plain else library
+                    if form == "kernel":
+                        return partial(call.run, which, KERNELS), library
+                    return library, None
 
-                compiled = ("compiled",) if module is conv1x1 else ()
-                for form in ("kernel", "library", *compiled):
+                for form in ("kernel", "library", "compiled"):
                     name = f"{module.__name__}, {layer.name}, {which}: {form}"
                     yield Case(name, lambda setting, f=form, m=make_product: m(setting, f))
+
+
+def _fused(call: conv3x3.Call, run: Callable[..., tuple[Tensor, ...]], which: str) -> Call:
+    """A pass of a grouped convolution between BatchNorms."""
+    if which == "forward":
+        return lambda: run(call.x, call.weight)[0]
+    leaves = [value.detach().requires_grad_() for value in (call.x, call.weight)]
+    y = run(*leaves)[0]
+    return lambda: torch.autograd.grad(y, leaves, call.grad, retain_graph=True)
+
+
+def _between_convolutions(maps: tuple[tuple[int, int, int], ...]) -> Iterator[Case]:
+    """The kernels of `kernels/batch_norm/` and `kernels/residual/`."""
+    for batch, channels, size in maps:
+        for name in _elementwise(1, 1, 1, torch.device("cpu")):
+            for form in ("kernel", "reference", "compiled"):
+
+                def make(
+                    setting: Setting,
+                    sizes: tuple[int, int, int] = (batch, channels, size),
+                    name: str = name,
+                    form: str = form,
+                ) -> tuple[Call, Call | None]:
+                    run = _elementwise(*sizes, setting.device)[name]
+                    reference = partial(run, False)
+                    if form == "kernel":
+                        return partial(run, True), reference
+                    if form == "compiled":
+                        return setting.compiled(reference), reference
+                    return reference, None
+
+                yield Case(f"{name}, {channels} channels, {size}px: {form}", make)
+
+
+def _elementwise(
+    batch: int, channels: int, size: int, device: torch.device
+) -> dict[str, Callable[[bool], Any]]:
+    """What is computed between convolutions, by kernels or by PyTorch, on random maps."""
+    generator = torch.Generator(device).manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, device=device)
+
+    y, x, shortcut, grad = (
+        normal(batch, channels, size, size)
+        .to(BFLOAT16)
+        .contiguous(memory_format=torch.channels_last)
+        for _ in range(4)
+    )
+    scale, bias, of_shortcut, shift, gain = (normal(channels) for _ in range(5))
+    parts = y.chunk(parts_of(batch * size**2))
+    partial_sums = torch.cat([residual.statistics(part, False) for part in parts])
+    normalization = batch_norm.forward(partial_sums, scale, bias, 1e-5, False)
+    gradients = normal(len(parts), 2, channels)
+
+    def normalized(kernels: bool) -> Any:
+        result = batch_norm.forward(partial_sums, scale, bias, 1e-5, kernels)
+        # Beside the count, nothing else would count.
+        return result.map, result.moments[:3]
+
+    def gradient_of_join(kernels: bool) -> Any:
+        g, sums = residual.backward(grad, x, y, shortcut, kernels)
+        return g, sums.sum(0)
+
+    return {
+        "batch_norm, merge": lambda kernels: batch_norm.merged(partial_sums, kernels)[1:],
+        "batch_norm, forward": normalized,
+        "batch_norm, backward": lambda kernels: batch_norm.backward(
+            gradients, normalization, kernels
+        ),
+        "residual, statistics": lambda kernels: batch_norm.merged(
+            residual.statistics(y, kernels), kernels
+        )[1:],
+        "residual, forward": lambda kernels: residual.forward(
+            y, scale, bias, shortcut, of_shortcut, shift, kernels
+        ),
+        "residual, backward": gradient_of_join,
+        "residual, gradient of the output": lambda kernels: residual.output_gradient(
+            grad, y, gain, scale, bias, kernels
+        ),
+    }
 
 
 def _blocks(blocks: list[EvaluatedBlock]) -> Iterator[Case]:
@@ -214,8 +330,7 @@ def _block(block: EvaluatedBlock, training: bool, form: str, setting: Setting) -
     module.backend = "torch" if form == "compiled" else form  # type: ignore[assignment]
     call: Any = module
     if form == "compiled":
-        torch.compiler.reset()
-        call = torch.compile(module, backend=setting.compiler, dynamic=False)
+        call = setting.compiled(module)
     parameters = list(module.parameters())
 
     def run() -> Any:

@@ -2,10 +2,11 @@
 
     python benchmarks/gpu/check.py --out FOLDER
 
-Stages (stages.py) run in this order, each in a process of its own with a limit in seconds. A row of
-results is in FOLDER/gpu_check_STAGE.jsonl as soon as it is known, and a stage that crashes, hangs
-or runs out of time costs no other. At the end there is a summary of one screen. `--only` runs some
-of the stages, and `--resume` those that an earlier command did not finish.
+Stages (stages.py) run in this order, each in a process of its own. A row of results is in
+FOLDER/gpu_check_STAGE.jsonl as soon as it is known, and a stage that crashes, hangs or runs out of
+time costs no other: each has an estimate in seconds, and may take what the eight minutes have left
+beside the estimates of those to come. At the end there is a summary of one screen. `--only` runs
+some of the stages, and `--resume` those that an earlier command did not finish.
 
 Without a GPU it says so, in FOLDER/gpu_check.json too, and exits with status 2. `--dry-run` takes
 every path at tiny sizes on the CPU, the kernels in Triton's interpreter; its times mean nothing.
@@ -26,32 +27,26 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import stages
 import torch
 
 from coded_resnext.training.run_folder import describe_machine
 
-# Seconds of each stage at most, in the order in which they run: eight minutes.
-STAGES = {
-    "build": 55,
-    "right": 75,
-    "headline": 155,
-    "profile": 30,
-    "operators": 60,
-    "networks": 60,
-    "guard": 45,
-}
+STAGES = ("build", "right", "headline", "profile", "operators", "networks", "guard")
+# All of them at most.
+SECONDS = 480.0
 # A stage looks at its clock between rows; what a row may take longer.
-GRACE = 5
+GRACE = 5.0
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="of the results")
-    parser.add_argument("--only", nargs="+", choices=STAGES, default=list(STAGES), metavar="STAGE")
+    parser.add_argument("--only", nargs="+", choices=STAGES, default=STAGES, metavar="STAGE")
     parser.add_argument("--resume", action="store_true", help="leave out what is finished")
     parser.add_argument("--dry-run", action="store_true", help="tiny sizes on the CPU")
     parser.add_argument(
-        "--seconds", type=float, metavar="S", help="of each stage, in place of its own limit"
+        "--seconds", type=float, metavar="S", help="of each stage, at most, whatever its estimate"
     )
     parser.add_argument(
         "--random-calls",
@@ -72,17 +67,27 @@ def main() -> int:
         print(f"gpu_check: {reason}; see --dry-run", file=sys.stderr)
         return 2
     name = None if arguments.dry_run else torch.cuda.get_device_name()
-    state.write(gpu=name, stages=state.stages if arguments.resume else {})
-    for stage in arguments.only:
-        if arguments.resume and state.stages.get(stage) == "finished":
-            continue
-        limit = arguments.seconds or STAGES[stage]
-        print(f"--- {stage}, at most {limit:.0f} s", flush=True)
-        state.path(stage).unlink(missing_ok=True)
+    if not arguments.resume:
+        state.content.clear()
+    state.write(gpu=name)
+    done = [name for name, outcome in state.stages.items() if outcome == "finished"]
+    todo = {name: stages.expected(name) for name in arguments.only if name not in done}
+    each = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in todo.items())
+    total = sum(todo.values()) / 60
+    print(f"by estimate {total:.1f} minutes on an H100, of {SECONDS / 60:.0f}: {each}", flush=True)
+    state.write(estimated_seconds={**state.content.get("estimated_seconds", {}), **todo})
+    end = time.monotonic() + SECONDS
+    for stage, estimate in list(todo.items()):
+        del todo[stage]
         start = time.monotonic()
+        limit = arguments.seconds or end - start - GRACE - sum(todo.values())
+        print(f"--- {stage}, about {estimate:.0f} s, at most {limit:.0f} s", flush=True)
+        state.path(stage).unlink(missing_ok=True)
         outcome = started(stage, arguments, limit)
-        state.write(stages={**state.stages, stage: outcome})
-        print(f"--- {stage}: {outcome} after {time.monotonic() - start:.0f} s", flush=True)
+        seconds = time.monotonic() - start
+        taken = {**state.content.get("seconds", {}), stage: seconds}
+        state.write(stages={**state.stages, stage: outcome}, seconds=taken)
+        print(f"--- {stage}: {outcome} after {seconds:.0f} s", flush=True)
     print(summary(state))
     good = all(state.stages.get(stage) == "finished" for stage in arguments.only)
     return int(not good or any(faults(state)))
@@ -154,8 +159,6 @@ def run_stage(arguments: argparse.Namespace) -> int:
     if not arguments.dry_run:
         # A graph is captured on the stream that its forward pass ran on, never the default one.
         torch.cuda.set_stream(torch.cuda.Stream())
-    import stages
-
     state = State(arguments.out, dry=arguments.dry_run)
     task = stages.Task(
         dry=arguments.dry_run,
@@ -163,7 +166,7 @@ def run_stage(arguments: argparse.Namespace) -> int:
         random_calls=arguments.random_calls,
     )
     with state.path(arguments.stage).open("a", encoding="utf-8") as file:
-        for row in getattr(stages, arguments.stage)(task):
+        for row in task.rows(getattr(stages, arguments.stage)(task)):
             file.write(json.dumps(row, default=str) + "\n")
             file.flush()
             print(json.dumps(row, default=str)[:200], flush=True)
@@ -218,8 +221,14 @@ def summary(state: State) -> str:
     wrong = list(faults(state))
     lines += [f"WRONG: {fault[:160]}" for fault in wrong[:12]]
     checks = sum("wrong" in row for stage in STAGES for row in state.rows(stage))
-    ended = ", ".join(f"{stage} {outcome}" for stage, outcome in state.stages.items())
-    lines.append(f"{checks} checks, {len(wrong)} wrong; stages: {ended}")
+    lines.append(f"{checks} checks, {len(wrong)} wrong; stages, with the estimates for an H100:")
+    taken, estimated = (state.content.get(key, {}) for key in ("seconds", "estimated_seconds"))
+    lines += [
+        f"    {stage:<10} {outcome}, {taken[stage]:.0f} s of {estimated[stage]:.0f}"
+        for stage, outcome in state.stages.items()
+    ]
+    minutes = [sum(times[stage] for stage in state.stages) / 60 for times in (taken, estimated)]
+    lines.append(f"    all        {minutes[0]:.1f} minutes of {minutes[1]:.1f}")
     if state.content.get("gpu") is None:
         lines.append("this was a dry run: the times above are those of an interpreter")
     return "\n".join(lines)

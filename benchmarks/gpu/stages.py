@@ -1,11 +1,19 @@
-"""The stages of check.py: generators of rows, what matters most first.
+"""The stages of check.py: calls that give rows, what matters most first.
 
 A row says `what` it is about. `wrong` lists faults, where something was checked. A row that raises
 is a fault of its own, and the stage goes on.
+
+A call says how many seconds it is expected to take. Those of `right`, and of compiling, are what
+an earlier form of the check took on an H100 with 16 processors (commit 38c8da6, torch 2.11, Triton
+3.6): a row of an operator 0.3 s, of a grouped convolution 0.6, of a product, two kernels of which
+were compiled for it, 1.3; 34 s for 297 kernels by 16 processes; 69 and 122 s for the plain and the
+coded network under `torch.compile`, side by side. Networks that are run: steps by the milliseconds
+of docs/fused_block.md, and 3 s to make each. The others are guesses.
 """
 
 from __future__ import annotations
 
+import multiprocessing
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -52,6 +60,23 @@ functorch_config.donated_buffer = False
 torch.backends.cudnn.benchmark = True
 
 
+# Seconds that a stage's process takes to import everything and to wake the GPU.
+START = 6.0
+# Of what is compiled before anything else, all at once; and of a network that inductor then has.
+COMPILING, COMPILED = 125.0, 30.0
+# Of a network whose steps, or whose inference, are timed.
+STEPS, INFERENCE = 5.0, 3.0
+
+
+class Call(NamedTuple):
+    """A row, or some, that a stage is going to write."""
+
+    what: str
+    run: Callable[[], Any]
+    seconds: float
+    """That it is expected to take on a GPU."""
+
+
 class Task(NamedTuple):
     """How a stage runs."""
 
@@ -73,39 +98,66 @@ class Task(NamedTuple):
         known = None if self.dry else find_gpu(torch.cuda.get_device_name())
         return known.bandwidth if known else None
 
-    def rows(self, calls: Sequence[tuple[str, Callable[[], Any]]]) -> Iterator[Row]:
-        """The rows of calls by what each is about, as long as there is time."""
-        for what, call in calls:
+    def rows(self, calls: Sequence[Call]) -> Iterator[Row]:
+        """The rows of calls, as long as there is time."""
+        for what, run, _ in calls:
             if self.deadline.passed:
                 yield {"what": what, "left_out": "time was up"}
                 continue
             try:
-                result = call()
+                result = run()
                 for row in result if isinstance(result, list) else [result]:
                     yield {"what": what, **row}
             except Exception as error:
                 yield {"what": what, "wrong": [f"{type(error).__name__}: {error}"[:800]]}
 
 
-def build(task: Task) -> Iterator[Row]:
-    """Compile the kernels of this GPU, all at once."""
+def expected(stage: str) -> float:
+    """Seconds that a stage is expected to take on a GPU."""
+    calls: list[Call] = globals()[stage](Task(dry=False, deadline=Deadline(0)))
+    return START + sum(call.seconds for call in calls)
 
-    def kernels() -> Row:
-        from coded_resnext.cli.main import main
 
+def build(task: Task) -> list[Call]:
+    """Compile the kernels of this GPU, and the networks of the headline, all at once."""
+    return [Call("kernels", lambda: _compile_all(task), COMPILING)]
+
+
+def _compile_all(task: Task) -> list[Row]:
+    from coded_resnext.cli.main import main
+
+    start = time.perf_counter()
+    spawn = multiprocessing.get_context("spawn").Process
+    networks = {kind: spawn(target=_compile, args=(task, kind)) for kind in ("coded", "plain")}
+    for process in networks.values():
+        process.start()
+
+    def row_of(what: str, status: int | None) -> Row:
+        wrong = [f"exit status {status}"] if status else []
+        return {"what": what, "seconds": time.perf_counter() - start, "wrong": wrong}
+
+    rows: list[Row] = [{"left_out": "a dry run has no GPU to build for"}]
+    if not task.dry:
         arch = architecture(0).removeprefix("sm")
-        start = time.perf_counter()
-        status = main(["build-kernels", "--arch", arch])
-        seconds = time.perf_counter() - start
-        return {"seconds": seconds, "wrong": [f"exit status {status}"] if status else []}
-
-    if task.dry:
-        yield {"what": "kernels", "left_out": "a dry run has no GPU to build for"}
-        return
-    yield from task.rows([("kernels", kernels)])
+        rows = [row_of("kernels", main(["build-kernels", "--arch", arch]))]
+    for kind, process in networks.items():
+        process.join()
+        rows.append(row_of(f"compiled network, {kind}", process.exitcode))
+    return rows
 
 
-def right(task: Task) -> Iterator[Row]:
+def _compile(task: Task, kind: str) -> None:
+    """In a process of its own: leaves what the headline compiles in inductor's cache."""
+    if not task.dry:
+        torch.cuda.set_stream(torch.cuda.Stream())
+    if kind == "coded":
+        _by_project(task, kind, torchcompile="eager" if task.dry else "inductor")
+    else:
+        mode = None if task.dry else "default"
+        runner_of(task, Contender("plain", "torch", mode), NETWORK).train()
+
+
+def right(task: Task) -> list[Call]:
     """Kernels against float64, then repeats, registration and compilation."""
     device, dry = task.device, task.dry
     places = TINY_PLACES if dry else PLACES
@@ -114,14 +166,15 @@ def right(task: Task) -> Iterator[Row]:
     products = conv1x1.TINY if dry else conv1x1.LAYERS
     tails = block_tail.TINY if dry else block_tail.TAILS
     blocks = block_check.TINY if dry else block_check.BLOCKS
-    calls: list[tuple[str, Callable[[], Any]]] = []
+    calls: list[Call] = []
     for dtype in DTYPES:
         first = dtype == torch.bfloat16
         name = str(dtype).removeprefix("torch.")
         calls += [
-            (
+            Call(
                 f"{operator.name}, {place.name}, {name}",
                 lambda o=operator, p=place, d=dtype: compare(o, p, d, device, SAMPLES_AT_A_TIME),
+                0.3,
             )
             for operator in OPERATORS
             for place in (places if first or dry else places[:3])
@@ -131,28 +184,31 @@ def right(task: Task) -> Iterator[Row]:
         # What differs by dtype is the rounding alone, so that few layers show it.
         few = slice(None) if first or dry else slice(2)
         calls += [
-            (
+            Call(
                 f"grouped convolution, {layer.name}, {name}",
                 lambda c=layer, d=dtype: conv3x3.check_layer(c, d, device, task.repeats),
+                0.6,
             )
             for layer in convolutions[few]
         ]
-        for module, layers in ((conv1x1, products), (block_tail, tails)):
+        for module, layers, seconds in ((conv1x1, products, 1.3), (block_tail, tails, 0.6)):
             calls += [
-                (
+                Call(
                     f"{module.__name__}, {layer.name}, {name}",
                     lambda m=module, c=layer, d=dtype: check_call(
                         m.Call(c, d, device), m.PASSES, task.repeats
                     ),
+                    seconds,
                 )
                 for layer in layers[few]
             ]
         calls += [
-            (
+            Call(
                 f"evaluation, {block.name}, {backend}, {name}",
                 lambda b=block, w=backend, d=dtype: block_check.check_block(
                     b, d, w, device, task.repeats
                 ),
+                0.4,
             )
             for block in blocks[few]
             for backend in ("fused", "triton")
@@ -160,22 +216,25 @@ def right(task: Task) -> Iterator[Row]:
     compiler = "aot_eager" if dry else "inductor"
     for operator in OPERATORS:
         calls += [
-            (
+            Call(
                 f"{operator.name}, repeats",
                 lambda o=operator: repeats(o, places[0], torch.bfloat16, device, task.repeats),
+                0.4,
             ),
-            (
+            Call(
                 f"{operator.name}, registration",
                 lambda o=operator: list(registration(o, tiny, torch.float32, device)),
+                1.0,
             ),
-            (
+            Call(
                 f"{operator.name}, compilation",
                 lambda o=operator: compiled(o, places[0], torch.bfloat16, device, compiler),
+                5.0,
             ),
         ]
     if task.random_calls:
-        calls.append(("random calls", lambda: _random_calls(task)))
-    yield from task.rows(calls)
+        calls.append(Call("random calls", lambda: _random_calls(task), task.random_calls))
+    return calls
 
 
 def _random_calls(task: Task) -> Row:
@@ -237,19 +296,19 @@ def _captured(work: Callable[[], Any]) -> Callable[[], None]:
     return graph.record(work).replay
 
 
-def _ways(task: Task, contender: Contender, network: str) -> list[Row]:
+def _ways(task: Task, what: str, contender: Contender) -> list[Row]:
     """A training step as it is and as a CUDA graph, one after the other."""
-    runner = runner_of(task, contender, network)
+    runner = runner_of(task, contender, NETWORK)
     start = time.perf_counter()
     loss = float(runner.train())
     row = {"loss": loss, "first_step_s": time.perf_counter() - start}
     images = len(runner.images)
-    rows = [{**row, "way": "as it is", **timed(runner.train, images, task)}]
+    rows = [{**row, "what": f"{what}, as it is", **timed(runner.train, images, task)}]
     if task.dry:
         return rows
     rows[0]["launches"] = kernels_of(runner.train)
-    rows.append({"way": "graph", **timed(_captured(runner.train), images, task)})
-    return rows
+    captured = timed(_captured(runner.train), images, task)
+    return [*rows, {"what": f"{what}, graph", **captured}]
 
 
 def _by_project(task: Task, kind: str, **settings: Any) -> Row:
@@ -284,34 +343,31 @@ def _by_project(task: Task, kind: str, **settings: Any) -> Row:
     return {**row, "compiled": chosen, "recorded": step._recorded is not None}
 
 
-def headline(task: Task) -> Iterator[Row]:
+def headline(task: Task) -> list[Call]:
     """A training step of ResNeXt-50 by each way; those that compile for long come later."""
-    calls: list[tuple[str, Callable[[], Any]]] = []
+    calls: list[Call] = []
 
-    def project(name: str, **settings: Any) -> None:
+    def project(name: str, seconds: float, **settings: Any) -> None:
         what = f"coded, train/imagenet.py's step, {name}"
-        calls.append((what, lambda: _by_project(task, "coded", **settings)))
+        calls.append(Call(what, lambda: _by_project(task, "coded", **settings), seconds))
 
     def ways(kind: str, backend: str, *, compile: bool = False) -> None:
         mode = "default" if compile and not task.dry else None
         contender = Contender(kind, backend, mode)  # type: ignore[arg-type]
-        name = f"{kind}, {backend}" + ", compiled" * compile
-        calls.append((name, lambda: _ways(task, contender, NETWORK)))
+        what = f"{kind}, {backend}" + ", compiled" * compile
+        seconds = STEPS + COMPILED * compile
+        calls.append(Call(what, lambda: _ways(task, what, contender), seconds))
 
-    project("graph")
+    project("graph", STEPS)
     for kind, backend in (("coded", "torch"), ("plain", "torch"), ("coded", "triton")):
         ways(kind, backend)
-    project("compiled, graph", torchcompile="eager" if task.dry else "inductor")
-    for kind, backend in (("plain", "torch"), ("coded", "torch")):
-        ways(kind, backend, compile=True)
+    project("compiled, graph", STEPS + COMPILED, torchcompile="eager" if task.dry else "inductor")
+    ways("plain", "torch", compile=True)
     if not task.dry:
         # In the interpreter a step by the kernels takes long.
-        ways("coded", "triton", compile=True)
-        for kind, backend in (("plain", "triton"), ("coded", "fused"), ("timm", "torch")):
+        for kind, backend in (("coded", "fused"), ("timm", "torch")):
             ways(kind, backend)
-    for row in task.rows(calls):
-        way = row.pop("way", None)
-        yield {**row, "what": f"{row['what']}, {way}" if way else row["what"]}
+    return calls
 
 
 @contextmanager
@@ -362,54 +418,59 @@ def _profile(task: Task, contender: Contender) -> Row:
     return {"kernels": kernels, "device_ms": total, "launches": sum(map(len, times.values()))}
 
 
-def profile(task: Task) -> Iterator[Row]:
+def profile(task: Task) -> list[Call]:
     """Where the time of one step goes, kernel by kernel."""
     pairs = [("coded", "triton"), ("coded", "torch"), ("plain", "torch")]
-    yield from task.rows(
-        [
-            (f"{kind}, {backend}", lambda k=kind, b=backend: _profile(task, Contender(k, b)))
-            for kind, backend in (pairs[:1] if task.dry else pairs)
-        ]
-    )
+    return [
+        Call(f"{kind}, {backend}", lambda k=kind, b=backend: _profile(task, Contender(k, b)), 3.0)
+        for kind, backend in (pairs[:1] if task.dry else pairs)
+    ]
 
 
-def operators(task: Task) -> Iterator[Row]:
+def operators(task: Task) -> list[Call]:
     """Times of single operators beside their rivals, as device time."""
-    device, bandwidth = task.device, task.bandwidth
-    calls: list[tuple[str, Callable[[], Any]]] = []
+    device = task.device
+    calls: list[Call] = []
     if not task.dry:
-        calls.append(("copy of a gigabyte", lambda: _copy(device)))
+        calls.append(Call("copy of a gigabyte", lambda: _copy(device), 0.3))
     for place in TINY_PLACES[:1] if task.dry else IMAGENET[:2]:
         calls += [
-            (
+            Call(
                 f"{operator.name}, {place.name}",
                 lambda o=operator, p=place: measure(
-                    o, p, torch.bfloat16, device, bandwidth, None, task.deadline
+                    o, p, torch.bfloat16, device, task.bandwidth, None, task.deadline
                 ),
+                2.0,
             )
             for operator in OPERATORS
         ]
     calls += [
-        (
+        Call(
             f"grouped convolution, {layer.name}",
-            lambda c=layer: conv3x3.time_layer(c, device, bandwidth, None),
+            lambda c=layer: conv3x3.time_layer(c, device, task.bandwidth, None),
+            2.0,
         )
         for layer in (conv3x3.TINY if task.dry else conv3x3.LAYERS[:7])
     ]
     calls += [
-        (f"1x1, {layer.name}", lambda c=layer: conv1x1.time_layer(c, device, bandwidth, None))
+        Call(
+            f"1x1, {layer.name}",
+            lambda c=layer: conv1x1.time_layer(c, device, task.bandwidth, None),
+            0.6,
+        )
         for layer in (conv1x1.TINY if task.dry else conv1x1.LAYERS[: len(conv1x1.LAYERS) // 2])
     ]
     calls += [
-        (
+        Call(
             f"end of a block, {layer.name}",
             lambda c=layer: block_tail.time_tail(
-                block_tail.Call(c, torch.bfloat16, device), bandwidth
+                block_tail.Call(c, torch.bfloat16, device), task.bandwidth
             ),
+            0.6,
         )
         for layer in (block_tail.TINY if task.dry else block_tail.TAILS)
     ]
-    yield from task.rows(calls)
+    return calls
 
 
 def _copy(device: torch.device) -> Row:
@@ -419,36 +480,31 @@ def _copy(device: torch.device) -> Row:
     return {"bytes_per_second": 2 * source.numel() / (ms / 1000)}
 
 
-def networks(task: Task) -> Iterator[Row]:
-    """Inference, CIFAR's networks, and images of 224 pixels."""
-    pairs = (("coded", "torch"), ("coded", "triton"), ("plain", "torch"))
-
-    def inferred(contender: Contender, pixels: int | None = None) -> Row:
-        runner = runner_of(task, contender, NETWORK, pixels)
-        return timed(runner.infer, len(runner.images), task)
-
-    def trained(contender: Contender, network: str, pixels: int | None = None) -> Row:
-        runner = runner_of(task, contender, network, pixels)
-        train = runner.train if task.dry else _captured(runner.train)
-        return timed(train, len(runner.images), task)
-
-    calls: list[tuple[str, Callable[[], Any]]] = []
-    for kind, backend in pairs:
-        one = Contender(kind, backend)
-        calls.append((f"{NETWORK}, {kind}, {backend}, inference", lambda c=one: inferred(c)))
-        if task.dry and backend == "triton":
-            continue
-        calls += [
-            (f"{SMALL_NETWORK}, {kind}, {backend}, graph", lambda c=one: trained(c, SMALL_NETWORK)),
-            (
-                f"{NETWORK} at 224 px, {kind}, {backend}, graph",
-                lambda c=one: trained(c, NETWORK, 224),
-            ),
-        ]
-    yield from task.rows(calls)
+def networks(task: Task) -> list[Call]:
+    """Inference, and networks for CIFAR; images of 224 pixels are for bench_model.py."""
+    calls: list[Call] = []
+    for kind, backend in (("coded", "torch"), ("coded", "triton"), ("plain", "torch")):
+        one = Contender(kind, backend)  # type: ignore[arg-type]
+        what = f"{NETWORK}, {kind}, {backend}, inference"
+        calls.append(Call(what, lambda c=one: _inferred(task, c), INFERENCE))
+        if not task.dry or backend != "triton":
+            what = f"{SMALL_NETWORK}, {kind}, {backend}, graph"
+            calls.append(Call(what, lambda c=one: _trained(task, c), STEPS))
+    return calls
 
 
-def guard(task: Task) -> Iterator[Row]:
+def _inferred(task: Task, contender: Contender) -> Row:
+    runner = runner_of(task, contender, NETWORK)
+    return timed(runner.infer, len(runner.images), task)
+
+
+def _trained(task: Task, contender: Contender) -> Row:
+    runner = runner_of(task, contender, SMALL_NETWORK)
+    train = runner.train if task.dry else _captured(runner.train)
+    return timed(train, len(runner.images), task)
+
+
+def guard(task: Task) -> list[Call]:
     """Whether 200 steps by the kernels learn what 200 steps layer by layer do."""
 
     def kept() -> Row:
@@ -456,4 +512,5 @@ def guard(task: Task) -> Iterator[Row]:
         faults = [] if task.dry or row.get("kept", True) else ["the losses differ"]
         return {**row, "wrong": faults}
 
-    yield from task.rows([("accuracy guard", kept)])
+    # Four times 200 steps, for each of which the host needs some 50 ms.
+    return [Call("accuracy guard", kept, 40.0)]

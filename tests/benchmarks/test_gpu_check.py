@@ -70,6 +70,8 @@ def test_a_dry_run_takes_every_path(tmp_path: Path) -> None:
     assert [w for stage in said.values() for w, r in stage.items() if r.get("left_out")] == [
         "kernels"
     ]
+    compiled = {f"compiled network, {kind}" for kind in ("coded", "plain")}
+    assert said["build"].keys() == {"kernels", *compiled}
     dtypes = ("bfloat16", "float16", "float32")
     names = [operator.name for operator in OPERATORS]
     assert said["right"].keys() >= {
@@ -137,8 +139,36 @@ def test_a_stage_that_fails_costs_no_other(
     assert check.main() == 0
 
 
-def test_a_check_fits_into_eight_minutes() -> None:
-    assert sum(check.STAGES.values()) <= 480
+def test_a_check_fits_into_eight_minutes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By its estimates, and where every stage hangs, which then leaves the others theirs."""
+    estimated = {stage: stages.expected(stage) for stage in check.STAGES}
+    assert min(estimated.values()) > stages.START
+    assert sum(estimated.values()) <= check.SECONDS - check.GRACE
+    clock, limits = [100.0], {}
+
+    def hangs(stage: str, _arguments: Any, limit: float) -> str:
+        limits[stage] = limit
+        clock[0] += limit + check.GRACE
+        return "out of time"
+
+    monkeypatch.setattr(check.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(check, "started", hangs)
+    monkeypatch.setattr(sys, "argv", ["check.py", "--out", str(tmp_path), "--dry-run"])
+    assert check.main() == 1
+    assert clock[0] - 100 <= check.SECONDS
+    assert all(limit > estimated[stage] - check.GRACE - 0.1 for stage, limit in limits.items())
+    assert list(limits) == list(check.STAGES)
+    head, *lines = capsys.readouterr().out.splitlines()
+    minutes = f"{sum(estimated.values()) / 60:.1f}"
+    assert head.startswith(f"by estimate {minutes} minutes on an H100, of 8: build 1")
+    for stage, seconds in estimated.items():
+        assert f"--- {stage}, about {seconds:.0f} s, at most {limits[stage]:.0f} s" in lines
+        assert any(
+            line.strip().startswith(stage) and line.endswith(f" of {seconds:.0f}") for line in lines
+        )
+    assert lines[-2].endswith(f"minutes of {minutes}")
 
 
 def test_a_row_that_raises_is_a_fault_and_the_stage_goes_on() -> None:
@@ -147,11 +177,14 @@ def test_a_row_that_raises_is_a_fault_and_the_stage_goes_on() -> None:
     def fail() -> Any:
         raise RuntimeError("an illegal address")
 
-    rows = list(task.rows([("first", fail), ("second", lambda: {"ms": 1.0})]))
+    calls = [stages.Call("first", fail, 1.0), stages.Call("second", lambda: {"ms": 1.0}, 1.0)]
+    rows = list(task.rows(calls))
     assert rows[0]["wrong"] == ["RuntimeError: an illegal address"]
     assert rows[1] == {"what": "second", "ms": 1.0}
     late = stages.Task(dry=True, deadline=timing.Deadline(-1))
-    assert list(late.rows([("third", fail)])) == [{"what": "third", "left_out": "time was up"}]
+    assert list(late.rows([stages.Call("third", fail, 1.0)])) == [
+        {"what": "third", "left_out": "time was up"}
+    ]
 
 
 def test_the_summary_sets_the_best_of_each_beside_each_other(tmp_path: Path) -> None:
