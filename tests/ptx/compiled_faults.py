@@ -15,13 +15,15 @@ import pytest
 import torch
 from ptx import driver
 from ptx.driver import Launch, LaunchError, launches_go_to
-from support.cases import coded
+from support.cases import coded, conv1x1, recompute
 from support.cases.conv3x3 import GroupedCase
 from support.guarded_memory import guarded_memory
 from torch import Tensor
 
 from coded_resnext.kernels import branch_energy, coding_losses, grouped_conv3x3
 from coded_resnext.kernels.coded import aggregate, energy
+from coded_resnext.kernels.recompute import launch as recompute_launch
+from coded_resnext.kernels.rows import ALL_PASSES
 
 # ---- what is run
 
@@ -60,6 +62,31 @@ def convolved(stride: int) -> None:
     )
     assert statistics is not None
     torch.autograd.grad(y.float().sum() + statistics.sum(), list(leaves.values()))
+
+
+def multiplied(join: bool) -> None:
+    """A 1x1 convolution between BatchNorms; of a sum that ends a block, or of a map."""
+    case = conv1x1.ProductCase("odd", I=24, O=12, B=1, H=3, W=3, join=join)
+    conv1x1.called(case, case.inputs(torch.bfloat16), ALL_PASSES)
+
+
+def recomputed() -> None:
+    """A 1x1 convolution whose output is not stored: every kernel of its own."""
+    has = recompute.Case("odd", I=24, O=12, B=1, H=3, W=3).inputs(torch.bfloat16)
+    before = (has["scale"], has["bias"])
+    ends = ("out_scale", "out_bias", "residual", "residual_scale", "residual_bias")
+    weight, gain, level = has["weight"], has["out_scale"], has["out_bias"]
+    mean, scatter = recompute_launch.moments(has["x"], *before)
+    pixels = has["x"].numel() // len(mean)
+    _, spread = recompute_launch.product_statistics(weight, mean, scatter, pixels)
+    recompute_launch.product_join(has["x"], *before, weight, *(has[name] for name in ends), True)
+    of_product = weight.flatten(1).float()
+    recompute_launch.map_gradients(level, of_product, weight)
+    recompute_launch.weight_gradients(
+        of_product, weight, spread, mean, gain, gain, level, pixels, torch.float32
+    )
+    square, shift = recompute_launch.moments_gradients(weight, gain, level)
+    recompute_launch.moments_gradient(has["grad"], weight, square, shift, has["x"], *before)
 
 
 # ---- bugs in the source
@@ -207,6 +234,9 @@ RUNS: dict[str, Callable[[], Any]] = {
     "losses": lost,
     "convolution": lambda: convolved(1),
     "convolution of stride 2": lambda: convolved(2),
+    "product": lambda: multiplied(join=False),
+    "product of a sum": lambda: multiplied(join=True),
+    "recomputed product": recomputed,
 }
 
 
