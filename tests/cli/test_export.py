@@ -36,6 +36,7 @@ def session(path):
     return onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
 
 
+@pytest.mark.long
 @torch.inference_mode()
 def test_a_class_and_its_int8_variant(run_folder, network, tmp_path, capsys):
     for index in range(4):

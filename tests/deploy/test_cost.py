@@ -18,9 +18,10 @@ PAPER = [
     ("coded_resnext29_20x6d", 32, 0.374, 0.271, 0.55, 0.35),
     ("coded_resnext50_32x4d", 224, 0.416, 0.343, 0.70, 0.5),
 ]
+LARGE = pytest.param(*PAPER[2], marks=pytest.mark.long)
 
 
-@pytest.mark.parametrize(("name", "size", "all_", "paper", "macs", "rank"), PAPER)
+@pytest.mark.parametrize(("name", "size", "all_", "paper", "macs", "rank"), [*PAPER[:2], LARGE])
 def test_shares_of_the_papers_networks(name, size, all_, paper, macs, rank):
     model = create_model(name)
     whole = network_cost(model, size)
@@ -51,7 +52,13 @@ def test_parameters_by_hand():
     assert cost.parameters == stem + blocks + projections + 1024
 
 
-@pytest.mark.parametrize("name", IMAGE_SIZES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.long if name.endswith("50_32x4d") else ())
+        for name in IMAGE_SIZES
+    ],
+)
 @pytest.mark.parametrize("part", ["whole", "classifier", "folded", "thin"])
 def test_multiplications_by_pytorchs_counter(name, part):
     network = make_random(name)

@@ -126,7 +126,14 @@ def operations(program: torch.export.ExportedProgram) -> Counter[str]:
     return Counter(str(node.target) for node in calls)
 
 
-@pytest.mark.parametrize("kind", ["network", "classifier", "unfolded", "heads"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "network",
+        "classifier",
+        *(pytest.param(k, marks=pytest.mark.long) for k in ("unfolded", "heads")),
+    ],
+)
 @torch.inference_mode()
 def test_programs(model, classifier, kind):
     network = {

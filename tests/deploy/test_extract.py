@@ -31,7 +31,7 @@ def masked_logits(model, x, classes):
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=pytest.mark.long if name.endswith("50_32x4d") else ())
+        pytest.param(name, marks=pytest.mark.long if name.endswith(("20x6d", "50_32x4d")) else ())
         for name in IMAGE_SIZES
     ],
 )

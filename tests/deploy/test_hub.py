@@ -59,6 +59,7 @@ def folder(tmp_path) -> Path:
     return save_pretrained(make_pretrained(), tmp_path / "shared")
 
 
+@pytest.mark.long
 @torch.inference_mode()
 def test_the_same_in_a_fresh_process(folder, tmp_path):
     shared = make_pretrained()

@@ -228,6 +228,7 @@ def test_a_hundred_classes_are_tested_by_the_papers_protocol():
     assert "against them its precision is" in lines
 
 
+@pytest.mark.long
 def test_a_thousand_classes():
     """The paper's numbers of classes, branches and images of other classes."""
     torch.manual_seed(0)

@@ -284,6 +284,7 @@ def test_dead_samples_are_counted(network, data):
     assert [one.dead for one in found.classifiers] == [1.0, 0.0, 0.0, 0.0]
 
 
+@pytest.mark.long
 def test_points_of_a_long_curve():
     generator = np.random.default_rng(0)
     positive = np.arange(4000) % 4 == 0

@@ -34,7 +34,10 @@ CODED_KERNELS = {"aggregate_forward", "aggregate_backward", "weighted_gram", "co
 @pytest.mark.usefixtures("memory")
 @pytest.mark.parametrize(
     ("name", "backend"),
-    [*((name, "fused") for name in BLOCKS), ("block_imagenet_16of32_train", "triton")],
+    [
+        *((name, "fused") for name in BLOCKS),
+        pytest.param("block_imagenet_16of32_train", "triton", marks=pytest.mark.long),
+    ],
 )
 def test_golden_block(name: str, backend: str) -> None:
     meta, golden = load_golden(name)

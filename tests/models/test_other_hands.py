@@ -408,6 +408,12 @@ USES: dict[str, Callable[[Any, Tensor, Path], None]] = {
 
 # Triton's interpreter and torch.export take seconds.
 SLOW = ["`triton`", "export"]
+# Of each kind of change one that `make test` takes.
+QUICK = {
+    *("as it was made", "`expand` pruned", "old weight norm", "adapter on `expand`"),
+    *("hook that halves `expand`", "SyncBatchNorm", "frozen BatchNorm", "every BatchNorm folded"),
+    *("bfloat16", "no head"),
+}
 
 
 def regular(setting: str, value: Any) -> Callable[..., str | None]:
@@ -447,7 +453,7 @@ def outcome(done: str, use: str, tmp: Path) -> str:
 @pytest.mark.parametrize(
     ("done", "uses"),
     [
-        pytest.param(done, uses, marks=[pytest.mark.long] * (uses == SLOW or "compile" in done))
+        pytest.param(done, uses, marks=[pytest.mark.long] * (uses == SLOW or done not in QUICK))
         for done in DONE
         for uses in ([use for use in USES if use not in SLOW], SLOW)
     ],

@@ -343,7 +343,7 @@ def test_exports_with_dynamic_batch() -> None:
         assert relative_error(energies[-1], expected[-1]) < 1e-5
 
 
-@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("training", [pytest.param(True, marks=pytest.mark.long), False])
 def test_compiles_whole(training: bool) -> None:
     model = make_model().double().train(training)
     loss = CodedLoss(model.codebooks)

@@ -176,6 +176,7 @@ def folder_of(pets: Path, out: Path) -> tuple[object, ...]:
     return ("--config", "folder", "--data-dir", pets, "--out", out, "--no-evaluation", *SMALL)
 
 
+@pytest.mark.long
 def test_fine_tuning_a_coded_run_for_other_classes(pets: Path, tmp_path: Path) -> None:
     torch.manual_seed(0)
     source = create_model("coded_resnext17_10x4d")

@@ -107,6 +107,7 @@ def test_the_first_process_of_a_run_alone_locks(tmp_path: Path) -> None:
     assert (tmp_path / LOCK_FILE).exists()
 
 
+@pytest.mark.long
 def test_readers_while_a_training_writes(tmp_path: Path) -> None:
     """Reports and model files in the middle of a run: whole, of one epoch or of a later one."""
     child = subprocess.Popen([sys.executable, "-c", TRAIN, str(tmp_path)])

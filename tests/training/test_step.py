@@ -372,6 +372,7 @@ def test_channels_last_changes_no_more_than_rounding() -> None:
         assert torch.allclose(a, b, atol=1e-10)
 
 
+@pytest.mark.long
 def test_compiled_steps_are_the_same() -> None:
     """With the compiler's front end alone, whose result must be the same to the bit."""
     plain, compiled = run(3), run(3, torchcompile="eager")

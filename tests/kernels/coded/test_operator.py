@@ -31,7 +31,9 @@ def arguments(affine: bool, dtype: torch.dtype = torch.float32) -> dict[str, Any
     }
 
 
-@pytest.mark.parametrize("kernels", [True, False], ids=["interpreter", "gram"])
+@pytest.mark.parametrize(
+    "kernels", [True, pytest.param(False, marks=pytest.mark.long)], ids=["interpreter", "gram"]
+)
 @pytest.mark.parametrize("affine", [False, True])
 def test_opcheck(affine: bool, kernels: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if not kernels:

@@ -140,7 +140,9 @@ def test_equals_the_float64_definition(case: GroupedCase, memory: GuardedMemory)
     assert max(actual.values()) < 1, actual
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.long)], ids=str
+)
 @pytest.mark.parametrize("stride", [1, 2])
 def test_half_precision_rounds_operands_and_results_only(
     dtype: torch.dtype, stride: int, memory: GuardedMemory
@@ -325,7 +327,7 @@ def test_windows_hold_whole_groups_and_start_at_16_bytes() -> None:
             assert windows.fit(sizes) == (windows.count * windows.channels == groups * width)
 
 
-@pytest.mark.parametrize("width", [3, 8])
+@pytest.mark.parametrize("width", [3, pytest.param(8, marks=pytest.mark.long)])
 def test_a_weight_has_a_layout_and_a_dtype_of_its_own(width: int) -> None:
     """Both are read and written by the kernels that pack it and reduce its gradient, so that no
     copy is made. Rounded and moved in the same way, numbers are the same to the bit."""

@@ -21,7 +21,13 @@ def _interpreter() -> None:
 
 
 @pytest.mark.parametrize("dtype", BOTH, ids=str)
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, id=case.name, marks=pytest.mark.long if case.I >= 200 else ())
+        for case in CASES
+    ],
+)
 def test_moments(case: Case, dtype: torch.dtype) -> None:
     given = case.inputs(dtype)
     check_moments(given)
