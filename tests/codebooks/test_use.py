@@ -30,7 +30,12 @@ def shipped(*size):
 
 @pytest.mark.parametrize(
     ("size", "count", "distance"),
-    [((100, 20, 4), 20, 4), ((100, 20, 8), 1, 6), ((10, 10, 3), 5, 2), ((1000, 32, 8), 10, 6)],
+    [
+        ((100, 20, 4), 20, 4),
+        ((100, 20, 8), 1, 6),
+        ((10, 10, 3), 5, 2),
+        pytest.param((1000, 32, 8), 10, 6, marks=pytest.mark.long),
+    ],
 )
 def test_grow(size, count, distance):
     words = shipped(*size)

@@ -170,6 +170,7 @@ def test_an_experiment_refuses_a_plain_network(experiment):
         experiment(model, observed)
 
 
+@pytest.mark.long
 def test_draws_have_the_numbers_of_the_drawn_images(network, data):
     train = make_data(network, 70, seed=2)
     whole = evaluate(network, train, data, repeats=2, seed=3)

@@ -167,7 +167,8 @@ def test_ten_steps_give_the_losses_of_pytorch() -> None:
     assert max(expected) - min(expected) > 0.1
 
 
-@pytest.mark.parametrize("training", [pytest.param(True, marks=pytest.mark.long), False])
+@pytest.mark.long
+@pytest.mark.parametrize("training", [True, False])
 def test_a_network_by_kernels_compiles_whole(
     training: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -430,6 +430,7 @@ def test_timed_steps_go_nowhere(few: pytest.MonkeyPatch) -> None:
         assert torch.allclose(value, earlier, rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.long
 def test_what_was_measured_is_remembered(planted: pytest.MonkeyPatch, tmp_path: Path) -> None:
     planted.setattr(ways, "open_ways", lambda *_: [BY_LAYERS, FAILS])
     first = choose()

@@ -56,6 +56,7 @@ def test_a_step_after_it_compiles_nothing(tmp_path: Path) -> None:
     assert (again["cache_hits"], again["compiled"]) == (4, 0)
 
 
+@pytest.mark.long
 @needs_triton
 def test_everything_stays_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)

@@ -109,7 +109,8 @@ def test_autocast_rounds_what_it_rounds_layer_by_layer() -> None:
         assert actual < 2 * expected + 1e-3
 
 
-@pytest.mark.parametrize("training", [pytest.param(True, marks=pytest.mark.long), False])
+@pytest.mark.long
+@pytest.mark.parametrize("training", [True, False])
 def test_it_compiles_whole(training: bool) -> None:
     copies = [network("fused", drop_branches=0.0) for _ in range(2)]
     x = make_images(4, seed=2).double()
