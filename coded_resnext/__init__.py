@@ -20,7 +20,6 @@ if TYPE_CHECKING:
         extract_subset,
     )
     from .deploy.hub import Pretrained, from_pretrained, push_to_hub, save_pretrained
-    from .kernels.build.warm_up import WarmUp, warm_up
     from .models.block import CodedBottleneck, DropSubNNs
     from .models.decode import decode
     from .models.grouped_conv import GroupedConv2d, use_grouped_kernels
@@ -28,6 +27,7 @@ if TYPE_CHECKING:
     from .models.registry import create_model, list_models
     from .models.resnext import CodedResNeXt, Stage
     from .models.warm_start import load_weights
+    from .training.warm_up import WarmUp, warm_up
     from .training.ways import choose_backend
 
 if not Path(__file__).with_name("kernels").is_dir():
@@ -52,7 +52,7 @@ _MODULES = {
     "LossTerms": "models.loss",
     "Pretrained": "deploy.hub",
     "Stage": "models.resnext",
-    "WarmUp": "kernels.build.warm_up",
+    "WarmUp": "training.warm_up",
     "calibrate": "deploy.early_exit",
     "choose_backend": "training.ways",
     "create_model": "models.registry",
@@ -66,7 +66,7 @@ _MODULES = {
     "push_to_hub": "deploy.hub",
     "save_pretrained": "deploy.hub",
     "use_grouped_kernels": "models.grouped_conv",
-    "warm_up": "kernels.build.warm_up",
+    "warm_up": "training.warm_up",
 }
 
 __all__ = [

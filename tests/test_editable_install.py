@@ -138,10 +138,11 @@ def test_an_install_compiles_what_it_is_asked_for(asking: Path) -> None:
 
 @pytest.mark.long
 @needs_triton
-def test_what_pip_built_is_found_by_the_next_process(checkout: Path, tmp_path: Path) -> None:
-    """A first step compiles nothing, in the place of whose GPU stands the builder's stub.
+@pytest.mark.parametrize("builder", ["pip", "warm_up"])
+def test_a_first_step_finds_what_was_built(builder: str, checkout: Path, tmp_path: Path) -> None:
+    """It compiles nothing, whether an earlier pip or `warm_up` has built, on all cores.
 
-    Of the kernels only those of one layer are built here.
+    The builder's stub stands in the place of a GPU, and only the kernels of one layer are built.
     """
     rows = checkout / "kernels" / "build" / "shipped.py"
     text = rows.read_text()
@@ -152,29 +153,36 @@ def test_what_pip_built_is_found_by_the_next_process(checkout: Path, tmp_path: P
     gpu = environment_with(tmp_path / "gpu", *own, at_start=FAKE_GPU.format(seen="(9, 0)"))
     clean = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "PYTHONPATH")}
     clean |= {"XDG_CACHE_HOME": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
-    options = ("--no-build-isolation", "--no-deps", "--no-index", "-v")
-    installed = subprocess.run(
-        [gpu, "-m", "pip", "install", *options, "-e", str(checkout)],
-        env=clean,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    output = installed.stdout + installed.stderr
-    assert installed.returncode == 0, output
-    assert re.search(r"kernels compiled for sm_90 in \d+ s with \d+ processes", output), output
-    step = subprocess.run(
-        [gpu, str(ROOT / "tests" / "kernels" / "build" / "warm_up_a_layer.py")],
-        cwd=tmp_path,
-        env={**clean, "TRITON_CACHE_DIR": str(tmp_path / "triton")},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert step.returncode == 0, step.stderr
-    report = json.loads(step.stdout)
-    assert (report["cache_hits"], report["compiled"]) == (4, 0)
-    assert report["launches"][:2] == ["aggregate_forward", "coding_loss"]
+
+    def run(*command: str, **environment: str) -> tuple[str, str]:
+        result = subprocess.run(
+            [gpu, *command],
+            cwd=tmp_path,
+            env={**clean, **environment},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert result.returncode == 0, result.stdout + result.stderr
+        return result.stdout, result.stderr
+
+    step = [str(ROOT / "tests" / "kernels" / "build" / "warm_up_a_layer.py")]
+    if builder == "pip":
+        options = ("--no-build-isolation", "--no-deps", "--no-index", "-v")
+        output = "".join(run("-m", "pip", "install", *options, "-e", str(checkout)))
+        assert re.search(r"kernels compiled for sm_90 in \d+ s with \d+ processes", output), output
+    else:
+        step.append("--build")
+    places = {"PYTHONPATH": str(checkout), "TRITON_CACHE_DIR": str(tmp_path / "triton")}
+    for is_new in (builder == "warm_up", False):
+        output, said = run(*step, **places)
+        *progress, line = output.splitlines()
+        report = json.loads(line)
+        assert (report["cache_hits"], report["compiled"]) == (4, 0)
+        assert report["launches"][:2] == ["aggregate_forward", "coding_loss"]
+        assert ("compiling the kernels for sm90, once, into" in said) == is_new
+        assert any(re.match(r"\[\d+/\d+\] compile ", each) for each in progress) == is_new
+        assert "no kernels were built" not in said
     assert not (tmp_path / "triton").exists()
 
 

@@ -13,9 +13,7 @@ from typing import Any
 import torch
 
 from coded_resnext.files import say
-from coded_resnext.kernels.backend import backends
 from coded_resnext.kernels.build.build import BuildError, build, missing
-from coded_resnext.kernels.layout import architecture
 from coded_resnext.kernels.prebuilt.index import default_folder
 from coded_resnext.models.checkpoint import load_model
 from coded_resnext.models.registry import create_model, list_models
@@ -58,22 +56,6 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def build_missing(arch: str) -> None:
-    """Compiles the kernels of an architecture, `sm90`, that are not there; says so, and by whom.
-
-    Where they cannot be compiled now, each is when it is first launched.
-    """
-    folder = default_folder()
-    if folder is None or not arch.startswith("sm"):
-        return
-    try:
-        if missing([arch], folder):
-            say(f"compiling the kernels for {arch}, once, into {folder}", file=sys.stderr)
-            build([arch], folder)
-    except (BuildError, OSError) as error:
-        say(f"they are compiled as they are needed instead: {error}", file=sys.stderr)
-
-
 def run_tune(arguments: argparse.Namespace) -> int:
     """Measure the ways to compute a step of a network; 1 where none could be.
 
@@ -93,17 +75,12 @@ def run_tune(arguments: argparse.Namespace) -> int:
     settings |= {"batch_size": arguments.batch_size, "channels_last": True, "torchcompile": "auto"}
     config = TrainingConfig(epochs=1, lr=0.1, **settings)
 
-    def build() -> None:
-        if device.type == "cuda" and backends()["triton"] is None:
-            build_missing(architecture(torch.cuda.current_device()))
-
     choice = choose_way(
         model.to(device),
         arguments.image_size or model.image_size,
         config,
         world=World(device=device),
         seconds=arguments.seconds,
-        build=build,
         anew=arguments.anew,
     )
     if choice is None:

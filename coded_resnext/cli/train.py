@@ -45,7 +45,6 @@ from coded_resnext.interpret import (
 from coded_resnext.interpret.results import FIGURES_FOLDER, require_packages
 from coded_resnext.kernels import check_backend
 from coded_resnext.kernels.backend import named_backend
-from coded_resnext.kernels.layout import architecture
 from coded_resnext.models.checkpoint import MODEL_FILE
 from coded_resnext.models.registry import create_model, network_arguments
 from coded_resnext.models.resnext import CodedResNeXt
@@ -78,9 +77,9 @@ from coded_resnext.training.run_folder import (
 )
 from coded_resnext.training.saved_state import load_state
 from coded_resnext.training.step import compiled, compiler_for
+from coded_resnext.training.warm_up import build_kernels
 from coded_resnext.training.ways import LIMIT, WAYS_FILE, Choice, choose_way, read_choice
 
-from .build_kernels import build_missing
 from .report import write_report
 
 RECIPE_FILE = "recipe.yaml"
@@ -344,7 +343,7 @@ def run_recipe(
                 run.write_json(WAYS_FILE, choice.to_dict())
             say(f"{splits}\n{words}", file=sys.stderr)
         if named_backend(recipe.model.backend) in ("fused", "triton"):
-            world.on_main(lambda: build_kernels_of(world))
+            world.on_main(lambda: build_kernels(world.device))
         outside_name = command.outside
         if command.evaluation and outside_name is not None and outside_name != ROTATED:
             # What is wrong with it is said now, and not after the training.
@@ -519,12 +518,6 @@ def settings_in_words(recipe: Recipe) -> str:
     )
 
 
-def build_kernels_of(world: World) -> None:
-    """Compiles what is missing of the kernels of a process's GPU."""
-    if world.device.type == "cuda":
-        build_missing(architecture(world.device.index or 0))
-
-
 def way_of_run(
     command: Command,
     recipe: Recipe,
@@ -557,7 +550,6 @@ def way_of_run(
             backend=recipe.model.backend,
             seconds=seconds,
             run_steps=steps,
-            build=lambda: build_kernels_of(world),
         )
     )
 

@@ -13,8 +13,7 @@ import hashlib
 import json
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -37,6 +36,7 @@ from .graph import is_recorded, unrecordable
 from .processes import World
 from .run_folder import describe_machine
 from .step import TrainStep, compiler_for
+from .warm_up import Calls, build_kernels
 
 # Steps that set up what is set up once, of which the third is recorded, and steps that are timed.
 FIRST, TIMED = 4, 10
@@ -48,6 +48,8 @@ LIMIT, SHARE = 300.0, 0.05
 # layer in the run's own precision is further away.
 NOISE = {torch.float32: 0.01, torch.bfloat16: 0.05, torch.float16: 0.05}
 WORSE_THAN_LAYERS = 2.0
+# The losses are means over the samples, and may be apart by so much of it.
+OF_LOSSES = 0.2
 # Halvings of float16's first loss scale, 2**16.
 SCALES = 16
 TIME_WAS_UP = "time was up"
@@ -85,6 +87,8 @@ class Measured(NamedTuple):
     """Distance of the weights' change in one step from that in float32, relative to it."""
     fault: str | None
     """Why the way is none."""
+    losses_apart: float | None = None
+    """Distance of the losses of that step from those in float32, relative to them."""
 
 
 @dataclass(frozen=True)
@@ -188,7 +192,6 @@ def choose_way(
     backend: Backend = "auto",
     seconds: float = LIMIT,
     run_steps: int | None = None,
-    build: Callable[[], None] | None = None,
     anew: bool = False,
 ) -> Choice | None:
     """Measures the ways that a run leaves open, or remembers what was measured of them.
@@ -201,7 +204,6 @@ def choose_way(
         backend: what the run asks for.
         seconds: after which no other way is begun.
         run_steps: of the run; measuring then takes at most a twentieth of its time.
-        build: compiles the kernels, if they are going to be tried.
         anew: measure also what is remembered.
 
     Returns:
@@ -226,12 +228,9 @@ def choose_way(
         noise=NOISE[getattr(torch, config.amp_dtype) if config.amp else torch.float32],
         seconds=seconds,
         run_steps=run_steps,
-        build=build,
         anew=anew,
+        device=world.device,
     )
-
-
-Loss = Callable[[nn.Module, Tensor], Tensor]
 
 
 @typed
@@ -246,12 +245,14 @@ def choose_backend(
     """Gives a network's blocks the backend that is fastest here; for training loops of one's own.
 
     It is called in the mode (`train` or `eval`) and under the autocast of the calls to come, and
-    leaves no kernel to compile in them. In evaluation, the forward pass alone is timed.
+    leaves no kernel to compile in them, as `warm_up` does for the backend that a network has. In
+    evaluation, the forward pass alone is timed.
 
     Args:
         model: on its device; of it the backend of the blocks is changed and nothing else.
         images: `[B, C, H, W]` as in a step.
-        loss: from a copy of the model and the images to a scalar; by default the sum of the logits.
+        loss: from a copy of the model and the images to a scalar; by default the mean square of the
+            logits.
         seconds: after which no other backend is begun.
         anew: measure also what is remembered.
 
@@ -263,12 +264,18 @@ def choose_backend(
     kind, autocast = images.device.type, torch.is_autocast_enabled(images.device.type)
 
     def attempt(way: Way, *, exact: bool = False) -> _Attempt:
-        return _Call(model, way, images, loss, exact=exact)
+        return _Call(_with_backend(model, way), images, loss, exact=exact)
 
     dtype = torch.get_autocast_dtype(kind) if autocast else images.dtype
     of_call = {"loss": getattr(loss, "__qualname__", None), "training": model.training}
     subject = {**_subject(model, images, ways), "settings": {**of_call, "dtype": str(dtype)}}
-    choice = _choose(ways, attempt, subject, noise=NOISE[dtype], seconds=seconds, anew=anew)
+    choice = _choose(
+        *(ways, attempt, subject),
+        noise=NOISE[dtype],
+        seconds=seconds,
+        anew=anew,
+        device=images.device,
+    )
     if choice is not None:
         for block in model.blocks:
             block.backend = choice.way.backend
@@ -300,8 +307,8 @@ def _choose(
     noise: float,
     seconds: float,
     run_steps: int | None = None,
-    build: Callable[[], None] | None = None,
     anew: bool = False,
+    device: torch.device,
 ) -> Choice | None:
     """The choice among ways, remembered or measured."""
     too_short = run_steps is not None and SHARE * run_steps < 2 + FIRST + TIMED
@@ -317,7 +324,7 @@ def _choose(
         except (ValueError, OSError):
             pass
     with torch.random.fork_rng(range(torch.cuda.device_count())):
-        choice = _measure(ways, attempt, subject, noise, seconds, run_steps, build)
+        choice = _measure(ways, attempt, subject, noise, seconds, run_steps, device)
     whole = choice is not None and not any(row.fault == TIME_WAS_UP for row in choice.rows)
     if choice is not None and path is not None and (whole or seconds >= LIMIT):
         try:
@@ -342,13 +349,13 @@ def _measure(
     noise: float,
     seconds: float,
     run_steps: int | None,
-    build: Callable[[], None] | None,
+    device: torch.device,
 ) -> Choice | None:
     """A row for every way, in their order; None where not even the first was tried."""
     start = time.monotonic()
     try:
         layers = attempt(BY_LAYERS)
-        own, by_layers = _first(layers), layers.milliseconds()
+        own, by_layers = layers.first(), layers.milliseconds()
         del layers
         exact = _in_float32(attempt) or own
     except Exception as error:
@@ -360,13 +367,16 @@ def _measure(
         seconds = min(seconds, SHARE * run_steps * by_layers / 1000)
     if time.monotonic() - start > seconds:
         return None
-    if build is not None and any(way.backend in ("fused", "triton") for way in ways):
-        build()
-    limit = WORSE_THAN_LAYERS * max(noise, apart)
+    if any(way.backend in ("fused", "triton") for way in ways):
+        build_kernels(device)
+    limits = _Apart(
+        WORSE_THAN_LAYERS * max(noise, apart.change),
+        WORSE_THAN_LAYERS * max(OF_LOSSES * noise, apart.losses),
+    )
     rows = [
-        Measured(way, by_layers, apart, None)
+        Measured(way, by_layers, apart.change, None, apart.losses)
         if way == BY_LAYERS
-        else _row(way, attempt, exact, limit, start + seconds)
+        else _row(way, attempt, exact, limits, start + seconds)
         for way in ways
     ]
     if rows[0].fault == TIME_WAS_UP:
@@ -376,10 +386,10 @@ def _measure(
     return Choice(best.way, rows, by_layers, subject)
 
 
-def _in_float32(attempt: Callable[..., _Attempt]) -> list[Tensor] | None:
+def _in_float32(attempt: Callable[..., _Attempt]) -> _First | None:
     """Returns what comes of layer by layer in float32; None where the memory is too small."""
     try:
-        return _first(attempt(BY_LAYERS, exact=True))
+        return attempt(BY_LAYERS, exact=True).first()
     except torch.OutOfMemoryError:
         return None
 
@@ -387,14 +397,14 @@ def _in_float32(attempt: Callable[..., _Attempt]) -> list[Tensor] | None:
 def _row(
     way: Way,
     attempt: Callable[..., _Attempt],
-    exact: Sequence[Tensor],
-    limit: float,
+    exact: _First,
+    limits: _Apart,
     deadline: float,
 ) -> Measured:
     if time.monotonic() > deadline:
         return Measured(way, None, None, TIME_WAS_UP)
     try:
-        row = _tried(way, attempt, exact, limit)
+        row = _tried(way, attempt, exact, limits)
     except Exception as error:
         # A kernel that does not compile or a device out of memory is a fault of the way.
         row = Measured(way, None, None, f"left out: {brief(error)}")
@@ -402,38 +412,57 @@ def _row(
         # Of many networks compiled in a process, the last would not be.
         torch.compiler.reset()
     gc.collect()
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError as error:
+            raise ValueError(
+                f"{way.flags}: the GPU computes nothing more in this process since this way was "
+                f"tried: {str(error).partition(chr(10))[0]}; begin again with another --backend, "
+                "--torchcompile or --graph, or without measuring (--tune-seconds 0)"
+            ) from error
     torch.cuda.empty_cache()
     return row
 
 
-def _tried(
-    way: Way, attempt: Callable[..., _Attempt], exact: Sequence[Tensor], limit: float
-) -> Measured:
+def _tried(way: Way, attempt: Callable[..., _Attempt], exact: _First, limits: _Apart) -> Measured:
     one = attempt(way)
-    apart = _apart(_first(one), exact)
-    # Written so that a NaN is a fault.
-    if not apart <= limit:
-        fault = f"refused: {apart:.2g} apart from a step in float32, more than {limit:.2g}"
-        say(f"warning: {way.flags} is {fault}", file=sys.stderr)
-        return Measured(way, None, apart, fault)
-    return Measured(way, one.milliseconds(), apart, None)
+    apart = _apart(one.first(), exact)
+    for what, distance, limit in zip(("results", "losses"), apart, limits, strict=True):
+        # Written so that a NaN is a fault.
+        if not distance <= limit:
+            words = f"{distance:.2g} apart from those in float32, more than {limit:.2g}"
+            fault = f"refused: its {what} are {words}"
+            say(f"warning: {way.flags} is {fault}", file=sys.stderr)
+            return Measured(way, None, apart.change, fault, apart.losses)
+    return Measured(way, one.milliseconds(), apart.change, None, apart.losses)
+
+
+class _First(NamedTuple):
+    """What comes of a first step, in float64."""
+
+    change: list[Tensor]
+    losses: list[Tensor]
+
+
+class _Apart(NamedTuple):
+    """How far what comes of it is from that in float32, or may be, relative to it."""
+
+    change: float
+    losses: float
 
 
 class _Attempt(Protocol):
     """A copy of a network that computes in one way."""
 
-    def first(self) -> Iterable[Tensor]:
-        """Compute once; what comes of it, in float64."""
+    def first(self) -> _First:
+        """Compute once."""
 
     def milliseconds(self) -> float:
         """Mean time of a step, after those that set up."""
 
 
-def _first(attempt: _Attempt) -> list[Tensor]:
-    return [each.detach().double() for each in attempt.first()]
-
-
-def _timed(steps: Callable[[int], None], device: torch.device) -> float:
+def _timed(steps: Callable[[int], Any], device: torch.device) -> float:
     def wait(count: int) -> float:
         steps(count)
         if device.type == "cuda":
@@ -464,7 +493,7 @@ class _Step:
         self.step = TrainStep(twin, replace(config, **changed), World(device=self.device), 1000)
         self.count = 0
 
-    def first(self) -> Iterable[Tensor]:
+    def first(self) -> _First:
         before = [each.detach().double() for each in self.step.parameters]
         # In float16 the loss is scaled too much at first, and steps change nothing.
         for _ in range(SCALES):
@@ -476,7 +505,8 @@ class _Step:
                 break
         # Steps without a warm-up might end in numbers that are not finite.
         self.step.config = replace(self.step.config, lr=1e-12, min_lr=0.0)
-        return change
+        terms = 2 + len(self.step.model.codebooks)
+        return _First(change, [self.step.latest[:terms].clone()])
 
     def milliseconds(self) -> float:
         return _timed(self._steps, self.device)
@@ -488,41 +518,28 @@ class _Step:
         self.step.finish()
 
 
-class _Call:
+class _Call(Calls):
     """Calls of a network, of which the first counts by its gradients, in evaluation by logits."""
 
-    def __init__(
-        self, model: CodedResNeXt, way: Way, images: Tensor, loss: Loss | None, *, exact: bool
-    ) -> None:
-        self.twin, self.images = _with_backend(model, way), images.detach()
-        self.loss = loss or (lambda twin, batch: twin(batch).float().sum())
-        self.exact = exact
-        if exact:
-            self.twin, self.images = self.twin.float(), self.images.float()
-
-    def first(self) -> Iterable[Tensor]:
+    def first(self) -> _First:
         torch.manual_seed(0)
-        self._calls(1)
+        result = self().detach().double()
         if not self.twin.training:
-            return [self.logits]
-        return [p.grad for p in self.twin.parameters() if p.grad is not None]
+            return _First([result], [])
+        gradients = [p.grad.double() for p in self.twin.parameters() if p.grad is not None]
+        return _First(gradients, [result])
 
     def milliseconds(self) -> float:
-        return _timed(self._calls, self.images.device)
-
-    def _calls(self, calls: int) -> None:
-        kind, training = self.images.device.type, self.twin.training
-        plain = torch.autocast(kind, enabled=False) if self.exact else nullcontext()
-        for _ in range(calls):
-            with plain, torch.set_grad_enabled(training):
-                if training:
-                    self.twin.zero_grad(set_to_none=True)
-                    self.loss(self.twin, self.images).backward()
-                else:
-                    self.logits = self.twin(self.images)
+        return _timed(self, self.images.device)
 
 
-def _apart(actual: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
-    """Returns the norm of the difference over that of what is exact."""
+def _apart(actual: _First, exact: _First) -> _Apart:
+    """Returns the norms of the differences over those of what is exact."""
+    return _Apart(*(_distance(*pair) for pair in zip(actual, exact, strict=True)))
+
+
+def _distance(actual: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
+    if not exact:
+        return 0.0
     differences = torch.stack([(a - e).norm() for a, e in zip(actual, exact, strict=True)])
     return float(differences.norm() / torch.stack([e.norm() for e in exact]).norm())

@@ -12,9 +12,10 @@ from functools import cache
 from typing import Any
 
 from triton import knobs
+from triton.runtime import driver
 from triton.runtime.cache import CacheManager, FileCacheManager
 
-from .index import Prebuilt, find_prebuilt, toolchain
+from .index import Prebuilt, find_prebuilt, folders, toolchain
 
 logger = logging.getLogger(__name__)
 
@@ -84,8 +85,27 @@ def install() -> int:
                 source.toolchain,
                 toolchain(),
             )
+    arch = _architecture() if folders() else None
+    if arch is not None and all(source.arch != arch for source in current):
+        logger.warning(
+            "no kernels were built for %s: each is compiled when it is first launched, one after "
+            "the other. `coded-resnext build-kernels`, or coded_resnext.warm_up before the first "
+            "step, compiles them on all processors",
+            arch,
+        )
     if current:
         PrebuiltFirst.replaced = knobs.cache.manager_class or FileCacheManager
         PrebuiltFirst.sources = current
         knobs.cache.manager_class = PrebuiltFirst
     return sum(len(source.kernels) for source in current)
+
+
+def _architecture() -> str | None:
+    """Returns the name of the architecture that Triton compiles for; None without a GPU."""
+    if knobs.runtime.interpret:
+        return None
+    try:
+        target = driver.active.get_current_target()
+    except RuntimeError:
+        return None
+    return f"sm{target.arch}" if target.backend == "cuda" else str(target.arch)

@@ -1,4 +1,4 @@
-"""Before a training by the kernels, what was not built is built; tuning says where they win."""
+"""Before a step by the kernels, what was not built is built; tuning says where they win."""
 
 from __future__ import annotations
 
@@ -8,29 +8,35 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from coded_resnext import create_model
-from coded_resnext.cli import build_kernels
 from coded_resnext.cli.main import main
 from coded_resnext.kernels.build.build import BuildError
-from coded_resnext.training import ways
+from coded_resnext.kernels.prebuilt.index import default_folder
+from coded_resnext.training import warm_up, ways
 from coded_resnext.training.config import TrainingConfig
 from coded_resnext.training.ways import Way, choose_way
 
 
 @pytest.mark.parametrize(
-    ("arch", "lacking", "error", "said"),
+    ("arch", "lacking", "error", "named", "said"),
     [
-        ("sm90", ["a kernel"], None, "compiling the kernels for sm90, once, into"),
-        ("sm90", ["a kernel"], BuildError("no ninja"), "as they are needed instead: no ninja"),
-        ("sm90", [], None, ""),
-        ("gfx942", ["a kernel"], None, ""),
+        ("sm90", ["a kernel"], None, None, "compiling the kernels for sm90, once, into"),
+        ("sm90", ["it"], BuildError("no ninja"), None, "as they are needed instead: no ninja"),
+        ("sm90", [], None, None, ""),
+        ("gfx942", ["a kernel"], None, None, ""),
+        # A build would go where nobody looks.
+        ("sm90", ["a kernel"], None, "/opt/kernels", ""),
+        ("sm90", ["a kernel"], None, "", ""),
+        (None, ["a kernel"], None, None, ""),
     ],
 )
 def test_what_is_missing_is_built_once(
-    arch: str,
+    arch: str | None,
     lacking: list[str],
     error: Exception | None,
+    named: str | None,
     said: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -43,11 +49,15 @@ def test_what_is_missing_is_built_once(
         if error is not None:
             raise error
 
-    monkeypatch.setattr(build_kernels, "default_folder", lambda: tmp_path)
-    monkeypatch.setattr(build_kernels, "missing", lambda *_: lacking)
-    monkeypatch.setattr(build_kernels, "build", build)
-    build_kernels.build_missing(arch)
-    assert built == ([(["sm90"], tmp_path)] if said else [])
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    if named is not None:
+        monkeypatch.setenv("CODED_RESNEXT_KERNELS", named)
+    monkeypatch.setattr(warm_up, "backends", lambda: {"triton": None})
+    monkeypatch.setattr(warm_up, "architecture", lambda _: arch)
+    monkeypatch.setattr(warm_up, "missing", lambda *_: lacking)
+    monkeypatch.setattr(warm_up, "build", build)
+    warm_up.build_kernels(torch.device("cpu") if arch is None else torch.device("cuda", 0))
+    assert built == ([(["sm90"], default_folder())] if said else [])
     text = capsys.readouterr().err
     assert said in text
     assert bool(said) == bool(text)

@@ -325,7 +325,7 @@ def test_auto_compiles_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> Non
         assert compiler_for("eager", gpu, "auto") == "eager"
 
 
-SLOW, WRONG, FAILS = (Way("torch", name) for name in ("slow", "wrong", "fails"))
+SLOW, WRONG, FAILS, LOUD = (Way("torch", name) for name in ("slow", "wrong", "fails", "loud"))
 
 
 class Planted(TrainStep):
@@ -347,6 +347,9 @@ class Planted(TrainStep):
         if self.planted == "slow":
             time.sleep(1)
         super().__call__(batch, step)
+        if self.planted == "loud":
+            # What the step changes is right.
+            self.latest = 1.1 * self.latest
 
 
 @pytest.fixture
@@ -403,6 +406,40 @@ def test_the_fastest_right_way_is_taken(
     assert_same(dict(model.state_dict()), before)
 
 
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_way_of_other_losses_is_refused(
+    precision: str, planted: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Though it changes the weights as it should."""
+    planted.setattr(ways, "open_ways", lambda *_: [BY_LAYERS, SLOW, LOUD])
+    half = {"amp": True, "amp_dtype": "bfloat16"} if precision == "bfloat16" else {}
+    choice = choose_way(make_model(), 6, make_config(**half))
+    assert choice is not None
+    layers, slow, loud = choice.rows
+    assert (loud.apart, slow.apart) == (layers.apart, layers.apart)
+    assert layers.losses_apart == slow.losses_apart
+    assert loud.losses_apart == pytest.approx(0.1, abs=0.02)
+    assert (layers.fault, slow.fault) == (None, None)
+    assert (loud.fault or "").startswith("refused: its losses are ")
+    assert "warning: --backend torch --torchcompile loud" in capsys.readouterr().err
+    assert choice.way == BY_LAYERS
+
+
+def test_a_way_that_takes_the_gpu_away_ends_the_run(planted: pytest.MonkeyPatch) -> None:
+    """After an illegal address nothing can be computed in the process; the sentence names it."""
+
+    def synchronize(_device: object = None) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    planted.setattr(torch.cuda, "is_initialized", lambda: True)
+    planted.setattr(torch.cuda, "synchronize", synchronize)
+    expected = "--torchcompile fails --graph never: the GPU computes nothing more in this process"
+    planted.setattr(ways, "open_ways", lambda *_: [BY_LAYERS, FAILS])
+    with pytest.raises(ValueError, match=expected) as raised:
+        choose()
+    assert "an illegal memory access" in str(raised.value)
+
+
 def test_float16_is_compared_by_a_step_that_counts(planted: pytest.MonkeyPatch) -> None:
     """Its first ones only find the scale of the loss."""
     model, config = (
@@ -411,7 +448,7 @@ def test_float16_is_compared_by_a_step_that_counts(planted: pytest.MonkeyPatch) 
     )
     step = ways._Step(model, BY_LAYERS, config, batch_of(0, 8))
     scale = step.step.scaler.get_scale()
-    change = step.first()
+    change = step.first().change
     assert step.step.scaler.get_scale() < scale
     assert any(bool(each.any()) for each in change)
     choice = choose_way(model, 6, config)
@@ -423,7 +460,7 @@ def test_float16_is_compared_by_a_step_that_counts(planted: pytest.MonkeyPatch) 
 def test_timed_steps_go_nowhere(few: pytest.MonkeyPatch) -> None:
     """Without its warm-up, a run's learning rate might end in numbers that are not finite."""
     step = ways._Step(make_model(), BY_LAYERS, make_config(), batch_of(0, 8))
-    assert any(bool(each.abs().max() > 1e-3) for each in step.first())
+    assert any(bool(each.abs().max() > 1e-3) for each in step.first().change)
     before = [each.detach().clone() for each in step.step.parameters]
     step.milliseconds()
     for value, earlier in zip(step.step.parameters, before, strict=True):
@@ -556,6 +593,14 @@ def test_blocks_get_the_fastest_backend(training: bool, few: pytest.MonkeyPatch)
     assert {block.backend for block in model.blocks} == {choice.way.backend}
     assert_same(dict(model.state_dict()), before)
     assert all(p.grad is None for p in model.parameters())
+
+    # One whose loss is another is refused, though its gradients are right.
+    def other(twin: Any, batch: Tensor) -> Tensor:
+        return twin(batch).square().mean() + (twin.blocks[0].backend == "reference")
+
+    refused = choose_backend(model, images, other)
+    assert refused is not None
+    assert ("its losses" in (refused.rows[1].fault or "")) == training
     # A loss of one's own sees a copy of the network and all images.
     seen: list[Any] = []
 

@@ -15,6 +15,7 @@ from support.helpers import needs_triton
 from torch import Tensor, nn
 
 from coded_resnext import CodedLoss, CodedResNeXt, Stage, WarmUp, warm_up
+from coded_resnext.kernels.prebuilt.index import toolchain
 from coded_resnext.kernels.rows import LaunchRow
 
 SCRIPT = Path(__file__).with_name("warm_up_a_layer.py")
@@ -102,6 +103,70 @@ def test_everything_stays_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
         assert torch.equal(value, before[name]), name
     for parameter, gradient in zip(model.parameters(), gradients, strict=True):
         assert torch.equal(parameter.grad, gradient)
+
+
+@needs_triton
+@pytest.mark.parametrize("training", [True, False])
+def test_the_kernels_of_the_calls_to_come(training: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In evaluation those without gradients, which differ."""
+    stages = [Stage(1, 16, 2, 8, 8), Stage(1, 16, 2, 10, 5, stride=2)]
+    model = CodedResNeXt(stages, 10, stem_channels=8, in_channels=1, backend="triton")
+    model.train(training)
+    launched: set[LaunchRow] = set()
+    real = LaunchRow.launch
+
+    def note(row: LaunchRow, grid: tuple[int, ...], *args: Any) -> None:
+        launched.add(row)
+        real(row, grid, *args)
+
+    monkeypatch.setattr(LaunchRow, "launch", note)
+    images = torch.rand(3, 1, 4, 4)
+    warm_up(model, images)
+    warmed = set(launched)
+    launched.clear()
+    with torch.set_grad_enabled(training):
+        logits = model(images)
+    if training:
+        logits.sum().backward()
+    assert launched == warmed
+
+
+# The first two kernels that a process looks up.
+LOOK_UP = """
+from coded_resnext.kernels.build.shipped import shipped_rows
+from coded_resnext.kernels.build.stub_driver import install_stub_driver
+install_stub_driver("sm90")
+rows = {row.kernel: row for _, row in shipped_rows("sm90")}
+for kernel in list(rows)[:2]:
+    rows[kernel].function()
+"""
+
+
+@pytest.mark.parametrize(
+    ("kernels", "built", "lines"),
+    [(None, [], 1), (None, ["sm80"], 1), (None, ["sm90"], 0), ("", [], 0)],
+)
+def test_a_first_launch_says_what_compiles_in_parallel(
+    kernels: str | None, built: list[str], lines: int, tmp_path: Path
+) -> None:
+    """A model that is called directly: its kernels are compiled one after the other."""
+    clean = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    clean |= {"XDG_CACHE_HOME": str(tmp_path)}
+    clean |= {} if kernels is None else {"CODED_RESNEXT_KERNELS": kernels}
+    folder = tmp_path / "coded-resnext" / "kernels" / "-".join(("triton", *toolchain().values()))
+    for arch in built:
+        (folder / arch).mkdir(parents=True)
+        index = {"format": 1, "arch": arch, "toolchain": toolchain(), "kernels": {}, "rows": {}}
+        (folder / arch / "index.json").write_text(json.dumps(index))
+    result = subprocess.run(
+        [sys.executable, "-c", LOOK_UP], env=clean, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    said = [line for line in result.stderr.splitlines() if "kernels" in line]
+    assert len(said) == lines, result.stderr
+    for line in said:
+        assert line.startswith("no kernels were built for sm90: each is compiled when it is first")
+        assert "`coded-resnext build-kernels`, or coded_resnext.warm_up" in line
 
 
 def test_without_a_loss_the_logits_are_enough() -> None:

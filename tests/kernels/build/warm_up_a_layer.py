@@ -6,6 +6,7 @@ A process of its own, since it compiles.
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import asdict
 
 import torch
@@ -14,8 +15,8 @@ from torch import Tensor, nn
 from coded_resnext import Codebook, warm_up
 from coded_resnext.kernels import coded_aggregate, coding_loss, layout
 from coded_resnext.kernels.build.stub_driver import install_stub_driver
-from coded_resnext.kernels.build.warm_up import watched
 from coded_resnext.kernels.loss import operator as loss_operator
+from coded_resnext.training import warm_up as room
 
 
 class Layer(nn.Module):
@@ -44,11 +45,19 @@ if __name__ == "__main__":
         module.interpreted = lambda: True
     # Nothing runs, so that results are what the memory holds, and losses refuse what is not finite.
     Tensor.new_empty, torch.empty_like = Tensor.new_zeros, torch.zeros_like
+    if "--build" in sys.argv:
+        # Images are on a CPU here, and the kernels are built as for those on a GPU.
+        build, room.backends, room.architecture = (
+            room.build_kernels,
+            lambda: {"triton": None},
+            lambda _: "sm90",
+        )
+        room.build_kernels = lambda _: build(torch.device("cuda", 0))
     codewords = Codebook.shipped(10, 10, 5).codewords
     layer = Layer()
     h = torch.rand(5, 40, 4, 4).contiguous(memory_format=torch.channels_last)
     result = warm_up(layer, h, step)
     warmed = len(driver.launches)
-    with watched() as asked:
+    with room.watched() as asked:
         step(layer, h).backward()
     print(json.dumps({**asdict(result), "asked": asked, "launches": driver.launches[warmed:]}))
