@@ -22,6 +22,7 @@ import os
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -221,14 +222,15 @@ def summary(state: State) -> str:
     wrong = list(faults(state))
     lines += [f"WRONG: {fault[:160]}" for fault in wrong[:12]]
     checks = sum("wrong" in row for stage in STAGES for row in state.rows(stage))
-    lines.append(f"{checks} checks, {len(wrong)} wrong; stages, with the estimates for an H100:")
     taken, estimated = (state.content.get(key, {}) for key in ("seconds", "estimated_seconds"))
-    lines += [
-        f"    {stage:<10} {outcome}, {taken[stage]:.0f} s of {estimated[stage]:.0f}"
+    minutes, expected = (sum(times.values()) / 60 for times in (taken, estimated))
+    lines.append(f"{checks} checks, {len(wrong)} wrong")
+    lines.append(f"{minutes:.1f} minutes, by estimate {expected:.1f}; stages:")
+    ended = [
+        f"{stage} {outcome}, {taken[stage]:.0f} s for {estimated[stage]:.0f}"
         for stage, outcome in state.stages.items()
     ]
-    minutes = [sum(times[stage] for stage in state.stages) / 60 for times in (taken, estimated)]
-    lines.append(f"    all        {minutes[0]:.1f} minutes of {minutes[1]:.1f}")
+    lines += textwrap.wrap("; ".join(ended), 96, initial_indent="    ", subsequent_indent="    ")
     if state.content.get("gpu") is None:
         lines.append("this was a dry run: the times above are those of an interpreter")
     return "\n".join(lines)

@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -365,8 +366,11 @@ def headline(task: Task) -> list[Call]:
     ways("plain", "torch", compile=True)
     if not task.dry:
         # In the interpreter a step by the kernels takes long.
-        for kind, backend in (("coded", "fused"), ("timm", "torch")):
-            ways(kind, backend)
+        ways("coded", "fused")
+    if find_spec("timm") is not None:
+        ways("timm", "torch")
+    else:
+        calls.append(Call("timm, torch", lambda: {"left_out": "timm is not installed"}, 0.0))
     return calls
 
 

@@ -43,7 +43,10 @@ def build_kernels(device: torch.device) -> None:
     if not arch.startswith("sm") or folder is None or folders() != [folder]:
         return
     try:
+        if not missing([arch], folder):
+            return
         with _alone(folder):
+            # Another process may have built them meanwhile.
             if missing([arch], folder):
                 say(f"compiling the kernels for {arch}, once, into {folder}", file=sys.stderr)
                 build([arch], folder)

@@ -538,6 +538,16 @@ def test_measuring_takes_no_longer_than_it_may(planted: pytest.MonkeyPatch, tmp_
     assert not (tmp_path / "ways").exists()
 
 
+def test_building_kernels_is_not_measuring(planted: pytest.MonkeyPatch) -> None:
+    """They are of use for later runs, and leave this one the time to try what needs them."""
+    planted.setattr(ways, "open_ways", lambda *_: [BY_LAYERS, Way("fused")])
+    seconds, built = iter(range(10**6)), []
+    planted.setattr(ways.time, "monotonic", lambda: next(seconds) + 3600 * len(built))
+    planted.setattr(ways, "build_kernels", built.append)
+    assert choose(seconds=9).rows[1].fault is None
+    assert built == [torch.device("cpu")]
+
+
 def test_a_step_that_is_not_finite_measures_nothing(
     planted: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
