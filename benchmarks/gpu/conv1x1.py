@@ -2,8 +2,8 @@
 
 A part of check.py. Every layer for which the selection table of `kernels/conv1x1/rows.py`
 names kernels is checked in its three passes against float64, repeated for equal bits, and timed:
-by the kernels, and by cuBLAS with PyTorch's elementwise passes around it, eager and compiled. What
-comes out is to replace the predictions of that table.
+by the kernels, and by cuBLAS with PyTorch's elementwise passes around it. What comes out is to
+replace the predictions of that table.
 """
 
 from __future__ import annotations
@@ -154,9 +154,7 @@ def least_bytes(layer: Layer, which: str, item: int) -> float:
     return item * pixels * (wide * layer.inputs + narrow * layer.outputs)
 
 
-def time_layer(
-    layer: Layer, device: torch.device, bandwidth: float | None, compiler: str | None
-) -> dict[str, Any]:
+def time_layer(layer: Layer, device: torch.device, bandwidth: float | None) -> dict[str, Any]:
     """Milliseconds of each pass by each means, in bfloat16."""
     call = Call(layer, torch.bfloat16, device)
     row: dict[str, Any] = {"layer": layer.name, "ms": {}, "over_floor": {}}
@@ -169,9 +167,6 @@ def time_layer(
             "kernel": median_ms(lambda which=which: call.run(which, KERNELS), device),
             "library": median_ms(library(which), device),
         }
-        if compiler is not None:
-            form = torch.compile(plain_form(call, which), backend=compiler, dynamic=False)
-            times["compiled"] = median_ms(form, device)
         row["ms"][which] = times
         if bandwidth is not None:
             floor = 1000 * least_bytes(layer, which, 2) / bandwidth

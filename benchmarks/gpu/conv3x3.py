@@ -1,9 +1,8 @@
 """The grouped 3x3 convolutions of whole networks on the GPU at hand: right, repeatable, how fast.
 
 A part of check.py. Every layer is checked in its three passes against float64, repeated for
-equal bits, and timed against cuDNN: in both layouts, with groups merged by zeros, and, between
-BatchNorms, in a compiled form. The selection table of `kernels/conv3x3/rows.py` is to say what
-comes out. (Compiled alone, a convolution is cuDNN's.)
+equal bits, and timed against cuDNN: in both layouts, and with groups merged by zeros. The selection
+table of `kernels/conv3x3/rows.py` is to say what comes out.
 """
 
 from __future__ import annotations
@@ -159,16 +158,6 @@ class Call:
 
         return run
 
-    def time_fused(self, form: Callable[..., tuple[Tensor, ...]]) -> tuple[float, float]:
-        """Milliseconds of a fused form, forward, and backward to input and weight together."""
-        x, weight = (value.detach().requires_grad_() for value in (self.x, self.weight))
-        y = form(x, weight)[0]
-        forward = median_ms(lambda: form(x, weight), x.device)
-        backward = median_ms(
-            lambda: torch.autograd.grad(y, (x, weight), self.grad, retain_graph=True), x.device
-        )
-        return forward, backward
-
 
 def error(actual: Tensor, exact: Tensor) -> float:
     """Largest difference over the largest magnitude."""
@@ -195,9 +184,7 @@ def check_layer(
     return row
 
 
-def time_layer(
-    layer: Layer, device: torch.device, bandwidth: float | None, compiler: str | None
-) -> dict[str, Any]:
+def time_layer(layer: Layer, device: torch.device, bandwidth: float | None) -> dict[str, Any]:
     """Milliseconds of each pass by each means, in bfloat16."""
     call = Call(layer, torch.bfloat16, device)
     windows = GroupedWindows.of(GroupedSizes(layer.groups, layer.width, layer.stride))
@@ -219,11 +206,6 @@ def time_layer(
         for name, other in libraries.items():
             times[name] = median_ms(lambda o=other, which=which: o.library(which), device)
         row["ms"][which] = times
-    if compiler is not None:
-        form = torch.compile(call.fused("torch"), backend=compiler, dynamic=False)
-        kernel, compiled = call.time_fused(call.fused("triton")), call.time_fused(form)
-        for index, which in enumerate(("fused forward", "fused backward")):
-            row["ms"][which] = {"kernel": kernel[index], "compiled": compiled[index]}
     if bandwidth is not None:
         moved = 2 * (call.x.numel() + call.grad.numel())
         row["forward_over_floor"] = row["ms"]["forward"]["kernel"] / (1000 * moved / bandwidth)

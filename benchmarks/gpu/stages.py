@@ -442,7 +442,7 @@ def operators(task: Task) -> list[Call]:
             Call(
                 f"{operator.name}, {place.name}",
                 lambda o=operator, p=place: measure(
-                    o, p, torch.bfloat16, device, task.bandwidth, None, task.deadline
+                    o, p, torch.bfloat16, device, task.bandwidth, task.deadline
                 ),
                 2.0,
             )
@@ -451,7 +451,7 @@ def operators(task: Task) -> list[Call]:
     calls += [
         Call(
             f"grouped convolution, {layer.name}",
-            lambda c=layer: conv3x3.time_layer(c, device, task.bandwidth, None),
+            lambda c=layer: conv3x3.time_layer(c, device, task.bandwidth),
             2.0,
         )
         for layer in (conv3x3.TINY if task.dry else conv3x3.LAYERS[:7])
@@ -459,7 +459,7 @@ def operators(task: Task) -> list[Call]:
     calls += [
         Call(
             f"1x1, {layer.name}",
-            lambda c=layer: conv1x1.time_layer(c, device, task.bandwidth, None),
+            lambda c=layer: conv1x1.time_layer(c, device, task.bandwidth),
             0.6,
         )
         for layer in (conv1x1.TINY if task.dry else conv1x1.LAYERS[: len(conv1x1.LAYERS) // 2])

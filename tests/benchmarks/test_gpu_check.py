@@ -295,9 +295,7 @@ def test_a_faulty_registration_is_found() -> None:
 
 
 def test_when_time_is_up_the_rest_is_named() -> None:
-    rows = timing.measure(
-        AGGREGATE, TINY[0], torch.float32, CPU, 1e12, None, timing.Deadline(minutes=-1)
-    )
+    rows = timing.measure(AGGREGATE, TINY[0], torch.float32, CPU, 1e12, timing.Deadline(minutes=-1))
     assert [row["pass"] for row in rows] == ["forward", "backward"]
     assert all(row["ms"] == {} for row in rows)
     assert rows[0]["left_out"]["kernel"] == "time was up"
@@ -352,7 +350,7 @@ def test_a_block_that_evaluates_otherwise_is_wrong(
 
 def test_ratios_and_the_least_time() -> None:
     (row, _) = timing.measure(
-        AGGREGATE, TINY[0], torch.float32, CPU, 1e12, None, timing.Deadline(minutes=5)
+        AGGREGATE, TINY[0], torch.float32, CPU, 1e12, timing.Deadline(minutes=5)
     )
     # h [3, 16, 5, 5], y [3, 24, 5, 5] and the weight [24, 16], each once.
     assert row["least_bytes"] == 4 * (3 * 16 * 25 + 3 * 24 * 25 + 24 * 16)
