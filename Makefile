@@ -40,7 +40,7 @@ bench: .venv/dev.stamp
 # Every kernel as compiled for two GPUs, run on the CPU; docs/kernels.md says what that shows.
 ptx: .venv/dev.stamp
 	for arch in sm80 sm90; do \
-		PYTHONPATH=tests $(PYTEST) -p ptx.plugin --arch $$arch \
+		PYTHONPATH=tests $(PYTEST) --dist load -p ptx.plugin --arch $$arch \
 			tests/ptx/compiled_*.py tests/kernels/loss tests/kernels/recompute tests/kernels/residual || exit 1; \
 	done
 

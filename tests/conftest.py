@@ -33,11 +33,17 @@ def _fresh_compiler(request: pytest.FixtureRequest) -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _autograd_that_forks() -> None:
-    """A first backward pass behind some libraries' starts threads, and no fork could train then."""
+def _processes_that_fork() -> None:
+    """A child has none of its parent's threads, and must not wait for them.
+
+    GNU's OpenMP does wait, unless it uses one thread; and a first backward pass behind some
+    libraries' starts threads, without which no child could train.
+    """
     import torch
 
     torch.ones((), requires_grad=True).backward()
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
 
 
 @pytest.fixture(autouse=True)

@@ -4,8 +4,8 @@
 
 Libraries choose their instructions by the processor, and can be told to choose older ones. Each row
 tells all of them so. What this processor lacks is not run and counts as neither passed nor failed.
-`--tests` takes other tests than those of arithmetic, `--rows` some of the rows. Exits with 1 when a
-test failed, or when a setting had no effect.
+`--tests` takes other tests than those of arithmetic; `--rows` takes some of the rows and leaves the
+others in the file as they are. Exits with 1 when a test failed, or when a setting had no effect.
 """
 
 from __future__ import annotations
@@ -19,16 +19,15 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import date
 from pathlib import Path
 from typing import Any
 
-from suite_runs import ROOT, keep_rows, read_versions, run_tests, table_head, table_row
+from suite_runs import ROOT, keep_rows, kept_rows, read_versions, run_tests, table_head, table_row
 
 from coded_resnext.training.run_folder import describe_machine
 
 OUT = ROOT / "benchmarks" / "results" / "portability.json"
-COLUMNS = ("processor", "in effect", "threads", "passed", "skipped", "failed", "minutes")
+COLUMNS = ("processor", "in effect", "passed", "skipped", "failed", "minutes", "commit")
 AVX2 = ("avx2", "fma")
 AVX512 = ("avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl")
 
@@ -62,13 +61,18 @@ SAID = {"oneDNN": re.compile(r"cpu,isa:(.+)"), "MKL": re.compile(r"CNR:(\w+)")}
 class Processor:
     """A processor that is imitated: what the libraries are told, and what they must say then."""
 
-    name: str
+    kind: str
     environment: Mapping[str, str] = field(default_factory=dict)
     expected: Mapping[str, str] = field(default_factory=dict)
     """By library, a regular expression."""
     needs: tuple[str, ...] = ()
     """Flags without which this processor would stop at an instruction that it does not know."""
     threads: int = 1
+
+    @property
+    def name(self) -> str:
+        """Of its row."""
+        return f"{self.kind}, {self.threads} thread{'s' if self.threads > 1 else ''}"
 
 
 # The settings of one library do not reach another, so that one run can imitate all of them.
@@ -90,7 +94,7 @@ SAYS_OLDEST = {
 
 
 def processor(
-    name: str, aten: str, onednn: tuple[str, str], openblas: tuple[str, str], needs: tuple[str, ...]
+    kind: str, aten: str, onednn: tuple[str, str], openblas: tuple[str, str], needs: tuple[str, ...]
 ) -> Processor:
     """One that has `needs`; oneDNN and OpenBLAS have a setting and what they say of it."""
     told = {
@@ -99,7 +103,7 @@ def processor(
         "OPENBLAS_CORETYPE": openblas[0],
     }
     says = {"ATen": aten.upper(), "oneDNN": onednn[1], "OpenBLAS": openblas[1]}
-    return Processor(name, told, says, needs)
+    return Processor(kind, told, says, needs)
 
 
 PROCESSORS = (
@@ -133,23 +137,18 @@ def main() -> int:
     parser.add_argument("--processes", type=int, default=4, help="at most so many at once")
     arguments = parser.parse_args()
     tests = arguments.tests or arithmetic_tests()
-    rows: list[dict[str, Any]] = []
+    rows = kept_rows(arguments.out) if arguments.rows != [""] else {}
+    failed = False
     print(table_head(*COLUMNS), flush=True)
     for processor in PROCESSORS:
         if not any(part in processor.name for part in arguments.rows):
             continue
-        rows.append(try_tests(processor, arguments.python, tests, arguments.processes))
-        print(describe(rows[-1]), flush=True)
-        keep_rows(
-            arguments.out,
-            rows,
-            date=str(date.today()),
-            platform=platform.platform(),
-            machine=describe_machine(),
-            versions=read_versions(arguments.python),
-            tests=tests,
-        )
-    return int(any(row["failed"] for row in rows))
+        row = try_tests(processor, arguments.python, tests, arguments.processes)
+        rows[processor.name] = row
+        failed |= row["failed"] > 0
+        print(describe(row), flush=True)
+        keep_rows(arguments.out, (rows[one.name] for one in PROCESSORS if one.name in rows))
+    return int(failed)
 
 
 def arithmetic_tests() -> list[str]:
@@ -169,7 +168,15 @@ def try_tests(
     processor: Processor, python: Path, tests: Sequence[str], processes: int
 ) -> dict[str, Any]:
     """One row: what is in effect and how the tests went, or why they were not run."""
-    row: dict[str, Any] = {"name": processor.name, "threads": processor.threads, "failed": 0}
+    machine = describe_machine()
+    row: dict[str, Any] = {
+        "name": processor.name,
+        **{key: machine[key] for key in ("date", "commit", "cpu")},
+        "platform": platform.platform(),
+        "versions": read_versions(python),
+        "files": len(tests),
+        "failed": 0,
+    }
     lacking = [flag for flag in processor.needs if flag not in processor_flags()]
     if lacking:
         return {**row, "not_run": f"not on this processor: {', '.join(lacking)}"}
@@ -226,14 +233,14 @@ def processor_flags() -> set[str]:
 def describe(row: Mapping[str, Any]) -> str:
     """A row of the table."""
     if "not_run" in row:
-        return table_row(row["name"], row["not_run"], row["threads"], "", "", "", "")
+        return table_row(row["name"], row["not_run"], "", "", "", "", row["commit"])
     effect = "; ".join(
         f"{library} {row['in_effect'][library]}"
         for library in ("ATen", "oneDNN", "MKL", "OpenBLAS", "NumPy")
         if row["in_effect"][library]
     )
-    numbers = (row["threads"], row["passed"], row["skipped"], row["failed"])
-    return table_row(row["name"], effect, *numbers, round(row["seconds"] / 60, 1))
+    numbers = (row["passed"], row["skipped"], row["failed"], round(row["seconds"] / 60, 1))
+    return table_row(row["name"], effect, *numbers, row["commit"])
 
 
 if __name__ == "__main__":

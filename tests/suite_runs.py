@@ -11,7 +11,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -95,10 +95,16 @@ def search_path() -> str:
     return os.pathsep.join(filter(None, [str(ROOT / "tests"), os.environ.get("PYTHONPATH")]))
 
 
-def keep_rows(path: Path, rows: Sequence[Mapping[str, Any]], **described: Any) -> None:
-    """Write the rows and what is said of all of them; called after every row, each being long."""
-    content = {**described, "rows": list(rows)}
-    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+def kept_rows(path: Path) -> dict[str, dict[str, Any]]:
+    """The rows of an earlier run by their names."""
+    if not path.exists():
+        return {}
+    return {row["name"]: row for row in json.loads(path.read_text(encoding="utf-8"))["rows"]}
+
+
+def keep_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write the rows; called after every row, each being long."""
+    path.write_text(json.dumps({"rows": list(rows)}, indent=1) + "\n", encoding="utf-8")
 
 
 def table_row(*cells: object) -> str:

@@ -23,13 +23,13 @@ def test_wrong(): assert 1 + 1 == 3
 @pytest.mark.long
 def test_a_row_says_what_is_in_effect_and_what_failed(tmp_path: Path) -> None:
     (tmp_path / "test_three.py").write_text(TESTS)
-    processor = next(one for one in portability.PROCESSORS if one.name == "without AVX")
+    processor = next(one for one in portability.PROCESSORS if one.kind == "without AVX")
     row = try_tests(processor, PYTHON, [str(tmp_path)], 1)
     assert (row["passed"], row["skipped"], row["failed"]) == (2, 0, 1)
     assert row["in_effect"]["ATen"] == "DEFAULT"
     [failure] = row["failures"]
     assert failure.endswith("test_wrong")
-    assert describe(row).startswith("| without AVX | ATen DEFAULT; ")
+    assert describe(row).startswith("| without AVX, 1 thread | ATen DEFAULT; ")
     assert len(describe(row).split(" | ")) == table_head(*portability.COLUMNS).count("---")
 
 
@@ -38,7 +38,10 @@ def test_what_this_processor_lacks_is_not_called_passed() -> None:
     assert row["not_run"] == "not on this processor: no_such_flag"
     assert row["failed"] == 0
     assert "passed" not in row
-    assert describe(row) == "| future | not on this processor: no_such_flag | 1 |  |  |  |  |"
+    expected = (
+        f"| future, 1 thread | not on this processor: no_such_flag |  |  |  |  | {row['commit']} |"
+    )
+    assert describe(row) == expected
 
 
 @pytest.mark.long
@@ -78,8 +81,17 @@ def test_rows_are_kept_as_they_come(
     monkeypatch.setattr(sys, "argv", ["portability.py", "--out", str(out), "--tests", "tests"])
     assert portability.main() == 1
     content = json.loads(out.read_text())
-    assert [row["name"] for row in content["rows"]] == ["one", "two"]
-    assert content["versions"]["torch"]
+    assert [row["name"] for row in content["rows"]] == ["one, 1 thread", "two, 1 thread"]
+    assert all(row["versions"]["torch"] for row in content["rows"])
     assert capsys.readouterr().out.count("\n| ") == 2
     monkeypatch.setattr(sys, "argv", [*sys.argv, "--rows", "one"])
     assert portability.main() == 0
+    assert json.loads(out.read_text()) == content
+
+
+def test_the_table_of_the_docs_is_that_of_the_results() -> None:
+    rows = json.loads(portability.OUT.read_text(encoding="utf-8"))["rows"]
+    assert [row["name"] for row in rows] == [one.name for one in portability.PROCESSORS]
+    text = (portability.ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
+    assert [describe(row) for row in rows if describe(row) not in text] == []
+    assert not any(row["failed"] for row in rows)

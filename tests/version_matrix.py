@@ -12,7 +12,6 @@ operators, networks, export; `--tests tests` takes the whole suite. Exits with 1
 from __future__ import annotations
 
 import argparse
-import json
 import platform
 import shutil
 import subprocess
@@ -23,7 +22,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from suite_runs import ROOT, keep_rows, read_versions, run_tests, table_head, table_row
+from suite_runs import ROOT, keep_rows, kept_rows, read_versions, run_tests, table_head, table_row
 
 from coded_resnext.training.run_folder import describe_machine
 
@@ -149,13 +148,6 @@ def mismatches(requirements: Sequence[str], versions: Mapping[str, str | None]) 
         name, _, wanted = requirement.partition("==")
         if not fnmatch(versions[name] or "none", wanted):
             yield f"{name}: expected {wanted}, got {versions[name]}"
-
-
-def kept_rows(path: Path) -> dict[str, dict[str, Any]]:
-    """The rows of an earlier run by their names."""
-    if not path.exists():
-        return {}
-    return {row["name"]: row for row in json.loads(path.read_text(encoding="utf-8"))["rows"]}
 
 
 def last_uses(environments: Sequence[Environment]) -> list[bool]:
