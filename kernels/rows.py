@@ -187,9 +187,49 @@ class LaunchRow:
         return _function(self.kernel)
 
     def launch(self, grid: tuple[int, ...], *args: Any) -> None:
-        """Run the kernel on tensors in the order of `args`."""
-        if not getattr(_FAKE, "launches", False):
-            self.function()[grid](*args, **self.keywords)
+        """Run the kernel on tensors in the order of `args`.
+
+        Triton's own way from arguments to compiled code takes several times as long as the launch,
+        so it is gone once for each kind of arguments. Its settings are those of the first launch.
+        """
+        if getattr(_FAKE, "launches", False):
+            return
+        kind = (id(self), args[0].device, *map(_kind, args))
+        known = COMPILED.get(kind)
+        if known is not None:
+            known.kernel[(*grid, 1, 1)[:3]](*args, *known.constexprs)
+            return
+        function = self.function()
+        kernel = function[grid](*args, **self.keywords)
+        # The interpreter compiles nothing.
+        if kernel is not None:
+            values = dict(self.constexprs)
+            behind = tuple(values[name] for name in function.arg_names[len(args) :])
+            COMPILED[kind] = _Compiled(self, kernel, behind)
+
+
+class _Compiled(NamedTuple):
+    """A compiled kernel, with the row that it is of."""
+
+    row: LaunchRow
+    """Kept, since the place of another one would be taken for it."""
+    kernel: Any
+    """A `triton.compiler.CompiledKernel`."""
+    constexprs: tuple[int | float | str, ...]
+    """What it is called with behind the arguments."""
+
+
+COMPILED: dict[tuple[Any, ...], _Compiled] = {}
+"""By row, device, and what Triton looks at in the arguments. What changes a kernel empties it."""
+
+
+def _kind(argument: Any) -> Any:
+    """What Triton compiles a kernel for, of one that is specialised on no number."""
+    if argument is None or isinstance(argument, float):
+        return argument is None
+    if isinstance(argument, int):
+        return argument.bit_length() < 32
+    return argument.dtype, argument.data_ptr() % 16 == 0
 
 
 _FAKE = threading.local()

@@ -23,7 +23,7 @@ from torch import Tensor
 from coded_resnext.kernels import branch_energy, coding_losses, grouped_conv3x3
 from coded_resnext.kernels.coded import aggregate, energy
 from coded_resnext.kernels.recompute import launch as recompute_launch
-from coded_resnext.kernels.rows import ALL_PASSES
+from coded_resnext.kernels.rows import ALL_PASSES, COMPILED
 
 # ---- what is run
 
@@ -101,6 +101,7 @@ def planted(kernel: Any, right: str, wrong: str) -> Iterator[None]:
     def change(text: str) -> None:
         kernel._unsafe_update_src(text)
         kernel.device_caches.clear()
+        COMPILED.clear()
 
     change(source.replace(right, wrong))
     try:
