@@ -33,6 +33,7 @@ def test_json_is_the_content(run: Run, capsys: pytest.CaptureFixture[str], tmp_p
     assert not out.exists()
 
 
+@pytest.mark.long
 def test_tables_and_figures_of_the_saved_results(
     run: Run, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

@@ -233,6 +233,7 @@ def test_posterize_of_no_bits_is_black() -> None:
     assert not np.array(posterize(white)).any()
 
 
+@pytest.mark.long
 def test_a_training_is_the_same_wherever_the_images_are_augmented(tmp_path: Path) -> None:
     """Order, draws and pixels agree, so that the weights do, bit for bit."""
     for place in ("cpu", "device"):

@@ -49,6 +49,7 @@ def test_scores_of_the_golden_network():
     assert torch.equal(scored.targets, golden["targets"])
 
 
+@pytest.mark.long
 def test_numbers_of_scikit_learn(network, data):
     train = make_data(network, 70, seed=2)
     result = one_class(network, train, data)

@@ -75,6 +75,7 @@ def test_a_hook_replaces_energies() -> None:
     assert [bool(value.any()) for value in energies] == [True, False, True]
 
 
+@pytest.mark.long
 def test_a_compiled_block_hands_its_energies_over() -> None:
     """Large networks are compiled block by block; each is one graph."""
     model = network()

@@ -135,6 +135,7 @@ def test_it_ends_with_a_report_to_look_at(run: Path, summary: dict[str, Any]) ->
         assert pages.complaints == []
 
 
+@pytest.mark.long
 def test_plain_twin_has_no_coded_blocks(tmp_path: Path) -> None:
     result = digits("--out", str(tmp_path), "--epochs", "1", "--plain")
     assert result.returncode == 0, result.stderr

@@ -372,6 +372,7 @@ def test_bad_input_is_said_in_one_sentence(
     assert message in line
 
 
+@pytest.mark.long
 def test_a_run_keeps_the_way_that_was_measured(
     pets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -34,7 +34,7 @@ def arguments(affine: bool, dtype: torch.dtype = torch.float32) -> dict[str, Any
 @pytest.mark.parametrize(
     "kernels", [True, pytest.param(False, marks=pytest.mark.long)], ids=["interpreter", "gram"]
 )
-@pytest.mark.parametrize("affine", [False, True])
+@pytest.mark.parametrize("affine", [pytest.param(False, marks=pytest.mark.long), True])
 def test_opcheck(affine: bool, kernels: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if not kernels:
         monkeypatch.setattr(layout, "interpreted", lambda: False)

@@ -48,9 +48,8 @@ def test_gradients_of_single_samples_by_vmap(layout: str) -> None:
         assert relative_error(gradient, alone) < 1e-12
 
 
-@pytest.mark.parametrize(
-    "layout", [pytest.param("contiguous", marks=pytest.mark.long), "channels_last"]
-)
+@pytest.mark.long
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_second_derivatives_equal_finite_differences(layout: str) -> None:
     h, weight = (value.requires_grad_() for value in inputs(layout))
     assert torch.autograd.gradgradcheck(objective, (h, weight))

@@ -123,6 +123,7 @@ def test_any_sizes(
     assert max(actual.values()) < 1, actual
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("join", [False, pytest.param(True, marks=pytest.mark.long)])
 def test_programs_that_share_the_tiles_give_the_same(
     join: bool, monkeypatch: pytest.MonkeyPatch
@@ -229,6 +230,7 @@ def test_only_needed_gradients_are_computed(needed: str, monkeypatch: pytest.Mon
     assert relative_error(wanted.double(), expected[f"grad_{needed}"].double()) < 2e-6
 
 
+@pytest.mark.long
 def test_statistics_of_values_far_from_zero() -> None:
     """A mean of 100 standard deviations, where E[x^2] - E[x]^2 in float32 has two digits left."""
     generator = torch.Generator().manual_seed(0)
