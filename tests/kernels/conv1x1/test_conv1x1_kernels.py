@@ -124,7 +124,7 @@ def test_any_sizes(
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("join", [False, pytest.param(True, marks=pytest.mark.long)])
+@pytest.mark.parametrize("join", [False, True])
 def test_programs_that_share_the_tiles_give_the_same(
     join: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
