@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import get_args
 
 import pytest
+from support.helpers import needs_triton
 from support.script_runs import run_here
 
 from coded_resnext import list_models
@@ -144,8 +145,9 @@ def test_help_needs_no_pytorch() -> None:
     assert len(usages) == len(asked)
 
 
+# What static.py compiles with is Triton's.
 SCRIPTS = [
-    path
+    pytest.param(path, id=path.stem, marks=needs_triton if path.parent.name == "static" else ())
     for folder in ("train", "benchmarks")
     for path in sorted((ROOT / folder).rglob("*.py"))
     if 'if __name__ == "__main__"' in path.read_text(encoding="utf-8")
@@ -153,7 +155,7 @@ SCRIPTS = [
 ]
 
 
-@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_help_of_scripts_is_for_people(script: Path) -> None:
     """A setting without a default had `<dataclasses._MISSING_TYPE object at 0x..>` for one."""
     result = run_here(script, "--help")
