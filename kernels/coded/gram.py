@@ -73,8 +73,9 @@ def energies_and_grams(
     branches, out_channels, _ = branch_weight.shape
     grams = branch_grams(h, branches)
     form = branch_forms(branch_weight, h.dtype) if form is None else form.to(h.dtype)
-    # The form and the Gram are positive semidefinite; rounding must not make it negative.
-    energy = torch.einsum("bnij,nij->bn", grams, form).clamp_min(0)
+    # The form and the Gram are positive semidefinite; rounding must not make it negative. einsum
+    # leaves the batch in a stride, where torch.compile would look for its size.
+    energy = torch.einsum("bnij,nij->bn", grams, form).clamp_min(0).contiguous()
     energy = energy / (out_channels * h.shape[2] * h.shape[3])
     return (energy if keep_mask is None else energy * keep_mask), grams
 

@@ -343,6 +343,25 @@ def test_exports_with_dynamic_batch() -> None:
         assert relative_error(energies[-1], expected[-1]) < 1e-5
 
 
+def test_compiles_for_batches_of_several_sizes() -> None:
+    """From the second size on a batch is a symbol, and mixed precision gives energies of another
+    dtype than the maps have."""
+    model = make_model()
+    compiled = torch.compile(model, backend="aot_eager")
+    for batch in (4, 5):
+        gradients = []
+        for network in (model, compiled):
+            torch.manual_seed(1)  # of DropSubNNs
+            model.zero_grad()
+            with torch.autocast("cpu", torch.bfloat16):
+                logits = network(IMAGES[:batch])
+            logits.float().square().mean().backward()
+            gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+        assert len(gradients[0]) > 20
+        for eager, other in zip(*gradients, strict=True):
+            assert relative_error(other, eager) < 0.05
+
+
 @pytest.mark.parametrize("training", [pytest.param(True, marks=pytest.mark.long), False])
 def test_compiles_whole(training: bool) -> None:
     model = make_model().double().train(training)
