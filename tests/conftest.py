@@ -9,6 +9,7 @@ Tests marked `long` are left out unless `--all` is given, which `make test-all` 
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,10 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ["PYTHONPATH"] = os.pathsep.join(
     filter(None, (str(Path(__file__).parent), os.environ.get("PYTHONPATH")))
 )
+
+# What a script starts in its background ignores Ctrl-C, and so would all processes of the tests.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 LEFT_OUT = pytest.StashKey[int]()
 
