@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import io
+import shutil
 import tarfile
 import threading
 from collections.abc import Iterator
@@ -67,8 +67,7 @@ def test_a_download_that_broke_off(broken: str, server: Path, tmp_path: Path) ->
     if broken == "archive":
         (data / server.name).write_bytes(whole[: len(whole) // 2])
     else:
-        with tarfile.open(fileobj=io.BytesIO(whole)) as tar:
-            tar.extractall(data, filter="data")
+        shutil.copytree(tmp_path / "made", data, dirs_exist_ok=True)
         victim = data / datasets.CIFAR10.base_folder / "data_batch_3"
         if broken == "unpacked":
             victim.write_bytes(victim.read_bytes()[:1000])

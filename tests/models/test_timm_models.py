@@ -73,12 +73,17 @@ def timm_tests(request: pytest.FixtureRequest) -> ModuleType:
     if not archive.is_file():
         pytest.skip(f"timm's tests are not here: `make timm-tests` fetches {archive.name}")
     member = f"timm-{timm.__version__}/tests/test_models.py"
+    path = SOURCES / member
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # `extract` with a filter is younger than Python 3.11.
     with tarfile.open(archive) as sources:
-        sources.extract(member, SOURCES, filter="data")
-    spec = importlib.util.spec_from_file_location("timm_test_models", SOURCES / member)
+        content = sources.extractfile(member)
+        assert content is not None
+        path.write_bytes(content.read())
+    spec = importlib.util.spec_from_file_location("timm_test_models", path)
     assert spec is not None
     module = importlib.util.module_from_spec(spec)
-    for marker in set(re.findall(r"pytest\.mark\.(\w+)", (SOURCES / member).read_text())):
+    for marker in set(re.findall(r"pytest\.mark\.(\w+)", path.read_text())):
         request.config.addinivalue_line("markers", marker)
     with warnings.catch_warnings(), pytest.MonkeyPatch.context() as patch:
         warnings.simplefilter("ignore")
