@@ -86,12 +86,8 @@ def _small(active: tuple[int, ...]) -> list[Stage]:
 
 
 def _cifar_small(active: tuple[int, ...]) -> list[Stage]:
-    """Makes stages that are narrow where maps are large, since a CPU waits for memory there."""
-    return [
-        Stage(1, 60, 4, 10, active[0]),
-        Stage(2, 160, 8, 10, active[1], stride=2),
-        Stage(2, 320, 20, 10, active[2], stride=2),
-    ]
+    """Makes stages for a CPU, which waits for memory where maps are large: each halves the map."""
+    return [Stage(2, 128 << i, 8 << i, 10, a, stride=2) for i, a in enumerate(active)]
 
 
 _IMAGENET: dict[str, Any] = {"stem": "conv7x7"}
@@ -116,7 +112,7 @@ NETWORKS = {
         _resnext50, 32, (32, 32, 16, 4), 1000, _IMAGENET, has_twin=False
     ),
     "resnext_cifar10_small": Architecture(
-        _cifar_small, 10, (10, 5, 3), 10, {"stem_channels": 24}, codebook_variant="paper"
+        _cifar_small, 10, (10, 5, 3), 10, {"stem_channels": 32}, codebook_variant="paper"
     ),
     "resnext_digits": Architecture(
         _digits, 10, (10, 5, 3), 10, {"in_channels": 1, "stem_channels": 32, "image_size": 8}
