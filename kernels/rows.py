@@ -171,6 +171,9 @@ class LaunchRow:
     """Says whether a product may be added without being rounded before."""
     steps: int = 1
     """Trips of the innermost loop for one of the loop around it, of which `trip_bytes` then are."""
+    registers: int = 0
+    """The most registers that the compiler may give a thread, so that a processor holds more
+    programs; 0: as many as it takes. For NVIDIA's GPUs alone."""
 
     @property
     def keywords(self) -> dict[str, Any]:
@@ -180,6 +183,7 @@ class LaunchRow:
             "num_warps": self.num_warps,
             "num_stages": self.num_stages,
             "enable_fp_fusion": self.enable_fp_fusion,
+            **({"maxnreg": self.registers} if self.registers else {}),
         }
 
     def function(self) -> Any:

@@ -16,17 +16,34 @@ from .tiles import add_six, around_pair, at_row, load_channels, load_taps, locat
 
 
 @triton.jit
-def load_gradient(ptrs, row, rows, valid, inside, terms, WITH_Y: tl.constexpr):
-    """`grad + curve y + level` at one pixel a lane, 0 outside the map: the gradient of the
-    convolution's output. Without WITH_Y it is `grad` itself."""
+def load_pair(ptrs, row, rows, valid, inside, WITH_Y: tl.constexpr):
+    """`grad` and `y` at one pixel a lane, 0 outside the map."""
     valid = at_row(valid, row, rows)
     grad = tl.load(ptrs[0], mask=valid & inside, other=0.0)
+    y = grad
     if WITH_Y:
         y = tl.load(ptrs[1], mask=valid & inside, other=0.0)
+    return grad, y
+
+
+@triton.jit
+def follow_pair(pair, row, rows, valid, terms, WITH_Y: tl.constexpr):
+    """`grad + curve y + level` of what `load_pair` gave, 0 outside the map: the gradient of the
+    convolution's output. Without WITH_Y it is `grad` itself."""
+    grad = pair[0]
+    if WITH_Y:
         # The others are 0 outside the map; only the constant has to be taken away there.
-        rest = y.to(tl.float32) * terms[0] + tl.where(valid, terms[1], 0.0)
+        level = tl.where(at_row(valid, row, rows), terms[1], 0.0)
+        rest = pair[1].to(tl.float32) * terms[0] + level
         grad = round_to(grad.to(tl.float32) + rest, grad.dtype)
     return grad
+
+
+@triton.jit
+def load_gradient(ptrs, row, rows, valid, inside, terms, WITH_Y: tl.constexpr):
+    """The gradient of the convolution's output at one pixel a lane."""
+    pair = load_pair(ptrs, row, rows, valid, inside, WITH_Y)
+    return follow_pair(pair, row, rows, valid, terms, WITH_Y)
 
 
 @triton.jit

@@ -214,10 +214,10 @@ def weight_gradient(
     scale, bias, curve, level = _vectors(sizes, scale, bias, curve, level)
     windows = GroupedWindows.of(sizes)
     parts, part_rows = _parts(rows, pairs=False)
-    splits = conv3x3_rows.weight_splits(sizes, parts)
+    variant = _variant(grad, affine=scale is not None, statistics=y is not None)
+    splits = conv3x3_rows.weight_splits(sizes, variant, parts)
     block = windows.block_k
     partial = empty_float32(grad, splits, windows.count, 9, block, block)
-    variant = _variant(grad, affine=scale is not None, statistics=y is not None)
     conv3x3_rows.weight_gradient(sizes, variant).launch(
         (windows.count * splits,),
         partial,

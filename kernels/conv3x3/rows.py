@@ -191,6 +191,26 @@ def _folded_in_3_8(row: LaunchRow, sizes: GroupedSizes, arch: str) -> LaunchRow:
     return replace(row, num_stages=2) if arch == "sm90" else replace(row, num_warps=2)
 
 
+# Where the kernels between BatchNorms ask for a row before they work on the one before. On an H100
+# they waited for memory in two thirds of their time. The interpreter checks the results.
+_WAITING = ("sm90", "cpu")
+
+
+def _asks_ahead(sizes: GroupedSizes, variant: Variant, windows: tuple[int, ...]) -> bool:
+    """Whether a kernel over windows of so many channels asks for rows ahead.
+
+    Never over windows of 24, which compute on 32: they issue as much as a GPU can while their
+    bytes come, and asking ahead takes more.
+    """
+    waits = variant.arch in _WAITING and variant.affine and variant.dtype != "fp32"
+    return waits and GroupedWindows.of(sizes).channels in windows
+
+
+def _weight_asks_ahead(sizes: GroupedSizes, variant: Variant) -> bool:
+    """As `_asks_ahead`; with windows of 32 channels no registers are left for another row."""
+    return _asks_ahead(sizes, variant, (16,))
+
+
 @cache
 def forward(sizes: GroupedSizes, variant: Variant) -> LaunchRow:
     """Settings of `forward.forward_stride1` and `forward_stride2`."""
@@ -213,6 +233,8 @@ def forward(sizes: GroupedSizes, variant: Variant) -> LaunchRow:
     row = replace(row, constexprs=(channels, *more, *others))
     if variant.energies:
         row = _folded_in_3_8(_ahead(row, sizes, variant.arch), sizes, variant.arch)
+    if _asks_ahead(sizes, variant, (16, 32)):
+        row = replace(row, num_stages=2)
     # With two warps for 24 channels the compiler for sm100 keeps two registers in memory.
     partly_filled = GroupedWindows.of(sizes).channels == 24
     plain = not (variant.affine or variant.statistics or variant.energies)
@@ -238,6 +260,8 @@ def input_gradient(sizes: GroupedSizes, variant: Variant) -> LaunchRow:
     )
     inputs, outputs = 1 + variant.affine, 1 + variant.statistics
     row = _row("conv3x3.backward:input_gradient", sizes, variant, tensors, inputs, outputs)
+    if _asks_ahead(sizes, variant, (16, 32)):
+        return replace(row, num_stages=2)
     return _ahead(row, sizes, variant.arch) if variant.affine else row
 
 
@@ -257,17 +281,28 @@ def weight_gradient(sizes: GroupedSizes, variant: Variant) -> LaunchRow:
         vector,
     )
     outputs = 1 + variant.statistics
-    return _row("conv3x3.weight:weight_gradient", sizes, variant, tensors, 1, outputs)
+    row = _row("conv3x3.weight:weight_gradient", sizes, variant, tensors, 1, outputs)
+    ahead = _weight_asks_ahead(sizes, variant)
+    if sizes.stride == 2:
+        return replace(row, num_stages=2) if ahead else row
+    *others, precision = row.constexprs
+    row = replace(row, constexprs=(*others, ("AHEAD", ahead), precision))
+    # Triton 3.8 keeps some in memory with 176, the others with 168.
+    registers = 168 if triton_release() == "3.8" else 176
+    return replace(row, registers=registers) if ahead and variant.arch != "cpu" else row
 
 
-def weight_splits(sizes: GroupedSizes, parts: int) -> int:
+def weight_splits(sizes: GroupedSizes, variant: Variant, parts: int) -> int:
     """Returns the number of programs that share the pixels of one window in the weight gradient.
 
-    About eight programs of one warp for each processor of a large GPU; every one of them writes
-    nine matrices, so that more would move more bytes than the tensors have.
+    As many as an H100 holds where they ask for rows ahead, or else about eight of one warp for each
+    processor of a large GPU; every one of them writes nine matrices, so that more would move more
+    bytes than the tensors have.
     """
     windows = GroupedWindows.of(sizes)
-    return max(1, min(parts, 1024 // windows.warps // windows.count))
+    held = 132 * (9 if sizes.stride == 2 else 11)
+    programs = held if _weight_asks_ahead(sizes, variant) else 1024 // windows.warps
+    return max(1, min(parts, programs // windows.count))
 
 
 def _weights(sizes: GroupedSizes, last: bool) -> tuple[tuple[str, int], ...]:

@@ -90,15 +90,32 @@ def load_four_inputs(
 
 
 @triton.jit
+def load_three(ptr, row, rows, valid, inside, CHANNELS: tl.constexpr):
+    """Three adjacent columns as they are, 0 outside; `ptr` points to the second."""
+    return (
+        tl.load(ptr - CHANNELS, mask=at_row(valid[0], row, rows) & inside, other=0.0),
+        tl.load(ptr, mask=at_row(valid[1], row, rows) & inside, other=0.0),
+        tl.load(ptr + CHANNELS, mask=at_row(valid[2], row, rows) & inside, other=0.0),
+    )
+
+
+@triton.jit
+def activate_three(x, row, rows, valid, affine, AFFINE: tl.constexpr):
+    """`relu(scale x + bias)` of what `load_three` gave, 0 in the padding around the map."""
+    return (
+        activate(x[0], affine[0], affine[1], at_row(valid[0], row, rows), AFFINE, True),
+        activate(x[1], affine[0], affine[1], at_row(valid[1], row, rows), AFFINE, True),
+        activate(x[2], affine[0], affine[1], at_row(valid[2], row, rows), AFFINE, True),
+    )
+
+
+@triton.jit
 def load_three_inputs(
     ptr, row, rows, valid, inside, affine, CHANNELS: tl.constexpr, AFFINE: tl.constexpr
 ):
     """`load_input` at three adjacent columns; `ptr` points to the second."""
-    return (
-        load_input(ptr - CHANNELS, row, rows, valid[0], inside, affine, AFFINE),
-        load_input(ptr, row, rows, valid[1], inside, affine, AFFINE),
-        load_input(ptr + CHANNELS, row, rows, valid[2], inside, affine, AFFINE),
-    )
+    x = load_three(ptr, row, rows, valid, inside, CHANNELS)
+    return activate_three(x, row, rows, valid, affine, AFFINE)
 
 
 @triton.jit

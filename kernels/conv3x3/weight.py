@@ -12,8 +12,15 @@ import triton.language as tl
 
 from coded_resnext.kernels.tile import dot, hash_in_order, round_to
 
-from .backward import load_gradient, shift
-from .tiles import around_pair, load_channels, load_three_inputs, locate
+from .backward import follow_pair, load_gradient, load_pair, shift
+from .tiles import (
+    activate_three,
+    around_pair,
+    load_channels,
+    load_three,
+    load_three_inputs,
+    locate,
+)
 
 
 @triton.jit
@@ -54,12 +61,14 @@ def weight_gradient_stride1(
     WINDOW: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    AHEAD: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Partial sums over the pixels; an input row meets the gradient rows above, at and below it.
 
     Grid: windows * splits. `partial [splits, windows, 9, BLOCK_K (in), BLOCK_K (out)]` float32; the
-    rest as for `input_gradient_stride1`.
+    rest as for `input_gradient_stride1`. AHEAD asks for what the next row needs before this one is
+    multiplied, for more registers.
     """
     AFFINE: tl.constexpr = scale_ptr is not None
     WITH_Y: tl.constexpr = y_ptr is not None
@@ -92,15 +101,30 @@ def weight_gradient_stride1(
         above = load_gradient(ptrs, first - 1, H, valid[1], inside, terms, WITH_Y)
         ptrs = shift(ptrs, step)
         here = load_gradient(ptrs, first, H, valid[1], inside, terms, WITH_Y)
-        for i in range(tl.minimum(part_rows, H - first)):
-            a = load_three_inputs(x, first + i, H, valid, inside, affine, CHANNELS, AFFINE)
+        ptrs = shift(ptrs, step)
+        last = tl.minimum(first + part_rows, H)
+        if AHEAD:
+            next_x = load_three(x, first, last, valid, inside, CHANNELS)
+            next_pair = load_pair(ptrs, first + 1, H, valid[1], inside, WITH_Y)
+        for i in range(last - first):
+            row = first + i
+            if not AHEAD:
+                next_x = load_three(x, row, last, valid, inside, CHANNELS)
+            a = activate_three(next_x, row, last, valid, affine, AFFINE)
             x += step
+            if AHEAD:
+                below = follow_pair(next_pair, row + 1, H, valid[1], terms, WITH_Y)
+                ptrs = shift(ptrs, step)
+                next_x = load_three(x, row + 1, last, valid, inside, CHANNELS)
+                next_pair = load_pair(ptrs, row + 2, H, valid[1], inside, WITH_Y)
             bottom = add_products(a, above, bottom, PRECISION)
             middle = add_products(a, here, middle, PRECISION)
+            if not AHEAD:
+                below = load_gradient(ptrs, row + 1, H, valid[1], inside, terms, WITH_Y)
+                ptrs = shift(ptrs, step)
+            top = add_products(a, below, top, PRECISION)
             above = here
-            ptrs = shift(ptrs, step)
-            here = load_gradient(ptrs, first + i + 1, H, valid[1], inside, terms, WITH_Y)
-            top = add_products(a, here, top, PRECISION)
+            here = below
     out = partial_ptr + (split * WINDOWS + window).to(tl.int64) * (9 * BLOCK_K * BLOCK_K)
     store_row(out, top, BLOCK_K)
     store_row(out + 3 * BLOCK_K * BLOCK_K, middle, BLOCK_K)
