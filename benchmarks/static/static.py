@@ -7,12 +7,13 @@ limits. The tests do so for all three from NVIDIA.
 
     python benchmarks/static/static.py --out benchmarks/results/static.json
 
-`clocks` are those of a processor for one pass through the main loop: issuing it / its products on
-tensor cores. `instr/B` is the number of warp instructions for each byte that must move between
-memory and chip, all work on a sample counted: a GPU can issue only so many (gpus.py), so above
-that a kernel cannot keep up with its memory. `floor` is the time that the bytes of a batch of 256
-take on the named GPUs of that architecture. Exit status 1 when a limit of static_limits.py is
-broken.
+`held` is how many programs a processor holds, and `copies` how many of the loads in the largest
+loop are asynchronous. `clocks` are those of a processor for one pass through the main loop: issuing
+it / its products on tensor cores. `instr/B` is the number of warp instructions for each byte that
+must move between memory and chip, all work on a sample counted: a GPU can issue only so many
+(gpus.py), so above that a kernel cannot keep up with its memory. `floor` is the time that the bytes
+of a batch of 256 take on the named GPUs of that architecture. Exit status 1 when a limit of
+limits.py is broken.
 """
 
 from __future__ import annotations
@@ -94,6 +95,8 @@ def figures_of(entry: dict[str, Any], row: Any) -> dict[str, Any]:
     kernel = row.kernel.rpartition(":")[2]
     (metadata,) = (path for path in folder.glob("*.json") if not path.name.startswith("__grp__"))
     loop = code.main_loop()
+    around = max(code.loops(), key=len, default=loop)
+    shared = json.loads(metadata.read_text(encoding="utf-8"))["shared"]
     limits = limits_for(kernel, row)
     # Of a kernel that something else bounds, or that moves next to nothing, it would say nothing.
     bound = limits is not None and limits.per_byte is not None
@@ -105,7 +108,10 @@ def figures_of(entry: dict[str, Any], row: Any) -> dict[str, Any]:
         "warps": row.num_warps,
         "registers": code.registers,
         "spilled": code.spilled,
-        "shared": json.loads(metadata.read_text(encoding="utf-8"))["shared"],
+        "shared": shared,
+        "held": programs_held(code.registers, row.num_warps, shared, entry["arch"]),
+        # Of the largest loop: copies that go on while it computes, among its loads.
+        "copies": sum(item.name.startswith("LDGSTS") for item in around),
         "instructions": len(code.instructions),
         "matrix_instructions": sum(item.is_matrix for item in code.instructions),
         "loop_instructions": len(loop),
@@ -120,6 +126,19 @@ def figures_of(entry: dict[str, Any], row: Any) -> dict[str, Any]:
         },
     }
     return {**figures, "faults": faults_of(figures, row)}
+
+
+# Shared memory of a processor in KiB, of which each program takes one more than it asks for.
+SHARED = {"sm80": 164, "sm90": 228, "sm100": 228}
+
+
+def programs_held(registers: int, warps: int, shared: int, arch: str) -> int | None:
+    """How many programs a processor of NVIDIA holds at a time, by what they take of it."""
+    if arch not in SHARED:
+        return None
+    # Registers are given to a warp by eight a thread.
+    of_registers = 65536 // (-(-registers // 8) * 8 * 32 * warps)
+    return min(of_registers, SHARED[arch] * 1024 // (shared + 1024), 64 // warps)
 
 
 # What a file of results holds of each row, one row a line.
@@ -165,10 +184,11 @@ def instructions_per_byte(code: Code, row: Any) -> float:
         # Maps of any size: the main loop alone, which is all that a large one costs. Its trips are
         # counted when it runs, so that it holds one; what it reads twice is no reason to doubt it.
         loop = code.main_loop()
-        count = (row.steps - 1) * len(loop)
         # With steps, what the loop around them issues; its first steps may stand in front of them.
-        around = (body for body in code.loops() if row.steps > 1 and _is_inside(loop, body))
-        count += max(map(len, around), default=len(loop))
+        around = [body for body in code.loops() if row.steps > 1 and _is_inside(loop, body)]
+        count = max(map(len, around), default=len(loop))
+        # Without a loop around it the main one has been joined with that, and holds all steps.
+        count += (row.steps - 1) * len(loop) if len(around) > 1 else 0
         return count * row.num_warps / row.trip_bytes if row.trip_bytes else 0.0
     trips = math.ceil(sizes["PIXELS"] / sizes["BLOCK_P"])
     steps, samples = sizes.get("STEPS", 1), sizes.get("SAMPLES", 1)
@@ -249,6 +269,8 @@ def table(figures: Sequence[dict[str, Any]]) -> str:
         "regs",
         "spill",
         "shared",
+        "held",
+        "copies",
         "matrix",
         "loop",
         "load bits",
@@ -267,6 +289,8 @@ def table(figures: Sequence[dict[str, Any]]) -> str:
                 row["registers"],
                 row["spilled"],
                 row["shared"],
+                row["held"] or "",
+                row["copies"],
                 row["matrix_instructions"],
                 row["loop_instructions"],
                 " ".join(f"{count}x{bits}" for bits, count in loads.items()),

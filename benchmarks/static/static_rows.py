@@ -47,7 +47,8 @@ def one_of_each(arch: str) -> frozenset[str]:
         if name.endswith(("fp16", "fp32")):
             continue
         tiles = tuple(item for item in row.constexprs if item[0] not in SIZES)
-        code: object = (row.kernel, row.args, tiles, row.num_warps, row.num_stages)
+        settings = (row.num_warps, row.num_stages, row.registers)
+        code: object = (row.kernel, row.args, tiles, *settings)
         absent = 0
         if arch != THOROUGH:
             code = (row.kernel, window_of(row))

@@ -1,9 +1,8 @@
 """Triton: the gradient of the 1x1 convolution with respect to its input, with the backward pass of
 the BatchNorm behind it on the way in, and what stands before it on the way out.
 
-Tiles as in kernels/conv1x1/tiles.py. The product is over the output channels. Its tile goes through
-the memory of the result: rounded, stored and read back, so that what follows it has the layout of
-wide loads, and needs few registers.
+Tiles as in kernels/conv1x1/tiles.py. The product is over the output channels. Its tile is rounded
+before the threads exchange it, so that what follows has the layout of wide loads.
 """
 
 from __future__ import annotations
@@ -11,10 +10,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from coded_resnext.kernels.tile import activate, dot, hash_in_order, round_to, rounded_product
+from coded_resnext.kernels.tile import activate, dot, hash_in_order, round_to
 
 from .tiles import (
+    add_rows,
     add_statistics_gradient,
+    column_sums,
     load_tile,
     load_vector,
     load_weight,
@@ -106,41 +107,12 @@ def resident_weight(
 
 
 @triton.jit
-def finish_input_gradient(
-    dx_row,
-    x_row,
-    scale_ptr,
-    bias_ptr,
-    of_bias,
-    of_scale,
-    column,
-    real,
-    INPUTS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    CHUNKS: tl.constexpr,
-):
-    """Read back what every thread stored of a tile, put the ReLU and the scale before it, and add
-    to the gradients of bias and scale, `[CHUNKS, channels of a chunk]`.
-
-    `dx_row` and `x_row` point to channel 0 of the tile's rows.
-    """
-    WIDTH: tl.constexpr = BLOCK_N // CHUNKS
-    WHOLE_N: tl.constexpr = INPUTS % BLOCK_N == 0
-    tl.debug_barrier()
-    for chunk in tl.static_range(CHUNKS):
-        c = column * BLOCK_N + chunk * WIDTH + tl.arange(0, WIDTH)
-        inside = c < INPUTS
-        d = load_tile(dx_row + c[None, :], real, inside, WHOLE_N).to(tl.float32)
-        x = load_tile(x_row + c[None, :], real, inside, WHOLE_N).to(tl.float32)
-        scale = load_vector(scale_ptr, c, inside, 0.0, WHOLE_N)
-        bias = load_vector(bias_ptr, c, inside, 0.0, WHOLE_N)
-        d = tl.where(x * scale + bias > 0, d, 0.0)
-        mine = (tl.arange(0, CHUNKS) == chunk)[:, None]
-        of_bias += tl.where(mine, tl.sum(d, 0)[None, :], 0.0)
-        of_scale += tl.where(mine, tl.sum(rounded_product(d, x), 0)[None, :], 0.0)
-        d = round_to(d * scale, dx_row.dtype.element_ty)
-        store_tile(dx_row + c[None, :], d, real, inside, WHOLE_N)
-    return of_bias, of_scale
+def through_map(d, x, scale, bias, real, of_bias, of_scale):
+    """The gradient before `relu(scale x + bias)` from `d` behind it; and its columns added to the
+    sums for bias and scale."""
+    x = x.to(tl.float32)
+    d = tl.where((x * scale + bias > 0) & real, d.to(tl.float32), 0.0)
+    return d * scale, add_rows(of_bias, d), add_rows(of_scale, d * x)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -163,7 +135,6 @@ def product_input_gradient(
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    CHUNKS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """`dx = scale W^T d` where `scale x + bias > 0`, with `d = gain grad + curve y + level`.
@@ -177,7 +148,6 @@ def product_input_gradient(
     AFFINE: tl.constexpr = scale_ptr is not None
     COLUMNS: tl.constexpr = (INPUTS + BLOCK_N - 1) // BLOCK_N
     WHOLE_N: tl.constexpr = INPUTS % BLOCK_N == 0
-    WIDTH: tl.constexpr = BLOCK_N // CHUNKS
     part = tl.program_id(0) // COLUMNS
     column = tl.program_id(0) % COLUMNS
     n = column * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -185,13 +155,19 @@ def product_input_gradient(
     resident = resident_weight(
         gain_ptr, curve_ptr, level_ptr, weight_ptr, n, INPUTS, OUTPUTS, BLOCK_K, WHOLE_N
     )
-    of_bias = tl.zeros((CHUNKS, WIDTH), tl.float32)
-    of_scale = tl.zeros((CHUNKS, WIDTH), tl.float32)
+    scale = load_vector(scale_ptr, n, n < INPUTS, 0.0, WHOLE_N)
+    bias = load_vector(bias_ptr, n, n < INPUTS, 0.0, WHOLE_N)
+    of_bias = column_sums(BLOCK_M, BLOCK_N)
+    of_scale = column_sums(BLOCK_M, BLOCK_N)
     for tile in range(part, tl.cdiv(rows, BLOCK_M), tl.num_programs(0) // COLUMNS):
         first = tl.full((), 0, tl.int64) + tile * BLOCK_M
         left = tl.minimum(rows - tile * BLOCK_M, BLOCK_M)
         real = (m < left)[:, None]
-        acc = gradient_product(
+        here = first * INPUTS + m[:, None] * INPUTS + n[None, :]
+        # Asked for before the product.
+        if AFFINE:
+            x = load_tile(x_ptr + here, real, n < INPUTS, WHOLE_N)
+        d = gradient_product(
             tl.zeros((BLOCK_N, BLOCK_M), tl.float32),
             output_gradient_ptr,
             grad_ptr,
@@ -212,25 +188,12 @@ def product_input_gradient(
             BLOCK_N,
             PRECISION,
         )
-        rounded = round_to(acc, dx_ptr.dtype.element_ty)
-        at = first * INPUTS + m[:, None] * INPUTS
-        store_tile(dx_ptr + at + n[None, :], rounded, real, n < INPUTS, WHOLE_N)
+        d = round_to(d, dx_ptr.dtype.element_ty)
         if AFFINE:
-            of_bias, of_scale = finish_input_gradient(
-                dx_ptr + at,
-                x_ptr + at,
-                scale_ptr,
-                bias_ptr,
-                of_bias,
-                of_scale,
-                column,
-                real,
-                INPUTS,
-                BLOCK_N,
-                CHUNKS,
-            )
+            d, of_bias, of_scale = through_map(d, x, scale, bias, real, of_bias, of_scale)
+        store_tile(dx_ptr + here, round_to(d, dx_ptr.dtype.element_ty), real, n < INPUTS, WHOLE_N)
     if AFFINE:
-        sums = (tl.reshape(of_bias, (BLOCK_N,)), tl.reshape(of_scale, (BLOCK_N,)))
+        sums = (tl.sum(of_bias, 0), tl.sum(of_scale, 0))
         store_vectors(partial_ptr, part, n, n < INPUTS, sums, INPUTS)
 
 
@@ -256,7 +219,6 @@ def join_input_gradient(
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    CHUNKS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """`g = W^T d + grad_x` where `x > 0`, with `d = gain grad + curve z + level`.
@@ -270,7 +232,6 @@ def join_input_gradient(
     MAPPED: tl.constexpr = residual_ptr is not None
     COLUMNS: tl.constexpr = (INPUTS + BLOCK_N - 1) // BLOCK_N
     WHOLE_N: tl.constexpr = INPUTS % BLOCK_N == 0
-    WIDTH: tl.constexpr = BLOCK_N // CHUNKS
     BYTES: tl.constexpr = INPUTS // 8
     part = tl.program_id(0) // COLUMNS
     column = tl.program_id(0) % COLUMNS
@@ -279,14 +240,28 @@ def join_input_gradient(
     resident = resident_weight(
         gain_ptr, curve_ptr, level_ptr, weight_ptr, n, INPUTS, OUTPUTS, BLOCK_K, WHOLE_N
     )
-    of_bias = tl.zeros((CHUNKS, WIDTH), tl.float32)
-    of_scale = tl.zeros((CHUNKS, WIDTH), tl.float32)
-    of_residual = tl.zeros((CHUNKS, WIDTH), tl.float32)
+    b = column * (BLOCK_N // 8) + tl.arange(0, BLOCK_N // 8)
+    of_g = column_sums(BLOCK_M, BLOCK_N)
+    of_y = column_sums(BLOCK_M, BLOCK_N)
+    of_residual = column_sums(BLOCK_M, BLOCK_N)
     for tile in range(part, tl.cdiv(rows, BLOCK_M), tl.num_programs(0) // COLUMNS):
         first = tl.full((), 0, tl.int64) + tile * BLOCK_M
         left = tl.minimum(rows - tile * BLOCK_M, BLOCK_M)
         real = (m < left)[:, None]
-        acc = gradient_product(
+        here = first * INPUTS + m[:, None] * INPUTS + n[None, :]
+        # What the end of the tile needs is asked for before the product.
+        if grad_x_ptr is not None:
+            grad_x = load_tile(grad_x_ptr + here, real, n < INPUTS, WHOLE_N)
+        if signs_ptr is not None:
+            bytes_at = first * BYTES + m[:, None] * BYTES + b[None, :]
+            signs = load_tile(signs_ptr + bytes_at, real, b < BYTES, WHOLE_N)
+        else:
+            x = load_tile(x_ptr + here, real, n < INPUTS, WHOLE_N)
+        if RAW:
+            y = load_tile(y_ptr + here, real, n < INPUTS, WHOLE_N)
+        if MAPPED:
+            residual = load_tile(residual_ptr + here, real, n < INPUTS, WHOLE_N)
+        g = gradient_product(
             tl.zeros((BLOCK_N, BLOCK_M), tl.float32),
             output_gradient_ptr,
             grad_ptr,
@@ -307,46 +282,31 @@ def join_input_gradient(
             BLOCK_N,
             PRECISION,
         )
-        rounded = round_to(acc, g_ptr.dtype.element_ty)
-        at = first * INPUTS + m[:, None] * INPUTS
-        store_tile(g_ptr + at + n[None, :], rounded, real, n < INPUTS, WHOLE_N)
-        tl.debug_barrier()
-        for chunk in tl.static_range(CHUNKS):
-            c = column * BLOCK_N + chunk * WIDTH + tl.arange(0, WIDTH)
-            inside = c < INPUTS
-            here = at + c[None, :]
-            g = load_tile(g_ptr + here, real, inside, WHOLE_N).to(tl.float32)
-            if grad_x_ptr is not None:
-                g += load_tile(grad_x_ptr + here, real, inside, WHOLE_N).to(tl.float32)
-            if signs_ptr is not None:
-                b = (column * BLOCK_N + chunk * WIDTH) // 8 + tl.arange(0, WIDTH // 8)
-                bytes_at = first * BYTES + m[:, None] * BYTES + b[None, :]
-                signs = load_tile(signs_ptr + bytes_at, real, b < BYTES, WHOLE_N)
-                g = tl.where(unpack_bits(signs, BLOCK_M, WIDTH), g, 0.0)
-            else:
-                x = load_tile(x_ptr + here, real, inside, WHOLE_N)
-                g = tl.where(x.to(tl.float32) > 0, g, 0.0)
-            g = tl.where(real, g, 0.0)
-            store_tile(g_ptr + here, round_to(g, g_ptr.dtype.element_ty), real, inside, WHOLE_N)
-            mine = (tl.arange(0, CHUNKS) == chunk)[:, None]
-            of_bias += tl.where(mine, tl.sum(g, 0)[None, :], 0.0)
-            if RAW:
-                y = load_tile(y_ptr + here, real, inside, WHOLE_N).to(tl.float32)
-                of_scale += tl.where(mine, tl.sum(rounded_product(g, y), 0)[None, :], 0.0)
-            if MAPPED:
-                residual = load_tile(residual_ptr + here, real, inside, WHOLE_N).to(tl.float32)
-                of_residual += tl.where(mine, tl.sum(rounded_product(g, residual), 0)[None, :], 0.0)
-    of_g = tl.reshape(of_bias, (BLOCK_N,))
-    of_y = tl.reshape(of_scale, (BLOCK_N,))
-    of_r = tl.reshape(of_residual, (BLOCK_N,))
+        # Rounded before it is exchanged between threads.
+        g = round_to(g, g_ptr.dtype.element_ty).to(tl.float32)
+        if grad_x_ptr is not None:
+            g += grad_x.to(tl.float32)
+        if signs_ptr is not None:
+            g = tl.where(unpack_bits(signs, BLOCK_M, BLOCK_N) & real, g, 0.0)
+        else:
+            g = tl.where((x.to(tl.float32) > 0) & real, g, 0.0)
+        store_tile(g_ptr + here, round_to(g, g_ptr.dtype.element_ty), real, n < INPUTS, WHOLE_N)
+        of_g = add_rows(of_g, g)
+        if RAW:
+            of_y = add_rows(of_y, g * y.to(tl.float32))
+        if MAPPED:
+            of_residual = add_rows(of_residual, g * residual.to(tl.float32))
+    sum_g = tl.sum(of_g, 0)
+    sum_y = tl.sum(of_y, 0)
+    sum_r = tl.sum(of_residual, 0)
     if RAW and MAPPED:
-        store_vectors(partial_ptr, part, n, n < INPUTS, (of_g, of_y, of_r), INPUTS)
+        store_vectors(partial_ptr, part, n, n < INPUTS, (sum_g, sum_y, sum_r), INPUTS)
     elif RAW:
-        store_vectors(partial_ptr, part, n, n < INPUTS, (of_g, of_y), INPUTS)
+        store_vectors(partial_ptr, part, n, n < INPUTS, (sum_g, sum_y), INPUTS)
     elif MAPPED:
-        store_vectors(partial_ptr, part, n, n < INPUTS, (of_g, of_r), INPUTS)
+        store_vectors(partial_ptr, part, n, n < INPUTS, (sum_g, sum_r), INPUTS)
     else:
-        store_vectors(partial_ptr, part, n, n < INPUTS, (of_g,), INPUTS)
+        store_vectors(partial_ptr, part, n, n < INPUTS, (sum_g,), INPUTS)
 
 
 hash_in_order(globals())

@@ -42,7 +42,7 @@ def forward(
     """
     sizes = sizes_of(weight)
     variant = variant_of(x, affine=scale is not None, statistics=statistics)
-    tile = conv1x1_rows.forward_tile(sizes, variant)
+    tile = conv1x1_rows.tile_of("product_forward", sizes, variant)
     rows, y = aligned_rows(x), empty_rows(x, sizes.outputs)
     parts, columns = parts_of(rows, tile, sizes.outputs)
     partial = empty_float32(x, parts, 3, sizes.outputs) if statistics else None
@@ -78,7 +78,7 @@ def join_forward(
     variant = variant_of(
         y, affine=residual_scale is not None, statistics=statistics, signs=keep_signs
     )
-    tile = conv1x1_rows.forward_tile(sizes, variant)
+    tile = conv1x1_rows.tile_of("join_forward", sizes, variant)
     rows, x, z = aligned_rows(y), empty_rows(y), empty_rows(y, sizes.outputs)
     parts, columns = parts_of(rows, tile, sizes.outputs)
     partial = empty_float32(y, parts, 3, sizes.outputs) if statistics else None
@@ -131,7 +131,8 @@ def input_gradient(
     )
     rows, dx = aligned_rows(grad), empty_rows(x)
     output_gradient = empty_rows(grad) if keeps else None
-    parts, columns = parts_of(rows, conv1x1_rows.gradient_tile(sizes, variant), sizes.inputs)
+    tile = conv1x1_rows.tile_of("product_input_gradient", sizes, variant)
+    parts, columns = parts_of(rows, tile, sizes.inputs)
     partial = None if scale is None else empty_float32(x, parts, 2, sizes.inputs)
     conv1x1_rows.input_gradient(sizes, variant).launch(
         (parts * columns,),
@@ -187,7 +188,8 @@ def join_input_gradient(
     )
     rows, g = aligned_rows(grad), empty_rows(x)
     output_gradient = empty_rows(grad) if keeps else None
-    parts, columns = parts_of(rows, conv1x1_rows.gradient_tile(sizes, variant), sizes.inputs)
+    tile = conv1x1_rows.tile_of("join_input_gradient", sizes, variant)
+    parts, columns = parts_of(rows, tile, sizes.inputs)
     partial = empty_float32(x, parts, 1 + variant.raw + variant.affine, sizes.inputs)
     conv1x1_rows.join_input_gradient(sizes, variant).launch(
         (parts * columns,),

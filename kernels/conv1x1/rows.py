@@ -20,6 +20,7 @@ from coded_resnext.kernels.rows import (
     Plan,
     Variant,
     next_power_of_2,
+    triton_release,
 )
 
 
@@ -47,14 +48,14 @@ class Tile:
     """Columns: channels of the result."""
     warps: int
     stages: int = 1
-    chunks: int = 1
-    """Pieces of the columns in which the end of a gradient's tile is worked on."""
     programs: int = 1
     """Programs that a processor holds at a time."""
+    registers: int = 0
+    """The most of a thread, where the compiler would take more; 0: as many as it takes."""
 
 
 # float32 products have no tensor cores that keep their precision; small tiles serve checks.
-_SINGLE = Tile(m=32, k=32, n=64, warps=4, chunks=2, programs=4)
+_SINGLE = Tile(m=32, k=32, n=64, warps=4, programs=4)
 SINGLE_WEIGHT = Tile(m=64, k=32, n=64, warps=4, programs=2)
 # Channels of a weight's longer side up to which a block of it stays with a program.
 _RESIDENT = 256
@@ -64,17 +65,17 @@ def fitted(tile: Tile, rows: int, columns: int) -> Tile:
     """A tile no larger than what there is, and no smaller than a product of tensor cores."""
     m = tile.m if rows == 0 else min(tile.m, max(16, next_power_of_2(rows)))
     n = min(tile.n, max(16, next_power_of_2(columns)))
-    return replace(tile, m=m, n=n, chunks=tile.chunks if n == tile.n else 1)
+    return replace(tile, m=m, n=n)
 
 
-def map_tile(reduced: int, columns: int, variant: Variant, *, backward: bool) -> Tile:
+def map_tile(reduced: int, columns: int, variant: Variant) -> Tile:
     """The tile of a pass over the pixels that sums over channels, given the sizes of the weight."""
     if variant.dtype == "fp32":
         k = min(_SINGLE.k, max(16, next_power_of_2(reduced)))
         return fitted(replace(_SINGLE, k=k), 0, columns)
     resident = max(reduced, columns) <= _RESIDENT and reduced * columns <= 128 * 256
     k = max(16, next_power_of_2(reduced)) if resident else 64
-    tile = Tile(m=64, k=k, n=256, warps=8, stages=2, chunks=2 if backward else 1)
+    tile = Tile(m=64, k=k, n=256, warps=8, stages=2)
     return fitted(tile, 0, columns)
 
 
@@ -93,7 +94,7 @@ def row_of(
     wide: float,
     narrow: float,
     *,
-    chunked: bool = False,
+    backward: bool = False,
 ) -> LaunchRow:
     """Returns a row of one of the kernels.
 
@@ -103,12 +104,12 @@ def row_of(
         sizes, variant, tile: what it is compiled for.
         wide: tensors of the batch with `I` channels that it reads or writes.
         narrow: those with `O`.
-        chunked: whether it is a gradient of the input, which works on pieces of the columns.
+        backward: whether it is a gradient of the input.
     """
     item = ITEM_BYTES[variant.dtype]
     pixel_bytes = int(item * (wide * sizes.inputs + narrow * sizes.outputs))
-    pixels, steps = tile.m, -(-(sizes.outputs if chunked else sizes.inputs) // tile.k)
-    columns = -(-(sizes.inputs if chunked else sizes.outputs) // tile.n)
+    pixels, steps = tile.m, -(-(sizes.outputs if backward else sizes.inputs) // tile.k)
+    columns = -(-(sizes.inputs if backward else sizes.outputs) // tile.n)
     if "weight" in kernel:
         pixels, steps = tile.k, 1
         columns = -(-sizes.outputs // tile.m) * -(-sizes.inputs // tile.n)
@@ -121,11 +122,11 @@ def row_of(
             ("BLOCK_M", tile.m),
             ("BLOCK_K", tile.k),
             ("BLOCK_N", tile.n),
-            *((("CHUNKS", tile.chunks),) if chunked else ()),
             ("PRECISION", variant.precision),
         ),
         num_warps=tile.warps,
         num_stages=tile.stages,
+        registers=tile.registers,
         # A tensor that several columns of tiles read counts once.
         trip_bytes=pixels * pixel_bytes // columns,
         steps=steps,
@@ -133,14 +134,43 @@ def row_of(
     )
 
 
-def forward_tile(sizes: ProductSizes, variant: Variant) -> Tile:
-    """Returns the tile of both forward kernels."""
-    return map_tile(sizes.inputs, sizes.outputs, variant, backward=False)
+# Where another tile leaves an H100 less to wait for: two programs on a processor, or a weight that
+# stays with its program instead of being read again for every tile; docs/kernels.md has the counts.
+TILES = {
+    ("sm90", "product_join", 128, 256): Tile(32, 128, 256, 8, 2, programs=2, registers=128),
+    ("sm90", "product_join", 256, 512): Tile(64, 256, 256, 8, 2),
+    ("sm90", "product_forward", 256, 128): Tile(32, 256, 128, 8, 2, programs=2),
+    ("sm90", "product_forward", 256, 256): Tile(32, 256, 128, 8, 2, programs=2),
+    ("sm90", "product_forward", 512, 256): Tile(128, 64, 256, 8, 3),
+    ("sm90", "join_input_gradient", 256, 128): Tile(32, 128, 256, 8, 2, programs=2, registers=128),
+    ("sm90", "join_input_gradient", 256, 256): Tile(32, 256, 128, 8, 2, programs=2, registers=128),
+    ("sm90", "join_input_gradient", 512, 256): Tile(32, 256, 128, 8, 2, programs=2, registers=128),
+}
 
 
-def gradient_tile(sizes: ProductSizes, variant: Variant) -> Tile:
-    """Returns the tile of both kernels for the gradient of the input."""
-    return map_tile(sizes.outputs, sizes.inputs, variant, backward=True)
+# What would keep registers in memory by one release of Triton: two programs of a join's gradient,
+# by its input channels, and a tile of 128 rows.
+_ALONE = {("3.7", 512), ("3.9", 256), ("3.9", 512)}
+_SMALLER = {("3.9", 128)}
+
+
+def tile_of(kernel: str, sizes: ProductSizes, variant: Variant) -> Tile:
+    """Returns the tile of a kernel over the pixels, by the name of its function."""
+    release = triton_release()
+    own = TILES.get((variant.arch, kernel, sizes.inputs, sizes.outputs))
+    if own is not None and variant.dtype != "fp32" and (release, own.m) not in _SMALLER:
+        # The maps of a written join take more registers than two programs leave.
+        wide = variant.raw or variant.affine or (release, sizes.inputs) in _ALONE
+        alone = kernel == "join_input_gradient" and wide
+        return replace(own, programs=1, registers=0) if alone else own
+    if not kernel.endswith("gradient"):
+        return map_tile(sizes.inputs, sizes.outputs, variant)
+    tile = map_tile(sizes.outputs, sizes.inputs, variant)
+    # Beside the tile of the product stand up to four maps, which with 64 rows would spill; one of
+    # the moments does so for sm100, where all output channels are one step.
+    one_map = kernel == "moments_input_gradient"
+    is_one_step = tile.k >= sizes.outputs and variant.arch == "sm100"
+    return tile if one_map and not is_one_step else replace(tile, m=min(tile.m, 32))
 
 
 def weight_tile(sizes: ProductSizes, variant: Variant) -> Tile:
@@ -164,7 +194,7 @@ def forward(sizes: ProductSizes, variant: Variant) -> LaunchRow:
         vector,
         variant.pointer(),
     )
-    tile = forward_tile(sizes, variant)
+    tile = tile_of("product_forward", sizes, variant)
     return row_of(
         "conv1x1.forward:product_forward", tensors, sizes, variant, tile, wide=1, narrow=1
     )
@@ -187,7 +217,7 @@ def join_forward(sizes: ProductSizes, variant: Variant) -> LaunchRow:
         vector,
         variant.pointer(),
     )
-    tile = forward_tile(sizes, variant)
+    tile = tile_of("join_forward", sizes, variant)
     wide = 3 + variant.signs / 8 / ITEM_BYTES[variant.dtype]
     return row_of("conv1x1.forward:join_forward", tensors, sizes, variant, tile, wide, narrow=1)
 
@@ -221,9 +251,9 @@ def input_gradient(sizes: ProductSizes, variant: Variant) -> LaunchRow:
         variant.pointer(),
     )
     kernel = "conv1x1.backward:product_input_gradient"
-    tile = gradient_tile(sizes, variant)
+    tile = tile_of("product_input_gradient", sizes, variant)
     wide = 1 + variant.affine
-    return row_of(kernel, tensors, sizes, variant, tile, wide, narrow, chunked=True)
+    return row_of(kernel, tensors, sizes, variant, tile, wide, narrow, backward=True)
 
 
 @cache
@@ -243,10 +273,10 @@ def join_input_gradient(sizes: ProductSizes, variant: Variant) -> LaunchRow:
         variant.pointer(),
     )
     kernel = "conv1x1.backward:join_input_gradient"
-    tile = gradient_tile(sizes, variant)
+    tile = tile_of("join_input_gradient", sizes, variant)
     mask = 1 / 8 / ITEM_BYTES[variant.dtype] if variant.signs else 1
     wide = 1 + variant.joined + variant.raw + variant.affine + mask
-    return row_of(kernel, tensors, sizes, variant, tile, wide, narrow, chunked=True)
+    return row_of(kernel, tensors, sizes, variant, tile, wide, narrow, backward=True)
 
 
 @cache

@@ -184,6 +184,21 @@ def add_moments(moments, acc, left):
 
 
 @triton.jit
+def column_sums(BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """What `add_rows` adds to, 0: with rows for as many as eight warps read at a time."""
+    ROWS: tl.constexpr = min(BLOCK_M, 2048 // BLOCK_N)
+    return tl.zeros((ROWS, BLOCK_N), tl.float32)
+
+
+@triton.jit
+def add_rows(sums, tile):
+    """Add the rows of a tile to `sums [rows, channels]`, without an exchange between threads."""
+    ROWS: tl.constexpr = sums.shape[0]
+    parts = tl.reshape(tile.to(tl.float32), (tile.shape[0] // ROWS, ROWS, tile.shape[1]))
+    return sums + tl.sum(parts, 0)
+
+
+@triton.jit
 def store_vectors(ptr, part, channel, inside, vectors, CHANNELS: tl.constexpr):
     """Vectors by channel from one program, to `ptr [parts, len(vectors), CHANNELS]`."""
     COUNT: tl.constexpr = len(vectors)

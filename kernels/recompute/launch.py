@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from coded_resnext.kernels.conv1x1.launch import parts_of, share_of, sizes_of
-from coded_resnext.kernels.conv1x1.rows import forward_tile, gradient_tile
+from coded_resnext.kernels.conv1x1.rows import tile_of
 from coded_resnext.kernels.layout import (
     DTYPES,
     aligned,
@@ -66,7 +66,8 @@ def product_join(
         factor=factor is not None,
     )
     rows, y = aligned_rows(x), empty_rows(x, sizes.outputs)
-    parts, columns = parts_of(rows, forward_tile(sizes, variant), sizes.outputs)
+    tile = tile_of("product_join", sizes, variant)
+    parts, columns = parts_of(rows, tile, sizes.outputs)
     signs = None
     if keep_signs:
         signs = x.new_empty((*rows.shape[:3], sizes.outputs // 8), dtype=torch.uint8)
@@ -254,7 +255,8 @@ def moments_gradient(
     sizes = sizes_of(weight)
     variant = variant_of(x, affine=scale is not None)
     rows, dx = aligned_rows(x), empty_rows(x)
-    parts, columns = parts_of(rows, gradient_tile(sizes, variant), sizes.inputs)
+    tile = tile_of("moments_input_gradient", sizes, variant)
+    parts, columns = parts_of(rows, tile, sizes.inputs)
     partial = None if scale is None else empty_float32(x, parts, 2, sizes.inputs)
     size = None
     if x.dtype == torch.float16:

@@ -14,12 +14,14 @@ import triton
 import triton.language as tl
 
 from coded_resnext.kernels.conv1x1.backward import (
-    finish_input_gradient,
     gradient_product,
     resident_weight,
+    through_map,
 )
 from coded_resnext.kernels.conv1x1.tiles import (
     add_product,
+    add_rows,
+    column_sums,
     load_tile,
     load_vector,
     resident_operands,
@@ -79,13 +81,6 @@ def centre(
     a = activations(x_ptr, scale, bias, row, k < count, n, CHANNELS, WHOLE_N, AFFINE)
     mean = tl.sum(tl.where(k < count, a.to(tl.float32), 0.0), 0) / count.to(tl.float32)
     return round_to(mean, a.dtype)[None, :]
-
-
-@triton.jit
-def add_rows(sums, tile):
-    """Add the rows of a tile to `sums [SUMS, channels]`, without an exchange between threads."""
-    parts = tl.reshape(tile.to(tl.float32), (tile.shape[0] // SUMS, SUMS, tile.shape[1]))
-    return sums + tl.sum(parts, 0)
 
 
 @triton.jit
@@ -257,7 +252,6 @@ def moments_input_gradient(
     BLOCK_K: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    CHUNKS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """`dx = scale (V^T grad + size Q relu(scale x + bias) + t)` where `scale x + bias > 0`; without
@@ -272,7 +266,6 @@ def moments_input_gradient(
     AFFINE: tl.constexpr = scale_ptr is not None
     COLUMNS: tl.constexpr = (INPUTS + BLOCK_N - 1) // BLOCK_N
     WHOLE_N: tl.constexpr = INPUTS % BLOCK_N == 0
-    WIDTH: tl.constexpr = BLOCK_N // CHUNKS
     part = tl.program_id(0) // COLUMNS
     column = tl.program_id(0) % COLUMNS
     n = column * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -283,8 +276,10 @@ def moments_input_gradient(
     of_input = resident_operands(
         scale_ptr, bias_ptr, square_ptr, n, INPUTS, INPUTS, BLOCK_H, WHOLE_N
     )
-    of_bias = tl.zeros((CHUNKS, WIDTH), tl.float32)
-    of_scale = tl.zeros((CHUNKS, WIDTH), tl.float32)
+    scale = load_vector(scale_ptr, n, n < INPUTS, 0.0, WHOLE_N)
+    bias = load_vector(bias_ptr, n, n < INPUTS, 0.0, WHOLE_N)
+    of_bias = column_sums(BLOCK_M, BLOCK_N)
+    of_scale = column_sums(BLOCK_M, BLOCK_N)
     for tile in range(part, tl.cdiv(rows, BLOCK_M), tl.num_programs(0) // COLUMNS):
         first = tl.full((), 0, tl.int64) + tile * BLOCK_M
         left = tl.minimum(rows - tile * BLOCK_M, BLOCK_M)
@@ -327,25 +322,16 @@ def moments_input_gradient(
             BLOCK_N,
             PRECISION,
         )
-        at = first * INPUTS + m[:, None] * INPUTS
         d = round_to(d + shift, dx_ptr.dtype.element_ty)
-        store_tile(dx_ptr + at + n[None, :], d, real, n < INPUTS, WHOLE_N)
         if AFFINE:
-            of_bias, of_scale = finish_input_gradient(
-                dx_ptr + at,
-                x_ptr + at,
-                scale_ptr,
-                bias_ptr,
-                of_bias,
-                of_scale,
-                column,
-                real,
-                INPUTS,
-                BLOCK_N,
-                CHUNKS,
-            )
+            # The same load as that of the first product, where that takes all channels.
+            x_row = x_ptr + first * INPUTS + m[:, None] * INPUTS
+            x = load_tile(x_row + n[None, :], real, n < INPUTS, WHOLE_N)
+            d, of_bias, of_scale = through_map(d, x, scale, bias, real, of_bias, of_scale)
+        here = dx_ptr + first * INPUTS + m[:, None] * INPUTS + n[None, :]
+        store_tile(here, round_to(d, dx_ptr.dtype.element_ty), real, n < INPUTS, WHOLE_N)
     if AFFINE:
-        sums = (tl.reshape(of_bias, (BLOCK_N,)), tl.reshape(of_scale, (BLOCK_N,)))
+        sums = (tl.sum(of_bias, 0), tl.sum(of_scale, 0))
         store_vectors(partial_ptr, part, n, n < INPUTS, sums, INPUTS)
 
 

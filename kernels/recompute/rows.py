@@ -20,12 +20,11 @@ from coded_resnext.kernels.conv1x1.rows import (
     Tile,
     fitted,
     forward,
-    forward_tile,
-    gradient_tile,
     join_input_gradient,
     map_tile,
     planned,
     row_of,
+    tile_of,
     weight_gradient,
 )
 from coded_resnext.kernels.rows import (
@@ -57,7 +56,7 @@ def product_join(sizes: ProductSizes, variant: Variant) -> LaunchRow:
         own,
         "*fp32" if variant.factor else None,
     )
-    tile = forward_tile(sizes, variant)
+    tile = tile_of("product_join", sizes, variant)
     narrow = 1 + variant.residual + variant.signs / 8 / ITEM_BYTES[variant.dtype]
     kernel = "recompute.kernel:product_join"
     row = row_of(kernel, tensors, sizes, variant, tile, wide=1, narrow=narrow)
@@ -119,12 +118,12 @@ def moments_gradient(sizes: ProductSizes, variant: Variant) -> LaunchRow:
         vector,
         vector,
     )
-    tile = gradient_tile(sizes, variant)
+    tile = tile_of("moments_input_gradient", sizes, variant)
     # Of the square matrix as much at a time as of the weight: all of it, or as long a step.
     resident = tile.k >= sizes.outputs
-    step = map_tile(sizes.inputs, sizes.inputs, variant, backward=True).k if resident else tile.k
+    step = map_tile(sizes.inputs, sizes.inputs, variant).k if resident else tile.k
     kernel = "recompute.moments:moments_input_gradient"
-    row = row_of(kernel, tensors, sizes, variant, tile, wide=2, narrow=1, chunked=True)
+    row = row_of(kernel, tensors, sizes, variant, tile, wide=2, narrow=1, backward=True)
     steps = row.steps + -(-sizes.inputs // step) - 1
     return replace(row, constexprs=(*row.constexprs, ("BLOCK_H", step)), steps=steps)
 

@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,6 +26,8 @@ from static_rows import one_of_each
 
 from coded_resnext.kernels.build.build import build
 from coded_resnext.kernels.build.shipped import shipped_rows
+from coded_resnext.kernels.conv1x1 import rows as conv1x1_rows
+from coded_resnext.kernels.conv1x1.rows import ProductSizes
 from coded_resnext.kernels.conv3x3 import rows as conv3x3_rows
 from coded_resnext.kernels.conv3x3.rows import GroupedSizes
 from coded_resnext.kernels.prebuilt.index import FOLDERS_VARIABLE
@@ -225,6 +228,81 @@ def test_rows_of_one_version(
     second = [gradient(GroupedSizes(20, 24, stride=2), each).num_stages for each in fused]
     assert second == gradient_stages
     assert [gradient(GroupedSizes(20, 24), each).num_stages for each in fused] == [1, 1, 1]
+
+
+def test_rows_that_ask_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between BatchNorms on sm_90, with windows that are filled up, in 16 bits; and no others."""
+    makers = [
+        make.__wrapped__
+        for make in (
+            conv3x3_rows.forward,
+            conv3x3_rows.input_gradient,
+            conv3x3_rows.weight_gradient,
+        )
+    ]
+    fused = Variant(affine=True, statistics=True, arch="sm90")
+
+    def stages(width: int, stride: int, variant: Variant) -> list[int]:
+        groups = 20 if width in (6, 12, 24) else 32
+        return [make(GroupedSizes(groups, width, stride), variant).num_stages for make in makers]
+
+    assert stages(4, 1, fused) == stages(16, 1, fused) == [2, 2, 1]
+    assert stages(8, 2, fused) == [2, 2, 2]
+    assert stages(32, 1, fused) == stages(32, 2, fused) == [2, 2, 1]
+    assert stages(24, 1, fused) == stages(12, 2, fused) == [1, 1, 1]
+    for other in (
+        replace(fused, arch="sm80"),
+        replace(fused, arch="gfx942"),
+        replace(fused, dtype="fp32"),
+        Variant(arch="sm90"),
+    ):
+        assert stages(4, 1, other) == stages(8, 2, other) == [1, 1, 1]
+    # The gradient of the weight does so by hand, and gives up registers for more programs.
+    for release, most in (("3.6", 176), ("3.8", 168), ("3.9", 176)):
+        monkeypatch.setattr(conv3x3_rows, "triton_release", lambda release=release: release)
+        for width, ahead in ((4, True), (16, True), (32, False), (24, False)):
+            row = makers[2](GroupedSizes(20 if width == 24 else 32, width), fused)
+            assert dict(row.constexprs)["AHEAD"] == ahead
+            assert row.keywords.get("maxnreg") == (most if ahead else None)
+    sizes = GroupedSizes(32, 4)
+    assert conv3x3_rows.weight_splits(sizes, fused, 10**6) == 11 * 132 // 8
+    assert conv3x3_rows.weight_splits(sizes, replace(fused, arch="sm80"), 10**6) == 1024 // 8
+
+
+@pytest.mark.parametrize(
+    ("release", "programs", "forward_rows"),
+    [("3.6", [2, 2, 2], 128), ("3.7", [2, 2, 1], 128), ("3.9", [1, 1, 1], 64)],
+)
+def test_tiles_of_one_version(
+    release: str, programs: list[int], forward_rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two programs share a processor where no release keeps their registers in memory."""
+    monkeypatch.setattr(conv1x1_rows, "triton_release", lambda: release)
+    behind = Variant(statistics=True, output_gradient=True, signs=True, raw=False)
+    sizes = [ProductSizes(*each, join=True) for each in ((256, 128), (256, 256), (512, 256))]
+    tiles = [conv1x1_rows.tile_of("join_input_gradient", each, behind) for each in sizes]
+    assert [tile.programs for tile in tiles] == programs
+    assert [tile.registers for tile in tiles] == [128 * (count > 1) for count in programs]
+    written = conv1x1_rows.tile_of("join_input_gradient", sizes[0], replace(behind, raw=True))
+    assert (written.programs, written.registers) == (1, 0)
+    assert conv1x1_rows.tile_of("product_forward", sizes[2], behind).m == forward_rows
+    assert conv1x1_rows.tile_of("product_join", ProductSizes(128, 256), behind).registers == 128
+    other = replace(behind, arch="sm100")
+    assert conv1x1_rows.tile_of("product_join", ProductSizes(128, 256), other).registers == 0
+
+
+def test_programs_that_a_processor_holds() -> None:
+    # By registers, given by eight a thread; by shared memory; by warps.
+    assert static.programs_held(168, 1, 2048, "sm90") == 12
+    assert (
+        static.programs_held(176, 1, 2048, "sm90") == static.programs_held(169, 1, 0, "sm90") == 11
+    )
+    assert static.programs_held(128, 8, 112 * 1024, "sm90") == 2
+    assert static.programs_held(128, 8, 113 * 1024, "sm90") == 2
+    assert static.programs_held(128, 8, 114 * 1024, "sm90") == 1
+    assert static.programs_held(128, 8, 82 * 1024, "sm80") == 1
+    assert static.programs_held(16, 8, 0, "sm90") == 8
+    assert static.programs_held(64, 4, 0, "gfx942") is None
 
 
 @pytest.mark.parametrize(("release", "stages"), [("3.6", [3, 3, 1]), ("3.9", [3, 3, 3])])
