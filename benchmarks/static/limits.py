@@ -68,7 +68,7 @@ LIMITS = {
     "input_gradient_stride2 16": Limits(registers=192, per_byte=0.17),
     "input_gradient_stride2 24": Limits(registers=192, per_byte=0.17),
     "input_gradient_stride2 32": Limits(registers=192, per_byte=0.20),
-    # On sm_90 those with full windows ask for rows ahead (docs/kernels.md, changes A and C), at 2 to
+    # On sm_90 those with full windows ask for rows ahead (docs/kernels.md: A and C), at 2 to
     # 8 % more instructions: they were measured to wait for memory, at a third of what issues.
     "weight_gradient_stride1 16": Limits(registers=192, per_byte=0.18),
     "weight_gradient_stride1 24": Limits(registers=255, per_byte=0.27),

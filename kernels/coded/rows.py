@@ -29,6 +29,7 @@ def _energy_row(
     variant: Variant,
     pixels: dict[int, int],
     passes: int,
+    samples: int = SAMPLES_PER_PROGRAM,
 ) -> LaunchRow:
     """A kernel over (samples, windows): one warp a window, since more would repeat its product.
 
@@ -43,7 +44,7 @@ def _energy_row(
         args=args,
         constexprs=(
             *windows.constexprs(sizes, windows=1, block_p=block_p),
-            ("SAMPLES", SAMPLES_PER_PROGRAM),
+            ("SAMPLES", samples),
             ("PRECISION", variant.precision),
         ),
         num_warps=2 if windows.block_k > 32 else 1,
@@ -104,8 +105,11 @@ def energy_backward(sizes: CodedSizes, variant: Variant) -> LaunchRow:
 def weighted_gram(sizes: CodedSizes, variant: Variant) -> LaunchRow:
     """Settings of `energy.weighted_gram`: the forward pass with a second matrix to keep.
 
-    For sm100 the compiler spills tiles of 32 by 32.
+    For sm100 the compiler spills tiles of 32 by 32. Windows of 16 channels have half the samples of
+    a program, so that twice as many programs wait; of wider ones the partial sums would be as many
+    bytes as the activations.
     """
+    samples = SAMPLES_PER_PROGRAM // 2 if Windows.of(sizes).block_k == 16 else SAMPLES_PER_PROGRAM
     return _energy_row(
         "coded.energy:weighted_gram",
         ("*fp32", variant.pointer(), *variant.affine_map, "*fp32", 256),
@@ -113,6 +117,7 @@ def weighted_gram(sizes: CodedSizes, variant: Variant) -> LaunchRow:
         variant,
         {16: 64, 32: 16 if variant.arch == "sm100" else 32},
         passes=1,
+        samples=samples,
     )
 
 
