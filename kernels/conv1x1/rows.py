@@ -134,8 +134,9 @@ def row_of(
     )
 
 
-# Where another tile leaves an H100 less to wait for: two programs on a processor, or a weight that
-# stays with its program instead of being read again for every tile; docs/kernels.md has the counts.
+# Where in bfloat16 another tile leaves an H100 less to wait for: two programs on a processor, or a
+# weight that stays with its program instead of being read again for every tile; docs/kernels.md
+# has the counts.
 TILES = {
     ("sm90", "product_join", 128, 256): Tile(32, 128, 256, 8, 2, programs=2, registers=128),
     ("sm90", "product_join", 256, 512): Tile(64, 256, 256, 8, 2),
@@ -158,7 +159,7 @@ def tile_of(kernel: str, sizes: ProductSizes, variant: Variant) -> Tile:
     """Returns the tile of a kernel over the pixels, by the name of its function."""
     release = triton_release()
     own = TILES.get((variant.arch, kernel, sizes.inputs, sizes.outputs))
-    if own is not None and variant.dtype != "fp32" and (release, own.m) not in _SMALLER:
+    if own is not None and variant.dtype == "bf16" and (release, own.m) not in _SMALLER:
         # The maps of a written join take more registers than two programs leave.
         wide = variant.raw or variant.affine or (release, sizes.inputs) in _ALONE
         alone = kernel == "join_input_gradient" and wide

@@ -231,7 +231,7 @@ def test_rows_of_one_version(
 
 
 def test_rows_that_ask_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Between BatchNorms on sm_90, with windows that are filled up, in 16 bits; and no others."""
+    """Between BatchNorms on sm_90, with windows that are filled up, in bfloat16; and no others."""
     makers = [
         make.__wrapped__
         for make in (
@@ -254,6 +254,7 @@ def test_rows_that_ask_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
         replace(fused, arch="sm80"),
         replace(fused, arch="gfx942"),
         replace(fused, dtype="fp32"),
+        replace(fused, dtype="fp16"),
         Variant(arch="sm90"),
     ):
         assert stages(4, 1, other) == stages(8, 2, other) == [1, 1, 1]
@@ -287,8 +288,8 @@ def test_tiles_of_one_version(
     assert (written.programs, written.registers) == (1, 0)
     assert conv1x1_rows.tile_of("product_forward", sizes[2], behind).m == forward_rows
     assert conv1x1_rows.tile_of("product_join", ProductSizes(128, 256), behind).registers == 128
-    other = replace(behind, arch="sm100")
-    assert conv1x1_rows.tile_of("product_join", ProductSizes(128, 256), other).registers == 0
+    for other in (replace(behind, arch="sm100"), replace(behind, dtype="fp16")):
+        assert conv1x1_rows.tile_of("product_join", ProductSizes(128, 256), other).registers == 0
 
 
 def test_programs_that_a_processor_holds() -> None:
