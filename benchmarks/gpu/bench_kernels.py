@@ -275,11 +275,12 @@ def _elementwise(
     scale, bias, of_shortcut, shift, gain = (normal(channels) for _ in range(5))
     parts = y.chunk(parts_of(batch * size**2))
     partial_sums = torch.cat([residual.statistics(part, False) for part in parts])
-    normalization = batch_norm.forward(partial_sums, scale, bias, 1e-5, False)
+    norm = batch_norm.Norm(scale, bias, 1e-5)
+    normalization = batch_norm.forward(partial_sums, norm, False)
     gradients = normal(len(parts), 2, channels)
 
     def normalized(kernels: bool) -> Any:
-        result = batch_norm.forward(partial_sums, scale, bias, 1e-5, kernels)
+        result = batch_norm.forward(partial_sums, norm, kernels)
         # Beside the count, nothing else would count.
         return result.map, result.moments[:3]
 

@@ -78,12 +78,23 @@ def merge_statistics(
 
 
 @triton.jit
+def take_up(running_ptr, value, share, channel, inside):
+    """Moves running statistics by a share of the way to those of a batch."""
+    before = tl.load(running_ptr + channel, mask=inside, other=0.0)
+    tl.store(running_ptr + channel, before + share * (value - before), mask=inside)
+
+
+@triton.jit
 def store_map(
     map_ptr,
     moments_ptr,
     weight_ptr,
     bias_ptr,
+    running_mean_ptr,
+    running_var_ptr,
+    counter_ptr,
     epsilon,
+    share,
     count,
     mean,
     m2,
@@ -93,7 +104,8 @@ def store_map(
 ):
     """BatchNorm's `bias` and `scale`, and the mean, inverse deviation, variance and count.
 
-    The variance is the unbiased one, as running statistics take it up.
+    The variance is the unbiased one. Running statistics, where there are any, take it and the mean
+    up by `share`, and the counter of batches counts this one.
     """
     variance = m2 / tl.where(count > 0, count, 1.0)
     inverse = 1.0 / tl.sqrt((variance + epsilon).to(tl.float32))
@@ -105,21 +117,31 @@ def store_map(
         bias += tl.load(bias_ptr + channel, mask=inside, other=0.0).to(tl.float64)
     tl.store(map_ptr + channel, bias.to(tl.float32), mask=inside)
     tl.store(map_ptr + CHANNELS + channel, scale, mask=inside)
-    unbiased = m2 / tl.where(count > 1, count - 1, 1.0)
-    tl.store(moments_ptr + channel, mean.to(tl.float32), mask=inside)
+    mean = mean.to(tl.float32)
+    unbiased = (m2 / tl.where(count > 1, count - 1, 1.0)).to(tl.float32)
+    tl.store(moments_ptr + channel, mean, mask=inside)
     tl.store(moments_ptr + CHANNELS + channel, inverse, mask=inside)
-    tl.store(moments_ptr + 2 * CHANNELS + channel, unbiased.to(tl.float32), mask=inside)
+    tl.store(moments_ptr + 2 * CHANNELS + channel, unbiased, mask=inside)
     tl.store(moments_ptr + 3 * CHANNELS + channel, count.to(tl.float32), mask=inside)
+    if running_mean_ptr is not None:
+        take_up(running_mean_ptr, mean, share, channel, inside)
+        take_up(running_var_ptr, unbiased, share, channel, inside)
+        if tl.program_id(0) == 0:
+            tl.store(counter_ptr, tl.load(counter_ptr) + 1)
 
 
-@triton.jit(do_not_specialize=["epsilon", "parts"])
+@triton.jit(do_not_specialize=["epsilon", "share", "parts"])
 def batch_norm(
     map_ptr,
     moments_ptr,
     partial_ptr,
     weight_ptr,
     bias_ptr,
+    running_mean_ptr,
+    running_var_ptr,
+    counter_ptr,
     epsilon,
+    share,
     parts,
     CHANNELS: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -128,7 +150,8 @@ def batch_norm(
     """The map `scale y + bias` that BatchNorm makes of `partial [parts, 3, C]`.
 
     `map [2, C]` is bias and scale; `moments [4, C]` mean, inverse deviation, unbiased variance and
-    count. `weight` and `bias [C]` may be None.
+    count. `weight` and `bias [C]` may be None, and so may, together, `running_mean` and
+    `running_var [C]`, which are brought up to date, and `counter [1]` int64.
     """
     channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
     inside = channel < CHANNELS
@@ -139,7 +162,11 @@ def batch_norm(
         moments_ptr,
         weight_ptr,
         bias_ptr,
+        running_mean_ptr,
+        running_var_ptr,
+        counter_ptr,
         epsilon,
+        share,
         count,
         mean,
         m2,

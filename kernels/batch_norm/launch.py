@@ -33,6 +33,38 @@ class Normalization(NamedTuple):
         return Affine(self.map[1], self.map[0])
 
 
+class Running(NamedTuple):
+    """Running statistics that a kernel brings up to date with those of a batch."""
+
+    mean: Tensor
+    variance: Tensor
+    counter: Tensor
+    """Of batches, int64."""
+    share: float
+    """That a batch has in them: the momentum."""
+
+
+class Norm(NamedTuple):
+    """A BatchNorm layer that normalises by the statistics of its batch."""
+
+    weight: Tensor | None
+    """`[C]`, as `bias`."""
+    bias: Tensor | None
+    epsilon: float
+    running: Running | None = None
+    """None where no kernel brings them up to date."""
+
+    def arguments(self) -> tuple[Tensor | float | None, ...]:
+        """Returns what a kernel takes, in the order of `rows.layer_arguments`."""
+        *running, share = self.running or (None, None, None, 0.0)
+        own = (as_float32(self.weight), as_float32(self.bias))
+        return (*own, *running, self.epsilon, share)
+
+    def present(self) -> tuple[bool, bool, bool]:
+        """Returns what of a layer there is, as `rows.layer_arguments` asks for it."""
+        return self.weight is not None, self.bias is not None, self.running is not None
+
+
 class NormGradients(NamedTuple):
     """The gradients of a BatchNorm layer, `[C]` each."""
 
@@ -64,35 +96,24 @@ def _merged(partial: Tensor) -> Tensor:
     return torch.stack([count, total, (m2 + counts * apart.square()).sum(0)])
 
 
-def forward(
-    partial: Tensor, weight: Tensor | None, bias: Tensor | None, epsilon: float, kernels: bool
-) -> Normalization:
+def forward(partial: Tensor, norm: Norm, kernels: bool) -> Normalization:
     """Returns the map that BatchNorm makes of the statistics, `[parts, 3, C]`, of what it maps.
 
     Args:
         partial: the statistics in parts.
-        weight, bias: of the layer, `[C]` or None.
-        epsilon: of the layer.
-        kernels: whether the Triton kernels run.
+        norm: the layer, of which the kernels alone bring running statistics up to date.
+        kernels: whether they run.
     """
     parts, _, channels = partial.shape
     if not kernels:
         count, total, m2 = merged(partial, False)
         mean = total / count
-        moments = (mean, torch.rsqrt(m2 / count + epsilon), m2 / (count - 1).clamp_min(1), count)
-        return Normalization(_map(mean, moments[1], weight, bias), torch.stack(moments))
+        moments = (mean, torch.rsqrt(m2 / count + norm.epsilon), m2 / (count - 1).clamp_min(1), count)
+        return Normalization(_map(mean, moments[1], norm.weight, norm.bias), torch.stack(moments))
     made = (partial.new_empty((2, channels)), partial.new_empty((4, channels)))
-    row = batch_norm_rows.batch_norm(channels, weight=weight is not None, bias=bias is not None)
+    row = batch_norm_rows.batch_norm(channels, *norm.present())
     with on_device(partial):
-        row.launch(
-            batch_norm_rows.grid_of(channels),
-            *made,
-            partial,
-            as_float32(weight),
-            as_float32(bias),
-            epsilon,
-            parts,
-        )
+        row.launch(batch_norm_rows.grid_of(channels), *made, partial, *norm.arguments(), parts)
     return Normalization(*made)
 
 

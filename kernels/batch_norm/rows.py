@@ -40,10 +40,20 @@ def merge_statistics(channels: int) -> LaunchRow:
 
 
 @cache
-def batch_norm(channels: int, *, weight: bool = True, bias: bool = True) -> LaunchRow:
-    """Settings of `kernel.batch_norm`, for a layer with or without a weight and a bias."""
-    own = tuple("*fp32" if present else None for present in (weight, bias))
-    return _row("batch_norm", channels, ("*fp32", "*fp32", "*fp32", *own, 1e-5, 960))
+def batch_norm(
+    channels: int, weight: bool = True, bias: bool = True, running: bool = True
+) -> LaunchRow:
+    """Settings of `kernel.batch_norm`, for a layer with or without a weight, a bias, and running
+    statistics to be brought up to date."""
+    args = ("*fp32", "*fp32", "*fp32", *layer_arguments(weight, bias, running), 960)
+    return _row("batch_norm", channels, args)
+
+
+def layer_arguments(weight: bool, bias: bool, running: bool) -> tuple[Argument, ...]:
+    """Returns a row's words for what a kernel takes of a layer, see `launch.Norm`."""
+    own = ("*fp32" if weight else None, "*fp32" if bias else None)
+    tracked = ("*fp32", "*fp32", "*i64") if running else (None, None, None)
+    return (*own, *tracked, 1e-5, 0.1)
 
 
 @cache
@@ -64,3 +74,5 @@ def shipped_rows() -> Iterator[tuple[str, LaunchRow]]:
         for make in (merge_statistics, batch_norm, batch_norm_backward):
             row = make(channels)
             yield f"{row.kernel.split(':')[1]} {channels}", row
+        # Within a captured graph PyTorch brings running statistics up to date.
+        yield f"batch_norm {channels} compiled", batch_norm(channels, running=False)

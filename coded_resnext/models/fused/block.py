@@ -33,8 +33,8 @@ from coded_resnext.kernels.rows import Passes
 from coded_resnext.models.layers import NORMS
 
 from .data_flow import Conv, Convs, Plan, present
-from .norm import BatchNorm, Folded, Layer, fold, shared_by, update_running, uses_batch
-from .step import Deferred, Map, applied, block_call, like, ready
+from .norm import BatchNorm, Folded, Layer, fold, shared_by, tracked, update_running, uses_batch
+from .step import Deferred, Map, applied, like, ready
 
 # Architectures on which the fused data flow has been measured to train faster than layer by layer.
 # Empty: the one GPU that has timed it was faster layer by layer. It runs where it is asked for.
@@ -99,9 +99,13 @@ def fused_block(
         Conv(conv.weight, _layer(bn, kernels=bool(plan.pointwise))) for conv, bn in pairs
     )
     convs = Convs(first, second, third, rest[0] if rest else None)
-    y, result = applied(block_call(plan, x, convs, masks))
+    # The operator of a captured graph writes to none of its arguments.
+    by_kernels = plan.pointwise and not torch.compiler.is_compiling()
+    running = tracked(norms) if by_kernels else None
+    y, result = applied(plan, x, convs, masks, running or ())
     check_debug(h=present(result.grouped.y), weight=block.expand.weight)
-    update_running(norms, [made.moments for made in result.convs])
+    if running is None:
+        update_running(norms, [made.moments for made in result.convs])
     return y, result.energies
 
 

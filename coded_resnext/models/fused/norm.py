@@ -9,7 +9,6 @@ PyTorch's.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +17,12 @@ from torch import Tensor, nn
 from torch.distributed import distributed_c10d
 
 from coded_resnext.kernels.batch_norm import launch as batch_norm
-from coded_resnext.kernels.batch_norm.launch import Normalization, NormGradients
+from coded_resnext.kernels.batch_norm.launch import (
+    Norm,
+    Normalization,
+    NormGradients,
+    Running,
+)
 
 BatchNorm = nn.modules.batchnorm._BatchNorm
 
@@ -38,8 +42,7 @@ def shared_by(bn: BatchNorm) -> str:
     return str(group.group_name) if dist.get_world_size(group) > 1 else ""
 
 
-@dataclass(frozen=True)
-class Layer:
+class Layer(NamedTuple):
     """A BatchNorm layer as the algebra of a block reads it."""
 
     weight: Tensor | None
@@ -51,6 +54,13 @@ class Layer:
     """Of processes that share the statistics, by name; empty for this process alone."""
     kernels: bool
     """Says whether the Triton kernels run."""
+    tracked: Running | None = None
+    """Running statistics that the kernel which normalises brings up to date."""
+
+    @property
+    def norm(self) -> Norm:
+        """Returns the layer as the kernels take it."""
+        return Norm(self.weight, self.bias, self.epsilon, self.tracked)
 
     def normalization(self, partial: Tensor | None, wide: torch.dtype) -> Normalization:
         """Returns the layer's map for the statistics `[parts, 3, C]` of what it maps.
@@ -67,7 +77,7 @@ class Layer:
         assert partial is not None
         if self.group:
             partial = _gathered(batch_norm.merged(partial, self.kernels), self.group)
-        return batch_norm.forward(partial, self.weight, self.bias, self.epsilon, self.kernels)
+        return batch_norm.forward(partial, self.norm, self.kernels)
 
     def backward(
         self, partial: Tensor, normalization: Normalization
@@ -99,6 +109,26 @@ def _gathered(statistics: Tensor, name: str) -> Tensor:
     parts = [torch.empty_like(statistics) for _ in range(dist.get_world_size(group))]
     dist.all_gather(parts, statistics.contiguous(), group=group)
     return torch.stack(parts)
+
+
+def tracked(layers: Sequence[BatchNorm]) -> list[Running | None] | None:
+    """Returns the running statistics that kernels bring up to date, those of layers in training.
+
+    None where there are layers that only `update_running` knows: of cumulative averages, whose
+    share depends on a counter, and of other dtypes than float32.
+    """
+    running: list[Running | None] = []
+    for bn in layers:
+        if not (bn.training and bn.track_running_stats):
+            running.append(None)
+            continue
+        mean, variance, counter = bn.running_mean, bn.running_var, bn.num_batches_tracked
+        if mean is None or variance is None or counter is None or bn.momentum is None:
+            return None
+        if not mean.dtype == variance.dtype == torch.float32:
+            return None
+        running.append(Running(mean, variance, counter, float(bn.momentum)))
+    return running
 
 
 @torch.no_grad()

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from coded_resnext.kernels.batch_norm.launch import Running
 from coded_resnext.kernels.checks import refuse_derivative
 from coded_resnext.kernels.rows import Passes, without_launches
 
@@ -52,7 +53,7 @@ class Underivable(torch.autograd.Function):
         refuse_derivative()
 
 
-Forward = Callable[[Call], Tensors]
+Forward = Callable[..., Tensors]
 Backward = Callable[[Tensors, Tensors, list[bool], Call], Tensors]
 
 
@@ -74,12 +75,13 @@ def _or_zeros(grad: Tensor | None, output: Tensor) -> Tensor:
 
 def node(
     name: str, forward: Forward, backward: Backward, differentiable: Sequence[int]
-) -> Callable[[Call], Tensors]:
+) -> Callable[..., Tensors]:
     """Makes a node of autograd.
 
     Args:
         name: of the operator in `coded_resnext::`; that of its gradients ends in `_backward`.
-        forward: returns the outputs.
+        forward: returns the outputs of a call. Beside it, where no graph is captured, it is given
+            what it may write to.
         backward: returns the gradients of all inputs, given those of the differentiable outputs,
             all outputs, and which gradients are wanted. What is not there has no elements.
         differentiable: places of the outputs with gradients.
@@ -167,9 +169,11 @@ def node(
         """The node without the cost of a registered operator."""
 
         @staticmethod
-        def forward(ctx: Any, inputs: int, rest: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
+        def forward(
+            ctx: Any, inputs: int, rest: Any, written: Any, *tensors: Tensor
+        ) -> tuple[Tensor, ...]:
             call = Call(list(tensors[:inputs]), list(tensors[inputs:]), *rest)
-            outputs = forward(call)
+            outputs = forward(call, *written)
             save(ctx, call, outputs)
             ctx.set_materialize_grads(False)
             return tuple(outputs)
@@ -177,19 +181,19 @@ def node(
         @staticmethod
         def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
             inputs, constants = ctx.counts
-            wanted = ctx.needs_input_grad[2 : 2 + inputs]
+            wanted = ctx.needs_input_grad[3 : 3 + inputs]
             with torch.no_grad():
                 of_inputs = gradients(ctx, grads, wanted, backward)
             if torch.is_grad_enabled():
                 of_inputs = Underivable.apply(torch.ones((), requires_grad=True), *of_inputs)
-            return None, None, *of_inputs, *([None] * constants)
+            return None, None, None, *of_inputs, *([None] * constants)
 
-    def apply(call: Call) -> Tensors:
+    def apply(call: Call, *written: Any) -> Tensors:
         if torch.compiler.is_compiling():
             outputs: Tensors = operator(*call)
             return outputs
         tensors = (*call.inputs, *call.constants)
-        return list(Eager.apply(len(call.inputs), call[2:], *tensors))
+        return list(Eager.apply(len(call.inputs), call[2:], written, *tensors))
 
     return apply
 
@@ -271,18 +275,23 @@ def block_call(plan: Plan, x: Map, convs: Convs, masks: Masks) -> Call:
     )
 
 
-def _parsed(call: Call) -> tuple[Plan, Tensor | Sum, Convs, Masks]:
-    """Returns what `block_call` was given, the input without its handle."""
+def _parsed(
+    call: Call, tracked: Sequence[Running | None] = (None,) * 4
+) -> tuple[Plan, Tensor | Sum, Convs, Masks]:
+    """Returns what `block_call` was given, the input without its handle.
+
+    The layers are those of running statistics that kernels bring up to date.
+    """
     settings, inputs, constants = iter(call.settings), iter(call.inputs), iter(call.constants)
     plan = Plan(*(next(settings) for _ in Plan._fields))
     x = _put_together(inputs, constants, [next(settings) for _ in range(_FORM)])
     convs: list[Conv] = []
-    for epsilon in call.numbers:
+    for epsilon, own in zip(call.numbers, tracked, strict=False):
         of_conv = next(inputs)
         weight, bias = (next(inputs) if next(settings) else None for _ in range(2))
         running = (next(constants), next(constants)) if next(settings) else None
         group = "" if running else call.group
-        layer = Layer(weight, bias, running, epsilon, group, bool(plan.pointwise))
+        layer = Layer(weight, bias, running, epsilon, group, bool(plan.pointwise), own)
         convs.append(Conv(of_conv, layer))
     masks = tuple(next(constants) if next(settings) else None for _ in range(2))
     skip = convs[3] if len(convs) == 4 else None
@@ -294,9 +303,9 @@ _DIFFERENTIABLE = [0, 1 + Result.place("expand", "map"), 1 + Result.place("skip"
 _DIFFERENTIABLE += [1 + Result._fields.index("energies")]
 
 
-def _block_forward(call: Call) -> Tensors:
+def _block_forward(call: Call, *tracked: Running | None) -> Tensors:
     """Returns the handle of a block's output, and its `Result`."""
-    plan, x, convs, masks = _parsed(call)
+    plan, x, convs, masks = _parsed(call, tracked or (None,) * 4)
     like = x if isinstance(x, Tensor) else x.main.x
     with torch.autocast(like.device.type, enabled=False):
         result = data_flow.forward(plan, x, convs, *masks)
@@ -351,9 +360,15 @@ fused_block = node("fused_block", _block_forward, _block_backward, _DIFFERENTIAB
 fused_sum = node("fused_sum", _sum_forward, _sum_backward, [0])
 
 
-def applied(call: Call) -> tuple[Deferred, Result]:
-    """Applies a block; returns its output and what the algebra has made."""
-    handle, *values = fused_block(call)
+def applied(
+    plan: Plan, x: Map, convs: Convs, masks: Masks, tracked: Sequence[Running | None] = ()
+) -> tuple[Deferred, Result]:
+    """Applies a block; returns its output and what the algebra has made.
+
+    Kernels bring the running statistics `tracked` of the convolutions' layers up to date.
+    """
+    call = block_call(plan, x, convs, masks)
+    handle, *values = fused_block(call, *tracked)
     result = Result.of(_emptied(values))
     plan, x, convs, _ = _parsed(call)
     return Deferred(handle, data_flow.output_of(plan, x, convs, result)), result

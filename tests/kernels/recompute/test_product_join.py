@@ -119,7 +119,7 @@ def called(case: Case, inputs: dict[str, Tensor], passes: Passes) -> dict[str, T
         norm = batch_norm.by_running_statistics(*running, gain, shift, 1e-5)
     else:
         partial, moments = convolution.statistics(x, *before, weight, passes)
-        norm = batch_norm.forward(partial, gain, shift, 1e-5, kernels)
+        norm = batch_norm.forward(partial, batch_norm.Norm(gain, shift, 1e-5), kernels)
         results["statistics"] = partial[0]
     residual = (inputs["residual"], inputs.get("residual_scale"), inputs.get("residual_bias"))
     keep_signs = case.O % 8 == 0

@@ -14,7 +14,7 @@ from coded_resnext import CodedBottleneck
 from coded_resnext.kernels.affine import add_statistics_gradient, statistics_of
 from coded_resnext.kernels.batch_norm import launch as batch_norm
 from coded_resnext.models.fused.block import _layer
-from coded_resnext.models.fused.norm import update_running, uses_batch
+from coded_resnext.models.fused.norm import tracked, update_running, uses_batch
 
 SETTINGS = {
     "as it is": {},
@@ -113,6 +113,29 @@ def test_layers_of_several_momenta() -> None:
             torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
+@needs_triton
+@pytest.mark.parametrize("momentum", [0.1, 1.0])
+def test_a_kernel_brings_running_statistics_up_to_date(momentum: float) -> None:
+    """In the launch that normalises, and batches are counted by one of its programs."""
+    expected = nn.BatchNorm2d(19, momentum=momentum)
+    actual = copy.deepcopy(expected)
+    assert tracked([actual.eval()]) == [None]
+    (running,) = tracked([actual.train()]) or []
+    layer = _layer(actual, kernels=True)._replace(tracked=running)
+    for _ in range(3):
+        x = 2 + 3 * torch.randn(2, 19, 4, 4)
+        layer.normalization(statistics_of(x), x.dtype)
+        expected(x)
+    for one, other in zip(actual.buffers(), expected.buffers(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("settings", [{"momentum": None}, {"dtype": torch.float64}], ids=str)
+def test_what_no_kernel_brings_up_to_date(settings: dict[str, Any]) -> None:
+    """One such layer, and PyTorch does so for all of a block."""
+    assert tracked([nn.BatchNorm2d(3), nn.BatchNorm2d(3, **settings)]) is None
+
+
 def test_a_single_value_cannot_be_normalised() -> None:
     block = CodedBottleneck(4, 4, 1, 4, backend="fused")
     with pytest.raises(ValueError, match="more than 1 value per channel when training, got 1"):
@@ -132,8 +155,8 @@ def test_kernels_are_the_algebra(parts: int, weight: bool) -> None:
     own = [torch.rand(27, generator=generator) if weight else None for _ in range(2)]
     sums = torch.randn(parts, 3, 27, generator=generator)
     wide = [None if each is None else each.double() for each in own]
-    expected = batch_norm.forward(partial.double(), *wide, 1e-5, False)
-    actual = batch_norm.forward(partial, *own, 1e-5, True)
+    expected = batch_norm.forward(partial.double(), batch_norm.Norm(*wide, 1e-5), False)
+    actual = batch_norm.forward(partial, batch_norm.Norm(*own, 1e-5), True)
     gradients = batch_norm.backward(sums, actual, True, scale=2)
     of_expected = batch_norm.backward(sums.double(), expected, False, scale=2)
     for a, b in zip([*actual, *gradients], [*expected, *of_expected], strict=True):
