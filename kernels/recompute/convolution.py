@@ -16,6 +16,8 @@ from torch import Tensor
 
 from coded_resnext.kernels import affine
 from coded_resnext.kernels.affine import ConvGradients, behind_activation
+from coded_resnext.kernels.batch_norm import launch as batch_norm_launch
+from coded_resnext.kernels.batch_norm.launch import Norm, Normalization, NormGradients
 from coded_resnext.kernels.checks import check_filled
 from coded_resnext.kernels.conv1x1 import convolution as conv1x1
 from coded_resnext.kernels.conv1x1 import launch as conv1x1_launch
@@ -71,6 +73,25 @@ def statistics(
     m2 = (spread * wide).sum(1).clamp_min(0)
     partial = torch.stack([torch.full_like(sums, count), sums, m2]).to(mean.dtype)
     return partial[None], Moments(mean, spread.to(mean.dtype))
+
+
+def normalized(
+    x: Tensor,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    weight: Tensor,
+    norm: Norm,
+    passes: Passes,
+) -> tuple[Normalization, Moments]:
+    """Returns what a BatchNorm makes of the statistics of `y`; arguments as for `statistics`."""
+    if not _by_kernels(passes):
+        partial, moments = statistics(x, scale, bias, weight, passes)
+        return batch_norm_launch.forward(partial, norm, False), moments
+    check_filled("x", x)
+    with on_device(x):
+        mean, scatter = recompute_launch.moments(x, scale, bias)
+        made, spread = recompute_launch.product_norm(weight, mean, scatter, norm, _pixels(x))
+    return made, Moments(mean, spread)
 
 
 def join(
@@ -149,6 +170,37 @@ def map_gradients(of_bias: Tensor, of_product: Tensor, weight: Tensor, passes: P
     return torch.stack([of_bias, of_scale.to(of_bias.dtype)])[None]
 
 
+def norm_gradients(
+    of_bias: Tensor,
+    of_product: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    moments: Moments,
+    normalization: Normalization,
+    weight_dtype: torch.dtype,
+    passes: Passes,
+) -> tuple[NormGradients, tuple[Tensor, Tensor] | None]:
+    """Returns the gradients of a BatchNorm of `normalized`, and what `backward` may be given.
+
+    `of_bias [O]` is that of its map's bias; `of_product` as of `product_sums`, others as for
+    `backward`.
+    """
+    if not _by_kernels(passes):
+        sums = map_gradients(of_bias, of_product, weight, passes)
+        return batch_norm_launch.backward(sums, normalization, False), None
+    with on_device(x):
+        return recompute_launch.norm_gradients(
+            of_bias,
+            of_product,
+            weight,
+            moments.spread,
+            moments.mean,
+            normalization,
+            _pixels(x),
+            weight_dtype,
+        )
+
+
 def backward(
     grad: Tensor,
     gain: Tensor,
@@ -163,6 +215,7 @@ def backward(
     need_input: bool,
     weight_dtype: torch.dtype,
     passes: Passes,
+    made: tuple[Tensor, Tensor] | None = None,
 ) -> ConvGradients:
     """Returns the gradients for that of `y = W a`, `gain grad + curve y + level`, without `y`.
 
@@ -178,6 +231,7 @@ def backward(
         need_input: whether the gradients of `x`, `scale` and `bias` are wanted.
         weight_dtype: of the gradient of the weight.
         passes: who computes.
+        made: the gradient of the weight, and `gain W`, where `norm_gradients` has made them.
     """
     check_filled("x", x)
     if curve is None or level is None or moments is None:
@@ -188,7 +242,7 @@ def backward(
     square = shift = None
     if _by_kernels(passes):
         with on_device(x):
-            dweight, of_weight = recompute_launch.weight_gradients(
+            dweight, of_weight = made or recompute_launch.weight_gradients(
                 of_product,
                 weight,
                 moments.spread,

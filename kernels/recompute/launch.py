@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from coded_resnext.kernels.batch_norm.launch import Norm, Normalization, NormGradients
 from coded_resnext.kernels.conv1x1.launch import parts_of, share_of, sizes_of
 from coded_resnext.kernels.conv1x1.rows import tile_of
 from coded_resnext.kernels.layout import (
@@ -24,6 +25,9 @@ from coded_resnext.kernels.layout import (
 )
 
 from . import rows as recompute_rows
+
+
+NO_NORM = Norm(None, None, 0.0)
 
 
 def product_join(
@@ -139,19 +143,41 @@ def product_statistics(
         mean, scatter: `[I]` and `[I, I]`, of `moments`.
         pixels: over which these were taken.
     """
+    statistics = empty_float32(weight, 1, 3, len(weight))
+    spread = _product_statistics((statistics, None, None), weight, mean, scatter, None, pixels)
+    return statistics, spread
+
+
+def product_norm(
+    weight: Tensor, mean: Tensor, scatter: Tensor, norm: Norm, pixels: int
+) -> tuple[Normalization, Tensor]:
+    """What a BatchNorm makes of `product_statistics`, and `W S`, in one launch."""
+    made = Normalization(empty_float32(weight, 2, len(weight)), empty_float32(weight, 4, len(weight)))
+    return made, _product_statistics((None, *made), weight, mean, scatter, norm, pixels)
+
+
+def _product_statistics(
+    results: tuple[Tensor | None, ...],
+    weight: Tensor,
+    mean: Tensor,
+    scatter: Tensor,
+    norm: Norm | None,
+    pixels: int,
+) -> Tensor:
     sizes = sizes_of(weight)
-    statistics = empty_float32(weight, 1, 3, sizes.outputs)
     spread = empty_float32(weight, sizes.outputs, sizes.inputs)
-    recompute_rows.product_statistics(sizes, DTYPES[weight.dtype]).launch(
+    of = None if norm is None else norm.present()
+    recompute_rows.product_statistics(sizes, DTYPES[weight.dtype], of).launch(
         recompute_rows.outputs_grid(sizes),
-        statistics,
         spread,
+        *results,
         aligned(weight),
         mean,
         scatter,
+        *(norm or NO_NORM).arguments(),
         pixels,
     )
-    return statistics, spread
+    return spread
 
 
 def map_gradients(of_bias: Tensor, of_product: Tensor, weight: Tensor) -> Tensor:
@@ -194,20 +220,60 @@ def weight_gradients(
         gain, curve, level: `[O]` float32.
         dtype: of the gradient.
     """
+    given = (None, None, None, aligned(gain), aligned(curve), aligned(level))
+    return _weight_gradients(None, of_product, weight, spread, mean, given, pixels, dtype)
+
+
+def norm_gradients(
+    of_bias: Tensor,
+    of_product: Tensor,
+    weight: Tensor,
+    spread: Tensor,
+    mean: Tensor,
+    normalization: Normalization,
+    pixels: int,
+    dtype: torch.dtype,
+) -> tuple[NormGradients, tuple[Tensor, Tensor]]:
+    """The gradients of a BatchNorm behind the product and, as they follow from these,
+    `weight_gradients`, in one launch.
+
+    Args:
+        of_bias: that of the bias of the BatchNorm's map, `[O]`.
+        normalization: what `product_norm` gave.
+        of_product, weight, spread, mean, pixels, dtype: as for `weight_gradients`.
+    """
+    gradients = empty_float32(weight, 4, len(weight))
+    own = (aligned(of_bias), *normalization, None, None, None)
+    both = _weight_gradients(gradients, of_product, weight, spread, mean, own, pixels, dtype)
+    return NormGradients(*gradients), both
+
+
+def _weight_gradients(
+    of_norm: Tensor | None,
+    of_product: Tensor,
+    weight: Tensor,
+    spread: Tensor,
+    mean: Tensor,
+    vectors: tuple[Tensor | None, ...],
+    pixels: int,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
     sizes = sizes_of(weight)
     gradient = weight.new_empty(weight.shape, dtype=dtype)
     scaled = weight.new_empty(sizes.outputs, sizes.inputs)
-    recompute_rows.weight_gradients(sizes, DTYPES[weight.dtype], DTYPES[dtype]).launch(
+    row = recompute_rows.weight_gradients(
+        sizes, DTYPES[weight.dtype], DTYPES[dtype], norm=of_norm is not None
+    )
+    row.launch(
         recompute_rows.outputs_grid(sizes),
         gradient,
         scaled,
+        of_norm,
         aligned(of_product),
         aligned(weight),
         spread,
         mean,
-        aligned(gain),
-        aligned(curve),
-        aligned(level),
+        *vectors,
         pixels,
     )
     return gradient, scaled

@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from coded_resnext.kernels.batch_norm.kernel import add_parts
+from coded_resnext.kernels.batch_norm.kernel import add_parts, store_gradients, store_map
 from coded_resnext.kernels.tile import dot, hash_in_order, round_to
 
 
@@ -93,13 +93,22 @@ def row_product(
     return total + tl.sum(left.to(tl.float64) * right.to(tl.float64), 1)
 
 
-@triton.jit(do_not_specialize=["pixels"])
+@triton.jit(do_not_specialize=["epsilon", "share", "pixels"])
 def product_statistics(
-    statistics_ptr,
     spread_ptr,
+    statistics_ptr,
+    map_ptr,
+    moments_ptr,
     weight_ptr,
     mean_ptr,
     scatter_ptr,
+    norm_weight_ptr,
+    norm_bias_ptr,
+    running_mean_ptr,
+    running_var_ptr,
+    counter_ptr,
+    epsilon,
+    share,
     pixels,
     INPUTS: tl.constexpr,
     OUTPUTS: tl.constexpr,
@@ -110,7 +119,8 @@ def product_statistics(
 ):
     """`statistics [3, O]`: count, sum and M2 of `W a`; and `spread = W S`, `[O, I]`.
 
-    `weight [O, I]`, `mean [I]`, `scatter [I, I]`. Grid: ceil(O / BLOCK_O).
+    Without `statistics` it is what BatchNorm makes of them, as `batch_norm` does: `map [2, O]` and
+    `moments [4, O]`. `weight [O, I]`, `mean [I]`, `scatter [I, I]`. Grid: ceil(O / BLOCK_O).
     """
     o = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)
     total = tl.zeros((BLOCK_O,), tl.float64)
@@ -133,9 +143,28 @@ def product_statistics(
     # The scatter is positive semidefinite; rounding must not make a sum of squares negative.
     squares = tl.where(squares < 0, 0.0, squares)
     inside = o < OUTPUTS
-    tl.store(statistics_ptr + o, count.to(tl.float32), mask=inside)
-    tl.store(statistics_ptr + OUTPUTS + o, (count * total).to(tl.float32), mask=inside)
-    tl.store(statistics_ptr + 2 * OUTPUTS + o, squares.to(tl.float32), mask=inside)
+    if statistics_ptr is None:
+        store_map(
+            map_ptr,
+            moments_ptr,
+            norm_weight_ptr,
+            norm_bias_ptr,
+            running_mean_ptr,
+            running_var_ptr,
+            counter_ptr,
+            epsilon,
+            share,
+            count,
+            total,
+            squares,
+            o,
+            inside,
+            OUTPUTS,
+        )
+    else:
+        tl.store(statistics_ptr + o, count.to(tl.float32), mask=inside)
+        tl.store(statistics_ptr + OUTPUTS + o, (count * total).to(tl.float32), mask=inside)
+        tl.store(statistics_ptr + 2 * OUTPUTS + o, squares.to(tl.float32), mask=inside)
 
 
 @triton.jit
@@ -169,10 +198,14 @@ def map_gradients(
 def weight_gradients(
     gradient_ptr,
     scaled_ptr,
+    of_norm_ptr,
     of_product_ptr,
     weight_ptr,
     spread_ptr,
     mean_ptr,
+    of_bias_ptr,
+    map_ptr,
+    moments_ptr,
     gain_ptr,
     curve_ptr,
     level_ptr,
@@ -185,33 +218,50 @@ def weight_gradients(
     """The gradient of the weight for `gain grad + curve W a + level`, and `scaled = gain W`.
 
     The gradient is `gain P + curve (W S + n W m m^T) + n level m^T`, rounded once. Matrices
-    `[O, I]`, P `of_product`; `mean [I]`; `gain`, `curve`, `level [O]`. Grid: ceil(O / BLOCK_O).
+    `[O, I]`, P `of_product`; `mean [I]`; `gain`, `curve`, `level [O]`. Without these the statistics
+    are those of this process alone, and BatchNorm's gradients, `of_norm [4, O]`, are made here from
+    that of its map's bias, `of_bias [O]`, with `map` and `moments` as of `batch_norm_backward`.
+    Grid: ceil(O / BLOCK_O).
     """
     o = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)
     inside = o < OUTPUTS
-    gain = tl.load(gain_ptr + o, mask=inside, other=0.0)[:, None]
-    curve = tl.load(curve_ptr + o, mask=inside, other=0.0)
-    middle = tl.zeros((BLOCK_O,), tl.float64)
+    # Over the columns: of the mean of the product, or of the gradient of the map's scale.
+    total = tl.zeros((BLOCK_O,), tl.float64)
+    for start in range(0, INPUTS, BLOCK_N):
+        n = start + tl.arange(0, BLOCK_N)
+        weight = load_block(weight_ptr, o, n, OUTPUTS, INPUTS)
+        if of_norm_ptr is None:
+            mean = tl.load(mean_ptr + n, mask=n < INPUTS, other=0.0)
+            total = row_product(total, weight, mean[None, :])
+        else:
+            total = row_product(total, load_block(of_product_ptr, o, n, OUTPUTS, INPUTS), weight)
+    if of_norm_ptr is None:
+        gain = tl.load(gain_ptr + o, mask=inside, other=0.0)
+        curve = tl.load(curve_ptr + o, mask=inside, other=0.0)
+        level = tl.load(level_ptr + o, mask=inside, other=0.0)
+        # Of the sum alone: the level is what remains of it where the curve meets the product.
+        of_sum = (level + curve.to(tl.float64) * total) * pixels
+    else:
+        of_bias = tl.load(of_bias_ptr + o, mask=inside, other=0.0).to(tl.float64)
+        curve, _ = store_gradients(
+            of_norm_ptr, of_bias, total, map_ptr, moments_ptr, o, inside, OUTPUTS
+        )
+        curve = curve.to(tl.float32)
+        gain = tl.load(map_ptr + OUTPUTS + o, mask=inside, other=0.0)
+        # BatchNorm takes the mean of a gradient away.
+        of_sum = -gain.to(tl.float64) * of_bias
     for start in range(0, INPUTS, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)
         mean = tl.load(mean_ptr + n, mask=n < INPUTS, other=0.0)
         weight = load_block(weight_ptr, o, n, OUTPUTS, INPUTS)
-        middle = row_product(middle, weight, mean[None, :])
-    level = tl.load(level_ptr + o, mask=inside, other=0.0)
-    # Of the sum alone: the level is what remains of it where the curve meets the whole product.
-    of_sum = (level + curve.to(tl.float64) * middle) * pixels
-    for start in range(0, INPUTS, BLOCK_N):
-        n = start + tl.arange(0, BLOCK_N)
-        mean = tl.load(mean_ptr + n, mask=n < INPUTS, other=0.0)
-        weight = load_block(weight_ptr, o, n, OUTPUTS, INPUTS)
-        gradient = gain * load_block(of_product_ptr, o, n, OUTPUTS, INPUTS)
+        gradient = gain[:, None] * load_block(of_product_ptr, o, n, OUTPUTS, INPUTS)
         gradient += curve[:, None] * load_block(spread_ptr, o, n, OUTPUTS, INPUTS)
         gradient += (of_sum[:, None] * mean[None, :]).to(tl.float32)
         real = inside[:, None] & (n < INPUTS)[None, :]
         at = o[:, None] * INPUTS + n[None, :]
         gradient = round_to(gradient, gradient_ptr.dtype.element_ty)
         tl.store(gradient_ptr + at, gradient, mask=real)
-        scaled = round_to(gain * weight, scaled_ptr.dtype.element_ty)
+        scaled = round_to(gain[:, None] * weight, scaled_ptr.dtype.element_ty)
         tl.store(scaled_ptr + at, scaled, mask=real)
 
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
 
+from coded_resnext.kernels.batch_norm.rows import layer_arguments
 from coded_resnext.kernels.conv1x1.rows import (
     EXAMPLE_PIXELS,
     PAPER_CONVOLUTIONS,
@@ -178,11 +179,17 @@ def merge_moments(channels: int) -> LaunchRow:
 
 
 @cache
-def product_statistics(sizes: ProductSizes, dtype: Dtype) -> LaunchRow:
-    """Settings of `matrices.product_statistics`, for a weight in a dtype."""
+def product_statistics(
+    sizes: ProductSizes, dtype: Dtype, norm: tuple[bool, bool, bool] | None = (True, True, True)
+) -> LaunchRow:
+    """Settings of `matrices.product_statistics`, for a weight in a dtype, and a layer that has what
+    `batch_norm.rows.layer_arguments` asks for; without a layer for the statistics themselves."""
+    results = ("*fp32", None, None) if norm is None else (None, "*fp32", "*fp32")
+    matrices = (f"*{dtype}", "*fp32", "*fp32")
+    layer = layer_arguments(*(norm or (False, False, False)))
     return _matrices(
         "product_statistics",
-        ("*fp32", "*fp32", f"*{dtype}", "*fp32", "*fp32", EXAMPLE_PIXELS),
+        ("*fp32", *results, *matrices, *layer, EXAMPLE_PIXELS),
         INPUTS=sizes.inputs,
         OUTPUTS=sizes.outputs,
         BLOCK_O=MATRIX_ROWS,
@@ -206,14 +213,19 @@ def map_gradients(sizes: ProductSizes, dtype: Dtype) -> LaunchRow:
 
 
 @cache
-def weight_gradients(sizes: ProductSizes, dtype: Dtype, gradient: Dtype) -> LaunchRow:
-    """Settings of `matrices.weight_gradients`, whose gradient has a dtype of its own."""
-    tensors = (f"*{gradient}", f"*{dtype}", "*fp32", f"*{dtype}", "*fp32", "*fp32")
+def weight_gradients(
+    sizes: ProductSizes, dtype: Dtype, gradient: Dtype, *, norm: bool = True
+) -> LaunchRow:
+    """Settings of `matrices.weight_gradients`, whose gradient has a dtype of its own, with those of
+    BatchNorm or from them."""
+    own = "*fp32" if norm else None
+    given = None if norm else "*fp32"
+    tensors = (f"*{gradient}", f"*{dtype}", own, "*fp32", f"*{dtype}", "*fp32", "*fp32")
     # A loop of one step is none, and Triton 3.7's code for sm_90 then keeps registers in memory.
     is_one_step = sizes.inputs <= MATRIX_COLUMNS
     row = _matrices(
         "weight_gradients",
-        (*tensors, "*fp32", "*fp32", "*fp32", EXAMPLE_PIXELS),
+        (*tensors, own, own, own, given, given, given, EXAMPLE_PIXELS),
         INPUTS=sizes.inputs,
         OUTPUTS=sizes.outputs,
         BLOCK_O=MATRIX_ROWS,
@@ -279,7 +291,6 @@ def shipped_rows(arch: str) -> Iterator[tuple[str, LaunchRow]]:
         for row in (
             merge_moments(sizes.inputs),
             product_statistics(sizes, "bf16"),
-            map_gradients(sizes, "bf16"),
             weight_gradients(sizes, "bf16", "fp32"),
             moments_gradients(sizes, "bf16"),
         ):

@@ -364,8 +364,11 @@ def _ending(plan: Plan, name: str, x: Tensor, before: MaybeAffine, conv: Conv) -
         return _made(conv, *conv1x1.forward(x, weight, *before, statistics, passes))
     if not statistics:
         return _made(conv, None, None)
-    partial, moments = recompute.statistics(x, *before, weight, passes)
-    return _made(conv, None, partial, moments)
+    if conv.layer.group:
+        partial, moments = recompute.statistics(x, *before, weight, passes)
+        return _made(conv, None, partial, moments)
+    norm, moments = recompute.normalized(x, *before, weight, conv.layer.norm, passes)
+    return Made(None, *norm, *moments, conv.cast)
 
 
 def output_of(plan: Plan, x: Tensor | Sum, convs: Convs, result: Result) -> Sum:
@@ -540,10 +543,17 @@ def _ending_backward(
     # Sums of maps as they are, of which a projection's are, are cuBLAS's.
     who = passes if name == "last" else NO_PASSES
     of_product = recompute.product_sums(g, x, weight, *before, who)
-    sums = recompute.map_gradients(of_map[0], of_product, weight, passes)
-    of_bn, curve, level = conv.layer.backward(sums, norm)
     both = made.mean is not None and made.spread is not None
     moments = Moments(present(made.mean), present(made.spread)) if both else None
+    of_weight = None
+    if moments is None or conv.layer.group:
+        sums = recompute.map_gradients(of_map[0], of_product, weight, passes)
+        of_bn, curve, level = conv.layer.backward(sums, norm)
+    else:
+        of_bn, of_weight = recompute.norm_gradients(
+            of_map[0], of_product, x, weight, moments, norm, dtype, passes
+        )
+        curve, level = of_bn.curve, of_bn.level
     of_y = (g, gain, curve, level, of_product, moments)
-    gradients = recompute.backward(*of_y, x, weight, *before, need_input, dtype, passes)
+    gradients = recompute.backward(*of_y, x, weight, *before, need_input, dtype, passes, of_weight)
     return gradients, (of_bn.weight, of_bn.bias)

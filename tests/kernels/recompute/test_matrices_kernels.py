@@ -14,6 +14,7 @@ from support.guarded_memory import guarded_memory
 from support.helpers import relative_error
 from torch import Tensor
 
+from coded_resnext.kernels.batch_norm import launch as batch_norm
 from coded_resnext.kernels.layout import interpreted
 from coded_resnext.kernels.recompute import launch
 
@@ -61,6 +62,50 @@ def test_statistics_of_a_product(inputs: int, outputs: int, dtype: torch.dtype) 
     assert relative_error(statistics[0, 1].double(), sums) < 1e-6
     assert relative_error(statistics[0, 2].double(), m2) < 1e-6
     assert relative_error(spread.double(), weight @ scatter) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", BOTH, ids=str)
+@pytest.mark.parametrize(("inputs", "outputs"), SIZES)
+def test_batch_norm_of_a_product(inputs: int, outputs: int, dtype: torch.dtype) -> None:
+    """In the launch that has its statistics, and in that of the weight's gradient; the running
+    statistics with it."""
+    has = given(inputs, outputs, dtype)
+    names = ("weight", "mean", "scatter")
+    statistics, spread = launch.product_statistics(*(has[name] for name in names), PIXELS)
+    own, of_bias = (has["gain"], has["level"]), has["of_bias"]
+    running = [torch.ones(outputs) for _ in range(2)]
+    counter = torch.tensor(7)
+    norm = batch_norm.Norm(*own, 1e-3, batch_norm.Running(*running, counter, 0.25))
+    with guarded_memory():
+        made, again = launch.product_norm(*(has[name] for name in names), norm, PIXELS)
+        gradients, matrices = launch.norm_gradients(
+            of_bias,
+            *(has[name] for name in ("of_product", "weight")),
+            spread,
+            has["mean"],
+            made,
+            PIXELS,
+            torch.float32,
+        )
+    assert torch.equal(again, spread)
+    wide = batch_norm.Norm(*(each.double() for each in own), 1e-3)
+    expected = batch_norm.forward(statistics.double(), wide, False)
+    for one, other in zip(made, expected, strict=True):
+        assert relative_error(one.double(), other) < 2e-6
+    for one, place in zip(running, (0, 2), strict=True):
+        assert relative_error(one.double(), 0.75 + 0.25 * expected.moments[place]) < 2e-6
+    assert counter == 8
+    weight, of_product = has["weight"].flatten(1).double(), has["of_product"].double()
+    sums = torch.stack([of_bias.double(), (of_product * weight).sum(1)])[None]
+    of_norm = batch_norm.backward(sums, expected, False)
+    for one, other in zip(gradients, of_norm, strict=True):
+        assert relative_error(one.double(), other) < 4e-6
+    of_y = (expected.map[1], of_norm.curve, of_norm.level)
+    of_sum = of_norm.level + of_norm.curve * (weight @ has["mean"].double())
+    of_weight = of_y[0][:, None] * of_product + of_y[1][:, None] * spread.double()
+    of_weight += PIXELS * torch.outer(of_sum, has["mean"].double())
+    assert relative_error(matrices[0].flatten(1).double(), of_weight) < 4e-6
+    assert relative_error(matrices[1].double(), of_y[0][:, None] * weight) < TOLERANCES[dtype]
 
 
 def test_a_sum_of_squares_is_not_negative() -> None:
