@@ -108,7 +108,12 @@ def forward(partial: Tensor, norm: Norm, kernels: bool) -> Normalization:
     if not kernels:
         count, total, m2 = merged(partial, False)
         mean = total / count
-        moments = (mean, torch.rsqrt(m2 / count + norm.epsilon), m2 / (count - 1).clamp_min(1), count)
+        moments = (
+            mean,
+            torch.rsqrt(m2 / count + norm.epsilon),
+            m2 / (count - 1).clamp_min(1),
+            count,
+        )
         return Normalization(_map(mean, moments[1], norm.weight, norm.bias), torch.stack(moments))
     made = (partial.new_empty((2, channels)), partial.new_empty((4, channels)))
     row = batch_norm_rows.batch_norm(channels, *norm.present())
@@ -139,7 +144,7 @@ def backward(
 
     Args:
         partial: gradients of its map in parts, `[parts, 2 or 3, C]`, the first row that of the
-            bias.
+            bias; of one part the rows may be apart.
         normalization: what `forward` gave.
         kernels: whether the Triton kernels run.
         scale: the row of the gradient of the scale.
@@ -154,12 +159,16 @@ def backward(
         return NormGradients(
             of_weight, of_bias, curve, -normalization.map[1] * of_bias / count - curve * mean
         )
+    if parts == 1 and partial.stride(2) == 1:
+        scale *= partial.stride(1) // channels
+    else:
+        partial = partial.contiguous()
     gradients = partial.new_empty((4, channels))
     with on_device(partial):
         batch_norm_rows.batch_norm_backward(channels, rows, scale).launch(
             batch_norm_rows.grid_of(channels),
             gradients,
-            partial.contiguous(),
+            partial,
             *normalization,
             parts,
         )

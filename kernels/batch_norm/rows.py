@@ -74,5 +74,7 @@ def shipped_rows() -> Iterator[tuple[str, LaunchRow]]:
         for make in (merge_statistics, batch_norm, batch_norm_backward):
             row = make(channels)
             yield f"{row.kernel.split(':')[1]} {channels}", row
+        # Of sums of which those of another map are between the two.
+        yield f"batch_norm_backward {channels} apart", batch_norm_backward(channels, scale=2)
         # Within a captured graph PyTorch brings running statistics up to date.
         yield f"batch_norm {channels} compiled", batch_norm(channels, running=False)

@@ -36,6 +36,7 @@ class Launch:
         bias: Tensor | None,
         drop_mask: Tensor | None,
         keep_mask: Tensor | None,
+        form: Tensor | None = None,
     ) -> None:
         # Kernels are compiled for these, which are constants where a graph leaves sizes open.
         branches, channels, width = (int(size) for size in branch_weight.shape)
@@ -49,7 +50,7 @@ class Launch:
         self.scale, self.bias = as_float32(scale), as_float32(bias)
         self.drop, self.keep = as_float32(drop_mask), as_float32(keep_mask)
         self.windows = Windows.of(self.sizes).count
-        self.form = gram.branch_forms(branch_weight, torch.float32)
+        self.form = gram.branch_forms(branch_weight, torch.float32) if form is None else form
 
     @classmethod
     def of(
@@ -58,6 +59,7 @@ class Launch:
         branch_weight: Tensor,
         *others: Tensor | None,
         rows: tuple[Callable[[CodedSizes, Variant], LaunchRow], ...],
+        form: Tensor | None = None,
     ) -> Launch | None:
         """Returns what the kernels of these rows read, or None where PyTorch takes their place.
 
@@ -66,7 +68,7 @@ class Launch:
         """
         if unsupported(z, branch_weight.shape[2]) is not None:
             return None
-        launch = cls(z, branch_weight, *others)
+        launch = cls(z, branch_weight, *others, form)
         with layout.on_device(z):
             for row in rows:
                 reason = layout.too_large(row(launch.sizes, launch.variant), z.device.index or 0)

@@ -125,7 +125,8 @@ branch_energy_backward.register_autograd(refuse_derivative)
 branch_energy.register_autograd(_branch_energy_gradients, setup_context=_save_for_branch_energy)
 
 
-def forward(
+@operator("normalize_branches")
+def normalize_branches(
     z: Tensor,
     branch_weight: Tensor,
     scale: Tensor | None,
@@ -140,6 +141,19 @@ def forward(
     Returns:
         `s h` like `z`, `Ebar [B, N]`, and `1/M [B]`, which has no gradient.
     """
+    return forward(z, branch_weight, scale, bias, drop_mask, keep_mask)[:3]
+
+
+def forward(
+    z: Tensor,
+    branch_weight: Tensor,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    drop_mask: Tensor | None,
+    keep_mask: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Does what `normalize_branches` does, and returns the forms `Q [N, D, D]` that kernels read,
+    for `backward`."""
     check_filled("z", z)
     rows = (coded_rows.aggregate_forward,)
     launch = Launch.of(z, branch_weight, scale, bias, drop_mask, keep_mask, rows=rows)
@@ -147,7 +161,7 @@ def forward(
         h = affine.activate(z, scale, bias)
         result = gram.normalize(h, branch_weight, drop_mask, keep_mask)
         inverse = result.inverse[:, 0].contiguous()
-        return channels_last(result.scaled), result.energies.contiguous(), inverse
+        return channels_last(result.scaled), result.energies.contiguous(), inverse, None
     scaled = empty_rows(z)
     normalized = launch.form.new_empty((launch.batch, launch.sizes.branches))
     energy, inverse = torch.empty_like(normalized), normalized.new_empty((launch.batch,))
@@ -166,10 +180,7 @@ def forward(
             launch.keep,
             launch.inverse_size,
         )
-    return scaled.permute(0, 3, 1, 2), normalized, inverse
-
-
-normalize_branches = operator("normalize_branches")(forward)
+    return scaled.permute(0, 3, 1, 2), normalized, inverse, launch.form
 
 
 @operator("normalize_branches_backward")
@@ -208,15 +219,16 @@ def backward(
     normalized: Tensor,
     inverse: Tensor,
     grad_weight: Tensor,
+    form: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Does what `normalize_branches_backward` does, with the sums in parts, `[parts, 2, N*D]`.
 
     What the energies add to the gradient of the weight is added to `grad_weight [N, C, D]`, of any
-    strides.
+    strides. `form` is what `forward` gave, or None.
     """
     check_filled("z", z)
     rows = (coded_rows.aggregate_backward, coded_rows.weighted_gram)
-    launch = Launch.of(z, branch_weight, scale, bias, drop_mask, keep_mask, rows=rows)
+    launch = Launch.of(z, branch_weight, scale, bias, drop_mask, keep_mask, rows=rows, form=form)
     if launch is None:
         h = affine.activate(z, scale, bias)
         forward = gram.normalize(h, branch_weight, drop_mask, keep_mask)

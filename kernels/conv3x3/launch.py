@@ -6,6 +6,8 @@ OH x OW maps out.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -23,7 +25,15 @@ from coded_resnext.kernels.layout import (
 from coded_resnext.kernels.rows import Variant
 
 from . import rows as conv3x3_rows
-from .rows import LANES, MOST_ROWS, REDUCED, GroupedSizes, GroupedWindows
+from .rows import (
+    LANES,
+    MOST_OTHERS,
+    MOST_ROWS,
+    REDUCED,
+    ROUNDED,
+    GroupedSizes,
+    GroupedWindows,
+)
 
 
 def forward(
@@ -33,6 +43,7 @@ def forward(
     scale: Tensor | None,
     bias: Tensor | None,
     statistics: bool,
+    packed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """`y [B, N*D, OH, OW]`, channels-last, and its (count, sum, M2) in parts, `[parts, 3, N*D]`.
 
@@ -42,6 +53,7 @@ def forward(
         sizes: `N`, `D` and the stride.
         scale, bias: `[N*D]` float32 or None; `relu(scale x + bias)` is convolved instead of `x`.
         statistics: whether they are wanted.
+        packed: the weight of `pack`; it is packed here if None.
     """
     rows, (scale, bias) = _rows(x, sizes), _vectors(sizes, scale, bias)
     batch, height, width, channels = rows.shape
@@ -57,7 +69,7 @@ def forward(
         rows,
         scale,
         bias,
-        _pack(weight, sizes, x.dtype, backward=False),
+        (pack(weight, sizes, x.dtype)[0] if packed is None else packed)[0],
         *(None, None, None),
         batch,
         height,
@@ -104,7 +116,7 @@ def folded_forward(
         rows,
         None,
         None,
-        _pack(weight, sizes, x.dtype, backward=False),
+        pack(weight, sizes, x.dtype)[0][0],
         after_rows,
         kept,
         scaled,
@@ -158,12 +170,13 @@ def input_gradient(
     x: Tensor | None,
     scale: Tensor | None,
     bias: Tensor | None,
+    packed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """The gradient of `x [B, N*D, H, W]`, and those of `bias` and `scale`, `[parts, 2, N*D]`.
 
     Args:
         grad: of the output, `[B, N*D, OH, OW]`.
-        weight, sizes, scale, bias: as for `forward`.
+        weight, sizes, scale, bias, packed: as for `forward`.
         map_size: `(H, W)`.
         y, curve, level: with them the gradient is `grad + curve y + level` per channel.
         x: the input, needed with `scale` and `bias`.
@@ -186,7 +199,7 @@ def input_gradient(
         None if scale is None or x is None else _rows(x, sizes),
         scale,
         bias,
-        _pack(weight, sizes, grad.dtype, backward=True),
+        (pack(weight, sizes, grad.dtype)[0] if packed is None else packed)[1],
         rows.shape[0],
         *map_size,
         part_rows,
@@ -260,16 +273,32 @@ def is_last(weight: Tensor) -> bool:
     return last and not weight.is_contiguous()
 
 
-def _pack(weight: Tensor, sizes: GroupedSizes, dtype: torch.dtype, *, backward: bool) -> Tensor:
-    """Returns the weight as the kernels read it, `[windows, 9, BLOCK_K, BLOCK_K]` in a dtype."""
+def pack(
+    weight: Tensor, sizes: GroupedSizes, dtype: torch.dtype, others: Sequence[Tensor] = ()
+) -> tuple[Tensor, list[Tensor]]:
+    """Returns the weight as the kernels read it, `[2, windows, 9, BLOCK_K, BLOCK_K]` in a dtype: of
+    the forward pass, and of the gradient of the input; and up to three others in that dtype."""
     windows, last = GroupedWindows.of(sizes), is_last(weight)
-    packed = weight.new_empty(windows.count, 9, windows.block_k, windows.block_k, dtype=dtype)
+    packed = weight.new_empty(2, windows.count, 9, windows.block_k, windows.block_k, dtype=dtype)
+    casts = [torch.empty(other.shape, dtype=dtype, device=other.device) for other in others]
+    absent = [None] * (MOST_OTHERS - len(casts))
+    counts = [cast.numel() for cast in casts]
     row = conv3x3_rows.pack_weights(
-        sizes, DTYPES[dtype], DTYPES[weight.dtype], last=last, backward=backward
+        sizes, DTYPES[dtype], DTYPES[weight.dtype], last=last, others=len(casts)
     )
     flat = weight.permute(0, 2, 3, 1) if last else weight
-    row.launch((windows.count * 9,), packed, aligned(flat))
-    return packed
+    row.launch(
+        (windows.count * 9 + sum(-(-count // ROUNDED) for count in counts),),
+        packed,
+        *casts,
+        *absent,
+        aligned(flat),
+        *map(aligned, others),
+        *absent,
+        *counts,
+        *(0 for _ in absent),
+    )
+    return packed, casts
 
 
 def _rows(x: Tensor, sizes: GroupedSizes, name: str = "x") -> Tensor:

@@ -7,6 +7,7 @@ activations are channels-last. B samples, N groups of width D.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -76,6 +77,20 @@ def grouped_conv3x3(
     return y, batch_norm_launch.merged(partial, passes.forward)
 
 
+def prepared(
+    weight: Tensor, others: Sequence[Tensor], dtype: torch.dtype, stride: int, passes: Passes
+) -> tuple[Tensor | None, list[Tensor]]:
+    """Returns a weight as the kernels of both passes read it, in the dtype of their activations,
+    None where they do not run, and up to three others in that dtype; all by one launch."""
+    if passes.forward or passes.input:
+        with on_device(weight):
+            return conv3x3_launch.pack(weight, sizes_of(weight, stride), dtype, others)
+    casts = [torch.empty_like(other, dtype=dtype) for other in others]
+    if casts:
+        torch._foreach_copy_(casts, others)
+    return None, casts
+
+
 def forward(
     x: Tensor,
     weight: Tensor,
@@ -84,16 +99,18 @@ def forward(
     stride: int,
     statistics: bool,
     passes: Passes,
+    of_weight: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Does what `grouped_conv3x3` does, without autograd and with the statistics in parts.
 
-    The weight has a dtype of its own, and is rounded to that of `x`.
+    The weight has a dtype of its own, and is rounded to that of `x`; `of_weight` is what
+    `prepared` has made of it.
     """
     check_filled("x", x)
     sizes = sizes_of(weight, stride)
     if passes.forward:
         with on_device(x):
-            return conv3x3_launch.forward(x, weight, sizes, scale, bias, statistics)
+            return conv3x3_launch.forward(x, weight, sizes, scale, bias, statistics, of_weight)
     activated = affine.activate(x, scale, bias)
     weight = weight.to(x.dtype)
     y = channels_last(F.conv2d(activated, weight, None, stride, 1, 1, sizes.groups))
@@ -145,10 +162,11 @@ def backward(
     need_input: bool,
     need_weight: bool,
     passes: Passes,
+    of_weight: Tensor | None = None,
 ) -> ConvGradients:
     """Does what `grouped_conv3x3_backward` does, with the sums in parts.
 
-    The weight, and so its gradient, has a dtype of its own.
+    The weight, and so its gradient, has a dtype of its own; `of_weight` as for `forward`.
     """
     check_filled("x", x)
     sizes = sizes_of(weight, stride)
@@ -158,7 +176,7 @@ def backward(
         if need_input and passes.input:
             map_size = (x.shape[2], x.shape[3])
             dx, sums = conv3x3_launch.input_gradient(
-                grad, weight, sizes, map_size, y, curve, level, x, scale, bias
+                grad, weight, sizes, map_size, y, curve, level, x, scale, bias, of_weight
             )
         if need_weight and passes.weight:
             own = (weight.dtype, conv3x3_launch.is_last(weight))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import cache
 
 from coded_resnext.kernels.rows import (
     ALL_PASSES,
@@ -40,6 +40,9 @@ LANES = 16
 MOST_ROWS = 16
 # Elements of the nine matrices that one program of the last stage of the weight gradient adds up.
 REDUCED = 256
+# Other weights that are rounded where the 3x3 one is packed, and elements of each in a program.
+MOST_OTHERS = 3
+ROUNDED = 1024
 # The map that sizes in bytes are stated for.
 EXAMPLE_MAP = 28
 
@@ -320,17 +323,24 @@ def _weights(sizes: GroupedSizes, last: bool) -> tuple[tuple[str, int], ...]:
 
 @cache
 def pack_weights(
-    sizes: GroupedSizes, dtype: Dtype, own: Dtype, *, last: bool, backward: bool
+    sizes: GroupedSizes, dtype: Dtype, own: Dtype, *, last: bool, others: int = 0
 ) -> LaunchRow:
-    """Settings of `weight.pack_weights`: a weight in a dtype of its own, channels-last or not."""
+    """Settings of `weight.pack_weights`: a weight in a dtype of its own, channels-last or not, and
+    so many others that are rounded."""
     windows = GroupedWindows.of(sizes)
     return LaunchRow(
         kernel="conv3x3.weight:pack_weights",
-        args=(f"*{dtype}", f"*{own}"),
+        args=(
+            f"*{dtype}",
+            *(f"*{dtype}" if place < others else None for place in range(MOST_OTHERS)),
+            f"*{own}",
+            *(f"*{own}" if place < others else None for place in range(MOST_OTHERS)),
+            *(1 << 16 for _ in range(MOST_OTHERS)),
+        ),
         constexprs=(
             *_weights(sizes, last),
-            ("TRANSPOSE", backward),
-            ("MIRROR", backward and sizes.stride == 1),
+            ("MIRROR", sizes.stride == 1),
+            ("BLOCK_E", ROUNDED),
         ),
         num_warps=windows.warps,
         trip_bytes=0,
@@ -384,9 +394,11 @@ def shipped_rows(arch: str) -> Iterator[tuple[str, LaunchRow]]:
             # Weights are float32 in a training in bfloat16, and bfloat16 in evaluation.
             for last in (False, True):
                 place = f"stride {stride} {stage}{' channels-last' if last else ''}"
-                pack = partial(pack_weights, sizes, "bf16", last=last)
-                yield f"grouped pack_weights_forward {place}", pack("fp32", backward=False)
-                yield f"grouped pack_weights_backward {place}", pack("fp32", backward=True)
-                yield f"grouped pack_weights_forward {place} folded", pack("bf16", backward=False)
+                # Those of the 1x1 convolutions, with a projection where a stage begins.
+                for others in (2, 3):
+                    row = pack_weights(sizes, "bf16", "fp32", last=last, others=others)
+                    yield f"grouped pack_weights {place}, {others} others", row
+                row = pack_weights(sizes, "bf16", "bf16", last=last)
+                yield f"grouped pack_weights {place} folded", row
                 row = reduce_weight_gradient(sizes, "fp32", last=last)
                 yield f"grouped reduce_weight_gradient {place}", row

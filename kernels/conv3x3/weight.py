@@ -229,34 +229,63 @@ def weight_index(
 
 
 @triton.jit
+def round_block(to_ptr, from_ptr, block, size, BLOCK: tl.constexpr):
+    """Rounds a block of `size` elements, if it is one of theirs; its number behind these."""
+    if to_ptr is not None:
+        at = block * BLOCK + tl.arange(0, BLOCK)
+        mask = (at >= 0) & (at < size)
+        value = tl.load(from_ptr + at, mask=mask, other=0.0).to(tl.float32)
+        tl.store(to_ptr + at, round_to(value, to_ptr.dtype.element_ty), mask=mask)
+    return block - tl.cdiv(size, BLOCK)
+
+
+@triton.jit(do_not_specialize=["first_size", "second_size", "third_size"])
 def pack_weights(
     packed_ptr,
+    first_to_ptr,
+    second_to_ptr,
+    third_to_ptr,
     weight_ptr,
+    first_ptr,
+    second_ptr,
+    third_ptr,
+    first_size,
+    second_size,
+    third_size,
     GROUPS: tl.constexpr,
     WIDTH: tl.constexpr,
     PADDED: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK_K: tl.constexpr,
     LAST: tl.constexpr,
-    TRANSPOSE: tl.constexpr,
     MIRROR: tl.constexpr,
+    BLOCK_E: tl.constexpr,
 ):
-    """`weight [N*D, D, 3, 3]` to `packed [windows, 9, BLOCK_K, BLOCK_K]`, from row to column, in a
-    dtype of its own.
+    """`weight [N*D, D, 3, 3]` to `packed [2, windows, 9, BLOCK_K, BLOCK_K]` in a dtype of its own.
 
-    TRANSPOSE exchanges the two channels and MIRROR reverses the taps. Grid: windows * 9.
+    First from row to column, as the forward pass reads it; then from column to row, as the gradient
+    of the input does, with MIRROR its taps reversed. Besides, up to three other weights of so many
+    elements are rounded to that dtype. Grid: windows * 9, and the others' blocks of BLOCK_E.
     """
-    window = tl.program_id(0) // 9
-    tap = tl.program_id(0) % 9
-    k = tl.arange(0, BLOCK_K)
-    source = k[None, :] if TRANSPOSE else k[:, None]
-    target = k[:, None] if TRANSPOSE else k[None, :]
-    at, real = weight_index(
-        window, 8 - tap if MIRROR else tap, source, target, GROUPS, WIDTH, PADDED, GROUP, LAST
-    )
-    out = packed_ptr + tl.program_id(0) * (BLOCK_K * BLOCK_K) + k[:, None] * BLOCK_K + k[None, :]
-    weight = tl.load(weight_ptr + at, mask=real, other=0.0)
-    tl.store(out, round_to(weight.to(tl.float32), packed_ptr.dtype.element_ty))
+    matrices: tl.constexpr = (GROUPS + GROUP - 1) // GROUP * 9
+    if tl.program_id(0) >= matrices:
+        block = tl.program_id(0) - matrices
+        block = round_block(first_to_ptr, first_ptr, block, first_size, BLOCK_E)
+        block = round_block(second_to_ptr, second_ptr, block, second_size, BLOCK_E)
+        round_block(third_to_ptr, third_ptr, block, third_size, BLOCK_E)
+    else:
+        window = tl.program_id(0) // 9
+        tap = tl.program_id(0) % 9
+        k = tl.arange(0, BLOCK_K)
+        source = k[:, None]
+        target = k[None, :]
+        at, real = weight_index(window, tap, source, target, GROUPS, WIDTH, PADDED, GROUP, LAST)
+        weight = tl.load(weight_ptr + at, mask=real, other=0.0).to(tl.float32)
+        weight = round_to(weight, packed_ptr.dtype.element_ty)
+        matrix = window * 9 + tap
+        tl.store(packed_ptr + (matrix * BLOCK_K + source) * BLOCK_K + target, weight)
+        matrix = matrices + window * 9 + (8 - tap if MIRROR else tap)
+        tl.store(packed_ptr + (matrix * BLOCK_K + target) * BLOCK_K + source, weight)
 
 
 @triton.jit(do_not_specialize=["splits"])

@@ -99,12 +99,16 @@ def _save(ctx: Any, inputs: Any, output: Any) -> None:
     _, grad, decoded = output
     ctx.save_for_backward(grad)
     ctx.mark_non_differentiable(grad, decoded)
+    # Of what has no gradient none is made.
+    ctx.set_materialize_grads(False)
 
 
-def _gradients(ctx: Any, grad_losses: Tensor, *_: Any) -> Any:
+def _gradients(ctx: Any, grad_losses: Tensor | None, *_: Any) -> Any:
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         # The gradient was computed with the losses: another derivative would take it for constant.
         refuse_derivative()
+    if grad_losses is None:
+        return (None,) * 7
     (grad,) = ctx.saved_tensors
     return grad * grad_losses[:, None, None], None, None, None, None, None, None
 

@@ -26,7 +26,6 @@ from coded_resnext.kernels.layout import (
 
 from . import rows as recompute_rows
 
-
 NO_NORM = Norm(None, None, 0.0)
 
 
@@ -152,7 +151,9 @@ def product_norm(
     weight: Tensor, mean: Tensor, scatter: Tensor, norm: Norm, pixels: int
 ) -> tuple[Normalization, Tensor]:
     """What a BatchNorm makes of `product_statistics`, and `W S`, in one launch."""
-    made = Normalization(empty_float32(weight, 2, len(weight)), empty_float32(weight, 4, len(weight)))
+    made = Normalization(
+        empty_float32(weight, 2, len(weight)), empty_float32(weight, 4, len(weight))
+    )
     return made, _product_statistics((None, *made), weight, mean, scatter, norm, pixels)
 
 

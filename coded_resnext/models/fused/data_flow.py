@@ -177,19 +177,18 @@ class Convs(NamedTuple):
     expand: Conv
     skip: Conv | None
 
-    def cast_to(self, dtype: torch.dtype) -> Convs:
-        """Returns the convolutions with the 1x1 ones' weights in a dtype, all cast in one launch.
-
-        What computes a 3x3 convolution casts its weight itself.
-        """
+    def prepared(self, plan: Plan, dtype: torch.dtype) -> tuple[Convs, Tensor | None]:
+        """Returns the convolutions with the 1x1 ones' weights in a dtype, and the 3x3 one's weight
+        as its kernels read it; where PyTorch computes it, it casts that weight itself."""
         products = [conv for conv in (self.reduce, self.expand, self.skip) if conv is not None]
-        if all(conv.weight.dtype == dtype for conv in products):
-            return self
-        casts = [torch.empty_like(conv.weight, dtype=dtype) for conv in products]
-        torch._foreach_copy_(casts, [conv.weight for conv in products])
+        others = [conv.weight for conv in products if conv.weight.dtype != dtype]
+        of_grouped = (dtype, plan.stride, plan.passes("grouped"))
+        packed, casts = conv3x3.prepared(self.grouped.weight, others, *of_grouped)
+        if not casts:
+            return self, packed
         pairs = zip(products, casts, strict=True)
         reduce, expand, *skip = (conv._replace(cast=cast) for conv, cast in pairs)
-        return Convs(reduce, self.grouped, expand, skip[0] if skip else None)
+        return Convs(reduce, self.grouped, expand, skip[0] if skip else None), packed
 
 
 class Made(NamedTuple):
@@ -226,6 +225,10 @@ class Result(NamedTuple):
     """`s h` of a coded block."""
     energies: Tensor | None
     inverse: Tensor | None
+    form: Tensor | None
+    """The forms of the branches' energies, where kernels take these."""
+    packed: Tensor | None
+    """The weight of the 3x3 convolution as its kernels read it."""
     picked: Tensor | None
     """The pixels of `x` that a projection with a stride takes."""
     reduce: Made
@@ -261,7 +264,7 @@ class Result(NamedTuple):
 
 
 # Fields of `Result` that are tensors.
-_ALONE = 6
+_ALONE = 8
 
 
 class BlockGradients(NamedTuple):
@@ -293,23 +296,24 @@ def forward(
         convs: the convolutions, weights in any dtype; products are in that of `x`.
         drop_mask, keep_mask: `[B, N]` in the accumulation dtype, or None.
     """
-    convs = convs.cast_to(x.dtype if isinstance(x, Tensor) else x.main.x.dtype)
+    convs, packed = convs.prepared(plan, x.dtype if isinstance(x, Tensor) else x.main.x.dtype)
     joined, signs, first = _first(plan, x, convs.reduce)
-    y1 = present(first.y)
+    y1, of_grouped = present(first.y), plan.passes("grouped")
     y2, partial = conv3x3.forward(
         y1,
         convs.grouped.weight,
         *first.normalization.affine,
         plan.stride,
         convs.grouped.layer.running is None,
-        plan.passes("grouped"),
+        of_grouped,
+        packed,
     )
     second = _made(convs.grouped, y2, partial)
-    scaled = energies = inverse = picked = skip = None
+    scaled = energies = inverse = form = picked = skip = None
     operand, before = y2, _affine(second.map)
     if plan.coded:
         per_branch = split_weight(convs.expand.weight, plan.branches, concatenate=False)
-        scaled, energies, inverse = coded.forward(
+        scaled, energies, inverse, form = coded.forward(
             y2, per_branch, *second.normalization.affine, drop_mask, keep_mask
         )
         operand, before = scaled, NO_MAP
@@ -320,7 +324,8 @@ def forward(
             # It is read several times, of which each would copy what a stride picks.
             source = picked = channels_last(source[:, :, :: plan.stride, :: plan.stride])
         skip = _ending(plan, "skip", source, NO_MAP, convs.skip)
-    return Result(joined, signs, scaled, energies, inverse, picked, first, second, last, skip)
+    alone = (joined, signs, scaled, energies, inverse, form, packed, picked)
+    return Result(*alone, first, second, last, skip)
 
 
 def _made(
@@ -436,6 +441,7 @@ def backward(
             energies,
             present(result.inverse),
             of_branches,
+            result.form,
         )
     of_grouped_bn, curve, level = grouped.layer.backward(present(sums2), second.normalization)
     dy1, sums1, dgrouped = conv3x3.backward(
@@ -450,6 +456,7 @@ def backward(
         True,
         need_grouped,
         plan.passes("grouped"),
+        result.packed,
     )
     of_reduce_bn, curve, level = reduce.layer.backward(present(sums1), first.normalization)
     of_y1 = (present(dy1), None if curve is None else first.y)

@@ -347,3 +347,20 @@ def test_a_weight_has_a_layout_and_a_dtype_of_its_own(width: int) -> None:
     contiguous, other = (conv3x3_launch.weight_gradient(*arguments, kept) for kept in (False, True))
     assert torch.equal(contiguous, other)
     assert [conv3x3_launch.is_last(each) for each in (contiguous, other)] == [False, True]
+
+
+@pytest.mark.parametrize("others", [0, 1, 3])
+def test_other_weights_are_rounded_on_the_way(others: int) -> None:
+    """Of more and of fewer elements than a program takes."""
+    torch.manual_seed(0)
+    shapes = [(40, 30, 1, 1), (1, 1, 1, 1), (64, 32, 1, 1)][:others]
+    weights = [torch.randn(shape) for shape in shapes]
+    sizes, weight = GroupedSizes(4, 8, 1), torch.randn(32, 8, 3, 3)
+    with guarded_memory():
+        packed, casts = conv3x3_launch.pack(weight, sizes, torch.float16, weights)
+    assert len(casts) == others
+    for cast, other in zip(casts, weights, strict=True):
+        assert torch.equal(cast, other.half())
+    forward, backward = packed
+    assert torch.equal(backward, forward.flip(1).transpose(2, 3))
+    assert packed.count_nonzero() == 2 * weight.half().count_nonzero()
