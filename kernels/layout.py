@@ -160,9 +160,8 @@ def variant_of(x: Tensor, *, tf32: bool | None = None, **options: bool) -> rows.
         options: those of `rows.Variant` that are switched on or off.
     """
     dtype = DTYPES[x.dtype]
-    allowed = tf32_allowed() if tf32 is None else tf32
-    tf32 = dtype == "fp32" and allowed
-    return rows.Variant(dtype=dtype, tf32=tf32, arch=architecture_of(x), **options)
+    rounds = dtype == "fp32" and (tf32_allowed() if tf32 is None else tf32)
+    return rows.Variant(dtype=dtype, tf32=rounds, arch=architecture_of(x), **options)
 
 
 def transformed(*values: Tensor) -> bool:
@@ -231,12 +230,14 @@ def empty_float32(like: Tensor, *shape: int) -> Tensor:
 
 def as_float32(value: Tensor | None) -> Tensor | None:
     """Returns contiguous float32 numbers, as the kernels read vectors and masks; None for None."""
-    return None if value is None else value.to(torch.float32).contiguous()
+    if value is None or (value.dtype == torch.float32 and value.is_contiguous()):
+        return value
+    return value.to(torch.float32).contiguous()
 
 
 def aligned(x: Tensor) -> Tensor:
     """Returns the tensor contiguous and at 16 bytes, as the launch rows promise of pointers."""
-    contiguous = x.contiguous()
+    contiguous = x if x.is_contiguous() else x.contiguous()
     if rows.launches_nothing() or contiguous.data_ptr() % 16 == 0:
         return contiguous
     return contiguous.clone()

@@ -115,7 +115,7 @@ class Passes(NamedTuple):
     @classmethod
     def decoded(cls, bits: int) -> Passes:
         """Returns the passes of `encoded`."""
-        return cls(*(bool(bits >> place & 1) for place in range(4)))
+        return _DECODED[bits]
 
     def within(self, others: Passes) -> Passes:
         """Returns the passes that are in others, too."""
@@ -133,6 +133,7 @@ class Passes(NamedTuple):
         return ", ".join(name for name, runs in self._asdict().items() if runs) or "no pass"
 
 
+_DECODED = tuple(Passes(*(bool(bits >> place & 1) for place in range(4))) for bits in range(16))
 NO_PASSES = Passes()
 ALL_PASSES = Passes(forward=True, input=True, weight=True)
 

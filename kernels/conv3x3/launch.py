@@ -255,7 +255,8 @@ def weight_gradient(
 def _variant(x: Tensor, **options: bool) -> Variant:
     """Returns what a kernel on activations `x` is compiled for; TF32 is allowed as in PyTorch's
     convolutions."""
-    return variant_of(x, tf32=tf32_allowed(convolution=True), **options)
+    tf32 = x.dtype == torch.float32 and tf32_allowed(convolution=True)
+    return variant_of(x, tf32=tf32, **options)
 
 
 def _parts(rows: Tensor, *, pairs: bool) -> tuple[int, int]:

@@ -152,7 +152,7 @@ class Plan(NamedTuple):
 
     def passes(self, name: str) -> Passes:
         """Returns the passes of a convolution by the name of its field."""
-        return Passes.decoded(getattr(self, name))._replace(pointwise=bool(self.pointwise))
+        return Passes.decoded(getattr(self, name) | 8 * self.pointwise)
 
 
 class Conv(NamedTuple):

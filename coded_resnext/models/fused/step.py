@@ -53,29 +53,28 @@ class Underivable(torch.autograd.Function):
         refuse_derivative()
 
 
-Forward = Callable[..., Tensors]
-Backward = Callable[[Tensors, Tensors, list[bool], Call], Tensors]
+MaybeTensors = list[Tensor | None]
+Forward = Callable[..., MaybeTensors]
+Backward = Callable[[MaybeTensors, MaybeTensors, Sequence[bool], Call], MaybeTensors]
 
 
-def _filled(values: Sequence[Tensor | None], like: Tensor) -> Tensors:
+def _filled(values: MaybeTensors, like: Tensor) -> Tensors:
     """Returns a list without None, in whose place an operator has tensors without elements."""
     return [like.new_empty(0) if each is None else each for each in values]
 
 
-def _emptied(values: Sequence[Tensor]) -> list[Tensor | None]:
-    return [None if each.numel() == 0 else each for each in values]
+def _emptied(values: Sequence[Tensor | None]) -> MaybeTensors:
+    return [None if each is None or each.numel() == 0 else each for each in values]
 
 
-def _or_zeros(grad: Tensor | None, output: Tensor) -> Tensor:
+def _or_zeros(grad: Tensor | None, output: Tensor | None) -> Tensor | None:
     """Returns the gradient of an output, zeros where nobody has used it."""
-    if grad is not None:
-        return grad
-    return output.new_zeros(output.shape) if output.numel() else output
+    return output.new_zeros(output.shape) if grad is None and output is not None else grad
 
 
 def node(
     name: str, forward: Forward, backward: Backward, differentiable: Sequence[int]
-) -> Callable[..., Tensors]:
+) -> Callable[..., MaybeTensors]:
     """Makes a node of autograd.
 
     Args:
@@ -83,7 +82,7 @@ def node(
         forward: returns the outputs of a call. Beside it, where no graph is captured, it is given
             what it may write to.
         backward: returns the gradients of all inputs, given those of the differentiable outputs,
-            all outputs, and which gradients are wanted. What is not there has no elements.
+            all outputs, and which gradients are wanted.
         differentiable: places of the outputs with gradients.
     """
 
@@ -95,7 +94,7 @@ def node(
         numbers: list[float],
         group: str,
     ) -> list[Tensor]:
-        return forward(Call(inputs, constants, settings, numbers, group))
+        return _filled(forward(Call(inputs, constants, settings, numbers, group)), inputs[0])
 
     @torch.library.custom_op(f"coded_resnext::{name}_backward", mutates_args=())
     def operator_backward(
@@ -109,48 +108,49 @@ def node(
         group: str,
     ) -> list[Tensor]:
         call = Call(inputs, constants, settings, numbers, group)
+        gradients = backward(_emptied(grads), _emptied(outputs), wanted, call)
         # Vectors and maps are rows of one tensor, and results of an operator share none.
-        gradients = backward(grads, outputs, wanted, call)
-        return [each.clone() if each.ndim <= 2 else each for each in gradients]
+        filled = _filled(gradients, grads[0])
+        return [each.clone() if each.ndim <= 2 else each for each in filled]
 
     def fake(*arguments: Any) -> Tensors:
+        call = Call(*arguments)
         with without_launches():
-            return forward(Call(*arguments))
+            return _filled(forward(call), call.inputs[0])
 
     def fake_backward(grads: Tensors, outputs: Tensors, wanted: list[bool], *rest: Any) -> Tensors:
         with without_launches():
-            return [each.clone() for each in backward(grads, outputs, wanted, Call(*rest))]
+            gradients = backward(_emptied(grads), _emptied(outputs), wanted, Call(*rest))
+            return [each.clone() for each in _filled(gradients, grads[0])]
 
-    def save(ctx: Any, call: Call, outputs: Tensors) -> None:
+    def save(ctx: Any, call: Call, outputs: Sequence[Tensor | None]) -> None:
         ctx.counts, ctx.rest = (len(call.inputs), len(call.constants)), call[2:]
         ctx.save_for_backward(*call.inputs, *call.constants, *outputs)
         ctx.mark_non_differentiable(
             *(
                 each
                 for place, each in enumerate(outputs)
-                if place not in differentiable or each.numel() == 0
+                if each is not None and (place not in differentiable or each.numel() == 0)
             )
         )
 
     def gradients(
         ctx: Any, grads: Sequence[Tensor | None], wanted: Sequence[bool], run: Backward
-    ) -> list[Tensor | None]:
+    ) -> MaybeTensors:
         # Checkpointing without reentrance gives every saved tensor once.
         saved = list(ctx.saved_tensors)
         inputs, constants = ctx.counts
         call = Call(saved[:inputs], saved[inputs : inputs + constants], *ctx.rest)
         outputs = saved[inputs + constants :]
         of_outputs = [_or_zeros(grads[place], outputs[place]) for place in differentiable]
-        of_inputs = run(of_outputs, outputs, list(wanted), call)
-        return [
-            each if want and each.numel() else None
-            for each, want in zip(of_inputs, wanted, strict=True)
-        ]
+        of_inputs = run(of_outputs, outputs, wanted, call)
+        return [each if want else None for each, want in zip(of_inputs, wanted, strict=True)]
 
     def of_operator(ctx: Any, grads: Tensors) -> Any:
-        def run(grads: Tensors, outputs: Tensors, wanted: list[bool], call: Call) -> Tensors:
-            of_inputs: Tensors = operator_backward(grads, outputs, wanted, *call)
-            return of_inputs
+        def run(
+            grads: MaybeTensors, outputs: MaybeTensors, wanted: Sequence[bool], call: Call
+        ) -> MaybeTensors:
+            return _emptied(operator_backward(grads, outputs, list(wanted), *call))
 
         of_inputs = gradients(ctx, grads, ctx.needs_input_grad[0], run)
         # PyTorch takes an empty list for one of tensors.
@@ -171,7 +171,7 @@ def node(
         @staticmethod
         def forward(
             ctx: Any, inputs: int, rest: Any, written: Any, *tensors: Tensor
-        ) -> tuple[Tensor, ...]:
+        ) -> tuple[Tensor | None, ...]:
             call = Call(list(tensors[:inputs]), list(tensors[inputs:]), *rest)
             outputs = forward(call, *written)
             save(ctx, call, outputs)
@@ -188,10 +188,9 @@ def node(
                 of_inputs = Underivable.apply(torch.ones((), requires_grad=True), *of_inputs)
             return None, None, None, *of_inputs, *([None] * constants)
 
-    def apply(call: Call, *written: Any) -> Tensors:
+    def apply(call: Call, *written: Any) -> MaybeTensors:
         if torch.compiler.is_compiling():
-            outputs: Tensors = operator(*call)
-            return outputs
+            return _emptied(operator(*call))
         tensors = (*call.inputs, *call.constants)
         return list(Eager.apply(len(call.inputs), call[2:], written, *tensors))
 
@@ -303,7 +302,7 @@ _DIFFERENTIABLE = [0, 1 + Result.place("expand", "map"), 1 + Result.place("skip"
 _DIFFERENTIABLE += [1 + Result._fields.index("energies")]
 
 
-def _block_forward(call: Call, *tracked: Running | None) -> Tensors:
+def _block_forward(call: Call, *tracked: Running | None) -> MaybeTensors:
     """Returns the handle of a block's output, and its `Result`."""
     plan, x, convs, masks = _parsed(call, tracked or (None,) * 4)
     like = x if isinstance(x, Tensor) else x.main.x
@@ -312,22 +311,25 @@ def _block_forward(call: Call, *tracked: Running | None) -> Tensors:
     batch, _, height, width = data_flow.present(result.grouped.y).shape
     # Nobody reads it: it stands for what has not been computed.
     handle = like.new_empty(()).expand(batch, convs.expand.weight.shape[0], height, width)
-    return [handle, *_filled(result.flat(), like)]
+    return [handle, *result.flat()]
 
 
-def _block_backward(grads: Tensors, outputs: Tensors, wanted: list[bool], call: Call) -> Tensors:
+def _block_backward(
+    grads: MaybeTensors, outputs: MaybeTensors, wanted: Sequence[bool], call: Call
+) -> MaybeTensors:
     """Returns the gradients of a block's inputs."""
     plan, x, convs, masks = _parsed(call)
     g, of_main, of_skip, of_energies = grads
+    assert g is not None
+    assert of_main is not None
     own = 1 if isinstance(x, Tensor) else 2 + (x.residual.map is not None)
     layer = convs.reduce.layer
     of_grouped = own + 1 + sum(each is not None for each in (layer.weight, layer.bias))
     needs = (any(wanted[:own]), wanted[own], wanted[of_grouped])
-    of_maps = (of_main, of_skip if of_skip.numel() else None)
-    result = Result.of(_emptied(outputs[1:]))
+    result = Result.of(outputs[1:])
     with torch.autocast(g.device.type, enabled=False):
         gradients = data_flow.backward(
-            plan, g, of_maps, of_energies, x, convs, masks, result, needs
+            plan, g, (of_main, of_skip), of_energies, x, convs, masks, result, needs
         )
     of_inputs = [gradients.x, *gradients.maps][:own]
     of_convs = (gradients.reduce, gradients.grouped, gradients.expand, gradients.skip)
@@ -335,9 +337,9 @@ def _block_backward(grads: Tensors, outputs: Tensors, wanted: list[bool], call: 
         if conv is not None:
             of_inputs.append(of_weight)
             for each, value in zip((conv.layer.weight, conv.layer.bias), of_layer, strict=True):
-                if each is not None and value is not None:
-                    of_inputs.append(value.to(each.dtype))
-    return _filled(of_inputs, g)
+                if each is not None:
+                    of_inputs.append(None if value is None else value.to(each.dtype))
+    return of_inputs
 
 
 def _sum_of(call: Call) -> Sum:
@@ -346,13 +348,16 @@ def _sum_of(call: Call) -> Sum:
     return value
 
 
-def _sum_forward(call: Call) -> Tensors:
+def _sum_forward(call: Call) -> MaybeTensors:
     return [_sum_of(call).ready()]
 
 
-def _sum_backward(grads: Tensors, outputs: Tensors, wanted: list[bool], call: Call) -> Tensors:
-    with torch.autocast(grads[0].device.type, enabled=False):
-        gradients = _sum_of(call).backward(grads[0], outputs[0])
+def _sum_backward(
+    grads: MaybeTensors, outputs: MaybeTensors, wanted: Sequence[bool], call: Call
+) -> MaybeTensors:
+    grad, x = map(data_flow.present, (grads[0], outputs[0]))
+    with torch.autocast(grad.device.type, enabled=False):
+        gradients = _sum_of(call).backward(grad, x)
     return [each for each in gradients if each is not None]
 
 
@@ -369,9 +374,11 @@ def applied(
     """
     call = block_call(plan, x, convs, masks)
     handle, *values = fused_block(call, *tracked)
-    result = Result.of(_emptied(values))
-    plan, x, convs, _ = _parsed(call)
-    return Deferred(handle, data_flow.output_of(plan, x, convs, result)), result
+    result = Result.of(values)
+    of_x = x if isinstance(x, Tensor) else x.sum
+    return Deferred(
+        data_flow.present(handle), data_flow.output_of(plan, of_x, convs, result)
+    ), result
 
 
 def ready(x: Map) -> Tensor:
@@ -380,7 +387,7 @@ def ready(x: Map) -> Tensor:
         return x
     inputs, constants, form = _taken_apart(x)
     with torch.autocast(x.handle.device.type, enabled=False):
-        return fused_sum(Call(inputs, constants, form, [], ""))[0]
+        return data_flow.present(fused_sum(Call(inputs, constants, form, [], ""))[0])
 
 
 def like(x: Map) -> Tensor:
