@@ -68,7 +68,7 @@ class Launch:
         """
         if unsupported(z, branch_weight.shape[2]) is not None:
             return None
-        launch = cls(z, branch_weight, *others, form)
+        launch = cls(z, branch_weight, *others, form=form)
         with layout.on_device(z):
             for row in rows:
                 reason = layout.too_large(row(launch.sizes, launch.variant), z.device.index or 0)

@@ -87,7 +87,7 @@ def prepared(
             return conv3x3_launch.pack(weight, sizes_of(weight, stride), dtype, others)
     casts = [torch.empty_like(other, dtype=dtype) for other in others]
     if casts:
-        torch._foreach_copy_(casts, others)
+        torch._foreach_copy_(casts, list(others))
     return None, casts
 
 
