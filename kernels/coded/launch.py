@@ -36,6 +36,7 @@ class Launch:
         bias: Tensor | None,
         drop_mask: Tensor | None,
         keep_mask: Tensor | None,
+        *,
         form: Tensor | None = None,
     ) -> None:
         # Kernels are compiled for these, which are constants where a graph leaves sizes open.
