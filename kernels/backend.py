@@ -105,7 +105,7 @@ def named_backend(backend: Backend) -> str:
     return name
 
 
-ConvBackend = Literal["auto", "torch", "triton"]
+ConvBackend = Literal["auto", "torch", "merged", "triton"]
 
 
 def check_conv_backend(backend: str) -> None:
@@ -130,7 +130,11 @@ def architecture_of_kernels(x: Tensor, backend: ConvBackend, reason: str | None)
     check_conv_backend(backend)
     if backend == "triton" and reason is not None:
         raise RuntimeError(f"backend: 'triton' was asked for but cannot run: {reason}")
-    if backend == "torch" or reason is not None or (backend == "auto" and not x.is_cuda):
+    if (
+        backend in ("torch", "merged")
+        or reason is not None
+        or (backend == "auto" and not x.is_cuda)
+    ):
         return None
     return layout.architecture_of(x)
 
@@ -151,17 +155,17 @@ def choose_passes(
     passes = plan.passes if forced else plan.measured
     kernels = f"kernels for {passes.words()}: {plan.reason}"
     # The compiler calls this as it is, so that it may log.
-    _log_once(LOGGER, f"{convolution}, {sizes}, {arch}: {kernels}")
+    log_once(LOGGER, f"{convolution}, {sizes}, {arch}: {kernels}")
     return passes
 
 
 def say_once(logger: logging.Logger, text: str, level: int = logging.INFO) -> None:
     """Log a sentence the first time that it comes up, and never while a graph is traced."""
     if not torch.compiler.is_compiling():
-        _log_once(logger, text, level)
+        log_once(logger, text, level)
 
 
-def _log_once(logger: logging.Logger, text: str, level: int = logging.INFO) -> None:
+def log_once(logger: logging.Logger, text: str, level: int = logging.INFO) -> None:
     if text not in _SAID:
         _SAID.add(text)
         logger.log(level, text)

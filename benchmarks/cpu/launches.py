@@ -38,7 +38,18 @@ ROOT = Path(__file__).resolve().parents[2]
 LIBRARY = ("coded_resnext", "kernels")
 # Calls that start no kernel: another view of a tensor, an allocation, a question.
 NOTHING = {
-    *("alias", "as_strided", "detach", "expand", "permute", "select", "slice", "split", "squeeze"),
+    *(
+        "alias",
+        "as_strided",
+        "detach",
+        "diagonal",
+        "expand",
+        "permute",
+        "select",
+        "slice",
+        "split",
+        "squeeze",
+    ),
     *("t", "transpose", "unbind", "unsqueeze", "view", "_unsafe_view", "_reshape_alias"),
     *("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "lift_fresh"),
     *("device", "is_same_size", "result_type", "sym_size", "sym_stride"),

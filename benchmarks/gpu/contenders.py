@@ -10,7 +10,8 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 
-from coded_resnext import CodedLoss, CodedResNeXt, create_model
+from coded_resnext import CodedLoss, CodedResNeXt, create_model, use_grouped_kernels
+from coded_resnext.kernels import ConvBackend
 from coded_resnext.models.fused import block as fused
 
 Layout = Literal["nchw", "nhwc"]
@@ -32,12 +33,15 @@ class Contender:
     written: bool = False
     """Whether the fused data flow writes the last convolution of every block, which it otherwise
     leaves out of plain blocks."""
+    grouped: ConvBackend = "torch"
+    """Who computes the grouped convolutions of blocks that run layer by layer."""
 
     @property
     def name(self) -> str:
         """Kind, backend, mode and layout."""
         mode = "eager" if self.compile is None else f"compiled {self.compile}"
-        return f"{self.kind}, {self.backend}, {mode}, {self.layout}" + ", written" * self.written
+        name = f"{self.kind}, {self.backend}, {mode}, {self.layout}" + ", written" * self.written
+        return name if self.grouped == "torch" else f"{name}, groups {self.grouped}"
 
     def build(self, network: str, overrides: dict[str, Any]) -> nn.Module:
         """The network `coded_NAME`, its plain twin, or timm's."""
@@ -54,6 +58,8 @@ class Contender:
             # At zero, where it begins, nothing would be left for the backward pass to do.
             if isinstance(module, nn.BatchNorm2d) and module.weight is not None:
                 nn.init.ones_(module.weight)
+        if self.grouped != "torch":
+            use_grouped_kernels(model, self.grouped)
         return model.to(memory_format=FORMATS[self.layout])
 
 

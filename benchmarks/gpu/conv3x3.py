@@ -18,6 +18,7 @@ from torch import Tensor
 
 from coded_resnext.kernels import grouped_conv3x3
 from coded_resnext.kernels.conv3x3 import operator as conv3x3_operator
+from coded_resnext.kernels.conv3x3.merged import merged_weight
 from coded_resnext.kernels.conv3x3.rows import GroupedSizes, GroupedWindows
 from coded_resnext.kernels.rows import ALL_PASSES
 
@@ -121,16 +122,10 @@ class Call:
         together = width // self.layer.width
         if together < 2 or width % self.layer.width or self.layer.groups % together:
             return None
-        groups = self.layer.groups // together
-        filled = self.weight.new_zeros(
-            groups, together, self.layer.width, together, self.layer.width, 3, 3
-        )
-        parts = self.weight.view(groups, together, self.layer.width, self.layer.width, 3, 3)
-        for index in range(together):
-            filled[:, index, :, index] = parts[:, index]
         other = object.__new__(Call)
+        groups = self.layer.groups // together
         layer = Layer(**{**self.layer.__dict__, "groups": groups, "width": width})
-        weight = filled.reshape(groups * width, width, 3, 3)
+        weight = merged_weight(self.weight, together, self.weight.dtype)
         other.__dict__ = {**self.__dict__, "layer": layer, "weight": weight}
         return other
 

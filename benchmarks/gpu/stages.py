@@ -43,6 +43,7 @@ from torch._functorch import config as functorch_config
 
 from coded_resnext import create_model
 from coded_resnext.data.batches import Batch
+from coded_resnext.kernels import ConvBackend
 from coded_resnext.kernels.layout import architecture
 from coded_resnext.kernels.rows import LaunchRow
 from coded_resnext.training import graph
@@ -352,10 +353,11 @@ def headline(task: Task) -> list[Call]:
         what = f"coded, train/imagenet.py's step, {name}"
         calls.append(Call(what, lambda: _by_project(task, "coded", **settings), seconds))
 
-    def ways(kind: str, backend: str, *, compile: bool = False) -> None:
+    def ways(kind: str, backend: str, *, compile: bool = False, merged: bool = False) -> None:
         mode = "default" if compile and not task.dry else None
-        contender = Contender(kind, backend, mode)  # type: ignore[arg-type]
-        what = f"{kind}, {backend}" + ", compiled" * compile
+        grouped: ConvBackend = "auto" if merged else "torch"
+        contender = Contender(kind, backend, mode, grouped=grouped)  # type: ignore[arg-type]
+        what = f"{kind}, {backend}" + ", compiled" * compile + ", groups merged" * merged
         seconds = STEPS + COMPILED * compile
         calls.append(Call(what, lambda: _ways(task, what, contender), seconds))
 
@@ -364,6 +366,7 @@ def headline(task: Task) -> list[Call]:
         ways(kind, backend)
     project("compiled, graph", STEPS + COMPILED, torchcompile="eager" if task.dry else "inductor")
     ways("plain", "torch", compile=True)
+    ways("plain", "torch", merged=True)
     if not task.dry:
         # In the interpreter a step by the kernels takes long.
         ways("coded", "fused")

@@ -2,9 +2,11 @@
 
 Backends:
     `torch`   PyTorch's own convolution: cuDNN on a GPU.
+    `merged`  the same by wider groups, whose weights are filled up with zeros (merged.py).
     `triton`  the kernels of this package, forward and backward; an error where they cannot run.
     `auto`    on a GPU the kernels for the passes in which the selection table of
-              kernels/conv3x3/rows.py has seen them win on its architecture, `torch` for all else.
+              kernels/conv3x3/rows.py has seen them win on its architecture; `merged` where its
+              other table has seen that win; `torch` for all else.
 """
 
 from __future__ import annotations
@@ -13,12 +15,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from coded_resnext.kernels.backend import ConvBackend, architecture_of_kernels, choose_passes
+from coded_resnext.kernels import layout
+from coded_resnext.kernels.backend import (
+    LOGGER,
+    ConvBackend,
+    architecture_of_kernels,
+    choose_passes,
+    log_once,
+)
 from coded_resnext.kernels.checks import check_affine, check_filled
 from coded_resnext.kernels.rows import NO_PASSES, Passes
 
 from . import operator as conv3x3_operator
-from .rows import GroupedSizes, planned
+from .merged import merged_conv3x3
+from .rows import GroupedSizes, merged_width, planned
 
 
 # The compiler takes the result as it is: it follows no logger, and before torch 2.14 no cached
@@ -42,6 +52,29 @@ def select_passes(x: Tensor, weight: Tensor, stride: int, backend: ConvBackend) 
         return NO_PASSES
     channels, width = weight.shape[:2]
     return Passes.decoded(_choose(arch, channels, width, stride, backend == "triton"))
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _choose_width(arch: str, channels: int, width: int, stride: int, forced: bool) -> int:
+    """Returns the channels of the groups that PyTorch is given, see `merged_width`."""
+    sizes = GroupedSizes(channels // width, width, stride)
+    chosen = merged_width(sizes, arch, forced=forced)
+    if chosen != width:
+        log_once(LOGGER, f"grouped 3x3 convolution, {sizes}, {arch}: by groups of {chosen}")
+    return chosen
+
+
+def _width_for_library(x: Tensor, weight: Tensor, stride: int, backend: ConvBackend) -> int:
+    """Returns the channels of the groups that PyTorch is given for `x` in the dtype it has."""
+    channels, width = weight.shape[:2]
+    # Measured for 16 bits a number, channels last.
+    measured = x.is_cuda and x.dtype in (torch.bfloat16, torch.float16)
+    measured = measured and x.is_contiguous(memory_format=torch.channels_last)
+    asked = backend == "merged" or (backend == "auto" and measured)
+    if not asked or layout.transformed(x, weight):
+        return width
+    forced = backend == "merged"
+    return int(_choose_width(layout.architecture_of(x), channels, width, stride, forced))
 
 
 def grouped_conv3x3(
@@ -81,13 +114,20 @@ def grouped_conv3x3(
         ValueError: an argument has the wrong rank, size or dtype; the message names it.
         RuntimeError: the requested backend cannot run.
     """
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, weight = x.to(dtype), weight.to(dtype)
-    _check(x, weight, groups, stride, scale, bias)
+    autocast = torch.is_autocast_enabled(x.device.type)
+    if autocast:
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    _check(x, weight, groups, stride, scale, bias, rounds=autocast)
+    alone = scale is None and not statistics
+    if backend == "merged" and not alone:
+        raise ValueError("backend: 'merged' takes no scale, bias or statistics")
     passes = select_passes(x, weight, stride, backend)
-    if not any(passes) and scale is None and not statistics:
-        return F.conv2d(x, weight, None, stride, 1, 1, groups), None
+    if not any(passes) and alone:
+        width = _width_for_library(x, weight, stride, backend)
+        if width != weight.shape[1]:
+            return merged_conv3x3(x, weight, stride, width), None
+        return F.conv2d(x, weight.to(x.dtype), None, stride, 1, 1, groups), None
+    weight = weight.to(x.dtype)
     y, sums = conv3x3_operator.grouped_conv3x3(
         x, weight, scale, bias, stride, statistics, passes.encoded()
     )
@@ -95,7 +135,14 @@ def grouped_conv3x3(
 
 
 def _check(
-    x: Tensor, weight: Tensor, groups: int, stride: int, scale: Tensor | None, bias: Tensor | None
+    x: Tensor,
+    weight: Tensor,
+    groups: int,
+    stride: int,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    *,
+    rounds: bool,
 ) -> None:
     if x.ndim != 4 or not x.is_floating_point():
         raise ValueError(
@@ -106,7 +153,8 @@ def _check(
     if groups < 1 or channels % groups:
         raise ValueError(f"groups: expected a divisor of {channels} channels, got {groups}")
     expected = [channels, channels // groups, 3, 3]
-    if list(weight.shape) != expected or weight.dtype != x.dtype or weight.device != x.device:
+    dtype_fits = weight.dtype == x.dtype or (rounds and weight.is_floating_point())
+    if list(weight.shape) != expected or not dtype_fits or weight.device != x.device:
         raise ValueError(
             f"weight: expected {expected} {x.dtype} on {x.device}, "
             f"got {list(weight.shape)} {weight.dtype} on {weight.device}"

@@ -186,7 +186,7 @@ def test_state_goes_both_ways_and_no_batch_is_no_problem() -> None:
         ({"stride": 3}, r"stride: expected 1 or 2, got \(3, 3\)"),
         ({"out_channels": 16}, "out_channels: expected 8, got 16"),
         ({"padding_mode": "reflect"}, "padding_mode: expected zeros, got reflect"),
-        ({"backend": "cudnn"}, "backend: expected one of auto, torch, triton; got 'cudnn'"),
+        ({"backend": "cudnn"}, "backend: expected one of auto, torch, merged, triton; got 'cudnn'"),
     ],
 )
 def test_bad_settings_are_refused(change: dict[str, Any], message: str) -> None:
@@ -197,5 +197,5 @@ def test_bad_settings_are_refused(change: dict[str, Any], message: str) -> None:
 
 
 def test_unknown_backend_of_the_patch_is_refused() -> None:
-    with pytest.raises(ValueError, match="backend: expected one of auto, torch, triton; got 'x'"):
+    with pytest.raises(ValueError, match="backend: expected one of auto, torch, merged, triton; got 'x'"):
         use_grouped_kernels(nn.Sequential(), backend="x")  # type: ignore[arg-type]

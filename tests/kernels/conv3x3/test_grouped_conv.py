@@ -251,7 +251,7 @@ def test_kernels_asked_for_by_name_that_cannot_run(monkeypatch: pytest.MonkeyPat
         ({"bias": None}, "bias: expected scale and bias, or neither"),
         ({"scale": torch.ones(3)}, r"scale: expected \[12\] on cpu, got \[3\]"),
         ({"bias": torch.ones(12).long()}, "bias: expected floating-point numbers, got torch.int64"),
-        ({"backend": "cudnn"}, "backend: expected one of auto, torch, triton; got 'cudnn'"),
+        ({"backend": "cudnn"}, "backend: expected one of auto, torch, merged, triton; got 'cudnn'"),
     ],
 )
 def test_bad_input_is_refused(change: dict[str, Any], message: str) -> None:
