@@ -276,5 +276,7 @@ def backward(
     else:
         h = affine.activate(x, scale, bias)
         of_activated = conv1x1_library.moments_gradient(grad, of_weight, square, shift, h)
-        dx, sums = behind_activation(of_activated.to(shift.dtype), x, scale, bias)
+        if scale is not None:
+            of_activated = of_activated.to(shift.dtype)
+        dx, sums = behind_activation(of_activated, x, scale, bias)
     return ConvGradients(dx, sums, dweight)

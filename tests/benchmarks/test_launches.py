@@ -6,7 +6,7 @@ import launches
 import pytest
 from support.helpers import needs_triton
 
-# Counted with torch 2.14.1: 538, 665 and 1777. Other versions take some calls apart otherwise.
+# Counted with torch 2.14.1: 536, 663 and 1777. Other versions take some calls apart otherwise.
 MOST = {
     ("coded_resnext50_32x4d", "triton"): 550,
     ("resnext50_32x4d", "triton"): 680,
