@@ -197,5 +197,7 @@ def test_bad_settings_are_refused(change: dict[str, Any], message: str) -> None:
 
 
 def test_unknown_backend_of_the_patch_is_refused() -> None:
-    with pytest.raises(ValueError, match="backend: expected one of auto, torch, merged, triton; got 'x'"):
+    with pytest.raises(
+        ValueError, match="backend: expected one of auto, torch, merged, triton; got 'x'"
+    ):
         use_grouped_kernels(nn.Sequential(), backend="x")  # type: ignore[arg-type]
