@@ -52,7 +52,8 @@ class Instruction:
 
         A bulk copy (TMA) does not say how much it moves, and counts as 0.
         """
-        if self.name.startswith(("LDG", "STG", "LDGSTS")):
+        # LDGDEPBAR closes a group of copies.
+        if self.name.startswith(("LDG", "STG")) and self.name != "LDGDEPBAR":
             for size in (128, 64):
                 if f".{size}" in self.name:
                     return size // 8

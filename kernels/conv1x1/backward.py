@@ -191,7 +191,8 @@ def product_input_gradient(
         d = round_to(d, dx_ptr.dtype.element_ty)
         if AFFINE:
             d, of_bias, of_scale = through_map(d, x, scale, bias, real, of_bias, of_scale)
-        store_tile(dx_ptr + here, round_to(d, dx_ptr.dtype.element_ty), real, n < INPUTS, WHOLE_N)
+            d = round_to(d, dx_ptr.dtype.element_ty)
+        store_tile(dx_ptr + here, d, real, n < INPUTS, WHOLE_N)
     if AFFINE:
         sums = (tl.sum(of_bias, 0), tl.sum(of_scale, 0))
         store_vectors(partial_ptr, part, n, n < INPUTS, sums, INPUTS)

@@ -81,6 +81,12 @@ def test_a_kernel_without_loops_is_its_own() -> None:
     assert Code(straight, 8, 0, 32).main_loop() == straight
 
 
+def test_a_group_of_copies_is_closed_by_what_loads_nothing() -> None:
+    body = [Instruction(0, "LDGSTS.E.BYPASS.128"), Instruction(16, "LDGDEPBAR")]
+    assert load_widths(body) == {16: 1}
+    assert moved_bytes(body) == 16
+
+
 def test_amd_code_reads_alike() -> None:
     code = sass._read_amdgcn(AMDGCN)
     assert (code.registers, code.spilled, code.lanes) == (58, 3, 64)

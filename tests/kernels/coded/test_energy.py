@@ -86,21 +86,27 @@ def test_offsets_past_two_to_the_31st_elements(kernel: str, device: torch.device
         z.at(last + pixel * channels, 16)[:] = torch.rand(16, generator=generator)
     pixels = range(last, last + sizes.pixels * channels, channels)
     h = torch.stack([z.at(offset, 16) for offset in pixels]).double()
-    form, per_branch = (Holes(sizes.branches * 256, torch.float32) for _ in range(2))
-    form.at(0, 256)[:] = torch.eye(16).flatten()
     row = getattr(coded_rows, kernel)(sizes, rows.Variant("fp16", arch="cpu"))
+    programs = -(-batch // dict(row.constexprs)["SAMPLES"])
+    form, per_branch = (Holes(programs * sizes.branches * 256, torch.float32) for _ in range(2))
+    form.at(0, 256)[:] = torch.eye(16).flatten()
     of_last = per_branch.at((batch - 1) * sizes.branches)
     if kernel == "energy_forward":
-        row.launch((1, 1), per_branch.at(0), z.at(0), None, None, form.at(0, 256), None, 1.0, batch)
+        row.launch(
+            (programs, 1), per_branch.at(0), z.at(0), None, None, form.at(0, 256), None, 1.0, batch
+        )
         actual, expected = of_last[0], h.square().sum()
     elif kernel == "weighted_gram":
         of_last[0] = 2
-        row.launch((1, 1), form.at(0), z.at(0), None, None, per_branch.at(0), batch)
-        actual, expected = form.at(0, 256), 2 * (h.T @ h).flatten()
+        row.launch((programs, 1), form.at(0), z.at(0), None, None, per_branch.at(0), batch)
+        of_last = form.at((programs - 1) * sizes.branches * 256, 256)
+        actual, expected = of_last, 2 * (h.T @ h).flatten()
     else:
         of_last[0] = 2
         grad = Holes(batch * sizes.pixels * channels, torch.float16)
         forms = form.at(0, 256)
-        row.launch((1, 1), grad.at(0), None, z.at(0), None, None, forms, per_branch.at(0), batch)
+        row.launch(
+            (programs, 1), grad.at(0), None, z.at(0), None, None, forms, per_branch.at(0), batch
+        )
         actual, expected = torch.stack([grad.at(offset, 16) for offset in pixels]), 2 * h
     assert relative_error(actual.double(), expected) < TOLERANCES[torch.float16]

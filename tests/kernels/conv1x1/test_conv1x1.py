@@ -161,5 +161,7 @@ def test_kernels_asked_for_by_name_that_cannot_run(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(layout, "interpreted", lambda: True)
     with pytest.raises(RuntimeError, match=r"backend: 'triton' .* not torch.float64"):
         convolution.select_products(x.double(), weight.double(), "triton")
-    with pytest.raises(ValueError, match="expected one of auto, torch, triton; got 'cudnn'"):
+    with pytest.raises(
+        ValueError, match="expected one of auto, torch, merged, triton; got 'cudnn'"
+    ):
         convolution.select_products(x, weight, "cudnn")  # type: ignore[arg-type]

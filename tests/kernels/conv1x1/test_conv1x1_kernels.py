@@ -82,9 +82,13 @@ def test_equals_the_float64_definition(case: ProductCase) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("join", [False, True])
-def test_half_precision_rounds_operands_and_results_only(dtype: torch.dtype, join: bool) -> None:
+@pytest.mark.parametrize("affine", [True, False])
+def test_half_precision_rounds_operands_and_results_only(
+    dtype: torch.dtype, join: bool, affine: bool
+) -> None:
     # A weight that stays with its program, two tiles of pixels, two pieces of a gradient's columns.
-    case = ProductCase("half", I=256, O=40, B=1, H=9, W=8, join=join, gain=not join)
+    sizes = {"I": 256, "O": 40, "B": 1, "H": 9, "W": 8}
+    case = ProductCase("half", **sizes, join=join, gain=not join, affine=affine)
     actual = errors(case, dtype)
     assert max(actual.values()) < 1, actual
 
