@@ -72,7 +72,7 @@ SCALED = {
     r"(ablations.py digits) --epochs 15": r"\1 --epochs 1 --seeds 0 --rows 'exponent 2'",
     r"(train/cifar.py)(.*?)( --out| *#|\n|$)": CIFAR.replace(r"\1", r"\1\2", 1) + r"\3",
     r"(reproduce.py --scale small)": CIFAR + " --seeds 0 --rows 'plain twin' --augment-on cpu",
-    r"--config cifar10(_cpu)?\b": "--config cifar10_small",
+    r"--config cifar10(_cpu(_drop)?)?\b": "--config cifar10_small",
     r"--(epochs [234]|train-images [124]000|test-images 1000|batch-size 50)\b": "",
     r"\bRUN DATA\b": "runs/digits digits",
     r"\bRUN\b": "runs/digits",
