@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def merged_conv3x3(x: Tensor, weight: Tensor, stride: int, width: int) -> Tensor:
@@ -35,7 +35,7 @@ def merged_weight(weight: Tensor, together: int, dtype: torch.dtype) -> Tensor:
     """Returns a weight `[N*D, D, 3, 3]` as `[N*D, t*D, 3, 3]`, zero between the `t` groups."""
     channels, width = weight.shape[:2]
     parts = weight.view(-1, together, width, 1, width, 3, 3)
-    if torch.compiler.is_compiling():
+    if not _has_memory(weight):
         merged = parts * _diagonal(together, weight.dtype, weight.device)
         return merged.to(dtype).view(channels, together * width, 3, 3)
     # As cuDNN reads the weight of a channels-last map, so that it makes no copy of it.
@@ -43,6 +43,11 @@ def merged_weight(weight: Tensor, together: int, dtype: torch.dtype) -> Tensor:
     blocks = merged.view(-1, together, width, together, width, 3, 3)
     torch.mul(parts, _diagonal_once(together, weight.dtype, weight.device), out=blocks)
     return merged
+
+
+def _has_memory(weight: Tensor) -> bool:
+    """Whether a weight is neither traced nor fake, so that one launch can write into given memory."""
+    return not torch.compiler.is_compiling() and type(weight) in (Tensor, nn.Parameter)
 
 
 def _diagonal(together: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -57,18 +62,18 @@ class _Merged(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, together: int, dtype: torch.dtype) -> Tensor:
-        ctx.of_weight = weight.shape, weight.stride(), weight.dtype
+        ctx.save_for_backward(weight)
         return merged_weight(weight, together, dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        shape, stride, dtype = ctx.of_weight
-        width = shape[1]
+        (weight,) = ctx.saved_tensors
+        width = weight.shape[1]
         together = grads[0].shape[1] // width
         blocks = grads[0].view(-1, together, width, together, width, 3, 3)
         own = blocks.diagonal(dim1=1, dim2=3).movedim(-1, 1)
-        if torch.compiler.is_compiling():
-            return own.reshape(shape).to(dtype), None, None
-        gathered = torch.empty_strided(shape, stride, dtype=dtype, device=own.device)
+        if not _has_memory(weight):
+            return own.reshape(weight.shape).to(weight.dtype), None, None
+        gathered = torch.empty_like(weight)
         gathered.view(own.shape).copy_(own)
         return gathered, None, None

@@ -50,6 +50,19 @@ def test_values_and_gradients_are_those_of_the_groups(
         assert own[1].stride() == leaves[1].stride()
 
 
+def test_a_weight_of_which_groups_share_the_memory() -> None:
+    x, weight = tensors(4, 4, torch.float64)
+    of_group = weight[:4].double().requires_grad_()
+
+    def gradient(width: int) -> Tensor:
+        shared = of_group[None].expand(4, 4, 4, 3, 3).reshape(16, 4, 3, 3)
+        one_group = of_group[:1].expand(16, 4, 3, 3)
+        y = merged_conv3x3(x, shared, 1, width) + merged_conv3x3(x, one_group, 1, width)
+        return torch.autograd.grad(y.sin().sum(), of_group)[0]
+
+    torch.testing.assert_close(gradient(16), gradient(4), rtol=1e-12, atol=1e-12)
+
+
 def test_gradients_have_gradients() -> None:
     x, weight = tensors(4, 2, torch.float64)
     leaves = (x[:1, :, :3, :2].clone().requires_grad_(), weight.double().requires_grad_())
