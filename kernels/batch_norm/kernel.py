@@ -78,10 +78,9 @@ def merge_statistics(
 
 
 @triton.jit
-def take_up(running_ptr, value, share, channel, inside):
-    """Moves running statistics by a share of the way to those of a batch."""
-    before = tl.load(running_ptr + channel, mask=inside, other=0.0)
-    tl.store(running_ptr + channel, before + share * (value - before), mask=inside)
+def take_up(before, value, share):
+    """Running statistics, moved by a share of the way to those of a batch."""
+    return before + share * (value - before)
 
 
 @triton.jit
@@ -124,10 +123,16 @@ def store_map(
     tl.store(moments_ptr + 2 * CHANNELS + channel, unbiased, mask=inside)
     tl.store(moments_ptr + 3 * CHANNELS + channel, count.to(tl.float32), mask=inside)
     if running_mean_ptr is not None:
-        take_up(running_mean_ptr, mean, share, channel, inside)
-        take_up(running_var_ptr, unbiased, share, channel, inside)
+        old_mean = tl.load(running_mean_ptr + channel, mask=inside, other=0.0)
+        old_var = tl.load(running_var_ptr + channel, mask=inside, other=0.0)
+        # Threads that hold the same channel have all read it before one of them writes.
+        tl.debug_barrier()
+        tl.store(running_mean_ptr + channel, take_up(old_mean, mean, share), mask=inside)
+        tl.store(running_var_ptr + channel, take_up(old_var, unbiased, share), mask=inside)
         if tl.program_id(0) == 0:
-            tl.store(counter_ptr, tl.load(counter_ptr) + 1)
+            batches = tl.load(counter_ptr)
+            tl.debug_barrier()
+            tl.store(counter_ptr, batches + 1)
 
 
 @triton.jit(do_not_specialize=["epsilon", "share", "parts"])
