@@ -284,7 +284,7 @@ def test_figures_of_photographs_are_those_of_the_shipped_weights() -> None:
     table = summary_table(
         {kind: [{**run, "seconds": 0} for run in each] for kind, each in runs.items()}
     )
-    for line in table.splitlines()[2:-1]:
+    for line in table.replace(" ± ?", "").splitlines()[2:-1]:
         assert line in reproduction
     accuracies = (
         mean_and_deviation([100 * run["test_accuracy"] for run in runs[f"{kind}, 24 epochs"]], 1, 2)
