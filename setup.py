@@ -13,7 +13,6 @@ from setuptools.command.build_py import build_py
 from setuptools.command.editable_wheel import editable_wheel
 
 TRAIN = [
-    "pillow>=10",
     "pyyaml>=6",
     "scikit-learn>=1.5",
     "tensorboard>=2.17",
@@ -21,11 +20,11 @@ TRAIN = [
     "torchvision>=0.26",
     "tqdm>=4.66",
 ]
-REPORT = ["jinja2>=3.1", "matplotlib>=3.9", "pillow>=10", "scikit-learn>=1.5"]
+REPORT = ["jinja2>=3.1", "matplotlib>=3.9", "scikit-learn>=1.5"]
 CODES = ["matplotlib>=3.9"]
 EXPORT = ["onnx>=1.17", "onnxruntime>=1.20", "onnxscript>=0.2"]
 HUB = ["huggingface-hub>=0.30"]
-DATASETS = ["datasets>=3", "pillow>=10"]
+DATASETS = ["datasets>=3"]
 FAST = ["nvidia-nvimgcodec-cu13>=0.9; sys_platform == 'linux'", "simplejpeg>=1.8"]
 TIMM = ["timm>=1.0.15"]
 # Of other people, which docs/tools.md shows on the networks.
@@ -197,6 +196,7 @@ setup(
     install_requires=[
         "ninja>=1.11",
         "numpy>=2",
+        "pillow>=10",
         "safetensors>=0.4",
         "torch>=2.11",
         'triton>=3.6,<3.10; platform_system == "Linux"',

@@ -360,5 +360,5 @@ def _pillow() -> ModuleType:
     try:
         from PIL import Image
     except ImportError as error:
-        raise ImportError("image folders need Pillow; install coded-resnext[report]") from error
+        raise ImportError("images need Pillow; pip install pillow") from error
     return Image

@@ -193,7 +193,7 @@ def pictures_of(images: Tensor, preprocessing: Preprocessing) -> list[str]:
     try:
         from PIL import Image
     except ImportError as error:
-        raise ImportError("pictures need Pillow; install coded-resnext[report]") from error
+        raise ImportError("pictures need Pillow; pip install pillow") from error
     if images.shape[1] != preprocessing.channels:
         raise ValueError(
             f"images: expected {preprocessing.channels} channels as the preprocessing has, "
