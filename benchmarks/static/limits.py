@@ -175,8 +175,8 @@ BY_VERSION: dict[tuple[str, str], dict[str, Any]] = {
     ("3.8", "forward_stride1 16"): {"per_byte": 0.19},
     ("3.8", "forward_stride1 24"): {"per_byte": 0.28},
     ("3.8", "forward_stride1 32"): {"per_byte": 0.22},
-    # On sm_90 its loads are a trip ahead; on sm_100 two warps share it, with loads of 64 bits. Else it
-    # spills.
+    # It would spill, so that on sm_90 its loads are a trip ahead, and on sm_100 two warps share it,
+    # with loads of 64 bits.
     ("3.8", "forward_stride1 16 folded"): {"per_byte": 0.175, "wide_loads": False},
     ("3.8", "forward_stride1 32 folded"): {"per_byte": 0.135},
     ("3.8", "forward_stride2 16"): {"per_byte": 0.19},
