@@ -221,17 +221,18 @@ def weight_gradients(
     own = "*fp32" if norm else None
     given = None if norm else "*fp32"
     tensors = (f"*{gradient}", f"*{dtype}", own, "*fp32", f"*{dtype}", "*fp32", "*fp32")
-    # A loop of one step is none, and Triton 3.7's code for sm_90 then keeps registers in memory.
-    is_one_step = sizes.inputs <= MATRIX_COLUMNS
+    # A loop of one step is none, and Triton 3.7's code for sm_90 then keeps registers in memory. With
+    # 3.6 it does so in other loops.
+    is_narrow = sizes.inputs <= MATRIX_COLUMNS or triton_release() == "3.6"
     row = _matrices(
         "weight_gradients",
         (*tensors, own, own, own, given, given, given, EXAMPLE_PIXELS),
         INPUTS=sizes.inputs,
         OUTPUTS=sizes.outputs,
         BLOCK_O=MATRIX_ROWS,
-        BLOCK_N=MATRIX_COLUMNS // 2 if is_one_step else MATRIX_COLUMNS,
+        BLOCK_N=MATRIX_COLUMNS // 2 if is_narrow else MATRIX_COLUMNS,
     )
-    return replace(row, num_warps=2) if is_one_step else row
+    return replace(row, num_warps=2) if is_narrow else row
 
 
 @cache
