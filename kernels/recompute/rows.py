@@ -221,8 +221,8 @@ def weight_gradients(
     own = "*fp32" if norm else None
     given = None if norm else "*fp32"
     tensors = (f"*{gradient}", f"*{dtype}", own, "*fp32", f"*{dtype}", "*fp32", "*fp32")
-    # A loop of one step is none, and Triton 3.7's code for sm_90 then keeps registers in memory. That
-    # of 3.6 does so in other loops.
+    # Where a loop of one step is none, Triton 3.7's code for sm_90 keeps registers in memory, and
+    # 3.6's does so with a loop.
     is_narrow = sizes.inputs <= MATRIX_COLUMNS or triton_release() == "3.6"
     row = _matrices(
         "weight_gradients",
