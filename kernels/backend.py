@@ -130,13 +130,8 @@ def architecture_of_kernels(x: Tensor, backend: ConvBackend, reason: str | None)
     check_conv_backend(backend)
     if backend == "triton" and reason is not None:
         raise RuntimeError(f"backend: 'triton' was asked for but cannot run: {reason}")
-    if (
-        backend in ("torch", "merged")
-        or reason is not None
-        or (backend == "auto" and not x.is_cuda)
-    ):
-        return None
-    return layout.architecture_of(x)
+    wanted = backend == "triton" or (backend == "auto" and x.is_cuda)
+    return layout.architecture_of(x) if wanted and reason is None else None
 
 
 def choose_passes(
