@@ -21,9 +21,8 @@ if TYPE_CHECKING:
     )
     from .deploy.hub import Pretrained, from_pretrained, push_to_hub, save_pretrained
     from .models.block import CodedBottleneck, DropSubNNs
-    from .models.decode import decode
     from .models.grouped_conv import GroupedConv2d, use_grouped_kernels
-    from .models.loss import CodedLoss, LossTerms
+    from .models.loss import CodedLoss, LossTerms, decode
     from .models.registry import create_model, list_models
     from .models.resnext import CodedResNeXt, Stage
     from .models.warm_start import load_weights
@@ -56,7 +55,7 @@ _MODULES = {
     "calibrate": "deploy.early_exit",
     "choose_backend": "training.ways",
     "create_model": "models.registry",
-    "decode": "models.decode",
+    "decode": "models.loss",
     "exit_scores": "deploy.early_exit",
     "extract_classifier": "deploy.extract",
     "extract_subset": "deploy.extract",

@@ -26,7 +26,7 @@ from coded_resnext.deploy.early_exit import predict_early
 from coded_resnext.interpret import load_evaluation, load_pictures
 from coded_resnext.interpret.comparing import mean_and_deviation, summary_table
 from coded_resnext.interpret.results import PICTURES_FILE
-from coded_resnext.models.shipped import find_model, network_of, shipped_weights
+from coded_resnext.models.checkpoint import find_model, network_of, shipped_weights
 
 ROOT = Path(__file__).parents[1]
 # A block of code, or indented lines behind an empty one.

@@ -36,13 +36,15 @@ with ended_by_interrupt():
     from coded_resnext.data.preprocessing import Preprocessing
     from coded_resnext.files import read_json, say, write_atomically
     from coded_resnext.interpret import Loader, evaluate, save_evaluation
-    from coded_resnext.interpret.ablations import (
+    from coded_resnext.interpret.comparing import (
         ABLATIONS,
         Ablation,
         ablated_network,
+        ablation_table,
+        measures,
         select_ablations,
+        summarize,
     )
-    from coded_resnext.interpret.comparing import ablation_table, measures, summarize
     from coded_resnext.interpret.results import load_evaluation
     from coded_resnext.training.config import TrainingConfig
     from coded_resnext.training.engine import fit

@@ -31,21 +31,19 @@ with ended_by_interrupt():
     from coded_resnext.cli.report import REPORT_FILE
     from coded_resnext.cli.train import ROTATED, Command, identity, parse_command, run_recipe
     from coded_resnext.files import read_json, say, write_atomically
-    from coded_resnext.interpret.ablations import (
+    from coded_resnext.interpret.comparing import (
         BASE,
         PLAIN,
         Ablation,
-        ablated_network,
-        select_ablations,
-    )
-    from coded_resnext.interpret.comparing import (
         FinishedRun,
+        ablated_network,
         ablation_table,
         accuracy_table,
         best_run,
         class_table,
         measures,
         removal_table,
+        select_ablations,
         summarize,
         summary_table,
     )

@@ -23,8 +23,7 @@ import torch
 from torch import nn
 
 from coded_resnext import create_model, extract_classifier, extract_subset
-from coded_resnext.deploy.export import to_onnx
-from coded_resnext.deploy.onnx_files import quantize_onnx
+from coded_resnext.deploy.export import quantize_onnx, to_onnx
 
 onnxruntime = pytest.importorskip("onnxruntime")
 

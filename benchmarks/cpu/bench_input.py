@@ -32,8 +32,8 @@ from coded_resnext.data.crops import has_nvimgcodec, has_simplejpeg
 from coded_resnext.data.image_folder import find_images
 from coded_resnext.data.image_sets import FileImages
 from coded_resnext.data.loaders import TrainImages
+from coded_resnext.data.on_device import StreamedTrainImages
 from coded_resnext.data.preprocessing import Preprocessing
-from coded_resnext.data.streamed import StreamedTrainImages
 from coded_resnext.training.recipe import RECIPES, load_recipe
 
 IMAGES, BATCH, ROUNDS = 200, 50, 5

@@ -19,10 +19,9 @@ import torch
 from torch import Tensor
 
 from coded_resnext import CodedResNeXt, extract_classifier
-from coded_resnext.cli.companions import Companions
 from coded_resnext.data.datasets import DigitsSplit, load_digits_split
-from coded_resnext.deploy.export import Heads, to_onnx
-from coded_resnext.deploy.onnx_files import quantize_onnx
+from coded_resnext.deploy.export import Heads, quantize_onnx, to_onnx
+from coded_resnext.interpret.results import Companions
 from coded_resnext.models.checkpoint import load_model
 
 CALIBRATION_IMAGES = 320

@@ -17,9 +17,9 @@ from sklearn.metrics import average_precision_score
 from torch import Tensor
 
 from coded_resnext import CodedResNeXt, extract_classifier
-from coded_resnext.cli.companions import Companions
 from coded_resnext.data.datasets import load_digits_split
 from coded_resnext.deploy.cost import network_cost
+from coded_resnext.interpret.results import Companions
 from coded_resnext.models.checkpoint import load_model
 
 RANKS = (None, 0.5, 0.35, 0.25, 0.15, 0.1, 0.05)

@@ -46,7 +46,7 @@ from coded_resnext.data.batches import Batch
 from coded_resnext.kernels import ConvBackend
 from coded_resnext.kernels.layout import architecture
 from coded_resnext.kernels.rows import LaunchRow
-from coded_resnext.training import graph
+from coded_resnext.training import step as training_step
 from coded_resnext.training.config import TrainingConfig
 from coded_resnext.training.processes import World
 from coded_resnext.training.step import TrainStep, compiler_for
@@ -295,7 +295,7 @@ def _captured(work: Callable[[], Any]) -> Callable[[], None]:
     for _ in range(3):
         work()
     torch.cuda.synchronize()
-    return graph.record(work).replay
+    return training_step.record(work).replay
 
 
 def _ways(task: Task, what: str, contender: Contender) -> list[Row]:
@@ -330,9 +330,11 @@ def _by_project(task: Task, kind: str, **settings: Any) -> Row:
     device = task.device
     chosen = compiler_for(config.torchcompile, device, "auto")
     dry = patch.multiple(
-        graph, unrecordable=lambda *_: None, record=lambda work: SimpleNamespace(replay=work)
+        training_step,
+        unrecordable=lambda *_: None,
+        record=lambda work: SimpleNamespace(replay=work),
     )
-    with dry if task.dry else patch.object(graph, "record", graph.record):
+    with dry if task.dry else patch.object(training_step, "record", training_step.record):
         step = TrainStep(model.train(), config, World(device=device), 100)
         batch = Batch(images, targets, torch.arange(len(images)))
         count = iter(range(10**6))

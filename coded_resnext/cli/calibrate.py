@@ -10,8 +10,7 @@ from coded_resnext.deploy.early_exit import EXIT_FILE, calibrate, exit_scores
 from coded_resnext.files import printable, say
 from coded_resnext.interpret.provenance import DigestedLoader
 from coded_resnext.interpret.results import EVALUATION_FILE, load_evaluation
-from coded_resnext.models.checkpoint import load_model, weights_sha256
-from coded_resnext.models.shipped import find_model
+from coded_resnext.models.checkpoint import find_model, load_model, weights_sha256
 
 from .evaluate import data_names, open_data
 

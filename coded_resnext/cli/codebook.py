@@ -14,8 +14,8 @@ import torch
 
 from coded_resnext.codebooks.codebook import Codebook
 from coded_resnext.codebooks.files import ENDINGS, read_document
+from coded_resnext.codebooks.quality import verify
 from coded_resnext.codebooks.search import Progress, search
-from coded_resnext.codebooks.verification import verify
 from coded_resnext.files import say, write_atomically
 
 if TYPE_CHECKING:

@@ -21,13 +21,13 @@ from coded_resnext.data.labelled import images_of_no_class
 from coded_resnext.data.loaders import EvalImages
 from coded_resnext.data.preprocessing import SPLIT_SEED, Preprocessing
 from coded_resnext.files import require_room, say
-from coded_resnext.interpret import tables
 from coded_resnext.interpret.evaluate import evaluate, plan
 from coded_resnext.interpret.observe import Loader
 from coded_resnext.interpret.results import (
     require_packages,
     save_evaluation,
     save_pictures,
+    text_tables,
     to_json,
 )
 from coded_resnext.models.checkpoint import LoadedModel, load_model
@@ -87,7 +87,7 @@ def run(arguments: argparse.Namespace) -> int:
         outside=None if arguments.outside is None else arguments.outside.resolve().name,
         training=loaded.training,
     )
-    say(to_json(evaluation) if arguments.json else tables.text(evaluation))
+    say(to_json(evaluation) if arguments.json else text_tables(evaluation))
     if out is not None:
         written = save_evaluation(
             evaluation, out, csv=arguments.csv, codebooks=loaded.model.codebooks

@@ -16,18 +16,17 @@ from coded_resnext.deploy.export import (
     Exportable,
     Heads,
     export_early_exit,
+    quantize_onnx,
     to_aot_package,
     to_exported_program,
     to_onnx,
 )
-from coded_resnext.deploy.extract import extract_classifier
-from coded_resnext.deploy.extract_files import file_name
+from coded_resnext.deploy.extract import extract_classifier, file_name
 from coded_resnext.deploy.hub import Pretrained, push_to_hub, save_pretrained
-from coded_resnext.deploy.onnx_files import quantize_onnx
 from coded_resnext.files import make_folder, say, write_atomically
+from coded_resnext.interpret.results import Companions
 from coded_resnext.models.checkpoint import LoadedModel, load_model
 
-from .companions import Companions
 from .extract import parse_class
 
 FOLDER = "export"

@@ -11,18 +11,20 @@ from typing import Any
 from coded_resnext.codebooks.codebook import Codebook
 from coded_resnext.deploy.cost import network_cost
 from coded_resnext.deploy.extract import (
+    INDEX_FILE,
     ExtractedClassifier,
     ExtractedNetwork,
     class_index,
+    extract_all,
     extract_classifier,
     extract_subset,
+    file_name,
+    save_extracted,
 )
-from coded_resnext.deploy.extract_files import INDEX_FILE, extract_all, file_name, save_extracted
 from coded_resnext.files import make_folder, printable, read_json, say
+from coded_resnext.interpret.results import Companions
 from coded_resnext.models.checkpoint import LoadedModel, load_model
 from coded_resnext.models.resnext import CodedResNeXt
-
-from .companions import Companions
 
 FOLDER = "classifiers"
 

@@ -8,14 +8,13 @@ from typing import Any
 
 import torch
 
-from coded_resnext.codebooks.shipped import IN_WORDS
+from coded_resnext.codebooks.files import IN_WORDS
 from coded_resnext.deploy.cost import measure_latency, network_cost
 from coded_resnext.deploy.early_exit import EarlyExit
 from coded_resnext.deploy.extract import extract_classifier, extract_subset
 from coded_resnext.files import printable, say
+from coded_resnext.interpret.results import Companions
 from coded_resnext.models.checkpoint import LoadedModel, load_model
-
-from .companions import Companions
 
 SHOWN_CLASSES = 10
 

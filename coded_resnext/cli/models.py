@@ -10,8 +10,8 @@ import torch
 
 from coded_resnext.deploy.hub import from_pretrained
 from coded_resnext.files import say
+from coded_resnext.models.checkpoint import find_model, network_of, shipped_weights
 from coded_resnext.models.registry import create_model, list_models
-from coded_resnext.models.shipped import find_model, network_of, shipped_weights
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -12,9 +12,8 @@ from coded_resnext.files import as_text, say, write_atomically
 from coded_resnext.interpret.evaluate import Evaluation
 from coded_resnext.interpret.figures import save_figures
 from coded_resnext.interpret.report import gather, render
-from coded_resnext.interpret.results import load_evaluation
-from coded_resnext.interpret.tables import csv_tables
-from coded_resnext.models.shipped import find_model
+from coded_resnext.interpret.results import csv_tables, load_evaluation
+from coded_resnext.models.checkpoint import find_model
 
 REPORT_FILE = "report.html"
 

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from coded_resnext.codebooks.codebook import Codebook
-from coded_resnext.codebooks.shipped import IN_WORDS, Size, shipped_sizes
+from coded_resnext.codebooks.files import IN_WORDS, Size, shipped_sizes
 from coded_resnext.data.augment import TrainTransform
 from coded_resnext.data.datasets import Storage, decoded, load_dataset
 from coded_resnext.data.image_sets import (
@@ -29,9 +29,13 @@ from coded_resnext.data.image_sets import (
 )
 from coded_resnext.data.labelled import images_of_no_class
 from coded_resnext.data.loaders import EvalImages, TrainImages, measure_input
-from coded_resnext.data.on_device import DeviceEvalImages, DeviceTrainImages, is_resident
+from coded_resnext.data.on_device import (
+    DeviceEvalImages,
+    DeviceTrainImages,
+    StreamedTrainImages,
+    is_resident,
+)
 from coded_resnext.data.preprocessing import Preprocessing
-from coded_resnext.data.streamed import StreamedTrainImages
 from coded_resnext.files import file_sha256, make_folder, read_json, say, write_atomically
 from coded_resnext.interpret import (
     Evaluation,
@@ -40,22 +44,19 @@ from coded_resnext.interpret import (
     plan,
     save_figures,
     save_pictures,
-    tables,
 )
-from coded_resnext.interpret.results import FIGURES_FOLDER, require_packages
+from coded_resnext.interpret.results import FIGURES_FOLDER, require_packages, text_tables
 from coded_resnext.kernels import check_backend
 from coded_resnext.kernels.backend import named_backend
-from coded_resnext.models.checkpoint import MODEL_FILE
+from coded_resnext.models.checkpoint import MODEL_FILE, find_model
 from coded_resnext.models.registry import create_model, network_arguments
 from coded_resnext.models.resnext import CodedResNeXt
-from coded_resnext.models.shipped import find_model
 from coded_resnext.models.warm_start import (
     load_plain_weights,
     read_weights,
     recalibrate_batch_norm,
 )
 from coded_resnext.training.engine import fit
-from coded_resnext.training.graph import is_recorded
 from coded_resnext.training.processes import TIMEOUT, World, run_script, training_session
 from coded_resnext.training.recipe import (
     GROUPS,
@@ -72,11 +73,11 @@ from coded_resnext.training.run_folder import (
     SUMMARY_FILE,
     RunFolder,
     describe_machine,
+    load_state,
     require_same,
     versions,
 )
-from coded_resnext.training.saved_state import load_state
-from coded_resnext.training.step import compiled, compiler_for
+from coded_resnext.training.step import compiled, compiler_for, is_recorded
 from coded_resnext.training.warm_up import build_kernels
 from coded_resnext.training.ways import LIMIT, WAYS_FILE, Choice, choose_way, read_choice
 
@@ -814,7 +815,7 @@ def write_results(
     if evaluation.samples is not None:
         positions = evaluation.samples.positions
         save_pictures(positions, test_loader, preprocessing, run.path, evaluation.images)
-    say(f"\n{tables.text(evaluation)}\n\nsummary: {run.path / SUMMARY_FILE}")
+    say(f"\n{text_tables(evaluation)}\n\nsummary: {run.path / SUMMARY_FILE}")
     for figure in figures:
         if figure.suffix == ".png":
             say(f"picture: {figure}")

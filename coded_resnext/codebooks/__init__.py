@@ -7,10 +7,9 @@ from .assignment import (
     similarity_from_paths,
 )
 from .bounds import Bounds, distance_bound, johnson_bound, pair_bound
-from .quality import Quality
+from .files import Size, shipped_sizes
+from .quality import Quality, Rule, verify
 from .search import Progress
-from .shipped import Size, shipped_sizes
-from .verification import Rule, verify
 
 __all__ = [
     "Assignment",

@@ -7,7 +7,6 @@ class `k`. Letters as in docs/math.md: `K` classes, `N` branches, `A` active bra
 from __future__ import annotations
 
 import warnings
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -24,10 +23,18 @@ from coded_resnext.kernels.checks import typed
 from .annealing import grow
 from .assignment import Assignment, assign
 from .bounds import Bounds, codebook_bounds
-from .files import read_document, write_document
+from .files import (
+    FORMAT_VERSION,
+    Size,
+    check_description,
+    checked_names,
+    load_shipped,
+    read_document,
+    variant_of,
+    write_document,
+)
 from .quality import Quality, quality
 from .search import Progress, search
-from .shipped import FORMAT_VERSION, Size, load_shipped, variant_of
 from .words import Words, distance_histogram, first_duplicate, from_strings, is_balanced, to_strings
 
 # Characters of a class name in a table of classes.
@@ -57,7 +64,7 @@ class Codebook:
     ) -> None:
         self._words = _checked_words(codewords)
         self._words.setflags(write=False)
-        self._class_names = _checked_names(class_names, len(self._words))
+        self._class_names = checked_names(class_names, len(self._words))
 
     @classmethod
     @typed
@@ -240,7 +247,7 @@ class Codebook:
         else:
             names = tuple(new_classes)
         # Checked before the work is done.
-        all_names = _checked_names(self._class_names + names, self.classes + len(names))
+        all_names = checked_names(self._class_names + names, self.classes + len(names))
         return Codebook(torch.from_numpy(grow(self._words, len(names), seed)), all_names)
 
     @typed
@@ -292,10 +299,8 @@ class Codebook:
         """Returns the codebook described by `to_dict`, every field checked against the words."""
         if not isinstance(data, dict) or not isinstance(data.get("codewords"), list):
             raise ValueError('codebook: expected an object with a list "codewords"')
-        version = data.get("format_version", FORMAT_VERSION)
-        if version != FORMAT_VERSION:
-            raise ValueError(f"format_version: expected {FORMAT_VERSION}, got {version!r}")
-        codebook = cls.from_words(data["codewords"], data.get("class_names"))
+        names = check_description(data, len(data["codewords"]))
+        codebook = cls.from_words(data["codewords"], names)
         for field in ("classes", "branches", "active"):
             stated, actual = data.get(field), getattr(codebook, field)
             if stated is not None and stated != actual:
@@ -380,18 +385,3 @@ def _checked_words(codewords: Tensor | Sequence[Sequence[int]]) -> Words:
     if double is not None:
         raise ValueError(f"codewords: classes {double[0]} and {double[1]} have the same codeword")
     return words
-
-
-def _checked_names(class_names: Sequence[str] | None, classes: int) -> tuple[str, ...]:
-    if class_names is None:
-        return tuple(map(str, range(classes)))
-    several = isinstance(class_names, Iterable) and not isinstance(class_names, str)
-    names = tuple(class_names) if several else ()
-    if not several or not all(isinstance(name, str) for name in names):
-        raise ValueError(f"class_names: expected {classes} strings, got {class_names!r:.80}")
-    if len(names) != classes:
-        raise ValueError(f"class_names: expected {classes} names, got {len(names)}")
-    if len(set(names)) != classes:
-        double = Counter(names).most_common(1)[0][0]
-        raise ValueError(f"class_names: expected distinct names, got {double!r} more than once")
-    return names

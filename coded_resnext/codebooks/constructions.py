@@ -18,8 +18,8 @@ import numpy as np
 from coded_resnext.files import say
 
 from .bounds import pair_bound
+from .files import FORMAT_VERSION, Size, digest, file_name
 from .orbits import Group, abelian, full_orbits, join, metacyclic, orbits_of
-from .shipped import FORMAT_VERSION, Size, digest, file_name
 from .unions import Accounts, enumerate_unions
 from .words import Words, all_words, from_sets, overlaps, to_strings
 

@@ -1,4 +1,10 @@
-"""Codewords in files: JSON, CSV and text, read from any origin and written so that they read back.
+"""Codewords in files: those that come with the package, and JSON, CSV and text of any origin.
+
+The package has a JSON file under `data/` for every size and variant. Variants: `best`, the best
+that is known; `paper`, the published codewords; `paper_d8`, a second published table of the same
+size, for ImageNet, which the published code calls `D8`. Each file has the fields of
+`Codebook.to_dict` and two more: `provenance`, which says how the codewords were made and how to
+make them again, and `sha256`, the digest of the codewords.
 
 CSV has a class in a row: its name, and a column for every branch. Text has a class in a line, its
 name and its codeword. A name that could be taken for something else is in quotes in both. Neither
@@ -8,21 +14,100 @@ format needs names; a file has one for every class or for none.
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from importlib.resources import files
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from coded_resnext.files import parse_csv, parse_json, read_text, require_few_values
 
+FORMAT_VERSION = 1
+VARIANTS = ("best", "paper", "paper_d8")
+# Which table codewords are, for a person; None for those that are not shipped.
+IN_WORDS: dict[str | None, str] = {
+    "best": "the best known codewords",
+    "paper": "the published codewords",
+    "paper_d8": "the published codewords D8",
+    None: "codewords of its own",
+}
 ENDINGS = (".json", ".csv", ".txt")
 # The first cell of the row of titles in CSV.
 TITLE = "class"
 DIGITS = ("0", "1")
 _QUOTED = re.compile(r'"((?:[^"]|"")*)"')
 _PLAIN_NAME = re.compile(r"\w([\w .'-]*\w)?", re.ASCII)
+
+
+class Size(NamedTuple):
+    """The numbers that name a codebook: classes `K`, branches `N`, active branches `A`."""
+
+    classes: int
+    branches: int
+    active: int
+
+    def __str__(self) -> str:
+        return f"{self.classes} x {self.active}/{self.branches}"
+
+
+def digest(words: Iterable[str]) -> str:
+    """Returns the SHA-256 of the codewords as text, one per line, in hexadecimal."""
+    return hashlib.sha256("\n".join(words).encode("ascii")).hexdigest()
+
+
+def file_name(size: Size, variant: str = "best") -> str:
+    """Returns the data file of a size by name: `K100_8of20.json`, `K10_3of10_paper.json`."""
+    suffix = "" if variant == "best" else f"_{variant}"
+    return f"K{size.classes}_{size.active}of{size.branches}{suffix}.json"
+
+
+def shipped_sizes(variant: str = "best") -> tuple[Size, ...]:
+    """Returns the sizes that are shipped, ascending."""
+    _check_variant(variant)
+    sizes = []
+    for entry in files(__package__).joinpath("data").iterdir():
+        stem, _, kind = entry.name.removesuffix(".json").partition("_")
+        ratio, _, kind = kind.partition("_")
+        if entry.name.endswith(".json") and (kind or "best") == variant:
+            active, branches = ratio.split("of")
+            sizes.append(Size(int(stem[1:]), int(branches), int(active)))
+    return tuple(sorted(sizes))
+
+
+def load_shipped(size: Size, variant: str = "best") -> dict[str, Any]:
+    """Returns the content of a data file, its codewords checked against its digest.
+
+    Raises:
+        ValueError: there is no such variant, none is shipped in this size (the message names the
+            sizes that are), or the file is damaged.
+    """
+    sizes = shipped_sizes(variant)
+    if size not in sizes:
+        raise ValueError(
+            f"no {variant!r} codebook of {size} (classes x active/branches) is shipped; there are "
+            f"{', '.join(map(str, sizes))}"
+        )
+    name = file_name(size, variant)
+    path = files(__package__).joinpath("data", name)
+    content: dict[str, Any] = parse_json(path.read_text(encoding="utf-8"))
+    if digest(content["codewords"]) != content["sha256"]:
+        raise ValueError(f"{name}: the codewords do not match their sha256; install anew")
+    return content
+
+
+def variant_of(size: Size, words: Sequence[str]) -> str | None:
+    """Returns the variant that these codewords are, the published where both are; None for none."""
+    shipped = (v for v in ("paper", "paper_d8", "best") if size in shipped_sizes(v))
+    return next((v for v in shipped if load_shipped(size, v)["sha256"] == digest(words)), None)
+
+
+def _check_variant(variant: str) -> None:
+    if variant not in VARIANTS:
+        raise ValueError(f"variant: expected one of {', '.join(VARIANTS)}, got {variant!r}")
 
 
 class _Entry(NamedTuple):
@@ -33,7 +118,7 @@ class _Entry(NamedTuple):
 
 
 def read_document(path: str | Path) -> dict[str, Any]:
-    """The content of a file of codewords as a dictionary with a list `codewords` of strings.
+    """Returns what a file of codewords holds, with a list `codewords` of strings.
 
     The words themselves are not checked.
 
@@ -60,6 +145,35 @@ def read_document(path: str | Path) -> dict[str, Any]:
             f"{words[names.index(None)][:80]}"
         )
     return {"codewords": words, "class_names": names}
+
+
+def check_description(document: Mapping[str, Any], classes: int) -> tuple[str, ...]:
+    """Returns the names of the classes of a document; a ValueError says what cannot be read.
+
+    Args:
+        document: with a `format_version` and `class_names`, or without.
+        classes: the number of its codewords.
+    """
+    version = document.get("format_version", FORMAT_VERSION)
+    if version != FORMAT_VERSION:
+        raise ValueError(f"format_version: expected {FORMAT_VERSION}, got {version!r}")
+    return checked_names(document.get("class_names"), classes)
+
+
+def checked_names(class_names: Sequence[str] | None, classes: int) -> tuple[str, ...]:
+    """Returns the names of so many classes, their numbers without names, or raises a ValueError."""
+    if class_names is None:
+        return tuple(map(str, range(classes)))
+    several = isinstance(class_names, Iterable) and not isinstance(class_names, str)
+    names = tuple(class_names) if several else ()
+    if not several or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"class_names: expected {classes} strings, got {class_names!r:.80}")
+    if len(names) != classes:
+        raise ValueError(f"class_names: expected {classes} names, got {len(names)}")
+    if len(set(names)) != classes:
+        double = Counter(names).most_common(1)[0][0]
+        raise ValueError(f"class_names: expected distinct names, got {double!r} more than once")
+    return names
 
 
 def write_document(document: Mapping[str, Any], ending: str) -> str:

@@ -17,9 +17,8 @@ from typing import Any
 from coded_resnext.data.preprocessing import Preprocessing
 from coded_resnext.files import UNFIT, file_sha256, printable, read_json, write_atomically
 from coded_resnext.kernels.checks import check_annotated, checked_number, typed
-from coded_resnext.models.checkpoint import MODEL_FILE, load_model, save_model
+from coded_resnext.models.checkpoint import MODEL_FILE, find_model, load_model, save_model
 from coded_resnext.models.resnext import CodedResNeXt, own_network
-from coded_resnext.models.shipped import find_model
 
 from .early_exit import EarlyExit
 

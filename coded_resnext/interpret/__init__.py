@@ -14,12 +14,11 @@ from .one_class import (
     one_class,
     score_classes,
 )
-from .paths import Disobedient, Paths
+from .paths import BlockSemantics, Disobedient, Paths, Semantics
 from .provenance import Images, Provenance
 from .removal import BlockRemoval, Removal, RemovalCurve, remove_branches
 from .results import load_evaluation, load_pictures, save_evaluation, save_pictures
 from .samples import BlockTrace, SampleBlock, Samples, Trace, trace
-from .semantic import BlockSemantics, Semantics
 
 __all__ = [
     "BlockDecoding",

@@ -35,12 +35,11 @@ from .one_class import (
     paper_negatives,
     score_classes,
 )
-from .paths import Paths
+from .paths import Paths, Semantics
 from .provenance import DigestedLoader, Images, Provenance
 from .records import from_plain, to_plain
 from .removal import Removal, Remover, removal_passes
 from .samples import Samples
-from .semantic import Semantics
 
 FORMAT_VERSION = 3
 # Fields of version 2 that said how much a limit of time had left out.

@@ -32,8 +32,8 @@ from .path_figure import (
     shown_note,
     small_multiples,
 )
+from .paths import Semantics
 from .removal import Removal
-from .semantic import Semantics
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -22,7 +22,7 @@ from coded_resnext.codebooks.codebook import Codebook
 from coded_resnext.data.batches import full_batches
 from coded_resnext.data.image_sets import by_class
 from coded_resnext.kernels.coded.reference import is_dead
-from coded_resnext.models.decode import check_results, not_finite, read_class
+from coded_resnext.models.loss import check_results, not_finite, read_class
 from coded_resnext.models.resnext import CodedResNeXt
 
 Loader = Iterable[tuple[Tensor, Tensor]]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from coded_resnext.deploy.early_exit import ExitScores
-from coded_resnext.models.decode import check_results, decode, not_finite
+from coded_resnext.models.loss import check_results, decode, not_finite
 from coded_resnext.models.resnext import CodedResNeXt, own_network
 
 from .decoding import scores_of

@@ -9,9 +9,8 @@ from typing import Any
 from coded_resnext.codebooks.codebook import Codebook
 from coded_resnext.kernels.checks import typed
 
-from .checkpoint import check_codebooks, load_model
+from .checkpoint import check_codebooks, load_model, network_of, shipped_weights, weights_of
 from .resnext import CodedResNeXt, Stage
-from .shipped import network_of, shipped_weights, weights_of
 from .warm_start import load_plain_weights
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from coded_resnext.codebooks.codebook import Codebook
-from coded_resnext.codebooks.shipped import Size, shipped_sizes
+from coded_resnext.codebooks.files import Size, shipped_sizes
 from coded_resnext.kernels import Aggregation, Backend
 from coded_resnext.kernels.checks import check_integers, check_items, check_kind, typed
 

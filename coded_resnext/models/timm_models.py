@@ -22,10 +22,9 @@ from torch import Tensor, nn
 from coded_resnext.codebooks.codebook import Codebook
 
 from .block import check_images
-from .checkpoint import MODEL_FILE, load_model
+from .checkpoint import MODEL_FILE, load_model, weights_of
 from .registry import list_models, load_pretrained, network_arguments, trained_arguments
 from .resnext import CodedResNeXt, usual_image_size
-from .shipped import weights_of
 from .warm_start import plain_state
 
 try:

@@ -28,9 +28,8 @@ from coded_resnext.codebooks.codebook import Codebook
 from coded_resnext.files import load_tensors
 from coded_resnext.kernels.checks import typed
 
-from .checkpoint import check_codebooks, is_model_file, load_model
+from .checkpoint import check_codebooks, find_model, is_model_file, load_model
 from .resnext import CodedResNeXt, own_network
-from .shipped import find_model
 
 # Where training scripts put the weights when they store more than these.
 _CONTAINERS = ("state_dict", "model")

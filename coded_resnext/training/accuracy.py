@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from coded_resnext.kernels.checks import check_targets
-from coded_resnext.models.decode import check_results, decode, not_finite
+from coded_resnext.models.loss import check_results, decode, not_finite
 from coded_resnext.models.resnext import CodedResNeXt
 
 from .processes import World

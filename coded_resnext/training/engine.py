@@ -44,9 +44,10 @@ from .run_folder import (
     DEAD_FILE,
     RunFolder,
     differences,
+    get_rng_state,
     require_same,
+    set_rng_state,
 )
-from .saved_state import get_rng_state, set_rng_state
 from .step import TrainStep
 
 NON_FINITE_FILE = "non_finite.json"

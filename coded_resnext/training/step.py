@@ -1,6 +1,9 @@
 """One optimizer step of a coded network: mixing, forward, loss, backward, guard, update.
 
-What the device does between two decisions of the host may be recorded, see graph.py.
+The device's part of a step, what it does between two decisions of the host, may be recorded once
+and replayed for every batch: a GPU that is told of every launch by Python waits for Python, and a
+coded ResNeXt-50 has 2,154 launches a step. A CUDA graph holds them all. What a step draws is drawn
+anew in a replay, from the generators' state at that moment.
 """
 
 from __future__ import annotations
@@ -11,7 +14,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -26,14 +29,12 @@ from coded_resnext.kernels.backend import Backend, named_backend
 from coded_resnext.kernels.checks import check_targets
 from coded_resnext.kernels.layout import HAS_TRITON, architecture
 from coded_resnext.models.checkpoint import describe_network
-from coded_resnext.models.decode import decode
 from coded_resnext.models.grouped_conv import use_grouped_kernels
 from coded_resnext.models.layers import copy_of
-from coded_resnext.models.loss import CodedLoss, masked_gradients
+from coded_resnext.models.loss import CodedLoss, decode, masked_gradients
 from coded_resnext.models.resnext import CodedResNeXt
 
 from .config import TrainingConfig
-from .graph import Computed, DevicePart, is_recorded, recorded
 from .guard import StepGuard, copy_all
 from .processes import World
 from .run_folder import require_same, versions
@@ -44,6 +45,94 @@ _BUFFERS_IN_EVERY_STEP = next(
     for name in ("forward_sync_buffers", "broadcast_buffers")
     if name in inspect.signature(DistributedDataParallel).parameters
 )
+# A step of coded_resnext50_32x4d on an H100, as CUDA graphs: 37.8 ms compiled, 51.1 ms otherwise.
+COMPILED_ON = ("sm90",)
+Mixing = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+class Computed(NamedTuple):
+    """What a step has computed before its update."""
+
+    values: Tensor
+    """The metrics."""
+    bad: Tensor
+    """Booleans: what was not finite."""
+    overflow: Tensor
+    """Whether the gradient was not, a boolean."""
+
+
+class DevicePart(NamedTuple):
+    """A step but for what the host reads and decides."""
+
+    compute: Callable[[Tensor, Tensor], Computed]
+    """Leaves the gradients of images and targets."""
+    update: Callable[[Computed, Tensor], None]
+    """Updates the weights, unless the second argument is 1."""
+
+
+class Recording(Protocol):
+    """Launches that can be made again."""
+
+    def replay(self) -> None:
+        """Make them."""
+
+
+def record(work: Callable[[], None]) -> Recording:
+    """Records the launches of a function, which are not made yet, as a CUDA graph."""
+    graph = torch.cuda.CUDAGraph()
+    # The data loader's threads may allocate memory meanwhile.
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        work()
+    return graph
+
+
+def recorded(part: DevicePart, images: Tensor, targets: Tensor) -> DevicePart:
+    """Records a step for batches with the shapes, dtypes and layouts of these.
+
+    Every shape must have been through the step before, so that what is set up once is set up.
+    """
+    own_images, own_targets = torch.empty_like(images), torch.empty_like(targets)
+    gate = torch.zeros((), device=images.device)
+    made: list[Computed] = []
+
+    def fill() -> None:
+        made[:] = [part.compute(own_images, own_targets)]
+
+    first = record(fill)
+    second = record(lambda: part.update(made[0], gate))
+
+    def compute(images: Tensor, targets: Tensor) -> Computed:
+        own_images.copy_(images)
+        own_targets.copy_(targets)
+        first.replay()
+        return made[0]
+
+    def update(_: Computed, keeps: Tensor) -> None:
+        gate.copy_(keeps)
+        second.replay()
+
+    return DevicePart(compute, update)
+
+
+def unrecordable(device: torch.device, world: World) -> str | None:
+    """Returns why the steps of a training cannot be recorded; None if they can."""
+    if device.type != "cuda":
+        return f"the network is on {device.type}, not on a GPU"
+    if world.is_shared:
+        return f"its gradients are added up over {world.size} processes"
+    return None
+
+
+def is_recorded(config: TrainingConfig, device: torch.device, world: World) -> bool:
+    """Returns whether the steps of a training are recorded.
+
+    Raises:
+        ValueError: they have to be and cannot.
+    """
+    reason = unrecordable(device, world)
+    if config.graph == "always" and reason is not None:
+        raise ValueError(f"graph: a step cannot be recorded, since {reason}; expected auto")
+    return config.graph != "never" and reason is None
 
 
 class TrainStep:
@@ -413,10 +502,6 @@ class TrainStep:
         return [(said == targets).float().mean() for said in (logits.argmax(1), *decoded)]
 
 
-# A step of coded_resnext50_32x4d on an H100, as CUDA graphs: 37.8 ms compiled, 51.1 ms otherwise.
-COMPILED_ON = ("sm90",)
-
-
 def compiler_for(torchcompile: str, device: torch.device, backend: Backend) -> str:
     """Returns the backend of `torch.compile` that a setting means; empty for none.
 
@@ -482,9 +567,6 @@ class WeightAverage:
 def running_statistics(model: torch.nn.Module) -> list[Tensor]:
     """Returns the floating-point buffers of a network: BatchNorm's running means and variances."""
     return [buffer for buffer in model.buffers() if buffer.is_floating_point()]
-
-
-Mixing = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 def make_mixing(config: TrainingConfig, num_classes: int) -> Mixing | None:

@@ -32,10 +32,9 @@ from coded_resnext.models.layers import copy_of
 from coded_resnext.models.resnext import CodedResNeXt
 
 from .config import Graph, TrainingConfig
-from .graph import is_recorded, unrecordable
 from .processes import World
 from .run_folder import describe_machine
-from .step import TrainStep, compiler_for
+from .step import TrainStep, compiler_for, is_recorded, unrecordable
 from .warm_up import Calls, build_kernels
 
 # Steps that set up what is set up once, of which the third is recorded, and steps that are timed.

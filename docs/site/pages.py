@@ -39,7 +39,7 @@ LINK = re.compile(r"(!?)\[([^]]*)\]\(([^)#\s]+)(#[^)\s]*)?\)")
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Adds the pages that lie outside docs/, and the reports of the shipped weights."""
     from coded_resnext.interpret.report import gather, render
-    from coded_resnext.models.shipped import find_model, shipped_weights
+    from coded_resnext.models.checkpoint import find_model, shipped_weights
 
     for name in shipped_weights():
         report = render(gather(find_model(name)))
@@ -93,7 +93,7 @@ def notebook(cells: dict[str, Any], source: str) -> str:
 
 def reports() -> str:
     """Returns links to the reports, which are there on the site alone."""
-    from coded_resnext.models.shipped import shipped_weights
+    from coded_resnext.models.checkpoint import shipped_weights
 
     links = [f"- [{name}](reports/{name}.html)" for name in shipped_weights()]
     return "\n".join(["## The reports of the weights that come along", "", *links])

@@ -16,7 +16,8 @@ from coded_resnext.cli.arguments import make_parser
 from coded_resnext.data.batches import batches
 from coded_resnext.data.datasets import DIGITS_NAME, find_image_folder, load_digits_split
 from coded_resnext.data.preprocessing import Preprocessing
-from coded_resnext.interpret import evaluate, results, tables
+from coded_resnext.interpret import evaluate, results
+from coded_resnext.interpret.results import text_tables
 from coded_resnext.models.checkpoint import load_model, save_model
 
 PREPROCESSING = Preprocessing(8, 1, (0.3,), (0.4,))
@@ -90,7 +91,7 @@ def test_folder_without_training_images(model, checkpoint, tmp_path, capsys):
     expected = expected.named("data", test="all")
     assert json.loads((out / "evaluation.json").read_text()) == expected.to_dict()
     printed = capsys.readouterr().out
-    assert tables.text(expected) in printed
+    assert text_tables(expected) in printed
     assert expected.removal.samples == 6
     assert "on the test data itself" in printed
     pictures = sorted(path.name for path in (out / "figures").glob("*.png"))

@@ -10,7 +10,7 @@ from support.small_networks import NARROW, WIDE, make_images
 from coded_resnext import create_model, extract_classifier
 from coded_resnext.cli import main
 from coded_resnext.deploy.cost import network_cost
-from coded_resnext.deploy.extract_files import load_extracted
+from coded_resnext.deploy.extract import load_extracted
 from coded_resnext.models.checkpoint import save_model
 
 

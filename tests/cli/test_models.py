@@ -17,7 +17,7 @@ from coded_resnext.cli.models import tables
 from coded_resnext.data.datasets import load_digits_split
 from coded_resnext.interpret import load_evaluation
 from coded_resnext.interpret.results import PICTURES_FILE, load_pictures
-from coded_resnext.models.shipped import find_model, shipped_weights
+from coded_resnext.models.checkpoint import find_model, shipped_weights
 
 
 def command(*words: object) -> int:

@@ -15,7 +15,7 @@ from coded_resnext.data.preprocessing import Preprocessing
 from coded_resnext.deploy.early_exit import predict_early
 from coded_resnext.interpret import trace
 from coded_resnext.models.checkpoint import save_model
-from coded_resnext.models.decode import read_class
+from coded_resnext.models.loss import read_class
 
 PREPROCESSING = Preprocessing(6, 1, (0.3,), (0.4,))
 

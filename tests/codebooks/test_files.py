@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from coded_resnext.codebooks.codebook import Codebook
 from coded_resnext.codebooks.files import read_document
-from coded_resnext.codebooks.verification import verify
+from coded_resnext.codebooks.quality import verify
 from coded_resnext.files import LARGEST_TEXT
 
 WORDS = ["0110", "1001", "0011"]

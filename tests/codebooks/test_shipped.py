@@ -15,7 +15,7 @@ from coded_resnext.codebooks.constructions import (
     best_content,
     paper_content,
 )
-from coded_resnext.codebooks.shipped import Size, file_name, load_shipped, shipped_sizes
+from coded_resnext.codebooks.files import Size, file_name, load_shipped, shipped_sizes
 
 # classes, branches, active: distance, pairs at it, proved optimal.
 PROMISED = {
@@ -138,7 +138,7 @@ def test_what_is_not_shipped_is_named():
 
 
 def test_a_damaged_file_is_refused(monkeypatch):
-    monkeypatch.setattr("coded_resnext.codebooks.shipped.digest", lambda words: "other")
+    monkeypatch.setattr("coded_resnext.codebooks.files.digest", lambda words: "other")
     with pytest.raises(ValueError, match=r"K10_3of10.json: .* do not match their sha256"):
         load_shipped(Size(10, 10, 3))
 

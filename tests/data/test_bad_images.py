@@ -18,8 +18,8 @@ from coded_resnext.data.augment import Augmentation, TrainTransform
 from coded_resnext.data.datasets import find_image_folder, load_dataset
 from coded_resnext.data.image_sets import DamagedImages
 from coded_resnext.data.loaders import EvalImages, TrainImages
+from coded_resnext.data.on_device import StreamedTrainImages
 from coded_resnext.data.preprocessing import Preprocessing
-from coded_resnext.data.streamed import StreamedTrainImages
 from coded_resnext.models.checkpoint import save_model
 
 PREPROCESSING = Preprocessing(16, 1, (0.0,), (1.0,))

@@ -30,8 +30,8 @@ from coded_resnext.data.crops import (
 from coded_resnext.data.datasets import find_image_folder
 from coded_resnext.data.image_sets import FileImages, MemoryImages
 from coded_resnext.data.loaders import TrainImages
+from coded_resnext.data.on_device import HostCrops, StreamedTrainImages
 from coded_resnext.data.preprocessing import Preprocessing
-from coded_resnext.data.streamed import HostCrops, StreamedTrainImages
 from coded_resnext.models.checkpoint import load_model
 from coded_resnext.training.processes import TrainingStopped
 from coded_resnext.training.recipe import RECIPES, load_recipe

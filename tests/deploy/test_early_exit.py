@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from coded_resnext import EarlyExit, create_model, decode
 from coded_resnext.deploy.cost import network_cost
 from coded_resnext.deploy.early_exit import predict_early
-from coded_resnext.models.decode import read_class
+from coded_resnext.models.loss import read_class
 
 CRITERIA = [
     EarlyExit((0.3, 0.3, 0.01)),

@@ -25,17 +25,18 @@ from torch.optim.swa_utils import AveragedModel
 
 from coded_resnext import CodedLoss, CodedResNeXt, EarlyExit, create_model, extract_classifier
 from coded_resnext.data.datasets import load_digits_split
-from coded_resnext.deploy import onnx_files
+from coded_resnext.deploy import export
 from coded_resnext.deploy.early_exit import predict_early
 from coded_resnext.deploy.export import (
     Heads,
+    check_onnx,
     export_early_exit,
+    quantize_onnx,
     signature,
     to_aot_package,
     to_exported_program,
     to_onnx,
 )
-from coded_resnext.deploy.onnx_files import check_onnx, quantize_onnx
 from coded_resnext.training.step import WeightAverage, running_statistics
 
 onnx = pytest.importorskip("onnx")
@@ -48,7 +49,7 @@ INTENSITIES = DIGITS.test_images * DIGITS.preprocessing.std[0] + DIGITS.preproce
 CLASS = 3
 # What a file may differ by from PyTorch in logits moves a margin of two by twice as much; the
 # margins of decoders are shares of the energy, whose last bits are 1e-7.
-LOGITS, SHARES = 2 * onnx_files.TOLERANCE, 1e-5
+LOGITS, SHARES = 2 * export.TOLERANCE, 1e-5
 CRITERION = EarlyExit((0.05, 0.2, 0.3, None))
 # Runs a script as if neither PyTorch nor this package were installed.
 ALONE = """
@@ -346,7 +347,7 @@ def test_files_that_differ_are_refused_and_not_written(tmp_path, monkeypatch):
         check_onnx(path, network, [x])
     with pytest.raises(ValueError, match="differ by nan"):
         check_onnx(path, network, [x * torch.nan])
-    monkeypatch.setattr(onnx_files, "TOLERANCE", -1.0)
+    monkeypatch.setattr(export, "TOLERANCE", -1.0)
     with pytest.raises(ValueError, match="expected the outputs of PyTorch"):
         to_onnx(network, path, image_size=6)
     assert path.read_bytes() == before

@@ -14,8 +14,8 @@ from support.small_networks import make_images, make_network
 
 from coded_resnext import ExtractedClassifier, extract_classifier, extract_subset
 from coded_resnext.data.preprocessing import Preprocessing
-from coded_resnext.deploy.extract import ExtractedNetwork
-from coded_resnext.deploy.extract_files import (
+from coded_resnext.deploy.extract import (
+    ExtractedNetwork,
     extract_all,
     file_name,
     load_extracted,

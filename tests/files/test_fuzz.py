@@ -27,8 +27,7 @@ from coded_resnext.data.datasets import load_dataset
 from coded_resnext.data.image_folder import read_image
 from coded_resnext.data.preprocessing import Preprocessing
 from coded_resnext.deploy.early_exit import EarlyExit
-from coded_resnext.deploy.extract import extract_classifier
-from coded_resnext.deploy.extract_files import load_extracted, save_extracted
+from coded_resnext.deploy.extract import extract_classifier, load_extracted, save_extracted
 from coded_resnext.deploy.hub import Pretrained, from_pretrained, save_pretrained
 from coded_resnext.interpret import evaluate, load_evaluation, load_pictures, save_evaluation
 from coded_resnext.interpret.report.content import read_log
@@ -36,7 +35,7 @@ from coded_resnext.kernels.prebuilt.index import read_index
 from coded_resnext.models.checkpoint import load_model, save_model
 from coded_resnext.models.warm_start import load_plain_weights, read_state_dict
 from coded_resnext.training.recipe import load_recipe
-from coded_resnext.training.saved_state import load_state
+from coded_resnext.training.run_folder import load_state
 
 RECIPE = Path(__file__).parents[2] / "coded_resnext" / "training" / "recipes" / "cifar10_small.yaml"
 MEGABYTES = 200 * 10**6

@@ -16,7 +16,7 @@ from torture.files import make_kinds, tamper_with
 from coded_resnext import Codebook
 from coded_resnext.cli import main
 from coded_resnext.deploy.early_exit import EarlyExit
-from coded_resnext.deploy.extract_files import extract_all, file_name, load_extracted
+from coded_resnext.deploy.extract import extract_all, file_name, load_extracted
 from coded_resnext.deploy.hub import Pretrained, from_pretrained, save_pretrained
 from coded_resnext.files import LARGEST_TEXT
 from coded_resnext.interpret.report import gather

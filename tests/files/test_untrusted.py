@@ -41,10 +41,9 @@ from coded_resnext.interpret.report import gather
 from coded_resnext.interpret.report.content import read_log
 from coded_resnext.kernels.prebuilt.index import INDEX, Prebuilt, find_prebuilt, read_index
 from coded_resnext.models.checkpoint import load_model, read_tensors, save_model, write_tensors
-from coded_resnext.training import saved_state
+from coded_resnext.training import run_folder
 from coded_resnext.training.recipe import load_recipe
-from coded_resnext.training.run_folder import RunFolder
-from coded_resnext.training.saved_state import load_state, save_state
+from coded_resnext.training.run_folder import RunFolder, load_state, save_state
 
 ROOT = Path(__file__).parents[2]
 MEGABYTES = 200 * 10**6
@@ -216,7 +215,7 @@ def test_checkpoints_of_a_folder_that_is_exchanged_are_left_alone(
         if path.suffix == ".pt":
             exchange(checkpoints, elsewhere)
 
-    monkeypatch.setattr(saved_state, "write_atomically", write)
+    monkeypatch.setattr(run_folder, "write_atomically", write)
     with pytest.raises(OSError, match="checkpoints"):
         save_state(tmp_path / "run", "step-9", {})
     assert len(list(elsewhere.iterdir())) == 4

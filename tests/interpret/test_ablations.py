@@ -12,15 +12,15 @@ import torch
 from support.script_runs import run_here
 
 from coded_resnext import Codebook, create_model
-from coded_resnext.interpret.ablations import (
+from coded_resnext.interpret.comparing import (
     ABLATIONS,
     BASE,
     Ablation,
     ablated_network,
+    measures,
     near_codebook,
     select_ablations,
 )
-from coded_resnext.interpret.comparing import measures
 from coded_resnext.interpret.results import load_evaluation
 
 SCRIPT = Path(__file__).parents[2] / "train" / "ablations.py"

@@ -9,8 +9,8 @@ import pytest
 from support.small_networks import make_data, make_network
 
 from coded_resnext.interpret import evaluate
-from coded_resnext.interpret.ablations import BASE
 from coded_resnext.interpret.comparing import (
+    BASE,
     MEASURES,
     FinishedRun,
     ablation_table,

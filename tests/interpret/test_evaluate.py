@@ -25,7 +25,7 @@ from coded_resnext.interpret import (
 )
 from coded_resnext.interpret.observe import draw_rows
 from coded_resnext.interpret.records import to_plain
-from coded_resnext.interpret.tables import text
+from coded_resnext.interpret.results import text_tables
 from coded_resnext.models.checkpoint import weights_sha256
 
 
@@ -76,14 +76,14 @@ def test_thresholds_on_the_test_data_are_said(network, data):
     found = evaluate(network, None, data, repeats=1)
     assert found.one_class == one_class(network, data, data)
     assert found.to_dict()["thresholds_from"] == "test data"
-    assert "on the test data itself" in text(found)
-    assert "optimistic" in text(found)
+    assert "on the test data itself" in text_tables(found)
+    assert "optimistic" in text_tables(found)
 
 
 def test_table_says_the_numbers(network, data):
     some = data.targets != 1
     found = evaluate(network, data, batches(data.images[some], data.targets[some]), repeats=1)
-    lines = text(found).splitlines()
+    lines = text_tables(found).splitlines()
     assert lines[0] == str(found)
     [row] = [line.split() for line in lines if line.strip().startswith("bee")]
     assert row == ["bee", "0", "n/a", "n/a", "n/a", "n/a"]
@@ -122,7 +122,7 @@ def test_plain_network_has_an_accuracy():
         "weights_sha256": found.weights_sha256,
         "measured_on": to_plain(found.images),
     }
-    assert "plain network" in text(found)
+    assert "plain network" in text_tables(found)
     assert found.to_dict()["removal"] is None
     json.dumps(found.to_dict(), allow_nan=False)
 
@@ -134,7 +134,7 @@ def test_of_many_classes_the_weakest_are_shown():
     model = CodedResNeXt([Stage(1, 8, 1, 7, 2)], 21, codebooks=[book], stem_channels=4)
     images, targets = torch.randn(63, 3, 4, 4), torch.arange(63) % 21
     found = evaluate(model, None, batches(images, targets), repeats=1)
-    lines = text(found).splitlines()
+    lines = text_tables(found).splitlines()
     start = next(i for i, line in enumerate(lines) if line.startswith("The 20 weakest"))
     shown = [line.split()[0] for line in lines[start + 1 : start + 21]]
     values = found.one_class.average_precisions
@@ -196,7 +196,7 @@ def test_draws_have_the_numbers_of_the_drawn_images(network, data):
         "removal": f"{len(rows)} of 50 test images, a seeded draw",
         "one_class": "3 of 4 classes, a seeded draw",
     }
-    lines = text(drawn)
+    lines = text_tables(drawn)
     assert f"Branches were removed for {len(rows)} images, a seeded draw." in lines
     assert "Not computed, or not all: one_class: 3 of 4 classes, a seeded draw" in lines
     assert whole.not_computed == {}
@@ -224,7 +224,7 @@ def test_a_hundred_classes_are_tested_by_the_papers_protocol():
         assert None not in (one.balanced_accuracy, one.outside.precision, one.outside.f1)
         # Of the same images of the class.
         assert one.outside.recall == one.recall
-    lines = text(found)
+    lines = text_tables(found)
     assert "Negatives: 9 images of other classes" in lines
     assert "against them its precision is" in lines
 
@@ -250,7 +250,7 @@ def test_a_thousand_classes():
         # Of one image there is a curve and no average precision.
         assert one.average_precision is None
         assert None not in (one.curve, one.threshold, one.f1)
-    assert "Negatives: 9 images of other classes" in text(found)
+    assert "Negatives: 9 images of other classes" in text_tables(found)
     described = json.loads(json.dumps(found.to_dict(), allow_nan=False))
     assert Evaluation.from_dict(described).to_dict() == described
 

@@ -11,7 +11,7 @@ import torch
 from support.helpers import assert_alike
 from support.small_networks import make_network
 
-from coded_resnext.interpret import evaluate, observe, tables
+from coded_resnext.interpret import evaluate, observe
 from coded_resnext.interpret.observe import (
     DrawnImages,
     batches,
@@ -23,6 +23,7 @@ from coded_resnext.interpret.observe import (
     trunk,
     without_targets,
 )
+from coded_resnext.interpret.results import text_tables
 
 
 def test_one_pass_has_what_the_network_says(network, data):
@@ -177,4 +178,4 @@ def test_of_many_classes_some_are_compared_and_it_is_said(monkeypatch: pytest.Mo
     assert evaluation.semantics is not None
     assert evaluation.semantics.classes == 3
     assert "3 of" in evaluation.not_computed["semantics"]
-    assert "Distances are those of 3 classes." in tables.text(evaluation)
+    assert "Distances are those of 3 classes." in text_tables(evaluation)

@@ -23,7 +23,7 @@ from coded_resnext.data.loaders import EvalImages
 from coded_resnext.data.preprocessing import Preprocessing
 from coded_resnext.deploy.cost import head_macs, network_cost, stem_macs
 from coded_resnext.interpret import evaluate, plan
-from coded_resnext.interpret.tables import text
+from coded_resnext.interpret.results import text_tables
 from coded_resnext.models.sizes import BlockSizes, halved
 from coded_resnext.training.recipe import RECIPES, load_recipe
 
@@ -131,7 +131,7 @@ def test_every_image_is_read_once_and_the_work_is_the_planned_one(options: dict[
     assert planned.images["one-class classifiers"] == found.one_class_samples
     assert planned.images["thresholds"] == found.threshold_samples
     # Each table says how many images and classes it rests on.
-    lines = text(found)
+    lines = text_tables(found)
     assert f"Branches were removed for {found.removal.samples} images" in lines
     assert f"Tested on {found.one_class_samples} of 50 images." in lines
     assert "Distances are those of 4 classes." in lines

@@ -20,7 +20,7 @@ from coded_resnext.interpret.figures import save_figures
 from coded_resnext.interpret.provenance import MOST_VALUES, DigestedLoader
 from coded_resnext.interpret.report.content import gather
 from coded_resnext.interpret.report.page import render
-from coded_resnext.interpret.tables import text
+from coded_resnext.interpret.results import text_tables
 
 ROLES = ("test", "thresholds", "outside")
 CHANGES = {
@@ -150,7 +150,7 @@ def test_tables_and_figures_carry_it(run: Run, tmp_path: Path) -> None:
     evaluation = load_evaluation(run.folder).named("digits", outside="letters")
     assert evaluation.provenance is not None
     digest = evaluation.provenance.test.sha256[:12]
-    assert f"Measured on digits test: 120 images, {digest}" in text(evaluation)
+    assert f"Measured on digits test: 120 images, {digest}" in text_tables(evaluation)
     drawings = save_figures(evaluation, run.model.codebooks, tmp_path / "figures")
     assert drawings
     for path in drawings:

@@ -23,8 +23,7 @@ from coded_resnext.interpret import (
     save_evaluation,
     save_pictures,
 )
-from coded_resnext.interpret.results import pictures_of
-from coded_resnext.interpret.tables import csv_tables, text
+from coded_resnext.interpret.results import csv_tables, pictures_of, text_tables
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +45,7 @@ def test_saved_results_are_read_back(found, tmp_path):
         assert read.one_class == found.one_class
         assert read.removal == found.removal
         assert read.early_decoding == found.early_decoding
-        assert text(read) == text(found)
+        assert text_tables(read) == text_tables(found)
     content = json.loads(path.read_text())
     # What a reader needs without the network.
     assert content["class_names"] == NAMES

@@ -30,14 +30,14 @@ from coded_resnext import (
 from coded_resnext.deploy.cost import network_cost
 from coded_resnext.deploy.early_exit import EarlyExit, exit_scores, predict_early
 from coded_resnext.deploy.export import to_exported_program
-from coded_resnext.deploy.extract_files import load_extracted, save_extracted
+from coded_resnext.deploy.extract import load_extracted, save_extracted
 from coded_resnext.deploy.hub import Pretrained, from_pretrained, save_pretrained
 from coded_resnext.interpret import trace
 from coded_resnext.kernels.coded.reference import is_dead
 from coded_resnext.models import block as block_module
 from coded_resnext.models import layers
 from coded_resnext.models.checkpoint import load_model, save_model
-from coded_resnext.models.decode import decode
+from coded_resnext.models.loss import decode
 
 CLASS = 2
 BATCH = 5

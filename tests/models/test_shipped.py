@@ -22,8 +22,13 @@ from coded_resnext.data.datasets import DATA_VARIABLE, load_dataset, load_digits
 from coded_resnext.data.loaders import EvalImages
 from coded_resnext.deploy.early_exit import predict_early
 from coded_resnext.interpret.results import load_evaluation
-from coded_resnext.models.checkpoint import load_model, save_model
-from coded_resnext.models.shipped import find_model, network_of, shipped_weights
+from coded_resnext.models.checkpoint import (
+    find_model,
+    load_model,
+    network_of,
+    save_model,
+    shipped_weights,
+)
 from coded_resnext.training.accuracy import EvaluationLoader, measure_accuracy
 from coded_resnext.training.recipe import ModelConfig
 

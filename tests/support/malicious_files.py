@@ -19,7 +19,7 @@ from support.small_networks import make_network
 
 from coded_resnext.models.checkpoint import describe_network, load_model
 from coded_resnext.models.warm_start import read_state_dict
-from coded_resnext.training.saved_state import load_state, save_state
+from coded_resnext.training.run_folder import load_state, save_state
 
 MARK = "made-by-a-file"
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from coded_resnext.training.saved_state import load_state, save_state
+from coded_resnext.training.run_folder import load_state, save_state
 
 # A few milliseconds of writing, so that many kills fall into it.
 NUMBERS = 1_000_000

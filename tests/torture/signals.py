@@ -26,8 +26,7 @@ from coded_resnext.data.batches import Batch, Batches
 from coded_resnext.models.checkpoint import load_model
 from coded_resnext.training.engine import fit
 from coded_resnext.training.processes import run_script, training_session
-from coded_resnext.training.run_folder import RunFolder
-from coded_resnext.training.saved_state import load_state
+from coded_resnext.training.run_folder import RunFolder, load_state
 
 CONFIG = make_config(epochs=5, batch_size=4, model_ema=True)
 STEPS_PER_EPOCH = 6

@@ -32,8 +32,7 @@ from coded_resnext.training import engine
 from coded_resnext.training.accuracy import measure_accuracy
 from coded_resnext.training.engine import fit
 from coded_resnext.training.processes import TrainingStopped
-from coded_resnext.training.run_folder import RunFolder
-from coded_resnext.training.saved_state import load_state
+from coded_resnext.training.run_folder import RunFolder, load_state
 
 
 class Disturbed(TrainingBatches):

@@ -25,7 +25,8 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from coded_resnext.data.batches import Batch
 from coded_resnext.kernels.rows import LaunchRow
-from coded_resnext.training import graph, ways
+from coded_resnext.training import step as training_step
+from coded_resnext.training import ways
 from coded_resnext.training.guard import NonFiniteError
 from coded_resnext.training.processes import World
 from coded_resnext.training.step import TrainStep, compiler_for
@@ -139,8 +140,8 @@ def rerun(work: Any) -> Any:
 
 @pytest.fixture
 def on_cpu(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    monkeypatch.setattr(graph, "unrecordable", lambda *_: None)
-    monkeypatch.setattr(graph, "record", Recording)
+    monkeypatch.setattr(training_step, "unrecordable", lambda *_: None)
+    monkeypatch.setattr(training_step, "record", Recording)
     # Values in the host's memory are checked there; on a GPU's tensors nobody looks.
     monkeypatch.setattr("coded_resnext.kernels.checks._readable", lambda _: False)
     return monkeypatch
@@ -180,7 +181,7 @@ def test_replayed_steps_are_those_of_python(
         pytest.importorskip("torchvision")
     replayed = trained(backend, **SETTINGS[name])
     assert replayed._recorded is not None
-    on_cpu.setattr(graph, "record", rerun)
+    on_cpu.setattr(training_step, "record", rerun)
     assert_same(state_of(replayed), state_of(trained(backend, **SETTINGS[name])))
 
 
@@ -306,10 +307,10 @@ def test_a_network_that_cannot_be_recorded(
 )
 def test_what_is_not_recorded(device: str, world: World, message: str) -> None:
     where = torch.device(device)
-    assert not graph.is_recorded(make_config(), where, world)
-    assert graph.is_recorded(make_config(), torch.device("cuda"), World())
+    assert not training_step.is_recorded(make_config(), where, world)
+    assert training_step.is_recorded(make_config(), torch.device("cuda"), World())
     with pytest.raises(ValueError, match=f"graph: a step cannot be recorded, .*{message}"):
-        graph.is_recorded(make_config(graph="always"), where, world)
+        training_step.is_recorded(make_config(graph="always"), where, world)
     with pytest.raises(ValueError, match="graph: expected auto or always or never, got 'yes'"):
         make_config(graph="yes")
 

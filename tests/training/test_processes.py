@@ -18,8 +18,7 @@ from coded_resnext.models.checkpoint import load_model
 from coded_resnext.training.accuracy import measure_accuracy
 from coded_resnext.training.engine import fit
 from coded_resnext.training.processes import TrainingStopped, World, run_script, training_session
-from coded_resnext.training.run_folder import RunFolder
-from coded_resnext.training.saved_state import load_state
+from coded_resnext.training.run_folder import RunFolder, load_state
 
 SCRIPT = Path(__file__).parents[1] / "support" / "two_processes.py"
 

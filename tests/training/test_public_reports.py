@@ -33,8 +33,7 @@ from coded_resnext.training.config import TrainingConfig
 from coded_resnext.training.engine import fit
 from coded_resnext.training.processes import TrainingStopped
 from coded_resnext.training.recipe import make_recipe
-from coded_resnext.training.run_folder import RunFolder
-from coded_resnext.training.saved_state import load_state
+from coded_resnext.training.run_folder import RunFolder, load_state
 
 
 def test_nan_is_no_accuracy() -> None:

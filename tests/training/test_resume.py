@@ -23,8 +23,7 @@ from support.tiny_training import (
 from coded_resnext.data.batches import Batch, TrainingBatches, batches
 from coded_resnext.training.engine import fit
 from coded_resnext.training.processes import TrainingStopped
-from coded_resnext.training.run_folder import RunFolder
-from coded_resnext.training.saved_state import load_state
+from coded_resnext.training.run_folder import RunFolder, load_state
 
 STEPS = 12
 STOPS = random.Random(0).sample(range(STEPS), 10)  # noqa: S311
@@ -106,7 +105,7 @@ def test_random_generators_come_back(tmp_path: Path) -> None:
     """The engine seeds PyTorch's itself; a loader may use the others."""
     import numpy as np
 
-    from coded_resnext.training.saved_state import get_rng_state, set_rng_state
+    from coded_resnext.training.run_folder import get_rng_state, set_rng_state
 
     def draw() -> list[float]:
         return [

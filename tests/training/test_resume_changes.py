@@ -27,8 +27,7 @@ from coded_resnext.training.config import TrainingConfig
 from coded_resnext.training.engine import fit
 from coded_resnext.training.processes import TrainingStopped
 from coded_resnext.training.recipe import make_recipe
-from coded_resnext.training.run_folder import RunFolder
-from coded_resnext.training.saved_state import load_state, save_state
+from coded_resnext.training.run_folder import RunFolder, load_state, save_state
 
 ROOT = Path(__file__).parents[2]
 # Two epochs of three steps. A signal comes before the fourth, and the next step hears of it.

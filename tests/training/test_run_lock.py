@@ -19,8 +19,7 @@ from torture.checkpoints import _save_for_ever
 from coded_resnext.interpret.report import gather
 from coded_resnext.models.checkpoint import load_model, save_model
 from coded_resnext.training.processes import World
-from coded_resnext.training.run_folder import LOCK_FILE, RunFolder, lock_folder
-from coded_resnext.training.saved_state import load_state
+from coded_resnext.training.run_folder import LOCK_FILE, RunFolder, load_state, lock_folder
 
 TRAIN = """
 import sys

@@ -18,7 +18,7 @@ from support.tiny_training import make_config, train
 from torture.checkpoints import flip_bits, kill_while_saving
 
 from coded_resnext.training import engine
-from coded_resnext.training.saved_state import load_state, save_state
+from coded_resnext.training.run_folder import load_state, save_state
 
 STATE = {"model": {"w": torch.arange(3)}, "history": [{"epoch": 1, "total": 0.5}]}
 

@@ -17,7 +17,7 @@ from coded_resnext import EarlyExit, decode
 from coded_resnext.cli.report import write_report
 from coded_resnext.deploy.early_exit import EXIT_FILE, predict_early
 from coded_resnext.interpret import Paths, observe, score_classes, trace
-from coded_resnext.models.shipped import find_model
+from coded_resnext.models.checkpoint import find_model
 
 pytestmark = pytest.mark.long
 
