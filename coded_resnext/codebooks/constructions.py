@@ -19,8 +19,16 @@ from coded_resnext.files import say
 
 from .bounds import pair_bound
 from .files import FORMAT_VERSION, Size, digest, file_name
-from .orbits import Group, abelian, full_orbits, join, metacyclic, orbits_of
-from .unions import Accounts, enumerate_unions
+from .orbits import (
+    Accounts,
+    Group,
+    abelian,
+    enumerate_unions,
+    full_orbits,
+    join,
+    metacyclic,
+    orbits_of,
+)
 from .words import Words, all_words, from_sets, overlaps, to_strings
 
 # Irreducible and primitive: x generates the multiplicative group of the field.

@@ -1,11 +1,17 @@
-"""Orbits to build codebooks from: sampling representatives whose orbits keep their distance.
+"""Codebooks as unions of orbits: groups, their orbits, and which of these to unite.
+
+Representatives are sampled whose orbits keep their distance. A union of orbits is free of
+conflicts, of the right total size, and has few pairs at distance d. What it has to do with an orbit
+is the orbit's size times what it has to do with one of its words. So all accounts are kept per
+representative, and taking an orbit in or out costs `n * orbit size` overlaps instead of their
+square.
 
 Shapes: N branches, A active; n candidates, each the representative of an orbit.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import product
 from math import comb, prod
 from typing import NamedTuple
@@ -13,11 +19,20 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from .words import Ints, Words, all_words
+from .annealing import even_out
+from .words import Ints, Words, all_words, is_balanced, overlaps
 
 # All words are tried when there are no more than this, else a sample in blocks of so many digits.
 ENUMERATED = 200_000
 BLOCK_DIGITS = 1 << 20
+Group = npt.NDArray[np.intp]
+# Memory for the accounts of orbits that were met, in bytes.
+CACHE_BYTES = 1 << 28
+Counts = npt.NDArray[np.uint16]
+# Subgroups of one order, and exchanges that level column loads, which are tried.
+SUBGROUPS, EXCHANGES = 6, 2000
+# Words among which single ones are chosen.
+POOL = 4000
 
 
 class Candidates(NamedTuple):
@@ -166,9 +181,6 @@ def _one_per_orbit(words: Words, group: Group) -> Words:
     return words[np.sort(np.unique(keys, return_index=True)[1])]
 
 
-Group = npt.NDArray[np.intp]
-
-
 def abelian(orders: Sequence[int]) -> Group:
     """Returns the product of the cyclic groups of these orders, acting on itself by addition."""
     elements = list(product(*map(range, orders)))
@@ -273,3 +285,287 @@ def _partitions(total: int, largest: int) -> list[list[int]]:
         for part in range(min(total, largest), 0, -1)
         for rest in _partitions(total - part, part)
     ]
+
+
+class Union(NamedTuple):
+    """A choice of orbits without conflicts, and its number of pairs at the minimum distance."""
+
+    chosen: tuple[int, ...]
+    pairs: int
+
+
+class Accounts:
+    """For an orbit, how each candidate stands to it; computed when first asked for."""
+
+    def __init__(self, candidates: Candidates, group: Group) -> None:
+        self.candidates = candidates
+        self.group = group
+        self._rows = candidates.words.T.astype(np.float32)
+        self._columns: dict[int, tuple[Counts, Counts]] = {}
+        self._compatible: dict[int, int] = {}
+        self._most = max(64, CACHE_BYTES // (4 * max(1, len(candidates.words))))
+
+    def orbit(self, index: int) -> Words:
+        """`[size, N]`, the words of the orbit of a candidate."""
+        word: Words = self.candidates.words[index]
+        if self.candidates.sizes[index] == len(self.group):
+            orbit: Words = word[self.group]
+            return orbit
+        return images(word, self.group)
+
+    def column(self, index: int) -> tuple[Counts, Counts]:
+        """Per candidate, the words of this orbit that are too near to it, and just near enough."""
+        if index not in self._columns:
+            common = self.orbit(index).astype(np.float32) @ self._rows
+            limit = self.candidates.limit
+            if len(self._columns) >= self._most:
+                del self._columns[next(iter(self._columns))]
+            self._columns[index] = (
+                (common > limit).sum(axis=0, dtype=np.uint16),
+                (common == limit).sum(axis=0, dtype=np.uint16),
+            )
+        return self._columns[index]
+
+    def compatible(self, index: int) -> int:
+        """Returns the candidates without a conflict with this one, as the bits of a number."""
+        if index not in self._compatible:
+            free = np.packbits(self.column(index)[0] == 0, bitorder="little")
+            self._compatible[index] = int.from_bytes(free.tobytes(), "little")
+        return self._compatible[index]
+
+    def words(self, union: Union) -> Words:
+        """`[K, N]`, the codewords of a union."""
+        return np.concatenate([self.orbit(index) for index in union.chosen])
+
+
+def exchange(
+    accounts: Accounts,
+    slots: Sequence[int],
+    steps: int,
+    patience: int,
+    enough: int,
+    rng: np.random.Generator,
+    report: Callable[[Union], None],
+) -> Union | None:
+    """Orbits of the sizes `slots`, found by exchanging one at a time.
+
+    Greedy filling, then min-conflicts with a tabu list: take out a costly orbit, put in the one
+    that fits best. The price of a conflict falls while there is none and rises otherwise.
+
+    Args:
+        accounts: the candidates.
+        slots: size of each orbit to choose.
+        steps: exchanges to make.
+        patience: gives up after so many exchanges in a row with conflicts.
+        enough: stops when no more pairs than this are at the minimum distance.
+        rng: source of randomness.
+        report: called with every improvement.
+
+    Returns:
+        The best choice met, or None when every one had a conflict.
+    """
+    sizes, inner = accounts.candidates.sizes, accounts.candidates.inner.astype(np.float64)
+    count = len(sizes)
+    if any(np.count_nonzero(sizes == size) < slots.count(size) for size in set(slots)):
+        return None
+    barred = {size: np.where(sizes == size, 0.0, np.inf) for size in set(slots)}
+    weights = sizes.astype(np.float64)
+    conflicts, near = np.zeros(count), np.zeros(count)
+    tabu = np.zeros(count, dtype=np.int64)
+    chosen: list[int] = []
+    best: Union | None = None
+
+    def insert(size: int, price: float, step: int) -> None:
+        score = (price * conflicts + near) * weights + inner + barred[size]
+        score += rng.random(count) * 0.5
+        score[chosen] = np.inf
+        allowed = tabu <= step
+        # Where all orbits of the size are chosen or tabu, one that is tabu has to do.
+        if np.isfinite(score[allowed]).any():
+            score[~allowed] = np.inf
+        index = int(np.argmin(score))
+        clashing, touching = accounts.column(index)
+        np.add(conflicts, clashing, out=conflicts)
+        np.add(near, touching, out=near)
+        chosen.append(index)
+
+    def remove(position: int) -> int:
+        index = chosen.pop(position)
+        clashing, touching = accounts.column(index)
+        np.subtract(conflicts, clashing, out=conflicts)
+        np.subtract(near, touching, out=near)
+        return index
+
+    for size in slots:
+        insert(size, 1e6, 0)
+    price, last_clean = 1.5 * len(accounts.group), 0
+    for step in range(1, steps + 1):
+        members = np.array(chosen)
+        own = np.array([[column[i] for column in accounts.column(i)] for i in chosen], dtype=float)
+        clashing = (conflicts[members] - own[:, 0]) * weights[members]
+        touching = (near[members] - own[:, 1]) * weights[members]
+        if not clashing.any():
+            last_clean = step
+            price = max(price * 0.95, 2.0)
+            pairs = int(touching.sum() / 2 + inner[members].sum())
+            if best is None or pairs < best.pairs:
+                best = Union(tuple(chosen), pairs)
+                report(best)
+        else:
+            price = min(price * 1.02, 1e4)
+        if step - last_clean > patience or (best is not None and best.pairs <= enough):
+            break
+        loads = price * clashing + touching + inner[members]
+        loads += rng.random(len(chosen)) * loads.std() * 1.5
+        removed = remove(int(np.argmax(loads)))
+        tabu[removed] = step + 5 + int(rng.integers(5 + len(slots) // 4))
+        insert(int(sizes[removed]), price, step)
+    return best
+
+
+def enumerate_unions(
+    accounts: Accounts, total: int, nodes: int, enough: int, report: Callable[[Union], None]
+) -> Union | None:
+    """The best union of exactly `total` words, by exhaustive search up to `nodes` branchings.
+
+    Orbits are the vertices of a graph, compatible ones its edges; a union is a clique. Candidates
+    are taken in ascending order; a branch is left when its orbits cannot reach the total or its
+    pairs reach the best ones known.
+    """
+    sizes = accounts.candidates.sizes.tolist()
+    inner = accounts.candidates.inner.tolist()
+    of_size = {
+        size: sum(1 << index for index, other in enumerate(sizes) if other == size)
+        for size in sorted(set(sizes))
+    }
+    best: Union | None = None
+    left = nodes
+
+    def descend(missing: int, pool: int, chosen: list[int], pairs: int) -> None:
+        nonlocal best, left
+        if best is not None and (pairs >= best.pairs or best.pairs <= enough):
+            return
+        if missing == 0:
+            best = Union(tuple(chosen), pairs)
+            report(best)
+            return
+        reach = sum((pool & members).bit_count() * size for size, members in of_size.items())
+        while pool and left > 0 and reach >= missing:
+            lowest = pool & -pool
+            index = lowest.bit_length() - 1
+            pool ^= lowest
+            reach -= sizes[index]
+            if sizes[index] > missing:
+                continue
+            left -= 1
+            near = accounts.column(index)[1]
+            added = inner[index] + sum(int(near[other]) * sizes[other] for other in chosen)
+            descend(
+                missing - sizes[index],
+                pool & accounts.compatible(index),
+                [*chosen, index],
+                pairs + added,
+            )
+
+    descend(total, (1 << len(sizes)) - 1, [], 0)
+    return best
+
+
+def trim(
+    words: Words, count: int, group: Group, distance: int, rng: np.random.Generator
+) -> Words | None:
+    """`[count, N]` of the words of a union of orbits of a freely acting group, balanced.
+
+    A few words may be changed in two digits when the choice alone does not level the loads.
+
+    Returns:
+        The words, at least `distance` apart when the given ones are; None when none was found.
+    """
+    branches = words.shape[1]
+    active = int(words[0].sum())
+    degrees = _degrees(words, active - distance // 2)
+    keep = np.ones(len(words), dtype=bool)
+    for order in range(branches, 1, -1):
+        units = int(keep.sum() - count) // order
+        if branches % order == 0 and active * order % branches == 0 and units:
+            for unit in _even_units(words, keep, degrees, group, order, rng)[:units]:
+                keep[unit] = False
+    left = np.flatnonzero(keep)
+    surplus = len(left) - count
+    if surplus:
+        pool = left[rng.permutation(len(left))[: max(POOL, 2 * surplus)]]
+        keep[pool[_level_choice(words[pool], surplus, rng)]] = False
+    return even_out(words[keep], distance)
+
+
+def _degrees(words: Words, limit: int) -> Ints:
+    """`[K]` numbers of words at the minimum distance; zeros where counting would take long."""
+    if len(words) > 6000:
+        return np.zeros(len(words), dtype=np.int64)
+    degrees: Ints = (overlaps(words, words) == limit).sum(axis=1, dtype=np.int64)
+    return degrees
+
+
+def _even_units(
+    words: Words,
+    keep: npt.NDArray[np.bool_],
+    degrees: Ints,
+    group: Group,
+    order: int,
+    rng: np.random.Generator,
+) -> list[list[int]]:
+    """Disjoint sets of `order` rows that load all columns equally, most pairs first."""
+    row_of = {row.tobytes(): index for index, row in enumerate(words) if keep[index]}
+    best: list[list[int]] = []
+    best_score = -1
+    for members in _subgroups(group, order, rng):
+        blocks = np.unique(np.sort(group[members].T, axis=1), axis=0)
+        ones = words[:, blocks].sum(axis=2)
+        even = np.flatnonzero((ones == ones[:, :1]).all(axis=1) & keep)
+        even = even[np.argsort(-degrees[even], kind="stable")]
+        taken: set[int] = set()
+        units = []
+        for index in even[: 64 * order].tolist():
+            if index not in taken:
+                unit = {row_of.get(image.tobytes(), -1) for image in words[index][group[members]]}
+                taken |= unit
+                if len(unit) == order and -1 not in unit:
+                    units.append(sorted(unit))
+        score = sum(int(degrees[unit].sum()) for unit in units[:4])
+        if units and score > best_score:
+            best, best_score = units, score
+    return best
+
+
+def _subgroups(group: Group, order: int, rng: np.random.Generator) -> list[list[int]]:
+    """Returns some subgroups of an order, found by generating from random elements."""
+    subgroups = {tuple(range(len(group)))} if order == len(group) else set()
+    for _ in range(0 if subgroups else 60):
+        generators = rng.integers(1, len(group), size=int(rng.integers(1, 5))).tolist()
+        members = tuple(subgroup(group, generators))
+        if len(members) == order:
+            subgroups.add(members)
+        if len(subgroups) == SUBGROUPS:
+            break
+    return [list(members) for members in sorted(subgroups)]
+
+
+def _level_choice(words: Words, count: int, rng: np.random.Generator) -> Ints:
+    """Returns the indices of `count` words with column loads as equal as exchanges make them."""
+    rows = words.astype(np.float64)
+    chosen = rng.permutation(len(words))[:count]
+    ideal = count * int(words[0].sum()) / words.shape[1]
+    best, best_cost = chosen.copy(), np.inf
+    for _ in range(EXCHANGES):
+        loads = rows[chosen].sum(axis=0)
+        cost = float(((loads - ideal) ** 2).sum())
+        if cost < best_cost:
+            best, best_cost = chosen.copy(), cost
+            if is_balanced(words[best]):
+                break
+        position = int(rng.integers(count))
+        without = loads - rows[chosen[position]] - ideal
+        score = 2 * rows @ without + rng.random(len(words)) * (1.5 if rng.random() < 0.3 else 0.01)
+        score[chosen] = np.inf
+        chosen[position] = int(np.argmin(score))
+    return best

@@ -4,8 +4,8 @@ From the largest distance that the bounds leave open down to 2, each is tried by
 
 * all codebooks, where there are few;
 * annealing of balanced words by switches when there are few words (`codebooks/annealing.py`);
-* unions of orbits of groups that act on the branches (`orbits.py`, `unions.py`), trimmed to the
-  number of classes (`codebooks/unions.py`), else.
+* unions of orbits of groups that act on the branches, trimmed to the number of classes
+  (`codebooks/orbits.py`), else.
 
 Distance 2 is always reached. All budgets count steps, never time: the same arguments give the same
 words.
@@ -23,8 +23,18 @@ import numpy as np
 
 from .annealing import Annealed, anneal, even_out, even_words
 from .bounds import distance_bound, pair_bound
-from .orbits import Group, full_orbits, join, regular_groups, short_orbits
-from .unions import Accounts, Union, enumerate_unions, exchange, trim
+from .orbits import (
+    Accounts,
+    Group,
+    Union,
+    enumerate_unions,
+    exchange,
+    full_orbits,
+    join,
+    regular_groups,
+    short_orbits,
+    trim,
+)
 from .words import Words, all_words, distance_histogram, first_duplicate, from_sets
 
 # A distance is hopeless when a random word would be too near to more than so many others.

@@ -8,15 +8,18 @@ import pytest
 
 from coded_resnext.codebooks.annealing import anneal, even_out, even_words
 from coded_resnext.codebooks.orbits import (
+    Accounts,
     abelian,
+    enumerate_unions,
+    exchange,
     full_orbits,
     images,
     join,
     metacyclic,
     orbits_of,
     short_orbits,
+    trim,
 )
-from coded_resnext.codebooks.unions import Accounts, enumerate_unions, exchange, trim
 from coded_resnext.codebooks.words import all_words, distance_histogram, from_sets, is_balanced
 
 
