@@ -72,7 +72,7 @@ DEV = [
 
 ROOT = Path(__file__).resolve().parent
 VERSION = re.search(
-    r'^__version__ = "(.*)"$', (ROOT / "coded_resnext" / "version.py").read_text(), re.MULTILINE
+    r'^__version__ = "(.*)"$', (ROOT / "coded_resnext" / "__init__.py").read_text(), re.MULTILINE
 )[1]
 # Where a checkout cannot hold links, as on Windows by default, a plain install has the kernels.
 IS_LINKED = (ROOT / "coded_resnext" / "kernels").is_dir()

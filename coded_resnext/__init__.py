@@ -8,8 +8,6 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .version import __version__ as __version__
-
 if TYPE_CHECKING:
     from .codebooks.codebook import Codebook
     from .deploy.early_exit import EarlyExit, EarlyPrediction, ExitScores, calibrate, exit_scores
@@ -28,6 +26,9 @@ if TYPE_CHECKING:
     from .models.warm_start import load_weights
     from .training.warm_up import WarmUp, warm_up
     from .training.ways import choose_backend
+
+# For every part of the package and for `setup.py`.
+__version__ = "0.1.0"
 
 if not Path(__file__).with_name("kernels").is_dir():
     raise ImportError(

@@ -10,9 +10,9 @@ import argparse
 from pathlib import Path
 from typing import TypeAlias
 
+from coded_resnext import __version__
 from coded_resnext.codebooks.files import VARIANTS, Size, shipped_sizes
 from coded_resnext.codebooks.search import EFFORTS
-from coded_resnext.version import __version__
 
 # Defined in modules that need PyTorch, and held against them by a test.
 BACKENDS = ("auto", "reference", "torch", "fused", "triton")

@@ -2,14 +2,16 @@
 
 Projection skips are counted apart, since the paper's sizes of one-class classifiers leave them out:
 with them a classifier is a larger part of its network than without.
+
+Letters as in docs/math.md: N branches of width D, C output channels, P output pixels.
 """
 
 from __future__ import annotations
 
 import statistics
 import time
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -18,11 +20,127 @@ from coded_resnext.kernels.checks import check_integers, typed
 from coded_resnext.models.block import CodedBottleneck
 from coded_resnext.models.layers import check_layers
 from coded_resnext.models.resnext import CodedResNeXt, own_network
-from coded_resnext.models.sizes import BlockSizes, halved
 
-from .extract import ExtractedNetwork
-
+_OPTIONAL = ("normalized_by", "skip_rank")
 WARM_UP = 3
+
+
+def halved(pixels: int, stride: int) -> int:
+    """Returns height or width behind a convolution of this stride whose padding keeps the size."""
+    return -(-pixels // stride)
+
+
+@dataclass(frozen=True)
+class BlockSizes:
+    """The sizes of a bottleneck block, whole or cut out."""
+
+    in_channels: int
+    """Input channels."""
+    channels: int
+    """Output channels `C`."""
+    width: int
+    """Channels `D` of one branch."""
+    branches: int
+    """Branches that are there: `N`, or fewer in a block that was cut out."""
+    stride: int = 1
+    """Stride of the 3x3 convolution and of the skip connection."""
+    normalized_by: int | None = None
+    """`N` of (3), the branches of the whole coded block; None for a plain block."""
+    skip_rank: int | None = None
+    """Rank of a factorised projection skip; None for a whole one."""
+    concatenated: bool = False
+    """Says whether branches write channels of their own, the ablation."""
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            if name == "concatenated" or (value is None and name in _OPTIONAL):
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"BlockSizes.{name}: expected a positive integer, got {value!r}")
+
+    @classmethod
+    def of(cls, block: CodedBottleneck) -> BlockSizes:
+        """Returns the sizes of a block of a network, whole or cut out."""
+        skip: tuple[Any, ...] = tuple(block.skip) if isinstance(block.skip, nn.Sequential) else ()
+        is_thin = len(skip) == 2 and isinstance(skip[1], nn.Conv2d)
+        return cls(
+            in_channels=block.in_channels,
+            channels=block.channels,
+            width=block.width,
+            branches=block.branches,
+            stride=block.stride,
+            normalized_by=block.normalized_by,
+            skip_rank=skip[0].out_channels if is_thin else None,
+            concatenated=block.is_coded and block.aggregation == "concat",
+        )
+
+    @property
+    def wide(self) -> int:
+        """Returns the number of channels between the three convolutions, `N D`."""
+        return self.branches * self.width
+
+    @property
+    def is_coded(self) -> bool:
+        """Returns whether branch energies are normalised."""
+        return self.normalized_by is not None
+
+    @property
+    def has_projection(self) -> bool:
+        """Returns whether the skip connection is a convolution."""
+        return self.stride != 1 or self.in_channels != self.channels
+
+    @property
+    def _expand_weights(self) -> int:
+        return self.wide * self.channels // (self.branches if self.concatenated else 1)
+
+    @property
+    def _projection_weights(self) -> int:
+        if not self.has_projection:
+            return 0
+        if self.skip_rank is not None:
+            return self.skip_rank * (self.in_channels + self.channels)
+        return self.in_channels * self.channels
+
+    def macs(self, height: int, width: int) -> int:
+        """Counts the multiply-accumulates for one image, without those of a projection skip.
+
+        They are those of the convolutions and, in a coded block, of the Gram matrices and energies
+        of (11).
+
+        Args:
+            height, width: of the block's input, in pixels.
+        """
+        pixels = self._output_pixels(height, width)
+        count = self.in_channels * self.wide * height * width
+        count += (9 * self.wide * self.width + self._expand_weights) * pixels
+        if self.is_coded:
+            count += self.wide * self.width * (pixels + 1)
+        return count
+
+    def projection_macs(self, height: int, width: int) -> int:
+        """Counts the multiply-accumulates of the projection skip for one image."""
+        return self._projection_weights * self._output_pixels(height, width)
+
+    def macs_per_pass(self) -> int:
+        """Counts those of `Q_n = W_n^T W_n`, (11), once for each pass, however many images."""
+        return self._expand_weights * self.width if self.is_coded else 0
+
+    def _output_pixels(self, height: int, width: int) -> int:
+        return halved(height, self.stride) * halved(width, self.stride)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the sizes as JSON-ready data."""
+        return asdict(self)
+
+
+class Counted(Protocol):
+    """A network, whole or cut out, with the layers before and behind its blocks."""
+
+    @property
+    def stem(self) -> nn.Sequential: ...
+
+    @property
+    def head(self) -> nn.Module: ...
 
 
 @dataclass(frozen=True)
@@ -96,18 +214,17 @@ def network_cost(network: nn.Module, image_size: int | tuple[int, int]) -> Cost:
         ValueError: the image size is not positive, or layers were changed or replaced since the
             network was made, so that it has other sizes than it tells.
     """
-    if not isinstance(network, ExtractedNetwork):
-        network = own_network(network)
-    check_layers(network, "counting goes by the sizes of its own layers", sizes_only=True)
-    if not isinstance(network.head, nn.Linear | nn.Identity):
-        raise ValueError(f"head: expected Linear, or Identity, got {type(network.head).__name__}")
+    whole: Any = _without_wrappers(network)
+    check_layers(whole, "counting goes by the sizes of its own layers", sizes_only=True)
+    if not isinstance(whole.head, nn.Linear | nn.Identity):
+        raise ValueError(f"head: expected Linear, or Identity, got {type(whole.head).__name__}")
     height, width = image_size if isinstance(image_size, tuple) else (image_size, image_size)
     for size in (height, width):
         check_integers(image_size=size)
-    macs = stem_macs(network, height, width)
-    height, width = stem_size(network, height), stem_size(network, width)
+    macs = stem_macs(whole, height, width)
+    height, width = stem_size(whole, height), stem_size(whole, width)
     projection_parameters = projection_macs = per_pass = 0
-    for block in network.blocks:
+    for block in whole.blocks:
         assert isinstance(block, CodedBottleneck)
         sizes = BlockSizes.of(block)
         macs += sizes.macs(height, width) + sizes.projection_macs(height, width)
@@ -116,13 +233,21 @@ def network_cost(network: nn.Module, image_size: int | tuple[int, int]) -> Cost:
         projection_parameters += sum(p.numel() for p in block.skip.parameters())
         height, width = halved(height, sizes.stride), halved(width, sizes.stride)
     return Cost(
-        parameters=sum(p.numel() for p in network.parameters()),
+        parameters=sum(p.numel() for p in whole.parameters()),
         projection_parameters=projection_parameters,
-        bytes=sum(t.numel() * t.element_size() for t in network.state_dict().values()),
-        macs=macs + head_macs(network),
+        bytes=sum(t.numel() * t.element_size() for t in whole.state_dict().values()),
+        macs=macs + head_macs(whole),
         projection_macs=projection_macs,
         macs_per_pass=per_pass,
     )
+
+
+def _without_wrappers(network: nn.Module) -> Any:
+    """Returns a cut-out network as it is, and of any other the `CodedResNeXt` inside."""
+    blocks = getattr(network, "blocks", None)
+    if isinstance(blocks, nn.ModuleList) and any(isinstance(b, CodedBottleneck) for b in blocks):
+        return network
+    return own_network(network)
 
 
 def macs_from_coded(network: CodedResNeXt, height: int, width: int) -> list[int]:
@@ -142,7 +267,7 @@ def macs_from_coded(network: CodedResNeXt, height: int, width: int) -> list[int]
     return [spent - of_block + head_macs(network) for of_block in before]
 
 
-def head_macs(network: CodedResNeXt | ExtractedNetwork) -> int:
+def head_macs(network: Counted) -> int:
     """Counts the multiply-accumulates of the classifier for one image; 0 where there is none.
 
     Raises:
@@ -156,7 +281,7 @@ def head_macs(network: CodedResNeXt | ExtractedNetwork) -> int:
     return int(head.in_features * head.out_features)
 
 
-def stem_size(network: CodedResNeXt | ExtractedNetwork, size: int) -> int:
+def stem_size(network: Counted, size: int) -> int:
     """Returns height or width behind the stem for images of this height or width."""
     stem = network.stem[0]
     assert isinstance(stem, nn.Conv2d)
@@ -165,7 +290,7 @@ def stem_size(network: CodedResNeXt | ExtractedNetwork, size: int) -> int:
     return halved(size, 2) if pooled else size
 
 
-def stem_macs(network: CodedResNeXt | ExtractedNetwork, height: int, width: int) -> int:
+def stem_macs(network: Counted, height: int, width: int) -> int:
     """Counts the multiply-accumulates of the stem for one image of this height and width."""
     stem = network.stem[0]
     assert isinstance(stem, nn.Conv2d)

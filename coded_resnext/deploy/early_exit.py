@@ -19,13 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from coded_resnext.deploy.cost import BlockSizes, halved
 from coded_resnext.files import UNFIT, read_json, write_atomically
 from coded_resnext.kernels.checks import check_annotated, checked_number, typed
 from coded_resnext.models.block import Step, check_images
 from coded_resnext.models.layers import check_layers
 from coded_resnext.models.loss import check_results, not_finite, read_class
 from coded_resnext.models.resnext import CodedResNeXt, own_network
-from coded_resnext.models.sizes import BlockSizes, halved
 
 from .cost import head_macs, stem_macs, stem_size
 

@@ -28,6 +28,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from coded_resnext import __version__
 from coded_resnext.files import (
     as_text,
     brief,
@@ -41,7 +42,6 @@ from coded_resnext.files import (
     write_atomically,
 )
 from coded_resnext.models.checkpoint import MODEL_FILE
-from coded_resnext.version import __version__
 
 from .processes import World
 

@@ -8,8 +8,7 @@ from support.random_networks import IMAGE_SIZES, make_images, make_random
 from torch.utils.flop_counter import FlopCounterMode
 
 from coded_resnext import create_model, extract_classifier
-from coded_resnext.deploy.cost import Cost, measure_latency, network_cost
-from coded_resnext.models.sizes import BlockSizes
+from coded_resnext.deploy.cost import BlockSizes, Cost, measure_latency, network_cost
 
 # Network, image size, shares by all tensors and without projections, of MACs, and the rank that
 # brings a classifier below 40 %.

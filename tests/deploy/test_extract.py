@@ -10,9 +10,9 @@ from support.small_networks import make_images as small_images
 from support.small_networks import make_network
 
 from coded_resnext import create_model, extract_classifier, extract_subset
+from coded_resnext.deploy.cost import BlockSizes
 from coded_resnext.deploy.extract import class_index, kept_branches
 from coded_resnext.models.published import published_model
-from coded_resnext.models.sizes import BlockSizes
 
 PAPER = [name for name in IMAGE_SIZES if "digits" not in name]
 

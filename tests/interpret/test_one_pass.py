@@ -21,10 +21,9 @@ from coded_resnext.data.batches import Batches
 from coded_resnext.data.image_sets import FileImages
 from coded_resnext.data.loaders import EvalImages
 from coded_resnext.data.preprocessing import Preprocessing
-from coded_resnext.deploy.cost import head_macs, network_cost, stem_macs
+from coded_resnext.deploy.cost import BlockSizes, halved, head_macs, network_cost, stem_macs
 from coded_resnext.interpret import evaluate, plan
 from coded_resnext.interpret.results import text_tables
-from coded_resnext.models.sizes import BlockSizes, halved
 from coded_resnext.training.recipe import RECIPES, load_recipe
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "evaluation.json"

@@ -29,7 +29,7 @@ from coded_resnext.models.checkpoint import (
     save_model,
     shipped_weights,
 )
-from coded_resnext.training.accuracy import EvaluationLoader, measure_accuracy
+from coded_resnext.training.engine import EvaluationLoader, measure_accuracy
 from coded_resnext.training.recipe import ModelConfig
 
 # A million parameters in float32, and what the report shows.

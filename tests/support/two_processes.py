@@ -25,9 +25,8 @@ from support.tiny_training import (
 from torch import Tensor, nn
 
 from coded_resnext.data.batches import Batch, Batches, TrainingBatches
-from coded_resnext.training.accuracy import measure_accuracy
 from coded_resnext.training.config import TrainingConfig
-from coded_resnext.training.engine import fit
+from coded_resnext.training.engine import fit, measure_accuracy
 from coded_resnext.training.processes import TrainingStopped, World, training_session
 from coded_resnext.training.run_folder import RunFolder
 from coded_resnext.training.step import TrainStep

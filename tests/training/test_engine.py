@@ -29,8 +29,7 @@ from coded_resnext import create_model
 from coded_resnext.data.batches import Batch, TrainingBatches, batches
 from coded_resnext.models.checkpoint import load_model
 from coded_resnext.training import engine
-from coded_resnext.training.accuracy import measure_accuracy
-from coded_resnext.training.engine import fit
+from coded_resnext.training.engine import fit, measure_accuracy
 from coded_resnext.training.processes import TrainingStopped
 from coded_resnext.training.run_folder import RunFolder, load_state
 

@@ -15,8 +15,7 @@ from support.two_processes import evaluation_data, gradients
 
 from coded_resnext.data.batches import batches
 from coded_resnext.models.checkpoint import load_model
-from coded_resnext.training.accuracy import measure_accuracy
-from coded_resnext.training.engine import fit
+from coded_resnext.training.engine import fit, measure_accuracy
 from coded_resnext.training.processes import TrainingStopped, World, run_script, training_session
 from coded_resnext.training.run_folder import RunFolder, load_state
 

@@ -28,9 +28,8 @@ from coded_resnext.data.datasets import load_dataset
 from coded_resnext.deploy.early_exit import EarlyExit, exit_scores, predict_early
 from coded_resnext.interpret import trace
 from coded_resnext.models.checkpoint import load_model, save_model
-from coded_resnext.training.accuracy import measure_accuracy
 from coded_resnext.training.config import TrainingConfig
-from coded_resnext.training.engine import fit
+from coded_resnext.training.engine import fit, measure_accuracy
 from coded_resnext.training.processes import TrainingStopped
 from coded_resnext.training.recipe import make_recipe
 from coded_resnext.training.run_folder import RunFolder, load_state

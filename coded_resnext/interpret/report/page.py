@@ -8,12 +8,13 @@ from __future__ import annotations
 import base64
 import hashlib
 import math
-from importlib.metadata import version
 from importlib.resources import files
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from coded_resnext import __version__
 
 from .content import EXPERIMENTS
 
@@ -95,7 +96,7 @@ def render(content: dict[str, Any]) -> str:
         sections=[(id_, text) for id_, text, key in _SECTIONS if key is None or shown[key]],
         removal_note=_removal_note(evaluation.get("removal")),
         thresholds_note=_thresholds_note(evaluation),
-        version=version("coded-resnext"),
+        version=__version__,
     )
 
 
