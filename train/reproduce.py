@@ -47,7 +47,7 @@ with ended_by_interrupt():
         summarize,
         summary_table,
     )
-    from coded_resnext.interpret.report.content import read_log
+    from coded_resnext.interpret.report.page import read_log
     from coded_resnext.interpret.results import load_evaluation
     from coded_resnext.training.processes import run_script
     from coded_resnext.training.run_folder import (

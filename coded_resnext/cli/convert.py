@@ -11,7 +11,7 @@ from typing import Any
 
 from safetensors.torch import save
 
-from coded_resnext.data.pack import pack
+from coded_resnext.data.image_folder import pack
 from coded_resnext.files import as_text, read_json, say, write_atomically
 from coded_resnext.models.checkpoint import MODEL_FILE, load_model, save_model
 from coded_resnext.models.published import published_model, published_model_state

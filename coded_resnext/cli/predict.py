@@ -16,9 +16,9 @@ from coded_resnext.data.loaders import EvalImages
 from coded_resnext.deploy.cost import network_cost
 from coded_resnext.deploy.early_exit import EXIT_FILE, EarlyExit, predict_early
 from coded_resnext.files import printable, say
+from coded_resnext.interpret.decoding import strongest
 from coded_resnext.interpret.observe import evaluating, with_progress
 from coded_resnext.interpret.results import Companions
-from coded_resnext.interpret.samples import strongest
 from coded_resnext.models.checkpoint import LoadedModel, load_model
 from coded_resnext.models.loss import check_results, not_finite, read_class
 from coded_resnext.models.resnext import CodedResNeXt

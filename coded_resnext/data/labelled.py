@@ -96,7 +96,7 @@ class TableImages:
 
 @dataclass(frozen=True, eq=False)
 class ShardImages:
-    """Images inside tar files, which a table says the places of; see `pack.py`."""
+    """Images inside tar files, which a table says the places of; see `image_folder.pack`."""
 
     files: Files
     """Their names and sizes, below the folder of the table."""

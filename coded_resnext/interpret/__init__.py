@@ -1,6 +1,17 @@
 """The experiments of the paper and the talk, each a function of what a network does."""
 
-from .decoding import BlockDecoding, Classification, EarlyDecoding, ExitCurve, ExitPoint
+from .decoding import (
+    BlockDecoding,
+    BlockTrace,
+    Classification,
+    EarlyDecoding,
+    ExitCurve,
+    ExitPoint,
+    SampleBlock,
+    Samples,
+    Trace,
+    trace,
+)
 from .evaluate import Evaluation, Plan, evaluate, plan
 from .figures import save_figures
 from .observe import Loader, Observations, observe
@@ -18,7 +29,6 @@ from .paths import BlockSemantics, Disobedient, Paths, Semantics
 from .provenance import Images, Provenance
 from .removal import BlockRemoval, Removal, RemovalCurve, remove_branches
 from .results import load_evaluation, load_pictures, save_evaluation, save_pictures
-from .samples import BlockTrace, SampleBlock, Samples, Trace, trace
 
 __all__ = [
     "BlockDecoding",

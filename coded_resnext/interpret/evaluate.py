@@ -15,7 +15,7 @@ from coded_resnext.deploy.cost import macs_from_coded, network_cost
 from coded_resnext.models.checkpoint import weights_sha256
 from coded_resnext.models.resnext import CodedResNeXt
 
-from .decoding import Classification, EarlyDecoding, ExitCurve, classification
+from .decoding import Classification, EarlyDecoding, ExitCurve, Samples, classification
 from .observe import (
     DrawnImages,
     Loader,
@@ -39,7 +39,6 @@ from .paths import Paths, Semantics
 from .provenance import DigestedLoader, Images, Provenance
 from .records import from_plain, to_plain
 from .removal import Removal, Remover, removal_passes
-from .samples import Samples
 
 FORMAT_VERSION = 3
 # Fields of version 2 that said how much a limit of time had left out.

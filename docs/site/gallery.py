@@ -19,7 +19,7 @@ from coded_resnext.cli.report import write_report
 from coded_resnext.deploy.extract import file_name
 from coded_resnext.files import write_atomically
 from coded_resnext.interpret import Evaluation, load_evaluation
-from coded_resnext.interpret.samples import Samples
+from coded_resnext.interpret.decoding import Samples
 from coded_resnext.models.checkpoint import find_model
 
 DOCS = Path(__file__).parents[1]

@@ -13,13 +13,13 @@ from support.image_data import write_images
 
 from coded_resnext.cli import main
 from coded_resnext.cli.train import parse_command, run_recipe
-from coded_resnext.data import pack as packing
+from coded_resnext.data import image_folder as packing
 from coded_resnext.data.augment import Augmentation, TrainTransform
 from coded_resnext.data.datasets import load_dataset
+from coded_resnext.data.image_folder import SHARD_TABLE, pack
 from coded_resnext.data.image_sets import ImageSplits
 from coded_resnext.data.labelled import ShardImages
 from coded_resnext.data.loaders import TrainImages
-from coded_resnext.data.pack import SHARD_TABLE, pack
 from coded_resnext.data.preprocessing import Preprocessing
 
 

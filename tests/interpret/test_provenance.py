@@ -18,8 +18,7 @@ from coded_resnext.data.batches import batches
 from coded_resnext.interpret import Evaluation, Provenance, evaluate, load_evaluation
 from coded_resnext.interpret.figures import save_figures
 from coded_resnext.interpret.provenance import MOST_VALUES, DigestedLoader
-from coded_resnext.interpret.report.content import gather
-from coded_resnext.interpret.report.page import render
+from coded_resnext.interpret.report.page import gather, render
 from coded_resnext.interpret.results import text_tables
 
 ROLES = ("test", "thresholds", "outside")
