@@ -2,11 +2,14 @@
 
 Three scales: `small`, reduced to fit a CPU; `short`, the published recipe with 60 epochs, and
 `full`, its 300, both as a GPU wants them (bfloat16, compiled, images and augmentation on the GPU).
-Results: docs/reproduce.md.
+`--compare` trains nothing: it prints the summaries of any runs as a Markdown table. Runs whose
+recipes differ in nothing but the seed are one group. Below the table is which runs are in a group,
+and what its recipe has other than the first one's. Results: docs/reproduce.md.
 
     python train/reproduce.py --scale small --out runs/reproduce-small
     python train/reproduce.py --scale short --out runs/reproduce-short
     python train/reproduce.py --scale short --out runs/reproduce-short --plan
+    python train/reproduce.py --compare runs/coded-* runs/plain-*
 """
 
 from __future__ import annotations
@@ -41,6 +44,8 @@ with ended_by_interrupt():
         accuracy_table,
         best_run,
         class_table,
+        describe_groups,
+        group_runs,
         measures,
         removal_table,
         select_ablations,
@@ -198,7 +203,16 @@ def parse_arguments(argv: Sequence[str] | None = None) -> tuple[argparse.Namespa
     parser.add_argument(
         "--table", action="store_true", help="run nothing, print what the folder holds"
     )
+    parser.add_argument(
+        "--compare",
+        nargs="+",
+        type=Path,
+        metavar="RUN",
+        help="run nothing, print the summaries of these finished runs beside each other",
+    )
     arguments, rest = parser.parse_known_args(argv)
+    if arguments.compare and rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     arguments.out = arguments.out or Path("runs") / f"reproduce-{arguments.scale}"
     return arguments, rest
 
@@ -360,8 +374,22 @@ def describe_machines(machines: Sequence[dict[str, Any]]) -> str:
     return " ".join(dict.fromkeys(texts))
 
 
+def compare(runs: Sequence[Path]) -> str:
+    """Returns the table of finished runs, with mean and deviation, and what is in its groups.
+
+    Raises:
+        ValueError: a run has no summary, or counts twice.
+    """
+    groups = group_runs(runs)
+    summaries = {g.name: [summary for _, summary in g.runs.values()] for g in groups}
+    return f"{summary_table(summaries)}\n\n{describe_groups(groups)}"
+
+
 def train_and_report(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
-    """Print the plan, or train what is missing and print the tables."""
+    """Print the plan or a comparison, or train what is missing and print the tables."""
+    if arguments.compare:
+        say(compare(arguments.compare))
+        return
     runs = plan(arguments, rest)
     if arguments.plan:
         say(describe_plan(runs, SCALES[arguments.scale].cost))

@@ -1,4 +1,4 @@
-"""The table of several runs."""
+"""The table of several runs, `reproduce.py --compare`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from support.script_runs import run_here
 
-SCRIPT = Path(__file__).parents[2] / "train" / "compare.py"
+SCRIPT = Path(__file__).parents[2] / "train" / "reproduce.py"
 
 
 def write_run(
@@ -36,7 +36,7 @@ def test_groups_means_and_deviations(tmp_path: Path) -> None:
         write_run(tmp_path / "coded-1", 1.00, seed=1),
         write_run(tmp_path / "plain-0", 0.97, coded=False),
     ]
-    result = run_here(SCRIPT, *runs)
+    result = run_here(SCRIPT, "--compare", *runs)
     assert result.returncode == 0
     lines = result.stdout.splitlines()
     assert lines[0] == f"|  | {runs[0]} (2 runs) | {runs[2]} (1 run) |"
@@ -55,26 +55,26 @@ def test_runs_of_one_recipe_are_a_group_and_no_others(tmp_path: Path) -> None:
         for name, mu, accuracies in (("mu6", 6.0, (0.9, 0.92)), ("mu1", 1.0, (0.1, 0.12)))
         for seed, accuracy in enumerate(accuracies)
     ]
-    result = run_here(SCRIPT, *runs)
+    result = run_here(SCRIPT, "--compare", *runs)
     assert "| test accuracy | 91.00 ± 1.41 (90.00 to 92.00) | 11.00 ± 1.41 " in result.stdout
     assert "in the first group training.coding_weight was 6.0, is 1.0" in result.stdout
     alike = [
         write_run(tmp_path / f"cifar{classes}", accuracy, classes=classes)
         for classes, accuracy in ((10, 0.94), (100, 0.78))
     ]
-    result = run_here(SCRIPT, *alike)
+    result = run_here(SCRIPT, "--compare", *alike)
     assert "| test accuracy | 94.00 ± ? | 78.00 ± ? |" in result.stdout
 
 
 def test_a_run_counts_once(tmp_path: Path) -> None:
     runs = [write_run(tmp_path / name, 0.9) for name in ("a", "b")]
     for pair in (runs, runs[:1] * 2):
-        result = run_here(SCRIPT, *pair)
+        result = run_here(SCRIPT, "--compare", *pair)
         assert result.returncode == 2
         assert "have the same recipe and seed 0" in result.stderr
 
 
 def test_unfinished_run_is_named(tmp_path: Path) -> None:
-    result = run_here(SCRIPT, tmp_path)
+    result = run_here(SCRIPT, "--compare", tmp_path)
     assert result.returncode == 2
     assert "no summary; is the run finished?" in result.stderr
