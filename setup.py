@@ -177,7 +177,6 @@ setup(
         "coded_resnext.kernels.conv1x1",
         "coded_resnext.kernels.conv3x3",
         "coded_resnext.kernels.loss",
-        "coded_resnext.kernels.prebuilt",
         "coded_resnext.kernels.recompute",
         "coded_resnext.kernels.residual",
         "coded_resnext.models",

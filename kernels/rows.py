@@ -2,7 +2,7 @@
 
 The code that launches a kernel, the table of compiled code and the ahead-of-time build read the
 same rows. Settings follow from static sizes and the architecture by the rules in the `rows.py` of
-each operation's folder; `kernels/build/shipped.py` lists those that training the paper's networks
+each operation's folder; `kernels/build/build.py` lists those that training the paper's networks
 needs. Nothing is tuned while a program runs. No imports of PyTorch or Triton in any of these files.
 """
 
@@ -258,7 +258,7 @@ def launches_nothing() -> bool:
 
 @cache
 def _function(kernel: str) -> Any:
-    from coded_resnext.kernels.prebuilt.cache import install
+    from coded_resnext.kernels.prebuilt import install
 
     install()
     module, name = kernel.split(":")

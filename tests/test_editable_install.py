@@ -144,10 +144,11 @@ def test_a_first_step_finds_what_was_built(builder: str, checkout: Path, tmp_pat
 
     The builder's stub stands in the place of a GPU, and only the kernels of one layer are built.
     """
-    rows = checkout / "kernels" / "build" / "shipped.py"
+    rows = checkout / "kernels" / "build" / "build.py"
     text = rows.read_text()
     text = text.replace('("bf16", "fp16", "fp32")', '("fp32",)').replace("drop=True", "drop=False")
-    text = text.replace("RowMaker =", 'PAPER_SIZES = {"": CodedSizes(10, 4, 32, 16)}\nRowMaker =')
+    of_a_layer = 'PAPER_SIZES = {"": CodedSizes(10, 4, 32, 16)}'
+    text = text.replace("\nROW_MAKERS", f"\n{of_a_layer}\nROW_MAKERS")
     rows.write_text("\n".join(line for line in text.split("\n") if "    yield from " not in line))
     own = [path for path in sys.path if path.endswith("site-packages")]
     gpu = environment_with(tmp_path / "gpu", *own, at_start=FAKE_GPU.format(seen="(9, 0)"))

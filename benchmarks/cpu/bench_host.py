@@ -169,7 +169,7 @@ def main() -> None:
     from triton.backends.nvidia.compiler import CUDABackend
 
     from coded_resnext.kernels import checks, layout
-    from coded_resnext.kernels.build.stub_driver import install_stub_driver
+    from coded_resnext.kernels.build.steps import install_stub_driver
 
     networks, rounds = json.loads(sys.argv[1]), int(sys.argv[2])
     torch.set_num_threads(1)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import cache
 
-from coded_resnext.kernels.build.shipped import shipped_rows
+from coded_resnext.kernels.build.build import shipped_rows
 from coded_resnext.kernels.coded.rows import energy_backward, energy_forward
 from coded_resnext.kernels.conv1x1 import rows as conv1x1_rows
 from coded_resnext.kernels.rows import CodedSizes, LaunchRow, Variant

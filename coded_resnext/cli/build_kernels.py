@@ -14,7 +14,7 @@ import torch
 
 from coded_resnext.files import say
 from coded_resnext.kernels.build.build import BuildError, build, missing
-from coded_resnext.kernels.prebuilt.index import default_folder
+from coded_resnext.kernels.prebuilt import default_folder
 from coded_resnext.models.checkpoint import load_model
 from coded_resnext.models.registry import create_model, list_models
 from coded_resnext.training.config import TrainingConfig

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from coded_resnext.files import say
 from coded_resnext.kernels import Backend, backends, coded_aggregate, coding_loss
-from coded_resnext.kernels.prebuilt.index import find_prebuilt, folders, toolchain
+from coded_resnext.kernels.prebuilt import find_prebuilt, folders, toolchain
 
 # Largest accepted difference from the float64 reference, relative to the largest value. float32
 # carries 2**-24 per rounding and sums hundreds of terms; bfloat16 carries 2**-9 and is rounded

@@ -21,7 +21,7 @@ from coded_resnext.kernels.backend import backends
 from coded_resnext.kernels.build.build import BuildError, build, missing
 from coded_resnext.kernels.checks import typed
 from coded_resnext.kernels.layout import architecture
-from coded_resnext.kernels.prebuilt.index import default_folder, folders
+from coded_resnext.kernels.prebuilt import default_folder, folders
 from coded_resnext.models.layers import copy_of
 
 # Any number of samples launches the same kernels; BatchNorm needs more than one.

@@ -27,7 +27,7 @@ from coded_resnext.files import UNFIT, brief, read_json, say, write_atomically
 from coded_resnext.kernels.backend import Backend, backends, named_backend
 from coded_resnext.kernels.checks import check_kind, typed
 from coded_resnext.kernels.layout import HAS_TRITON
-from coded_resnext.kernels.prebuilt.index import default_folder
+from coded_resnext.kernels.prebuilt import default_folder
 from coded_resnext.models.layers import copy_of
 from coded_resnext.models.resnext import CodedResNeXt
 

@@ -1,8 +1,9 @@
-"""Compile all shipped kernels ahead of time, in parallel and incrementally, with ninja.
+"""Compiles all shipped kernels ahead of time, in parallel and incrementally, with ninja.
 
-A build folder holds ninja's file, one step file for about a dozen rows, and the Triton cache
-that all steps fill. A step runs again when its rows, a source file of the kernels or the
-toolchain changed; what the cache already has it does not compile. Nothing here needs a GPU.
+`shipped_rows` says which these are. A build folder holds ninja's file, one step file for about a
+dozen rows, and the Triton cache that all steps (steps.py) fill. A step runs again when its rows, a
+source file of the kernels or the toolchain changed; what the cache already has it does not compile.
+Nothing here needs a GPU.
 """
 
 from __future__ import annotations
@@ -13,15 +14,28 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from coded_resnext.kernels.prebuilt.index import FOLDERS_VARIABLE, INDEX, read_index, toolchain
+from coded_resnext.kernels.batch_norm import rows as batch_norm_rows
+from coded_resnext.kernels.coded.rows import (
+    aggregate_backward,
+    aggregate_forward,
+    energy_backward,
+    energy_forward,
+    weighted_gram,
+)
+from coded_resnext.kernels.conv3x3 import rows as conv3x3_rows
+from coded_resnext.kernels.loss.rows import LossSizes, coding_loss
+from coded_resnext.kernels.prebuilt import FOLDERS_VARIABLE, INDEX, read_index, toolchain
+from coded_resnext.kernels.recompute import rows as recompute_rows
+from coded_resnext.kernels.residual import rows as residual_rows
+from coded_resnext.kernels.rows import CodedSizes, Dtype, LaunchRow, Variant
 
-SHIPPED_ROWS = "coded_resnext.kernels.build.shipped:shipped_rows"
+SHIPPED_ROWS = "coded_resnext.kernels.build.build:shipped_rows"
 ROWS_OF_A_STEP = 12
 # Variables that change what Triton compiles or where it puts it. A process that sets one at run
 # time compiles for itself, since they are a part of the cache key.
@@ -38,6 +52,27 @@ COMPILER_VARIABLES = (
     "USE_IR_LOC",
 )
 
+# Outputs of the expand convolution's input in the paper's networks, coded stages only: the map
+# sizes are those of 32-pixel CIFAR images and of ImageNet at 160 and 224 pixels.
+PAPER_SIZES = {
+    "20x6d c3": CodedSizes(20, 12, 512, 256),
+    "20x6d c4": CodedSizes(20, 24, 1024, 64),
+    "10x11d c3": CodedSizes(10, 22, 512, 256),
+    "10x11d c4": CodedSizes(10, 44, 1024, 64),
+    "32x4d c4 160px": CodedSizes(32, 16, 1024, 100),
+    "32x4d c5 160px": CodedSizes(32, 32, 2048, 25),
+    "32x4d c4 224px": CodedSizes(32, 16, 1024, 196),
+    "32x4d c5 224px": CodedSizes(32, 32, 2048, 49),
+}
+
+ROW_MAKERS: tuple[Callable[[CodedSizes, Variant], LaunchRow], ...] = (
+    energy_forward,
+    energy_backward,
+    weighted_gram,
+    aggregate_forward,
+    aggregate_backward,
+)
+
 
 class BuildError(RuntimeError):
     """The build tool is missing, or a step failed and has said why."""
@@ -52,7 +87,7 @@ def build(
     jobs: int | None = None,
     gather: bool = True,
 ) -> dict[str, list[dict[str, Any]]]:
-    """Compile rows for architectures.
+    """Compiles rows for architectures.
 
     Args:
         archs: such as `"sm90"`.
@@ -122,6 +157,28 @@ def missing(archs: Sequence[str], folder: Path, source: str = SHIPPED_ROWS) -> l
     return lacking
 
 
+def shipped_rows(arch: str) -> Iterator[tuple[str, LaunchRow]]:
+    """Yields every row that training the paper's networks launches, each with a name of its own.
+
+    Training draws a DropSubNNs mask and removes no branches; the affine map of BatchNorm is applied
+    by PyTorch. Fused blocks have rows in bfloat16, for training and for evaluation.
+    """
+    dtypes: tuple[Dtype, ...] = ("bf16", "fp16", "fp32")
+    for stage, sizes in PAPER_SIZES.items():
+        for dtype in dtypes:
+            for make in ROW_MAKERS:
+                row = make(sizes, Variant(dtype, drop=True, arch=arch))
+                yield f"{row.kernel.split(':')[1]} {stage} {dtype}", row
+    for branches, classes in ((10, 10), (20, 100), (32, 1000)):
+        for soft in (False, True):
+            sizes_of_loss = LossSizes(branches, classes, soft)
+            yield f"coding_loss {branches} of {classes} soft={soft}", coding_loss(sizes_of_loss)
+    yield from conv3x3_rows.shipped_rows(arch)
+    yield from recompute_rows.shipped_rows(arch)
+    yield from residual_rows.shipped_rows()
+    yield from batch_norm_rows.shipped_rows()
+
+
 def load_rows(source: str, arch: str) -> Iterable[tuple[str, Any]]:
     """Returns the names and rows that `module:function` yields for an architecture."""
     module, _, function = source.partition(":")
@@ -149,7 +206,7 @@ def find_ninja() -> str:
 
 
 def processors() -> int:
-    """Processors that this process may use."""
+    """Returns the number of processors that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -167,11 +224,11 @@ def _current_keys(arch: str, source: str) -> dict[str, str]:
     """Returns the key of every row, from a process that compiles nothing."""
     code = (
         "import json, sys\n"
-        "from coded_resnext.kernels.build import compile_step as step\n"
+        "from coded_resnext.kernels.build import steps\n"
         "from coded_resnext.kernels.build.build import load_rows\n"
-        "step.install_stub_driver(sys.argv[1])\n"
+        "steps.install_stub_driver(sys.argv[1])\n"
         "rows = load_rows(sys.argv[2], sys.argv[1])\n"
-        "print(json.dumps({name: step.row_key(row) for name, row in rows}))"
+        "print(json.dumps({name: steps.row_key(row) for name, row in rows}))"
     )
     result = subprocess.run(  # noqa: S603
         [sys.executable, "-P", "-c", code, arch, source],
@@ -187,7 +244,7 @@ def _current_keys(arch: str, source: str) -> dict[str, str]:
 
 
 def _write_steps(arch: str, rows: dict[str, Any], source: str, work: Path) -> list[Path]:
-    """One file for every few rows, written only where it differs."""
+    """Writes a file for every few rows, only where it differs; returns their paths."""
     paths = []
     for name, part in _divide(rows).items():
         content = {
@@ -226,13 +283,13 @@ def _entries_path(step: Path) -> Path:
 def _ninja_lines(steps: dict[str, list[Path]], work: Path, targets: Path | None) -> Iterable[str]:
     environment = f"TRITON_CACHE_DIR={_quote(work / 'cache')}"
     python = _quote(sys.executable)
-    gather = _quote(Path(__file__).resolve().with_name("gather_step.py"))
+    script = _quote(Path(__file__).resolve().with_name("steps.py"))
     tools = _escape(work / "toolchain.json")
     yield "rule compile"
-    yield f"  command = {environment} {python} -P -m {__package__}.compile_step $in $out"
+    yield f"  command = {environment} {python} -P -m {__package__}.steps compile $in $out"
     yield "  depfile = $out.d\n  deps = gcc\n  description = compile $step"
     yield "rule gather"
-    yield f"  command = {python} -P {gather} toolchain.json $out $in"
+    yield f"  command = {python} -P {script} gather toolchain.json $out $in"
     yield "  description = gather $out"
     for arch, of_arch in steps.items():
         for step in of_arch:
@@ -255,7 +312,7 @@ def _escape(path: Path) -> str:
 
 
 def _toolchain_files() -> dict[str, Any]:
-    """The toolchain, and marks by which a compiler of the same version that was rebuilt is seen."""
+    """Returns the toolchain, and marks that change when a compiler of one version is rebuilt."""
     spec = find_spec("triton")
     if spec is None or spec.origin is None:
         raise BuildError("triton: expected the compiler, found none; pip install triton")
@@ -265,7 +322,7 @@ def _toolchain_files() -> dict[str, Any]:
 
 
 def _write_if_changed(path: Path, text: str) -> None:
-    """Write a file, keeping its time where nothing changed: ninja goes by times."""
+    """Writes a file, keeping its time where nothing changed: ninja goes by times."""
     if not path.exists() or path.read_text(encoding="utf-8") != text:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")

@@ -24,13 +24,12 @@ from limits import Limits
 from sass import Code, Instruction, unequal_sums
 from static_rows import one_of_each
 
-from coded_resnext.kernels.build.build import build
-from coded_resnext.kernels.build.shipped import shipped_rows
+from coded_resnext.kernels.build.build import build, shipped_rows
 from coded_resnext.kernels.conv1x1 import rows as conv1x1_rows
 from coded_resnext.kernels.conv1x1.rows import ProductSizes
 from coded_resnext.kernels.conv3x3 import rows as conv3x3_rows
 from coded_resnext.kernels.conv3x3.rows import GroupedSizes
-from coded_resnext.kernels.prebuilt.index import FOLDERS_VARIABLE
+from coded_resnext.kernels.prebuilt import FOLDERS_VARIABLE
 from coded_resnext.kernels.recompute import rows as recompute_rows
 from coded_resnext.kernels.rows import Variant
 

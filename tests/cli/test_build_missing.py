@@ -13,7 +13,7 @@ import torch
 from coded_resnext import create_model
 from coded_resnext.cli.main import main
 from coded_resnext.kernels.build.build import BuildError
-from coded_resnext.kernels.prebuilt.index import default_folder
+from coded_resnext.kernels.prebuilt import default_folder
 from coded_resnext.training import warm_up, ways
 from coded_resnext.training.config import TrainingConfig
 from coded_resnext.training.ways import Way, choose_way

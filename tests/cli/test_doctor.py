@@ -14,7 +14,7 @@ from support.helpers import needs_triton
 from coded_resnext.cli import doctor, main
 from coded_resnext.kernels import layout
 from coded_resnext.kernels.coded import gram
-from coded_resnext.kernels.prebuilt.index import toolchain
+from coded_resnext.kernels.prebuilt import toolchain
 
 
 @needs_triton

@@ -22,7 +22,7 @@ from coded_resnext.cli import arguments, export, main, report
 from coded_resnext.cli import evaluate as evaluate_command
 from coded_resnext.deploy.export import OPSET
 from coded_resnext.kernels import Backend
-from coded_resnext.kernels.prebuilt.index import FOLDERS_VARIABLE
+from coded_resnext.kernels.prebuilt import FOLDERS_VARIABLE
 
 ROOT = Path(__file__).parents[2]
 COMMAND = Path(sys.executable).with_name("coded-resnext")

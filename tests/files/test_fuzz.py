@@ -31,7 +31,7 @@ from coded_resnext.deploy.extract import extract_classifier, load_extracted, sav
 from coded_resnext.deploy.hub import Pretrained, from_pretrained, save_pretrained
 from coded_resnext.interpret import evaluate, load_evaluation, load_pictures, save_evaluation
 from coded_resnext.interpret.report.page import read_log
-from coded_resnext.kernels.prebuilt.index import read_index
+from coded_resnext.kernels.prebuilt import read_index
 from coded_resnext.models.checkpoint import load_model, save_model
 from coded_resnext.models.warm_start import load_plain_weights, read_state_dict
 from coded_resnext.training.recipe import load_recipe

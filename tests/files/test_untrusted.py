@@ -39,7 +39,7 @@ from coded_resnext.files import (
 from coded_resnext.interpret import evaluate, save_evaluation
 from coded_resnext.interpret.report import gather
 from coded_resnext.interpret.report.page import read_log
-from coded_resnext.kernels.prebuilt.index import INDEX, Prebuilt, find_prebuilt, read_index
+from coded_resnext.kernels.prebuilt import INDEX, Prebuilt, find_prebuilt, read_index
 from coded_resnext.models.checkpoint import load_model, read_tensors, save_model, write_tensors
 from coded_resnext.training import run_folder
 from coded_resnext.training.recipe import load_recipe

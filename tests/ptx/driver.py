@@ -32,7 +32,7 @@ from triton.backends.nvidia.compiler import CUDABackend
 from triton.compiler import CompiledKernel
 from triton.runtime.driver import driver
 
-from coded_resnext.kernels.build.stub_driver import StubDriver
+from coded_resnext.kernels.build.steps import StubDriver
 
 # Lanes that run together; NumPy's own costs are shared by them.
 LANES = 1024

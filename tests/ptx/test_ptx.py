@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from coded_resnext.kernels.build.shipped import shipped_rows
+from coded_resnext.kernels.build.build import shipped_rows
 
 HERE = Path(__file__).parent
 

@@ -15,9 +15,9 @@ import torch
 from triton import knobs
 
 from coded_resnext.kernels.build.build import load_rows
-from coded_resnext.kernels.build.stub_driver import install_stub_driver
+from coded_resnext.kernels.build.steps import install_stub_driver
 from coded_resnext.kernels.layout import POINTERS
-from coded_resnext.kernels.prebuilt.cache import install
+from coded_resnext.kernels.prebuilt import install
 
 
 def launch(row: Any) -> bool:

@@ -17,7 +17,7 @@ import pytest
 from coded_resnext.cli import doctor, main
 from coded_resnext.kernels.build import build as build_build
 from coded_resnext.kernels.build.build import BuildError, build, missing
-from coded_resnext.kernels.prebuilt.index import FOLDERS_VARIABLE, INDEX, read_index
+from coded_resnext.kernels.prebuilt import FOLDERS_VARIABLE, INDEX, read_index
 
 HERE = Path(__file__).parent
 SOURCE = "toy_launches:rows"
@@ -251,7 +251,7 @@ def test_a_user_without_a_home_has_no_default_folder(monkeypatch: pytest.MonkeyP
 FIT = """
 import sys
 from coded_resnext.kernels import layout
-from coded_resnext.kernels.build.stub_driver import install_stub_driver
+from coded_resnext.kernels.build.steps import install_stub_driver
 from coded_resnext.kernels.coded.rows import aggregate_backward, aggregate_forward
 from coded_resnext.kernels.rows import CodedSizes, Variant
 arch, memory, dtype, *sizes = sys.argv[1:]

@@ -9,7 +9,7 @@ import torch
 from support.helpers import needs_triton
 
 from coded_resnext import create_model
-from coded_resnext.kernels.build.shipped import shipped_rows
+from coded_resnext.kernels.build.build import shipped_rows
 from coded_resnext.kernels.conv1x1 import convolution
 from coded_resnext.kernels.conv1x1 import launch as conv1x1_launch
 from coded_resnext.kernels.conv1x1 import rows as conv1x1_rows

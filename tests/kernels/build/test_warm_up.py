@@ -15,7 +15,7 @@ from support.helpers import needs_triton
 from torch import Tensor, nn
 
 from coded_resnext import CodedLoss, CodedResNeXt, Stage, WarmUp, warm_up
-from coded_resnext.kernels.prebuilt.index import toolchain
+from coded_resnext.kernels.prebuilt import toolchain
 from coded_resnext.kernels.rows import LaunchRow
 
 SCRIPT = Path(__file__).with_name("warm_up_a_layer.py")
@@ -133,8 +133,8 @@ def test_the_kernels_of_the_calls_to_come(training: bool, monkeypatch: pytest.Mo
 
 # The first two kernels that a process looks up.
 LOOK_UP = """
-from coded_resnext.kernels.build.shipped import shipped_rows
-from coded_resnext.kernels.build.stub_driver import install_stub_driver
+from coded_resnext.kernels.build.build import shipped_rows
+from coded_resnext.kernels.build.steps import install_stub_driver
 install_stub_driver("sm90")
 rows = {row.kernel: row for _, row in shipped_rows("sm90")}
 for kernel in list(rows)[:2]:

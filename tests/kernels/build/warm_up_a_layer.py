@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from coded_resnext import Codebook, warm_up
 from coded_resnext.kernels import coded_aggregate, coding_loss, layout
-from coded_resnext.kernels.build.stub_driver import install_stub_driver
+from coded_resnext.kernels.build.steps import install_stub_driver
 from coded_resnext.kernels.loss import operator as loss_operator
 from coded_resnext.training import warm_up as room
 

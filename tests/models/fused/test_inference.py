@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from coded_resnext import CodedBottleneck, CodedResNeXt, Stage, create_model
 from coded_resnext.kernels import layout
-from coded_resnext.kernels.build.shipped import shipped_rows
+from coded_resnext.kernels.build.build import shipped_rows
 from coded_resnext.kernels.conv1x1 import convolution
 from coded_resnext.kernels.rows import ALL_PASSES, NO_PASSES, LaunchRow, Passes, Plan
 from coded_resnext.models.fused import block as fused_block

@@ -1,1 +1,0 @@
-"""Kernels that are found compiled instead of being compiled."""
