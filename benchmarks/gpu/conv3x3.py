@@ -18,7 +18,7 @@ from torch import Tensor
 
 from coded_resnext.kernels import grouped_conv3x3
 from coded_resnext.kernels.conv3x3 import operator as conv3x3_operator
-from coded_resnext.kernels.conv3x3.merged import merged_weight
+from coded_resnext.kernels.conv3x3.library import merged_weight
 from coded_resnext.kernels.conv3x3.rows import GroupedSizes, GroupedWindows
 from coded_resnext.kernels.rows import ALL_PASSES
 

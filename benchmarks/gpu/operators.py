@@ -17,7 +17,7 @@ from torch import Tensor
 from coded_resnext.kernels import branch_energy, coded_aggregate, coding_loss
 from coded_resnext.kernels.coded import gram
 from coded_resnext.kernels.coded import operator as coded_operator
-from coded_resnext.kernels.loss import operator as loss_operator
+from coded_resnext.kernels.loss import functional as loss_functional
 
 Tensors = dict[str, Tensor]
 
@@ -219,10 +219,13 @@ def loss_opchecks(inputs: Tensors, _place: Place) -> list[tuple[Any, tuple[Any, 
     shares = soft.mean(1)
     return [
         (
-            loss_operator.coding_loss,
+            loss_functional.coding_loss_operator,
             (energies, codewords, inputs["targets"], shares, 4.0, 0.0, True),
         ),
-        (loss_operator.coding_loss, (energies, codewords, soft, shares, 2.0, 0.1, False)),
+        (
+            loss_functional.coding_loss_operator,
+            (energies, codewords, soft, shares, 2.0, 0.1, False),
+        ),
     ]
 
 

@@ -20,7 +20,7 @@ from coded_resnext.kernels.checks import (
 )
 
 from . import gram
-from . import launch as coded_launch
+from . import operator as coded_operator
 from . import reference as coded_reference
 
 
@@ -31,10 +31,10 @@ def _select_for(h: Tensor, width: int, backend: Backend) -> str:
         return "torch" if chosen == "fused" else chosen
     if not h.is_cuda and not layout.interpreted():
         raise RuntimeError(f"backend: 'triton' was asked for but h is on {h.device}")
-    reason = coded_launch.unsupported(h, width)
+    reason = coded_operator.unsupported(h, width)
     if reason is None:
         return chosen
-    say_once(LOGGER, f"backend 'torch' runs in place of 'triton': {reason}", logging.WARNING)
+    say_once(LOGGER, f"backend 'torch' runs instead of 'triton': {reason}", logging.WARNING)
     return "torch"
 
 
@@ -140,10 +140,10 @@ def normalized_branches(
     per_branch = gram.split_weight(weight, branches, concatenate=concatenate)
     whole = branches_of_whole in (None, branches) and normalize and form is None
     if whole and _select_for(h, h.shape[1] // branches, backend) == "triton":
-        from .operator import normalize_branches
-
         check_kernels_differentiate(h, weight)
-        scaled, energies, _ = normalize_branches(h, per_branch, None, None, drop_mask, keep_mask)
+        scaled, energies, _ = coded_operator.normalize_branches(
+            h, per_branch, None, None, drop_mask, keep_mask
+        )
         return scaled, energies
     return gram.normalized_branches(
         h,
@@ -209,8 +209,6 @@ def branch_energy(
     check_debug(h=h, weight=weight)
     per_branch = gram.split_weight(weight, branches, concatenate=False)
     if chosen == "triton":
-        from . import operator as coded_operator
-
         check_kernels_differentiate(h, weight)
         energies: Tensor = coded_operator.branch_energy(h, per_branch, scale, bias, keep_mask)
         return energies

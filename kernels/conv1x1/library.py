@@ -1,4 +1,4 @@
-"""The products of a 1x1 convolution by PyTorch: cuBLAS on a GPU.
+"""The 1x1 convolution in PyTorch: its definition, and its products, which are cuBLAS's on a GPU.
 
 `x [B, I, H, W]`, `weight [O, I, 1, 1]`, `y [B, O, H, W]`. A channels-last map is a matrix with a
 row for each pixel, so that each pass is one product; other layouts are copied. Results of the size
@@ -11,6 +11,21 @@ import torch
 from torch import Tensor
 
 from coded_resnext.kernels.layout import accumulation_dtype, as_rows, without_autocast
+
+
+def reference(
+    x: Tensor, weight: Tensor, scale: Tensor | None = None, bias: Tensor | None = None
+) -> Tensor:
+    """Returns the 1x1 convolution of `relu(scale x + bias)`, `[B, O, H, W]`.
+
+    Args:
+        x: `[B, I, H, W]`.
+        weight: `[O, I, 1, 1]`.
+        scale, bias: `[I]`; without them `x` itself is convolved.
+    """
+    if scale is not None and bias is not None:
+        x = torch.relu(scale[:, None, None] * x + bias[:, None, None])
+    return torch.einsum("oi,bihw->bohw", weight[:, :, 0, 0], x)
 
 
 def _matrix(x: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 Backends:
     `torch`   PyTorch's own convolution: cuDNN on a GPU.
-    `merged`  the same by wider groups, whose weights are filled up with zeros (merged.py).
+    `merged`  the same by wider groups, whose weights are filled up with zeros (library.py).
     `triton`  the kernels of this package, forward and backward; an error where they cannot run.
     `auto`    on a GPU the kernels for the passes in which the selection table of
               kernels/conv3x3/rows.py has seen them win on its architecture; `merged` where its
@@ -27,7 +27,7 @@ from coded_resnext.kernels.checks import check_affine, check_filled
 from coded_resnext.kernels.rows import NO_PASSES, Passes
 
 from . import operator as conv3x3_operator
-from .merged import merged_conv3x3
+from .library import merged_conv3x3
 from .rows import GroupedSizes, merged_width, planned
 
 

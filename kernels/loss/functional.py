@@ -1,25 +1,39 @@
-"""The public coding loss (7) and early decoding (9) of one block or of all blocks of a network."""
+"""The coding loss (7) and early decoding (9) of one block or of all blocks of a network.
+
+The public functions choose who computes. The PyTorch operator `coded_resnext::coding_loss` is the
+Triton kernel's: values, gradients and, on request, the decoded classes come from one launch.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from coded_resnext.kernels import layout
 from coded_resnext.kernels.backend import Backend, select_backend
 from coded_resnext.kernels.checks import (
     check_class_weight,
     check_device,
+    check_filled,
     check_finite,
     check_kernels_differentiate,
     check_loss,
     check_targets,
+    is_no_class,
+    refuse_derivative,
+)
+from coded_resnext.kernels.layout import (
+    accumulation_dtype,
+    interpreted,
+    on_device,
+    operator,
+    without_autocast,
 )
 
 from . import reference as loss_reference
+from . import rows as loss_rows
 
 # Branches whose products with 64 codewords fit into 48 KiB of shared memory, which every GPU has.
 WIDEST = 128
@@ -125,7 +139,7 @@ def coding_losses(
     shares = None
     if triton or not equal_shares:
         # The blocks of a network have the same classes.
-        dtype = layout.accumulation_dtype(energies[0].dtype)
+        dtype = accumulation_dtype(energies[0].dtype)
         shares = loss_reference.sample_shares(
             targets, min(map(len, codewords)), dtype, class_weight, ignore_index
         )
@@ -138,8 +152,6 @@ def coding_losses(
             return CodingLosses(losses, None)
         scores = map(loss_reference.class_scores, energies, codewords)
         return CodingLosses(losses, tuple(score.argmax(1) for score in scores))
-    from . import operator as loss_operator
-
     check_kernels_differentiate(*energies)
     # Blocks of equal sizes share a launch.
     groups: dict[tuple[torch.Size, torch.Size], list[int]] = {}
@@ -148,7 +160,7 @@ def coding_losses(
     by_block: dict[int, Tensor] = {}
     classes: dict[int, Tensor] = {}
     for members in groups.values():
-        losses_of_group, _, decoded = loss_operator.coding_loss(
+        losses_of_group, _, decoded = coding_loss_operator(
             torch.stack([energies[i].float() for i in members]),
             torch.stack([codewords[i].bool() for i in members]),
             targets,
@@ -173,5 +185,104 @@ def _kernel_takes_loss(energies: Sequence[Tensor], targets: Tensor) -> bool:
     """
     if any(values.dtype == torch.float64 or values.shape[1] > WIDEST for values in energies):
         return False
-    on_device = all(values.is_cuda or layout.interpreted() for values in energies)
-    return on_device and not targets.requires_grad
+    runs_kernels = all(values.is_cuda or interpreted() for values in energies)
+    return runs_kernels and not targets.requires_grad
+
+
+@operator("coding_loss")
+def coding_loss_operator(
+    energies: Tensor,
+    codewords: Tensor,
+    targets: Tensor,
+    shares: Tensor,
+    exponent: float,
+    threshold: float,
+    decode: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(7) and (9) for `energies [L, B, N]` float32 and boolean `codewords [L, K, N]`.
+
+    `targets` are classes `[B]` or probabilities `[B, K]`, and have no gradient; nor have `shares
+    [B]`, those of the samples in the mean, see `sample_shares`. A target that is no class
+    makes the loss NaN unless its sample has no share.
+
+    Returns:
+        The losses `[L]`, their gradients `[L, B, N]`, and the decoded classes `[L, B]`, which are
+        empty unless asked for.
+    """
+    check_filled("energies", energies, "block, sample and branch")
+    if not (energies.is_cuda or interpreted()):
+        return _in_torch(energies, codewords, targets, shares, exponent, threshold, decode)
+    blocks, batch, branches = energies.shape
+    classes = codewords.shape[1]
+    soft = targets.ndim == 2
+    # The kernel is compiled for these, which are constants where a graph leaves sizes open.
+    sizes = loss_rows.LossSizes(int(branches), int(classes), soft, float(exponent), decode)
+    row = loss_rows.coding_loss(sizes)
+    programs = -(-batch // int(dict(row.constexprs)["BLOCK_B"]))
+    parts = energies.new_empty((blocks, programs))
+    grad = energies.new_empty((blocks, batch, branches))
+    decoded = energies.new_empty((blocks, batch) if decode else (0,), dtype=torch.int64)
+    with on_device(energies):
+        row.launch(
+            (programs, blocks),
+            parts,
+            grad,
+            decoded if decode else None,
+            energies.contiguous(),
+            codewords.contiguous().view(torch.uint8),
+            targets.to(torch.float32 if soft else torch.int64).contiguous(),
+            shares.float().contiguous(),
+            float(threshold),
+            batch,
+        )
+    return parts.sum(1), grad, decoded
+
+
+@without_autocast
+def _in_torch(
+    energies: Tensor,
+    codewords: Tensor,
+    targets: Tensor,
+    shares: Tensor,
+    exponent: float,
+    threshold: float,
+    decode: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    books = codewords.to(energies.dtype)
+    shares = shares.to(energies.dtype)
+    if targets.ndim == 1:
+        targets = targets.long()
+        shares = shares.masked_fill(is_no_class(targets, books.shape[1]) & (shares != 0), torch.nan)
+        wanted = books[:, targets.clamp(0, books.shape[1] - 1)]
+    else:
+        wanted = targets.to(energies.dtype) @ books
+    ratio = books[:, :1].mean(2, keepdim=True)
+    deviation = ratio * energies - wanted
+    excess = (deviation.abs() - threshold).relu().masked_fill((shares == 0)[:, None], 0.0)
+    losses = excess.pow(exponent).mean(2) @ shares
+    slope = exponent * excess.pow(exponent - 1) * deviation.sign() * ratio
+    grad = torch.where(excess == 0, 0.0, slope * shares[:, None]) / energies.shape[2]
+    if not decode:
+        return losses, grad, torch.empty((0,), dtype=torch.int64, device=energies.device)
+    return losses, grad, (energies @ books.transpose(1, 2)).argmax(2)
+
+
+def _save(ctx: Any, inputs: Any, output: Any) -> None:
+    _, grad, decoded = output
+    ctx.save_for_backward(grad)
+    ctx.mark_non_differentiable(grad, decoded)
+    # Of what has no gradient none is made.
+    ctx.set_materialize_grads(False)
+
+
+def _gradients(ctx: Any, grad_losses: Tensor | None, *_: Any) -> Any:
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        # The gradient was computed with the losses: another derivative would take it for constant.
+        refuse_derivative()
+    if grad_losses is None:
+        return (None,) * 7
+    (grad,) = ctx.saved_tensors
+    return grad * grad_losses[:, None, None], None, None, None, None, None, None
+
+
+coding_loss_operator.register_autograd(_gradients, setup_context=_save)

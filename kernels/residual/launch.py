@@ -1,4 +1,4 @@
-"""The end of a residual block by the Triton kernels or by PyTorch: tensors in, tensors out.
+"""The end of a residual block: its definition, and the Triton kernels or PyTorch that compute it.
 
 Nothing is checked here. Maps are `[B, C, H, W]`, channels-last ones are not copied; results of
 their size are channels-last. Vectors are `[C]`.
@@ -23,6 +23,32 @@ from coded_resnext.kernels.layout import (
 )
 
 from . import rows as residual_rows
+
+
+def reference(
+    y: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    residual: Tensor,
+    residual_scale: Tensor | None = None,
+    residual_bias: Tensor | None = None,
+) -> Tensor:
+    """Defines the end of a residual block: `relu(scale y + bias + residual)`.
+
+    The residual goes through a map of its own where it has one.
+    """
+    if residual_scale is not None and residual_bias is not None:
+        residual = residual_scale[:, None, None] * residual + residual_bias[:, None, None]
+    return torch.relu(scale[:, None, None] * y + bias[:, None, None] + residual)
+
+
+def reference_statistics(y: Tensor) -> Tensor:
+    """Defines the statistics: count, sum and M2 of each channel, `[3, C]`."""
+    values = y.transpose(0, 1).flatten(1)
+    total = values.sum(1)
+    mean = total / values.shape[1]
+    squares = (values - mean[:, None]).square().sum(1)
+    return torch.stack([torch.full_like(total, values.shape[1]), total, squares])
 
 
 def forward(

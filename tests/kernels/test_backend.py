@@ -333,4 +333,4 @@ def test_a_kernel_that_does_not_fit_is_pytorchs(
     assert {"aggregate_forward", "energy_forward"} <= {*launched, large}
     said = [r.getMessage() for r in caplog.records if "shared memory" in r.getMessage()]
     text = f"{large} needs {taken} bytes of shared memory, and the GPU has {memory}"
-    assert said == ([] if fits else [f"PyTorch runs in place of a kernel: {text}"])
+    assert said == ([] if fits else [f"PyTorch runs instead of a kernel: {text}"])

@@ -16,7 +16,7 @@ from coded_resnext.kernels.conv1x1 import convolution as conv1x1
 from coded_resnext.kernels.conv3x3 import launch as conv3x3_launch
 from coded_resnext.kernels.conv3x3 import operator as conv3x3_operator
 from coded_resnext.kernels.conv3x3.rows import GroupedSizes
-from coded_resnext.kernels.loss import operator as loss_operator
+from coded_resnext.kernels.loss import functional as loss_functional
 from coded_resnext.kernels.recompute import convolution as recompute
 from coded_resnext.kernels.recompute.convolution import Moments
 from coded_resnext.kernels.rows import Passes
@@ -105,7 +105,7 @@ CALLS: dict[str, tuple[str, Callable[[Size, int], Any]]] = {
     ),
     "coding_loss": (
         "energies",
-        lambda size, _: loss_operator.coding_loss(
+        lambda size, _: loss_functional.coding_loss_operator(
             energies(size),
             torch.ones(2, 5, energies(size).shape[2], dtype=torch.bool),
             torch.zeros(size[0], dtype=torch.int64),
@@ -273,6 +273,6 @@ def _choose(kernels: int, monkeypatch: pytest.MonkeyPatch) -> None:
     if not kernels:
         for module, name in (
             (layout, "interpreted"),
-            (loss_operator, "interpreted"),
+            (loss_functional, "interpreted"),
         ):
             monkeypatch.setattr(module, name, lambda *_: False)

@@ -18,7 +18,7 @@ from coded_resnext.kernels import evaluation, layout
 from coded_resnext.kernels.coded import gram
 from coded_resnext.kernels.coded import reference as coded_reference
 from coded_resnext.kernels.conv3x3 import launch as conv3x3_launch
-from coded_resnext.kernels.conv3x3 import reference as conv3x3_reference
+from coded_resnext.kernels.conv3x3 import library as conv3x3_library
 from coded_resnext.kernels.conv3x3.rows import MOST_ROWS, GroupedSizes
 from coded_resnext.kernels.layout import interpreted
 from coded_resnext.kernels.rows import NO_PASSES, LaunchRow, Passes
@@ -76,7 +76,7 @@ def grouped_inputs(case: GroupedCase, dtype: torch.dtype) -> dict[str, Tensor]:
 def grouped_defined(case: GroupedCase, inputs: dict[str, Tensor]) -> Tensor:
     """`h` in float64."""
     wide = {name: value.double() for name, value in inputs.items()}
-    h = conv3x3_reference.grouped_conv3x3(wide["x"], wide["weight"], case.N, case.stride)
+    h = conv3x3_library.reference(wide["x"], wide["weight"], case.N, case.stride)
     h = (h + wide["bias"][:, None, None]).relu()
     if "keep" in wide:
         h = h * wide["keep"].repeat_interleave(case.D, 1)[:, :, None, None]

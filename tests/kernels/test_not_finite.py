@@ -90,7 +90,7 @@ def test_it_stays_in_its_sample(
 ) -> None:
     """What is divided by the mean energy of a sample is lost with it, and no other sample is."""
     reason = None if kernels else "PyTorch's"
-    monkeypatch.setattr("coded_resnext.kernels.coded.launch.unsupported", lambda *_: reason)
+    monkeypatch.setattr("coded_resnext.kernels.coded.operator.unsupported", lambda *_: reason)
     for branches, width in SIZES:
         h, weight = one_bad_number(branches, width, value, torch.float32)
         per_branch = gram.split_weight(weight, branches, concatenate=False)

@@ -21,7 +21,7 @@ from torch import Tensor
 from coded_resnext.kernels import branch_energy, grouped_conv3x3
 from coded_resnext.kernels.coded.operator import normalize_branches
 from coded_resnext.kernels.conv1x1 import convolution
-from coded_resnext.kernels.residual import reference as residual_reference
+from coded_resnext.kernels.residual import launch as residual_launch
 from coded_resnext.kernels.rows import ALL_PASSES, Plan
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -237,7 +237,7 @@ def test_join(shape: tuple[int, ...], mapped: bool, dtype: torch.dtype) -> None:
         leaves = [*(m.to(own) for m in maps), *(v.to(wide) for v in vectors)]
         y, residual, scale, bias, *others = (leaf.requires_grad_() for leaf in leaves)
         given = (y, scale, bias, residual, *(others or (None, None)))
-        x = End.apply(*given) if own == dtype else residual_reference.join(*given)
+        x = End.apply(*given) if own == dtype else residual_launch.reference(*given)
         grads = torch.autograd.grad(x, leaves, grad.to(own))
         results.append({str(index): value for index, value in enumerate((x, *grads))})
     check(*results, TOLERANCES[dtype])

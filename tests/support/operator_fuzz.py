@@ -22,9 +22,9 @@ from coded_resnext.kernels import (
     layout,
 )
 from coded_resnext.kernels.coded import reference as coded_reference
-from coded_resnext.kernels.conv1x1 import reference as conv1x1_reference
-from coded_resnext.kernels.conv3x3 import reference as conv3x3_reference
-from coded_resnext.kernels.residual import reference as residual_reference
+from coded_resnext.kernels.conv1x1 import library as conv1x1_library
+from coded_resnext.kernels.conv3x3 import library as conv3x3_library
+from coded_resnext.kernels.residual import launch as residual_launch
 from coded_resnext.kernels.rows import NO_PASSES, Passes
 
 # Sums of up to 70,000 terms, where the table is for some hundred.
@@ -207,7 +207,7 @@ def _loss(call: Call, backend: str, x: Results) -> Results:
 def _conv(call: Call, backend: str, x: Results) -> Results:
     if backend == "reference":
         affine = (x.get("scale"), x.get("bias"))
-        y = conv3x3_reference.grouped_conv3x3(x["x"], x["weight"], call.N, call.stride, *affine)
+        y = conv3x3_library.reference(x["x"], x["weight"], call.N, call.stride, *affine)
         return {"y": y, "sum": y.sum((0, 2, 3))}
     y, statistics = grouped_conv3x3(
         groups=call.N, stride=call.stride, statistics=True, backend=backend, **x
@@ -232,7 +232,7 @@ def _checked_sum(call: Call, y: Tensor, statistics: Tensor | None) -> Tensor:
 
 def _conv1x1(call: Call, backend: str, x: Results) -> Results:
     if backend == "reference":
-        y = conv1x1_reference.conv1x1(**x)
+        y = conv1x1_library.reference(**x)
         return {"y": y, "sum": y.sum((0, 2, 3))}
     operands = (x["x"], x["weight"], x.get("scale"), x.get("bias"))
     y, statistics = Conv1x1.apply(*operands, _chosen(call, backend))
@@ -241,8 +241,8 @@ def _conv1x1(call: Call, backend: str, x: Results) -> Results:
 
 def _join_conv1x1(call: Call, backend: str, x: Results) -> Results:
     if backend == "reference":
-        joined = residual_reference.join(**{k: v for k, v in x.items() if k != "weight"})
-        z = conv1x1_reference.conv1x1(joined, x["weight"])
+        joined = residual_launch.reference(**{k: v for k, v in x.items() if k != "weight"})
+        z = conv1x1_library.reference(joined, x["weight"])
         return {"x": joined, "z": z, "sum": z.sum((0, 2, 3))}
     joined, z, statistics = Join.apply(
         *(x[name] for name in ("y", "scale", "bias", "residual")),
@@ -259,15 +259,15 @@ def _product_join(call: Call, backend: str, x: Results) -> Results:
     vectors = (x["out_scale"], x["out_bias"])
     maps = [x.get("residual_scale"), x.get("residual_bias")]
     if backend == "reference":
-        y = conv1x1_reference.conv1x1(x["x"], x["weight"], *operands[1:])
-        joined = residual_reference.join(y, *vectors, x["residual"], *maps)
-        z = conv1x1_reference.conv1x1(joined, x["next_weight"])
+        y = conv1x1_library.reference(x["x"], x["weight"], *operands[1:])
+        joined = residual_launch.reference(y, *vectors, x["residual"], *maps)
+        z = conv1x1_library.reference(joined, x["next_weight"])
         return {"x": joined, "z": z, "sum": z.sum((0, 2, 3)), "sum of y": y.sum((0, 2, 3))}
     passes = _chosen(call, backend)
     operands += [x["weight"], *vectors, x["residual"], *maps]
     joined, statistics = ProductJoin.apply(*operands, passes)
     exact = [value.detach().double() for value in (x["x"], x["weight"], x["scale"], x["bias"])]
-    of_y = _checked_sum(call, conv1x1_reference.conv1x1(*exact), statistics)
+    of_y = _checked_sum(call, conv1x1_library.reference(*exact), statistics)
     z, of_z = Conv1x1.apply(joined, x["next_weight"], None, None, passes)
     return {"x": joined, "z": z, "sum": _checked_sum(call, z, of_z), "sum of y": of_y}
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from coded_resnext import Codebook, warm_up
 from coded_resnext.kernels import coded_aggregate, coding_loss, layout
 from coded_resnext.kernels.build.steps import install_stub_driver
-from coded_resnext.kernels.loss import operator as loss_operator
+from coded_resnext.kernels.loss import functional as loss_functional
 from coded_resnext.training import warm_up as room
 
 
@@ -41,7 +41,7 @@ def step(model: nn.Module, h: Tensor) -> Tensor:
 if __name__ == "__main__":
     driver = install_stub_driver("sm90")
     # The operators are to take the way to the kernels, as on a GPU.
-    for module in (layout, loss_operator):
+    for module in (layout, loss_functional):
         module.interpreted = lambda: True
     # Nothing runs, so that results are what the memory holds, and losses refuse what is not finite.
     Tensor.new_empty, torch.empty_like = Tensor.new_zeros, torch.zeros_like

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from coded_resnext.kernels import coded_aggregate, coding_losses, layout
 from coded_resnext.kernels.coded.operator import branch_energy, normalize_branches
-from coded_resnext.kernels.loss.operator import coding_loss
+from coded_resnext.kernels.loss.functional import coding_loss_operator
 
 
 def arguments(affine: bool, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
@@ -38,14 +38,16 @@ def arguments(affine: bool, dtype: torch.dtype = torch.float32) -> dict[str, Any
 def test_opcheck(affine: bool, kernels: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if not kernels:
         monkeypatch.setattr(layout, "interpreted", lambda: False)
-        monkeypatch.setattr("coded_resnext.kernels.loss.operator.interpreted", lambda: False)
+        monkeypatch.setattr("coded_resnext.kernels.loss.functional.interpreted", lambda: False)
     z, weight, scale, bias, mask = arguments(affine).values()
     torch.library.opcheck(branch_energy, (z, weight, scale, bias, mask))
     torch.library.opcheck(normalize_branches, (z, weight, scale, bias, mask, None))
     energies = torch.rand(2, 3, 4, requires_grad=True)
     books = torch.eye(4, dtype=torch.bool).expand(2, 4, 4).contiguous()
     targets = torch.tensor([0, 3, 1])
-    torch.library.opcheck(coding_loss, (energies, books, targets, torch.ones(3), 4.0, 0.1, True))
+    torch.library.opcheck(
+        coding_loss_operator, (energies, books, targets, torch.ones(3), 4.0, 0.1, True)
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -73,16 +75,16 @@ def test_the_operator_reads_no_label_that_is_no_class(
     label: int, kernel: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """pytorch#135546: -1 read what lay before the codewords, 10 of ten the next block's first."""
-    monkeypatch.setattr("coded_resnext.kernels.loss.operator.interpreted", lambda: kernel)
+    monkeypatch.setattr("coded_resnext.kernels.loss.functional.interpreted", lambda: kernel)
     codewords = torch.eye(10, dtype=torch.bool).expand(2, 10, 10).contiguous()
     energies = torch.rand(2, 3, 10, generator=torch.Generator().manual_seed(0))
     targets, shares = torch.tensor([4, label, 9]), torch.tensor([0.5, 0.25, 0.25])
-    losses, grads, _ = coding_loss(energies, codewords, targets, shares, 4.0, 0.0, False)
+    losses, grads, _ = coding_loss_operator(energies, codewords, targets, shares, 4.0, 0.0, False)
     assert losses.isnan().all()
     assert grads[:, 1].isnan().all()
     assert grads[:, ::2].isfinite().all()
     shares[1] = 0.0
-    losses, grads, _ = coding_loss(energies, codewords, targets, shares, 4.0, 0.0, False)
+    losses, grads, _ = coding_loss_operator(energies, codewords, targets, shares, 4.0, 0.0, False)
     assert losses.isfinite().all()
     assert not grads[:, 1].any()
 

@@ -16,10 +16,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from coded_resnext.kernels import backend, layout
 from coded_resnext.kernels.conv1x1 import convolution
-from coded_resnext.kernels.conv1x1 import reference as conv1x1_reference
+from coded_resnext.kernels.conv1x1 import library as conv1x1_library
 from coded_resnext.kernels.conv1x1 import rows as conv1x1_rows
 from coded_resnext.kernels.conv1x1.rows import ProductSizes, planned
-from coded_resnext.kernels.residual import reference as residual_reference
+from coded_resnext.kernels.residual import launch as residual_launch
 from coded_resnext.kernels.rows import ALL_PASSES, NO_PASSES, Passes, Plan
 
 CASES = [
@@ -50,11 +50,11 @@ def test_the_definition_is_that_of_pytorch() -> None:
         return F.batch_norm(x, zero, one, a, b, eps=1e-30)
 
     expected = F.relu(mapped(y, scale, bias) + mapped(residual, residual_scale, residual_bias))
-    assert relative_error(residual_reference.join(*list(inputs.values())[:-1]), expected) < 1e-14
+    assert relative_error(residual_launch.reference(*list(inputs.values())[:-1]), expected) < 1e-14
     expected = F.relu(mapped(y, scale, bias) + residual)
-    assert relative_error(residual_reference.join(y, scale, bias, residual), expected) < 1e-14
+    assert relative_error(residual_launch.reference(y, scale, bias, residual), expected) < 1e-14
     expected = F.conv2d(F.relu(mapped(y, scale, bias)), weight)
-    assert relative_error(conv1x1_reference.conv1x1(y, weight, scale, bias), expected) < 1e-14
+    assert relative_error(conv1x1_library.reference(y, weight, scale, bias), expected) < 1e-14
 
 
 @pytest.mark.parametrize("case", CASES + WITH_GAIN, ids=lambda case: case.name)

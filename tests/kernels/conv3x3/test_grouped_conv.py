@@ -19,9 +19,9 @@ from coded_resnext.kernels.conv3x3 import functional as conv3x3_functional
 from coded_resnext.kernels.conv3x3 import launch as conv3x3_launch
 from coded_resnext.kernels.conv3x3 import operator as conv3x3_operator
 from coded_resnext.kernels.conv3x3 import rows as conv3x3_rows
-from coded_resnext.kernels.conv3x3.reference import grouped_conv3x3 as definition
+from coded_resnext.kernels.conv3x3.library import reference as definition
 from coded_resnext.kernels.conv3x3.rows import GroupedSizes, planned
-from coded_resnext.kernels.residual.reference import channel_statistics
+from coded_resnext.kernels.residual.launch import reference_statistics
 from coded_resnext.kernels.rows import ALL_PASSES, NO_PASSES, Passes, Plan
 
 PYTORCH = NO_PASSES.encoded()
@@ -69,7 +69,7 @@ def test_the_definition_is_that_of_pytorch(case: GroupedCase) -> None:
         inputs.get("bias"),
     )
     assert relative_error(actual, expected) < 1e-14
-    count, total, m2 = channel_statistics(expected)
+    count, total, m2 = reference_statistics(expected)
     variance, mean = torch.var_mean(expected, (0, 2, 3), correction=0)
     assert relative_error(total / count, mean) < 1e-14
     assert (m2 / count - variance).abs().max() < 1e-14

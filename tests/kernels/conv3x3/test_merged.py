@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from coded_resnext import GroupedConv2d
 from coded_resnext.kernels import backend, grouped_conv3x3, layout
-from coded_resnext.kernels.conv3x3.merged import merged_conv3x3
+from coded_resnext.kernels.conv3x3.library import merged_conv3x3
 from coded_resnext.kernels.conv3x3.rows import GroupedSizes, merged_width
 
 MERGED = [(8, 4, 1, 32), (8, 4, 1, 16), (4, 8, 2, 16), (6, 3, 1, 9), (2, 5, 2, 10), (4, 16, 1, 32)]

@@ -12,7 +12,6 @@ from coded_resnext.kernels.affine import add_statistics_gradient
 from coded_resnext.kernels.batch_norm import launch as batch_norm_launch
 from coded_resnext.kernels.layout import interpreted
 from coded_resnext.kernels.residual import launch as residual_launch
-from coded_resnext.kernels.residual import reference as residual_reference
 from coded_resnext.kernels.residual import rows as residual_rows
 
 # One rounding of the results; their sums are those of what was computed before it.
@@ -54,7 +53,7 @@ def inputs_of(shape: tuple[int, ...], dtype: torch.dtype, mapped: bool) -> dict[
 
 def by_definition(inputs: dict[str, Tensor | None]) -> Tensor:
     wide = [None if value is None else value.double() for value in inputs.values()]
-    return residual_reference.join(*wide)  # type: ignore[arg-type]
+    return residual_launch.reference(*wide)  # type: ignore[arg-type]
 
 
 def assert_near(actual: Tensor, expected: Tensor, tolerance: float) -> None:
@@ -125,7 +124,7 @@ def test_statistics(shape: tuple[int, ...], mean: float, dtype: torch.dtype) -> 
         again = batch_norm_launch.merged(residual_launch.statistics(y, kernels=True), True)
     assert actual.dtype == torch.float32
     assert torch.equal(actual, again)
-    expected = residual_reference.channel_statistics(y.double())
+    expected = residual_launch.reference_statistics(y.double())
     count, total, m2 = expected
     assert torch.equal(actual[0], count.float())
     assert_near(actual[2], m2, 2e-5 if mean else 1e-6)

@@ -12,8 +12,8 @@ from coded_resnext.kernels import layout
 from coded_resnext.kernels.affine import statistics_gradient
 from coded_resnext.kernels.batch_norm import launch as batch_norm_launch
 from coded_resnext.kernels.conv1x1 import convolution
-from coded_resnext.kernels.conv1x1 import reference as conv1x1_reference
-from coded_resnext.kernels.residual import reference as residual_reference
+from coded_resnext.kernels.conv1x1 import library as conv1x1_library
+from coded_resnext.kernels.residual import launch as residual_launch
 from coded_resnext.kernels.rows import Passes
 
 
@@ -156,18 +156,18 @@ def defined(case: ProductCase, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
 
     results, loss = {}, torch.zeros((), dtype=torch.float64)
     if case.join:
-        x = rounded(residual_reference.join(*(wide[n] for n in JOIN_ARGUMENTS[:-1] if n in wide)))
+        x = rounded(residual_launch.reference(*(wide[n] for n in JOIN_ARGUMENTS[:-1] if n in wide)))
         results["x"] = x
         loss = loss + (x * given["x"]).sum()
     else:
         x = wide["x"]
         if case.affine:
             x = rounded(torch.relu(_by_channel(wide["scale"]) * x + _by_channel(wide["bias"])))
-    results["y"] = y = conv1x1_reference.conv1x1(x, wide["weight"])
+    results["y"] = y = conv1x1_library.reference(x, wide["weight"])
     factor = given["statistics"][0] if case.gain else torch.ones(case.O)
     loss = loss + (y * _by_channel(factor) * given["y"]).sum()
     if case.statistics:
-        results["statistics"] = residual_reference.channel_statistics(y)
+        results["statistics"] = residual_launch.reference_statistics(y)
         loss = loss + (results["statistics"][1:] * given["statistics"][1:]).sum()
     actual = torch.autograd.grad(loss, list(wide.values()))
     results |= {f"grad_{name}": g for name, g in zip(wide, actual, strict=True)}

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from coded_resnext.kernels import layout
-from coded_resnext.kernels.conv3x3 import reference as conv3x3_reference
-from coded_resnext.kernels.residual import reference as residual_reference
+from coded_resnext.kernels.conv3x3 import library as conv3x3_library
+from coded_resnext.kernels.residual import launch as residual_launch
 
 
 @dataclass(frozen=True)
@@ -70,12 +70,12 @@ def defined(case: GroupedCase, inputs: dict[str, Tensor], *, rounded: bool) -> d
         x = torch.relu(wide["scale"][:, None, None] * x + wide["bias"][:, None, None])
         if rounded:
             x = x + (x.detach().to(inputs["x"].dtype).double() - x.detach())
-    y = conv3x3_reference.grouped_conv3x3(x, wide["weight"], case.N, case.stride)
+    y = conv3x3_library.reference(x, wide["weight"], case.N, case.stride)
     grad, grad_statistics = (g.double() for g in case.output_gradients(inputs["x"].dtype))
     results = {"y": y}
     loss = (y * grad).sum()
     if case.statistics:
-        results["statistics"] = residual_reference.channel_statistics(y)
+        results["statistics"] = residual_launch.reference_statistics(y)
         loss = loss + (results["statistics"] * grad_statistics).sum()
     gradients = torch.autograd.grad(loss, list(wide.values()))
     results |= {f"grad_{name}": g for name, g in zip(wide, gradients, strict=True)}

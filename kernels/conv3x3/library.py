@@ -1,8 +1,9 @@
-"""The grouped 3x3 convolution by wider groups, in PyTorch: weights are filled up with zeros.
+"""The grouped 3x3 convolution in PyTorch: its definition, and its computation by wider groups.
 
-cuDNN is slow where groups are narrow. One group of 32 channels that multiplies by zeros, seven
-eighths of its weight, can be faster than eight groups of 4. Everything around the convolution stays
-as it was: the weight is merged in one launch before it, and its gradient gathered in one behind.
+`merged_conv3x3` fills weights up with zeros, since cuDNN is slow where groups are narrow: one group
+of 32 channels that multiplies by zeros, seven eighths of its weight, can be faster than eight
+groups of 4. Everything around the convolution stays as it was: the weight is merged in one launch
+before it, and its gradient gathered in one behind.
 """
 
 from __future__ import annotations
@@ -13,6 +14,38 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+
+def reference(
+    x: Tensor,
+    weight: Tensor,
+    groups: int,
+    stride: int = 1,
+    scale: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """Returns the grouped convolution of `relu(scale x + bias)`, padded with zeros after the ReLU.
+
+    Args:
+        x: `[B, N*D, H, W]`.
+        weight: `[N*D, D, 3, 3]`.
+        groups: `N`.
+        stride: of the output, `[B, N*D, OH, OW]` with `OH = ceil(H / stride)`.
+        scale, bias: `[N*D]`; without them `x` itself is convolved.
+    """
+    if scale is not None and bias is not None:
+        x = torch.relu(scale[:, None, None] * x + bias[:, None, None])
+    batch, channels, height, width = x.shape
+    padded = x.new_zeros(batch, channels, height + 2, width + 2)
+    padded[:, :, 1:-1, 1:-1] = x
+    grouped = padded.view(batch, groups, -1, height + 2, width + 2)
+    taps = weight.reshape(groups, -1, *weight.shape[1:])
+    y = x.new_zeros(batch, channels, -(-height // stride), -(-width // stride))
+    for row in range(3):
+        for column in range(3):
+            shifted = grouped[..., row : row + height : stride, column : column + width : stride]
+            y = y + torch.einsum("goi,bgihw->bgohw", taps[..., row, column], shifted).flatten(1, 2)
+    return y
 
 
 def merged_conv3x3(x: Tensor, weight: Tensor, stride: int, width: int) -> Tensor:
