@@ -62,8 +62,8 @@ def prebuilt_kernels() -> Iterator[str]:
     for fault in faults:
         yield f"left out: {fault}"
     if not indexes and not faults:
-        places = ", ".join(map(str, folders())) or "no folder"
-        yield f"none prebuilt in {places}; each is compiled when first used"
+        searched = ", ".join(map(str, folders())) or "no folder"
+        yield f"none prebuilt in {searched}; each is compiled when first used"
 
 
 def devices() -> list[torch.device]:

@@ -166,12 +166,12 @@ def _table(loaded: LoadedModel, rows: list[dict[str, Any]], criterion: EarlyExit
     files = [printable(row["file"]) for row in rows]
     names = [printable(row["class_name"]) for row in rows]
     file_width, name_width = max(map(len, files)), max(map(len, names))
-    places = [_where(row, blocks, criterion is not None) for row in rows]
-    place_width = max(map(len, places))
+    decided = [_where(row, blocks, criterion is not None) for row in rows]
+    where_width = max(map(len, decided))
     lines = []
-    for file, name, where, row in zip(files, names, places, rows, strict=True):
+    for file, name, where, row in zip(files, names, decided, rows, strict=True):
         path = " | ".join(" ".join(map(str, branches)) for branches in row["path"])
-        lines.append(f"{file:<{file_width}}  {name:<{name_width}}  {where:<{place_width}}  {path}")
+        lines.append(f"{file:<{file_width}}  {name:<{name_width}}  {where:<{where_width}}  {path}")
     if criterion is not None:
         assert loaded.preprocessing is not None
         whole = network_cost(loaded.model, loaded.preprocessing.size).macs

@@ -110,11 +110,11 @@ class Augmentation:
         Raises:
             ImportError: the decoder is not installed.
         """
-        place = self.augment_on
-        if place == "auto":
-            place = "cpu" if device.type == "cpu" else "device"
+        chosen = self.augment_on
+        if chosen == "auto":
+            chosen = "cpu" if device.type == "cpu" else "device"
         decoder = self.decoder
-        if place == "cpu" or self.crop_padding is not None:
+        if chosen == "cpu" or self.crop_padding is not None:
             decoder = "pillow"
         elif decoder == "auto":
             decoder = "simplejpeg" if has_simplejpeg() else "pillow"
@@ -122,7 +122,7 @@ class Augmentation:
             raise ImportError(
                 "decoder: simplejpeg is not installed: pip install 'coded-resnext[fast]'"
             )
-        return replace(self, augment_on=place, decoder=decoder)
+        return replace(self, augment_on=chosen, decoder=decoder)
 
 
 class TrainTransform:
@@ -149,8 +149,8 @@ class TrainTransform:
         self._steps.append(make_crop(augmentation, preprocessing.size))
         self._steps.append(Flips(augmentation.hflip, augmentation.vflip))
         if augmentation.aa:
-            place = 0 if augmentation.aa_first else len(self._steps)
-            self._steps.insert(place, make_rand_augment(augmentation.aa, preprocessing))
+            index = 0 if augmentation.aa_first else len(self._steps)
+            self._steps.insert(index, make_rand_augment(augmentation.aa, preprocessing))
         self._erase: Callable[[Tensor], Tensor] | None = None
         if augmentation.reprob:
             make_erasing: Callable[..., Callable[[Tensor], Tensor]] = RandomErasing
@@ -233,7 +233,7 @@ def _without_pixels() -> Image:
 
 
 class PaddedCrop:
-    """Cuts a square out of the image, padded with black on all sides, at a random place."""
+    """Cuts a square out of the image, padded with black on all sides, at a random position."""
 
     def __init__(self, size: int, padding: int) -> None:
         self.size, self.padding = size, padding

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .preprocessing import derive_seed
 
-# Epoch, and places of a batch, see `ShuffledSamples.chosen`.
+# Epoch, and positions of a batch, see `ShuffledSamples.chosen`.
 Key = tuple[int, list[int]]
 
 
@@ -120,7 +120,7 @@ class ShuffledSamples:
         """Places `[B]` of this process's samples, step by step; the order is drawn at once.
 
         The position is that modulo the number of samples. What comes again in an epoch, as in a
-        balanced order, has another place, so that it is augmented otherwise.
+        balanced order, has another position, so that it is augmented otherwise.
         """
         order = torch.randperm(self.samples, generator=generator)
         if self.balanced:

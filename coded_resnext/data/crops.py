@@ -114,9 +114,9 @@ def cut_parts(
     ]
     whole = [image.jpeg if n == 1 else b"" for image, n in zip(images, scales, strict=True)]
     regions = _regions(whole, parts)
-    for place, image in enumerate(images):
-        if regions[place] is None and image.jpeg:
-            regions[place] = _scaled(image, parts[place], scales[place])
+    for index, image in enumerate(images):
+        if regions[index] is None and image.jpeg:
+            regions[index] = _scaled(image, parts[index], scales[index])
     return [
         attempt(_cut_whole, image, part, side)
         if region is None
@@ -137,14 +137,14 @@ def _regions(contents: Sequence[bytes], parts: Sequence[Part]) -> list[Pixels | 
     if codec is None:
         return regions
     streams = {}
-    for place, (content, part) in enumerate(zip(contents, parts, strict=True)):
+    for index, (content, part) in enumerate(zip(contents, parts, strict=True)):
         scan = MARKER.search(content, _header_length(content) + 2) if content else None
         if scan is None or scan.group() != END or scan.end() != len(content):
             continue
         right, bottom = part.left + part.width, part.top + part.height
         region = codec.Region(part.top, part.left, bottom, right)
         with suppress(RuntimeError):
-            streams[place] = codec.CodeStream(content).get_sub_code_stream(region=region)
+            streams[index] = codec.CodeStream(content).get_sub_code_stream(region=region)
     if not streams:
         return regions
     if not hasattr(_memory, "decoder"):
@@ -159,8 +159,8 @@ def _regions(contents: Sequence[bytes], parts: Sequence[Part]) -> list[Pixels | 
         _memory.regions = []
     elif len(decoded) > len(_memory.regions):
         _memory.regions = decoded
-    for place, image in zip(streams, decoded, strict=True):
-        regions[place] = None if image is None else np.asarray(image)
+    for index, image in zip(streams, decoded, strict=True):
+        regions[index] = None if image is None else np.asarray(image)
     return regions
 
 
@@ -277,9 +277,9 @@ def _plain_size(content: bytes) -> tuple[int, int] | None:
 
 def _header_length(content: bytes) -> int:
     """Returns where the first scan of a JPEG begins; the whole length where that is not clear."""
-    place = 2
-    while content[place : place + 1] == b"\xff":
-        if content[place + 1 : place + 2] == b"\xda":
-            return place
-        place += 2 + int.from_bytes(content[place + 2 : place + 4])
+    offset = 2
+    while content[offset : offset + 1] == b"\xff":
+        if content[offset + 1 : offset + 2] == b"\xda":
+            return offset
+        offset += 2 + int.from_bytes(content[offset + 2 : offset + 4])
     return len(content)

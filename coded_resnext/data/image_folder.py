@@ -550,7 +550,7 @@ def _write_shard(
 
 
 def _shard_name(start: int) -> str:
-    """Returns the name of a shard by the place of its first image."""
+    """Returns the name of a shard by the number of its first image."""
     return f"from-{start:08d}.tar"
 
 

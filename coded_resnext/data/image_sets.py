@@ -181,7 +181,7 @@ class MemoryImages:
     encoded = image
 
     def name(self, index: int) -> str:
-        """Returns the file that the image came from, or its place in one."""
+        """Returns the file that the image came from, or its position in one."""
         return self.names[index]
 
     def subset(self, indices: Sequence[int]) -> MemoryImages:
@@ -304,8 +304,8 @@ def into_memory(files: ImageSet, damaged: DamagedImages, largest: float = math.i
         return MemoryImages(images, source.targets, names, source)
     # Each is let go as it is copied: two copies of a whole set may be more than there is room for.
     pixels = np.empty((len(images), *images[0].shape), np.uint8)
-    for place in reversed(range(len(images))):
-        pixels[place] = images.pop()
+    for index in reversed(range(len(images))):
+        pixels[index] = images.pop()
     return MemoryImages(pixels, source.targets, names, source)
 
 
@@ -363,7 +363,7 @@ class ImageSplits:
 
 
 def by_class(targets: Tensor) -> dict[int, Integers]:
-    """Returns the places of the samples of every class that occurs, ascending, by one sort."""
+    """Returns the indices of the samples of every class that occurs, ascending, by one sort."""
     order = np.argsort(targets.numpy(), kind="stable")
     classes, starts = np.unique(targets.numpy()[order], return_index=True)
     return dict(zip(classes.tolist(), np.split(order, starts[1:]), strict=True))

@@ -96,18 +96,18 @@ class TableImages:
 
 @dataclass(frozen=True, eq=False)
 class ShardImages:
-    """Images inside tar files, which a table says the places of; see `image_folder.pack`."""
+    """Images inside tar files, which a table says the positions of; see `image_folder.pack`."""
 
     files: Files
     """Their names and sizes, below the folder of the table."""
     shards: tuple[Path, ...]
-    places: Tensor
+    locations: Tensor
     """Which shard, and the first byte in it, `[n, 2]`, int64."""
     targets: Tensor
 
     def encoded(self, index: int) -> bytes:
         """Returns what was in the file; a ValueError names one that cannot be read."""
-        shard, offset = self.places[index].tolist()
+        shard, offset = self.locations[index].tolist()
         try:
             with self.shards[shard].open("rb") as file:
                 file.seek(offset)
@@ -135,8 +135,8 @@ class ShardImages:
     def subset(self, indices: Sequence[int]) -> ShardImages:
         """Returns the chosen images, in the order given."""
         chosen = torch.as_tensor(indices, dtype=torch.int64)
-        files, places = self.files.take(indices), self.places[chosen]
-        return ShardImages(files, self.shards, places, self.targets[chosen])
+        files, locations = self.files.take(indices), self.locations[chosen]
+        return ShardImages(files, self.shards, locations, self.targets[chosen])
 
     def fingerprint(self) -> dict[str, Any]:
         """Returns their number, and digests of names, classes, sizes and the bytes of some."""
@@ -161,37 +161,39 @@ class JoinedImages:
     def __init__(self, sets: Sequence[ImagesOfNoClass]) -> None:
         self.sets = sets
         self.ends = list(accumulate(map(len, sets)))
-        """Places behind the last image of each set."""
+        """Positions behind the last image of each set."""
         self.targets: Tensor = torch.cat([images.targets for images in sets])
 
-    def _place(self, index: int) -> tuple[ImagesOfNoClass, int]:
+    def _locate(self, index: int) -> tuple[ImagesOfNoClass, int]:
         which = bisect_right(self.ends, index)
         return self.sets[which], index - (self.ends[which] - len(self.sets[which]))
 
     def image(self, index: int) -> Image:
         """Returns an image as 8-bit RGB; a ValueError names one that cannot be read."""
-        images, place = self._place(index)
-        return images.image(place)
+        images, position = self._locate(index)
+        return images.image(position)
 
     def encoded(self, index: int) -> Path | bytes:
         """Returns an encoded image, or the file that it is in."""
-        images, place = self._place(index)
-        return images.encoded(place)
+        images, position = self._locate(index)
+        return images.encoded(position)
 
     def name(self, index: int) -> str:
         """Returns the name that an image has in its set."""
-        images, place = self._place(index)
-        return images.name(place)
+        images, position = self._locate(index)
+        return images.name(position)
 
     def address(self, index: int) -> str:
         """Returns the address that an image has in its set."""
-        images, place = self._place(index)
-        return images.address(place)
+        images, position = self._locate(index)
+        return images.address(position)
 
     def subset(self, indices: Sequence[int]) -> JoinedImages:
         """Returns the chosen images, in the order given."""
-        runs = groupby(map(self._place, indices), key=lambda place: place[0])
-        return JoinedImages([images.subset([place for _, place in run]) for images, run in runs])
+        runs = groupby(map(self._locate, indices), key=lambda located: located[0])
+        return JoinedImages(
+            [images.subset([position for _, position in run]) for images, run in runs]
+        )
 
     def fingerprint(self) -> dict[str, Any]:
         """Returns their number, and a digest of the fingerprints of all sets."""
@@ -281,9 +283,9 @@ def labelled_splits(
             f"{title}: expected labels of the {len(names)} classes of the network, "
             f"got also {listed(unknown)}"
         )
-    places = torch.tensor([names.index(name) for name in labels])
+    indices = torch.tensor([names.index(name) for name in labels])
     sets = [
-        replace(images, targets=places[images.targets]) if images else _no_images()
+        replace(images, targets=indices[images.targets]) if images else _no_images()
         for images in (train, test)
     ]
     counts = torch.bincount(sets[0].targets, minlength=len(names)).tolist()
@@ -305,7 +307,7 @@ def _read_csv(root: str | Path) -> tuple[tuple[str, ...], dict[str, StoredImages
     path = Path(root)
     rows = csv_rows(path, ("path", "label"))
     names = tuple(sorted({row["label"] for row in rows}))
-    places = {name: place for place, name in enumerate(names)}
+    indices = {name: index for index, name in enumerate(names)}
     seen: dict[str, int] = {}
     members: dict[str, list[int]] = {}
     for index, row in enumerate(rows):
@@ -317,7 +319,7 @@ def _read_csv(root: str | Path) -> tuple[tuple[str, ...], dict[str, StoredImages
                 f"{as_text(path)}: split: expected one of {', '.join(_SPLITS)}; got {split!r:.80}"
             )
         members.setdefault(_SPLITS.get(split, WHOLE), []).append(index)
-    targets = torch.tensor([places[row["label"]] for row in rows])
+    targets = torch.tensor([indices[row["label"]] for row in rows])
     images: StoredImages
     if "shard" in (rows[0] if rows else {}):
         images = _in_shards(path, rows, targets)
@@ -333,8 +335,8 @@ def _in_shards(path: Path, rows: Sequence[dict[str, str]], targets: Tensor) -> S
     """Returns the images of a table with the titles shard, offset and bytes."""
     ends = {name: file_size(path.parent, name) for name in {row["shard"] for row in rows}}
     names = sorted(ends)
-    order = {name: place for place, name in enumerate(names)}
-    places, sizes = [], []
+    order = {name: number for number, name in enumerate(names)}
+    locations, sizes = [], []
     for row in rows:
         numbers = [row.get(title, "") for title in ("offset", "bytes")]
         if not all(number.isdecimal() and len(number) < 16 for number in numbers):
@@ -347,11 +349,11 @@ def _in_shards(path: Path, rows: Sequence[dict[str, str]], targets: Tensor) -> S
                 f"{as_text(path)}: {row['path']}: expected bytes inside {row['shard']} of "
                 f"{ends[row['shard']]:,} bytes, got {size:,} from {offset:,} on"
             )
-        places.append((order[row["shard"]], offset))
+        locations.append((order[row["shard"]], offset))
         sizes.append(size)
     files = Files(path.parent, (row["path"] for row in rows), sizes)
     shards = tuple(path.parent / name for name in names)
-    return ShardImages(files, shards, torch.tensor(places), targets)
+    return ShardImages(files, shards, torch.tensor(locations), targets)
 
 
 def _read_table(root: str | Path) -> tuple[tuple[str, ...], dict[str, StoredImages]]:
@@ -368,8 +370,8 @@ def _read_table(root: str | Path) -> tuple[tuple[str, ...], dict[str, StoredImag
             raise ValueError(f"{as_text(root)}: expected a label of every image, got {wrong[0]}")
     if known is None:
         known = sorted({str(value) for values in labels.values() for value in values})
-        places: Mapping[Any, int] = {name: place for place, name in enumerate(known)}
-        labels = {s: [places[str(value)] for value in values] for s, values in labels.items()}
+        indices: Mapping[Any, int] = {name: index for index, name in enumerate(known)}
+        labels = {s: [indices[str(value)] for value in values] for s, values in labels.items()}
     parts: dict[str, StoredImages] = {}
     for split, table in splits.items():
         if split not in _SPLITS and len(splits) > 1:

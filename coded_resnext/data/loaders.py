@@ -48,7 +48,7 @@ class Read(NamedTuple):
     batch: Batch | None
     """The images that could be read; None when there is none."""
     damaged: dict[int, str]
-    """Reason why each unreadable image could not be read, by the image's place in the set."""
+    """Reason why each unreadable image could not be read, by the image's index in the set."""
     draws: Tensor | None = None
     """What is still to be done to the images, on the device."""
 
@@ -59,7 +59,7 @@ class _Reader(Dataset[Read]):
     Args:
         images: the images.
         transform: makes a batch of images and their seeds.
-        seed: the seeds follow from it, the epoch and the place.
+        seed: the seeds follow from it, the epoch and the position.
         replacements: how many of the images that follow may be tried in place of a damaged one.
     """
 
@@ -77,13 +77,13 @@ class _Reader(Dataset[Read]):
         with generators_kept():
             return self._read(*key)
 
-    def _read(self, epoch: int, places: list[int]) -> Read:
+    def _read(self, epoch: int, positions: list[int]) -> Read:
         damaged: dict[int, str] = {}
         count, opened = len(self.images), {}
-        left = dict(enumerate(places))
+        left = dict(enumerate(positions))
         for offset in range(self.replacements + 1):
-            turns = [divmod(place, count) for place in left.values()]
-            indices = [(position + offset) % count for _, position in turns]
+            turns = [divmod(position, count) for position in left.values()]
+            indices = [(first + offset) % count for _, first in turns]
             seeds = [
                 derive_seed(self.seed, epoch, index + again * count)
                 for index, (again, _) in zip(indices, turns, strict=True)
@@ -109,7 +109,7 @@ class _Reader(Dataset[Read]):
 class TrainImages(ShuffledSamples):
     """A training loader: augmented, shuffled, full batches, and their files by name.
 
-    Damaged images are skipped: the next image in the set takes the place, so that the batches of
+    Damaged images are skipped: the next image in the set is taken instead, so that the batches of
     all ranks stay full. They are counted, named on stderr, and too many of them are an error.
 
     Args:
@@ -209,16 +209,16 @@ class EvalImages:
 
     @property
     def targets(self) -> Tensor:
-        """The classes of all images of the set, by place; also of those that cannot be read."""
+        """The classes of all images of the set, by index; also of those that cannot be read."""
         return self.images.targets
 
     def fingerprint(self) -> dict[str, Any]:
         """Returns that of the set, on every rank."""
         return self.images.fingerprint()
 
-    def part(self, places: Tensor) -> EvalImages:
+    def part(self, indices: Tensor) -> EvalImages:
         """Returns a loader of some images of the set, which reads no others."""
-        images = self.images.subset(places.tolist())
+        images = self.images.subset(indices.tolist())
         damaged = DamagedImages(images, self.damaged.share)
         options: dict[str, Any] = {"workers": self.workers, "damaged": damaged}
         return EvalImages(images, self.preprocessing, self.batch_size, **options)
@@ -228,7 +228,7 @@ class EvalImages:
             yield 0, list(self._mine[start : start + self.batch_size])
 
     def batches(self) -> Iterator[Batch]:
-        """Yields full batches with the places of their images in the set."""
+        """Yields full batches with the indices of their images in the set."""
         read = (batch for batch, _ in readable(self._loader, self.damaged))
         for tensors in full_batches(read, self.batch_size):
             yield Batch(*tensors)

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 Augment = Callable[[Tensor, Tensor, Tensor], Tensor]
 # Numbers of an image before those of its operations: left, top, mirrored, flipped.
-PLACE = 4
+CROP = 4
 # Images of which a process holds the encoded bytes at a time.
 GROUP = 16
 
@@ -81,7 +81,7 @@ def is_resident(images: ImageSet, preprocessing: Preprocessing) -> bool:
 class DeviceTrainImages(ShuffledSamples):
     """A training loader as `loaders.TrainImages` with the same order and draws, on the device.
 
-    A step sends the places of its images and a few numbers for each to the device, and never waits
+    A step sends the indices of its images and a few numbers for each to the device, and never waits
     for it.
 
     Args:
@@ -213,9 +213,9 @@ class _Drawing(Dataset[_Drawn]):
         self.draws, self.targets, self.seed = draws, targets, seed
 
     def __getitem__(self, key: Key) -> _Drawn:
-        epoch, places = key
-        seeds = [derive_seed(self.seed, epoch, place) for place in places]
-        chosen = torch.tensor(places) % len(self.targets)
+        epoch, positions = key
+        seeds = [derive_seed(self.seed, epoch, position) for position in positions]
+        chosen = torch.tensor(positions) % len(self.targets)
         return _Drawn(self.draws(seeds), self.targets[chosen], chosen)
 
 
@@ -251,7 +251,7 @@ class Draws:
         self._size, self._aa_first = preprocessing.size, augmentation.aa_first
 
     def __call__(self, seeds: Sequence[int]) -> Tensor:
-        """Of images of the network's size, `[B, PLACE + layers * NUMBERS + ..]`, float64."""
+        """Of images of the network's size, `[B, CROP + layers * NUMBERS + ..]`, float64."""
         with generators_kept():
             rows = [self.of_image(seed, (self._size, self._size))[1] for seed in seeds]
         return torch.tensor(rows, dtype=torch.float64)
@@ -272,7 +272,7 @@ class Draws:
             corner = self._crop.draw()
         row = [float(number) for number in (*corner, *self._flips.draw())]
         row += first if self._aa_first else self._operations()
-        row += [0.0] * (PLACE + self.layers * NUMBERS - len(row))
+        row += [0.0] * (CROP + self.layers * NUMBERS - len(row))
         if self._erased.columns:
             row += self._erased.draw(self._size, seed + 1)
         return part, row
@@ -362,32 +362,32 @@ class DeviceAugment:
         if self._erasing is not None:
             count = draws.shape[1] - self._erasing.columns
             draws, erased = draws[:, :count], draws[:, count:]
-        places = draws[:, :PLACE]
+        crops = draws[:, :CROP]
         if self._aa_first:
             images = self._operate(pixels[indices], draws)
-            images = crop_and_flip(images, torch.arange(len(images), device=images.device), places)
+            images = crop_and_flip(images, torch.arange(len(images), device=images.device), crops)
         else:
-            images = self._operate(crop_and_flip(pixels, indices, places), draws)
+            images = self._operate(crop_and_flip(pixels, indices, crops), draws)
         images = self._normalize(images)
         return images if self._erasing is None else self._erasing(images, erased)
 
     def _operate(self, images: Tensor, draws: Tensor) -> Tensor:
-        for start in range(PLACE, draws.shape[1], NUMBERS):
+        for start in range(CROP, draws.shape[1], NUMBERS):
             images = apply_operation(images, draws[:, start : start + NUMBERS], self._fill)
         return images
 
 
-def crop_and_flip(pixels: Tensor, indices: Tensor, places: Tensor) -> Tensor:
+def crop_and_flip(pixels: Tensor, indices: Tensor, crops: Tensor) -> Tensor:
     """Shifted images, black where they end, then flipped.
 
     Args:
         pixels: `[n, 3, H, W]`, uint8.
         indices: which of them, `[B]`.
-        places: `[B, PLACE]`: first column and row of the part that is cut out, below 0 outside the
+        crops: `[B, CROP]`: first column and row of the part that is cut out, below 0 outside the
             image, and whether to flip from left to right and from top to bottom.
     """
     height, width = pixels.shape[2:]
-    left, top, mirrored, flipped = places.long().unbind(1)
+    left, top, mirrored, flipped = crops.long().unbind(1)
     rows, inside_rows = _line(height, top, flipped)
     columns, inside_columns = _line(width, left, mirrored)
     images = pixels[indices[:, None, None], :, rows[:, :, None], columns[:, None, :]]
@@ -399,12 +399,12 @@ def _line(length: int, start: Tensor, is_reversed: Tensor) -> tuple[Tensor, Tens
     """Places `[B, length]` along one axis, held inside the image, and whether they were in it."""
     steps = torch.arange(length, device=start.device)
     steps = torch.where(is_reversed[:, None] > 0, length - 1 - steps, steps)
-    places = start[:, None] + steps
-    return places.clamp(0, length - 1), (places >= 0) & (places < length)
+    indices = start[:, None] + steps
+    return indices.clamp(0, length - 1), (indices >= 0) & (indices < length)
 
 
 def _noted(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """In place of one of timm's operations: writes down what it was asked for."""
+    """Instead of one of timm's operations: writes down what it was asked for."""
     from timm.data import auto_augment
 
     # Shifts and turns stay: they hand their coefficients to the image that they change.
@@ -506,11 +506,11 @@ class HostCrops:
     def _open(self, images: ImageSet, indices: Sequence[int], seeds: Sequence[int]) -> list[Any]:
         """Does one thing after the other for all of them, which the processor does faster."""
         opened = [attempt(LazyImage, images, index, self.decoder) for index in indices]
-        places = [n for n, image in enumerate(opened) if isinstance(image, LazyImage)]
-        sound = [opened[place] for place in places]
+        positions = [n for n, image in enumerate(opened) if isinstance(image, LazyImage)]
+        sound = [opened[position] for position in positions]
         drawn = [
-            self.draws.of_image(seeds[place], image.size)
-            for place, image in zip(places, sound, strict=True)
+            self.draws.of_image(seeds[position], image.size)
+            for position, image in zip(positions, sound, strict=True)
         ]
         parts = [part for part, _ in drawn if part is not None]
         pixels = (
@@ -518,8 +518,8 @@ class HostCrops:
             if len(parts) == len(drawn)
             else [attempt(self._padded, image) for image in sound]
         )
-        for place, cut, (_, numbers) in zip(places, pixels, drawn, strict=True):
-            opened[place] = cut if isinstance(cut, ValueError) else (cut, numbers)
+        for position, cut, (_, numbers) in zip(positions, pixels, drawn, strict=True):
+            opened[position] = cut if isinstance(cut, ValueError) else (cut, numbers)
         return opened
 
     def _padded(self, image: LazyImage) -> Pixels:
@@ -575,5 +575,5 @@ class StreamedTrainImages(TrainImages):
             pixels, draws = (
                 each.to(self._device, non_blocking=True) for each in (batch.images, numbers)
             )
-            places = torch.arange(len(pixels), device=self._device)
-            yield batch._replace(images=self._augment(pixels, places, draws))
+            indices = torch.arange(len(pixels), device=self._device)
+            yield batch._replace(images=self._augment(pixels, indices, draws))

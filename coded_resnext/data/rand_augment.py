@@ -38,7 +38,7 @@ GREY, HALF = (19595, 38470, 7471), 0x8000
 SOLARIZE_ADD_BELOW = 128
 # Numbers of a rectangle: top, left, bottom, right, and its colour.
 RECTANGLE = 7
-# Noise is cut out of a fixed field of this many pixels squared, at a place drawn for each image.
+# Noise is cut out of a fixed field of this many pixels squared, at a position drawn for each image.
 NOISE_SIDE = 1024
 
 
@@ -171,10 +171,10 @@ def affine(images: Tensor, coefficients: Tensor, cubic: Tensor, fill: Tensor) ->
 
     Args:
         images: `[B, 3, H, W]`, uint8.
-        coefficients: `[B, 6]`, float64: of the place (x, y) that belongs to the centre of a pixel
+        coefficients: `[B, 6]`, float64: of the point (x, y) that belongs to the centre of a pixel
             of the result, `a x + b y + c` and `d x + e y + f`.
         cubic: `[B]`, 1 for bicubic interpolation over 4 x 4 pixels, 0 for bilinear over 2 x 2.
-        fill: `[3]`, uint8, where the place lies outside the image.
+        fill: `[3]`, uint8, where the point lies outside the image.
 
     Returns:
         `[B, 3, H, W]`, uint8.
@@ -194,8 +194,8 @@ def affine(images: Tensor, coefficients: Tensor, cubic: Tensor, fill: Tensor) ->
     pixels = images.flatten(2)
 
     def at(row: Tensor, column: Tensor) -> Tensor:
-        places = (row * width + column).flatten(1)[:, None].expand(-1, channels, -1)
-        return torch.gather(pixels, 2, places).view_as(images).double()
+        indices = (row * width + column).flatten(1)[:, None].expand(-1, channels, -1)
+        return torch.gather(pixels, 2, indices).view_as(images).double()
 
     cubic_lines, linear_lines = [], []
     for number, row in enumerate(rows_of):
@@ -287,8 +287,8 @@ class _Notes:
     def size(self) -> tuple[int, int, int]:
         return self._shape
 
-    def __setitem__(self, place: tuple[slice, slice, slice], colour: Tensor) -> None:
-        _, rows, columns = place
+    def __setitem__(self, index: tuple[slice, slice, slice], colour: Tensor) -> None:
+        _, rows, columns = index
         edges = (rows.start, columns.start, rows.stop, columns.stop)
         self.numbers += [*map(float, edges), *colour.flatten().tolist()]
 

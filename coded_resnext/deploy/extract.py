@@ -528,8 +528,8 @@ def _name_since_version_2(name: str) -> str:
     match = re.fullmatch(r"(blocks\.\d+\.(?:reduce|grouped|expand))\.([01])\.(\w+)", name)
     if match is None:
         return name
-    layer, place, tensor = match.groups()
-    return f"{layer}.{tensor}" if place == "0" else f"{layer}_bn.{tensor}"
+    layer, number, tensor = match.groups()
+    return f"{layer}.{tensor}" if number == "0" else f"{layer}_bn.{tensor}"
 
 
 def file_name(index: int, class_name: str) -> str:

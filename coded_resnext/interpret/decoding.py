@@ -28,7 +28,7 @@ Confusion = tuple[tuple[int, int, int], ...]
 STEPS = 48
 # Images of a data set with few classes; one of each class where there are more, up to the most.
 CHOSEN, MOST_CHOSEN = 240, 1000
-# Of these, one in so many places is for images that the network or a decoder misreads.
+# Of these, one in so many is for images that the network or a decoder misreads.
 MISREAD_SHARE = 4
 # Classes that are listed for every block: the nearest codewords.
 NEAREST = 3
@@ -202,8 +202,8 @@ def _margins(scores: ExitScores) -> list[float]:
     """
     ordered = torch.cat([torch.zeros(1), scores.margins.flatten()]).double().sort().values
     shares = torch.linspace(0, 1, STEPS, dtype=torch.float64)
-    places = (shares * (len(ordered) - 1)).round().long().clamp(min=1)
-    below, above = ordered[places - 1], ordered[places]
+    positions = (shares * (len(ordered) - 1)).round().long().clamp(min=1)
+    below, above = ordered[positions - 1], ordered[positions]
     return sorted({0.0, *((below + above) / 2)[above > below].tolist()})
 
 
@@ -257,9 +257,8 @@ class Samples:
     def of(cls, observed: Observations, *, limit: int | None = None, seed: int = 0) -> Samples:
         """Follows some of the test images: the misread ones first, then as many of every class.
 
-        A quarter of the places is for images that the classifier misreads and, after them, those
-        that an early decoder reads otherwise than the classifier. What is left goes around the
-        classes.
+        A quarter of the images are those that the classifier misreads and, after them, those that
+        an early decoder reads otherwise than the classifier. The rest are of all classes by turns.
 
         Args:
             observed: what `observe` returned for a coded network.
@@ -315,7 +314,7 @@ class Samples:
 
 
 def choose(scores: ExitScores, limit: int, seed: int) -> Tensor:
-    """Returns which images to follow, by true class and place; `[n]` with `n <= limit`."""
+    """Returns which images to follow, by true class and position; `[n]` with `n <= limit`."""
     order = torch.from_numpy(np.random.default_rng(seed).permutation(len(scores.targets)))
     wrong = scores.final != scores.targets
     wavering = (scores.decoded != scores.final[:, None]).any(1)

@@ -154,7 +154,7 @@ def evaluate(
     stream(model, digested["test"], "test images", uses, known=targets)
     observed = observer.result()
     codebooks = list(dict.fromkeys(observed.codebooks))
-    places = [index for index, block in enumerate(model.blocks) if block.is_coded]
+    indices = [index for index, block in enumerate(model.blocks) if block.is_coded]
     counts = observed.targets.bincount(minlength=model.num_classes)
     evaluation = Evaluation(
         class_names=observed.class_names,
@@ -163,8 +163,8 @@ def evaluate(
         classification=classification(observed.predictions, observed.targets, model.num_classes),
         codebooks=tuple(book.to_dict() for book in codebooks),
         blocks=tuple(
-            BlockDescription(codebooks.index(book), place)
-            for book, place in zip(observed.codebooks, places, strict=True)
+            BlockDescription(codebooks.index(book), index)
+            for book, index in zip(observed.codebooks, indices, strict=True)
         ),
         cost=network_cost(model, observed.image_size).to_dict(),
         not_computed=not_computed,

@@ -101,8 +101,8 @@ class Observer:
         if model.num_classes > MOST_COMPARED:
             order = np.random.default_rng((seed, 5)).permutation(model.num_classes)
             compared = torch.from_numpy(order[:MOST_COMPARED]).sort().values
-        self._compared, self._place = compared, torch.full((model.num_classes,), -1)
-        self._place[compared] = torch.arange(len(compared))
+        self._compared, self._row_of_class = compared, torch.full((model.num_classes,), -1)
+        self._row_of_class[compared] = torch.arange(len(compared))
         self._sums = torch.zeros(len(compared), len(compared), dtype=torch.float64)
         self._image_size = (0, 0)
 
@@ -115,9 +115,9 @@ class Observer:
         exact = torch.float64 if logits.dtype == torch.float64 else torch.float32
         logits = logits.to("cpu", exact)
         likely, predictions = logits.softmax(1), logits.argmax(1)
-        places = self._place[part.targets]
-        chances = likely[places >= 0][:, self._compared].double()
-        self._sums.index_add_(0, places[places >= 0], chances)
+        rows = self._row_of_class[part.targets]
+        chances = likely[rows >= 0][:, self._compared].double()
+        self._sums.index_add_(0, rows[rows >= 0], chances)
         confidences = likely.gather(1, predictions[:, None])[:, 0]
         of_blocks = [energy.cpu() for energy in energies]
         self._columns.append((part.targets, predictions, confidences, *of_blocks))
@@ -158,7 +158,7 @@ class Part(NamedTuple):
     """Input of the first coded block, `[B, C, H, W]`; of a plain network, the last map."""
     targets: Tensor
     """Classes `[B]`, on the CPU."""
-    places: Tensor
+    positions: Tensor
     """Places in the loader `[B]`, ascending, on the CPU."""
     image_size: tuple[int, int]
     """Height and width of the images."""
@@ -182,9 +182,9 @@ def stream(
         model: its mode is left as found.
         loader: batches of images `[B, C, H, W]` and class indices `[B]`.
         activity: what is being done, for the progress bar.
-        uses: what takes the parts, each with the places of the images that it wants, ascending,
+        uses: what takes the parts, each with the positions of the images that it wants, ascending,
             which come in batches as large as the first one; None for all, as they come.
-        known: the classes of all images by their places, by which the pass was planned.
+        known: the classes of all images by their positions, by which the pass was planned.
 
     Raises:
         ValueError: as `batches`, or the images have other classes than those by which was planned.
@@ -192,12 +192,12 @@ def stream(
     draws = [_Draw(*use) for use in uses]
     batch_size = 0
     with evaluating(model):
-        for images, targets, places in batches(model, loader, activity):
+        for images, targets, positions in batches(model, loader, activity):
             batch_size = batch_size or len(images)
             if known is not None:
-                require_same_order(targets, known, places)
+                require_same_order(targets, known, positions)
             image_size = (images.shape[2], images.shape[3])
-            part = Part(trunk(model, images), targets.cpu(), places, image_size, batch_size)
+            part = Part(trunk(model, images), targets.cpu(), positions, image_size, batch_size)
             for draw in draws:
                 draw.take(part)
         for draw in draws:
@@ -214,22 +214,22 @@ class _Draw:
     def take(self, part: Part) -> None:
         if self.rows is None:
             return self.use(part)
-        wanted = torch.isin(part.places, self.rows, assume_unique=True).nonzero()[:, 0]
+        wanted = torch.isin(part.positions, self.rows, assume_unique=True).nonzero()[:, 0]
         if len(wanted):
             features = part.features[wanted.to(part.features.device)]
-            self._waiting.append((features, part.targets[wanted], part.places[wanted]))
+            self._waiting.append((features, part.targets[wanted], part.positions[wanted]))
         return self.hand_on(part, rest=False)
 
     def hand_on(self, like: Part, *, rest: bool) -> None:
         waiting, self._waiting = self._waiting, []
-        if not rest and sum(len(places) for *_, places in waiting) < like.at_a_time:
+        if not rest and sum(len(positions) for *_, positions in waiting) < like.at_a_time:
             self._waiting = waiting
             return
-        for features, targets, places in full_batches(waiting, like.at_a_time):
-            if rest or len(places) == like.at_a_time:
-                self.use(Part(features, targets, places, like.image_size, like.at_a_time))
+        for features, targets, positions in full_batches(waiting, like.at_a_time):
+            if rest or len(positions) == like.at_a_time:
+                self.use(Part(features, targets, positions, like.image_size, like.at_a_time))
             else:
-                self._waiting.append((features, targets, places))
+                self._waiting.append((features, targets, positions))
 
 
 def read_classes(energies: Tensor, book: Codebook) -> tuple[Tensor, Tensor]:
@@ -271,7 +271,7 @@ class DrawnImages:
 
     Args:
         loader: batches of images `[B, C, H, W]` and class indices `[B]`.
-        rows: places of the images in the loader, `[m]`, ascending.
+        rows: positions of the images in the loader, `[m]`, ascending.
     """
 
     def __init__(self, loader: Loader, rows: Tensor) -> None:
@@ -294,24 +294,24 @@ class DrawnImages:
         start = 0
         for images, targets in parts:
             low, high = torch.searchsorted(self.rows, torch.tensor([start, start + len(targets)]))
-            places = self.rows[low:high] - start
+            positions = self.rows[low:high] - start
             start += len(targets)
-            if len(places):
-                yield images[places], targets[places]
+            if len(positions):
+                yield images[positions], targets[positions]
 
 
-def require_same_order(targets: Tensor, known: Tensor, places: Tensor) -> None:
+def require_same_order(targets: Tensor, known: Tensor, positions: Tensor) -> None:
     """Refuse a loader that gives other images than those a pass was planned by, as shuffling does.
 
     Args:
         targets: classes of some images in this pass, `[B]`.
-        known: classes of all images, by their places.
-        places: places of these images, `[B]`, ascending.
+        known: classes of all images, by their positions.
+        positions: positions of these images, `[B]`, ascending.
 
     Raises:
         ValueError: they differ.
     """
-    if int(places[-1]) >= len(known) or not torch.equal(targets.cpu(), known[places]):
+    if int(positions[-1]) >= len(known) or not torch.equal(targets.cpu(), known[positions]):
         raise ValueError(
             "loader: expected the same images in the same order in every pass, got other classes "
             "than in the first pass; a loader for evaluation must not shuffle"
@@ -319,7 +319,7 @@ def require_same_order(targets: Tensor, known: Tensor, places: Tensor) -> None:
 
 
 def read_targets(model: CodedResNeXt, loader: Loader) -> Tensor:
-    """The classes of all images of a loader by their places, `[n]` on the CPU.
+    """The classes of all images of a loader by their positions, `[n]` on the CPU.
 
     A loader that tells them, as `targets`, is believed; of others the images are read. Raises as
     `batches`.
@@ -332,7 +332,7 @@ def read_targets(model: CodedResNeXt, loader: Loader) -> Tensor:
 
 
 @runtime_checkable
-class _KnowsPlaces(Protocol):
+class _KnowsPositions(Protocol):
     """A loader that says which images of its set it gives; damaged ones leave gaps."""
 
     @property
@@ -342,8 +342,8 @@ class _KnowsPlaces(Protocol):
 
 
 def numbered(loader: Loader) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Yields the batches of a loader with the places of their images, `[B]`."""
-    if isinstance(loader, _KnowsPlaces):
+    """Yields the batches of a loader with the positions of their images, `[B]`."""
+    if isinstance(loader, _KnowsPositions):
         yield from loader.batches()
         return
     start = 0
@@ -368,8 +368,8 @@ class _WithoutTargets:
         return None if told is None else torch.zeros(len(told), dtype=torch.int64)
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        for images, _, places in numbered(self.loader):
-            yield images, torch.zeros(len(images), dtype=torch.int64), places
+        for images, _, positions in numbered(self.loader):
+            yield images, torch.zeros(len(images), dtype=torch.int64), positions
 
 
 def without_targets(loader: Loader) -> Loader:
@@ -436,7 +436,7 @@ def batches(
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """The checked batches of a loader on the device (and in the dtype) of the model, with progress.
 
-    The third of each are the places of its images, `[B]` on the CPU.
+    The third of each are the positions of its images, `[B]` on the CPU.
 
     Args:
         model: whose device, dtype and number of classes count.
@@ -450,7 +450,7 @@ def batches(
     parameter = next(model.parameters())
     empty = True
     total = length_hint(loader) or None
-    for images, targets, places in with_progress(numbered(loader), activity, total=total):
+    for images, targets, positions in with_progress(numbered(loader), activity, total=total):
         empty = False
         if images.ndim != 4 or not len(images) or not images.is_floating_point():
             raise ValueError(
@@ -463,7 +463,7 @@ def batches(
                 f"got {targets.dtype} {list(targets.shape)}"
             )
         _require_classes(model, targets)
-        yield images.to(parameter), targets.to(parameter.device).long(), places.cpu()
+        yield images.to(parameter), targets.to(parameter.device).long(), positions.cpu()
     if empty:
         raise ValueError("loader: expected at least one batch, got none")
 

@@ -331,8 +331,8 @@ class ClassScorer:
     Arguments that are not listed are those of `score_classes`.
 
     Args:
-        targets: the classes of all images by their places; None if all of them are scored.
-        rows: places of the images that are scored, ascending; None for all.
+        targets: the classes of all images by their positions; None if all of them are scored.
+        rows: positions of the images that are scored, ascending; None for all.
 
     Raises:
         ValueError, ImportError: as `score_classes`.
@@ -358,7 +358,7 @@ class ClassScorer:
         self.classes = tuple(range(model.num_classes) if classes is None else classes)
         self.rows = rows
         self.pairs: Tensor | None = None
-        """What `_draw_pairs` returns, of images by their places in `rows`; None for all pairs."""
+        """Pairs from `_draw_pairs`, of images by their positions in `rows`; None for all pairs."""
         if negatives_per_positive is not None:
             assert targets is not None
             own = targets if rows is None else targets[rows]
@@ -373,20 +373,20 @@ class ClassScorer:
 
     def add(self, part: Part) -> None:
         """Takes the next images."""
-        count = len(part.places)
+        count = len(part.positions)
         if self.pairs is None:
             rows = torch.arange(count).repeat(len(self.classes))
             columns = torch.tensor(self.classes).repeat_interleave(count)
         else:
-            places, count_of = part.places, self.model.num_classes
+            positions, count_of = part.positions, self.model.num_classes
             if self.rows is not None:
-                places = torch.searchsorted(self.rows, places)
-            ends = torch.stack([places[0], places[-1] + 1]) * count_of
+                positions = torch.searchsorted(self.rows, positions)
+            ends = torch.stack([positions[0], positions[-1] + 1]) * count_of
             low, high = torch.searchsorted(self.pairs, ends).tolist()
             images, columns = self.pairs[low:high] // count_of, self.pairs[low:high] % count_of
-            rows = torch.searchsorted(places, images)
+            rows = torch.searchsorted(positions, images)
             # Not those of damaged images, which did not come.
-            came = places[rows] == images
+            came = positions[rows] == images
             rows, columns = rows[came], columns[came]
         scores, dead = _score_pairs(self.model, part.features, rows, columns, part.at_a_time)
         self._parts.append((part.targets, rows + self._count, columns, scores, dead))
@@ -439,21 +439,21 @@ def _draw_pairs(
 
 
 def _score_pairs(
-    model: CodedResNeXt, features: Tensor, places: Tensor, columns: Tensor, batch_size: int
+    model: CodedResNeXt, features: Tensor, positions: Tensor, columns: Tensor, batch_size: int
 ) -> tuple[Tensor, Tensor]:
     """Returns the score of each pair, and whether some block has no energy left for it, both `[p]`.
 
     Args:
         model: in evaluation mode.
         features: inputs of the first coded block, `[B, C, H, W]`.
-        places: for each pair the place of its image among the features, `[p]`.
+        positions: for each pair the position of its image among the features, `[p]`.
         columns: for each pair its class, `[p]`.
         batch_size: pairs at a time.
     """
     scores, dead = [torch.empty(0)], [torch.empty(0, dtype=torch.bool)]
     every = torch.arange(len(features))
     for some, asked in zip(
-        torch.split(places, batch_size), torch.split(columns, batch_size), strict=True
+        torch.split(positions, batch_size), torch.split(columns, batch_size), strict=True
     ):
         x = features if torch.equal(some, every) else features[some.to(features.device)]
         asked = asked.to(features.device)
@@ -608,8 +608,8 @@ def count_scores(scores: Scores, positive: Flags, outside: Scores) -> Histogram 
 
 def _even(values: NDArray[np.int64], most: int) -> NDArray[np.int64]:
     """An even choice of at most so many of the values, the first and the last among them."""
-    places = np.linspace(0, len(values) - 1, min(most, len(values))).round().astype(np.int64)
-    return values[places]
+    positions = np.linspace(0, len(values) - 1, min(most, len(values))).round().astype(np.int64)
+    return values[positions]
 
 
 def _both(positive: Flags) -> bool:

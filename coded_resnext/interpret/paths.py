@@ -37,7 +37,7 @@ class Disobedient:
     """An image that does not keep to the path of its class."""
 
     position: int
-    """Place of the image in the loader, from 0."""
+    """Position of the image in the loader, from 0."""
     target: int
     """Class of the image, according to its label."""
     prediction: int
@@ -191,14 +191,16 @@ class Semantics:
             ValueError: fewer than three classes have images.
         """
         compared = observed.compared or range(len(paths.samples_per_class))
-        places = [place for place, index in enumerate(compared) if paths.samples_per_class[index]]
-        present = [compared[place] for place in places]
+        positions = [
+            position for position, index in enumerate(compared) if paths.samples_per_class[index]
+        ]
+        present = [compared[position] for position in positions]
         if len(present) < 3:
             raise ValueError(
                 "classes: expected images of at least three to compare their distances, "
                 f"got images of {len(present)}"
             )
-        chances = observed.probabilities[places][:, places].numpy()
+        chances = observed.probabilities[positions][:, positions].numpy()
         confusion = (chances + chances.T) / 2
         generator = np.random.default_rng((seed, 4))
         count = PERMUTATIONS if len(present) <= MATRIX_CLASSES else FEW_PERMUTATIONS
@@ -309,8 +311,8 @@ def _squared_distances(rows: Floats) -> Floats:
 
 def _ranks(values: NDArray[Any]) -> Floats:
     """Returns ranks from 0; equal values share their mean rank."""
-    _, places, counts = np.unique(values, return_inverse=True, return_counts=True)
-    ranks: Floats = _mean_ranks(counts)[places]
+    _, positions, counts = np.unique(values, return_inverse=True, return_counts=True)
+    ranks: Floats = _mean_ranks(counts)[positions]
     return ranks
 
 

@@ -68,20 +68,20 @@ class DigestedLoader:
         return ((images, targets) for images, targets, _ in self.batches())
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Yields the batches with the places of their images."""
+        """Yields the batches with the positions of their images."""
         if self.images is not None:
             yield from numbered(self.loader)
             return
         # Of their own, so that the size of the batches does not matter.
         values, classes, samples = hashlib.sha256(), hashlib.sha256(), 0
         shape = None
-        for images, targets, places in numbered(self.loader):
+        for images, targets, positions in numbered(self.loader):
             if shape != (shape := (images.dtype, images.shape[1:])):
                 values.update(repr(shape).encode())
             values.update(_bytes(_spread(images)))
             classes.update(_bytes(targets.long()))
             samples += len(images)
-            yield images, targets, places
+            yield images, targets, positions
         whole = hashlib.sha256(values.digest() + classes.digest()).hexdigest()
         self.images = Images(samples, whole)
 

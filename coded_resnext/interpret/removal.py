@@ -93,12 +93,12 @@ def remove_branches(
 
     Which branches are active is a matter of the sample's true class. In one repeat a sample loses
     its branches in one random order, so that the curve's points are nested; the orders depend on
-    the seed and the sample's place in the loader, neither on the batches nor on the other samples.
+    the seed and the sample's position in the loader, neither on batches nor on other samples.
 
     Args:
         model: with at least one coded block; its mode is left as found.
         loader: batches of images `[B, C, H, W]` and class indices `[B]`.
-        rows: places in the loader of the images that lose branches, ascending; None for all.
+        rows: positions in the loader of the images that lose branches, ascending; None for all.
         seed: decides the random orders; at least 0.
         repeats: random orders tried for every block, at least 1.
 
@@ -135,7 +135,7 @@ class Remover:
         """Takes the next images."""
         model, targets, device = self.model, part.targets, part.features.device
         # An order is drawn for every image of the loader, whether it loses branches or not.
-        start, self._end = self._end, int(part.places[-1]) + 1
+        start, self._end = self._end, int(part.positions[-1]) + 1
         inputs, all_energies, logits = coded_walk(model, part.features)
         self._samples += len(targets)
         self._correct += int((logits.argmax(1).cpu() == targets).sum())
@@ -149,7 +149,7 @@ class Remover:
             points, masks = [], []
             for repeat, generator in enumerate(self._orders[index]):
                 drawn = generator.random((self._end - start, book.branches))
-                priorities = drawn[(part.places - start).numpy()]
+                priorities = drawn[(part.positions - start).numpy()]
                 for kind, removed in _points(book, repeat):
                     keep = removal_mask(works == (kind == "active"), priorities, removed)
                     points.append((kind, removed - 1, repeat))
@@ -161,10 +161,10 @@ class Remover:
                 x = x.expand(len(keeps), *x.shape).flatten(0, 1) if len(keeps) > 1 else x
                 logits = resume(model, x, index, [torch.cat(keeps).to(device), *later])
                 said = logits.argmax(1).cpu().view(len(keeps), -1)
-                for (kind, place, repeat), keep, predictions in zip(some, keeps, said, strict=True):
+                for (kind, point, repeat), keep, predictions in zip(some, keeps, said, strict=True):
                     hits = int((predictions == targets).sum())
                     left = float((energies * keep).sum())
-                    self._sums[index][kind][place, repeat] += (hits, left)
+                    self._sums[index][kind][point, repeat] += (hits, left)
 
     def result(self) -> Removal:
         """Returns the curves."""

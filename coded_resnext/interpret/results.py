@@ -164,7 +164,7 @@ def save_pictures(
     """Writes pictures of some images of a loader as JSON.
 
     Args:
-        positions: places in the loader, counted from 0.
+        positions: of images in the loader, counted from 0.
         loader: batches of images `[B, C, H, W]` and class indices, in the same order always.
         preprocessing: what made the images; undone, so that they can be looked at.
         folder: the folder that gets the file.
@@ -188,7 +188,7 @@ def save_pictures(
             pictures.update(zip(here, pictures_of(batch[rows], preprocessing), strict=True))
         start += len(batch)
     if missing := wanted - pictures.keys():
-        raise ValueError(f"positions: expected places below {start}, got {max(missing)}")
+        raise ValueError(f"positions: expected positions below {start}, got {max(missing)}")
     content: dict[str, Any] = {
         "format_version": PICTURES_VERSION,
         "images_sha256": None if images is None else images.sha256,
@@ -200,7 +200,7 @@ def save_pictures(
 
 
 def load_pictures(path: str | Path, images: Images | None = None) -> dict[int, str]:
-    """Reads pictures by their place in the loader, as `data:` addresses.
+    """Reads pictures by their position in the loader, as `data:` addresses.
 
     Args:
         path: the file.
@@ -216,7 +216,7 @@ def load_pictures(path: str | Path, images: Images | None = None) -> dict[int, s
             raise ValueError(
                 f"format_version: expected {PICTURES_VERSION}, got {content['format_version']!r}"
             )
-        pictures = {int(place): picture for place, picture in content["pictures"].items()}
+        pictures = {int(position): picture for position, picture in content["pictures"].items()}
         if images is not None and content.get("images_sha256") not in (None, images.sha256):
             raise ValueError("it has pictures of other images than those that were measured")
     except UNFIT as error:

@@ -247,12 +247,12 @@ def write_tensors(
 ) -> None:
     """Write tensors under a JSON description, its `format_version` included."""
     tensors: dict[str, Tensor] = {}
-    places = set()
+    storages = set()
     for name, value in state.items():
         # The format has no tied weights: each name gets numbers of its own.
-        place = value.untyped_storage().data_ptr()
-        tensors[name] = value.clone() if place in places else value.contiguous()
-        places.add(place)
+        storage = value.untyped_storage().data_ptr()
+        tensors[name] = value.clone() if storage in storages else value.contiguous()
+        storages.add(storage)
     write_atomically(path, save(tensors, metadata={_HEADER: json.dumps(description)}))
 
 

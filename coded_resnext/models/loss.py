@@ -311,7 +311,7 @@ def check_results(model: nn.Module, bad: Tensor) -> None:
     if not any(flags):
         return
     first = flags.index(True)
-    place = "logits" if first == len(flags) - 1 else f"energies of coded block {first + 1}"
+    source = "logits" if first == len(flags) - 1 else f"energies of coded block {first + 1}"
     tensors = [
         name
         for name, value in model.state_dict().items()
@@ -319,4 +319,6 @@ def check_results(model: nn.Module, bad: Tensor) -> None:
         if isinstance(value, Tensor) and not bool(value.isfinite().all())
     ]
     cause = f"{tensors[0]} of the network is not" if tensors else "the network's tensors are"
-    raise ValueError(f"model: expected finite results, got NaN or infinity in the {place}; {cause}")
+    raise ValueError(
+        f"model: expected finite results, got NaN or infinity in the {source}; {cause}"
+    )

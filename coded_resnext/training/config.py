@@ -38,7 +38,7 @@ class TrainingConfig:
     warmup_prefix: Annotated[
         bool,
         "Begin the cosine decay after the warm-up. Without it, the decay counts from the first "
-        "epoch, and the warm-up takes the place of its beginning, as published.",
+        "epoch, and the warm-up replaces its beginning, as published.",
     ] = True
     sched_on_updates: Annotated[
         bool,

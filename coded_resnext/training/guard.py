@@ -115,14 +115,14 @@ class StepGuard:
         # Gradient and optimizer are those of all processes: only the losses tell whose images it
         # was.
         gathered = self._world.gather((any(local[:-2]), pending.indices.tolist()))
-        at_fault = [indices for found, indices in gathered if found]
+        at_fault = [indices for is_at_fault, indices in gathered if is_at_fault]
         named = at_fault or [indices for _, indices in gathered]
         raise NonFiniteError(pending.step, terms, [i for indices in named for i in indices])
 
     def kept(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Returns the values that some of the guarded tensors had at `begin`."""
-        place = {id(tensor): index for index, tensor in enumerate(self._tensors)}
-        return [self._copies[self._turn][place[id(tensor)]] for tensor in tensors]
+        position = {id(tensor): index for index, tensor in enumerate(self._tensors)}
+        return [self._copies[self._turn][position[id(tensor)]] for tensor in tensors]
 
 
 @torch.no_grad()

@@ -314,7 +314,7 @@ def _choose(
     if len(ways) < 2 or too_short or seconds <= 0:
         return None
     subject = json.loads(json.dumps(subject))
-    path = _place(subject)
+    path = _memory_of(subject)
     if path is not None and path.is_file() and not anew:
         try:
             remembered = read_choice(path)
@@ -334,7 +334,7 @@ def _choose(
     return choice
 
 
-def _place(subject: dict[str, Any]) -> Path | None:
+def _memory_of(subject: dict[str, Any]) -> Path | None:
     """Returns where a choice is remembered: beside the kernels, None for a user without a home."""
     folder = default_folder()
     digest = hashlib.sha256(json.dumps(subject, sort_keys=True).encode()).hexdigest()

@@ -23,7 +23,7 @@ from coded_resnext.data.augment import (
 from coded_resnext.data.image_sets import MemoryImages
 from coded_resnext.data.loaders import EvalImages, TrainImages
 from coded_resnext.data.on_device import (
-    PLACE,
+    CROP,
     DeviceAugment,
     DeviceEvalImages,
     DeviceTrainImages,
@@ -85,7 +85,7 @@ def test_every_operation_gives_what_timms_gives_on_the_same_draws(config: str) -
 
 def test_both_interpolations_and_both_signs_occur() -> None:
     draws = Draws(Augmentation(crop_padding=0, aa="rand-m4-n1-p1.0"), PREP)
-    rows = draws(range(400))[:, PLACE:]
+    rows = draws(range(400))[:, CROP:]
     turned = rows[(rows[:, 0] == 1) & (rows[:, 2] != 1)]
     assert {(bool(cubic), bool(sine > 0)) for cubic, sine in turned[:, [1, 3]].tolist()} == {
         (a, b) for a in (False, True) for b in (False, True)

@@ -40,7 +40,7 @@ from coded_resnext.training.ways import WAYS_FILE, read_choice
 
 FORMAT_VERSION = 1
 EXIT_MEASUREMENT_FILE = "early_exit_test.json"
-# The experiments that have a place on the page, with the words for them.
+# The experiments on the page, with the words for them.
 EXPERIMENTS = {
     "paths": "Measured energies of the classes",
     "samples": "Single test images",
@@ -288,14 +288,14 @@ def _network(loaded: LoadedModel | None, evaluation: Evaluation | None) -> dict[
         empty = _described([], [])
         return {"class_names": None, "blocks": [], **empty, "image_size": None, "cost": None}
     books = [Codebook.from_dict(book) for book in evaluation.codebooks]
-    coded = {place.block: books[place.codebook] for place in evaluation.blocks}
+    coded = {block.block: books[block.codebook] for block in evaluation.blocks}
     return {
         "class_names": list(evaluation.class_names),
         "blocks": [
-            {"branches": coded[place].branches, "active": coded[place].active}
-            if place in coded
+            {"branches": coded[index].branches, "active": coded[index].active}
+            if index in coded
             else {"branches": None, "active": None}
-            for place in range(max(coded, default=-1) + 1)
+            for index in range(max(coded, default=-1) + 1)
         ],
         **_described(books, [block.codebook for block in evaluation.blocks]),
         "image_size": None,
