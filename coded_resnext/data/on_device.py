@@ -290,20 +290,6 @@ class Draws:
         self._augment(notes)
         return [number for operation in notes.rows for number in operation]
 
-    def of_operation(self, name: str, seeds: Sequence[int]) -> Tensor:
-        """Draws of one of RandAugment's operations alone, `[B, NUMBERS]`, by timm's name."""
-        assert self._augment is not None
-        [operation] = [each for each in self._augment.ops if each.name == name]
-        rows = []
-        notes = _make_notes(self._size)
-        with generators_kept():
-            for seed in seeds:
-                seed_generators(seed)
-                notes.rows = []
-                operation(notes)
-                rows.append((notes.rows or [[0.0] * NUMBERS])[0])
-        return torch.tensor(rows, dtype=torch.float64)
-
 
 class Normalize:
     """From intensities to a network's input, as `Preprocessing.normalize`; the host does not wait.

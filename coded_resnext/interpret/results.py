@@ -188,7 +188,7 @@ def save_pictures(
             pictures.update(zip(here, pictures_of(batch[rows], preprocessing), strict=True))
         start += len(batch)
     if missing := wanted - pictures.keys():
-        raise ValueError(f"positions: expected positions below {start}, got {max(missing)}")
+        raise ValueError(f"positions: expected numbers below {start}, got {max(missing)}")
     content: dict[str, Any] = {
         "format_version": PICTURES_VERSION,
         "images_sha256": None if images is None else images.sha256,

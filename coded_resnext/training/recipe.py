@@ -27,7 +27,6 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 # What a recipe file says about itself.
 ABOUT = "about"
-ABOUT_KEYS = ("source", "expected", "cost", "command")
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +29,10 @@ from coded_resnext.data.on_device import (
     DeviceEvalImages,
     DeviceTrainImages,
     Draws,
+    _make_notes,
 )
 from coded_resnext.data.preprocessing import Preprocessing
-from coded_resnext.data.rand_augment import apply_operation
+from coded_resnext.data.rand_augment import NUMBERS, apply_operation
 from coded_resnext.models.checkpoint import load_model
 
 CPU = torch.device("cpu")
@@ -61,6 +63,19 @@ def pictures(count: int = 24, size: int = 32) -> MemoryImages:
     return MemoryImages(np.stack(found), torch.arange(count) % 10, names)
 
 
+def draws_of(operation: Any, size: int, seeds: Sequence[int]) -> Tensor:
+    """The numbers of one of RandAugment's operations alone, `[B, NUMBERS]`."""
+    rows = []
+    notes = _make_notes(size)
+    with generators_kept():
+        for seed in seeds:
+            seed_generators(seed)
+            notes.rows = []
+            operation(notes)
+            rows.append((notes.rows or [[0.0] * NUMBERS])[0])
+    return torch.tensor(rows, dtype=torch.float64)
+
+
 @pytest.mark.parametrize("config", ["rand-m2-n1", "rand-m4-n3", "rand-m9-n2-mstd0.5-inc1"])
 def test_every_operation_gives_what_timms_gives_on_the_same_draws(config: str) -> None:
     """The same bytes: both take them from integers, and round where the other does."""
@@ -70,7 +85,8 @@ def test_every_operation_gives_what_timms_gives_on_the_same_draws(config: str) -
     operations = make_rand_augment(f"{config}-p1.0", PREP).ops
     assert len({operation.name for operation in operations}) == 15
     for operation in operations:
-        rows = draws.of_operation(operation.name, range(len(images)))
+        [noted] = [each for each in draws._augment.ops if each.name == operation.name]
+        rows = draws_of(noted, PREP.size, range(len(images)))
         ours = apply_operation(images.pixels, rows, fill)
         timms = []
         with generators_kept():

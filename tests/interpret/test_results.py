@@ -177,7 +177,7 @@ def test_chosen_places_are_written_and_read(tmp_path) -> None:
 
 def test_what_does_not_fit_is_refused(tmp_path) -> None:
     loader = batches(torch.zeros(5, 1, 6, 6), torch.zeros(5, dtype=torch.int64))
-    with pytest.raises(ValueError, match="positions: expected places below 5, got 7"):
+    with pytest.raises(ValueError, match="positions: expected numbers below 5, got 7"):
         save_pictures([1, 7], loader, GREY, tmp_path)
     with pytest.raises(ValueError, match="images: expected 3 channels"):
         save_pictures([1], loader, COLOUR, tmp_path)

@@ -13,7 +13,6 @@ import torch
 from coded_resnext import Codebook, list_models
 from coded_resnext.cli.train import make_model, parse_command
 from coded_resnext.training.recipe import (
-    ABOUT_KEYS,
     GROUPS,
     RECIPES,
     SETTINGS,
@@ -23,6 +22,8 @@ from coded_resnext.training.recipe import (
     read_yaml,
 )
 
+# What a recipe file says about itself.
+ABOUT_KEYS = ("source", "expected", "cost", "command")
 TRAIN = Path(__file__).parents[2] / "train"
 NAMES = sorted(path.stem for path in RECIPES.glob("*.yaml"))
 LEAST: dict[str, Any] = {"model": "coded_resnext17_10x4d", "epochs": 2, "batch_size": 8, "lr": 0.1}
