@@ -73,7 +73,8 @@ def read_text(path: str | Path, largest: int = LARGEST_TEXT) -> str:
 
 
 def read_json(path: str | Path, largest: int = LARGEST_TEXT) -> Any:
-    """The content of a JSON file; raises as `read_text`, and a ValueError for what is no JSON."""
+    """Returns the content of a JSON file; raises as `read_text`, and a ValueError for what is no
+    JSON."""
     return parse_json(read_text(path, largest), largest)
 
 
@@ -123,7 +124,7 @@ def parse_csv(text: str, delimiter: str = ",", *, largest: int = LARGEST_TEXT) -
 
 
 def require_few_values(text: str, marks: str, largest: int = LARGEST_TEXT) -> None:
-    """Refuse a text that would take much more memory as values, of which it has one for a mark."""
+    """Refuses a text that would take much more memory as values, of which it has one for a mark."""
     if sum(map(text.count, marks)) > largest // BYTES_OF_A_VALUE:
         raise ValueError(f"expected at most {largest // BYTES_OF_A_VALUE:,} values, got more")
 
@@ -142,12 +143,13 @@ def brief(value: object) -> str:
 
 
 def as_text(name: object) -> str:
-    """A name of a file as text that can be written: bytes that are no UTF-8 are escaped."""
+    """Returns a name of a file as text that can be written: bytes that are no UTF-8 are escaped."""
     return str(name).encode(errors="backslashreplace").decode()
 
 
 def printable(text: object) -> str:
-    """A name for one line of a terminal: what would move the cursor or hide text is escaped."""
+    """Returns a name for one line of a terminal: what would move the cursor or hide text is
+    escaped."""
     return "".join(
         c.encode("unicode_escape").decode("ascii") if unicodedata.category(c) in _HIDDEN else c
         for c in str(text)
@@ -160,7 +162,7 @@ def printable_lines(text: object) -> str:
 
 
 def say(text: object = "", *, file: TextIO | None = None, flush: bool = False) -> None:
-    """Print for a person; this library prints in no other way, whatever a name or a file holds.
+    """Prints for a person; this library prints in no other way, whatever a name or a file holds.
 
     Args:
         text: lines; as `printable_lines` they reach the terminal.
@@ -179,7 +181,7 @@ def table_cell(value: object) -> object:
 
 
 def write_atomically(path: str | Path, content: bytes) -> None:
-    """Write a file so that a reader sees the old content or the new, never a part.
+    """Writes a file so that a reader sees the old content or the new, never a part.
 
     Raises:
         OSError: names the file; what it held before is intact.
@@ -197,7 +199,7 @@ def write_atomically(path: str | Path, content: bytes) -> None:
 
 
 def _write_in(folder: int | None, path: Path, content: bytes) -> None:
-    """Write a file; its path is one for this `dir_fd`."""
+    """Writes a file; its path is one for this `dir_fd`."""
 
     def create(name: str, flags: int) -> int:
         return os.open(name, flags, 0o666, dir_fd=folder)
@@ -335,7 +337,7 @@ def load_tensors(file: BinaryIO, allowed: Sequence[type] = ()) -> Any:
 
 
 def _require_own_memory(content: Any, size: int) -> None:
-    """Refuse tensors that are larger than their file: whose numbers are one number many times."""
+    """Refuses tensors that are larger than their file: whose numbers are one number many times."""
     from torch import Tensor
 
     waiting, seen, total = [content], set[int](), 0
@@ -389,7 +391,7 @@ def load_arrays(path: str | Path, names: Sequence[str], largest: int) -> dict[st
 
 
 def _require_described_size(file: Any, size: int) -> None:
-    """Refuse an array whose header promises more numbers than its entry has bytes."""
+    """Refuses an array whose header promises more numbers than its entry has bytes."""
     from numpy.lib import format as npy
 
     headers = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
@@ -399,7 +401,7 @@ def _require_described_size(file: Any, size: int) -> None:
 
 
 def _reason(error: Exception) -> str:
-    """Why PyTorch refuses a file, without its advice to trust the file instead."""
+    """Returns why PyTorch refuses a file, without its advice to trust the file instead."""
     named = re.search(r"GLOBAL (\S+)", str(error))
     if named:
         return f"a reference to {named[1]}"

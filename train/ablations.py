@@ -85,7 +85,7 @@ class Task:
 
 
 def digits_task(epochs: int | None) -> Task:
-    """The digits by the recipe of train/digits.py."""
+    """Returns the task of the digits by the recipe of train/digits.py."""
     arguments = digits.parse_arguments([] if epochs is None else ["--epochs", str(epochs)])
     config = digits.training_config(arguments)
     split = load_digits_split()
@@ -107,7 +107,7 @@ def digits_task(epochs: int | None) -> Task:
 
 
 def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
-    """The command line: its own flags, and those that are handed on to the recipe."""
+    """Parses the command line: its own flags, and those that are handed on to the recipe."""
     parser = argparse.ArgumentParser(
         description=(__doc__ or "").split("\n\n")[0],
         epilog="Runs that are finished are not run again; the command goes on with one that was "
@@ -136,7 +136,7 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
 
 
 def train(task: Task, ablation: Ablation, seed: int, folder: Path) -> None:
-    """Train and evaluate one row with one seed; nothing is done if that was done."""
+    """Trains and evaluates one row with one seed; nothing is done if that was done."""
     config = dataclasses.replace(task.config, seed=seed, **ablation.training)
     model = ablated_network(task.base, ablation, seed=seed)
     run = RunFolder(
@@ -178,7 +178,7 @@ def train(task: Task, ablation: Ablation, seed: int, folder: Path) -> None:
 
 
 def collect(out: Path, rows: list[Ablation], seeds: list[int]) -> dict[str, dict[int, Any]]:
-    """The measures of the finished runs, by row and seed.
+    """Returns the measures of the finished runs, by row and seed.
 
     Raises:
         ValueError: not all were measured on the same images.
@@ -200,7 +200,7 @@ def collect(out: Path, rows: list[Ablation], seeds: list[int]) -> dict[str, dict
 
 
 def report(arguments: argparse.Namespace, rows: list[Ablation]) -> None:
-    """Write and print what the folder holds."""
+    """Writes and prints what the folder holds."""
     runs = collect(arguments.out, rows, arguments.seeds)
     if not runs:
         raise ValueError(f"out: {arguments.out} holds no finished run of these rows and seeds")
@@ -222,7 +222,7 @@ def report(arguments: argparse.Namespace, rows: list[Ablation]) -> None:
 
 
 def train_and_report(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
-    """Train what is missing, seed by seed so that all rows have some early on, and report."""
+    """Trains what is missing, seed by seed so that all rows have some early on, and reports."""
     out, seeds = arguments.out, arguments.seeds
     if arguments.task in STUDIES:
         study = STUDIES[arguments.task]
@@ -244,7 +244,7 @@ def train_and_report(arguments: argparse.Namespace, rest: Sequence[str]) -> None
 
 
 def main() -> int:
-    """Run the command; 2 when the input is at fault, 130 or 143 when a signal ended it."""
+    """Runs the command; returns 2 when the input is at fault, 130 or 143 after a signal."""
     arguments, rest = parse_arguments()
     return run_script("ablations.py", lambda: train_and_report(arguments, rest))
 

@@ -37,7 +37,7 @@ with ended_by_interrupt():
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line, or these arguments."""
+    """Parses the command line, or these arguments."""
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n\n")[0] if __doc__ else None,
         epilog="The run's folder holds report.html to look at, model.safetensors, summary.json, "
@@ -84,7 +84,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def make_model(arguments: argparse.Namespace) -> CodedResNeXt:
-    """The network that the command line asks for, with weights of the seed."""
+    """Returns the network that the command line asks for, with weights of the seed."""
     check_backend(arguments.backend, "cpu")
     torch.manual_seed(arguments.seed)
     if arguments.plain:
@@ -101,7 +101,7 @@ def make_model(arguments: argparse.Namespace) -> CodedResNeXt:
 
 
 def training_config(arguments: argparse.Namespace) -> TrainingConfig:
-    """The recipe; it was chosen on parts of the training images, see docs/reproduce.md."""
+    """Returns the recipe; it was chosen on parts of the training images, see docs/reproduce.md."""
     return TrainingConfig(
         epochs=arguments.epochs,
         batch_size=64,
@@ -116,7 +116,7 @@ def training_config(arguments: argparse.Namespace) -> TrainingConfig:
 
 
 def train(arguments: argparse.Namespace, digits: DigitsSplit) -> None:
-    """Train, evaluate and write the folder."""
+    """Trains, evaluates and writes the folder."""
     start = time.perf_counter()
     require_packages("the evaluation after the training")
     model = make_model(arguments)
@@ -170,7 +170,7 @@ def train(arguments: argparse.Namespace, digits: DigitsSplit) -> None:
 
 
 def main() -> int:
-    """Run the command; 2 when the input is at fault, 130 or 143 when a signal ended it."""
+    """Runs the command; returns 2 when the input is at fault, 130 or 143 after a signal."""
     arguments = parse_arguments()
     return run_script("digits.py", lambda: train(arguments, load_digits_split()))
 

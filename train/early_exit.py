@@ -45,7 +45,7 @@ SINGLE_IMAGES = 60
 
 
 def parse_arguments() -> argparse.Namespace:
-    """The command line."""
+    """Parses the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n\n")[0] if __doc__ else None,
         epilog=f"Writes {EXIT_FILE} and {MEASUREMENT_FILE} into every run. An interrupted "
@@ -73,7 +73,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def cross_validate(loaded: LoadedModel, folds: int, folder: Path) -> ExitScores:
-    """What networks trained on the other folds say about every training image."""
+    """Returns what networks trained on the other folds say about every training image."""
     split = load_digits_split(loaded.training.get("split_seed", SPLIT_SEED))
     config = TrainingConfig(**loaded.training["config"])
     images, targets = split.train_images, split.train_targets
@@ -101,7 +101,7 @@ def cross_validate(loaded: LoadedModel, folds: int, folder: Path) -> ExitScores:
 
 
 def _fresh(model: CodedResNeXt, seed: int) -> CodedResNeXt:
-    """The same architecture with weights of the seed."""
+    """Returns the same architecture with weights of the seed."""
     torch.manual_seed(seed)
     fresh = CodedResNeXt.from_config(
         model.config, model.stage_codebooks, class_names=model.class_names
@@ -112,7 +112,7 @@ def _fresh(model: CodedResNeXt, seed: int) -> CodedResNeXt:
 def measure(
     model: CodedResNeXt, criterion: EarlyExit, images: Tensor, targets: Tensor, rounds: int
 ) -> dict[str, Any]:
-    """Accuracy, multiply-accumulates and wall time with early exit and without."""
+    """Measures accuracy, multiply-accumulates and wall time with early exit and without."""
     whole = network_cost(model, images.shape[2]).macs
     early = predict_early(model, images, criterion)
     with torch.inference_mode():
@@ -146,7 +146,7 @@ def _classes(model: CodedResNeXt, x: Tensor) -> Tensor:
 
 
 def _interleaved(rounds: int, *passes: Callable[[], object]) -> list[float]:
-    """Median seconds of each, by turns, so that the machine's mood falls on all alike."""
+    """Returns median seconds of each, by turns, so that other load falls on all alike."""
     seconds: list[list[float]] = [[] for _ in passes]
     for round_ in range(rounds + 1):
         for times, run in zip(seconds, passes, strict=True):
@@ -158,7 +158,7 @@ def _interleaved(rounds: int, *passes: Callable[[], object]) -> list[float]:
 
 
 def calibrate_runs(arguments: argparse.Namespace) -> None:
-    """Cross-validate once, then write and measure the criterion for every run."""
+    """Cross-validates once, then writes and measures the criterion for every run."""
     if arguments.rounds < 1:
         raise ValueError(f"rounds: expected at least 1, got {arguments.rounds}")
     runs = [load_model(path) for path in arguments.runs]
@@ -211,7 +211,7 @@ def calibrate_runs(arguments: argparse.Namespace) -> None:
 
 
 def main() -> int:
-    """Run the command; 2 when the input is at fault, 130 or 143 when a signal ended it."""
+    """Runs the command; returns 2 when the input is at fault, 130 or 143 after a signal."""
     arguments = parse_arguments()
     return run_script("early_exit.py", lambda: calibrate_runs(arguments))
 

@@ -118,13 +118,13 @@ class PlannedRun:
 
     @property
     def images(self) -> int:
-        """The number of images that the training goes through."""
+        """Returns the number of images that the training goes through."""
         recipe = self.command.recipe
         return (recipe.data.train_images or CIFAR_IMAGES) * recipe.training.total_epochs
 
     @property
     def is_finished(self) -> bool:
-        """Whether the folder holds the results of this run.
+        """Says whether the folder holds the results of this run.
 
         Raises:
             ValueError: it holds those of another one.
@@ -150,7 +150,7 @@ class PlannedRun:
 
     @property
     def measuring(self) -> dict[str, Any]:
-        """What the command asks the evaluation for."""
+        """Returns what the command asks the evaluation for."""
         data = self.command.recipe.data
         return {
             "outside": None if self.ablation.name == PLAIN else self.command.outside,
@@ -161,7 +161,7 @@ class PlannedRun:
         }
 
     def result(self) -> FinishedRun:
-        """The measurements of a finished run."""
+        """Returns the measurements of a finished run."""
         folder = self.command.out
         log = read_log(folder / METRICS_FILE)
         return FinishedRun(
@@ -175,7 +175,7 @@ class PlannedRun:
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
-    """The command line: its own flags, and those that are handed on to the recipe."""
+    """Parses the command line: its own flags, and those that are handed on to the recipe."""
     parser = argparse.ArgumentParser(
         description=(__doc__ or "").split("\n\n")[0],
         epilog="Other flags are those of train/cifar.py, and hold for all runs: --epochs, "
@@ -218,7 +218,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> tuple[argparse.Namespa
 
 
 def plan(arguments: argparse.Namespace, rest: Sequence[str]) -> list[PlannedRun]:
-    """All runs, seed by seed, so that all rows have some early on.
+    """Returns all runs, seed by seed, so that all rows have some early on.
 
     Raises:
         ValueError: an unknown row, or a setting at fault.
@@ -245,12 +245,12 @@ def plan_runs(
 
 
 def run_folder(out: Path, ablation: Ablation, seed: int) -> Path:
-    """Where the run of a row and a seed is."""
+    """Returns where the run of a row and a seed is."""
     return out / f"{re.sub('[^a-z0-9.]+', '-', ablation.name.lower())}-{seed}"
 
 
 def describe_plan(runs: Sequence[PlannedRun], cost: str) -> str:
-    """The runs and what they cost, by the speed of finished ones where there are some."""
+    """Returns the runs and what they cost, by the speed of finished ones where there are some."""
     lines, left, speeds = [], 0.0, _speeds(runs)
     for run in runs:
         speed, state = speeds.get(run.ablation.name), "finished"
@@ -280,7 +280,7 @@ def _speeds(runs: Sequence[PlannedRun]) -> dict[str, float]:
 
 
 def carry_out(runs: Sequence[PlannedRun]) -> None:
-    """Train and evaluate what is not finished."""
+    """Trains and evaluates what is not finished."""
     for number, run in enumerate(runs, 1):
         if run.is_finished:
             continue
@@ -294,7 +294,7 @@ def carry_out(runs: Sequence[PlannedRun]) -> None:
 
 
 def report(runs: Sequence[PlannedRun], arguments: argparse.Namespace) -> str:
-    """Write and return the tables of the finished runs.
+    """Writes and returns the tables of the finished runs.
 
     Raises:
         ValueError: no run is finished.
@@ -349,7 +349,7 @@ def report(runs: Sequence[PlannedRun], arguments: argparse.Namespace) -> str:
 
 
 def describe_setting(run: PlannedRun) -> str:
-    """Network, data, epochs and how a step is computed."""
+    """Describes network, data, epochs and how a step is computed."""
     recipe = run.command.recipe
     data, training = recipe.data, recipe.training
     precision = training.amp_dtype if training.amp else "float32"
@@ -364,7 +364,7 @@ def describe_setting(run: PlannedRun) -> str:
 
 
 def describe_machines(machines: Sequence[dict[str, Any]]) -> str:
-    """The machines, versions, commits and dates of the runs, each once."""
+    """Returns the machines, versions, commits and dates of the runs, each once."""
     texts = [
         f"{machine.get('gpu', machine['cpu'])}, {machine['threads']} threads, "
         f"torch {machine['versions']['torch']}, Python {machine['versions']['python']}, "
@@ -386,7 +386,7 @@ def compare(runs: Sequence[Path]) -> str:
 
 
 def train_and_report(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
-    """Print the plan or a comparison, or train what is missing and print the tables."""
+    """Prints the plan or a comparison, or trains what is missing and prints the tables."""
     if arguments.compare:
         say(compare(arguments.compare))
         return
@@ -401,7 +401,7 @@ def train_and_report(arguments: argparse.Namespace, rest: Sequence[str]) -> None
 
 
 def main() -> int:
-    """Run the command; 2 when the input is at fault, 130 or 143 when a signal ended it."""
+    """Runs the command; returns 2 when the input is at fault, 130 or 143 after a signal."""
     arguments, rest = parse_arguments()
     return run_script("reproduce.py", lambda: train_and_report(arguments, rest))
 

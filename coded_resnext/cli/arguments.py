@@ -51,7 +51,7 @@ Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The parser of all commands.
+    """Returns the parser of all commands.
 
     What it parses has `function`: "MODULE:NAME" in this package, which takes the arguments and
     returns the exit status.

@@ -23,7 +23,7 @@ from coded_resnext.training.ways import choose_way
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Build or check; the exit status.
+    """Builds or checks the kernels, and returns the exit status.
 
     Raises:
         ValueError: an architecture or a number of processes that cannot be.
@@ -57,7 +57,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def run_tune(arguments: argparse.Namespace) -> int:
-    """Measure the ways to compute a step of a network; 1 where none could be.
+    """Measures the ways to compute a step of a network, and returns 1 where none could be.
 
     Raises:
         ValueError: a number that cannot be, no such network, a damaged file.

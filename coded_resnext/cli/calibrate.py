@@ -16,7 +16,7 @@ from .evaluate import data_names, open_data
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Choose the margins, write and print them; the exit status.
+    """Chooses the margins, writes and prints them, and returns the exit status.
 
     Raises:
         ValueError: the data do not fit the model, are those that it was trained on, or an argument

@@ -27,7 +27,7 @@ INTERRUPTED = 130
 
 
 def run_search(args: argparse.Namespace) -> int:
-    """Search a codebook, and print or write it; 130 where Ctrl-C ended the search early."""
+    """Searches a codebook, prints or writes it, and returns 130 where Ctrl-C ended the search."""
     if args.output is not None and not args.output.resolve().parent.is_dir():
         raise FileNotFoundError(f"--output: expected a folder at {args.output.parent}, found none")
     report = _progress_printer() if sys.stderr.isatty() else None
@@ -60,7 +60,7 @@ def _progress_printer() -> Callable[[Progress], None]:
 
 
 def run_show(args: argparse.Namespace) -> int:
-    """Print the table, distances, loads and bounds of a codebook."""
+    """Prints the table, distances, loads and bounds of a codebook."""
     codebook = _read(args.codebook)
     say(codebook)
     say(codebook.bounds)
@@ -88,7 +88,7 @@ def _bar(value: int, most: int) -> str:
 
 
 def run_verify(args: argparse.Namespace) -> int:
-    """Print which rules hold; 1 when one that must hold does not."""
+    """Prints which rules hold, and returns 1 when one that must hold does not."""
     try:
         rules = verify(read_document(args.file))
     except ValueError as error:
@@ -100,7 +100,7 @@ def run_verify(args: argparse.Namespace) -> int:
 
 
 def run_compare(args: argparse.Namespace) -> int:
-    """Print the measures of two codebooks side by side."""
+    """Prints the measures of two codebooks side by side."""
     first, second = _read(args.first), _read(args.second)
     say(f"{'':26} {args.first:>24} {args.second:>24}")
     left, right = _measures(first), _measures(second)
@@ -131,7 +131,7 @@ def _measures(codebook: Codebook) -> dict[str, str]:
 
 
 def run_export(args: argparse.Namespace) -> int:
-    """Write a codebook in another form."""
+    """Writes a codebook in another form."""
     codebook = _read(args.codebook)
     if args.output.suffix.lower() not in ENDINGS:
         raise ValueError(
@@ -148,7 +148,7 @@ def _summary(codebook: Codebook) -> str:
 
 
 def _read(which: str) -> Codebook:
-    """The shipped codebook of a name, or that in a file."""
+    """Returns the shipped codebook of a name, or that in a file."""
     match = re.fullmatch(r"(\d+)x(\d+)/(\d+)(?::(\w+))?", which)
     if match is None:
         return Codebook.load(which)
@@ -161,7 +161,7 @@ NAMED_CLASSES = 40
 
 
 def draw(codebook: Codebook, path: str | Path) -> None:
-    """Write a PNG of a codebook.
+    """Writes a PNG of a codebook.
 
     Raises:
         ValueError: matplotlib is not installed.

@@ -25,7 +25,7 @@ from coded_resnext.models.warm_start import (
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Convert, write and say what became of the weights; the exit status.
+    """Converts, writes, says what became of the weights, and returns the exit status.
 
     Raises:
         ValueError: a damaged file, one with code in it, or weights that do not fit.
@@ -68,7 +68,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _overrides(
     arguments: argparse.Namespace, weights: Weights, names: list[str] | None
 ) -> dict[str, Any]:
-    """What the network has other than the registry says."""
+    """Returns what the network has other than the registry says."""
     biases = ("fc.bias", "head.bias")
     overrides: dict[str, Any] = {"head_bias": any(k in weights.state for k in biases)}
     if weights.codebooks and not arguments.num_classes:
@@ -86,7 +86,7 @@ def _overrides(
 
 
 def run_pack(arguments: argparse.Namespace) -> int:
-    """`coded-resnext pack`; the exit status."""
+    """Packs a folder for `coded-resnext pack`, and returns the exit status."""
     data = pack(
         Path(arguments.folder),
         Path(arguments.out),

@@ -30,7 +30,7 @@ PACKAGES = (
 
 
 def run(_arguments: argparse.Namespace) -> int:
-    """Print the report; 1 when an operation is wrong."""
+    """Prints the report, and returns 1 when an operation is wrong."""
     say(f"python         {platform.python_version()} on {platform.platform()}")
     for package in PACKAGES:
         say(f"{package:<14} {_version(package)}")
@@ -49,7 +49,7 @@ def run(_arguments: argparse.Namespace) -> int:
 
 
 def prebuilt_kernels() -> Iterator[str]:
-    """What was compiled ahead of time and lies where this process looks, damage included."""
+    """Yields a line for each set of kernels that was compiled ahead of time, damage included."""
     indexes, faults = find_prebuilt()
     for source in indexes:
         damaged = sum(source.files(key) is None for key in source.kernels)
@@ -67,7 +67,7 @@ def prebuilt_kernels() -> Iterator[str]:
 
 
 def devices() -> list[torch.device]:
-    """The CPU and the accelerators that are there."""
+    """Returns the CPU and the accelerators that are there."""
     devices = [torch.device("cpu")]
     if torch.accelerator.is_available():
         devices.append(torch.accelerator.current_accelerator() or devices[0])
@@ -75,7 +75,7 @@ def devices() -> list[torch.device]:
 
 
 def check_operations() -> Iterator[tuple[str, float, float]]:
-    """Every operation, backend, device and dtype: label, error against float64, tolerance.
+    """Yields label, error against float64 and tolerance of every operation, backend and dtype.
 
     The error is the largest difference of any output or gradient, relative to its largest value.
     """
@@ -99,7 +99,7 @@ def check_operations() -> Iterator[tuple[str, float, float]]:
 
 
 def aggregate_error(backend: str, device: torch.device, dtype: torch.dtype) -> float:
-    """Error of `coded_aggregate`, outputs and gradients, with both masks and an odd size."""
+    """Returns the error of `coded_aggregate`, of outputs and gradients, with both masks."""
     generator = torch.Generator().manual_seed(0)
     # Rounded to the dtype first, so that only the computation differs.
     h = torch.rand(3, 4 * 5, 7, 5, generator=generator).to(dtype)
@@ -131,7 +131,7 @@ def aggregate_error(backend: str, device: torch.device, dtype: torch.dtype) -> f
 def coding_loss_error(
     device: torch.device, dtype: torch.dtype, backend: Backend = "torch"
 ) -> float:
-    """Error of `coding_loss` and its gradient against sums written out in Python."""
+    """Returns the error of `coding_loss` and its gradient against sums written out in Python."""
     codewords = torch.tensor([[1, 1, 0, 0], [0, 1, 1, 0], [0, 0, 1, 1]], dtype=torch.bool)
     rows, targets = [[2.5, 1.0, 0.25, 0.25], [0.0, 0.0, 4.0, 0.0]], [0, 2]
     energies = torch.tensor(rows, dtype=dtype, device=device, requires_grad=True)

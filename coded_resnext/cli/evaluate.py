@@ -42,7 +42,7 @@ NAMED_SETS = ("cifar10", "cifar100", "synthetic")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Evaluate, print, and write what was asked for; the exit status.
+    """Evaluates, prints and writes what was asked for, and returns the exit status.
 
     Raises:
         ValueError: the data do not fit the model, or an argument is outside its range.

@@ -37,7 +37,7 @@ CALIBRATION_BATCH = 32
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Write and say what was written; the exit status.
+    """Writes, says what was written, and returns the exit status.
 
     Raises:
         ValueError: no such class, arguments that do not go together, or a file that disagrees with
@@ -71,7 +71,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _check(arguments: argparse.Namespace) -> None:
-    """Refuse arguments that do not go together."""
+    """Refuses arguments that do not go together."""
     part = arguments.class_name is not None or arguments.heads or arguments.early_exit
     if arguments.format == "shared" and (part or arguments.int8):
         raise ValueError("--format shared: expected the whole network, without --int8")
@@ -86,7 +86,7 @@ def _check(arguments: argparse.Namespace) -> None:
 def _write(
     arguments: argparse.Namespace, loaded: LoadedModel, companions: Companions
 ) -> list[Path]:
-    """Write what is asked for; the files."""
+    """Writes what is asked for, and returns the files."""
     model = loaded.model
     dtype = model.head.weight.dtype
     if arguments.format == "onnx" and dtype != torch.float32:

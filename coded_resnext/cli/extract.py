@@ -30,7 +30,7 @@ FOLDER = "classifiers"
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Cut out, write, and say what it costs; the exit status.
+    """Cuts out, writes, says what it costs, and returns the exit status.
 
     Raises:
         ValueError: no such class, a network without coded blocks, codebooks that differ, or an
@@ -66,14 +66,14 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def parse_class(model: CodedResNeXt, text: str) -> int:
-    """The class of a name, or of an index when no class is named so."""
+    """Returns the class of a name, or of an index when no class is named so."""
     if text not in model.class_names and text.isdecimal():
         return class_index(model.class_names, int(text))
     return class_index(model.class_names, text)
 
 
 def describe(loaded: LoadedModel, part: ExtractedNetwork, path: Path) -> dict[str, Any]:
-    """What was written, and its cost beside that of the whole network."""
+    """Returns what was written, and its cost beside that of the whole network."""
     size = loaded.preprocessing.size if loaded.preprocessing else loaded.model.image_size
     cost, whole = network_cost(part, size), network_cost(loaded.model, size)
     return {

@@ -20,7 +20,7 @@ SHOWN_CLASSES = 10
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Describe and print; the exit status.
+    """Describes a model and returns the exit status.
 
     Raises:
         ValueError: a damaged file, or an image size that is not positive.
@@ -36,7 +36,7 @@ def run(arguments: argparse.Namespace) -> int:
 def describe(
     loaded: LoadedModel, early_exit: EarlyExit | None, image_size: int | None, *, latency: bool
 ) -> dict[str, Any]:
-    """JSON-ready facts about a network and the classifier of its first class.
+    """Returns JSON-ready facts about a network and the classifier of its first class.
 
     Args:
         loaded: the network.

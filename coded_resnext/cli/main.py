@@ -49,7 +49,7 @@ with ended_by_interrupt():
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; the exit status.
+    """Runs a command and returns the exit status.
 
     It is 0 when all is well, 1 when the command says so, 2 when the input is at fault, 130 when
     interrupted, and 141 when nobody reads the output any more, as in `coded-resnext .. | head -1`.
@@ -95,14 +95,14 @@ def _run(argv: Sequence[str] | None) -> int:
 
 
 def train_by_recipe(script: str, description: str | None, *, default: str) -> int:
-    """The command line of a training script; the exit status, see `train.main`."""
+    """Runs the command line of a training script and returns the exit status, see `train.main`."""
     with ended_by_interrupt():
         from .train import main as train
     return train(script, description, default=default)
 
 
 def _nobody_reads() -> bool:
-    """Whether what read the output or the messages has closed its end."""
+    """Says whether what read the output or the messages has closed its end."""
     if not hasattr(select, "poll"):
         return True
     pipes = select.poll()
@@ -113,7 +113,7 @@ def _nobody_reads() -> bool:
 
 
 def _drop_output() -> None:
-    """Send what is still in the buffers to nowhere; Python would write it at its end."""
+    """Sends what is still in the buffers to nowhere; Python would write it at its end."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     for stream in filter(None, (sys.stdout, sys.stderr)):
         os.dup2(nowhere, stream.fileno())

@@ -15,7 +15,7 @@ from coded_resnext.models.registry import create_model, list_models
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print both lists; the exit status.
+    """Prints both lists and returns the exit status.
 
     Raises:
         ValueError: shipped weights are damaged.

@@ -25,7 +25,7 @@ from coded_resnext.models.resnext import CodedResNeXt
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Classify and print; the exit status, 1 where an image could not be read.
+    """Classifies and prints; returns the exit status, 1 where an image could not be read.
 
     Raises:
         ValueError: no file is a readable image, the model has no preprocessing, or early exit was
@@ -62,7 +62,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def read_criterion(margin: float | None, companions: Companions, model: CodedResNeXt) -> EarlyExit:
-    """The criterion of one margin for all blocks, or the one that was calibrated for the run.
+    """Returns the criterion of one margin for all blocks, or the one that was calibrated for the
+    run.
 
     Raises:
         ValueError: the margin is out of range, or the run has no calibrated ones.
@@ -83,7 +84,7 @@ def read_criterion(margin: float | None, companions: Companions, model: CodedRes
 def classify(
     model: CodedResNeXt, images: Tensor, files: Sequence[str], criterion: EarlyExit | None
 ) -> list[dict[str, Any]]:
-    """One JSON-ready row for every image `[B, C, H, W]`.
+    """Returns a JSON-ready row for every image `[B, C, H, W]`.
 
     `exit_block` counts coded blocks from 1 and is None when the classifier decided; `path` has the
     A strongest branches of every coded block that was computed; `macs` are the multiply-accumulates

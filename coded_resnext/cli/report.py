@@ -19,7 +19,7 @@ REPORT_FILE = "report.html"
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Gather, write, and say where; the exit status.
+    """Gathers the report, writes it, says where, and returns the exit status.
 
     Raises:
         ValueError: the folder holds nothing of a run.
@@ -58,7 +58,7 @@ def _write_tables(evaluation: Evaluation, folder: Path) -> list[Path]:
 
 
 def write_report(folder: Path) -> Path:
-    """Write the page of a run into its folder; the path.
+    """Writes the page of a run into its folder, and returns the path.
 
     Raises:
         As `gather` and `render`.

@@ -108,7 +108,7 @@ OF_A_MACHINE = ("data_dir", "storage", "workers")
 
 
 def open_data(recipe: Recipe, world: World | None = None) -> ImageSplits:
-    """The images that a recipe asks for; raises as `load_dataset`.
+    """Returns the images that a recipe asks for; raises as `load_dataset`.
 
     Of processes that look into the same folder one lists it, and tells the others.
     """
@@ -142,7 +142,7 @@ def stored_codebooks(run: Path) -> list[Codebook] | None:
 def make_model(
     recipe: Recipe, class_names: Sequence[str], codebooks: Sequence[Codebook] | None = None
 ) -> CodedResNeXt:
-    """The network for the classes, with weights of the recipe's seed, on the CPU.
+    """Returns the network for the classes, with weights of the recipe's seed, on the CPU.
 
     Args:
         recipe: names the network and what its codebooks are.
@@ -217,7 +217,7 @@ def _codebook(path: str, class_names: Sequence[str]) -> Codebook:
 
 
 def start_from(model: CodedResNeXt, settings: ModelConfig, calibration: EvalImages) -> str:
-    """Give a network the weights of `initial_checkpoint`, in place; says what was taken from it.
+    """Gives a network the weights of `initial_checkpoint`, in place; says what was taken from it.
 
     The classifier is taken over only for the same classes. Weights of a plain network are made for
     other magnitudes than a coded block gives, so that BatchNorm is measured anew.
@@ -254,7 +254,7 @@ def start_from(model: CodedResNeXt, settings: ModelConfig, calibration: EvalImag
 
 
 def identity(recipe: Recipe, run: Path | None = None) -> dict[str, Any]:
-    """The settings that decide what comes of a run; it is resumed under the same ones only.
+    """Returns the settings that decide what comes of a run; it is resumed under the same ones only.
 
     Args:
         recipe: the settings.
@@ -287,7 +287,7 @@ def _weights_file(checkpoint: str) -> Path:
 def run_recipe(
     command: Command, vary: Callable[[CodedResNeXt], CodedResNeXt] | None = None
 ) -> None:
-    """Train, evaluate and write the folder; torchrun starts this on many processes.
+    """Trains, evaluates and writes the folder; torchrun starts this on many processes.
 
     Args:
         command: what is asked for.
@@ -431,7 +431,7 @@ class Loaders:
 
 
 def make_loaders(recipe: Recipe, splits: ImageSplits, world: World) -> Loaders:
-    """The loaders that a recipe asks for; raises as they do."""
+    """Returns the loaders that a recipe asks for; raises as they do."""
     data, training, augmentation = recipe.data, recipe.training, recipe.augmentation
     share: dict[str, Any] = {"rank": world.rank, "world_size": world.size}
     damaged = DamagedImages(splits.test, data.max_damaged)
@@ -499,7 +499,7 @@ def in_order(
 
 
 def settings_in_words(recipe: Recipe) -> str:
-    """What a person wants to see before the training begins."""
+    """Returns what a person wants to see before the training begins."""
     lines = [f"{name}: {text}" for name, text in recipe.about.items()]
     training = recipe.training
     decayed = (
@@ -556,7 +556,7 @@ def way_of_run(
 
 
 def with_way(recipe: Recipe, choice: Choice) -> Recipe:
-    """A recipe in which what was left at `auto` is as it was chosen."""
+    """Returns a recipe in which what was left at `auto` is as it was chosen."""
     way, model, training = choice.way, recipe.model, recipe.training
     if named_backend(model.backend) == "auto":
         model = replace(model, backend=way.backend)
@@ -569,7 +569,8 @@ def with_way(recipe: Recipe, choice: Choice) -> Recipe:
 
 
 def computation_in_words(recipe: Recipe, world: World, choice: Choice | None = None) -> str:
-    """How the steps are computed, what that gains, and by which settings it is done otherwise."""
+    """Returns how the steps are computed, what that gains, and by which settings it is done
+    otherwise."""
     backend = named_backend(recipe.model.backend)
     compiler = compiler_for(recipe.training.torchcompile, world.device, recipe.model.backend)
     is_gpu = world.device.type == "cuda"
@@ -585,7 +586,7 @@ def computation_in_words(recipe: Recipe, world: World, choice: Choice | None = N
 
 
 def main(script: str, description: str | None, *, default: str) -> int:
-    """The command line of a training script; the exit status, see `run_script`.
+    """Runs the command line of a training script and returns the exit status, see `run_script`.
 
     Args:
         script: file of the script.
@@ -607,7 +608,7 @@ def main(script: str, description: str | None, *, default: str) -> int:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """`coded-resnext train`: as the training scripts, by any recipe; the exit status."""
+    """Trains by any recipe, as the training scripts do, and returns the exit status."""
 
     def train() -> None:
         run_recipe(
@@ -653,7 +654,8 @@ def open_outside(name: str, splits: ImageSplits, recipe: Recipe) -> ImageSet:
 
 
 def rotated(images: ImageSet, max_damaged: float) -> MemoryImages:
-    """All images that can be read, turned by a quarter, counterclockwise; raises as `into_memory`.
+    """Returns all images that can be read, turned by a quarter, counterclockwise; raises as
+    `into_memory`.
 
     Args:
         images: any set.
@@ -691,7 +693,7 @@ class Command:
 def parse_command(
     argv: Sequence[str] | None, *, description: str, default: str, prog: str | None = None
 ) -> Command:
-    """Read the command line of a training script.
+    """Reads the command line of a training script.
 
     Args:
         argv: arguments; None takes those of the process.
@@ -784,7 +786,7 @@ def write_results(
     history: Sequence[Mapping[str, float]],
     **summary: Any,
 ) -> None:
-    """Write evaluation, figures, pictures, summary and report, and print where they are.
+    """Writes evaluation, figures, pictures, summary and report, and prints where they are.
 
     Args:
         run: the run's folder.

@@ -33,7 +33,8 @@ class Annealed(NamedTuple):
 
 
 def even_words(loads: Ints, count: int, active: int, random: Random) -> Words:
-    """`[count, N]` words that fill the emptiest columns first; `loads` is left as it was."""
+    """Returns `[count, N]` words that fill the emptiest columns first; `loads` is left as it
+    was."""
     loads = loads.copy()
     words = np.zeros((count, len(loads)), dtype=np.uint8)
     for word in words:
@@ -53,7 +54,7 @@ def anneal(
     random: Random,
     report: Callable[[Annealed], None],
 ) -> Annealed | None:
-    """Move the words from row `first` on until all are `distance` apart, with few pairs at it.
+    """Moves the words from row `first` on until all are `distance` apart, with few pairs at it.
 
     Args:
         words: `[K, N]` start, of equal weights; not changed.
@@ -94,7 +95,7 @@ def anneal(
         return int(values[:, :first].sum() + values[:, first:].sum() // 2)
 
     def replace(row: int, give: int, take: int, meets: npt.NDArray[np.int16]) -> int:
-        """Move a one of a word; returns the change of the number of conflicts."""
+        """Moves a one of a word; returns the change of the number of conflicts."""
         changed = int(clash[meets].sum()) - int(clash[common[row]].sum())
         common[row] = meets
         common[:, first + row] = meets[first:]
@@ -147,7 +148,7 @@ def anneal(
 
 
 def even_out(words: Words, distance: int, first: int = 0) -> Words | None:
-    """Make column loads differ by one at most, word by word, without going below a distance.
+    """Makes column loads differ by one at most, word by word, without going below a distance.
 
     One word at a time moves a one from a fullest to an emptiest column. For distance 2 this always
     ends well when all rows may move (`first = 0`): more words have (1, 0) than (0, 1) in two such
@@ -194,7 +195,7 @@ STEPS = 20_000
 
 
 def grow(words: Words, count: int, seed: int = 0) -> Words:
-    """`[K + count, N]`: the given words, then new ones of the same weight.
+    """Returns `[K + count, N]`: the given words, then new ones of the same weight.
 
     The new words fill the emptiest branches, so that the loads come as near to each other as the
     old words allow. Among such words, annealing by switches looks for some that keep the minimum

@@ -42,7 +42,7 @@ def assign(
     seed: int = 0,
     sweeps: int = SWEEPS,
 ) -> Assignment:
-    """Order the codewords so that similar classes are far apart, or near.
+    """Orders the codewords so that similar classes are far apart, or near.
 
     The objective is `sum S[a, b] d(a, b) / sum S[a, b]` over all pairs of classes. As
     `d(a, b) = 2 (A - <x_a, x_b>)`, with `M = S X` the exchange of the words of a and b changes

@@ -178,13 +178,13 @@ def codebook_bounds(
 
 
 def _evenly_shared_pairs(incidences: int, subsets: int) -> int:
-    """Least sum of C(load, 2) when `incidences` are shared out over `subsets`."""
+    """Returns the least sum of C(load, 2) when `incidences` are shared out over `subsets`."""
     load, more = divmod(incidences, subsets)
     return (subsets - more) * comb(load, 2) + more * comb(load + 1, 2)
 
 
 def _eberlein(branches: int, active: int, steps: int, index: int) -> int:
-    """Eigenvalue of the graph "distance 2 * steps" of the Johnson scheme on eigenspace `index`."""
+    """Returns the eigenvalue of "distance 2 * steps" of the Johnson scheme on an eigenspace."""
     return sum(
         (-1) ** j
         * comb(index, j)
@@ -195,7 +195,7 @@ def _eberlein(branches: int, active: int, steps: int, index: int) -> int:
 
 
 def _least_last(rows: Sequence[Sequence[int]], least: Sequence[int]) -> int | None:
-    """Minimum of the last entry of n over n >= 0 with rows . n >= least, rounded up; None: no n.
+    """Returns the least last entry of n >= 0 with rows . n >= least, rounded up; None: no n.
 
     The simplex method on the dual: maximise least . y with rows^T y <= (0, .., 0, 1) and y >= 0,
     from y = 0. The table holds whole numbers over one common denominator, the last pivot, and every

@@ -199,7 +199,8 @@ class Codebook:
 
     @cached_property
     def bounds(self) -> Bounds:
-        """What is possible in this size, beside what this codebook reaches; prints as a sentence.
+        """Returns what is possible in this size, beside what this codebook reaches; prints as a
+        sentence.
 
         The bounds are proved, in whole numbers: Johnson's on the minimum distance, a linear program
         on the number of pairs at it (docs/codebooks.md).

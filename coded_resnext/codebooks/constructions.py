@@ -37,7 +37,7 @@ FIELD_32 = 0b100101  # x^5 + x^2 + 1
 
 
 def field_product(a: int, b: int, modulus: int) -> int:
-    """Product in GF(2^m), elements as polynomials over GF(2) in the bits of a number."""
+    """Returns the product in GF(2^m); bits of a number are a polynomial over GF(2)."""
     degree = modulus.bit_length() - 1
     result = 0
     while b:
@@ -51,7 +51,7 @@ def field_product(a: int, b: int, modulus: int) -> int:
 
 
 def bch_16_of_32() -> Words:
-    """1000 words 16/32 at distance 12 from the extended BCH code [32, 11, 12].
+    """Returns 1000 words 16/32 at distance 12 from the extended BCH code [32, 11, 12].
 
     Its words are `x -> c + Tr(a x + b x^3)` over GF(32), with Tr the trace to GF(2). For b != 0 the
     quadratic form behind Tr(b x^3) has rank 4, so that a word has weight 12, 16 or 20: two words
@@ -87,7 +87,7 @@ def bch_16_of_32() -> Words:
 
 
 def planes_4_of_32() -> Words:
-    """1000 planes of AG(5, 2): 4/32 at distance 4, proved optimal.
+    """Returns 1000 planes of AG(5, 2): 4/32 at distance 4, proved optimal.
 
     Two planes that share three points are equal, so planes are at distance 4 at least. A plane is
     one of the 8 translates of a subspace {0, u, v, u + v}, a line of PG(4, 2). Multiplication by a
@@ -123,7 +123,7 @@ def planes_4_of_32() -> Words:
 
 
 def singer_group() -> Group:
-    """E_32 : Z_15, order 480: translations of GF(2) x GF(16), and multiplication of GF(16)*."""
+    """Returns E_32 : Z_15 of order 480: translations of GF(2) x GF(16), and GF(16)*."""
     table = []
     for power in range(15):
         factor = 1
@@ -135,7 +135,7 @@ def singer_group() -> Group:
 
 
 def orbits_8_of_32() -> Words:
-    """1000 words 8/32 at distance 8 from orbits of E_32 : Z_15.
+    """Returns 1000 words 8/32 at distance 8 from orbits of E_32 : Z_15.
 
     Two orbits of 480 words and one of 60 are at mutual distance 8. The 60 are the translates of 15
     subspaces of dimension 3. Each subspace has 4 translates, which load every branch once: leaving
@@ -175,7 +175,8 @@ def orbits_8_of_32() -> Words:
 
 
 def best_union(group: Group, classes: int, active: int, distance: int) -> Words:
-    """The union of orbits of a group with the fewest pairs at a distance, among all its unions.
+    """Returns the union of orbits of a group with the fewest pairs at a distance, among all its
+    unions.
 
     The words of a size must be few enough to go through all of them.
     """
@@ -312,7 +313,7 @@ def _content(size: Size, words: list[str], provenance: dict[str, str]) -> dict[s
 
 
 def main() -> None:
-    """Write every data file anew."""
+    """Writes every data file anew."""
     folder = Path(__file__).with_name("data")
     contents = [(size, "best", best_content(size)) for size in CONSTRUCTIONS]
     contents += [(size, "paper", paper_content(size)) for size in PAPER_TABLES]

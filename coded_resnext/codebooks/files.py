@@ -282,7 +282,7 @@ def _from_lines(text: str) -> list[_Entry]:
 
 
 def _refuse_ambiguous(comments: Sequence[_Entry], word: str) -> None:
-    """Refuse a comment that could be a class, since it ends in a word as long as the others."""
+    """Refuses a comment that could be a class, since it ends in a word as long as the others."""
     for comment in comments:
         if len(comment.word) == len(word) and not set(comment.word) - set(DIGITS):
             raise ValueError(

@@ -109,7 +109,7 @@ def search(
     seed: int = 0,
     report: Callable[[Progress], None] | None = None,
 ) -> SearchResult:
-    """`K` distinct words of length `N` and weight `A`, column loads equal within one.
+    """Returns `K` distinct words of length `N` and weight `A`, column loads equal within one.
 
     Ctrl-C ends the search and keeps the best words so far (of distance 2 when there are none).
 
@@ -144,7 +144,7 @@ def _is_small(classes: int, branches: int, active: int) -> bool:
 
 
 def _best_of_all(classes: int, branches: int, active: int, seed: int) -> SearchResult:
-    """The best of all codebooks with the first word; any word is as good as any other."""
+    """Returns the best of all codebooks with the first word; any word is as good as any other."""
     words = all_words(branches, active)
     chosen = np.array(list(combinations(range(1, len(words)), classes - 1)), dtype=np.int64)
     chosen = np.hstack([np.zeros((len(chosen), 1), dtype=np.int64), chosen])
@@ -164,7 +164,7 @@ def _pairs(count: int) -> list[tuple[int, int]]:
 
 
 def check_size(classes: int, branches: int, active: int) -> None:
-    """Raise a ValueError when no codebook of a size exists, and say why."""
+    """Raises a ValueError that says why when no codebook of a size exists."""
     if classes < 2:
         raise ValueError(f"classes: expected at least 2, got {classes}")
     if branches < 1:
@@ -241,7 +241,7 @@ class _Search:
                 self.offer(annealed.words)
 
     def unite(self, distance: int, group: Group, enough: int, rng: np.random.Generator) -> None:
-        """Offer the best unions of orbits of one group."""
+        """Offers the best unions of orbits of one group."""
         limit = self.active - distance // 2
         effort = self.effort
         full, rest = divmod(self.classes, self.branches)
@@ -275,7 +275,7 @@ class _Search:
             self.offer_union(accounts, union, distance, rng)
 
     def short_size(self, rest: int) -> int:
-        """Size of short orbits that add up to `rest` words; 0: there are none."""
+        """Returns the size of short orbits that add up to `rest` words; 0: there are none."""
         for fixing in range(2, self.branches):
             size, remainder = divmod(self.branches, fixing)
             if remainder == 0 and self.active % fixing == 0 and rest and rest % size == 0:
@@ -321,7 +321,7 @@ class _Search:
             self.report(Progress(trying, distance, pairs))
 
     def floor(self) -> Words:
-        """Distinct balanced words: distance 2, which is always possible."""
+        """Returns distinct balanced words: distance 2, which is always possible."""
         random = Random(f"{self.seed} floor")  # noqa: S311
         if comb(self.branches, self.active) <= 4 * self.classes:
             words = all_words(self.branches, self.active)

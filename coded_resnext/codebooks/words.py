@@ -22,7 +22,7 @@ CHUNK_ENTRIES = 1 << 22
 
 
 def from_strings(words: Iterable[str]) -> Words:
-    """`[K, N]` from strings of 0 and 1 of equal length."""
+    """Returns `[K, N]` from strings of 0 and 1 of equal length."""
     return np.array([[digit == "1" for digit in word] for word in words], dtype=np.uint8)
 
 
@@ -33,7 +33,7 @@ def to_strings(words: Words) -> list[str]:
 
 
 def from_sets(sets: Iterable[Iterable[int]], branches: int) -> Words:
-    """`[K, N]` from the sets of active branches, which have one size."""
+    """Returns `[K, N]` from the sets of active branches, which have one size."""
     members = np.array([list(columns) for columns in sets], dtype=np.intp)
     words = np.zeros((len(members), branches), dtype=np.uint8)
     if len(members):
@@ -43,19 +43,20 @@ def from_sets(sets: Iterable[Iterable[int]], branches: int) -> Words:
 
 @lru_cache(maxsize=4)
 def all_words(branches: int, active: int) -> Words:
-    """All words of length N and weight A, in lexicographic order of their sets; read-only."""
+    """Returns all words of length N and weight A, in lexicographic order of their sets;
+    read-only."""
     words = from_sets(combinations(range(branches), active), branches)
     words.setflags(write=False)
     return words
 
 
 def overlaps(words: Words, others: Words) -> npt.NDArray[np.float32]:
-    """`[K, L]` numbers of common branches; exact, as they are integers far below 2^24."""
+    """Returns `[K, L]` numbers of common branches; exact, as they are integers far below 2^24."""
     return words.astype(np.float32) @ others.astype(np.float32).T
 
 
 def distance_histogram(words: Words) -> dict[int, int]:
-    """Number of pairs of rows at each distance, ascending; memory stays below 100 MB."""
+    """Returns the number of pairs of rows at each distance, ascending, in less than 100 MB."""
     active, branches = int(words[0].sum()), words.shape[1]
     rows = words.astype(np.float32)
     counts = np.zeros(branches + 1, dtype=np.int64)

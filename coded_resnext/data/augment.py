@@ -166,7 +166,7 @@ class TrainTransform:
         return [attempt(images.image, index) for index in indices]
 
     def __call__(self, images: Sequence[Image], seeds: Sequence[int]) -> Tensor:
-        """RGB images of any size, each with its seed, to `[B, 3, size, size]`, normalised."""
+        """Returns RGB images of any size as `[B, 3, size, size]`, normalised, by their seeds."""
         with generators_kept():
             augmented = []
             for image, seed in zip(images, seeds, strict=True):
@@ -245,7 +245,8 @@ class PaddedCrop:
         return image.crop((left, top, left + self.size, top + self.size))
 
     def draw(self) -> tuple[int, int]:
-        """Where the square begins, from the left and from the top; below 0 in the padding."""
+        """Returns where the square begins, from the left and from the top; below 0 in the
+        padding."""
         left = random.randint(-self.padding, self.padding)  # noqa: S311
         top = random.randint(-self.padding, self.padding)  # noqa: S311
         return left, top
@@ -279,7 +280,7 @@ class Flips:
 
 
 def make_rand_augment(config: str, preprocessing: Preprocessing) -> RandAugment:
-    """timm's RandAugment with the settings of timm's own training: fill colour, largest shift.
+    """Returns RandAugment with the settings of timm's training: fill colour, largest shift.
 
     Raises:
         ValueError: timm knows no such RandAugment.
@@ -304,7 +305,7 @@ def make_rand_augment(config: str, preprocessing: Preprocessing) -> RandAugment:
 
 
 def posterize_to_black(image: Image, bits_to_keep: int, **settings: Any) -> Image:
-    """timm's posterize; of no bits at all it makes a black image.
+    """Posterizes as timm; of no bits at all it makes a black image.
 
     Magnitudes below 2.5 ask for none. Pillow gave black when the published networks were trained,
     and raises an error since.
@@ -318,7 +319,7 @@ def posterize_to_black(image: Image, bits_to_keep: int, **settings: Any) -> Imag
 
 
 def seed_generators(seed: int) -> None:
-    """Seed what augmentation draws from: the global generators, since timm knows no others."""
+    """Seeds what augmentation draws from: the global generators, since timm knows no others."""
     random.seed(seed)
     np.random.seed(seed % 2**32)  # noqa: NPY002
     torch.default_generator.manual_seed(seed)

@@ -31,10 +31,10 @@ class TrainLoader(Protocol):
     """Training batches that follow from (seed, epoch, step, process) and from nothing else."""
 
     def __len__(self) -> int:
-        """Optimizer steps of an epoch, the same number on every process."""
+        """Returns the optimizer steps of an epoch, as many on every process."""
 
     def set_epoch(self, epoch: int, start_step: int = 0) -> None:
-        """Choose what the next pass yields.
+        """Chooses what the next pass yields.
 
         Args:
             epoch: counted from 1.
@@ -56,7 +56,7 @@ class BatchAugment(Protocol):
     """Number of random numbers that an image needs."""
 
     def __call__(self, images: Tensor, draws: Tensor) -> Tensor:
-        """`[B, C, H, W]` and uniform numbers `[B, draws]` in [0, 1) to images of the same shape."""
+        """Returns images like `[B, C, H, W]`, by uniform numbers `[B, draws]` in [0, 1)."""
 
 
 class ShuffledSamples:
@@ -105,7 +105,7 @@ class ShuffledSamples:
         return self.samples // self.batch_size
 
     def set_epoch(self, epoch: int, start_step: int = 0) -> None:
-        """Choose order and draws of the next pass, and its first step."""
+        """Chooses order and draws of the next pass, and its first step."""
         self.epoch, self.start_step = epoch, start_step
 
     def fingerprint(self) -> dict[str, Any]:
@@ -113,7 +113,7 @@ class ShuffledSamples:
         return {"images": self.samples}
 
     def generator(self) -> torch.Generator:
-        """Of the epoch, the same on all processes; the order is its first draw."""
+        """Returns the epoch's generator, the same on all processes; the order is its first draw."""
         return torch.Generator().manual_seed(derive_seed(self.seed, self.epoch))
 
     def chosen(self, generator: torch.Generator) -> Iterator[Tensor]:
@@ -218,7 +218,7 @@ class RandomShift:
         self.pixels = pixels
 
     def __call__(self, images: Tensor, draws: Tensor) -> Tensor:
-        """`[B, C, H, W]` to the same shape, shifted by uniform numbers `[B, 2]` in [0, 1)."""
+        """Returns `[B, C, H, W]` shifted by uniform numbers `[B, 2]` in [0, 1)."""
         batch, _, height, width = images.shape
         padded = F.pad(images, (self.pixels,) * 4, mode="replicate")
         shifts = (draws * (2 * self.pixels + 1)).long()

@@ -100,7 +100,8 @@ def load_dataset(
 def find_image_folder(
     root: str | Path, class_names: Sequence[str] | None = None, *, holdout: float = 0.0
 ) -> ImageSplits:
-    """The images of a data set with labels, for training and for evaluating a network alike.
+    """Returns the images of a data set with labels, for training and for evaluating a network
+    alike.
 
     Args:
         root: `ROOT/train/CLASS` with `ROOT/test/CLASS` or `ROOT/val/CLASS`, each with images in it
@@ -148,7 +149,7 @@ def find_image_folder(
 def make_synthetic(
     classes: int = 10, size: int = 32, train_images: int = 2000, test_images: int = 500
 ) -> ImageSplits:
-    """Noise in which every class brightens a patch of its own in a colour of its own.
+    """Returns noise in which every class brightens a patch of its own in a colour of its own.
 
     For trying out a recipe or a machine; the network can learn it, but it says nothing about
     accuracy. The same numbers give the same images.
@@ -242,7 +243,7 @@ def _numbered(what: str, count: int) -> list[str]:
 
 
 def decoded(splits: ImageSplits, storage: Storage, max_damaged: float) -> ImageSplits:
-    """The images in memory where `storage` asks for it; of a set that is there already, itself."""
+    """Returns the images in memory where `storage` asks for it, else as they are."""
     train, test = splits.train, splits.test
     if storage == "files" or not isinstance(train, StoredImages):
         return splits
@@ -294,7 +295,7 @@ class DigitsSplit:
 
 
 def load_digits_split(seed: int = SPLIT_SEED) -> DigitsSplit:
-    """The digits in a stratified 80/20 split; mean and deviation are those of the training images.
+    """Returns the digits in a stratified 80/20 split, normalised by the training images.
 
     The set is ordered by writer, so that a sequential split would be another task: new writers.
 

@@ -100,7 +100,7 @@ class Files:
 
 
 def list_images(root: Path, folders: Sequence[str] = ("",)) -> tuple[Files, list[int]]:
-    """The images anywhere below some folders, in the order of these and by name.
+    """Returns the images anywhere below some folders, in the order of these and by name.
 
     Args:
         root: a folder.
@@ -256,7 +256,7 @@ def csv_rows(path: Path, required: Sequence[str]) -> list[dict[str, str]]:
 def find_splits(
     root: str | Path, class_names: Sequence[str] | None = None
 ) -> tuple[Path | None, Path | None]:
-    """The folders of training and test images in a data set.
+    """Returns the folders of training and test images in a data set.
 
     Args:
         root: `ROOT/{train,test}/CLASS` (`val` may stand for `test`), or `ROOT/CLASS`.
@@ -285,7 +285,7 @@ def find_splits(
 
 
 def class_folders(root: Path) -> dict[str, Path]:
-    """The folders in a folder by name (see `as_text`), without hidden ones.
+    """Returns the folders in a folder by name (see `as_text`), without hidden ones.
 
     Raises:
         NotADirectoryError: it is no folder.
@@ -301,7 +301,7 @@ def class_folders(root: Path) -> dict[str, Path]:
 
 
 def open_image(source: Path | bytes, channels: int, name: str | None = None) -> Image:
-    """An image as 8-bit grey (1 channel) or RGB (3), read in full; see `to_channels`.
+    """Returns an image as 8-bit grey (1 channel) or RGB (3), read in full; see `to_channels`.
 
     Args:
         source: the file, or what is in one.
@@ -334,7 +334,7 @@ def image_size(source: Path | bytes, name: str | None = None) -> tuple[int, int]
 
 @contextmanager
 def _opened(source: Path | bytes, name: str | None) -> Iterator[Image]:
-    """An open image, of which every failure is a ValueError that names it."""
+    """Opens an image, and makes of every failure a ValueError that names it."""
     image_module = _pillow()
     file = BytesIO(source) if isinstance(source, bytes) else source
     try:

@@ -164,7 +164,8 @@ class MemoryImages:
 
     @property
     def pixels(self) -> Tensor:
-        """All images as one tensor `[n, 3, H, W]`, uint8; a ValueError where sizes differ."""
+        """Returns all images as one tensor `[n, 3, H, W]`, uint8; a ValueError where sizes
+        differ."""
         if isinstance(self.images, np.ndarray):
             return torch.from_numpy(self.images).permute(0, 3, 1, 2)
         sizes = {image.shape for image in self.images}
@@ -242,7 +243,7 @@ class DamagedImages:
         self._left = torch.bincount(images.targets).tolist() if every_class else None
 
     def add(self, index: int, reason: str) -> None:
-        """Count an image, once.
+        """Counts an image, once.
 
         Raises:
             ValueError: there are more than the limit, or it was the last one of its class.
@@ -274,7 +275,7 @@ class TooLargeError(ValueError):
 
 
 def into_memory(files: ImageSet, damaged: DamagedImages, largest: float = math.inf) -> MemoryImages:
-    """Decode all images of a set once.
+    """Decodes all images of a set once.
 
     Args:
         files: the images.
@@ -370,7 +371,7 @@ def by_class(targets: Tensor) -> dict[int, Integers]:
 
 
 def _shuffled_classes(targets: Tensor) -> list[Integers]:
-    """The samples of every class that occurs, each in an order of its own that never changes."""
+    """Returns the samples of every class, each in an order of its own that never changes."""
     return [
         np.random.default_rng(derive_seed(SPLIT_SEED, target)).permutation(members)
         for target, members in by_class(targets).items()

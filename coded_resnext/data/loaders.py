@@ -209,7 +209,8 @@ class EvalImages:
 
     @property
     def targets(self) -> Tensor:
-        """The classes of all images of the set, by index; also of those that cannot be read."""
+        """Returns the classes of all images of the set, by index; also of those that cannot be
+        read."""
         return self.images.targets
 
     def fingerprint(self) -> dict[str, Any]:
@@ -277,7 +278,7 @@ def make_loader(reader: Dataset[Any], plan: Plan, workers: int) -> DataLoader[An
 
 
 def passing(loader: DataLoader[Any]) -> Iterator[Any]:
-    """One pass; its workers end with it. One that fails is an OSError that says what it met."""
+    """Yields a pass, with which its workers end; an OSError says what a failing one met."""
     iterator = iter(loader)
     try:
         yield from iterator

@@ -251,7 +251,7 @@ class Draws:
         self._size, self._aa_first = preprocessing.size, augmentation.aa_first
 
     def __call__(self, seeds: Sequence[int]) -> Tensor:
-        """Of images of the network's size, `[B, CROP + layers * NUMBERS + ..]`, float64."""
+        """Draws for images of the network's size `[B, CROP + layers * NUMBERS + ..]`, float64."""
         with generators_kept():
             rows = [self.of_image(seed, (self._size, self._size))[1] for seed in seeds]
         return torch.tensor(rows, dtype=torch.float64)
@@ -306,7 +306,7 @@ class Normalize:
         )
 
     def __call__(self, images: Tensor) -> Tensor:
-        """`[B, 3, H, W]`, uint8 to float32."""
+        """Returns `[B, 3, H, W]`, uint8, as float32."""
         return (images.float() / 255 - self._mean) / self._std
 
 
@@ -364,7 +364,7 @@ class DeviceAugment:
 
 
 def crop_and_flip(pixels: Tensor, indices: Tensor, crops: Tensor) -> Tensor:
-    """Shifted images, black where they end, then flipped.
+    """Shifts images, which are black where they end, and flips them.
 
     Args:
         pixels: `[n, 3, H, W]`, uint8.
@@ -390,7 +390,7 @@ def _line(length: int, start: Tensor, is_reversed: Tensor) -> tuple[Tensor, Tens
 
 
 def _noted(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """Instead of one of timm's operations: writes down what it was asked for."""
+    """Notes what one of timm's operations is asked for, instead of doing it."""
     from timm.data import auto_augment
 
     # Shifts and turns stay: they hand their coefficients to the image that they change.

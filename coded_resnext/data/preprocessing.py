@@ -90,7 +90,7 @@ class Preprocessing:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Preprocessing:
-        """Read what `to_dict` wrote."""
+        """Reads what `to_dict` wrote."""
         return cls(
             data["size"],
             data["channels"],
@@ -101,7 +101,8 @@ class Preprocessing:
 
 
 def resize_and_cut(image: Image, size: int, resize: int | None = None) -> Image:
-    """The centre of an image, `size` pixels square, its shorter side first resized (bicubic).
+    """Returns the centre of an image, `size` pixels square, its shorter side first resized
+    (bicubic).
 
     Args:
         image: any size.

@@ -48,7 +48,7 @@ def is_operation(rows: Tensor, name: str) -> Tensor:
 
 
 def apply_operation(images: Tensor, rows: Tensor, fill: Tensor) -> Tensor:
-    """One operation on every image.
+    """Applies one operation to every image.
 
     Args:
         images: `[B, 3, H, W]`, uint8.
@@ -73,14 +73,14 @@ def apply_operation(images: Tensor, rows: Tensor, fill: Tensor) -> Tensor:
 
 
 def to_grey(images: Tensor) -> Tensor:
-    """Luminance `[B, 1, H, W]`, int32, as Pillow rounds it."""
+    """Returns the luminance `[B, 1, H, W]`, int32, as Pillow rounds it."""
     red, green, blue = images.int().unbind(1)
     weighed = GREY[0] * red + GREY[1] * green + GREY[2] * blue
     return ((weighed + HALF) >> 16)[:, None]
 
 
 def smooth(images: Tensor) -> Tensor:
-    """The weighted mean of 3 x 3 pixels, the middle one five times; the border as it is. int32."""
+    """Returns the mean of 3 x 3 pixels, the middle one five times, inside the border. int32."""
     values = images.int()
     height, width = values.shape[2:]
     if min(height, width) < 3:
@@ -92,7 +92,7 @@ def smooth(images: Tensor) -> Tensor:
 
 
 def blend(degenerate: Tensor, values: Tensor, amounts: Tensor) -> Tensor:
-    """From one image (amount 0) to another (1), or beyond; integers in, uint8 out."""
+    """Goes from one image (amount 0) to another (1), or beyond; integers in, uint8 out."""
     difference = (values - degenerate).float()
     mixed = degenerate.float() + amounts.float() * difference
     return mixed.clamp(0, 255).to(torch.uint8)
@@ -144,7 +144,7 @@ def histograms(images: Tensor) -> Tensor:
 
 
 def stretched(counts: Tensor) -> Tensor:
-    """Autocontrast: the darkest intensity becomes 0 and the brightest 255. int32."""
+    """Does autocontrast: the darkest intensity becomes 0 and the brightest 255. int32."""
     levels = torch.arange(256, device=counts.device)
     present = counts > 0
     low = torch.where(present, levels, 255).amin(-1, keepdim=True)
@@ -157,7 +157,7 @@ def stretched(counts: Tensor) -> Tensor:
 
 
 def equalized(counts: Tensor) -> Tensor:
-    """Histogram equalisation with Pillow's whole-numbered steps. int32."""
+    """Equalises a histogram with Pillow's whole-numbered steps. int32."""
     levels = torch.arange(256, device=counts.device)
     last = torch.where(counts > 0, levels, 0).amax(-1, keepdim=True)
     step = (counts.sum(-1, keepdim=True) - counts.gather(-1, last)) // 255
@@ -216,7 +216,7 @@ def _linear(values: list[Tensor], share: Tensor) -> Tensor:
 
 
 def _cubic(values: list[Tensor], share: Tensor) -> Tensor:
-    """Pillow's cubic through the two inner values, with the slopes of their neighbours (a = -1)."""
+    """Interpolates as Pillow's cubic between the inner values, by their neighbours (a = -1)."""
     first, second, third, fourth = values
     linear = third - first
     square = 2 * (first - second) + third - fourth
@@ -314,7 +314,7 @@ class DeviceErasing:
             self._noise = noise.to(device)
 
     def __call__(self, images: Tensor, numbers: Tensor) -> Tensor:
-        """`[B, 3, H, W]`, normalised, and `[B, columns]`, float64, to images of the same shape."""
+        """Returns `[B, 3, H, W]`, normalised, erased by the numbers `[B, columns]`, float64."""
         height, width = images.shape[2:]
         rows = torch.arange(height, device=images.device)[:, None]
         columns = torch.arange(width, device=images.device)

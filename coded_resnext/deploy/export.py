@@ -388,7 +388,7 @@ def _frozen(network: nn.Module) -> Any:
 
 
 def require_onnx() -> None:
-    """Say which extra has the libraries, when one is missing.
+    """Says which extra has the libraries, when one is missing.
 
     Raises:
         ImportError: onnx, onnxscript or onnxruntime cannot be imported.
@@ -405,7 +405,7 @@ def require_onnx() -> None:
 
 
 def check_onnx(path: str | Path, network: nn.Module, inputs: Iterable[Tensor]) -> float:
-    """Compare an ONNX file with the network that it was made of.
+    """Compares an ONNX file with the network that it was made of.
 
     Returns:
         The largest difference of the floating-point outputs, in units of the largest above 1.
@@ -437,7 +437,7 @@ def check_onnx(path: str | Path, network: nn.Module, inputs: Iterable[Tensor]) -
 
 
 def quantize_onnx(source: str | Path, path: str | Path, images: Iterable[Tensor]) -> Path:
-    """Write an int8 variant of an ONNX file: convolutions and head, by static calibration.
+    """Writes an int8 variant of an ONNX file: convolutions and head, by static calibration.
 
     Weights become int8 with a scale for each output channel, activations uint8 with ranges measured
     on the images. Energies and normalisation stay in float32. Of the 8 bits of a weight 7 are used:

@@ -244,7 +244,7 @@ def push_to_hub(
 
 
 def _architecture(pretrained: Pretrained) -> dict[str, Any]:
-    """The part of the description that the weights' own header has too, as JSON gives it back."""
+    """Returns the part of the description that the weights' header has too, as read of JSON."""
     description = pretrained.description()
     keys = ("architecture", "class_names", "codebooks", "preprocessing")
     part: dict[str, Any] = json.loads(json.dumps({key: description[key] for key in keys}))
@@ -257,7 +257,7 @@ def _download(
     token: str | bool | None,
     cache_dir: str | Path | None,
 ) -> Path:
-    """Fetch weights and description into the Hub's cache; the folder that holds them."""
+    """Fetches weights and description into the Hub's cache, and returns their folder."""
     hub = _hub()
     paths = [
         hub.hf_hub_download(repository, name, revision=revision, token=token, cache_dir=cache_dir)
@@ -284,7 +284,7 @@ CELL = 120
 
 
 def model_card(pretrained: Pretrained) -> str:
-    """Markdown with the front matter that the Hub reads."""
+    """Returns Markdown with the front matter that the Hub reads."""
     model = pretrained.model
     front = {
         "library_name": "coded-resnext",
@@ -404,7 +404,7 @@ def _table(notes: Mapping[str, Any], empty: str) -> list[str]:
 
 
 def _flat(notes: Mapping[str, Any], before: str = "") -> list[tuple[str, Any]]:
-    """Nested notes as rows, `config.epochs`."""
+    """Returns nested notes as rows, such as `config.epochs`."""
     rows: list[tuple[str, Any]] = []
     for key, value in notes.items():
         name = f"{before}{key}"

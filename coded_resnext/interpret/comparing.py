@@ -203,7 +203,7 @@ class Summary:
 def summarize(
     runs: Mapping[str, Mapping[int, Mapping[str, float]]],
 ) -> dict[str, dict[str, Summary]]:
-    """Compare the runs of ablations with the base's.
+    """Compares the runs of ablations with the base's.
 
     Args:
         runs: measures by name of the ablation and seed.
@@ -286,7 +286,7 @@ def measures(evaluation: Evaluation) -> dict[str, float]:
 
 
 def accuracy_table(runs: Sequence[FinishedRun], paper: Mapping[str, float]) -> str:
-    """A line for each row: the published accuracy, ours, the difference from the first row, cost.
+    """Returns a line for each row: published accuracy, ours, difference from the first, cost.
 
     Args:
         runs: of the rows in the order of the table; the first one is compared with.
@@ -351,7 +351,8 @@ def class_table(runs: Sequence[FinishedRun]) -> str:
 
 
 def removal_table(runs: Sequence[FinishedRun]) -> str:
-    """A line for each coded block and kind of branch: accuracy with 0, 1, .. of them removed."""
+    """Returns a line for each coded block and kind of branch: accuracy with 0, 1, .. of them
+    removed."""
     known = [one for run in runs if (one := run.evaluation.removal) is not None]
     if not known:
         return ""
@@ -384,7 +385,7 @@ class Group:
 
 
 def group_runs(folders: Iterable[Path]) -> list[Group]:
-    """Finished runs by their recipes, whatever their folders are called.
+    """Groups finished runs by their recipes, whatever their folders are called.
 
     Args:
         folders: of runs.
@@ -438,7 +439,7 @@ def describe_groups(groups: Sequence[Group]) -> str:
 
 
 def summary_table(groups: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
-    """A line for each number of the runs' summaries: mean ± deviation of every group, and range.
+    """Returns a line for each number of the summaries: mean ± deviation of a group, and range.
 
     Args:
         groups: the contents of `summary.json` of the runs of each group.
@@ -489,7 +490,7 @@ def best_run(runs: Sequence[FinishedRun]) -> FinishedRun:
 def mean_and_deviation(
     values: Sequence[float], scale: float, digits: int, *, sign: str = ""
 ) -> str:
-    """Mean ± standard deviation (n - 1), `?` for that of one value; nothing for no value."""
+    """Returns mean ± standard deviation (n - 1), `?` for one value; nothing for none."""
     if not values:
         return ""
     return _with_deviation(statistics.fmean(values), deviation_of(values), scale, digits, sign=sign)

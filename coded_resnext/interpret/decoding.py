@@ -110,7 +110,7 @@ class EarlyDecoding:
 
 
 def classification(said: Tensor, targets: Tensor, classes: int) -> Classification:
-    """Compare said classes `[n]` with the true ones `[n]`."""
+    """Compares said classes `[n]` with the true ones `[n]`."""
     correct = said == targets
     return Classification(
         accuracy=int(correct.sum()) / len(targets),
@@ -120,7 +120,7 @@ def classification(said: Tensor, targets: Tensor, classes: int) -> Classificatio
 
 
 def confusion(rows: Tensor, columns: Tensor, classes: int) -> Confusion:
-    """Count the pairs of classes that occur in two lists `[n]`, ascending."""
+    """Counts the pairs of classes that occur in two lists `[n]`, ascending."""
     cells, counts = torch.unique(rows * classes + columns, return_counts=True)
     return tuple(
         (cell // classes, cell % classes, count)
@@ -186,7 +186,8 @@ class ExitCurve:
 
 
 def scores_of(observed: Observations) -> ExitScores:
-    """The numbers of the images that early exit needs: decoded classes, margins, true classes."""
+    """Returns the numbers of the images that early exit needs: decoded classes, margins, true
+    classes."""
     return ExitScores(
         decoded=torch.stack(observed.decoded, 1),
         margins=torch.stack(observed.margins, 1),
@@ -196,7 +197,7 @@ def scores_of(observed: Observations) -> ExitScores:
 
 
 def _margins(scores: ExitScores) -> list[float]:
-    """0, and margins that part those that occur into shares of one size, ascending, each once.
+    """Returns 0, and margins that part those that occur into equal shares, ascending.
 
     They lie halfway between two that occur, so that rounding moves no image to the other side.
     """
@@ -417,6 +418,7 @@ def trace(model: CodedResNeXt, x: Tensor) -> Trace:
 
 
 def strongest(energies: Tensor, active: int) -> tuple[int, ...]:
-    """The `active` branches with the most energy of `[N]`, ascending; of equal ones the lowest."""
+    """Returns the `active` branches with the most energy of `[N]`, ascending; of equal ones the
+    lowest."""
     order = torch.sort(energies, descending=True, stable=True).indices
     return tuple(sorted(order[:active].tolist()))

@@ -93,13 +93,13 @@ def save_figures(
 
 
 def _description(evaluation: Evaluation) -> str:
-    """What the figures are of, for their metadata."""
+    """Returns what the figures are of, for their metadata."""
     weights = (evaluation.weights_sha256 or "unknown")[:12]
     return f"measured on {printable(evaluation.provenance or 'unknown')}; weights {weights}"
 
 
 def early_decoding_figure(result: EarlyDecoding) -> Figure:
-    """Accuracy of decoding each coded block, and its agreement with the output, by depth."""
+    """Draws accuracy of decoding each coded block, and its agreement with the output."""
     figure = new_figure(5.6, 3.2)
     panel = figure.add_subplot()
     depth = range(1, len(result.block_accuracy) + 1)
@@ -137,7 +137,7 @@ def early_decoding_figure(result: EarlyDecoding) -> Figure:
 
 
 def removal_figure(result: Removal, *, energy: bool = False) -> Figure:
-    """Accuracy, or energy left, against the removed branches, a panel for each coded block."""
+    """Draws accuracy, or energy left, against the removed branches, a panel for each block."""
     whole = 1.0 if energy else result.accuracy
     figure, panels = small_multiples(
         len(result.blocks),
@@ -197,7 +197,7 @@ def _removal_curve(
 
 
 def score_figure(result: OneClass, thresholds_from: str) -> Figure:
-    """Score histograms of the one-class classifiers, a panel for each class."""
+    """Draws histograms of the one-class classifiers' scores, a panel for each class."""
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 

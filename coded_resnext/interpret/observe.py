@@ -241,7 +241,7 @@ def read_classes(energies: Tensor, book: Codebook) -> tuple[Tensor, Tensor]:
 
 
 def normalized(energies: Tensor) -> Tensor:
-    """(4), of the energies (2) that the ablation without normalisation returns."""
+    """Returns (4) of the energies (2) that the ablation without normalisation returns."""
     mean = energies.mean(1, keepdim=True)
     return torch.where(is_dead(mean), 0.0, energies / mean)
 
@@ -301,7 +301,7 @@ class DrawnImages:
 
 
 def require_same_order(targets: Tensor, known: Tensor, positions: Tensor) -> None:
-    """Refuse a loader that gives other images than those a pass was planned by, as shuffling does.
+    """Refuses a loader that gives other images than those a pass was planned by, as shuffling does.
 
     Args:
         targets: classes of some images in this pass, `[B]`.
@@ -319,7 +319,7 @@ def require_same_order(targets: Tensor, known: Tensor, positions: Tensor) -> Non
 
 
 def read_targets(model: CodedResNeXt, loader: Loader) -> Tensor:
-    """The classes of all images of a loader by their positions, `[n]` on the CPU.
+    """Returns the classes of all images of a loader by their positions, `[n]` on the CPU.
 
     A loader that tells them, as `targets`, is believed; of others the images are read. Raises as
     `batches`.
@@ -373,7 +373,8 @@ class _WithoutTargets:
 
 
 def without_targets(loader: Loader) -> Loader:
-    """The images of a loader, all as class 0: images outside the classes have no class here."""
+    """Returns the images of a loader, all as class 0: images outside the classes have no class
+    here."""
     return _WithoutTargets(loader)
 
 
@@ -392,7 +393,7 @@ _IN_USE: dict[CodedResNeXt, _Use] = {}
 
 @contextmanager
 def evaluating(model: CodedResNeXt) -> Iterator[None]:
-    """Evaluation mode without gradients; afterwards every module has the mode that it had.
+    """Evaluates without gradients; afterwards every module has the mode that it had.
 
     Several threads may be within at a time: the last one gives the modes back.
     """
@@ -413,7 +414,7 @@ def evaluating(model: CodedResNeXt) -> Iterator[None]:
 
 
 def require_coded_blocks(coded: Sequence[object]) -> None:
-    """Refuse a network without coded blocks, on which most experiments are not defined.
+    """Refuses a network without coded blocks, on which most experiments are not defined.
 
     Args:
         coded: its coded blocks, or their codebooks.
@@ -425,7 +426,7 @@ def require_coded_blocks(coded: Sequence[object]) -> None:
 
 
 def require_at_least(low: int, **numbers: int | None) -> None:
-    """Refuse arguments, given by name, that are below a number; None is no number."""
+    """Refuses arguments, given by name, that are below a number; None is no number."""
     for name, number in numbers.items():
         if number is not None and number < low:
             raise ValueError(f"{name}: expected at least {low}, got {number}")
@@ -434,7 +435,7 @@ def require_at_least(low: int, **numbers: int | None) -> None:
 def batches(
     model: CodedResNeXt, loader: Loader, activity: str
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """The checked batches of a loader on the device (and in the dtype) of the model, with progress.
+    """Yields the checked batches of a loader on the model's device and in its dtype.
 
     The third of each are the positions of its images, `[B]` on the CPU.
 

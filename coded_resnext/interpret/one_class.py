@@ -207,7 +207,7 @@ class ClassScores:
 
     @cached_property
     def _pairs(self) -> dict[int, Any]:
-        """The pairs of every class."""
+        """Returns the pairs of every class."""
         return by_class(self.columns)
 
     def of_class(self, index: int) -> tuple[Scores, Flags, Flags]:
@@ -528,7 +528,7 @@ def average_precision(scores: Scores, positive: Flags) -> float | None:
 
 
 def sweep(scores: Scores, positive: Flags, points: int = MOST_POINTS) -> Curve | None:
-    """Precision and recall at many thresholds; None unless there are positives and negatives.
+    """Returns precision and recall at many thresholds; None for scores of one kind alone.
 
     Args:
         scores: as for `average_precision`.
@@ -607,7 +607,8 @@ def count_scores(scores: Scores, positive: Flags, outside: Scores) -> Histogram 
 
 
 def _even(values: NDArray[np.int64], most: int) -> NDArray[np.int64]:
-    """An even choice of at most so many of the values, the first and the last among them."""
+    """Returns an even choice of at most so many of the values, the first and the last among
+    them."""
     positions = np.linspace(0, len(values) - 1, min(most, len(values))).round().astype(np.int64)
     return values[positions]
 

@@ -32,7 +32,7 @@ COLOURS = "cividis"
 def path_figure(
     paths: Paths, early_decoding: EarlyDecoding, codebooks: Sequence[Codebook]
 ) -> Figure:
-    """One row for each codebook: its codewords, then the mean energies of each of its blocks.
+    """Draws a row for each codebook: its codewords, then the mean energies of its blocks.
 
     Args:
         paths: the energies.
@@ -189,7 +189,7 @@ _STYLE: dict[Any, Any] = {
 
 @contextmanager
 def figure_style() -> Iterator[None]:
-    """The style of all figures, for as long as they are made and saved.
+    """Sets the style of all figures, for as long as they are made and saved.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -229,7 +229,7 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def save_figure(figure: Figure, folder: Path, name: str, description: str) -> list[Path]:
-    """Write a figure as PNG and SVG, whose bytes follow from the figure and its description."""
+    """Writes a figure as PNG and SVG, whose bytes follow from the figure and its description."""
     png, svg = io.BytesIO(), io.BytesIO()
     figure.savefig(png, format="png", dpi=200, metadata={"Description": description})
     # The arrangement is found while the first one is drawn; finding it again would take as long.
@@ -275,7 +275,7 @@ def heading(
     explanation: str,
     legend: tuple[Sequence[Any], Sequence[str]] | None = None,
 ) -> None:
-    """Make a figure taller by a title, how to read it, and the handles and labels of a legend."""
+    """Makes a figure taller by a title, how to read it, and the handles and labels of a legend."""
     width, height = figure.get_size_inches()
     lines = textwrap.wrap(explanation, int(14.5 * width))
     legend_from_top = 0.38 + 0.175 * len(lines)

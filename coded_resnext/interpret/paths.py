@@ -276,7 +276,7 @@ def _mantel(
     upper: tuple[NDArray[np.int64], NDArray[np.int64]],
     orders: list[NDArray[np.int64]],
 ) -> tuple[float | None, float | None]:
-    """Correlation of the ranks of pairs, and how often a relabelling gives one as far from 0."""
+    """Returns the correlation of ranks, and how often a relabelling gives one as far from 0."""
     correlation = _pearson(excess, confusion)
     if correlation is None:
         return None, None
@@ -302,7 +302,7 @@ def _mantel(
 
 
 def _squared_distances(rows: Floats) -> Floats:
-    """`[K, N]` to `[K, K]`."""
+    """Returns the squared distances `[K, K]` of the rows `[K, N]`."""
     norms = (rows * rows).sum(1)
     squared: Floats = np.maximum(norms[:, None] + norms - 2 * rows @ rows.T, 0)
     np.fill_diagonal(squared, 0)

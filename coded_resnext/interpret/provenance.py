@@ -87,7 +87,7 @@ class DigestedLoader:
 
 
 def _spread(images: Tensor) -> Tensor:
-    """Some values of every image, `[B, M]`; all where there are few."""
+    """Returns some values of every image, `[B, M]`; all where there are few."""
     flat = images.reshape(len(images), -1)
     step = -(-flat.shape[1] // MOST_VALUES)
     # An odd step meets other columns in every row.

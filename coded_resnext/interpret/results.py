@@ -227,7 +227,7 @@ def load_pictures(path: str | Path, images: Images | None = None) -> dict[int, s
 
 
 def pictures_of(images: Tensor, preprocessing: Preprocessing) -> list[str]:
-    """Network inputs `[B, C, H, W]` as `data:` addresses of pictures, the preprocessing undone.
+    """Returns inputs `[B, C, H, W]` as `data:` addresses of pictures, preprocessing undone.
 
     Small ones are PNG without loss, larger ones JPEG of at most 96 pixels.
 

@@ -94,7 +94,7 @@ def save_model(
     preprocessing: Preprocessing | None = None,
     training: dict[str, Any] | None = None,
 ) -> None:
-    """Write a network with its codebooks and classes; an older file stays until this is complete.
+    """Writes a network with its codebooks and classes; an older file stays until this is complete.
 
     Args:
         path: the file, usually `model.safetensors`.
@@ -131,7 +131,7 @@ def save_model(
 
 
 def describe_network(model: CodedResNeXt) -> dict[str, Any]:
-    """Architecture, classes and codebooks, JSON-ready: what weights must fit."""
+    """Returns what weights must fit, JSON-ready: architecture, classes and codebooks."""
     return {
         "config": model.config,
         "class_names": list(model.class_names),
@@ -157,7 +157,7 @@ def load_model(
     codebooks: Sequence[Codebook] | None = None,
     backend: Backend = "auto",
 ) -> LoadedModel:
-    """Read a network written by `save_model`.
+    """Reads a network written by `save_model`.
 
     Args:
         path: the file, the folder of a run that has one, or the name of shipped weights.
@@ -223,7 +223,7 @@ def _build(
 def check_tensors(
     expected: Mapping[str, Tensor], state: Mapping[str, Tensor], *, any_precision: bool = False
 ) -> None:
-    """Refuse tensors of other names, shapes or types; a ValueError names them.
+    """Refuses tensors of other names, shapes or types; a ValueError names them.
 
     With `any_precision` floating-point tensors may be of other floating-point types.
     """
@@ -245,7 +245,7 @@ def check_tensors(
 def write_tensors(
     path: str | Path, state: Mapping[str, Tensor], description: dict[str, Any]
 ) -> None:
-    """Write tensors under a JSON description, its `format_version` included."""
+    """Writes tensors under a JSON description, its `format_version` included."""
     tensors: dict[str, Tensor] = {}
     storages = set()
     for name, value in state.items():
@@ -297,7 +297,7 @@ def check_version(path: str | Path, description: dict[str, Any], versions: Seque
 
 
 def check_codebooks(stored: Sequence[Codebook], expected: Sequence[Codebook]) -> None:
-    """Refuse codebooks that differ from those of a checkpoint.
+    """Refuses codebooks that differ from those of a checkpoint.
 
     Raises:
         ValueError: says whether their number, their classes or class order, or the codewords of

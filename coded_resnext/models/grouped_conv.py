@@ -108,7 +108,7 @@ def _is_batch(x: Tensor) -> bool:
 
 
 def mismatch(conv: nn.Conv2d) -> str | None:
-    """Which setting keeps a convolution from being a `GroupedConv2d`; None if none does."""
+    """Returns which setting keeps a convolution from being a `GroupedConv2d`; None if none does."""
     settings: dict[str, tuple[Any, Any]] = {
         "kernel_size": (conv.kernel_size, (3, 3)),
         "padding": (1 if conv.padding in ((1, 1), "same") else conv.padding, 1),

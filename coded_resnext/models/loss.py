@@ -298,7 +298,7 @@ def not_finite(logits: Tensor, energies: Sequence[Tensor]) -> Tensor:
 
 
 def check_results(model: nn.Module, bad: Tensor) -> None:
-    """Refuse results that hold NaN or infinity, of which `argmax` would still make a class.
+    """Refuses results that hold NaN or infinity, of which `argmax` would still make a class.
 
     Args:
         model: the network, whose first tensor that is not finite is named.

@@ -86,7 +86,8 @@ def published_block(
 def published_block_state(
     block: CodedBottleneck, *, num_classes: int | None = None
 ) -> dict[str, Tensor]:
-    """The weights of a block under the published names: the way back from `published_block`.
+    """Returns the weights of a block under the published names: the way back from
+    `published_block`.
 
     Args:
         block: coded or plain; the ablations have no published counterpart.
@@ -174,7 +175,8 @@ def published_model(
 
 
 def published_model_state(model: CodedResNeXt) -> dict[str, Tensor]:
-    """The weights of a network under the published names: the way back from `published_model`."""
+    """Returns the weights of a network under the published names: the way back from
+    `published_model`."""
     blocks = model.blocks
     before, behind = _LAYOUTS[model.config["stem"]]
     parts: dict[int, dict[str, Tensor]] = {
@@ -202,13 +204,13 @@ def _below(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def _to_grouped(dense: Tensor, branches: int) -> Tensor:
-    """`[C, N*D, 1, 1]` to `[N*C, D, 1, 1]`, branch-major."""
+    """Returns `[C, N*D, 1, 1]` as `[N*C, D, 1, 1]`, branch-major."""
     channels = dense.shape[0]
     return dense.reshape(channels, branches, -1, 1, 1).transpose(0, 1).flatten(0, 1)
 
 
 def _to_dense(grouped: Tensor, branches: int) -> Tensor:
-    """`[N*C, D, 1, 1]` to `[C, N*D, 1, 1]`."""
+    """Returns `[N*C, D, 1, 1]` as `[C, N*D, 1, 1]`."""
     if grouped.ndim != 4 or len(grouped) % branches:
         raise ValueError(
             f"conv_expand.weight: expected [{branches} * C, D, 1, 1], got {list(grouped.shape)}"
@@ -218,7 +220,7 @@ def _to_dense(grouped: Tensor, branches: int) -> Tensor:
 
 
 def _block_state(state: Mapping[str, Tensor], block: CodedBottleneck) -> dict[str, Tensor]:
-    """Our state dict of a block from the published one; `_load` checks the shapes."""
+    """Returns our state dict of a block for the published one; `_load` checks the shapes."""
     ours = {}
     for name in block.state_dict():
         if name == "codewords":
@@ -236,7 +238,7 @@ def _block_state(state: Mapping[str, Tensor], block: CodedBottleneck) -> dict[st
 
 
 def _load(module: nn.Module, state: dict[str, Tensor], where: str) -> None:
-    """Load a layer, with the names and shapes that do not fit in the error."""
+    """Loads a layer, with the names and shapes that do not fit in the error."""
     own = module.state_dict()
     if "num_batches_tracked" in own:
         state.setdefault("num_batches_tracked", torch.tensor(0))
@@ -252,7 +254,7 @@ def _load(module: nn.Module, state: dict[str, Tensor], where: str) -> None:
 
 
 def _parse(architecture: Sequence[Any]) -> tuple[str, list[int], int]:
-    """Stem kind, positions of the blocks and of the classifier."""
+    """Returns stem kind, positions of the blocks and of the classifier."""
     blocks = [i for i, layer in enumerate(architecture) if not isinstance(layer, str)]
     if not blocks or blocks != list(range(blocks[0], blocks[-1] + 1)):
         raise ValueError("architecture: expected one uninterrupted run of blocks")
@@ -266,14 +268,14 @@ def _parse(architecture: Sequence[Any]) -> tuple[str, list[int], int]:
 
 
 def _kind(layer: str) -> str:
-    """`conv3` of `conv3_in3_out16`, `avgPool` of `avgPool8`."""
+    """Returns `conv3` of `conv3_in3_out16`, `avgPool` of `avgPool8`."""
     return re.sub(r"^(avgPool)\d+$", r"\1", layer.partition("_")[0])
 
 
 def _group_blocks(
     blocks: Sequence[int], architecture: Sequence[Any], books: Mapping[int, Codebook | None]
 ) -> list[list[int]]:
-    """The runs of blocks that make one stage: same sizes and codebook, stride 1 after the first."""
+    """Returns the blocks of each stage: same sizes and codebook, stride 1 after the first."""
     groups = [[blocks[0]]]
     for before, index in pairwise(blocks):
         _, channels, width, stride, ratio = architecture[index][:5]

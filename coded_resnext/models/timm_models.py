@@ -92,7 +92,7 @@ class TimmCodedResNeXt(CodedResNeXt):
 
     @property
     def feature_info(self) -> list[dict[str, Any]]:
-        """Channels, reduction and module of the maps behind the stem's ReLU and every stage."""
+        """Returns channels, reduction and module of the maps behind stem and stages."""
         small = self.config["stem"] == "conv3x3"
         reduction = 1 if small else 2
         channels = self.config["stem_channels"]
@@ -126,7 +126,7 @@ class TimmCodedResNeXt(CodedResNeXt):
         codebooks: Sequence[Codebook] | None = None,
         class_names: Sequence[str] | None = None,
     ) -> None:
-        """As `CodedResNeXt.reset_classifier`; 0 takes the classifier away and keeps the codebooks.
+        """Resets as `CodedResNeXt`; 0 takes the classifier away and keeps the codebooks.
 
         Raises:
             AssertionError: a pooling that is not average or, without classifier, none; so timm
@@ -143,7 +143,7 @@ class TimmCodedResNeXt(CodedResNeXt):
         self._set_pool(global_pool)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """The last map `[B, C, H', W']` to logits, or with `pre_logits` to what they come from."""
+        """Makes of the last map `[B, C, H', W']` logits, or with `pre_logits` their input."""
         pooled = x.mean((2, 3)) if self.global_pool else x
         if pre_logits:
             return pooled
@@ -192,7 +192,7 @@ class TimmCodedResNeXt(CodedResNeXt):
         prune_norm: bool = False,
         prune_head: bool = True,
     ) -> list[int]:
-        """Take away, in place, the stages behind the last map that is wanted, and the classifier.
+        """Takes away, in place, the stages behind the last map that is wanted, and the classifier.
 
         Args:
             indices: as for `forward_intermediates`.
@@ -261,7 +261,7 @@ def _entry_point(network: str) -> Any:
 
 
 def _default_cfg(network: str) -> dict[str, Any]:
-    """timm's description of a network: sizes, layers and the training images' statistics."""
+    """Returns timm's description of a network: sizes, layers and statistics of the images."""
     arguments = network_arguments(network)
     large = arguments.get("stem") == "conv7x7"
     channels = arguments.get("in_channels", 3)

@@ -228,7 +228,7 @@ def plain_state(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def load_plain_weights(
     model: CodedResNeXt, state_dict: Mapping[str, Tensor], *, adapt: bool = True
 ) -> WarmStart:
-    """Start a network, coded or plain, from the weights of a plain ResNeXt, in place.
+    """Starts a network, coded or plain, from the weights of a plain ResNeXt, in place.
 
     Args:
         model: its stages must have the source's depths and sizes. A head bias is copied when both
@@ -305,7 +305,7 @@ def _to_channels(weight: Tensor, channels: int) -> Tensor:
 def recalibrate_batch_norm(
     model: CodedResNeXt, batches: Iterable[Tensor | tuple[Tensor, Tensor]]
 ) -> int:
-    """Measure anew, in place, the statistics of the last BatchNorm of every coded block.
+    """Measures anew, in place, the statistics of the last BatchNorm of every coded block.
 
     Each gets the mean over the batches of their mean and variance, with all else in evaluation
     mode and no branch dropped.

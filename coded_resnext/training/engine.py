@@ -73,7 +73,7 @@ def fit(
     other_images: bool = False,
     input_rate: float | None = None,
 ) -> list[dict[str, float]]:
-    """Train a network, or go on training it where the run's folder left off.
+    """Trains a network, or goes on training it where the run's folder left off.
 
     All processes of a run call this with the same arguments but for the loaders' samples. After
     every epoch, and every `recovery_interval` steps, the folder holds a checkpoint from which a
@@ -196,7 +196,7 @@ class _Training:
         """When this process began with the epoch."""
 
     def go(self) -> list[dict[str, float]]:
-        """Train to the end."""
+        """Trains to the end."""
         if not self.is_resumed:
             self._save(models=True)
             self._judge_average()
@@ -221,7 +221,7 @@ class _Training:
         return self.history
 
     def _epoch(self) -> None:
-        """What is left of an epoch: steps, evaluation, checkpoint."""
+        """Does what is left of an epoch: steps, evaluation, checkpoint."""
         self.started = time.perf_counter()
         if self.world.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
@@ -263,7 +263,7 @@ class _Training:
             self.world.on_main(lambda: self._report_dead(dead))
 
     def _judge_average(self) -> None:
-        """Say so where the moving average is going to be made of the fresh weights mostly."""
+        """Says so where the moving average is going to be made of the fresh weights mostly."""
         config, steps = self.config, self.config.total_epochs * self.steps_per_epoch
         share = config.model_ema_decay**steps
         if config.model_ema and not config.model_ema_warmup and share > 0.5 and self.world.is_main:
@@ -274,7 +274,7 @@ class _Training:
             )
 
     def _report_dead(self, dead: Sequence[Sequence[int]]) -> None:
-        """Name the branches that no test image reaches; branches count from 0, blocks from 1."""
+        """Names the branches that no test image reaches; branches count from 0, blocks from 1."""
         blocks = {str(block): list(branches) for block, branches in enumerate(dead, 1) if branches}
         self.run.write_json(DEAD_FILE, {"epoch": len(self.history), "blocks": blocks})
         for block, branches in blocks.items():
@@ -285,7 +285,7 @@ class _Training:
             )
 
     def _steps(self) -> None:
-        """The steps that are left of an epoch."""
+        """Makes the steps that are left of an epoch."""
         epoch, end = len(self.history) + 1, (len(self.history) + 1) * self.steps_per_epoch
         self.model.train()
         for module in self.frozen:
@@ -319,7 +319,7 @@ class _Training:
             )
 
     def _save(self, *, models: bool = False) -> None:
-        """Write a checkpoint, and with `models` what the run has to show."""
+        """Writes a checkpoint, and with `models` what the run has to show."""
         self.make_step.finish()
         local = {**self.make_step.local_state(), "rng": get_rng_state()}
         locals_ = self.world.gather(local)
@@ -350,7 +350,8 @@ class _Training:
         self.world.on_main(write)
 
     def _save_models(self) -> None:
-        """The model of the last epoch, its average, and the better of the two if it is the best."""
+        """Saves the last epoch's model, its average, and the better of the two if it is the
+        best."""
         training = {**self.notes, "config": self.config.to_dict(), "epochs_done": len(self.history)}
 
         def save(name: str, model: CodedResNeXt) -> None:
@@ -375,7 +376,7 @@ class _Training:
         }
 
     def restore(self, state: dict[str, Any], *, other_images: bool) -> None:
-        """Go back to a checkpoint; raises as `fit`."""
+        """Goes back to a checkpoint; raises as `fit`."""
         differing = differences(state["network"], describe_network(self.model))
         if differing:
             raise ValueError(
@@ -431,7 +432,7 @@ class _Training:
                 )
 
     def _stop(self, signal_number: int) -> NoReturn:
-        """Save and end, for a signal that all processes have agreed on."""
+        """Saves and ends, for a signal that all processes have agreed on."""
         self._save()
         raise TrainingStopped(
             signal_number,
@@ -440,7 +441,7 @@ class _Training:
         )
 
     def _explain(self, error: NonFiniteError) -> NoReturn:
-        """Save the state before a step that was not finite, and say where it came up."""
+        """Saves the state before a step that was not finite, and says where it came up."""
         self.step = error.step
         self._save()
         files = self.train_loader.describe(torch.tensor(error.indices))
@@ -510,7 +511,7 @@ def _mean_process(stored: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _peak_memory_mib(device: torch.device) -> float:
-    """Of the GPU in this epoch; on a CPU, of the process in its life."""
+    """Returns the GPU's peak in this epoch; on a CPU, the process's in its life."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**20
     if os.name != "posix":
@@ -577,7 +578,7 @@ def measure_accuracy(
 def measure_until_stopped(
     model: CodedResNeXt, loader: EvaluationLoader, world: World
 ) -> tuple[Accuracy, int]:
-    """As `measure_accuracy`, and the signal that has ended it before all samples were seen, or 0.
+    """Returns the accuracy, and the signal that ended it before the last sample, or 0.
 
     A process leaves its samples when a signal reaches it; the others finish theirs.
     """

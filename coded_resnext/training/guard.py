@@ -61,12 +61,12 @@ class StepGuard:
         self._pending: _Pending | None = None
 
     def begin(self) -> None:
-        """Keep what the coming step changes."""
+        """Keeps what the coming step changes."""
         self._turn = 1 - self._turn
         copy_all(self._copies[self._turn], self._tensors)
 
     def post(self, step: int, bad: Tensor, stop: int, indices: Tensor) -> Tensor:
-        """Share the flags of a step.
+        """Shares the flags of a step.
 
         Args:
             step: counted from 0 over the whole run.
@@ -92,7 +92,7 @@ class StepGuard:
         return shared[1:].amax().float()
 
     def settle(self) -> int:
-        """Read the flags of the step posted last, if it has not been done.
+        """Reads the flags of the step posted last, if it has not been done.
 
         Returns:
             The signal that some process had received by that step, or 0; the same on all.
@@ -127,7 +127,7 @@ class StepGuard:
 
 @torch.no_grad()
 def copy_all(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
-    """Copy tensors pairwise, those of a type together."""
+    """Copies tensors pairwise, those of a type together."""
     for dtype in dict.fromkeys(tensor.dtype for tensor in targets):
         chosen = [i for i, tensor in enumerate(targets) if tensor.dtype == dtype]
         torch._foreach_copy_([targets[i] for i in chosen], [sources[i] for i in chosen])

@@ -25,10 +25,10 @@ class ScalarLog(Protocol):
     """Takes numbers by name."""
 
     def write(self, prefix: str, values: Mapping[str, float], step: int) -> None:
-        """Add values after so many steps; the prefix says whether of a step or an epoch."""
+        """Adds values after so many steps; the prefix says whether of a step or an epoch."""
 
     def close(self) -> None:
-        """Write what is buffered."""
+        """Writes what is buffered."""
 
 
 class TensorBoardLog:
@@ -162,25 +162,25 @@ class RunLog:
         )
 
     def advance(self) -> None:
-        """One step more on the progress bar."""
+        """Moves the progress bar by a step."""
         self._bar.update()
 
     def step(self, epoch: str, values: Mapping[str, float], step: int) -> None:
-        """The metrics of a step."""
+        """Logs the metrics of a step."""
         shown = {name: f"{values[name]:.3f}" for name in ("total", "cross_entropy")}
         self._bar.set_postfix(epoch=epoch, **shown, refresh=False)
         for log in self._logs:
             log.write("step", values, step)
 
     def epoch(self, line: str, values: Mapping[str, float], step: int) -> None:
-        """The row of an epoch, and how it reads as a line."""
+        """Logs the row of an epoch, and prints it as a line."""
         for log in self._logs:
             log.write("epoch", values, step)
         if self._talks and self._bar.disable:
             say(line, file=sys.stderr, flush=True)
 
     def close(self) -> None:
-        """Write what is buffered."""
+        """Writes what is buffered."""
         self._bar.close()
         for log in self._logs:
             log.close()

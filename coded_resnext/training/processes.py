@@ -50,7 +50,7 @@ class TrainingStopped(Exception):  # noqa: N818
 
     @property
     def exit_code(self) -> int:
-        """What a process that ends for this reason returns: 130 for SIGINT, 143 for SIGTERM."""
+        """Returns the exit status for this reason: 130 for SIGINT, 143 for SIGTERM."""
         return 128 + self.signal_number
 
 
@@ -114,7 +114,7 @@ class StopSignals:
 
 
 def _end_at_second(arrivals: socket.socket) -> None:
-    """End the process at the second request among the signals that arrive."""
+    """Ends the process at the second request among the signals that arrive."""
     first = None
     with arrivals:
         while content := arrivals.recv(1):
@@ -128,7 +128,7 @@ def _end_at_second(arrivals: socket.socket) -> None:
 
 
 def _keep_from_parent() -> None:
-    """Keep a forked child, such as a worker, from telling its parent of the child's signals."""
+    """Keeps a forked child, such as a worker, from telling its parent of the child's signals."""
     if _entered:
         signal.set_wakeup_fd(-1)
         _entered.clear()
@@ -163,7 +163,7 @@ class World:
         return self.size > 1
 
     def on_main(self, function: Callable[[], Value]) -> Value:
-        """Call a function on the main process; its result, or its error, reaches all processes.
+        """Calls a function on the main process; its result, or its error, reaches all processes.
 
         All processes must call this. The result must be picklable.
         """
@@ -255,7 +255,7 @@ def _told(variable: str, default: int) -> int:
 
 
 def run_script(name: str, body: Callable[[], None]) -> int:
-    """Run the body of a training script and say in one sentence why it ended early.
+    """Runs the body of a training script and says in one sentence why it ended early.
 
     Args:
         name: of the script, before the sentence.

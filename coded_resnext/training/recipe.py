@@ -111,7 +111,7 @@ class DataConfig:
 
     @property
     def preprocessing(self) -> Preprocessing:
-        """How an image becomes the network's input in evaluation; raises ValueError."""
+        """Returns how an image becomes the network's input in evaluation; raises ValueError."""
         return Preprocessing(self.img_size, 3, self.mean, self.std, self.test_resize)
 
 
@@ -251,7 +251,7 @@ SETTINGS = tuple(field.name for group in GROUPS for field in fields(group))
 
 
 def make_recipe(*layers: Mapping[str, Any]) -> Recipe:
-    """A recipe from layers of settings; what a later layer says replaces what an earlier one says.
+    """Makes a recipe of layers of settings, in which a later one replaces an earlier one.
 
     A layer with `lr` also replaces an earlier `lr_base`, and the other way round. Where a layer has
     fewer epochs than the warm-up of an earlier one, the warm-up keeps its share of the epochs.
@@ -366,7 +366,7 @@ def write_yaml(settings: Mapping[str, Any]) -> str:
 
 
 def check_names(settings: Mapping[str, Any], known: Sequence[str]) -> None:
-    """Refuse a setting that does not exist.
+    """Refuses a setting that does not exist.
 
     Raises:
         ValueError: names it, and the known ones that look alike.
@@ -379,7 +379,7 @@ def check_names(settings: Mapping[str, Any], known: Sequence[str]) -> None:
 
 
 def make_group(group: type[Group], settings: Mapping[str, Any]) -> Group:
-    """A group from those of the settings that are its own; what is left out has its default.
+    """Makes a group of those settings that are its own; what is left out has its default.
 
     Raises:
         ValueError: a value has the wrong type or range, or a setting without a default is missing.
@@ -395,7 +395,7 @@ def make_group(group: type[Group], settings: Mapping[str, Any]) -> Group:
 
 
 def convert(name: str, value: Any, hint: Any) -> Any:
-    """A value of YAML or of the command line as a type; the number 1e-4 is a string to YAML.
+    """Converts a value of YAML or of a flag; the number 1e-4 is a string to YAML.
 
     Raises:
         ValueError: it is no such value.
@@ -421,7 +421,7 @@ def convert(name: str, value: Any, hint: Any) -> Any:
 
 
 def add_flags(parser: argparse.ArgumentParser, group: type) -> None:
-    """Add a flag for every setting of a group; those that are not given leave no trace.
+    """Adds a flag for every setting of a group; those that are not given leave no trace.
 
     Args:
         parser: the parser that gets the flags.

@@ -132,13 +132,13 @@ class RunFolder:
         return self.path / MODEL_FILE
 
     def write_json(self, name: str, content: Any) -> Path:
-        """Write a JSON file; NaN is refused, since JSON has none."""
+        """Writes a JSON file; NaN is refused, since JSON has none."""
         text = json.dumps(content, indent=1, allow_nan=False) + "\n"
         write_atomically(self.path / name, text.encode())
         return self.path / name
 
     def write_metrics(self, history: Sequence[Mapping[str, float]]) -> None:
-        """Write the CSV log, one row for every epoch; where only the last is new, append it."""
+        """Writes the CSV log, a row for every epoch; where only the last is new, it is appended."""
         # Settings that may change within a run add columns.
         columns = list(dict.fromkeys(name for row in history[-2:] for name in row))
         path = self.path / METRICS_FILE
@@ -158,7 +158,7 @@ class RunFolder:
         self._logged = (len(history), columns)
 
     def save_state(self, name: str, state: dict[str, Any]) -> Path:
-        """Write a checkpoint, see `save_state`; of the history only what is new."""
+        """Writes a checkpoint, see `save_state`; of the history only what is new."""
         history = state.get("history", [])
         self._rows = [*self._rows[: len(history)], *map(json.dumps, history[len(self._rows) :])]
         return save_state(self.path, name, {**state, "history": "\n".join(self._rows)})
@@ -169,7 +169,7 @@ class RunFolder:
 
 
 def refuse_links(folder: Path) -> None:
-    """Refuse a run's folder with parts that are links: what is written would be elsewhere."""
+    """Refuses a run's folder with parts that are links: what is written would be elsewhere."""
     with os.scandir(folder) as entries:
         links = sorted(entry.name for entry in entries if entry.is_symlink())
     if links:
@@ -218,7 +218,7 @@ def _differing(stored: Any, current: Any, ignore: Sequence[str]) -> Iterator[tup
 
 
 def require_same(world: World, description: Mapping[str, Any]) -> None:
-    """Refuse processes of one run that were told different things.
+    """Refuses processes of one run that were told different things.
 
     All processes must call this, before the first step whose result would be one of both.
 
@@ -250,7 +250,7 @@ def versions() -> dict[str, str]:
 
 
 def describe_machine() -> dict[str, Any]:
-    """Processor, threads, GPU if there is one, versions, commit and date."""
+    """Returns processor, threads, GPU if there is one, versions, commit and date."""
     cpu = platform.processor()
     info = Path("/proc/cpuinfo")
     if info.exists():
@@ -279,7 +279,7 @@ def _triton_version() -> str:
 
 
 def _commit() -> str:
-    """Of the source that is running; "-dirty" where it has been changed since."""
+    """Returns the commit that is running; "-dirty" where it has been changed since."""
     file = Path(__file__).resolve()
     git = ("git", "-C", str(file.parent))
     # An installed copy may lie inside a repository that it is no part of.
@@ -298,7 +298,7 @@ def _output(*command: str) -> str:
 
 
 def lock_folder(folder: Path) -> None:
-    """Keep a folder for this process until it ends.
+    """Keeps a folder for this process until it ends.
 
     Raises:
         ValueError: another process holds it; the message says which.
@@ -343,7 +343,7 @@ def lock_folder(folder: Path) -> None:
 
 
 def save_state(run: Path, name: str, state: dict[str, Any]) -> Path:
-    """Write a checkpoint and remove those before the last two.
+    """Writes a checkpoint and removes those before the last two.
 
     Args:
         run: the run's folder.
@@ -437,7 +437,7 @@ def _sum_path(path: Path) -> Path:
 
 
 def _tidy(folder: Path) -> None:
-    """Remove what older checkpoints and killed processes have left, and no other file."""
+    """Removes what older checkpoints and killed processes have left, and no other file."""
     with open_folder(folder) as (opened, names):
         present = os.listdir(folder if opened is None else opened)
         kept = sorted(name for name in present if fnmatchcase(name, "step-*.pt"))[-KEPT:]
@@ -449,7 +449,8 @@ def _tidy(folder: Path) -> None:
 
 
 def get_rng_state() -> dict[str, Any]:
-    """The states of the default generators of Python, NumPy and PyTorch, the GPU's included."""
+    """Returns the states of the default generators of Python, NumPy and PyTorch, the GPU's
+    included."""
     name, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)  # noqa: NPY002
     return {
         "python": random.getstate(),
@@ -461,7 +462,7 @@ def get_rng_state() -> dict[str, Any]:
 
 
 def set_rng_state(state: dict[str, Any]) -> None:
-    """Go back to what `get_rng_state` returned."""
+    """Goes back to what `get_rng_state` returned."""
     random.setstate(state["python"])
     name, keys, position = state["numpy"]
     np.random.set_state(  # noqa: NPY002

@@ -74,7 +74,7 @@ class Recording(Protocol):
     """Launches that can be made again."""
 
     def replay(self) -> None:
-        """Make them."""
+        """Makes them."""
 
 
 def record(work: Callable[[], None]) -> Recording:
@@ -271,7 +271,7 @@ class TrainStep:
         self._lr = torch.tensor(config.lr, device=self.device) if is_graph else None
 
     def __call__(self, batch: Batch, step: int) -> None:
-        """Make a step.
+        """Makes a step.
 
         Args:
             batch: this process's samples.
@@ -365,7 +365,7 @@ class TrainStep:
         self.optimizer.zero_grad(set_to_none=True)
 
     def finish(self) -> None:
-        """Wait for the last step; model, average and `stop` are then up to date.
+        """Waits for the last step; model, average and `stop` are then up to date.
 
         Raises:
             NonFiniteError: it was not finite; weights, statistics and sums are those before it.
@@ -383,7 +383,7 @@ class TrainStep:
         return dict(zip(self.metrics, means.tolist(), strict=True))
 
     def join_statistics(self) -> None:
-        """Give all processes the same running statistics of BatchNorm, as `dist_bn` says."""
+        """Gives all processes the same running statistics of BatchNorm, as `dist_bn` says."""
         if not self.world.is_shared:
             return
         for model in self._networks():
@@ -415,7 +415,7 @@ class TrainStep:
         return {"statistics": statistics, "sums": self.sums.cpu()}
 
     def load(self, state: dict[str, Any], local: dict[str, Any]) -> None:
-        """Go back to a state of `state` and `local_state`."""
+        """Goes back to a state of `state` and `local_state`."""
         # The momentum gets new memory.
         self._recorded = None
         self._seen.clear()
@@ -549,7 +549,7 @@ class WeightAverage:
 
     @torch.no_grad()
     def update(self, parameters: Sequence[Tensor], statistics: Sequence[Tensor], step: int) -> None:
-        """Take in the weights after a step.
+        """Takes in the weights after a step.
 
         Args:
             parameters: of the network, in its order.

@@ -56,7 +56,7 @@ def build_kernels(device: torch.device) -> None:
 
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """Of several processes one builds in a folder, while the others wait."""
+    """Lets one of several processes build in a folder, while the others wait."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("w") as file:
         # Windows has no such locks.
@@ -150,7 +150,7 @@ def warm_up(
 
 @contextmanager
 def watched() -> Iterator[list[bool]]:
-    """A list that grows by an entry for each kernel of this package that Triton is asked for.
+    """Yields a list that grows by an entry for each of our kernels that Triton is asked for.
 
     True where it was found compiled. A kernel that the process has launched before is not asked
     for again.

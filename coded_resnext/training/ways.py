@@ -282,7 +282,7 @@ def choose_backend(
 
 
 def _subject(model: CodedResNeXt, images: Tensor, ways: Sequence[Way]) -> dict[str, Any]:
-    """What a choice depends on, as JSON reads it back."""
+    """Returns what a choice depends on, as JSON reads it back."""
     machine = describe_machine()
     del machine["date"]
     described = {
@@ -309,7 +309,7 @@ def _choose(
     anew: bool = False,
     device: torch.device,
 ) -> Choice | None:
-    """The choice among ways, remembered or measured."""
+    """Returns the choice among ways, remembered or measured."""
     too_short = run_steps is not None and SHARE * run_steps < 2 + FIRST + TIMED
     if len(ways) < 2 or too_short or seconds <= 0:
         return None
@@ -350,7 +350,7 @@ def _measure(
     run_steps: int | None,
     device: torch.device,
 ) -> Choice | None:
-    """A row for every way, in their order; None where not even the first was tried."""
+    """Returns a row for every way, in their order; None where not even the first was tried."""
     start = time.monotonic()
     try:
         layers = attempt(BY_LAYERS)
@@ -458,10 +458,10 @@ class _Attempt(Protocol):
     """A copy of a network that computes in one way."""
 
     def first(self) -> _First:
-        """Compute once."""
+        """Computes once."""
 
     def milliseconds(self) -> float:
-        """Mean time of a step, after those that set up."""
+        """Returns the mean time of a step, after those that set up."""
 
 
 def _timed(steps: Callable[[int], Any], device: torch.device) -> float:

@@ -121,7 +121,8 @@ class _Gathering:
 
 
 def gather(folder: str | Path) -> dict[str, Any]:
-    """The content of a report, JSON-ready: the saved results of a run, None for what is missing.
+    """Returns the content of a report, JSON-ready: the saved results of a run, None for what is
+    missing.
 
     Args:
         folder: of a run, finished or not, or of an evaluation.
@@ -233,7 +234,7 @@ def _fitting(
 def _note_other_images(
     gathering: _Gathering, evaluation: Evaluation | None, summary: dict[str, Any]
 ) -> None:
-    """List a summary that was measured on other images than the results."""
+    """Lists a summary that was measured on other images than the results."""
     results = None if evaluation is None else evaluation.images
     if results is None or not summary.get("measured_on"):
         return
@@ -251,7 +252,7 @@ def _note_other_images(
 
 
 def _note_missing_experiments(gathering: _Gathering, evaluation: Evaluation) -> None:
-    """List the experiments that lack something, with the reasons that the evaluation gives."""
+    """Lists the experiments that lack something, with the reasons that the evaluation gives."""
     if not evaluation.is_coded:
         return
     reasons = dict(evaluation.not_computed)
@@ -266,7 +267,7 @@ def _note_missing_experiments(gathering: _Gathering, evaluation: Evaluation) -> 
 
 
 def _network(loaded: LoadedModel | None, evaluation: Evaluation | None) -> dict[str, Any]:
-    """Classes, blocks, codebooks and cost: of the model, or as far as the evaluation has them."""
+    """Describes classes, blocks, codebooks and cost, by the model or else the evaluation."""
     if loaded is not None:
         model = loaded.model
         books = list(model.stage_codebooks)
@@ -529,7 +530,7 @@ def _hash(text: str) -> str:
 
 
 def pack(value: Any, most_doubles: int = MOST_DOUBLES) -> Any:
-    """A JSON-ready value whose long lists, and lists of equally long ones, of numbers are packed.
+    """Packs long lists of numbers, and of equally long lists, in a JSON-ready value.
 
     Such a list becomes `{"packed": base64, "type": "u8", "u16", "i32", "f32" or "f64"}`, little-
     endian, a list of lists with their length as `"width"`. None among numbers becomes NaN. Whole
