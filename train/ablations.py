@@ -1,8 +1,8 @@
 """Train the ablations of the paper's method over several seeds and print them as a table.
 
 Every row differs from the base in one thing: exponent, threshold and weight of the coding loss,
-DropSubNNs and whether blocks share its masks, gradients that are masked in place of the coding
-loss, energy normalisation, concatenation in place of the sum, codewords that lie near each other,
+DropSubNNs and whether blocks share its masks, gradients that are masked instead of the coding
+loss, energy normalisation, concatenation instead of the sum, codewords that lie near each other,
 active branches; the plain twin has no code at all. Rows are compared with the base of the same
 seed. Results: docs/ablations.md.
 
@@ -125,7 +125,7 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
         "--rows", nargs="+", metavar="ROW", help="these, and the base; else the task's"
     )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4], help="of each row")
-    parser.add_argument("--epochs", type=int, help="in place of the recipe's")
+    parser.add_argument("--epochs", type=int, help="instead of the recipe's")
     parser.add_argument(
         "--table", action="store_true", help="run nothing, print what the folder holds"
     )

@@ -557,7 +557,7 @@ def _add_predict(commands: Commands) -> None:
     parser.add_argument(
         "--margin",
         type=float,
-        help="the same by this margin, 0 to 1, for all blocks in place of the run's",
+        help="the same by this margin, 0 to 1, for all blocks instead of the run's",
     )
     parser.add_argument("--batch-size", type=int, default=64, help="images at a time (default 64)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")

@@ -335,7 +335,7 @@ class ImageSplits:
         Args:
             train_images: about so many training images, at least one of each class; None for all.
             test_images: about so many test images; None for all.
-            holdout: test on this share of the training images in place of the test images, to
+            holdout: test on this share of the training images instead of the test images, to
                 choose settings without looking at these; 0 <= holdout < 1.
 
         Raises:

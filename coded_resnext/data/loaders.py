@@ -60,7 +60,7 @@ class _Reader(Dataset[Read]):
         images: the images.
         transform: makes a batch of images and their seeds.
         seed: the seeds follow from it, the epoch and the position.
-        replacements: how many of the images that follow may be tried in place of a damaged one.
+        replacements: how many of the images that follow may be tried instead of a damaged one.
     """
 
     def __init__(

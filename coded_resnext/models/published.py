@@ -4,7 +4,7 @@ The published code keeps the expand weight of a coded block as a grouped convolu
 `[N*C, D, 1, 1]`, branch-major; here it is dense, `[C, N*D, 1, 1]`. A network is described there by
 an `architecture`: a list of blocks `[C_in, C, D, stride, "A/N", p_drop]` and layer names such as
 `conv3_in3_out16`, `bn2D_in16`, `relu`, `avgPool8`, `flatten`, `linear_in96`. That of ImageNet has
-no `p_drop`, and `avgPoolWithMean` in place of pooling and `flatten`.
+no `p_drop`, and `avgPoolWithMean` instead of pooling and `flatten`.
 """
 
 from __future__ import annotations

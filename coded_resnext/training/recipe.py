@@ -168,7 +168,7 @@ class LearningRateRule:
 
     lr_base: Annotated[
         float,
-        "Learning rate for a batch of lr_base_size images, in place of lr; it is scaled to the "
+        "Learning rate for a batch of lr_base_size images, instead of lr; it is scaled to the "
         "batch size in use.",
     ]
     lr_base_size: Annotated[int, "Batch size for which lr_base is meant."] = 256

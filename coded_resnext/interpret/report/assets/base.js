@@ -57,7 +57,7 @@ function nameOf(index, longest = 40) {
   const short = shorten(full, longest);
   return html("bdi", { dir: "auto", class: "name", text: short, title: short === full ? null : full });
 }
-// For places that hold text alone: first-strong isolates keep the direction inside.
+// For elements that hold text alone: first-strong isolates keep the direction inside.
 const plainName = (index, longest = 40) => `\u2068${shorten(fullName(index), longest)}\u2069`;
 
 function tableOf(caption, headings, rows, attributes) {

@@ -40,7 +40,7 @@ const markers = {
 
 // options: label (what the picture shows, for those who cannot see it), x and y ({title, low, high,
 // percent, ticks}), series ([{name, look, x, y, band, marker, step}]), lines ([{y|x, name, look}]), height.
-// Returns {host, place}: place(series, x, y) moves a mark, which says where one is.
+// Returns {host, markAt}: markAt(x, y) moves a mark, which says where one is.
 function lineChart(options) {
   const host = html("div", { class: "chart" });
   const { x: xAxis, y: yAxis, series } = options;
@@ -118,7 +118,7 @@ function lineChart(options) {
   whenSized(host, draw);
   return {
     host,
-    place: (x, y) => {
+    markAt: (x, y) => {
       mark = { x, y };
       moveMark();
     },

@@ -41,8 +41,8 @@ function setUpClassifiers() {
       return direction * difference || a - b;
     };
     const indices = classifiers.map((_, index) => index).sort(compare);
-    headings.forEach((heading, place) => {
-      const active = columns[place] === column;
+    headings.forEach((heading, position) => {
+      const active = columns[position] === column;
       if (active) heading.setAttribute("aria-sort", direction > 0 ? "ascending" : "descending");
       else heading.removeAttribute("aria-sort");
       heading.querySelector(".arrow").textContent = active ? (direction > 0 ? " ▲" : " ▼") : "";
@@ -96,10 +96,10 @@ function setUpPoints(classifiers) {
         const values = [one.recall, one.precision, one.balanced_accuracy, precision, f1, balanced];
         return [nameOf(index, 28), ...values.map((value) => fixed(value, 3))];
       }))));
-  onChoice(({ chosenClass }) => chart.place(classifiers[chosenClass].recall, classifiers[chosenClass].precision));
+  onChoice(({ chosenClass }) => chart.markAt(classifiers[chosenClass].recall, classifiers[chosenClass].precision));
 }
 
-// Every place of the slider is a point of the curve that was measured, and the chosen threshold.
+// Every stop of the slider is a point of the curve that was measured, and the chosen threshold.
 function stopsOf(one) {
   const { thresholds, precision, recall } = one.curve;
   const stops = Array.from(thresholds, (threshold, index) => ({ threshold, precision: precision[index], recall: recall[index] }))
@@ -142,8 +142,8 @@ function showClassifier(one, index) {
     outputs.recall.textContent = fixed(stop.recall, 3);
     outputs.f1.textContent = fixed(f1, 3);
     slider.setAttribute("aria-valuetext", `threshold ${fixed(stop.threshold, 3)}: precision ${fixed(stop.precision, 3)}, recall ${fixed(stop.recall, 3)}`);
-    curve.place(stop.recall, stop.precision);
-    scores.place(Math.min(Math.max(stop.threshold, edges[0]), edges[edges.length - 1]));
+    curve.markAt(stop.recall, stop.precision);
+    scores.markAt(Math.min(Math.max(stop.threshold, edges[0]), edges[edges.length - 1]));
   };
   slider.addEventListener("input", move);
   const chosen = stops.findIndex((stop) => stop.threshold === one.threshold && stop.recall === one.recall);

@@ -61,7 +61,7 @@ function setUpRemoval() {
     numbersOf("Numbers", () => tableOf(`Accuracy and energy without branches, ${whole(removal.samples)} test images`,
       ["coded block", "kind", "removed", "accuracy", "deviation", "energy left"],
       removal.blocks.flatMap((block, index) => kinds.flatMap(([kind]) =>
-        Array.from(block[kind].removed, (removed, place) => [
-          `block ${index + 1}`, kind, String(removed), percent(block[kind].accuracy[place], 2),
-          percent(block[kind].deviation[place], 2), percent(block[kind].energy[place])]))))));
+        Array.from(block[kind].removed, (removed, point) => [
+          `block ${index + 1}`, kind, String(removed), percent(block[kind].accuracy[point], 2),
+          percent(block[kind].deviation[point], 2), percent(block[kind].energy[point])]))))));
 }

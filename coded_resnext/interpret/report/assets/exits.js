@@ -31,7 +31,7 @@ function setUpExits() {
     byId("exit-macs").textContent = whole(macs);
     byId("exit-share").textContent = percent(shares[at]);
     slider.setAttribute("aria-valuetext", `margin ${text}: accuracy ${percent(accuracy[at], 2)} at ${percent(shares[at])} of the multiplications`);
-    chart.place(shares[at], accuracy[at]);
+    chart.markAt(shares[at], accuracy[at]);
     bars.replaceChildren(...Array.from(exits, (count, block) => {
       const part = count / samples;
       return html("li", {},

@@ -46,10 +46,10 @@ function setUpNetwork() {
     const footer = upright ? 0 : 62;
     const start = upright ? (width - across) / 2 : 8;
     const middle = start + across / 2;
-    const place = (u, v) => (upright ? [v, u] : [u, v]);
-    const at = (u, v) => place(u, v).join(" ");
+    const pointAt = (u, v) => (upright ? [v, u] : [u, v]);
+    const at = (u, v) => pointAt(u, v).join(" ");
     const box = (u, v, length, breadth) => {
-      const [x, y] = place(u, v);
+      const [x, y] = pointAt(u, v);
       return upright ? { x, y, width: breadth, height: length } : { x, y, width: length, height: breadth };
     };
     const size = upright ? [width, depth] : [Math.max(width, depth), across + footer + 12];
@@ -61,7 +61,7 @@ function setUpNetwork() {
 
     // Where the image enters; the chosen test image is drawn here.
     const side = upright ? 48 : 66;
-    const [imageX, imageY] = place(end / 2 - side / 2 - (upright ? 4 : 6), middle - side / 2);
+    const [imageX, imageY] = pointAt(end / 2 - side / 2 - (upright ? 4 : 6), middle - side / 2);
     parts.frame = svg("rect", { class: "image-frame", x: imageX, y: imageY, width: side, height: side, rx: 5 });
     parts.image = svg("image", { x: imageX, y: imageY, width: side, height: side, class: "pixels" });
     const imageNote = svg("text", { class: "label", x: imageX + side / 2, y: imageY + side / 2 + 4, "text-anchor": "middle", text: "image" });
@@ -80,7 +80,7 @@ function setUpNetwork() {
         u += plainLength;
       }
     }
-    const [outX, outY] = place(u + end / 2, middle);
+    const [outX, outY] = pointAt(u + end / 2, middle);
     links.append(svg("path", { class: "trunk", d: `M${at(u, middle)}L${at(u + 18, middle)}` }));
     parts.output = svg("text", { class: "said", x: outX, y: outY + 5, "text-anchor": "middle" });
     front.append(
@@ -93,7 +93,7 @@ function setUpNetwork() {
       links.append(svg("path", { class: "trunk", d: `M${at(from, middle)}L${at(from + plainLength, middle)}` }));
       const length = plainLength - 20;
       front.append(svg("rect", { class: "plain-block", ...box(from + 10, middle - 26, length, 52), rx: 4 }));
-      const [x, y] = place(from + plainLength / 2, middle);
+      const [x, y] = pointAt(from + plainLength / 2, middle);
       front.append(svg("text", { class: "label", x, y: y + 4, "text-anchor": "middle", transform: upright ? null : `rotate(-90 ${x} ${y})`, text: "plain" }));
     }
 
@@ -128,7 +128,7 @@ function setUpNetwork() {
         front.append(group);
         return { link, fill, outline, asked, title, value, length };
       });
-      front.append(svg("circle", { class: "node", cx: place(split, middle)[0], cy: place(split, middle)[1], r: 4 }));
+      front.append(svg("circle", { class: "node", cx: pointAt(split, middle)[0], cy: pointAt(split, middle)[1], r: 4 }));
       const centre = split + (codedLength - head) / 2;
       const room = Math.max(6, Math.floor(codedLength / 8));
       const lines = upright

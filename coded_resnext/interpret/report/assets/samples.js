@@ -78,8 +78,8 @@ function setUpSamples() {
         html("span", { class: ok ? "right" : "wrong" }, `${ok ? "✓" : "✗"} `, nameOf(block.decoded[sample])),
         percent(block.shares[sample][0]),
         fixed(block.margins[sample], 3),
-        html("span", {}, nearest.slice(1).flatMap((other, place) =>
-          [place ? ", " : "", nameOf(other, 24), ` ${percent(block.shares[sample][place + 1], 0)}`])),
+        html("span", {}, nearest.slice(1).flatMap((other, rank) =>
+          [rank ? ", " : "", nameOf(other, 24), ` ${percent(block.shares[sample][rank + 1], 0)}`])),
       ];
     });
     panel.replaceChildren(
