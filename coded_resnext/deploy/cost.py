@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
@@ -134,10 +135,13 @@ class BlockSizes:
 
 
 class Counted(Protocol):
-    """A network, whole or cut out, with the layers before and behind its blocks."""
+    """A network, whole or cut out, with what multiply-accumulates are counted of."""
 
     @property
     def stem(self) -> nn.Sequential: ...
+
+    @property
+    def blocks(self) -> Any: ...
 
     @property
     def head(self) -> nn.Module: ...
@@ -222,16 +226,12 @@ def network_cost(network: nn.Module, image_size: int | tuple[int, int]) -> Cost:
     for size in (height, width):
         check_integers(image_size=size)
     macs = stem_macs(whole, height, width)
-    height, width = stem_size(whole, height), stem_size(whole, width)
     projection_parameters = projection_macs = per_pass = 0
-    for block in whole.blocks:
-        assert isinstance(block, CodedBottleneck)
-        sizes = BlockSizes.of(block)
-        macs += sizes.macs(height, width) + sizes.projection_macs(height, width)
-        projection_macs += sizes.projection_macs(height, width)
+    for block, sizes, of_block, of_projection in counted_blocks(whole, height, width):
+        macs += of_block
+        projection_macs += of_projection
         per_pass += sizes.macs_per_pass() if block.form is None else 0
         projection_parameters += sum(p.numel() for p in block.skip.parameters())
-        height, width = halved(height, sizes.stride), halved(width, sizes.stride)
     return Cost(
         parameters=sum(p.numel() for p in whole.parameters()),
         projection_parameters=projection_parameters,
@@ -250,20 +250,34 @@ def _without_wrappers(network: nn.Module) -> Any:
     return own_network(network)
 
 
+def counted_blocks(
+    network: Counted, height: int, width: int
+) -> Iterator[tuple[CodedBottleneck, BlockSizes, int, int]]:
+    """Yields every block with its sizes, its multiply-accumulates and those of its projection.
+
+    Args:
+        network: whole or cut out.
+        height, width: of the image in pixels.
+    """
+    height, width = stem_size(network, height), stem_size(network, width)
+    for block in network.blocks:
+        sizes = BlockSizes.of(block)
+        projection = sizes.projection_macs(height, width)
+        yield block, sizes, sizes.macs(height, width) + projection, projection
+        height, width = halved(height, sizes.stride), halved(width, sizes.stride)
+
+
 def macs_from_coded(network: CodedResNeXt, height: int, width: int) -> list[int]:
     """Counts, for one image, the multiply-accumulates from each coded block to the classifier.
 
     Raises:
         ValueError: layers were changed or replaced since the network was made.
     """
-    height, width = stem_size(network, height), stem_size(network, width)
     spent, before = 0, []
-    for block in network.blocks:
+    for block, _, of_block, _ in counted_blocks(network, height, width):
         if block.is_coded:
             before.append(spent)
-        sizes = BlockSizes.of(block)
-        spent += sizes.macs(height, width) + sizes.projection_macs(height, width)
-        height, width = halved(height, sizes.stride), halved(width, sizes.stride)
+        spent += of_block
     return [spent - of_block + head_macs(network) for of_block in before]
 
 

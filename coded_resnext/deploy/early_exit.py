@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from coded_resnext.deploy.cost import BlockSizes, halved
 from coded_resnext.files import UNFIT, read_json, write_atomically
 from coded_resnext.kernels.checks import check_annotated, checked_number, typed
 from coded_resnext.models.block import Step, check_images
@@ -27,7 +26,7 @@ from coded_resnext.models.layers import check_layers
 from coded_resnext.models.loss import check_results, not_finite, read_class
 from coded_resnext.models.resnext import CodedResNeXt, own_network
 
-from .cost import head_macs, stem_macs, stem_size
+from .cost import counted_blocks, head_macs, stem_macs
 
 FORMAT_VERSION = 1
 EXIT_FILE = "early_exit.json"
@@ -228,12 +227,9 @@ def exit_macs(model: CodedResNeXt, height: int, width: int) -> list[int]:
     """
     check_layers(model, "counting goes by the sizes of its own layers", sizes_only=True)
     spent = stem_macs(model, height, width)
-    height, width = stem_size(model, height), stem_size(model, width)
     counts = []
-    for block in model.blocks:
-        sizes = BlockSizes.of(block)
-        spent += sizes.macs(height, width) + sizes.projection_macs(height, width)
-        height, width = halved(height, sizes.stride), halved(width, sizes.stride)
+    for block, _, of_block, _ in counted_blocks(model, height, width):
+        spent += of_block
         if block.is_coded:
             spent += block.codewords.numel()
             counts.append(spent)

@@ -23,7 +23,6 @@ import torch
 from torch import Tensor, fx, nn
 
 from coded_resnext.data.preprocessing import Preprocessing
-from coded_resnext.deploy.cost import BlockSizes
 from coded_resnext.files import UNFIT, write_atomically
 from coded_resnext.kernels.checks import check_kind, checked_number, typed
 from coded_resnext.kernels.coded.gram import branch_forms, split_weight
@@ -39,6 +38,8 @@ from coded_resnext.models.fused.norm import fold
 from coded_resnext.models.layers import PixelPicker, check_layers, check_settings
 from coded_resnext.models.loss import check_results, not_finite
 from coded_resnext.models.resnext import CodedResNeXt, Stem, make_stem, own_network
+
+from .cost import BlockSizes
 
 fx.wrap("check_images")
 FORMAT_VERSION = 2
