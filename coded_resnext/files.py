@@ -254,9 +254,9 @@ def make_folder(folder: str | Path, name: str) -> Path:
         ValueError: it is a link, so that what is written would be elsewhere.
         OSError: it cannot be made.
     """
-    made = own_folder(folder, name)
-    made.mkdir(parents=True, exist_ok=True)
-    return made
+    path = own_folder(folder, name)
+    path.mkdir(parents=True, exist_ok=True)
+    return path
 
 
 def own_folder(folder: str | Path, name: str) -> Path:

@@ -122,7 +122,7 @@ def _measures(codebook: Codebook) -> dict[str, str]:
         "classes": str(codebook.classes),
         "active/branches": f"{codebook.active}/{codebook.branches}",
         "minimum distance": str(codebook.min_distance),
-        "pairs at it": str(bounds.pairs_found),
+        "pairs at it": str(bounds.pairs_reached),
         "at least necessary": str(bounds.pairs),
         "largest distance possible": str(bounds.distance),
         "classes per branch": f"{min(loads)}..{max(loads)}",

@@ -451,21 +451,21 @@ def make_loaders(recipe: Recipe, splits: ImageSplits, world: World) -> Loaders:
         ),
     }
     shape, size = data.preprocessing, training.batch_size
-    in_place = augmentation.augment_on == "device"
+    is_on_device = augmentation.augment_on == "device"
     if (
-        in_place
+        is_on_device
         and augmentation.crop_padding is not None
         and is_resident(splits.train, data.preprocessing)
     ):
         train = DeviceTrainImages(splits.train, augmentation, shape, size, **on_device, **options)
-    elif in_place:
+    elif is_on_device:
         options["max_damaged"] = data.max_damaged
         train = StreamedTrainImages(splits.train, augmentation, shape, size, **on_device, **options)
     else:
         options["max_damaged"] = data.max_damaged
         transform = TrainTransform(augmentation, data.preprocessing)
         train = TrainImages(splits.train, transform, training.batch_size, **options)
-    if in_place and is_resident(splits.test, data.preprocessing):
+    if is_on_device and is_resident(splits.test, data.preprocessing):
         test = DeviceEvalImages(
             splits.test,
             data.preprocessing,

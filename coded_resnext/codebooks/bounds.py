@@ -29,37 +29,37 @@ class Bounds(NamedTuple):
         distance: no codebook of this size has a larger minimum distance.
         pairs: every codebook of this size (and as balanced as this one) with the minimum distance
             of this one has at least so many pairs of classes at it.
-        distance_found: the codebook's minimum distance.
-        pairs_found: its number of pairs at that distance.
+        distance_reached: the codebook's minimum distance.
+        pairs_reached: its number of pairs at that distance.
     """
 
     distance: int
     pairs: int
-    distance_found: int
-    pairs_found: int
+    distance_reached: int
+    pairs_reached: int
 
     @property
     def optimal_distance(self) -> bool:
         """Returns whether the minimum distance is proved the largest possible."""
-        return self.distance_found == self.distance
+        return self.distance_reached == self.distance
 
     @property
     def optimal(self) -> bool:
         """Returns whether it is proved best: the largest distance, then the fewest pairs at it."""
-        return self.optimal_distance and self.pairs_found == self.pairs
+        return self.optimal_distance and self.pairs_reached == self.pairs
 
     def __str__(self) -> str:
         if self.optimal:
             return f"optimal: distance {self.distance} with {self.pairs} pairs"
         distance = (
-            f"distance {self.distance_found} is optimal"
+            f"distance {self.distance_reached} is optimal"
             if self.optimal_distance
-            else f"distance {self.distance_found}, at most {self.distance} is possible"
+            else f"distance {self.distance_reached}, at most {self.distance} is possible"
         )
         pairs = (
-            f"{self.pairs_found} pairs at it is optimal"
-            if self.pairs_found == self.pairs
-            else f"{self.pairs_found} pairs at it, at least {self.pairs} are necessary"
+            f"{self.pairs_reached} pairs at it is optimal"
+            if self.pairs_reached == self.pairs
+            else f"{self.pairs_reached} pairs at it, at least {self.pairs} are necessary"
         )
         return f"{distance}; {pairs}"
 

@@ -101,8 +101,8 @@ class _Reader(Dataset[Read]):
             return Read(None, damaged)
         in_order = [opened[slot] for slot in sorted(opened)]
         indices, seeds, results = map(list, zip(*in_order, strict=True))
-        made, chosen = self.transform(results, seeds), torch.tensor(indices)
-        pixels, draws = made if isinstance(made, tuple) else (made, None)
+        transformed, chosen = self.transform(results, seeds), torch.tensor(indices)
+        pixels, draws = transformed if isinstance(transformed, tuple) else (transformed, None)
         return Read(Batch(pixels, self.images.targets[chosen], chosen), damaged, draws)
 
 

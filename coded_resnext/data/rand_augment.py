@@ -120,7 +120,7 @@ def tables(images: Tensor, grey: Tensor, rows: Tensor) -> Tensor:
     steps = 1 << (8 - whole.clamp(0, 8))
     added = (levels + whole).clamp(max=255)
     counts = histograms(images)
-    made = {
+    replacing = {
         "invert": (255 - levels)[None],
         "posterize": levels // steps * steps,
         "solarize": torch.where(levels < whole, levels, 255 - levels),
@@ -128,10 +128,10 @@ def tables(images: Tensor, grey: Tensor, rows: Tensor) -> Tensor:
         "brightness": blend(torch.zeros_like(levels), levels, rows[:, 2:3]).int(),
         "contrast": blend(mean[:, None], levels, rows[:, 2:3]).int(),
     }
-    made = {name: table[:, None] for name, table in made.items()}
-    made["autocontrast"], made["equalize"] = stretched(counts), equalized(counts)
+    replacing = {name: table[:, None] for name, table in replacing.items()}
+    replacing["autocontrast"], replacing["equalize"] = stretched(counts), equalized(counts)
     result = levels.expand(batch, channels, 256)
-    for name, table in made.items():
+    for name, table in replacing.items():
         result = torch.where(is_operation(rows, name)[..., 0], table, result)
     return result.to(torch.uint8)
 

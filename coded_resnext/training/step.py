@@ -93,19 +93,19 @@ def recorded(part: DevicePart, images: Tensor, targets: Tensor) -> DevicePart:
     """
     own_images, own_targets = torch.empty_like(images), torch.empty_like(targets)
     gate = torch.zeros((), device=images.device)
-    made: list[Computed] = []
+    computed: list[Computed] = []
 
     def fill() -> None:
-        made[:] = [part.compute(own_images, own_targets)]
+        computed[:] = [part.compute(own_images, own_targets)]
 
     first = record(fill)
-    second = record(lambda: part.update(made[0], gate))
+    second = record(lambda: part.update(computed[0], gate))
 
     def compute(images: Tensor, targets: Tensor) -> Computed:
         own_images.copy_(images)
         own_targets.copy_(targets)
         first.replay()
-        return made[0]
+        return computed[0]
 
     def update(_: Computed, keeps: Tensor) -> None:
         gate.copy_(keeps)

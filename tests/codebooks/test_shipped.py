@@ -85,7 +85,7 @@ def test_bounds_say_what_is_optimal(size):
     codebook = Codebook.shipped(*size)
     assert codebook.bounds.optimal_distance
     assert codebook.bounds.optimal == PROMISED[size][2]
-    assert codebook.bounds.pairs_found == codebook.distances[codebook.min_distance]
+    assert codebook.bounds.pairs_reached == codebook.distances[codebook.min_distance]
 
 
 @pytest.mark.parametrize(

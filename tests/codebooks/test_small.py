@@ -18,8 +18,8 @@ def test_all_sizes(branches):
         for classes in range(2, comb(branches, active) + 1):
             words = search(classes, branches, active, "fast").words
             bounds = codebook_bounds(classes, branches, active, distance_histogram(words), True)
-            assert bounds.distance_found <= bounds.distance
-            assert bounds.pairs <= bounds.pairs_found
+            assert bounds.distance_reached <= bounds.distance
+            assert bounds.pairs <= bounds.pairs_reached
             # All words of a size are the only codebook: the bounds are met.
             if classes == comb(branches, active):
                 assert bounds.optimal_distance
