@@ -45,7 +45,7 @@ SLOW = ("docs/ablations.md", "docs/deployment.md", "docs/reproduce.md", "docs/we
 NOT_RUN = {
     r"^make ": "makes an environment, and takes minutes to hours",
     r"benchmarks/gpu/(?!tune.py --op coded)": "needs a GPU",
-    r"benchmarks/cpu/bench_|--benchmark-only|taskset": "times an idle machine",
+    r"--benchmark-only|taskset": "times an idle machine",
     r"benchmarks/static/|build-kernels|--dry-run": "compiles kernels for minutes",
     r"ptx.plugin": "runs in a checkout alone; tests/ptx/test_ptx.py starts it there",
     r"tests/version_matrix.py": "makes environments of 5 GB each",
@@ -68,7 +68,7 @@ SCALED = {
     r"for seed in 0 1.*?;": "for seed in 0;",
     r"(train/digits.py)": r"\1 --epochs 1",
     r"(scale.py)( imagenet)?": r"\1 start-up 10 1000",
-    r"(export_decisions.py digits)": r"\1 --classes 2",
+    r"(bench_export.py digits)": r"\1 --classes 2",
     r"(ablations.py digits) --epochs 15": r"\1 --epochs 1 --seeds 0 --rows 'exponent 2'",
     r"(train/cifar.py)(.*?)( --out| *#|\n|$)": CIFAR.replace(r"\1", r"\1\2", 1) + r"\3",
     r"(reproduce.py --scale small)": CIFAR + " --seeds 0 --rows 'plain twin' --augment-on cpu",

@@ -7,21 +7,32 @@ classifier's logit is compared with that of the masked network.
     python -m pytest benchmarks/cpu/bench_extract.py --benchmark-only \
         --results benchmarks/results/cpu_extract.json
     python benchmarks/render.py benchmarks/results/cpu_extract.json
+
+What do thinned projection skips cost? For trained digits networks and every rank: the size of one
+classifier beside its network, how well the classifiers tell their class on the test images (mean
+average precision), and how often they decide as those with whole skips do, at the thresholds that
+the runs chose on their training images.
+
+    python benchmarks/cpu/bench_extract.py runs/digits-0 runs/digits-1
 """
 
 from __future__ import annotations
 
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from coded_resnext import CodedResNeXt, create_model, extract_classifier, extract_subset
+from coded_resnext.data.datasets import load_digits_split
 from coded_resnext.deploy.cost import network_cost
+from coded_resnext.interpret.results import Companions
+from coded_resnext.models.checkpoint import load_model
 
 IMAGE_SIZES = {
     "coded_resnext29_10x11d": 32,
@@ -31,6 +42,8 @@ IMAGE_SIZES = {
 ROUNDS = 30
 WARM_UP = 3
 CLASS = 3
+RANKS = (None, 0.5, 0.35, 0.25, 0.15, 0.1, 0.05)
+DIGITS_SIZE = 8
 FORMATS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
 
 
@@ -87,3 +100,56 @@ def check_equal(model: CodedResNeXt, whole: nn.Module, part: nn.Module, x: torch
     torch.testing.assert_close(whole(x), model(x), rtol=1e-3, atol=1e-3)
     expected = model(x, keep=CLASS)[:, CLASS]
     torch.testing.assert_close(part(x), expected, rtol=1e-3, atol=1e-3)
+
+
+def main() -> None:
+    """Prints a table of ranks for the digits networks that are named."""
+    from sklearn.metrics import average_precision_score
+
+    split = load_digits_split()
+    positive = nn.functional.one_hot(split.test_targets).bool()
+    runs = []
+    for path in sys.argv[1:]:
+        model = load_model(path).model
+        known = Companions(path, model).thresholds()
+        thresholds = torch.tensor([known[name] for name in model.class_names])
+        runs.append((model, thresholds, scores(model, split.test_images, None)))
+    print("| rank | parameters | without projections | bytes | MACs | mean AP | lowest | same |")
+    print("|---|---|---|---|---|---|---|---|")
+    for rank in RANKS:
+        precisions, same = [], []
+        for model, thresholds, whole in runs:
+            approximate = scores(model, split.test_images, rank)
+            precisions.append(
+                statistics.mean(
+                    average_precision_score(positive[:, index], approximate[:, index])
+                    for index in range(model.num_classes)
+                )
+            )
+            same.append(
+                float(((approximate >= thresholds) == (whole >= thresholds)).double().mean())
+            )
+        model = runs[0][0]
+        share = network_cost(extract_classifier(model, 0, skip_rank=rank), DIGITS_SIZE).relative_to(
+            network_cost(model, DIGITS_SIZE)
+        )
+        print(
+            f"| {rank or 'whole'} | {share.parameters:.1%} | "
+            f"{share.parameters_without_projections:.1%} | {share.bytes:.1%} | {share.macs:.1%} | "
+            f"{statistics.mean(precisions):.4f} | {min(precisions):.4f} | "
+            f"{statistics.mean(same):.2%} |"
+        )
+
+
+@torch.inference_mode()
+def scores(model: CodedResNeXt, images: Tensor, rank: float | None) -> Tensor:
+    """Returns the logits of all classifiers, `[n, K]`."""
+    columns = [
+        extract_classifier(model, index, skip_rank=rank)(images)
+        for index in range(model.num_classes)
+    ]
+    return torch.stack(columns, 1)
+
+
+if __name__ == "__main__":
+    main()

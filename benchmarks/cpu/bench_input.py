@@ -175,12 +175,12 @@ def test_input(folder: Path, benchmark: Any, record: Callable[[dict[str, Any]], 
 
     def one_round() -> None:
         running = {name: start() for name, start in passes.items()}
-        for place in range(IMAGES // BATCH):
+        for number in range(IMAGES // BATCH):
             for name, batches in running.items():
                 begun = time.process_time()
                 next(batches)
                 seconds = time.process_time() - begun
-                best[name][place] = min(best[name][place], seconds)
+                best[name][number] = min(best[name][number], seconds)
 
     benchmark.pedantic(one_round, rounds=ROUNDS, warmup_rounds=1)
     rates = {name: IMAGES / sum(seconds) for name, seconds in best.items()}
@@ -217,10 +217,10 @@ def test_device_part(
     draws = read.draws.repeat(copies, 1).pin_memory()
 
     def one_round() -> None:
-        places = torch.arange(len(pixels), device=device)
+        positions = torch.arange(len(pixels), device=device)
         moved = (each.to(device, non_blocking=True) for each in (pixels, draws))
         images, numbers = moved
-        loader._augment(images, places, numbers)
+        loader._augment(images, positions, numbers)
         torch.cuda.synchronize()
 
     benchmark.pedantic(one_round, rounds=20, warmup_rounds=3)

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from step_memory import resident_mib
+from bench_block import added_mib
 from torch import Tensor
 
 from coded_resnext import Codebook, CodedResNeXt, Stage, create_model
@@ -139,12 +139,9 @@ def measure(task: str, classes: int, images: int) -> str:
     """Seconds, and the MiB that it adds to the process at its peak."""
     TASKS[task](10, 100)()  # imports what the work needs
     work = TASKS[task](classes, images)
-    # Resets the highest value to the present one.
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    before, start = resident_mib("VmRSS"), time.process_time()
-    work()
-    seconds = time.process_time() - start
-    return f"{seconds:.3g} {resident_mib('VmHWM') - before:.0f}"
+    start = time.process_time()
+    memory = added_mib(work)
+    return f"{time.process_time() - start:.3g} {memory:.0f}"
 
 
 def imagenet(classes: int = 50, images: int = 2500, size: int = 32) -> None:

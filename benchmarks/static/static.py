@@ -28,9 +28,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from limits import Limits, limits_of
+from limits import Limits, limits_of, one_of_each, window_of
 from sass import Code, Instruction, load_widths, moved_bytes, read_code
-from static_rows import one_of_each, window_of
 
 from coded_resnext.kernels.build.build import BuildError, build, load_rows
 from coded_resnext.training.run_folder import describe_machine
@@ -39,7 +38,7 @@ sys.path.append(str(Path(__file__).parents[1] / "gpu"))
 from gpus import GPUS
 
 ARCHS = ("sm80", "sm90", "sm100", "gfx942")
-ROWS = "static_rows:rows"
+ROWS = "limits:rows"
 BATCH = 256
 
 

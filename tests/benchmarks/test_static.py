@@ -19,10 +19,8 @@ from typing import Any
 import limits as static_limits
 import pytest
 import static
-import static_rows
-from limits import Limits
+from limits import Limits, one_of_each
 from sass import Code, Instruction, unequal_sums
-from static_rows import one_of_each
 
 from coded_resnext.kernels.build.build import build, shipped_rows
 from coded_resnext.kernels.conv1x1 import rows as conv1x1_rows
@@ -76,7 +74,7 @@ def test_shipped_kernels_keep_their_limits(compiled: Path, tmp_path: Path) -> No
     assert "no work to do" in result.stdout
     assert "0 limits broken" in result.stdout
     rows = static.read_rows(out.read_text())
-    settings = {arch: dict(static_rows.rows(arch)) for arch in ARCHS}
+    settings = {arch: dict(static_limits.rows(arch)) for arch in ARCHS}
     kernels = {row["row"]: settings[row["arch"]][row["row"]].kernel for row in rows}
     for arch in ARCHS:
         compiled_here = {kernels[row["row"]] for row in rows if row["arch"] == arch}

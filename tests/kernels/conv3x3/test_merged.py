@@ -8,7 +8,7 @@ from collections import Counter
 import pytest
 import torch
 import torch.nn.functional as F
-from launches import Counting
+from bench_host import Counting
 from support.helpers import relative_error
 from torch import Tensor
 from torch._inductor import metrics
