@@ -16,8 +16,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from gpus import GPUS
 from PIL import Image
+from timing import GPUS
 
 from coded_resnext import create_model, from_pretrained
 from coded_resnext.data.datasets import DATA_VARIABLE, load_digits_split

@@ -16,19 +16,24 @@ from contextlib import nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
-import block_check
-import block_tail
-import conv1x1
-import conv3x3
 import pytest
 import torch
-from agreement import inputs_of, upstream_of
-from block_check import EvaluatedBlock
-from contenders import Contender
-from operators import OPERATORS, PLACES, TINY, Form, Operator, Place
-from pass_check import KERNELS, PYTORCH
+from bench_model import Contender
+from convolutions import CASES, KERNELS, PYTORCH, GroupedCase, ProductCase
+from model_check import BLOCKS, TINY_BLOCKS, EvaluatedBlock
+from operators import (
+    OPERATORS,
+    STAGES,
+    TINY,
+    CodedStage,
+    Form,
+    Operator,
+    forms_of,
+    inputs_of,
+    upstream_of,
+)
 from stages import NETWORK, SMALL_NETWORK, Task, _captured, runner_of
-from timing import Deadline, forms_of, median_ms
+from timing import Deadline, median_ms
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
@@ -57,7 +62,7 @@ class Setting(NamedTuple):
         return torch.compile(call, backend=self.compiler, dynamic=False)
 
 
-class Case(NamedTuple):
+class Timed(NamedTuple):
     """What is timed."""
 
     name: str
@@ -85,7 +90,7 @@ def setting(request: pytest.FixtureRequest) -> Iterator[Setting]:
 
 
 def test_on_gpu(
-    case: Case, setting: Setting, benchmark: Any, record: Callable[[dict[str, Any]], None]
+    case: Timed, setting: Setting, benchmark: Any, record: Callable[[dict[str, Any]], None]
 ) -> None:
     call, right = case.make(setting)
     if right is not None:
@@ -113,128 +118,114 @@ def check(actual: Any, expected: Any) -> None:
     assert difference <= APART * torch.stack([e.norm() for _, e in wide]).norm()
 
 
-def all_cases(*, dry: bool) -> Iterator[Case]:
+def all_cases(*, dry: bool) -> Iterator[Timed]:
     """Operators, convolutions, what is between them, blocks, networks."""
-    yield from _operators(TINY[:1] if dry else PLACES)
+    yield from _operators(TINY[:1] if dry else STAGES)
     yield from _convolutions(dry=dry)
     yield from _between_convolutions(((2, 8, 3),) if dry else MAPS)
-    yield from _blocks(block_check.TINY if dry else block_check.BLOCKS)
+    yield from _blocks(TINY_BLOCKS if dry else BLOCKS)
     yield from _networks((NETWORK,) if dry else (NETWORK, SMALL_NETWORK))
 
 
-def _operators(places: tuple[Place, ...]) -> Iterator[Case]:
+def _operators(stages: tuple[CodedStage, ...]) -> Iterator[Timed]:
     for operator in OPERATORS:
         forms = ["kernel", *operator.rivals, "definition"]
         forms += [f"compiled {form}" for form in forms[1:]]
         if operator.replaced is not None:
             forms.append("replaced")
-        for place in places:
+        for stage in stages:
             for form in forms:
                 for which in ("forward", "backward"):
 
                     def make(
                         setting: Setting,
                         operator: Operator = operator,
-                        place: Place = place,
+                        stage: CodedStage = stage,
                         form: str = form,
                         which: str = which,
                     ) -> tuple[Call, Call | None]:
                         forms = dict(forms_of(operator, compile_with=setting.compiler))
-                        call = _pass(operator, place, forms[form], which, setting)
+                        call = _pass(operator, stage, forms[form], which, setting)
                         if form in ("replaced", "definition"):
                             return call, None
-                        return call, _pass(operator, place, operator.definition, which, setting)
+                        return call, _pass(operator, stage, operator.definition, which, setting)
 
-                    yield Case(f"{operator.name}, {place.name}, {which}: {form}", make)
+                    yield Timed(f"{operator.name}, {stage.name}, {which}: {form}", make)
 
 
-def _pass(operator: Operator, place: Place, form: Form, which: str, setting: Setting) -> Call:
-    inputs = inputs_of(operator, place, BFLOAT16, setting.device)
+def _pass(operator: Operator, stage: CodedStage, form: Form, which: str, setting: Setting) -> Call:
+    inputs = inputs_of(operator, stage, BFLOAT16, setting.device)
     if which == "forward":
-        return lambda: form(inputs, place)
+        return lambda: form(inputs, stage)
     leaves = [inputs[name] for name in operator.differentiable]
-    outputs = [y for y in form(inputs, place) if y.requires_grad]
+    outputs = [y for y in form(inputs, stage) if y.requires_grad]
     upstream = upstream_of(outputs)
     return lambda: torch.autograd.grad(
         outputs, leaves, upstream, retain_graph=True, allow_unused=True
     )
 
 
-def _convolutions(*, dry: bool) -> Iterator[Case]:
-    for layer in conv3x3.TINY if dry else conv3x3.LAYERS:
-        for which in conv3x3.PASSES:
+def _convolutions(*, dry: bool) -> Iterator[Timed]:
+    for kind in CASES:
+        for layer in kind.tiny if dry else kind.layers:
+            for which in kind.passes:
 
-            def make(
-                setting: Setting, form: str, layer: conv3x3.Layer = layer, which: str = which
-            ) -> tuple[Call, Call | None]:
-                call = conv3x3.Call(layer, BFLOAT16, setting.device)
-                if form == "kernel":
-                    return lambda: call.kernel(which), lambda: call.library(which)
-                other = call if form == "NHWC" else call.in_rows()
-                return lambda: other.library(which), None
+                def make(
+                    setting: Setting,
+                    form: str,
+                    kind: Any = kind,
+                    layer: Any = layer,
+                    which: str = which,
+                ) -> tuple[Call, Call | None]:
+                    case = kind(layer, BFLOAT16, setting.device)
+                    library = partial(case.run, which, PYTORCH)
+                    if form == "kernel":
+                        return partial(case.run, which, KERNELS), library
+                    if form == "NCHW":
+                        return partial(case.in_rows().run, which, PYTORCH), None
+                    if form == "compiled":
+                        plain = kind is ProductCase
+                        rival = case.plain(which) if plain else library
+                        return setting.compiled(rival), None if plain else library
+                    return library, None
 
-            for form in ("kernel", "NHWC", "NCHW"):
-                name = f"grouped convolution, {layer.name}, {which}: {form}"
-                yield Case(name, lambda setting, f=form, m=make: m(setting, f))
-        # Alone, a compiled convolution is cuDNN's; between BatchNorms the compiler has its say.
+                forms = ["kernel", "library", "compiled"]
+                if kind is GroupedCase:
+                    # Alone, a compiled convolution is cuDNN's.
+                    forms = ["kernel", "NHWC", "NCHW"]
+                for form in forms:
+                    name = f"{kind.kind}, {layer.name}, {which}: {form}"
+                    yield Timed(name, lambda setting, f=form, m=make: m(setting, f))
+    # Between BatchNorms the compiler has its say.
+    for layer in GroupedCase.tiny if dry else GroupedCase.layers:
         for which in ("forward", "backward"):
             for form in ("kernel", "definition", "compiled"):
 
                 def make_fused(
-                    setting: Setting,
-                    layer: conv3x3.Layer = layer,
-                    which: str = which,
-                    form: str = form,
+                    setting: Setting, layer: Any = layer, which: str = which, form: str = form
                 ) -> tuple[Call, Call | None]:
-                    call = conv3x3.Call(layer, BFLOAT16, setting.device)
-                    plain = call.fused("torch")
-                    run = call.fused("triton") if form == "kernel" else plain
+                    case = GroupedCase(layer, BFLOAT16, setting.device)
+                    plain = case.between_norms("torch")
+                    run = case.between_norms("triton") if form == "kernel" else plain
                     if form == "compiled":
                         run = setting.compiled(run)
-                    right = None if form == "definition" else _fused(call, plain, which)
-                    return _fused(call, run, which), right
+                    right = None if form == "definition" else _fused(case, plain, which)
+                    return _fused(case, run, which), right
 
                 name = f"grouped convolution, {layer.name}, between BatchNorms, {which}: {form}"
-                yield Case(name, make_fused)
-    for module, layers in (
-        (conv1x1, conv1x1.TINY if dry else conv1x1.LAYERS),
-        (block_tail, block_tail.TINY if dry else block_tail.TAILS),
-    ):
-        for layer in layers:
-            for which in module.PASSES:
-
-                def make_product(
-                    setting: Setting,
-                    form: str,
-                    module: Any = module,
-                    layer: Any = layer,
-                    which: str = which,
-                ) -> tuple[Call, Call | None]:
-                    call = module.Call(layer, BFLOAT16, setting.device)
-                    library = partial(call.run, which, PYTORCH)
-                    if form == "compiled":
-                        plain = module is conv1x1
-                        rival = conv1x1.plain_form(call, which) if plain else library
-                        return setting.compiled(rival), None if plain else library
-                    if form == "kernel":
-                        return partial(call.run, which, KERNELS), library
-                    return library, None
-
-                for form in ("kernel", "library", "compiled"):
-                    name = f"{module.__name__}, {layer.name}, {which}: {form}"
-                    yield Case(name, lambda setting, f=form, m=make_product: m(setting, f))
+                yield Timed(name, make_fused)
 
 
-def _fused(call: conv3x3.Call, run: Callable[..., tuple[Tensor, ...]], which: str) -> Call:
+def _fused(case: GroupedCase, run: Callable[..., tuple[Tensor, ...]], which: str) -> Call:
     """A pass of a grouped convolution between BatchNorms."""
     if which == "forward":
-        return lambda: run(call.x, call.weight)[0]
-    leaves = [value.detach().requires_grad_() for value in (call.x, call.weight)]
+        return lambda: run(case.x, case.weight)[0]
+    leaves = [value.detach().requires_grad_() for value in (case.x, case.weight)]
     y = run(*leaves)[0]
-    return lambda: torch.autograd.grad(y, leaves, call.grad, retain_graph=True)
+    return lambda: torch.autograd.grad(y, leaves, case.grad, retain_graph=True)
 
 
-def _between_convolutions(maps: tuple[tuple[int, int, int], ...]) -> Iterator[Case]:
+def _between_convolutions(maps: tuple[tuple[int, int, int], ...]) -> Iterator[Timed]:
     """The kernels of `kernels/batch_norm/` and `kernels/residual/`."""
     for batch, channels, size in maps:
         for name in _elementwise(1, 1, 1, torch.device("cpu")):
@@ -254,7 +245,7 @@ def _between_convolutions(maps: tuple[tuple[int, int, int], ...]) -> Iterator[Ca
                         return setting.compiled(reference), reference
                     return reference, None
 
-                yield Case(f"{name}, {channels} channels, {size}px: {form}", make)
+                yield Timed(f"{name}, {channels} channels, {size}px: {form}", make)
 
 
 def _elementwise(
@@ -307,7 +298,7 @@ def _elementwise(
     }
 
 
-def _blocks(blocks: list[EvaluatedBlock]) -> Iterator[Case]:
+def _blocks(blocks: list[EvaluatedBlock]) -> Iterator[Timed]:
     for block in blocks:
         for training in (True, False):
             for form in ("torch", "compiled", "reference", "fused", "triton"):
@@ -322,7 +313,7 @@ def _blocks(blocks: list[EvaluatedBlock]) -> Iterator[Case]:
                     return _block(block, training, form, setting), right
 
                 name = f"block {block.name}, {'training' if training else 'evaluation'}: {form}"
-                yield Case(name, make)
+                yield Timed(name, make)
 
 
 def _block(block: EvaluatedBlock, training: bool, form: str, setting: Setting) -> Call:
@@ -347,7 +338,7 @@ def _block(block: EvaluatedBlock, training: bool, form: str, setting: Setting) -
     return run
 
 
-def _networks(names: tuple[str, ...]) -> Iterator[Case]:
+def _networks(names: tuple[str, ...]) -> Iterator[Timed]:
     contenders = [
         Contender("coded", "torch"),
         Contender("coded", "torch", "default"),
@@ -377,4 +368,4 @@ def _networks(names: tuple[str, ...]) -> Iterator[Case]:
                     task = Task(setting.dry, Deadline(1e6))
                     return getattr(runner_of(task, contender, network), which), None
 
-                yield Case(f"{network}, {which}: {contender.name}", make)
+                yield Timed(f"{network}, {which}: {contender.name}", make)

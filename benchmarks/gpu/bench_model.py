@@ -6,7 +6,11 @@ One run, the same images for all. Coded and plain networks by each backend; the 
 by `torch.compile`, in both layouts; timm's; and the published form of the coded one, which forms
 the branch tensor. Logits are compared before anything is timed. A row has images a second, peak
 memory, the kernels of a step, and what share of the time the least traffic of the blocks would
-take (model_bytes.py), where a GPU's bandwidth is known.
+take, where a GPU's bandwidth is known.
+
+That traffic is what the kernels of the fused data flow move (`BlockMaps`). Every tensor of the size
+of a map is counted once for each kernel that reads or writes it; vectors, weights, partial sums and
+the bits of signs are not. The table is that of docs/fused_block.md.
 
 `--tiny` takes every path at sizes that a CPU bears; its times say nothing about a GPU.
 """
@@ -19,19 +23,31 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+from unittest.mock import patch
 
 import torch
-from contenders import Contender, Runner, contenders
-from gpus import find_gpu
-from model_bytes import least_bytes
-from torch import Tensor
+from timing import find_gpu
+from torch import Tensor, nn
 
-from coded_resnext import CodedResNeXt, Stage, create_model
-from coded_resnext.kernels import backends
+from coded_resnext import (
+    CodedBottleneck,
+    CodedLoss,
+    CodedResNeXt,
+    Stage,
+    create_model,
+    use_grouped_kernels,
+)
+from coded_resnext.kernels import ConvBackend, backends
+from coded_resnext.models.fused import block as fused
 from coded_resnext.training.run_folder import describe_machine
 
+Layout = Literal["nchw", "nhwc"]
+FORMATS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
+# What only timm's network of that size is compared with.
+TIMM = "resnext50_32x4d"
 # Image size and batch of each network.
 SETTINGS = {
     "resnext50_32x4d": (160, 256),
@@ -146,7 +162,7 @@ def bench_network(
 
 
 def tiny_overrides(contender: Contender) -> dict[str, Any]:
-    """A network of a few channels in the place of a named one, with its classes."""
+    """Arguments that make a network of a few channels of a named one, with its classes."""
     if contender.kind == "timm":
         return {}
     coded = contender.kind == "coded"
@@ -175,7 +191,7 @@ def tiny_overrides(contender: Contender) -> dict[str, Any]:
 def measure(
     runner: Runner, contender: Contender, batch: int, size: int, steps: int, item: int
 ) -> dict[str, Any]:
-    """Times, memory and kernels of a contender that was found right."""
+    """Times, memory and kernels of a contender whose logits are right."""
     row: dict[str, Any] = {}
     device = runner.images.device
     gpu = find_gpu(torch.cuda.get_device_name()) if device.type == "cuda" else None
@@ -266,6 +282,281 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
         axes.set_title(network)
         axes.set_xlabel("images a second, training")
     figure.savefig(path, dpi=150)
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A network, how it is run, and what it is called in the table."""
+
+    kind: Literal["coded", "plain", "timm"]
+    backend: str = "torch"
+    """Of the coded operations and blocks; `torch` runs layer by layer."""
+    compile: str | None = None
+    """Mode of `torch.compile`, or None for eager."""
+    layout: Layout = "nhwc"
+    written: bool = False
+    """Whether the fused data flow writes the last convolution of every block, which it otherwise
+    leaves out of plain blocks."""
+    grouped: ConvBackend = "torch"
+    """Who computes the grouped convolutions of blocks that run layer by layer."""
+
+    @property
+    def name(self) -> str:
+        """Kind, backend, mode and layout."""
+        mode = "eager" if self.compile is None else f"compiled {self.compile}"
+        name = f"{self.kind}, {self.backend}, {mode}, {self.layout}" + ", written" * self.written
+        return name if self.grouped == "torch" else f"{name}, groups {self.grouped}"
+
+    def build(self, network: str, overrides: dict[str, Any]) -> nn.Module:
+        """The network `coded_NAME`, its plain twin, or timm's."""
+        torch.manual_seed(0)
+        model: nn.Module
+        if self.kind == "timm":
+            import timm
+
+            model = timm.create_model(TIMM, pretrained=False)
+        else:
+            prefix = "coded_" if self.kind == "coded" else ""
+            model = create_model(prefix + network, backend=self.backend, **overrides)
+        for module in model.modules():
+            # At zero, where it begins, nothing would be left for the backward pass to do.
+            if isinstance(module, nn.BatchNorm2d) and module.weight is not None:
+                nn.init.ones_(module.weight)
+        if self.grouped != "torch":
+            use_grouped_kernels(model, self.grouped)
+        return model.to(memory_format=FORMATS[self.layout])
+
+
+def contenders(network: str, *, kernels: bool, compiled: bool) -> Iterator[Contender]:
+    """Who is timed for a network.
+
+    Args:
+        network: its name without `coded_`.
+        kernels: whether the Triton kernels can run.
+        compiled: whether there is a compiler.
+    """
+    modes = [None, *(("default", "max-autotune") if compiled else ())]
+    backends = ["torch", "fused", *(["triton"] if kernels else [])]
+    for mode in modes:
+        for layout in ("nchw", "nhwc"):
+            # The network as it is published runs layer by layer, in the layout that it finds.
+            yield Contender("plain", "torch", mode, layout)  # type: ignore[arg-type]
+    for kind in ("plain", "coded"):
+        for backend in backends:
+            for mode in modes[:2]:
+                if (kind, backend) != ("plain", "torch"):
+                    yield Contender(kind, backend, mode)  # type: ignore[arg-type]
+    for mode in modes[:2]:
+        yield Contender("coded", "reference", mode)
+        if network.endswith(TIMM):
+            yield Contender("timm", "torch", mode)
+    for backend in backends[1:]:
+        for mode in modes[:2]:
+            yield Contender("coded", backend, mode, written=True)
+
+
+class Runner:
+    """A contender on fixed inputs: training steps and inference.
+
+    Args:
+        contender: which.
+        network: its name without `coded_`.
+        images, targets: a batch, on its device.
+        dtype: of autocast; float32 for none.
+        overrides: arguments of the network.
+    """
+
+    def __init__(
+        self,
+        contender: Contender,
+        network: str,
+        images: Tensor,
+        targets: Tensor,
+        dtype: torch.dtype,
+        overrides: dict[str, Any],
+    ) -> None:
+        self.contender = contender
+        self.model = contender.build(network, overrides).to(images.device)
+        self.images = images.contiguous(memory_format=FORMATS[contender.layout])
+        self.targets, self.dtype = targets, dtype
+        self.loss = None
+        if isinstance(self.model, CodedResNeXt):
+            self.loss = CodedLoss(self.model.codebooks, check_values=False).to(images.device)
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1e-3, momentum=0.9, fused=True)
+        self.call: Any = self.model
+        if contender.compile is not None:
+            torch.compiler.reset()
+            mode = None if contender.compile == "default" else contender.compile
+            self.call = torch.compile(self.model, mode=mode, dynamic=False)
+
+    def train(self) -> Tensor:
+        """One step; its loss."""
+        self.model.train()
+        limit = 0 if self.contender.written else fused.RECOMPUTED
+        with self._autocast(), patch.object(fused, "RECOMPUTED", limit):
+            if self.loss is None:
+                total = nn.functional.cross_entropy(self.call(self.images), self.targets)
+            else:
+                logits, energies = self.call(self.images, return_energies=True)
+                total = self.loss(logits, energies, self.targets).total
+        total.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return total.detach()
+
+    @torch.no_grad()
+    def infer(self) -> Tensor:
+        """Logits in evaluation."""
+        self.model.eval()
+        with self._autocast():
+            logits: Tensor = self.call(self.images)
+        return logits
+
+    def _autocast(self) -> torch.autocast:
+        device = self.images.device.type
+        half = self.dtype != torch.float32
+        return torch.autocast(device, dtype=self.dtype if half else None, enabled=half)
+
+
+@dataclass(frozen=True)
+class BlockMaps:
+    """Elements of the tensors of one block."""
+
+    x: int
+    """`[B, C_in, H, W]`, its input."""
+    y1: int
+    """`[B, N*D, H, W]`."""
+    y2: int
+    """`[B, N*D, OH, OW]`, and so is `h'` of a coded block."""
+    y3: int
+    """`[B, C, OH, OW]`, its output."""
+    stride: int
+    coded: bool
+    projection: bool
+    before: BlockMaps | None
+    """The block whose output is still to be computed; None for a first block."""
+    recomputed: bool
+    """Whether its last convolution is computed where it is read."""
+    skip_recomputed: bool
+    """Whether that of its skip connection is, by PyTorch."""
+
+    def evaluation(self) -> dict[str, int]:
+        """Elements that each operator moves where no gradients are wanted."""
+        elements = {
+            "folded_conv1x1": self.x + self.y1,
+            "folded_grouped_conv3x3": self.y1 + self.y2,
+            "expand folded_conv1x1": self.y2 + 2 * self.y3,
+        }
+        if self.projection:
+            both = self.y2 + self.x // self.stride**2
+            elements |= {"side_by_side": 2 * both, "expand folded_conv1x1": both + self.y3}
+        return elements
+
+    def forward(self) -> dict[str, int]:
+        """Elements that each operator's kernels move on the way to a backward pass."""
+        elements = {"reduce": self.x + self.y1, "grouped": self.y1 + self.y2}
+        if self.before is not None:
+            elements |= {"join": self.before.joining()}
+            # Where the sum is not a kernel of its own, it is the prologue of the convolution.
+            elements["reduce"] -= 0 if self.before.recomputed else self.x
+        if self.coded:
+            elements["normalize"] = 2 * self.y2
+        elements["expand"] = self.y2 if self.recomputed else self.y2 + self.y3
+        if self.projection:
+            elements["skip"] = self._picked if self.skip_recomputed else self._picked + self.y3
+        return elements
+
+    @property
+    def _picked(self) -> int:
+        """Elements of the pixels that the skip connection's convolution takes."""
+        return self.x // self.stride**2
+
+    def joining(self) -> int:
+        """Elements that the sum at the block's end takes and gives."""
+        own = (self.y2 if self.recomputed else self.y3) + 2 * self.y3
+        return own + (self._picked + self.y3 if self.skip_recomputed else 0)
+
+    def backward(self) -> dict[str, int]:
+        """Elements that each operator's kernels move.
+
+        The gradient of a convolution's output is written once as BatchNorm behind it makes it, for
+        the gradient of the weight.
+        """
+        of_input = self.y2 if self.coded else 2 * self.y2
+        elements = {
+            "expand input": 3 * self.y3 + of_input,
+            "expand weight": self.y3 + self.y2,
+            "grouped": 4 * self.y2 + 3 * self.y1,
+            "reduce input": 3 * self.y1 + self.x,
+            "reduce weight": self.y1 + self.x,
+        }
+        if self.recomputed:
+            elements["expand input"] = self.y3 + 2 * self.y2
+        if self.before is not None:
+            elements["reduce input"] += self.before.parting() - self.x
+        if self.coded:
+            elements["normalize"] = 4 * self.y2
+        if self.projection:
+            of_skip = 2 * self._picked if self.skip_recomputed else 2 * self.y3 + self._picked
+            elements |= {"skip input": of_skip + self.y3, "skip weight": self.y3 + self._picked}
+        return elements
+
+    def parting(self) -> int:
+        """Elements at the sum's gradient, which the next block's first convolution adds to another
+        one: that one, the result, and what the sums for the BatchNorms before it need."""
+        mapped = self.projection and not self.skip_recomputed
+        return (2 + (not self.recomputed) + mapped) * self.y3
+
+
+def maps_of(model: CodedResNeXt, batch: int, size: int) -> list[BlockMaps]:
+    """The blocks of a network for a batch of square images."""
+    if model.config["stem"] != "conv3x3":
+        size = (size + 3) // 4
+    blocks: list[BlockMaps] = []
+    for block in model.blocks:
+        out = -(-size // block.stride)
+        wide = block.reduce.out_channels
+        recomputed = not block.is_coded and wide <= fused.RECOMPUTED
+        blocks.append(
+            BlockMaps(
+                batch * block.in_channels * size**2,
+                batch * wide * size**2,
+                batch * wide * out**2,
+                batch * block.expand.out_channels * out**2,
+                block.stride,
+                block.is_coded,
+                _projects(block),
+                blocks[-1] if blocks else None,
+                recomputed,
+                recomputed and _projects(block) and block.in_channels <= fused.RECOMPUTED,
+            )
+        )
+        size = out
+    return blocks
+
+
+def _projects(block: CodedBottleneck) -> bool:
+    return len(list(block.skip.parameters())) > 0
+
+
+def least_bytes(model: CodedResNeXt, batch: int, size: int, item: int, *, training: bool) -> int:
+    """Bytes that evaluation, or a training step, moves through the blocks, not stem and head.
+
+    Args:
+        model: the network.
+        batch, size: of the images.
+        item: bytes of an element.
+        training: whether it is a training step; evaluation without gradients otherwise.
+    """
+    blocks = maps_of(model, batch, size)
+    if not training:
+        return item * sum(sum(maps.evaluation().values()) for maps in blocks)
+    elements = sum(
+        sum(each.values()) for maps in blocks for each in (maps.forward(), maps.backward())
+    )
+    # The map behind the last block is written by itself; its gradient's ReLU reads it.
+    last = blocks[-1]
+    return item * (elements + last.joining() + last.parting() + last.y3)
 
 
 if __name__ == "__main__":

@@ -123,7 +123,7 @@ class State:
         return self._folder / f"{self._prefix}_{stage}.jsonl"
 
     def rows(self, stage: str) -> list[dict[str, Any]]:
-        """What a stage has found so far; a line that was cut off is not there."""
+        """The rows of a stage so far; a line that was cut off is not among them."""
         path = self.path(stage)
         lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
         return [json.loads(line) for line in lines]
@@ -214,7 +214,7 @@ def summary(state: State) -> str:
                 f"accuracy guard: {row['apart']:.4f} apart, noise {row['noise']:.4f}: {verdict}"
             )
     slow = [
-        f"    {row['what']}: {row['over_floor']:.2f} of its floor"
+        f"    {row['what']}, {row['pass']}: {row['over_floor']:.2f} of its floor"
         for row in sorted(state.rows("operators"), key=lambda r: -(r.get("over_floor") or 0))
         if row.get("over_floor")
     ]

@@ -24,20 +24,23 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
-import block_check
-import block_tail
-import conv1x1
-import conv3x3
 import torch
-from agreement import compare, compiled, registration, repeats
-from bench_model import SETTINGS, TINY, TINY_CLASSES, kernels_of, tiny_overrides
-from contenders import Contender, Runner
-from gpus import find_gpu
+from bench_model import (
+    SETTINGS,
+    TINY,
+    TINY_CLASSES,
+    Contender,
+    Runner,
+    kernels_of,
+    tiny_overrides,
+)
+from convolutions import GroupedCase, ProductCase, RecomputedCase, check_case, time_case
+from model_check import BLOCKS, TINY_BLOCKS, check_block
 from model_check import guard as accuracy_guard
-from operators import IMAGENET, OPERATORS, PLACES
-from operators import TINY as TINY_PLACES
-from pass_check import check_call
-from timing import Deadline, measure, median_ms
+from operators import IMAGENET, OPERATORS, compare, compiled, measure, registration, repeats
+from operators import STAGES as CODED_STAGES
+from operators import TINY as TINY_STAGES
+from timing import Deadline, find_gpu, median_ms
 from torch import Tensor
 from torch._functorch import config as functorch_config
 
@@ -162,75 +165,62 @@ def _compile(task: Task, kind: str) -> None:
 def right(task: Task) -> list[Call]:
     """Kernels against float64, then repeats, registration and compilation."""
     device, dry = task.device, task.dry
-    places = TINY_PLACES if dry else PLACES
-    tiny = TINY_PLACES[0]
-    convolutions = conv3x3.TINY if dry else conv3x3.LAYERS
-    products = conv1x1.TINY if dry else conv1x1.LAYERS
-    tails = block_tail.TINY if dry else block_tail.TAILS
-    blocks = block_check.TINY if dry else block_check.BLOCKS
+    coded_stages = TINY_STAGES if dry else CODED_STAGES
+    blocks = TINY_BLOCKS if dry else BLOCKS
     calls: list[Call] = []
     for dtype in DTYPES:
         first = dtype == torch.bfloat16
         name = str(dtype).removeprefix("torch.")
         calls += [
             Call(
-                f"{operator.name}, {place.name}, {name}",
-                lambda o=operator, p=place, d=dtype: compare(o, p, d, device, SAMPLES_AT_A_TIME),
+                f"{operator.name}, {stage.name}, {name}",
+                lambda o=operator, s=stage, d=dtype: compare(o, s, d, device, SAMPLES_AT_A_TIME),
                 0.3,
             )
             for operator in OPERATORS
-            for place in (places if first or dry else places[:3])
+            for stage in (coded_stages if first or dry else coded_stages[:3])
         ]
         if dtype == torch.float32:
             continue
         # What differs by dtype is the rounding alone, so that few layers show it.
         few = slice(None) if first or dry else slice(2)
-        calls += [
-            Call(
-                f"grouped convolution, {layer.name}, {name}",
-                lambda c=layer, d=dtype: conv3x3.check_layer(c, d, device, task.repeats),
-                0.6,
-            )
-            for layer in convolutions[few]
-        ]
-        for module, layers, seconds in ((conv1x1, products, 1.3), (block_tail, tails, 0.6)):
+        for kind, seconds in ((GroupedCase, 0.6), (ProductCase, 1.3), (RecomputedCase, 0.6)):
             calls += [
                 Call(
-                    f"{module.__name__}, {layer.name}, {name}",
-                    lambda m=module, c=layer, d=dtype: check_call(
-                        m.Call(c, d, device), m.PASSES, task.repeats
-                    ),
+                    f"{kind.kind}, {layer.name}, {name}",
+                    lambda k=kind, c=layer, d=dtype: check_case(k(c, d, device), task.repeats),
                     seconds,
                 )
-                for layer in layers[few]
+                for layer in (kind.tiny if dry else kind.layers)[few]
             ]
         calls += [
             Call(
                 f"evaluation, {block.name}, {backend}, {name}",
-                lambda b=block, w=backend, d=dtype: block_check.check_block(
-                    b, d, w, device, task.repeats
-                ),
+                lambda b=block, w=backend, d=dtype: check_block(b, d, w, device, task.repeats),
                 0.4,
             )
             for block in blocks[few]
             for backend in ("fused", "triton")
         ]
     compiler = "aot_eager" if dry else "inductor"
+    stage = coded_stages[0]
     for operator in OPERATORS:
         calls += [
             Call(
                 f"{operator.name}, repeats",
-                lambda o=operator: repeats(o, places[0], torch.bfloat16, device, task.repeats),
+                lambda o=operator: repeats(
+                    o, coded_stages[0], torch.bfloat16, device, task.repeats
+                ),
                 0.4,
             ),
             Call(
                 f"{operator.name}, registration",
-                lambda o=operator: list(registration(o, tiny, torch.float32, device)),
+                lambda o=operator: list(registration(o, TINY_STAGES[0], torch.float32, device)),
                 1.0,
             ),
             Call(
                 f"{operator.name}, compilation",
-                lambda o=operator: compiled(o, places[0], torch.bfloat16, device, compiler),
+                lambda o=operator: compiled(o, stage, torch.bfloat16, device, compiler),
                 5.0,
             ),
         ]
@@ -442,43 +432,31 @@ def operators(task: Task) -> list[Call]:
     calls: list[Call] = []
     if not task.dry:
         calls.append(Call("copy of a gigabyte", lambda: _copy(device), 0.3))
-    for place in TINY_PLACES[:1] if task.dry else IMAGENET[:2]:
+    for stage in TINY_STAGES[:1] if task.dry else IMAGENET[:2]:
         calls += [
             Call(
-                f"{operator.name}, {place.name}",
-                lambda o=operator, p=place: measure(
-                    o, p, torch.bfloat16, device, task.bandwidth, task.deadline
+                f"{operator.name}, {stage.name}",
+                lambda o=operator, s=stage: measure(
+                    o, s, torch.bfloat16, device, task.bandwidth, task.deadline
                 ),
                 2.0,
             )
             for operator in OPERATORS
         ]
-    calls += [
-        Call(
-            f"grouped convolution, {layer.name}",
-            lambda c=layer: conv3x3.time_layer(c, device, task.bandwidth),
-            2.0,
-        )
-        for layer in (conv3x3.TINY if task.dry else conv3x3.LAYERS[:7])
-    ]
-    calls += [
-        Call(
-            f"1x1, {layer.name}",
-            lambda c=layer: conv1x1.time_layer(c, device, task.bandwidth),
-            0.6,
-        )
-        for layer in (conv1x1.TINY if task.dry else conv1x1.LAYERS[: len(conv1x1.LAYERS) // 2])
-    ]
-    calls += [
-        Call(
-            f"end of a block, {layer.name}",
-            lambda c=layer: block_tail.time_tail(
-                block_tail.Call(c, torch.bfloat16, device), task.bandwidth
-            ),
-            0.6,
-        )
-        for layer in (block_tail.TINY if task.dry else block_tail.TAILS)
-    ]
+    # Images of 160 pixels; of the ends of blocks those of 224, too.
+    for kind, count, seconds in (
+        (GroupedCase, 7, 2.0),
+        (ProductCase, len(ProductCase.layers) // 2, 0.6),
+        (RecomputedCase, None, 0.6),
+    ):
+        calls += [
+            Call(
+                f"{kind.kind}, {layer.name}",
+                lambda k=kind, c=layer: time_case(k(c, torch.bfloat16, device), task.bandwidth),
+                seconds,
+            )
+            for layer in (kind.tiny if task.dry else kind.layers[:count])
+        ]
     return calls
 
 

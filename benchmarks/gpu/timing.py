@@ -1,4 +1,4 @@
-"""How long an operator takes and what memory it needs, beside its rivals.
+"""What named GPUs can do by their data sheets, and how long a call takes on the one at hand.
 
 On a GPU device time, as a CUDA graph, the second-level cache emptied before every run. On a CPU,
 which only a dry run uses, PyTorch's.
@@ -8,13 +8,61 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from agreement import inputs_of, upstream_of
-from operators import Form, Operator, Place
 from torch.utils.benchmark import Timer
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """Peak rates of a GPU by its data sheet."""
+
+    name: str
+    arch: str
+    bandwidth: float
+    """Of its memory, bytes a second."""
+    matrix_rate: float
+    """Dense bf16 products on tensor cores, floating-point operations a second."""
+    processors: int
+    """Streaming multiprocessors."""
+    clock: float
+    """Highest clock of the processors, Hz."""
+    products: int
+    """bf16 multiply-accumulates of a processor in one clock, on tensor cores."""
+
+    @property
+    def issue_per_byte(self) -> float:
+        """Warp instructions that it can issue while one byte comes from memory.
+
+        A processor issues four a clock. A kernel that needs more is bound by issue, not by memory;
+        somewhat below, the two get into each other's way.
+        """
+        return 4 * self.processors * self.clock / self.bandwidth
+
+    def floor(self, moved: float) -> float:
+        """The least time for moving some bytes, in seconds."""
+        return moved / self.bandwidth
+
+
+GPUS = (
+    Gpu("A100 SXM 80GB", "sm80", 2.039e12, 312e12, 108, 1.41e9, 1024),
+    Gpu("H100 SXM", "sm90", 3.35e12, 989e12, 132, 1.98e9, 2048),
+    Gpu("H200", "sm90", 4.8e12, 989e12, 132, 1.98e9, 2048),
+    Gpu("B200", "sm100", 8.0e12, 2250e12, 148, 1.965e9, 4096),
+    Gpu("MI300X", "gfx942", 5.3e12, 1307e12, 304, 2.1e9, 1024),
+)
+
+
+def find_gpu(device_name: str) -> Gpu | None:
+    """The GPU that a driver's device name means, such as `NVIDIA H200`; None if it is not here."""
+    words = device_name.upper().replace("-", " ").split()
+    # The slower cards of the same name.
+    if "PCIE" in words or "40GB" in words:
+        return None
+    return next((gpu for gpu in GPUS if gpu.name.upper().split()[0] in words), None)
 
 
 class Deadline:
@@ -87,89 +135,3 @@ def peak_mib(run: Callable[[], Any], device: torch.device) -> float | None:
     run()
     torch.cuda.synchronize()
     return (torch.cuda.max_memory_allocated() - before) / 2**20
-
-
-def forms_of(operator: Operator, *, compile_with: str | None) -> Iterator[tuple[str, Form]]:
-    """Everything that is timed, the kernel first; compiled forms where there is a compiler."""
-    yield "kernel", operator.kernel
-    if operator.replaced is not None:
-        yield "replaced", operator.replaced
-    others = {**operator.rivals, "definition": operator.definition}
-    yield from others.items()
-    if compile_with is not None:
-        for name, form in others.items():
-            torch.compiler.reset()
-            yield f"compiled {name}", torch.compile(form, dynamic=False, backend=compile_with)
-
-
-def measure(
-    operator: Operator,
-    place: Place,
-    dtype: torch.dtype,
-    device: torch.device,
-    bandwidth: float | None,
-    deadline: Deadline,
-) -> list[dict[str, Any]]:
-    """Two rows of the table, for the forward and the backward pass.
-
-    A form that the time or the memory does not suffice for is named under `left_out`.
-    """
-    inputs = inputs_of(operator, place, dtype, device)
-    label = {
-        "operator": operator.name,
-        "place": place.name,
-        "dtype": str(dtype).removeprefix("torch."),
-    }
-    rows: list[dict[str, Any]] = [
-        {
-            **label,
-            "pass": name,
-            "least_bytes": size,
-            **{figure: {} for figure in ("ms", "host_ms", "peak_mib", "left_out")},
-        }
-        for name, size in zip(
-            ("forward", "backward"), operator.least_bytes(place, dtype.itemsize), strict=True
-        )
-    ]
-    leaves = [inputs[name] for name in operator.differentiable]
-    for name, form in forms_of(operator, compile_with=None):
-        if deadline.passed:
-            for row in rows:
-                row["left_out"][name] = "time was up"
-            continue
-        try:
-            # A form that does not read an input, as a replaced one may not, has no gradient for it.
-            outputs = form(inputs, place)
-            differentiable = [y for y in outputs if y.requires_grad]
-            upstream = upstream_of(differentiable)
-            runs = (
-                lambda form=form: form(inputs, place),
-                lambda y=differentiable, g=upstream: torch.autograd.grad(
-                    y, leaves, g, retain_graph=True, allow_unused=True
-                ),
-            )
-            for row, run in zip(rows, runs, strict=True):
-                row["ms"][name] = median_ms(run, device)
-                row["host_ms"][name] = host_ms(run)
-                row["peak_mib"][name] = peak_mib(run, device)
-        except torch.OutOfMemoryError:
-            for row in rows:
-                row["left_out"][name] = "out of memory"
-    for row in rows:
-        _add_ratios(row, bandwidth)
-    return rows
-
-
-def _add_ratios(row: dict[str, Any], bandwidth: float | None) -> None:
-    """Times over the kernel's, and the kernel's over the least time for its bytes."""
-    kernel = row["ms"].get("kernel")
-    if kernel is None:
-        return
-    row["over_kernel"] = {
-        name: value / kernel for name, value in row["ms"].items() if name != "kernel"
-    }
-    if bandwidth is not None:
-        floor = 1000 * row["least_bytes"] / bandwidth
-        row["floor_ms"] = floor
-        row["over_floor"] = kernel / floor
-        row["share_of_peak"] = floor / kernel

@@ -1,7 +1,7 @@
 """Times the launch settings next to those in use, and prints those that are faster.
 
     python benchmarks/gpu/tune.py --op branch_energy
-    python benchmarks/gpu/tune.py --op coded_aggregate --place "32x4d c4" --dtype bf16
+    python benchmarks/gpu/tune.py --op coded_aggregate --stage "32x4d c4" --dtype bf16
 
 A tool for developers, for the GPU at hand: nothing of it runs when the library does. From the
 settings in use it goes to those with one number twice or half as large, as long as that is faster.
@@ -43,7 +43,7 @@ Settings = dict[str, int]
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--op", required=True, choices=OPERATORS)
-    parser.add_argument("--place", default="", metavar="TEXT", help="places whose name holds this")
+    parser.add_argument("--stage", default="", metavar="TEXT", help="those whose name holds this")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
     parser.add_argument("--dry-run", action="store_true", help="tiny sizes on the CPU, untimed")
     arguments = parser.parse_args()
@@ -54,20 +54,20 @@ def main() -> int:
         print("tune: no GPU was available: nothing was timed; see --dry-run", file=sys.stderr)
         return 2
     from operators import OPERATORS as ENTRIES
-    from operators import PLACES, TINY
+    from operators import STAGES, TINY
     from timing import median_ms
 
     device = torch.device("cpu" if arguments.dry_run else "cuda")
-    places = [p for p in (TINY if arguments.dry_run else PLACES) if arguments.place in p.name]
-    if not places:
-        print(f"tune: --place: no place has {arguments.place!r} in its name", file=sys.stderr)
+    stages = [s for s in (TINY if arguments.dry_run else STAGES) if arguments.stage in s.name]
+    if not stages:
+        print(f"tune: --stage: no stage has {arguments.stage!r} in its name", file=sys.stderr)
         return 2
     operator = next(entry for entry in ENTRIES if entry.name == arguments.op)
     time = None if arguments.dry_run else lambda run: median_ms(run, device)
     lines: list[str] = []
-    for place in places:
-        print(f"{operator.name}, {place.name}, {arguments.dtype}", flush=True)
-        tuner = Tuner(operator, place, DTYPES[arguments.dtype], device, time)
+    for stage in stages:
+        print(f"{operator.name}, {stage.name}, {arguments.dtype}", flush=True)
+        tuner = Tuner(operator, stage, DTYPES[arguments.dtype], device, time)
         for kernel in tuner.kernels:
             lines += tuner.tune(kernel)
     if arguments.dry_run:
@@ -163,42 +163,42 @@ def neighbours(settings: Settings, constexprs: Mapping[str, int]) -> list[Settin
 
 
 class Tuner:
-    """One operator at one place: its kernels, and what they take with other settings.
+    """One operator at the sizes of a coded stage: its kernels, and their times with other settings.
 
     Args:
-        operator: an entry of kernels/coded/operator.py.
-        place, dtype, device: what it runs on.
+        operator: an entry of operators.py.
+        stage, dtype, device: what it runs on.
         time: milliseconds of a call, or None to time nothing.
     """
 
     def __init__(
         self,
         operator: Any,
-        place: Any,
+        stage: Any,
         dtype: torch.dtype,
         device: torch.device,
         time: Callable[[Callable[[], None]], float] | None,
     ) -> None:
-        from agreement import inputs_of, upstream_of
+        from operators import inputs_of, upstream_of
 
         from coded_resnext.kernels.layout import architecture
         from coded_resnext.kernels.rows import settings_of
 
-        self.operator, self.place, self.time = operator, place, time
+        self.operator, self.stage, self.time = operator, stage, time
         self.tolerance = AGREEMENT[dtype]
-        self.inputs = inputs_of(operator, place, dtype, device)
-        self.upstream = upstream_of(operator.kernel(self.inputs, place))
+        self.inputs = inputs_of(operator, stage, dtype, device)
+        self.upstream = upstream_of(operator.kernel(self.inputs, stage))
         self.arch = architecture(torch.cuda.current_device()) if device.type == "cuda" else "cpu"
         self.expected, launches = self.run()
         self.kernels = [item.row.kernel for item in launches if settings_of(item.row)]
 
     def run(self) -> tuple[dict[str, Tensor], list[Launched]]:
         """Outputs and gradients, and the launches that gave them."""
-        from agreement import evaluate
+        from operators import evaluate
 
         with recorded() as launches:
             actual = evaluate(
-                self.operator, self.operator.kernel, self.place, self.inputs, self.upstream
+                self.operator, self.operator.kernel, self.stage, self.inputs, self.upstream
             )
         return actual, launches
 

@@ -11,8 +11,8 @@ limits. The tests do so for all three from NVIDIA.
 loop are asynchronous. `clocks` are those of a processor for one pass through the main loop: issuing
 it / its products on tensor cores. `instr/B` is the number of warp instructions for each byte that
 must move between memory and chip, all work on a sample counted: a GPU can issue only so many
-(gpus.py), so above that a kernel cannot keep up with its memory. `floor` is the time that the bytes
-of a batch of 256 take on the named GPUs of that architecture. Exit status 1 when a limit of
+(gpu/timing.py), so above that a kernel cannot keep up with its memory. `floor` is the time that the
+bytes of a batch of 256 take on the named GPUs of that architecture. Exit status 1 when a limit of
 limits.py is broken.
 """
 
@@ -35,7 +35,7 @@ from coded_resnext.kernels.build.build import BuildError, build, load_rows
 from coded_resnext.training.run_folder import describe_machine
 
 sys.path.append(str(Path(__file__).parents[1] / "gpu"))
-from gpus import GPUS
+from timing import GPUS
 
 ARCHS = ("sm80", "sm90", "sm100", "gfx942")
 ROWS = "limits:rows"

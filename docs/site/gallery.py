@@ -47,12 +47,12 @@ hundreds of images to choose from.
 def choose(samples: Samples, images: int = IMAGES) -> list[int]:
     """Returns rows of the samples: one of each of the first classes, every second one misread."""
     rows = []
-    for place, target in enumerate(list(dict.fromkeys(samples.targets))[:images]):
+    for number, target in enumerate(list(dict.fromkeys(samples.targets))[:images]):
         of_class = [row for row, one in enumerate(samples.targets) if one == target]
         right = [row for row in of_class if samples.predictions[row] == target]
         misread = [row for row in of_class if row not in right]
         late = [row for row in right if 0 < samples.settled[row] < len(samples.blocks)]
-        rows.append(((late + right if place % 2 else misread) or of_class)[0])
+        rows.append(((late + right if number % 2 else misread) or of_class)[0])
     return rows
 
 
@@ -62,8 +62,8 @@ def sentence(evaluation: Evaluation, row: int) -> str:
     assert samples is not None
     target = samples.targets[row]
     said, shares = [], []
-    for block, place in zip(samples.blocks, evaluation.blocks, strict=True):
-        word = Codebook.from_dict(evaluation.codebooks[place.codebook]).codewords[target]
+    for block, info in zip(samples.blocks, evaluation.blocks, strict=True):
+        word = Codebook.from_dict(evaluation.codebooks[info.codebook]).codewords[target]
         said.append(names[block.decoded[row]])
         on_path = block.energies[row][word.bool()].sum() / block.energies[row].sum()
         shares.append(f"{100 * float(on_path):.0f}")

@@ -13,9 +13,9 @@ import bench_kernels
 import bench_model
 import pytest
 import torch
-from contenders import Contender, Runner
-from gpus import find_gpu
+from bench_model import Contender, Runner
 from PIL import Image
+from timing import find_gpu
 
 from coded_resnext import create_model
 from coded_resnext.kernels.recompute import convolution as recompute
@@ -187,13 +187,21 @@ def test_every_kernel_is_benchmarked_at_the_sizes_of_the_paper() -> None:
     names = [case.name for case in bench_kernels.all_cases(dry=False)]
     assert len(set(names)) == len(names)
     for what in (
-        *("branch_energy", "coded_aggregate", "coding_loss", "grouped convolution", "conv1x1"),
+        *("branch_energy", "coded_aggregate", "coding_loss", "grouped convolution"),
         *("batch_norm, forward", "batch_norm, backward", "residual, forward", "residual, backward"),
-        *("block_tail", "block c4, coded", "resnext50_32x4d, train", "resnext29_10x11d, infer"),
+        *(
+            "1x1 convolution",
+            "end of a block",
+            "block c4, coded",
+            "resnext50_32x4d, train",
+            "resnext29_10x11d, infer",
+        ),
     ):
         assert any(name.startswith(what) for name in names), what
     # Each beside itself compiled.
     compiled = {n.partition(", ")[0] for n in names if n.endswith("compiled")}
-    assert compiled >= {"grouped convolution", "conv1x1", "block_tail", "batch_norm", "residual"}
+    assert compiled >= {
+        *("grouped convolution", "1x1 convolution", "end of a block", "batch_norm", "residual")
+    }
     steps = {name.partition(": ")[2] for name in names if name.startswith("resnext50_32x4d, train")}
     assert {"timm, torch, eager, nhwc", "plain, torch, compiled default, nhwc"} < steps

@@ -10,17 +10,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import agreement
-import block_check
-import block_tail
 import check
+import convolutions
 import model_check
+import operators
 import pytest
 import stages
 import timing
 import torch
-from operators import OPERATORS, TINY, Place, Tensors, aggregate_by
-from pass_check import KERNELS, check_call
+from operators import OPERATORS, TINY, CodedStage, Tensors, aggregate_by
 from support import strategies
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
@@ -79,7 +77,7 @@ def test_a_dry_run_takes_every_path(tmp_path: Path) -> None:
     }
     assert said["right"].keys() >= {
         f"evaluation, {block.name}, {backend}, bfloat16"
-        for block in block_check.TINY
+        for block in model_check.TINY_BLOCKS
         for backend in ("fused", "triton")
     }
     assert said["right"].keys() >= {f"{name}, compilation" for name in names}
@@ -206,16 +204,24 @@ def test_the_summary_sets_the_best_of_each_beside_each_other(tmp_path: Path) -> 
         )
     ]
     state.path("headline").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rows = [
+        {"what": "1x1 convolution", "pass": name, "over_floor": over}
+        for name, over in (("forward", 1.5), ("input", 2.25), ("weight", None))
+    ]
+    state.path("operators").write_text("".join(json.dumps(row) + "\n" for row in rows))
     text = check.summary(state)
+    assert (
+        "    1x1 convolution, input: 2.25 of its floor\n    1x1 convolution, forward: 1.50" in text
+    )
     assert "best coded 24.0 ms (coded, triton, graph), best plain 36.0 ms" in text
     assert "coded is 1.50 times as fast" in text
 
 
-def altered(factor: float) -> agreement.Form:
+def altered(factor: float) -> operators.Form:
     """The aggregate with its output off by a factor."""
 
-    def kernel(inputs: Tensors, place: Place) -> tuple[Tensor, ...]:
-        y, energies = AGGREGATE.kernel(inputs, place)
+    def kernel(inputs: Tensors, stage: CodedStage) -> tuple[Tensor, ...]:
+        y, energies = AGGREGATE.kernel(inputs, stage)
         return y * factor, energies
 
     return kernel
@@ -223,7 +229,7 @@ def altered(factor: float) -> agreement.Form:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_right_kernel_agrees(dtype: torch.dtype) -> None:
-    result = agreement.compare(AGGREGATE, TINY[1], dtype, CPU, samples=1)
+    result = operators.compare(AGGREGATE, TINY[1], dtype, CPU, samples=1)
     assert result["wrong"] == []
     assert set(result["errors"]) == {
         "output 0",
@@ -239,16 +245,16 @@ def test_a_right_kernel_agrees(dtype: torch.dtype) -> None:
 )
 def test_a_wrong_kernel_is_found(factor: float, dtype: torch.dtype) -> None:
     wrong = replace(AGGREGATE, kernel=altered(factor))
-    faults = agreement.compare(wrong, TINY[0], dtype, CPU, samples=2)["wrong"]
+    faults = operators.compare(wrong, TINY[0], dtype, CPU, samples=2)["wrong"]
     assert any(fault.startswith("output 0: error") for fault in faults)
     assert any(fault.startswith("gradient of weight: error") for fault in faults)
 
 
 def test_parts_make_the_whole() -> None:
-    inputs = agreement.inputs_of(AGGREGATE, TINY[0], torch.float64, CPU)
-    upstream = agreement.upstream_of(AGGREGATE.definition(inputs, TINY[0]))
-    whole = agreement.evaluate(AGGREGATE, AGGREGATE.definition, TINY[0], inputs, upstream)
-    parts = agreement.evaluate_in_parts(
+    inputs = operators.inputs_of(AGGREGATE, TINY[0], torch.float64, CPU)
+    upstream = operators.upstream_of(AGGREGATE.definition(inputs, TINY[0]))
+    whole = operators.evaluate(AGGREGATE, AGGREGATE.definition, TINY[0], inputs, upstream)
+    parts = operators.evaluate_in_parts(
         AGGREGATE, TINY[0], inputs, upstream, torch.float64, samples=2
     )
     for name, value in whole.items():
@@ -258,25 +264,25 @@ def test_parts_make_the_whole() -> None:
 def test_other_bits_are_found() -> None:
     calls = []
 
-    def unsteady(inputs: Tensors, place: Place) -> tuple[Tensor, ...]:
+    def unsteady(inputs: Tensors, stage: CodedStage) -> tuple[Tensor, ...]:
         calls.append(None)
-        return altered(1.5 if len(calls) == 4 else 1.0)(inputs, place)
+        return altered(1.5 if len(calls) == 4 else 1.0)(inputs, stage)
 
-    steady = agreement.repeats(AGGREGATE, TINY[0], torch.float32, CPU, times=5)
+    steady = operators.repeats(AGGREGATE, TINY[0], torch.float32, CPU, times=5)
     assert steady["wrong"] == []
-    actual = agreement.repeats(
+    actual = operators.repeats(
         replace(AGGREGATE, kernel=unsteady), TINY[0], torch.float32, CPU, times=5
     )
     assert "output 0: other bits in one of 5 runs" in actual["wrong"]
 
 
 def test_what_compilation_changes_is_found() -> None:
-    def kernel(inputs: Tensors, place: Place) -> tuple[Tensor, ...]:
+    def kernel(inputs: Tensors, stage: CodedStage) -> tuple[Tensor, ...]:
         factor = 2.0 if torch.compiler.is_compiling() else 1.0
-        return altered(factor)(inputs, place)
+        return altered(factor)(inputs, stage)
 
     wrong = replace(AGGREGATE, kernel=kernel)
-    result = agreement.compiled(wrong, TINY[0], torch.float32, CPU, "aot_eager")
+    result = operators.compiled(wrong, TINY[0], torch.float32, CPU, "aot_eager")
     assert any(fault.startswith("output 0") for fault in result["wrong"])
 
 
@@ -289,13 +295,15 @@ def test_a_faulty_registration_is_found() -> None:
     def _(x: Tensor) -> Tensor:
         return x.new_empty(x.shape[0])
 
-    checked = replace(AGGREGATE, opchecks=lambda inputs, _place: [(doubled, (inputs["weight"],))])
-    (result,) = agreement.registration(checked, TINY[0], torch.float32, CPU)
+    checked = replace(AGGREGATE, opchecks=lambda inputs, _stage: [(doubled, (inputs["weight"],))])
+    (result,) = operators.registration(checked, TINY[0], torch.float32, CPU)
     assert any(fault.startswith("test_faketensor") for fault in result["wrong"])
 
 
 def test_when_time_is_up_the_rest_is_named() -> None:
-    rows = timing.measure(AGGREGATE, TINY[0], torch.float32, CPU, 1e12, timing.Deadline(minutes=-1))
+    rows = operators.measure(
+        AGGREGATE, TINY[0], torch.float32, CPU, 1e12, timing.Deadline(minutes=-1)
+    )
     assert [row["pass"] for row in rows] == ["forward", "backward"]
     assert all(row["ms"] == {} for row in rows)
     assert rows[0]["left_out"]["kernel"] == "time was up"
@@ -315,26 +323,27 @@ def test_a_tail_that_is_wrong_is_found(
     name: str, which: str, result: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One pass in bfloat16, off by a tenth where kernels run."""
-    call = block_tail.Call(block_tail.TINY[0], torch.bfloat16, CPU)
-    assert check_call(call, block_tail.PASSES, repeats=2)["wrong"] == []
-    right = getattr(block_tail, name)
+    kind = convolutions.RecomputedCase
+    case = kind(kind.tiny[0], torch.bfloat16, CPU)
+    assert convolutions.check_case(case, repeats=2)["wrong"] == []
+    right = getattr(convolutions, name)
 
     def wrong(*arguments: Any) -> Any:
         actual = right(*arguments)
-        if KERNELS not in [each for each in arguments if isinstance(each, Passes)]:
+        if convolutions.KERNELS not in [each for each in arguments if isinstance(each, Passes)]:
             return actual
         return tree_map_only(Tensor, lambda v: v * 1.1 if v.is_floating_point() else v, actual)
 
-    monkeypatch.setattr(block_tail, name, wrong)
-    faults = check_call(call, [which], repeats=2)["wrong"]
+    monkeypatch.setattr(convolutions, name, wrong)
+    faults = convolutions.check_case(case, repeats=2, only=[which])["wrong"]
     assert any(f"{which} {result}: error" in fault for fault in faults), faults
 
 
-@pytest.mark.parametrize("block", block_check.TINY, ids=lambda block: block.name)
+@pytest.mark.parametrize("block", model_check.TINY_BLOCKS, ids=lambda block: block.name)
 def test_a_block_that_evaluates_otherwise_is_wrong(
-    block: block_check.EvaluatedBlock, monkeypatch: pytest.MonkeyPatch
+    block: model_check.EvaluatedBlock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    row = block_check.check_block(block, torch.bfloat16, "fused", CPU, repeats=2)
+    row = model_check.check_block(block, torch.bfloat16, "fused", CPU, repeats=2)
     assert row["wrong"] == []
     assert set(row["errors"]) == ({"y", "energies"} if block.active else {"y"})
     fold = fused_block.fold
@@ -344,12 +353,12 @@ def test_a_block_that_evaluates_otherwise_is_wrong(
         return folded._replace(bias=folded.bias + 0.2)
 
     monkeypatch.setattr(fused_block, "fold", faulty)
-    row = block_check.check_block(block, torch.bfloat16, "fused", CPU, repeats=2)
+    row = model_check.check_block(block, torch.bfloat16, "fused", CPU, repeats=2)
     assert any("y: error" in fault for fault in row["wrong"])
 
 
 def test_ratios_and_the_least_time() -> None:
-    (row, _) = timing.measure(
+    (row, _) = operators.measure(
         AGGREGATE, TINY[0], torch.float32, CPU, 1e12, timing.Deadline(minutes=5)
     )
     # h [3, 16, 5, 5], y [3, 24, 5, 5] and the weight [24, 16], each once.

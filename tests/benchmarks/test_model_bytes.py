@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from model_bytes import least_bytes, maps_of
+from bench_model import least_bytes, maps_of
 from support.helpers import needs_triton
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 import tune
-from operators import OPERATORS, TINY, Place, Tensors
+from operators import OPERATORS, TINY, CodedStage, Tensors
 from torch import Tensor
 
 from coded_resnext.kernels import rows
@@ -47,16 +47,16 @@ def test_without_a_gpu_it_says_so() -> None:
 
 @pytest.mark.long
 def test_a_dry_run_tries_every_candidate() -> None:
-    result = run("--op", "coded_aggregate", "--place", "odd", "--dry-run")
+    result = run("--op", "coded_aggregate", "--stage", "odd", "--dry-run")
     assert result.returncode == 0, result.stderr
     assert result.stdout.count(": right") == 8
     assert "left out" not in result.stdout
     assert "nothing was timed" in result.stdout
     for kernel in ("aggregate_forward", "aggregate_backward", "weighted_gram"):
         assert kernel in result.stdout
-    result = run("--op", "coded_aggregate", "--place", "nowhere", "--dry-run")
+    result = run("--op", "coded_aggregate", "--stage", "nowhere", "--dry-run")
     assert result.returncode == 2
-    assert "no place has 'nowhere' in its name" in result.stderr
+    assert "no stage has 'nowhere' in its name" in result.stderr
 
 
 @pytest.mark.long
@@ -97,8 +97,8 @@ def test_nothing_is_printed_where_nothing_is_faster() -> None:
 def test_what_is_wrong_is_left_out(capsys: pytest.CaptureFixture[str]) -> None:
     """Settings of four samples give another result, and those of two stages do not compile."""
 
-    def kernel(inputs: Tensors, place: Place) -> tuple[Tensor, ...]:
-        (energies,) = ENERGIES.kernel(inputs, place)
+    def kernel(inputs: Tensors, stage: CodedStage) -> tuple[Tensor, ...]:
+        (energies,) = ENERGIES.kernel(inputs, stage)
         settings = dict(next(iter(rows.TUNED.values()), {}))
         if settings.get("num_stages") == 2:
             raise RuntimeError("no such stages\nand more")

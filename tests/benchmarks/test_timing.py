@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from gpus import GPUS, find_gpu
+from timing import GPUS, find_gpu
 
 
 @pytest.mark.parametrize(
