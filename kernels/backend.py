@@ -21,6 +21,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
+from functools import cache
 from typing import Any, Literal, get_args
 
 import torch
@@ -134,6 +135,7 @@ def architecture_of_kernels(x: Tensor, backend: ConvBackend, reason: str | None)
     return layout.architecture_of(x) if wanted and reason is None else None
 
 
+@cache
 def choose_passes(
     convolution: str, sizes: object, arch: str, forced: bool, planned: Callable[[str, Any], Plan]
 ) -> Passes:
@@ -149,7 +151,7 @@ def choose_passes(
     plan = planned(arch, sizes)
     passes = plan.passes if forced else plan.measured
     kernels = f"kernels for {passes.words()}: {plan.reason}"
-    # The compiler calls this as it is, so that it may log.
+    # The compiler calls what calls this as it is, so that it may log.
     log_once(LOGGER, f"{convolution}, {sizes}, {arch}: {kernels}")
     return passes
 

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import importlib
 import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 Dtype = Literal["bf16", "fp16", "fp32"]
 ITEM_BYTES: dict[str, int] = {"bf16": 2, "fp16": 2, "fp32": 4}
@@ -197,15 +197,17 @@ class LaunchRow:
         Triton's own way from arguments to compiled code takes several times as long as the launch,
         so it is gone once for each kind of arguments. Its settings are those of the first launch.
         """
-        if getattr(_FAKE, "launches", False):
+        if getattr(_STATE, "is_fake", False):
             return
         kind = (id(self), args[0].device, *map(_kind, args))
         known = COMPILED.get(kind)
+        launch = getattr(_STATE, "launch", _launch)
         if known is not None:
-            known.kernel[(*grid, 1, 1)[:3]](*args, *known.constexprs)
+            kernel = known.kernel[(*grid, 1, 1)[:3]]
+            launch(kernel, (*args, *known.constexprs), is_compiled=True)
             return
         function = self.function()
-        kernel = function[grid](*args, **self.keywords)
+        kernel = launch(partial(function[grid], **self.keywords), args, is_compiled=False)
         # The interpreter compiles nothing.
         if kernel is not None:
             values = dict(self.constexprs)
@@ -237,23 +239,46 @@ def _kind(argument: Any) -> Any:
     return argument.dtype, argument.data_ptr() % 16 == 0
 
 
-_FAKE = threading.local()
+_STATE = threading.local()
 
 
 @contextmanager
-def without_launches() -> Iterator[None]:
-    """Lets this thread launch nothing, for results of which shape and layout alone are wanted."""
-    before = getattr(_FAKE, "launches", False)
-    _FAKE.launches = True
+def _with_state(name: str, value: object) -> Iterator[None]:
+    before = dict(vars(_STATE))
+    setattr(_STATE, name, value)
     try:
         yield
     finally:
-        _FAKE.launches = before
+        vars(_STATE).clear()
+        vars(_STATE).update(before)
+
+
+def without_launches() -> AbstractContextManager[None]:
+    """Lets this thread launch nothing, for results of which shape and layout alone are wanted."""
+    return _with_state("is_fake", True)
 
 
 def launches_nothing() -> bool:
     """Returns whether this thread is within `without_launches`."""
-    return bool(getattr(_FAKE, "launches", False))
+    return bool(getattr(_STATE, "is_fake", False))
+
+
+class Launch(Protocol):
+    """Launches a kernel and returns what that returns."""
+
+    def __call__(
+        self, kernel: Callable[..., Any], arguments: tuple[Any, ...], *, is_compiled: bool
+    ) -> Any:
+        """Launch; `is_compiled` says whether it is compiled code, which takes a `stream`."""
+
+
+def launches_by(launch: Launch) -> AbstractContextManager[None]:
+    """Lets a function launch the kernels of this thread."""
+    return _with_state("launch", launch)
+
+
+def _launch(kernel: Callable[..., Any], arguments: tuple[Any, ...], *, is_compiled: bool) -> Any:
+    return kernel(*arguments)
 
 
 @cache

@@ -57,6 +57,7 @@ def _nothing_said(monkeypatch: pytest.MonkeyPatch) -> None:
     from coded_resnext.kernels import backend
 
     monkeypatch.setattr(backend, "_SAID", set())
+    backend.choose_passes.cache_clear()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -27,6 +27,11 @@ NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 NORM_NAMES = ("reduce_bn", "grouped_bn", "expand_bn")
 # Settings of a norm, of the pooling and of a block that change results and no tensor.
 DESCRIBED = ("eps", "ceil_mode", "normalize", "normalized_by", "aggregation")
+# Settings of a convolution that its sizes tell.
+SETTINGS = (
+    *("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation"),
+    *("padding_mode", "groups"),
+)
 # Hooks that make a weight of other tensors just before the layer is called.
 WEIGHT_MAKERS = (BasePruningMethod, SpectralNorm, WeightNorm)
 
@@ -124,9 +129,10 @@ def unusual_layer(block: Any, *, sizes_only: bool = False) -> str | None:
         "expand": (wide, channels, 1, 1, groups),
     }
     layers: list[tuple[str, Any, tuple[Any, ...] | None]] = []
+    # Attributes of a module are looked for elsewhere first, at every call of a block.
+    own = block._modules
     for name, of in convolutions.items():
-        layers.append((name, getattr(block, name), of))
-        layers.append((f"{name}_bn", getattr(block, f"{name}_bn"), None))
+        layers += ((name, own[name], of), (f"{name}_bn", own[f"{name}_bn"], None))
     if type(block.skip) is nn.Sequential:
         first, *second = block.skip
         thin = second and made_as(second[0]) in CONVOLUTIONS
@@ -227,22 +233,25 @@ def _convolution(
     """Returns how a layer differs from the convolution of these sizes that keeps the map's size."""
     if made_as(conv) not in CONVOLUTIONS or "forward" in vars(conv):
         return _instead(conv, "a convolution")
-    padding = conv.padding if conv.padding != "same" else (kernel // 2,) * 2
-    settings = {
-        "in_channels": (conv.in_channels, in_channels),
-        "out_channels": (conv.out_channels, out_channels),
-        "kernel_size": (conv.kernel_size, (kernel,) * 2),
-        "stride": (conv.stride, (stride,) * 2),
-        "padding": (padding, (kernel // 2,) * 2),
+    spread = kernel > 1
+    actual = (
+        conv.in_channels,
+        conv.out_channels,
+        conv.kernel_size,
+        conv.stride,
+        conv.padding if conv.padding != "same" else (kernel // 2,) * 2,
         # A 1x1 kernel has nothing to spread or to pad.
-        "dilation": (conv.dilation if kernel > 1 else (1, 1), (1, 1)),
-        "padding_mode": (conv.padding_mode if kernel > 1 else "zeros", "zeros"),
-        "groups": (conv.groups, groups),
-    }
-    for name, (value, expected) in settings.items():
-        if value != expected:
-            return f"{name}: expected {expected}, got {value}"
-    return None
+        conv.dilation if spread else (1, 1),
+        conv.padding_mode if spread else "zeros",
+        conv.groups,
+    )
+    sides = ((kernel,) * 2, (stride,) * 2, (kernel // 2,) * 2)
+    expected = (in_channels, out_channels, *sides, (1, 1), "zeros", groups)
+    if actual == expected:
+        return None
+    settings = zip(SETTINGS, actual, expected, strict=True)
+    name, value, wanted = next(each for each in settings if each[1] != each[2])
+    return f"{name}: expected {wanted}, got {value}"
 
 
 def _norm(layer: nn.Module) -> str | None:
@@ -259,9 +268,8 @@ def _acted_on(module: nn.Module) -> str | None:
         return "there is a hook on the output or the input of a layer"
     if module._backward_hooks or module._backward_pre_hooks:
         return "there is a hook on the gradient of a layer"
-    if parametrize.is_parametrized(module) or not isinstance(
-        getattr(module, "weight", None), nn.Parameter | None
-    ):
+    made = "weight" not in module._parameters and getattr(module, "weight", None) is not None
+    if made or "parametrizations" in module._modules:
         return "its weight is made of other tensors"
     return None
 

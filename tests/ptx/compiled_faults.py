@@ -20,7 +20,7 @@ from support.cases.conv3x3 import GroupedCase
 from support.guarded_memory import guarded_memory
 from torch import Tensor
 
-from coded_resnext.kernels import branch_energy, coding_losses, grouped_conv3x3
+from coded_resnext.kernels import branch_energy, coding_losses, grouped_conv3x3, replay
 from coded_resnext.kernels.coded import aggregate, energy
 from coded_resnext.kernels.recompute import launch as recompute_launch
 from coded_resnext.kernels.rows import ALL_PASSES, COMPILED
@@ -102,6 +102,7 @@ def planted(kernel: Any, right: str, wrong: str) -> Iterator[None]:
         kernel._unsafe_update_src(text)
         kernel.device_caches.clear()
         COMPILED.clear()
+        replay.forget()
 
     change(source.replace(right, wrong))
     try:

@@ -12,6 +12,7 @@ gradient of the handle is that behind the ReLU, those of the maps are sums that 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import repeat
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from coded_resnext.kernels.batch_norm.launch import Running
 from coded_resnext.kernels.checks import refuse_derivative
+from coded_resnext.kernels.replay import Replayed
 from coded_resnext.kernels.rows import Passes, without_launches
 
 from . import data_flow
@@ -35,10 +37,28 @@ class Call(NamedTuple):
     inputs: Tensors
     """With gradients."""
     constants: Tensors
-    settings: list[int]
-    numbers: list[float]
+    settings: Sequence[int]
+    numbers: Sequence[float]
     group: str
     """Name of a group of processes, or nothing."""
+
+    @property
+    def tensors(self) -> Tensors:
+        """Returns the tensors in a row."""
+        return [*self.inputs, *self.constants]
+
+    @property
+    def form(self) -> tuple[Any, ...]:
+        """Returns what is no tensor: how many there are of each kind, and the settings."""
+        counts = (len(self.inputs), len(self.constants))
+        return (*counts, tuple(self.settings), tuple(self.numbers), self.group)
+
+    @classmethod
+    def of(cls, tensors: Sequence[Any], form: tuple[Any, ...]) -> tuple[Call, list[Any]]:
+        """Returns the call of a form whose tensors come first, and the tensors behind them."""
+        inputs, constants, *rest = form
+        end = inputs + constants
+        return cls(list(tensors[:inputs]), list(tensors[inputs:end]), *rest), list(tensors[end:])
 
 
 class Underivable(torch.autograd.Function):
@@ -80,11 +100,26 @@ def node(
     Args:
         name: of the operator in `coded_resnext::`; that of its gradients ends in `_backward`.
         forward: returns the outputs of a call. Beside it, where no graph is captured, it is given
-            what it may write to.
+            the running statistics that it brings up to date.
         backward: returns the gradients of all inputs, given those of the differentiable outputs,
             all outputs, and which gradients are wanted.
         differentiable: places of the outputs with gradients.
     """
+
+    @Replayed
+    def outputs_of(tensors: Sequence[Any], settings: Any) -> MaybeTensors:
+        form, shares = settings
+        call, running = Call.of(tensors, form)
+        own = iter(running)
+        tracked = [share and Running(next(own), next(own), next(own), *share) for share in shares]
+        return forward(call, tracked)
+
+    @Replayed
+    def gradients_of(tensors: Sequence[Any], settings: Any) -> MaybeTensors:
+        form, wanted = settings
+        call, others = Call.of(tensors, form)
+        count = len(differentiable)
+        return backward(others[:count], others[count:], wanted, call)
 
     @torch.library.custom_op(f"coded_resnext::{name}", mutates_args=())
     def operator(
@@ -94,7 +129,8 @@ def node(
         numbers: list[float],
         group: str,
     ) -> list[Tensor]:
-        return _filled(forward(Call(inputs, constants, settings, numbers, group)), inputs[0])
+        call = Call(inputs, constants, settings, numbers, group)
+        return _filled(outputs_of(call.tensors, (call.form, ())), inputs[0])
 
     @torch.library.custom_op(f"coded_resnext::{name}_backward", mutates_args=())
     def operator_backward(
@@ -108,7 +144,8 @@ def node(
         group: str,
     ) -> list[Tensor]:
         call = Call(inputs, constants, settings, numbers, group)
-        gradients = backward(_emptied(grads), _emptied(outputs), wanted, call)
+        given = (*call.tensors, *_emptied(grads), *_emptied(outputs))
+        gradients = gradients_of(given, (call.form, tuple(wanted)))
         # Vectors and maps are rows of one tensor, and results of an operator share none.
         filled = _filled(gradients, grads[0])
         return [each.clone() if each.ndim <= 2 else each for each in filled]
@@ -124,13 +161,13 @@ def node(
             return [each.clone() for each in _filled(gradients, grads[0])]
 
     def save(ctx: Any, call: Call, outputs: Sequence[Tensor | None]) -> None:
-        ctx.counts, ctx.rest = (len(call.inputs), len(call.constants)), call[2:]
-        ctx.save_for_backward(*call.inputs, *call.constants, *outputs)
+        ctx.form = call.form
+        ctx.save_for_backward(*call.tensors, *outputs)
         ctx.mark_non_differentiable(
             *(
                 each
-                for place, each in enumerate(outputs)
-                if each is not None and (place not in differentiable or each.numel() == 0)
+                for index, each in enumerate(outputs)
+                if each is not None and (index not in differentiable or each.numel() == 0)
             )
         )
 
@@ -138,11 +175,8 @@ def node(
         ctx: Any, grads: Sequence[Tensor | None], wanted: Sequence[bool], run: Backward
     ) -> MaybeTensors:
         # Checkpointing without reentrance gives every saved tensor once.
-        saved = list(ctx.saved_tensors)
-        inputs, constants = ctx.counts
-        call = Call(saved[:inputs], saved[inputs : inputs + constants], *ctx.rest)
-        outputs = saved[inputs + constants :]
-        of_outputs = [_or_zeros(grads[place], outputs[place]) for place in differentiable]
+        call, outputs = Call.of(ctx.saved_tensors, ctx.form)
+        of_outputs = [_or_zeros(grads[index], outputs[index]) for index in differentiable]
         of_inputs = run(of_outputs, outputs, wanted, call)
         return [each if want else None for each, want in zip(of_inputs, wanted, strict=True)]
 
@@ -153,9 +187,10 @@ def node(
             return _emptied(operator_backward(grads, outputs, list(wanted), *call))
 
         of_inputs = gradients(ctx, grads, ctx.needs_input_grad[0], run)
+        _, constants, _, numbers, _ = ctx.form
         # PyTorch takes an empty list for one of tensors.
-        nothing: list[None] | None = None if ctx.rest[1] else []
-        return of_inputs, [None] * ctx.counts[1], None, nothing, None
+        nothing: list[None] | None = None if numbers else []
+        return of_inputs, [None] * constants, None, nothing, None
 
     def save_operator(ctx: Any, inputs: Any, output: Tensors) -> None:
         save(ctx, Call(*inputs), output)
@@ -169,30 +204,33 @@ def node(
         """The node without the cost of a registered operator."""
 
         @staticmethod
-        def forward(
-            ctx: Any, inputs: int, rest: Any, written: Any, *tensors: Tensor
-        ) -> tuple[Tensor | None, ...]:
-            call = Call(list(tensors[:inputs]), list(tensors[inputs:]), *rest)
-            outputs = forward(call, *written)
-            save(ctx, call, outputs)
+        def forward(ctx: Any, settings: Any, *tensors: Tensor) -> tuple[Tensor | None, ...]:
+            outputs = outputs_of(tensors, settings)
+            save(ctx, Call.of(tensors, settings[0])[0], outputs)
+            ctx.count = len(tensors)
             ctx.set_materialize_grads(False)
             return tuple(outputs)
 
         @staticmethod
         def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-            inputs, constants = ctx.counts
-            wanted = ctx.needs_input_grad[3 : 3 + inputs]
+            def run(
+                grads: MaybeTensors, outputs: MaybeTensors, wanted: Sequence[bool], call: Call
+            ) -> MaybeTensors:
+                return gradients_of((*call.tensors, *grads, *outputs), (ctx.form, wanted))
+
+            inputs = ctx.form[0]
             with torch.no_grad():
-                of_inputs = gradients(ctx, grads, wanted, backward)
+                of_inputs = gradients(ctx, grads, ctx.needs_input_grad[1 : 1 + inputs], run)
             if torch.is_grad_enabled():
                 of_inputs = Underivable.apply(torch.ones((), requires_grad=True), *of_inputs)
-            return None, None, None, *of_inputs, *([None] * constants)
+            return None, *of_inputs, *([None] * (ctx.count - inputs))
 
-    def apply(call: Call, *written: Any) -> MaybeTensors:
+    def apply(call: Call, tracked: Sequence[Running | None] = ()) -> MaybeTensors:
         if torch.compiler.is_compiling():
             return _emptied(operator(*call))
-        tensors = (*call.inputs, *call.constants)
-        return list(Eager.apply(len(call.inputs), call[2:], written, *tensors))
+        running = [each for own in tracked if own is not None for each in own[:3]]
+        settings = (call.form, tuple(own and own[3:] for own in tracked))
+        return list(Eager.apply(settings, *call.tensors, *running))
 
     return apply
 
@@ -255,27 +293,27 @@ def _put_together(
 def block_call(plan: Plan, x: Map, convs: Convs, masks: Masks) -> Call:
     """Returns the arguments of a block's node; those of `data_flow.forward`."""
     inputs, constants, form = _taken_apart(x)
-    settings = [*plan, *form]
+    settings = [*map(int, plan), *form]
     present = [conv for conv in convs if conv is not None]
     for conv in present:
         layer = conv.layer
         inputs += [conv.weight, *(each for each in (layer.weight, layer.bias) if each is not None)]
         constants += layer.running or ()
         there = (layer.weight, layer.bias, layer.running)
-        settings += [each is not None for each in there]
+        settings += [int(each is not None) for each in there]
     constants += [mask for mask in masks if mask is not None]
-    settings += [mask is not None for mask in masks]
+    settings += [int(mask is not None) for mask in masks]
     return Call(
         inputs,
         constants,
-        [int(each) for each in settings],
-        [conv.layer.epsilon for conv in present],
+        tuple(settings),
+        tuple(conv.layer.epsilon for conv in present),
         max(conv.layer.group for conv in present),
     )
 
 
 def _parsed(
-    call: Call, tracked: Sequence[Running | None] = (None,) * 4
+    call: Call, tracked: Sequence[Running | None] = ()
 ) -> tuple[Plan, Tensor | Sum, Convs, Masks]:
     """Returns what `block_call` was given, the input without its handle.
 
@@ -285,7 +323,7 @@ def _parsed(
     plan = Plan(*(next(settings) for _ in Plan._fields))
     x = _put_together(inputs, constants, [next(settings) for _ in range(_FORM)])
     convs: list[Conv] = []
-    for epsilon, own in zip(call.numbers, tracked, strict=False):
+    for epsilon, own in zip(call.numbers, tracked or repeat(None), strict=False):
         of_conv = next(inputs)
         weight, bias = (next(inputs) if next(settings) else None for _ in range(2))
         running = (next(constants), next(constants)) if next(settings) else None
@@ -302,9 +340,9 @@ _DIFFERENTIABLE = [0, 1 + Result.place("expand", "map"), 1 + Result.place("skip"
 _DIFFERENTIABLE += [1 + Result._fields.index("energies")]
 
 
-def _block_forward(call: Call, *tracked: Running | None) -> MaybeTensors:
+def _block_forward(call: Call, tracked: Sequence[Running | None] = ()) -> MaybeTensors:
     """Returns the handle of a block's output, and its `Result`."""
-    plan, x, convs, masks = _parsed(call, tracked or (None,) * 4)
+    plan, x, convs, masks = _parsed(call, tracked)
     like = x if isinstance(x, Tensor) else x.main.x
     with torch.autocast(like.device.type, enabled=False):
         result = data_flow.forward(plan, x, convs, *masks)
@@ -348,7 +386,7 @@ def _sum_of(call: Call) -> Sum:
     return value
 
 
-def _sum_forward(call: Call) -> MaybeTensors:
+def _sum_forward(call: Call, _: Sequence[Running | None] = ()) -> MaybeTensors:
     return [_sum_of(call).ready()]
 
 
@@ -373,7 +411,7 @@ def applied(
     Kernels bring the running statistics `tracked` of the convolutions' layers up to date.
     """
     call = block_call(plan, x, convs, masks)
-    handle, *values = fused_block(call, *tracked)
+    handle, *values = fused_block(call, tracked)
     result = Result.of(values)
     of_x = x if isinstance(x, Tensor) else x.sum
     return Deferred(
@@ -387,7 +425,7 @@ def ready(x: Map) -> Tensor:
         return x
     inputs, constants, form = _taken_apart(x)
     with torch.autocast(x.handle.device.type, enabled=False):
-        return data_flow.present(fused_sum(Call(inputs, constants, form, [], ""))[0])
+        return data_flow.present(fused_sum(Call(inputs, constants, tuple(form), (), ""))[0])
 
 
 def like(x: Map) -> Tensor:

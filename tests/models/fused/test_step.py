@@ -22,9 +22,11 @@ def calls_of(case: BlockCase, monkeypatch: pytest.MonkeyPatch) -> dict[str, step
     for name in ("fused_block", "fused_sum"):
         node = getattr(step, name)
 
-        def note(call: step.Call, name: str = name, node: object = node) -> list[Tensor | None]:
+        def note(
+            call: step.Call, *tracked: object, name: str = name, node: object = node
+        ) -> list[Tensor | None]:
             calls[name] = call
-            return node(call)  # type: ignore[operator, no-any-return]
+            return node(call, *tracked)  # type: ignore[operator, no-any-return]
 
         monkeypatch.setattr(step, name, note)
     block = case.make()
