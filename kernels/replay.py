@@ -175,7 +175,8 @@ class _Recorder(TorchDispatchMode):
         """Returns whether a result is a view of what an operator has read, and notes it as one."""
         memory = x.untyped_storage()._cdata
         for each in read:
-            if each.untyped_storage()._cdata == memory and each.dtype == x.dtype:
+            known = id(each) in self._names and each.dtype == x.dtype
+            if known and each.untyped_storage()._cdata == memory:
                 whole = self._wholes[self._names[id(each)]]
                 name = self._names[id(whole)]
                 view = _view if name in self.inputs else torch.as_strided

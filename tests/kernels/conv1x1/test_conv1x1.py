@@ -120,6 +120,7 @@ def test_the_selection_table(
     forward = Passes(forward=True)
     measured = {(128, 256): Plan(ALL_PASSES, "measured", measured=forward)}
     monkeypatch.setattr(conv1x1_rows, "CONVOLUTIONS", measured)
+    backend.choose_passes.cache_clear()
     assert convolution.select_products(on_gpu, weight, "auto") == forward
     assert convolution.select_products(on_gpu, weight, "torch") == NO_PASSES
     on_gpu.dtype = torch.float64
