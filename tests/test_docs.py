@@ -245,10 +245,10 @@ def test_the_table_of_weights_has_their_figures(name: str) -> None:
 
 def test_the_gallery_has_an_image_of_each_class_and_misread_ones() -> None:
     """Images were picked by taste."""
-    gallery = runpy.run_path(str(ROOT / "docs/site/gallery.py"))
+    site = runpy.run_path(str(ROOT / "docs/site/pages.py"))
     samples = load_evaluation(find_model("digits")).samples
     assert samples is not None
-    rows = gallery["choose"](samples)
+    rows = site["choose"](samples)
     targets = [samples.targets[row] for row in rows]
     assert targets == list(range(10))
     said = zip(samples.targets, samples.predictions, strict=True)
@@ -256,12 +256,12 @@ def test_the_gallery_has_an_image_of_each_class_and_misread_ones() -> None:
     for place, row in enumerate(rows):
         is_right = samples.predictions[row] == samples.targets[row]
         assert is_right == (place % 2 == 1 or targets[place] not in misread)
-    assert gallery["page"]("digits").count("#gh-dark-mode-only") == 10
+    assert site["gallery"]("digits").count("#gh-dark-mode-only") == 10
 
 
 def test_figures_of_photographs_are_those_of_the_shipped_weights() -> None:
-    gallery = runpy.run_path(str(ROOT / "docs/site/gallery.py"))
-    page = gallery["page"]("cifar10_small")
+    site = runpy.run_path(str(ROOT / "docs/site/pages.py"))
+    page = site["gallery"]("cifar10_small")
     assert page == (ROOT / "docs/gallery.md").read_text(encoding="utf-8")
     pictures = re.findall(r"\]\((gallery/[^#]+)#", page)
     assert len(pictures) == 20
@@ -272,10 +272,10 @@ def test_figures_of_photographs_are_those_of_the_shipped_weights() -> None:
     evaluation = load_evaluation(find_model("cifar10_small"))
     [cat] = [
         row
-        for row in gallery["choose"](evaluation.samples)
+        for row in site["choose"](evaluation.samples)
         if evaluation.class_names[evaluation.samples.targets[row]] == "cat"
     ]
-    assert gallery["sentence"](evaluation, cat) in " ".join(readme.split())
+    assert site["sentence"](evaluation, cat) in " ".join(readme.split())
     runs = json.loads((ROOT / "benchmarks/results/cifar10_cpu.json").read_text())["runs"]
     [shipped] = runs["coded, 30 epochs"]
     assert shipped["test_accuracy"] == evaluation.test_accuracy
