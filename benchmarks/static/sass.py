@@ -23,7 +23,7 @@ MATRIX = re.compile(r"^(HMMA|HGMMA|UTCHMMA|UTCQMMA|UTCOMMA|v_mfma|v_smfmac)")
 
 @dataclass(frozen=True)
 class Instruction:
-    """One instruction: where it stands, its name, and where it jumps, if it does."""
+    """One instruction: its address, its name, and the address that it jumps to, if any."""
 
     address: int
     name: str

@@ -171,8 +171,8 @@ def _source_files(source_module: str) -> set[str]:
 def gather(toolchain: Path, index: Path, *sources: Path) -> None:
     """Puts what was compiled for an architecture into the folder of its index.
 
-    The folder is made anew beside the old one and takes its place, so that kernels that no row asks
-    for any more vanish, and a reader finds either the old ones or the new.
+    The folder is made anew and then replaces the old one, so that kernels that no row asks for any
+    more vanish, and a reader finds either the old ones or the new.
     """
     entries = [entry for path in sources for entry in json.loads(path.read_text(encoding="utf-8"))]
     fresh = index.parent.with_name(f"{index.parent.name}.{os.getpid()}.new")

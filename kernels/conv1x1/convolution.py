@@ -205,14 +205,14 @@ def join_backward(
         grad, z: `[B, O, H, W]`; `z`, `curve` and `level` go together.
         curve, level: `[O]`.
         grad_x: `[B, I, H, W]`, or None.
-        x, signs: what `join` gave; where there are signs the kernel reads them in place of `x`.
+        x, signs: what `join` gave; where there are signs the kernel reads them instead of `x`.
         y: what was mapped, or None where the sum of its product with `g` is not wanted.
         residual: where it has a map, of which that sum is wanted too.
         weight: as for `join`.
         weight_dtype, passes: as for `backward`.
 
     Returns:
-        In the place of the input's gradient `g [B, I, H, W]`, that behind the ReLU. It is the
+        Instead of the input's gradient `g [B, I, H, W]`, that behind the ReLU. It is the
         gradient of `scale y` and of the residual, mapped where it has a map.
     """
     check_filled("x", x)

@@ -116,7 +116,7 @@ def input_gradient(
     keep_output_gradient: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """The gradient of `x [B, I, H, W]`, those of `bias` and `scale`, `[parts, 2, I]`, and with
-    `keep_output_gradient` `gain grad + curve y + level`; in its place `grad` if it is not wanted.
+    `keep_output_gradient` `gain grad + curve y + level`; or `grad` itself if it is not wanted.
 
     Arguments as for `convolution.backward`.
     """

@@ -138,7 +138,7 @@ def grouped_conv3x3_backward(
 
     Returns:
         The gradient of `x` and `[2, N*D]`, those of `bias` and `scale`, and the gradient of
-        `weight`; `[0]` in place of what is not needed or not there.
+        `weight`; `[0]` for what is not needed or not there.
     """
     of_output = (grad, y, curve, level)
     passes = Passes.decoded(kernels)
