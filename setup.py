@@ -146,7 +146,8 @@ class CleanBuild(build_py):
 
 
 def _description() -> str:
-    """The README without pictures and links into the checkout, which a package index lacks."""
+    """Returns the README without pictures and links into the checkout, which a package index
+    lacks."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     text = re.sub(r"!\[[^]]*\]\((?!https?:)[^)]*\)\n*", "", text)
     return re.sub(r"\[([^]]*)\]\((?!https?:)[^)]*\)", r"\1", text)

@@ -13,7 +13,7 @@ from typing import Any
 
 
 def render(content: dict[str, Any]) -> str:
-    """The table, the geometric means of its ratios, and where it comes from."""
+    """Returns the table, the geometric means of its ratios, and where it comes from."""
     machine, rows = content["machine"], content["rows"]
     columns = list(dict.fromkeys(key for row in rows for key in row))
     lines = [

@@ -36,7 +36,8 @@ class ConvGradients(NamedTuple):
 
 
 def statistics_of(y: Tensor) -> Tensor:
-    """(count, sum, M2) of each channel of `[B, C, H, W]`, `[1, 3, C]` in the accumulation dtype.
+    """Returns (count, sum, M2) of each channel of `[B, C, H, W]`, `[1, 3, C]` in the accumulation
+    dtype.
 
     M2 is the sum of squared deviations from the mean.
     """
@@ -46,7 +47,8 @@ def statistics_of(y: Tensor) -> Tensor:
 
 
 def statistics_gradient(grad_statistics: Tensor, statistics: Tensor) -> tuple[Tensor, Tensor]:
-    """`curve`, `level [C]`: statistics pass the gradient `curve y + level` on to the output `y`.
+    """Returns `curve`, `level [C]`: statistics pass the gradient `curve y + level` on to the output
+    `y`.
 
     The derivative of M2 by a value is twice its deviation from the mean; the count has none.
     """
@@ -57,7 +59,8 @@ def statistics_gradient(grad_statistics: Tensor, statistics: Tensor) -> tuple[Te
 def add_statistics_gradient(
     grad: Tensor, y: Tensor | None, gain: Tensor | None, curve: Tensor | None, level: Tensor | None
 ) -> Tensor:
-    """`gain grad + curve y + level` by channel, in the dtype of `grad`; absent terms left out.
+    """Returns `gain grad + curve y + level` by channel, in the dtype of `grad`; absent terms left
+    out.
 
     `grad`, `y [B, C, H, W]`; `gain`, `curve`, `level [C]`, the last two together with `y`.
     """
@@ -72,7 +75,7 @@ def add_statistics_gradient(
 
 
 def activate(z: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
-    """`relu(scale z + bias)` by channel, in the dtype of `z`; `z` itself without a map."""
+    """Returns `relu(scale z + bias)` by channel, in the dtype of `z`; `z` itself without a map."""
     if scale is None or bias is None:
         return z
     wide = z.to(accumulation_dtype(z.dtype))

@@ -34,7 +34,7 @@ def folded_conv1x1(
     factor: Tensor | None,
     kernels: int,
 ) -> Tensor:
-    """`y = relu(factor W x + bias + residual)`.
+    """Returns `y = relu(factor W x + bias + residual)`.
 
     `x [B, I, H, W]`, `weight [O, I, 1, 1]`, `residual [B, O, H, W]`; `bias [O]` and `factor [B]`
     in the accumulation dtype. A factor needs a residual.
@@ -60,7 +60,7 @@ def folded_grouped_conv3x3(
     stride: int,
     kernels: int,
 ) -> tuple[Tensor, Tensor]:
-    """`h = keep relu(conv(x) + bias)` and its energies (2), (10), (11).
+    """Computes `h = keep relu(conv(x) + bias)` and its energies (2), (10), (11).
 
     `x [B, N*D, H, W]`, `weight [N*D, D, 3, 3]`, `bias [N*D]` in the accumulation dtype,
     `branch_weight [N, C, D]`, `keep_mask [B, N]` of 0 and 1, which needs a `branch_weight`.
@@ -91,7 +91,8 @@ def folded_grouped_conv3x3(
 
 @operator("side_by_side")
 def side_by_side(h: Tensor, factor: Tensor | None, x: Tensor) -> Tensor:
-    """`[factor h, x]`, `[B, N*D + I, H, W]`: the operand of two 1x1 convolutions that are added.
+    """Returns `[factor h, x]`, `[B, N*D + I, H, W]`: the operand of two 1x1 convolutions that are
+    added.
 
     `h [B, N*D, H, W]`, `x [B, I, H, W]`, which may be strided; `factor [B]` or None.
     """

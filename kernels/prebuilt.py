@@ -211,7 +211,8 @@ class PrebuiltFirst:
         return group
 
     def _next(self) -> Any:
-        """Made on demand: a hit neither creates nor touches the user's own cache."""
+        """Returns the replaced manager, made on demand: a hit neither creates nor touches the
+        user's own cache."""
         if self._manager is None:
             special = {name: value for name, value in self._special.items() if value}
             self._manager = self.replaced(self._key, **special)

@@ -60,11 +60,12 @@ class BlockShape:
 
     @property
     def name(self) -> str:
-        """Network, stage and whether the block is the stage's first: `20x6d c3 stride 2`."""
+        """Returns network, stage and whether the block is the stage's first: `20x6d c3 stride
+        2`."""
         return f"{self.network.split('_')[-1]} {self.stage} stride {self.stride}"
 
     def make_step(self, variant: str, memory_format: torch.memory_format) -> TrainingStep:
-        """A training step of the block: `plain`, `coded`, or coded by the `reference`."""
+        """Returns a training step of the block: `plain`, `coded`, or coded by the `reference`."""
         return TrainingStep(self, variant, memory_format)
 
 
@@ -111,7 +112,7 @@ class TrainingStep:
 
 
 def block_shapes() -> Iterator[BlockShape]:
-    """Every distinct coded block of the three networks."""
+    """Yields every distinct coded block of the three networks."""
     for network, (image, batch) in SETTINGS.items():
         model = create_model(network)
         # The ImageNet stem and pooling divide the size by 4.
@@ -185,14 +186,14 @@ def check_equal(coded: Any, reference: Any) -> None:
 
 
 def step_memory(name: str, variant: str) -> float:
-    """Memory that a step adds, MiB, measured in a process of its own."""
+    """Returns the memory that a step adds, MiB, measured in a process of its own."""
     command = [sys.executable, __file__, name, variant]
     output = subprocess.run(command, check=True, capture_output=True, text=True)
     return float(output.stdout)
 
 
 def added_mib(work: Callable[[], object]) -> float:
-    """Memory that a call adds to the process at its peak, MiB; on Linux."""
+    """Returns the memory that a call adds to the process at its peak, MiB; on Linux."""
 
     def resident(field: str) -> int:
         status = Path("/proc/self/status").read_text(encoding="ascii")

@@ -83,7 +83,7 @@ def test_search(case: Case, benchmark: Any, record: Callable[[dict[str, Any]], N
 
 
 def greedy_result(classes: int, branches: int, active: int, distance: int) -> str:
-    """What the greedy search reaches at a distance, with its time."""
+    """Returns what the greedy search reaches at a distance, with its time."""
     start = time.perf_counter()
     words = greedy(classes, branches, active, distance)
     seconds = time.perf_counter() - start
@@ -93,7 +93,7 @@ def greedy_result(classes: int, branches: int, active: int, distance: int) -> st
 
 
 def greedy(classes: int, branches: int, active: int, distance: int) -> Words:
-    """Random words one after the other, each kept when it is far enough from those kept."""
+    """Returns random words one after the other, each kept when it is far enough from those kept."""
     rng = np.random.default_rng(0)
     kept = np.zeros((0, branches), dtype=np.uint8)
     for _ in range(GREEDY_WORDS):
@@ -109,12 +109,12 @@ def greedy(classes: int, branches: int, active: int, distance: int) -> Words:
 
 
 def describe(words: Words) -> str:
-    """`distance / pairs at it / least..most classes per branch`."""
+    """Returns `distance / pairs at it / least..most classes per branch`."""
     histogram = distance_histogram(words)
     loads = words.sum(axis=0, dtype=int)
     return f"{min(histogram)} / {histogram[min(histogram)]} / {loads.min()}..{loads.max()}"
 
 
 def _order(size: tuple[int, int, int]) -> tuple[int, int, int]:
-    """Classes, active, branches: the order in which sizes are written."""
+    """Returns classes, active, branches: the order in which sizes are written."""
     return size[0], size[2], size[1]

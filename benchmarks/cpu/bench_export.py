@@ -110,14 +110,14 @@ def test_one_image(
 
 
 def session(path: Path) -> Any:
-    """A session with PyTorch's number of threads."""
+    """Returns a session with PyTorch's number of threads."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
 
 def outputs(path: Path, images: Tensor) -> list[Tensor]:
-    """What ONNX Runtime computes."""
+    """Returns what ONNX Runtime computes."""
     results = session(path).run(None, {"images": images.numpy()})
     return [torch.from_numpy(value) for value in results]
 

@@ -55,7 +55,7 @@ def photographs(folder: Path | None) -> Iterator[Image.Image]:
 
 @pytest.fixture(scope="module")
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`FOLDER/{a,b}/*.jpg` as large as ImageNet's, with a camera's noise, quality 90."""
+    """Returns `FOLDER/{a,b}/*.jpg` as large as ImageNet's, with a camera's noise, quality 90."""
     root = tmp_path_factory.mktemp("photographs")
     for number, image in enumerate(photographs(request.config.getoption("--photographs"))):
         scale = max(1.0, SHORTER_SIDE / min(image.size))
@@ -78,7 +78,7 @@ def ours(folder: Path, augmentation: Augmentation, preprocessing: Preprocessing)
 
 
 def host_part(loader: TrainImages) -> Pass:
-    """What worker processes do, without the device's part."""
+    """Returns what worker processes do, without the device's part."""
     return iter(loader._loader)
 
 
@@ -191,7 +191,7 @@ def test_input(folder: Path, benchmark: Any, record: Callable[[dict[str, Any]], 
 
 
 def pixel_difference(folder: Path, asked: Augmentation, preprocessing: Preprocessing) -> float:
-    """Mean difference of the crops of both decoders, of 255."""
+    """Returns the mean difference of the crops of both decoders, of 255."""
     plain = replace(asked, aa=None, reprob=0.0)
     crops = []
     for decoder in ("pillow", "simplejpeg"):

@@ -57,7 +57,7 @@ class Noise:
 
 
 def network(classes: int) -> CodedResNeXt:
-    """One coded block of 32 branches, 8 of them for each class."""
+    """Returns one coded block of 32 branches, 8 of them for each class."""
     draw, words = np.random.default_rng(0), dict[bytes, np.ndarray]()
     while len(words) < classes:
         word = draw.permutation(np.arange(32) < 8)
@@ -136,7 +136,7 @@ TASKS = {
 
 
 def measure(task: str, classes: int, images: int) -> str:
-    """Seconds, and the MiB that it adds to the process at its peak."""
+    """Returns the seconds that it takes, and the MiB that it adds to the process at its peak."""
     TASKS[task](10, 100)()  # imports what the work needs
     work = TASKS[task](classes, images)
     start = time.process_time()

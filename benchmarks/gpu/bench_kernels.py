@@ -57,7 +57,7 @@ class Setting(NamedTuple):
     compiler: str
 
     def compiled(self, call: Callable[..., Any]) -> Callable[..., Any]:
-        """A call that is compiled, whatever was compiled before it."""
+        """Returns a call that is compiled, whatever was compiled before it."""
         torch.compiler.reset()
         return torch.compile(call, backend=self.compiler, dynamic=False)
 
@@ -119,7 +119,7 @@ def check(actual: Any, expected: Any) -> None:
 
 
 def all_cases(*, dry: bool) -> Iterator[Timed]:
-    """Operators, convolutions, what is between them, blocks, networks."""
+    """Yields operators, convolutions, what is between them, blocks, networks."""
     yield from _operators(TINY[:1] if dry else STAGES)
     yield from _convolutions(dry=dry)
     yield from _between_convolutions(((2, 8, 3),) if dry else MAPS)
@@ -217,7 +217,7 @@ def _convolutions(*, dry: bool) -> Iterator[Timed]:
 
 
 def _fused(case: GroupedCase, run: Callable[..., tuple[Tensor, ...]], which: str) -> Call:
-    """A pass of a grouped convolution between BatchNorms."""
+    """Returns a pass of a grouped convolution between BatchNorms."""
     if which == "forward":
         return lambda: run(case.x, case.weight)[0]
     leaves = [value.detach().requires_grad_() for value in (case.x, case.weight)]
@@ -226,7 +226,7 @@ def _fused(case: GroupedCase, run: Callable[..., tuple[Tensor, ...]], which: str
 
 
 def _between_convolutions(maps: tuple[tuple[int, int, int], ...]) -> Iterator[Timed]:
-    """The kernels of `kernels/batch_norm/` and `kernels/residual/`."""
+    """Yields the kernels of `kernels/batch_norm/` and `kernels/residual/`."""
     for batch, channels, size in maps:
         for name in _elementwise(1, 1, 1, torch.device("cpu")):
             for form in ("kernel", "reference", "compiled"):
@@ -251,7 +251,7 @@ def _between_convolutions(maps: tuple[tuple[int, int, int], ...]) -> Iterator[Ti
 def _elementwise(
     batch: int, channels: int, size: int, device: torch.device
 ) -> dict[str, Callable[[bool], Any]]:
-    """What is computed between convolutions, by kernels or by PyTorch, on random maps."""
+    """Returns what is computed between convolutions, by kernels or by PyTorch, on random maps."""
     generator = torch.Generator(device).manual_seed(0)
 
     def normal(*shape: int) -> Tensor:

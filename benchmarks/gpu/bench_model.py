@@ -109,7 +109,7 @@ def bench_models(
     compiled: bool = True,
     tiny: bool = False,
 ) -> dict[str, Any]:
-    """The rows of every network, JSON-ready."""
+    """Returns the rows of every network, JSON-ready."""
     rows = []
     for network in networks:
         for row in bench_network(network, batch, size, steps, compiled=compiled, tiny=tiny):
@@ -121,7 +121,7 @@ def bench_models(
 def bench_network(
     network: str, batch: int | None, size: int | None, steps: int, *, compiled: bool, tiny: bool
 ) -> Iterator[dict[str, Any]]:
-    """A row for every contender; one that fails is named with its error."""
+    """Yields a row for every contender; one that fails is named with its error."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     default_size, default_batch = TINY if tiny else SETTINGS[network]
     batch, size = batch or default_batch, size or default_size
@@ -162,7 +162,8 @@ def bench_network(
 
 
 def tiny_overrides(contender: Contender) -> dict[str, Any]:
-    """Arguments that make a network of a few channels of a named one, with its classes."""
+    """Returns the arguments that make a network of a few channels of a named one, with its
+    classes."""
     if contender.kind == "timm":
         return {}
     coded = contender.kind == "coded"
@@ -191,7 +192,7 @@ def tiny_overrides(contender: Contender) -> dict[str, Any]:
 def measure(
     runner: Runner, contender: Contender, batch: int, size: int, steps: int, item: int
 ) -> dict[str, Any]:
-    """Times, memory and kernels of a contender whose logits are right."""
+    """Returns the times, memory and kernels of a contender whose logits are right."""
     row: dict[str, Any] = {}
     device = runner.images.device
     gpu = find_gpu(torch.cuda.get_device_name()) if device.type == "cuda" else None
@@ -215,7 +216,7 @@ def measure(
 
 
 def median_seconds(run: Callable[[], Any], device: torch.device, steps: int) -> float:
-    """Median time of a call, the device's work included."""
+    """Returns the median time of a call, the device's work included."""
     seconds = []
     for _ in range(steps):
         start = time.perf_counter()
@@ -227,7 +228,7 @@ def median_seconds(run: Callable[[], Any], device: torch.device, steps: int) -> 
 
 
 def kernels_of(run: Callable[[], Any]) -> int:
-    """Kernels, copies and fills that a call launches on the GPU."""
+    """Returns the kernels, copies and fills that a call launches on the GPU."""
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CUDA]) as trace:
@@ -237,7 +238,7 @@ def kernels_of(run: Callable[[], Any]) -> int:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """The rows as text, with what each is to the best compiled plain network."""
+    """Returns the rows as text, with what each is to the best compiled plain network."""
     lines = [f"{'network, contender':<62} {'train/s':>9} {'ratio':>6} {'infer/s':>9} {'MiB':>7}"]
     for row in rows:
         label = f"{row['network']}: {row['contender']}"
@@ -255,7 +256,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def best_plain(rows: list[dict[str, Any]], network: str) -> float | None:
-    """Images a second that the best plain network layer by layer trains, compiled or not."""
+    """Returns the images a second that the best plain network layer by layer trains."""
     rates = [
         row["train_images_per_second"]
         for row in rows
@@ -302,13 +303,13 @@ class Contender:
 
     @property
     def name(self) -> str:
-        """Kind, backend, mode and layout."""
+        """Returns kind, backend, mode and layout."""
         mode = "eager" if self.compile is None else f"compiled {self.compile}"
         name = f"{self.kind}, {self.backend}, {mode}, {self.layout}" + ", written" * self.written
         return name if self.grouped == "torch" else f"{name}, groups {self.grouped}"
 
     def build(self, network: str, overrides: dict[str, Any]) -> nn.Module:
-        """The network `coded_NAME`, its plain twin, or timm's."""
+        """Returns the network `coded_NAME`, its plain twin, or timm's."""
         torch.manual_seed(0)
         model: nn.Module
         if self.kind == "timm":
@@ -328,7 +329,7 @@ class Contender:
 
 
 def contenders(network: str, *, kernels: bool, compiled: bool) -> Iterator[Contender]:
-    """Who is timed for a network.
+    """Yields the contenders of a network.
 
     Args:
         network: its name without `coded_`.
@@ -390,7 +391,7 @@ class Runner:
             self.call = torch.compile(self.model, mode=mode, dynamic=False)
 
     def train(self) -> Tensor:
-        """One step; its loss."""
+        """Takes one step; returns its loss."""
         self.model.train()
         limit = 0 if self.contender.written else fused.RECOMPUTED
         with self._autocast(), patch.object(fused, "RECOMPUTED", limit):
@@ -406,7 +407,7 @@ class Runner:
 
     @torch.no_grad()
     def infer(self) -> Tensor:
-        """Logits in evaluation."""
+        """Returns the logits in evaluation."""
         self.model.eval()
         with self._autocast():
             logits: Tensor = self.call(self.images)
@@ -441,7 +442,7 @@ class BlockMaps:
     """Whether that of its skip connection is, by PyTorch."""
 
     def evaluation(self) -> dict[str, int]:
-        """Elements that each operator moves where no gradients are wanted."""
+        """Returns the elements that each operator moves where no gradients are wanted."""
         elements = {
             "folded_conv1x1": self.x + self.y1,
             "folded_grouped_conv3x3": self.y1 + self.y2,
@@ -453,7 +454,7 @@ class BlockMaps:
         return elements
 
     def forward(self) -> dict[str, int]:
-        """Elements that each operator's kernels move on the way to a backward pass."""
+        """Returns the elements that each operator's kernels move on the way to a backward pass."""
         elements = {"reduce": self.x + self.y1, "grouped": self.y1 + self.y2}
         if self.before is not None:
             elements |= {"join": self.before.joining()}
@@ -468,16 +469,16 @@ class BlockMaps:
 
     @property
     def _picked(self) -> int:
-        """Elements of the pixels that the skip connection's convolution takes."""
+        """Returns the elements of the pixels that the skip connection's convolution takes."""
         return self.x // self.stride**2
 
     def joining(self) -> int:
-        """Elements that the sum at the block's end takes and gives."""
+        """Returns the elements that the sum at the block's end takes and gives."""
         own = (self.y2 if self.recomputed else self.y3) + 2 * self.y3
         return own + (self._picked + self.y3 if self.skip_recomputed else 0)
 
     def backward(self) -> dict[str, int]:
-        """Elements that each operator's kernels move.
+        """Returns the elements that each operator's kernels move.
 
         The gradient of a convolution's output is written once as BatchNorm behind it makes it, for
         the gradient of the weight.
@@ -502,14 +503,15 @@ class BlockMaps:
         return elements
 
     def parting(self) -> int:
-        """Elements at the sum's gradient, which the next block's first convolution adds to another
-        one: that one, the result, and what the sums for the BatchNorms before it need."""
+        """Returns the elements at the sum's gradient, which the next block's first convolution adds
+        to another one: that one, the result, and what the sums for the BatchNorms before it
+        need."""
         mapped = self.projection and not self.skip_recomputed
         return (2 + (not self.recomputed) + mapped) * self.y3
 
 
 def maps_of(model: CodedResNeXt, batch: int, size: int) -> list[BlockMaps]:
-    """The blocks of a network for a batch of square images."""
+    """Returns the blocks of a network for a batch of square images."""
     if model.config["stem"] != "conv3x3":
         size = (size + 3) // 4
     blocks: list[BlockMaps] = []
@@ -540,7 +542,8 @@ def _projects(block: CodedBottleneck) -> bool:
 
 
 def least_bytes(model: CodedResNeXt, batch: int, size: int, item: int, *, training: bool) -> int:
-    """Bytes that evaluation, or a training step, moves through the blocks, not stem and head.
+    """Returns the bytes that evaluation, or a training step, moves through the blocks, not stem and
+    head.
 
     Args:
         model: the network.

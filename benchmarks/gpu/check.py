@@ -114,16 +114,16 @@ class State:
 
     @property
     def stages(self) -> dict[str, str]:
-        """What became of each stage."""
+        """Returns what became of each stage."""
         stages: dict[str, str] = self.content.get("stages", {})
         return stages
 
     def path(self, stage: str) -> Path:
-        """The file of a stage's rows."""
+        """Returns the file of a stage's rows."""
         return self._folder / f"{self._prefix}_{stage}.jsonl"
 
     def rows(self, stage: str) -> list[dict[str, Any]]:
-        """The rows of a stage so far; a line that was cut off is not among them."""
+        """Returns the rows of a stage so far; a line that was cut off is not among them."""
         path = self.path(stage)
         lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
         return [json.loads(line) for line in lines]
@@ -155,7 +155,7 @@ def started(stage: str, arguments: argparse.Namespace, limit: float) -> str:
 
 
 def run_stage(arguments: argparse.Namespace) -> int:
-    """In the stage's own process: writes its rows, one by one."""
+    """Writes the rows of a stage, one by one, in the stage's own process."""
     torch.manual_seed(0)
     if not arguments.dry_run:
         # A graph is captured on the stream that its forward pass ran on, never the default one.
@@ -175,14 +175,14 @@ def run_stage(arguments: argparse.Namespace) -> int:
 
 
 def faults(state: State) -> Iterator[str]:
-    """What is wrong, stage by stage."""
+    """Yields what is wrong, stage by stage."""
     for stage in STAGES:
         for row in state.rows(stage):
             yield from (f"{stage}: {row['what']}: {fault}" for fault in row.get("wrong") or ())
 
 
 def summary(state: State) -> str:
-    """One screen."""
+    """Returns the summary: one screen of text."""
     lines = ["", f"{'a training step':<58} {'ms':>8} {'host ms':>8} {'images/s':>9} {'MiB':>6}"]
     rows = [row for row in state.rows("headline") if "ms" in row]
     for row in rows:
@@ -237,7 +237,7 @@ def summary(state: State) -> str:
 
 
 def best(rows: Sequence[Mapping[str, Any]], kind: str) -> Mapping[str, Any] | None:
-    """The fastest of a kind of network."""
+    """Returns the fastest of a kind of network."""
     chosen = [row for row in rows if row["what"].startswith(kind)]
     return min(chosen, key=lambda row: float(row["ms"]), default=None)
 

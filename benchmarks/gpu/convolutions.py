@@ -66,7 +66,7 @@ class Case:
         return x.contiguous(memory_format=torch.channels_last)
 
     def wide(self) -> Case:
-        """The same numbers in float64."""
+        """Returns the same numbers in float64."""
         other = copy.copy(self)
         other.__dict__ = tree_map_only(
             Tensor, lambda value: value.double() if value.is_floating_point() else value, vars(self)
@@ -78,7 +78,7 @@ class Case:
         raise NotImplementedError
 
     def forms(self, which: str) -> Mapping[str, Callable[[], Results]]:
-        """Everything that is timed for a pass, the kernel first."""
+        """Returns everything that is timed for a pass, the kernel first."""
         return {
             name: lambda by=by: self.run(which, by)
             for name, by in (("kernel", KERNELS), ("library", PYTORCH))
@@ -86,7 +86,7 @@ class Case:
 
 
 def check_case(case: Case, repeats: int, only: Sequence[str] = ()) -> dict[str, Any]:
-    """Errors of the passes beside those of PyTorch, and whether bits repeat.
+    """Returns the errors of the passes beside those of PyTorch, and whether bits repeat.
 
     Args:
         case: a layer in a dtype.
@@ -110,7 +110,7 @@ def check_case(case: Case, repeats: int, only: Sequence[str] = ()) -> dict[str, 
 
 
 def time_case(case: Case, bandwidth: float | None) -> list[dict[str, Any]]:
-    """Milliseconds by each means, a row for each pass."""
+    """Returns the milliseconds by each means, a row for each pass."""
     rows = []
     for which in case.passes:
         row = {
@@ -145,11 +145,11 @@ class GroupedLayer:
 
     @property
     def out_size(self) -> int:
-        """`H = W` of the output, in pixels."""
+        """Returns `H = W` of the output, in pixels."""
         return -(-self.size // self.stride)
 
     def least_bytes(self, _which: str, item: int) -> float:
-        """What a pass has to move: the map on each side of the convolution once."""
+        """Returns what a pass has to move: the map on each side of the convolution once."""
         pixels = self.batch * (self.size**2 + self.out_size**2)
         return item * pixels * self.groups * self.width
 
@@ -157,8 +157,8 @@ class GroupedLayer:
 def stages(
     network: str, batch: int, groups: int, *rows: tuple[int, int, int]
 ) -> list[GroupedLayer]:
-    """Stages of a network, each `(D, size of its maps, blocks)`; all but the first begin with a
-    block of stride 2."""
+    """Returns the stages of a network, each `(D, size of its maps, blocks)`; all but the first
+    begin with a block of stride 2."""
     layers = []
     for index, (width, size, blocks) in enumerate(rows):
         if index > 0:
@@ -225,14 +225,14 @@ class GroupedCase(Case):
         }
 
     def in_rows(self) -> GroupedCase:
-        """The same in PyTorch's other layout, NCHW."""
+        """Returns the same in PyTorch's other layout, NCHW."""
         other = copy.copy(self)
         other.x, other.grad = self.x.contiguous(), self.grad.contiguous()
         return other
 
     def merged(self, width: int) -> GroupedCase | None:
-        """The same with groups merged into groups of `width` channels, the weight filled up with
-        zeros; None where that does not go."""
+        """Returns the same with groups merged into groups of `width` channels, the weight filled up
+        with zeros; None where that does not go."""
         together = width // self.layer.width
         if together < 2 or width % self.layer.width or self.layer.groups % together:
             return None
@@ -243,7 +243,8 @@ class GroupedCase(Case):
         return other
 
     def between_norms(self, backend: str) -> Callable[..., tuple[Tensor, ...]]:
-        """Between BatchNorms: the affine map and ReLU before, the statistics after."""
+        """Returns a pass between BatchNorms: the affine map and ReLU before, the statistics
+        after."""
 
         def run(x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
             if backend == "triton":
@@ -287,7 +288,7 @@ class ProductLayer:
         return f"{self.stage}: {kind} {self.inputs} to {self.outputs}, {self.size}px"
 
     def least_bytes(self, which: str, item: int) -> float:
-        """What a pass has to move: each map once, signs an eighth of a byte."""
+        """Returns what a pass has to move: each map once, signs an eighth of a byte."""
         wide, narrow = {
             "forward": (3 + 1 / (8 * item) if self.join else 1, 1),
             "input": (3 + self.mapped + 1 / (8 * item) if self.join else 2, 2),
@@ -297,7 +298,7 @@ class ProductLayer:
 
 
 def products(pixels: int, batch: int) -> list[ProductLayer]:
-    """Those of ResNeXt-50 that the selection table names, on images of `pixels`."""
+    """Returns the layers of ResNeXt-50 that the selection table names, on images of `pixels`."""
     sizes = {"32x4d c2": pixels // 4, "32x4d c3": pixels // 8}
     layers = [
         ProductLayer(stage, batch, *channels, sizes[stage], join=False)
@@ -342,7 +343,7 @@ class ProductCase(Case):
         return self._backward(passes, need_input=which == "input")
 
     def _forward(self, passes: Passes) -> Results:
-        """Output, statistics, and of a join the block's output."""
+        """Returns output, statistics, and of a join the block's output."""
         results: Results = {}
         if self.layer.join:
             maps = self.vectors[2:] if self.layer.mapped else [None, None]
@@ -356,7 +357,7 @@ class ProductCase(Case):
         return results | {"y": y, "statistics": batch_norm.merged(partial, passes.forward)}
 
     def _backward(self, passes: Passes, *, need_input: bool) -> Results:
-        """The gradients of the input, with its sums, or that of the weight."""
+        """Returns the gradients of the input, with its sums, or that of the weight."""
         of_output = (self.grad, self.y)
         of_statistics = (self.curve, self.level)
         dtype = None if need_input else self.weight.dtype
@@ -376,7 +377,7 @@ class ProductCase(Case):
         return {"input": gradients.input, "sums": gradients.sums.sum(0)}
 
     def plain(self, which: str) -> Callable[[], tuple[Tensor, ...]]:
-        """A pass as a compiler would be given it: products and elementwise operations."""
+        """Returns a pass as a compiler would be given it: products and elementwise operations."""
 
         def column(vector: Tensor) -> Tensor:
             return vector[:, None, None]
@@ -440,7 +441,7 @@ class RecomputedLayer:
         return f"{self.stage}: {self.inputs} to {self.outputs}, {kind}, {self.size}px"
 
     def least_bytes(self, which: str, item: int) -> float:
-        """What a pass has to move: each map once, signs an eighth of a byte."""
+        """Returns what a pass has to move: each map once, signs an eighth of a byte."""
         narrow, wide = {
             "statistics": (1, 0),
             "join": (1, 2 + 1 / (8 * item)),
@@ -451,7 +452,7 @@ class RecomputedLayer:
 
 
 def recomputed(pixels: int, batch: int) -> list[RecomputedLayer]:
-    """Those of the plain stages of ResNeXt-50 on images of `pixels`."""
+    """Returns the layers of the plain stages of ResNeXt-50, on images of `pixels`."""
     sizes = {"32x4d c2": pixels // 4, "32x4d c3": pixels // 8}
     return [
         RecomputedLayer(stage, batch, *channels, sizes[stage], mapped)

@@ -53,7 +53,7 @@ class EvaluatedBlock:
     """Whether branches are removed."""
 
     def make(self, device: torch.device) -> CodedBottleneck:
-        """The block with BatchNorms that are not the identity, in float32."""
+        """Returns the block with BatchNorms that are not the identity, in float32."""
         torch.manual_seed(0)
         classes = 1000 if self.branches == 32 else 10
         book = Codebook.shipped(classes, self.branches, self.active) if self.active else None
@@ -65,7 +65,7 @@ class EvaluatedBlock:
         return block.eval().to(device)
 
     def inputs(self, device: torch.device) -> dict[str, Tensor]:
-        """The block's input, as a ReLU leaves it, and the mask."""
+        """Returns the block's input, as a ReLU leaves it, and the mask."""
         shape = (self.batch, self.in_channels, self.size, self.size)
         x = torch.randn(shape, device=device).relu()
         leaves = {"x": x.contiguous(memory_format=torch.channels_last)}
@@ -93,7 +93,7 @@ TINY_BLOCKS = [
 def check_block(
     block: EvaluatedBlock, dtype: torch.dtype, backend: str, device: torch.device, repeats: int
 ) -> dict[str, Any]:
-    """Errors of the output and the energies, and whether bits repeat."""
+    """Returns the errors of the output and the energies, and whether bits repeat."""
     module, inputs = block.make(device), block.inputs(device)
     rounded, exact = module.to(dtype), copy.deepcopy(module.to(dtype)).double()
     inputs["x"] = inputs["x"].to(dtype)
@@ -129,7 +129,8 @@ def check_block(
 
 
 def guard(*, dry: bool) -> dict[str, Any]:
-    """Losses of the fused network beside those layer by layer, and whether they agree."""
+    """Returns the losses of the fused network beside those layer by layer, and whether they
+    agree."""
     steps = 4 if dry else GUARD_STEPS
     if dry:
         size, batch = TINY
@@ -161,7 +162,8 @@ def guard(*, dry: bool) -> dict[str, Any]:
 def final_loss(
     contender: Contender, images: Tensor, targets: Tensor, batch: int, steps: int, seed: int
 ) -> float:
-    """Mean loss of the last quarter of a training, the images in the order of a seed."""
+    """Returns the mean loss of the last quarter of a training, the images in the order of a
+    seed."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     overrides = tiny_overrides(contender) if images.shape[-1] == TINY[0] else {}

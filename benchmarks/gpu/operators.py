@@ -47,12 +47,12 @@ class CodedStage:
 
     @property
     def activations(self) -> int:
-        """Elements of `h`."""
+        """Returns the elements of `h`."""
         return self.batch * self.branches * self.width * self.size**2
 
     @property
     def outputs(self) -> int:
-        """Elements of `y`."""
+        """Returns the elements of `y`."""
         return self.batch * self.channels * self.size**2
 
 
@@ -104,7 +104,7 @@ class Operator:
 
 
 def aggregate_inputs(stage: CodedStage, generator: torch.Generator) -> Tensors:
-    """Rectified activations, an expand weight of unit gain, and a DropSubNNs mask."""
+    """Returns rectified activations, an expand weight of unit gain, and a DropSubNNs mask."""
     device, wide = generator.device, stage.branches * stage.width
 
     def normal(*shape: int) -> Tensor:
@@ -120,7 +120,7 @@ def aggregate_inputs(stage: CodedStage, generator: torch.Generator) -> Tensors:
 
 
 def aggregate_by(backend: str) -> Form:
-    """The aggregate by a backend."""
+    """Returns the aggregate by a backend."""
 
     def run(inputs: Tensors, stage: CodedStage) -> tuple[Tensor, ...]:
         return coded_aggregate(
@@ -135,14 +135,15 @@ def aggregate_by(backend: str) -> Form:
 
 
 def aggregate_bytes(stage: CodedStage, item: int) -> tuple[int, int]:
-    """Forward reads `h` and writes `y`; backward reads both and `g_y`'s size again, writes `dh`."""
+    """Counts what forward reads, `h`, and writes, `y`; backward reads both and `g_y`'s size again,
+    and writes `dh`."""
     weight = stage.channels * stage.branches * stage.width
     forward = stage.activations + stage.outputs + weight
     return forward * item, (2 * stage.activations + stage.outputs + 2 * weight) * item
 
 
 def aggregate_opchecks(inputs: Tensors, stage: CodedStage) -> list[tuple[Any, tuple[Any, ...]]]:
-    """With both masks, and with the affine map in front and no mask."""
+    """Returns calls with both masks, and with the affine map in front and no mask."""
     per_branch = per_branch_weight(inputs, stage).detach().clone().requires_grad_()
     h, drop = inputs["h"], inputs["drop_mask"]
     affine = [torch.rand(h.shape[1], device=h.device, requires_grad=True) for _ in range(2)]
@@ -156,18 +157,18 @@ def aggregate_opchecks(inputs: Tensors, stage: CodedStage) -> list[tuple[Any, tu
 
 
 def per_branch_weight(inputs: Tensors, stage: CodedStage) -> Tensor:
-    """The expand weight, one matrix for each branch."""
+    """Returns the expand weight, one matrix for each branch."""
     return gram.split_weight(inputs["weight"], stage.branches, concatenate=False)
 
 
 def energy_inputs(stage: CodedStage, generator: torch.Generator) -> Tensors:
-    """Those of the aggregate that energies depend on."""
+    """Returns the inputs of the aggregate that energies depend on."""
     inputs = aggregate_inputs(stage, generator)
     return {name: inputs[name] for name in ("h", "weight")}
 
 
 def energy_by(backend: str) -> Form:
-    """The energies by a backend."""
+    """Returns the energies by a backend."""
 
     def run(inputs: Tensors, stage: CodedStage) -> tuple[Tensor, ...]:
         h, weight = inputs["h"], inputs["weight"]
@@ -177,7 +178,7 @@ def energy_by(backend: str) -> Form:
 
 
 def energy_opchecks(inputs: Tensors, stage: CodedStage) -> list[tuple[Any, tuple[Any, ...]]]:
-    """With a removal mask, and with the affine map in front."""
+    """Returns calls with a removal mask, and with the affine map in front."""
     per_branch = per_branch_weight(inputs, stage).detach().clone().requires_grad_()
     h = inputs["h"]
     keep = torch.ones(stage.batch, stage.branches, device=h.device)
@@ -189,7 +190,7 @@ def energy_opchecks(inputs: Tensors, stage: CodedStage) -> list[tuple[Any, tuple
 
 
 def energy_bytes(stage: CodedStage, item: int) -> tuple[int, int]:
-    """Forward reads `h`; backward reads it again and writes its gradient."""
+    """Counts what forward reads, `h`; backward reads it again and writes its gradient."""
     weight = stage.channels * stage.branches * stage.width
     sums = 4 * stage.batch * stage.branches
     forward = (stage.activations + weight) * item + sums
@@ -197,7 +198,7 @@ def energy_bytes(stage: CodedStage, item: int) -> tuple[int, int]:
 
 
 def loss_inputs(stage: CodedStage, generator: torch.Generator) -> Tensors:
-    """Energies as a half-trained network has them, and class indices."""
+    """Returns energies as a half-trained network has them, and class indices."""
     device = generator.device
     energies = torch.rand(stage.batch, stage.branches, generator=generator, device=device)
     # Any rows of equal weight will do: a run of branches, one further for every class.
@@ -211,7 +212,7 @@ def loss_inputs(stage: CodedStage, generator: torch.Generator) -> Tensors:
 
 
 def loss_by(backend: str) -> Form:
-    """The coding loss by a backend."""
+    """Returns the coding loss by a backend."""
 
     def run(inputs: Tensors, _stage: CodedStage) -> tuple[Tensor, ...]:
         values = (inputs["energies"], inputs["codewords"], inputs["targets"])
@@ -221,7 +222,7 @@ def loss_by(backend: str) -> Form:
 
 
 def loss_opchecks(inputs: Tensors, _stage: CodedStage) -> list[tuple[Any, tuple[Any, ...]]]:
-    """Two blocks in one launch, with decoding, and soft targets."""
+    """Returns calls: two blocks in one launch, with decoding, and soft targets."""
     energies = inputs["energies"].detach().expand(2, -1, -1).clone().requires_grad_()
     codewords = inputs["codewords"].expand(2, -1, -1).clone()
     soft = F.one_hot(inputs["targets"], codewords.shape[1]).float()
@@ -239,7 +240,7 @@ def loss_opchecks(inputs: Tensors, _stage: CodedStage) -> list[tuple[Any, tuple[
 
 
 def loss_bytes(stage: CodedStage, _item: int) -> tuple[int, int]:
-    """Energies and the codewords of the targets, each once; the gradient of the energies."""
+    """Counts energies and the codewords of the targets, each once; the gradient of the energies."""
     size = stage.batch * stage.branches
     return 5 * size + 12 * stage.batch, 9 * size + 12 * stage.batch
 
@@ -285,7 +286,7 @@ OPERATORS = (
 def inputs_of(
     operator: Operator, stage: CodedStage, dtype: torch.dtype, device: torch.device, seed: int = 0
 ) -> Tensors:
-    """Inputs in a dtype, those of `differentiable` with `requires_grad`."""
+    """Returns inputs in a dtype, those of `differentiable` with `requires_grad`."""
     generator = torch.Generator(device).manual_seed(seed)
     inputs = operator.make_inputs(stage, generator)
     for name, value in inputs.items():
@@ -297,7 +298,7 @@ def inputs_of(
 
 
 def upstream_of(outputs: Sequence[Tensor], seed: int = 1) -> list[Tensor]:
-    """A random gradient for every output."""
+    """Returns a random gradient for every output."""
     generator = torch.Generator(outputs[0].device).manual_seed(seed)
     return [torch.randn(y.shape, generator=generator, device=y.device).to(y.dtype) for y in outputs]
 
@@ -305,7 +306,7 @@ def upstream_of(outputs: Sequence[Tensor], seed: int = 1) -> list[Tensor]:
 def evaluate(
     operator: Operator, form: Form, stage: CodedStage, inputs: Tensors, upstream: Sequence[Tensor]
 ) -> dict[str, Tensor]:
-    """Outputs and gradients of a form, by name, for given gradients of the outputs."""
+    """Returns the outputs and gradients of a form, by name, for given gradients of the outputs."""
     outputs = form(inputs, stage)
     wanted = [inputs[name] for name in operator.differentiable]
     matching = [g.to(y.dtype) for g, y in zip(upstream, outputs, strict=True)]
@@ -325,7 +326,8 @@ def evaluate_in_parts(
     dtype: torch.dtype,
     samples: int,
 ) -> dict[str, Tensor]:
-    """The definition in another dtype, some samples at a time; float64 gradients are added up."""
+    """Returns the definition in another dtype, some samples at a time; float64 gradients are added
+    up."""
     parts: dict[str, list[Tensor]] = {}
     starts = range(0, stage.batch, samples) if operator.split else [0]
     for start in starts:
@@ -359,7 +361,8 @@ def evaluate_in_parts(
 def compare(
     operator: Operator, stage: CodedStage, dtype: torch.dtype, device: torch.device, samples: int
 ) -> dict[str, Any]:
-    """Errors of the kernel and of the eager definition against float64, and the verdict.
+    """Returns the errors of the kernel and of the eager definition against float64, and the
+    verdict.
 
     An error is the largest difference over the largest magnitude, of each output and gradient.
     """
@@ -379,7 +382,8 @@ def compared(
     exact: Mapping[str, Tensor],
     dtype: torch.dtype,
 ) -> tuple[dict[str, Any], list[str]]:
-    """Errors of results by name beside those of eager PyTorch, and which are too large."""
+    """Returns the errors of results by name beside those of eager PyTorch, and which are too
+    large."""
     errors, wrong = {}, []
     for name, value in actual.items():
         mine, theirs = relative_error(value, exact[name]), relative_error(eager[name], exact[name])
@@ -394,7 +398,7 @@ def compared(
 def repeats(
     operator: Operator, stage: CodedStage, dtype: torch.dtype, device: torch.device, times: int
 ) -> dict[str, Any]:
-    """Whether a kernel gives the same bits every time, outputs and gradients."""
+    """Returns whether a kernel gives the same bits every time, outputs and gradients."""
     inputs = inputs_of(operator, stage, dtype, device)
     upstream = upstream_of(operator.kernel(inputs, stage))
     first = evaluate(operator, operator.kernel, stage, inputs, upstream)
@@ -409,7 +413,7 @@ def repeats(
 def registration(
     operator: Operator, stage: CodedStage, dtype: torch.dtype, device: torch.device
 ) -> Iterator[dict[str, Any]]:
-    """PyTorch's check of each registered operator: schema, fake, autograd, tracing."""
+    """Yields PyTorch's check of each registered operator: schema, fake, autograd, tracing."""
     if operator.opchecks is None:
         return
     inputs = inputs_of(operator, stage, dtype, device)
@@ -422,7 +426,7 @@ def registration(
 def compiled(
     operator: Operator, stage: CodedStage, dtype: torch.dtype, device: torch.device, backend: str
 ) -> dict[str, Any]:
-    """Whether `torch.compile(fullgraph=True)` takes the kernel, and gives what it gives."""
+    """Returns whether `torch.compile(fullgraph=True)` takes the kernel, and gives what it gives."""
     inputs = inputs_of(operator, stage, dtype, device)
     upstream = upstream_of(operator.kernel(inputs, stage))
     expected = evaluate(operator, operator.kernel, stage, inputs, upstream)
@@ -438,7 +442,7 @@ def compiled(
 
 
 def relative_error(actual: Tensor, exact: Tensor) -> float:
-    """Largest difference over the largest magnitude; NaN where there is one."""
+    """Returns the largest difference over the largest magnitude; NaN where there is one."""
     assert actual.shape == exact.shape, (actual.shape, exact.shape)
     scale = exact.double().abs().max().clamp_min(1e-300)
     return float((actual.double() - exact.double()).abs().max() / scale)
@@ -457,7 +461,8 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def forms_of(operator: Operator, *, compile_with: str | None) -> Iterator[tuple[str, Form]]:
-    """Everything that is timed, the kernel first; compiled forms where there is a compiler."""
+    """Yields everything that is timed, the kernel first; compiled forms where there is a
+    compiler."""
     yield "kernel", operator.kernel
     if operator.replaced is not None:
         yield "replaced", operator.replaced
@@ -477,7 +482,7 @@ def measure(
     bandwidth: float | None,
     deadline: Deadline,
 ) -> list[dict[str, Any]]:
-    """Two rows of the table, for the forward and the backward pass.
+    """Returns two rows of the table, for the forward and the backward pass.
 
     A form that the time or the memory does not suffice for is named under `left_out`.
     """

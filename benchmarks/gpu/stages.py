@@ -99,12 +99,12 @@ class Task(NamedTuple):
 
     @property
     def bandwidth(self) -> float | None:
-        """Of the GPU's memory by its data sheet, bytes a second."""
+        """Returns the bandwidth of the GPU's memory by its data sheet, bytes a second."""
         known = None if self.dry else find_gpu(torch.cuda.get_device_name())
         return known.bandwidth if known else None
 
     def rows(self, calls: Sequence[Call]) -> Iterator[Row]:
-        """The rows of calls, as long as there is time."""
+        """Yields the rows of calls, as long as there is time."""
         for what, run, _ in calls:
             if self.deadline.passed:
                 yield {"what": what, "left_out": "time was up"}
@@ -118,13 +118,14 @@ class Task(NamedTuple):
 
 
 def expected(stage: str) -> float:
-    """Seconds that a stage is expected to take on a GPU."""
+    """Returns the seconds that a stage is expected to take on a GPU."""
     calls: list[Call] = globals()[stage](Task(dry=False, deadline=Deadline(0)))
     return START + sum(call.seconds for call in calls)
 
 
 def build(task: Task) -> list[Call]:
-    """Compile the kernels of this GPU, and the networks of the headline, all at once."""
+    """Returns calls that compile the kernels of this GPU, and the networks of the headline, at
+    once."""
     return [Call("kernels", lambda: _compile_all(task), COMPILING)]
 
 
@@ -163,7 +164,8 @@ def _compile(task: Task, kind: str) -> None:
 
 
 def right(task: Task) -> list[Call]:
-    """Kernels against float64, then repeats, registration and compilation."""
+    """Returns calls that compare kernels with float64; then repeats, registration and
+    compilation."""
     device, dry = task.device, task.dry
     coded_stages = TINY_STAGES if dry else CODED_STAGES
     blocks = TINY_BLOCKS if dry else BLOCKS
@@ -230,7 +232,7 @@ def right(task: Task) -> list[Call]:
 
 
 def _random_calls(task: Task) -> Row:
-    """Calls of every operator that hypothesis draws."""
+    """Makes calls of every operator that hypothesis draws."""
     sys.path.append(str(Path(__file__).parents[2] / "tests"))
     from torture.fuzz import fuzz_count
 
@@ -239,7 +241,7 @@ def _random_calls(task: Task) -> Row:
 
 
 def inputs_of(task: Task, network: str, pixels: int | None = None) -> tuple[Tensor, Tensor]:
-    """Images and targets of a network's batch."""
+    """Returns the images and targets of a network's batch."""
     size, batch = TINY if task.dry else SETTINGS[network]
     generator = torch.Generator().manual_seed(0)
     size = size if task.dry or pixels is None else pixels
@@ -250,7 +252,7 @@ def inputs_of(task: Task, network: str, pixels: int | None = None) -> tuple[Tens
 
 
 def runner_of(task: Task, contender: Contender, network: str, pixels: int | None = None) -> Runner:
-    """A contender on its images."""
+    """Returns a contender on its images."""
     overrides = tiny_overrides(contender) if task.dry else {}
     dtype = torch.float32 if task.dry else torch.bfloat16
     images, targets = inputs_of(task, network, pixels)
@@ -258,7 +260,7 @@ def runner_of(task: Task, contender: Contender, network: str, pixels: int | None
 
 
 def timed(run: Callable[[], Any], images: int, task: Task) -> Row:
-    """Milliseconds of a call in a row of them, and those for which the host is busy."""
+    """Returns the milliseconds of a call in a row of them, and those for which the host is busy."""
     steps = 1 if task.dry else 12
     for _ in range(0 if task.dry else 3):
         run()
@@ -281,7 +283,7 @@ def timed(run: Callable[[], Any], images: int, task: Task) -> Row:
 
 
 def _captured(work: Callable[[], Any]) -> Callable[[], None]:
-    """A call as a CUDA graph."""
+    """Returns a call as a CUDA graph."""
     for _ in range(3):
         work()
     torch.cuda.synchronize()
@@ -289,7 +291,7 @@ def _captured(work: Callable[[], Any]) -> Callable[[], None]:
 
 
 def _ways(task: Task, what: str, contender: Contender) -> list[Row]:
-    """A training step as it is and as a CUDA graph, one after the other."""
+    """Returns a training step as it is and as a CUDA graph, one after the other."""
     runner = runner_of(task, contender, NETWORK)
     start = time.perf_counter()
     loss = float(runner.train())
@@ -304,7 +306,7 @@ def _ways(task: Task, what: str, contender: Contender) -> list[Row]:
 
 
 def _by_project(task: Task, kind: str, **settings: Any) -> Row:
-    """A step as training takes it: guard, metrics and optimizer included."""
+    """Returns a step as training takes it: guard, metrics and optimizer included."""
     images, targets = inputs_of(task, NETWORK)
     contender = Contender("coded" if kind == "coded" else "plain")
     overrides = tiny_overrides(contender) if task.dry else {}
@@ -338,7 +340,8 @@ def _by_project(task: Task, kind: str, **settings: Any) -> Row:
 
 
 def headline(task: Task) -> list[Call]:
-    """A training step of ResNeXt-50 by each way; those that compile for long come later."""
+    """Returns calls that take a training step of ResNeXt-50 by each way; those that compile for
+    long come later."""
     calls: list[Call] = []
 
     def project(name: str, seconds: float, **settings: Any) -> None:
@@ -418,7 +421,7 @@ def _profile(task: Task, contender: Contender) -> Row:
 
 
 def profile(task: Task) -> list[Call]:
-    """Where the time of one step goes, kernel by kernel."""
+    """Returns calls that tell where the time of one step goes, kernel by kernel."""
     pairs = [("coded", "triton"), ("coded", "torch"), ("plain", "torch")]
     return [
         Call(f"{kind}, {backend}", lambda k=kind, b=backend: _profile(task, Contender(k, b)), 3.0)
@@ -427,7 +430,7 @@ def profile(task: Task) -> list[Call]:
 
 
 def operators(task: Task) -> list[Call]:
-    """Times of single operators beside their rivals, as device time."""
+    """Returns calls that time single operators beside their rivals, as device time."""
     device = task.device
     calls: list[Call] = []
     if not task.dry:
@@ -468,7 +471,8 @@ def _copy(device: torch.device) -> Row:
 
 
 def networks(task: Task) -> list[Call]:
-    """Inference, and networks for CIFAR; images of 224 pixels are for bench_model.py."""
+    """Returns calls for inference, and for networks for CIFAR; images of 224 pixels are for
+    bench_model.py."""
     calls: list[Call] = []
     for kind, backend in (("coded", "torch"), ("coded", "triton"), ("plain", "torch")):
         one = Contender(kind, backend)  # type: ignore[arg-type]
@@ -492,7 +496,8 @@ def _trained(task: Task, contender: Contender) -> Row:
 
 
 def guard(task: Task) -> list[Call]:
-    """Whether 200 steps by the kernels learn what 200 steps layer by layer do."""
+    """Returns the call that tells whether 200 steps by the kernels learn what 200 steps layer by
+    layer do."""
 
     def kept() -> Row:
         row = accuracy_guard(dry=task.dry)

@@ -35,7 +35,7 @@ class Gpu:
 
     @property
     def issue_per_byte(self) -> float:
-        """Warp instructions that it can issue while one byte comes from memory.
+        """Returns the warp instructions that it can issue while one byte comes from memory.
 
         A processor issues four a clock. A kernel that needs more is bound by issue, not by memory;
         somewhat below, the two get into each other's way.
@@ -43,7 +43,7 @@ class Gpu:
         return 4 * self.processors * self.clock / self.bandwidth
 
     def floor(self, moved: float) -> float:
-        """The least time for moving some bytes, in seconds."""
+        """Returns the least time for moving some bytes, in seconds."""
         return moved / self.bandwidth
 
 
@@ -57,7 +57,8 @@ GPUS = (
 
 
 def find_gpu(device_name: str) -> Gpu | None:
-    """The GPU that a driver's device name means, such as `NVIDIA H200`; None if it is not here."""
+    """Returns the GPU that a driver's device name means, such as `NVIDIA H200`; None if it is not
+    here."""
     words = device_name.upper().replace("-", " ").split()
     # The slower cards of the same name.
     if "PCIE" in words or "40GB" in words:
@@ -81,7 +82,7 @@ class Deadline:
 
 
 def median_ms(run: Callable[[], Any], device: torch.device) -> float:
-    """Median time of a call, milliseconds.
+    """Returns the median time of a call, milliseconds.
 
     On a GPU on its own, without the host: a short kernel takes a tenth of the time that it takes to
     launch it. What a call does backward must have gone forward on the present stream, which must
@@ -96,7 +97,7 @@ def median_ms(run: Callable[[], Any], device: torch.device) -> float:
 
 
 def _graph_ms(run: Callable[[], Any], device: torch.device) -> float:
-    """Median time of a call within CUDA graphs of ten, milliseconds."""
+    """Returns the median time of a call within CUDA graphs of ten, milliseconds."""
     if torch.cuda.current_stream(device) == torch.cuda.default_stream(device):
         with torch.cuda.stream(torch.cuda.Stream(device)):
             return _graph_ms(run, device)
@@ -118,7 +119,7 @@ def _graph_ms(run: Callable[[], Any], device: torch.device) -> float:
 
 
 def host_ms(run: Callable[[], Any]) -> float:
-    """Milliseconds for which a call keeps the host busy."""
+    """Returns the milliseconds for which a call keeps the host busy."""
     start = time.perf_counter()
     for _ in range(10):
         run()
@@ -126,7 +127,7 @@ def host_ms(run: Callable[[], Any]) -> float:
 
 
 def peak_mib(run: Callable[[], Any], device: torch.device) -> float | None:
-    """Memory that a call adds at its peak, MiB; None where nobody counts it."""
+    """Returns the memory that a call adds at its peak, MiB; None where nobody counts it."""
     if device.type != "cuda":
         return None
     torch.cuda.synchronize()

@@ -134,7 +134,8 @@ def entered(key: tuple[str, str, str], settings: Mapping[str, int]) -> Iterator[
 
 
 def neighbours(settings: Settings, constexprs: Mapping[str, int]) -> list[Settings]:
-    """Settings with one number twice or half as large that a kernel can be compiled with.
+    """Returns the settings with one number twice or half as large that a kernel can be compiled
+    with.
 
     A product has at least 16 rows, a tile no more pixels than the map padded to it, and there are
     no more warps than parts of 16 by 16 of the product, which they would only repeat.
@@ -193,7 +194,7 @@ class Tuner:
         self.kernels = [item.row.kernel for item in launches if settings_of(item.row)]
 
     def run(self) -> tuple[dict[str, Tensor], list[Launched]]:
-        """Outputs and gradients, and the launches that gave them."""
+        """Returns the outputs and gradients, and the launches that gave them."""
         from operators import evaluate
 
         with recorded() as launches:
@@ -203,7 +204,7 @@ class Tuner:
         return actual, launches
 
     def tune(self, kernel: str) -> list[str]:
-        """The line of the table for a kernel, or none where nothing is faster."""
+        """Returns the line of the table for a kernel, or none where nothing is faster."""
         from coded_resnext.kernels.rows import settings_of, sizes_of
 
         _, launches = self.run()
@@ -231,7 +232,8 @@ class Tuner:
         return [f"    {key}: {entry},  # {1000 * least:.1f} us, {1000 * first:.1f} before"]
 
     def measure(self, key: tuple[str, str, str], kernel: str, settings: Settings) -> float | None:
-        """Milliseconds of a kernel with settings; None where it is not to be used, or untimed."""
+        """Returns the milliseconds of a kernel with settings; None where it is not to be used, or
+        untimed."""
         label = ", ".join(f"{name}={value}" for name, value in settings.items())
         try:
             with entered(key, settings):
@@ -253,7 +255,7 @@ class Tuner:
         return ms
 
     def fault(self, actual: Mapping[str, Tensor]) -> str | None:
-        """How results differ from those of the settings in use."""
+        """Returns how results differ from those of the settings in use."""
         for name, value in actual.items():
             exact = self.expected[name].double()
             size = exact.abs().max().clamp_min(torch.finfo(torch.float32).tiny)

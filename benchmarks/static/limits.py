@@ -207,7 +207,7 @@ BY_VERSION: dict[tuple[str, str], dict[str, Any]] = {
 
 
 def limits_of(kernel: str, window: object = None) -> Limits | None:
-    """The limits of a kernel under the Triton at hand; None where nobody has stated any.
+    """Returns the limits of a kernel under the Triton at hand; None where nobody has stated any.
 
     Args:
         kernel: its function's name.
@@ -243,8 +243,8 @@ THOROUGH = "sm90"
 
 @cache
 def one_of_each(arch: str) -> frozenset[str]:
-    """Names of rows in the dtype of training: one for each piece of code on sm_90, elsewhere one
-    for each line of limits, that which does most on its way.
+    """Returns the names of rows in the dtype of training: one for each piece of code on sm_90,
+    elsewhere one for each line of limits, that which does most on its way.
 
     Of several sizes the one with the least bytes, to which all that a kernel does once is added.
     """
@@ -265,8 +265,8 @@ def one_of_each(arch: str) -> frozenset[str]:
 
 
 def window_of(row: LaunchRow) -> object:
-    """Channels of a window of a row's tiles, and whether it is evaluation's; of the moments all
-    channels, which are one block or several: limits differ."""
+    """Returns the channels of a window of a row's tiles, and whether it is evaluation's; of the
+    moments all channels, which are one block or several: limits differ."""
     sizes = dict(row.constexprs)
     if row.kernel.endswith(":activation_moments"):
         return sizes["CHANNELS"]
@@ -275,7 +275,7 @@ def window_of(row: LaunchRow) -> object:
 
 
 def rows(arch: str) -> Iterator[tuple[str, LaunchRow]]:
-    """Names and rows for an architecture."""
+    """Yields the names and rows for an architecture."""
     yield from shipped_rows(arch)
     yield from conv1x1_rows.operator_rows(arch)
     for stage, sizes in UNCODED_STAGES.items():

@@ -31,12 +31,13 @@ class Instruction:
 
     @property
     def is_matrix(self) -> bool:
-        """Whether it multiplies matrices on tensor cores."""
+        """Returns whether it multiplies matrices on tensor cores."""
         return MATRIX.match(self.name) is not None
 
     @property
     def products(self) -> float:
-        """Multiply-accumulates that a warp does with it on tensor cores, 0 where it does not say.
+        """Returns the multiply-accumulates that a warp does with it on tensor cores, 0 where it
+        does not say.
 
         A Hopper instruction is issued by each of the four warps that share its work.
         """
@@ -48,7 +49,8 @@ class Instruction:
 
     @property
     def global_bytes(self) -> int:
-        """Bytes of global memory that a thread moves with it, 0 for every other instruction.
+        """Returns the bytes of global memory that a thread moves with it, 0 for every other
+        instruction.
 
         A bulk copy (TMA) does not say how much it moves, and counts as 0.
         """
@@ -91,7 +93,8 @@ class Code:
         return sorted(bodies, key=len)
 
     def main_loop(self) -> Sequence[Instruction]:
-        """The smallest loop that multiplies matrices, or else the one that moves most bytes.
+        """Returns the smallest loop that multiplies matrices, or else the one that moves most
+        bytes.
 
         A kernel without a loop that does either is its own main loop.
         """
@@ -104,12 +107,12 @@ class Code:
 
 
 def moved_bytes(body: Sequence[Instruction]) -> int:
-    """Bytes of global memory that a thread moves in one pass through a body."""
+    """Returns the bytes of global memory that a thread moves in one pass through a body."""
     return sum(item.global_bytes for item in body)
 
 
 def load_widths(body: Sequence[Instruction]) -> Counter[int]:
-    """How many global loads of a body have which width, in bytes a thread."""
+    """Returns how many global loads of a body have which width, in bytes a thread."""
     return Counter(
         item.global_bytes
         for item in body
@@ -118,7 +121,7 @@ def load_widths(body: Sequence[Instruction]) -> Counter[int]:
 
 
 def read_code(folder: Path) -> Code:
-    """The code of the kernel whose files lie in a folder of Triton's cache."""
+    """Returns the code of the kernel whose files lie in a folder of Triton's cache."""
     for path in folder.glob("*.cubin"):
         return _read_cubin(path)
     (path,) = folder.glob("*.amdgcn")
@@ -147,7 +150,7 @@ def _parse_sass(text: str) -> Iterator[Instruction]:
 
 
 def _parse_amdgcn(text: str) -> Iterator[Instruction]:
-    """Instructions in order; a label is the address of what follows it."""
+    """Yields instructions in order; a label is the address of what follows it."""
     body = text.partition("s_endpgm")[0]
     labels: dict[str, int] = {}
     code: list[tuple[str, str]] = []

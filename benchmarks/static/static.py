@@ -78,7 +78,7 @@ def measure(
     jobs: int | None,
     source: str = ROWS,
 ) -> list[dict[str, Any]]:
-    """The figures of every row and architecture, with the limits that it breaks."""
+    """Returns the figures of every row and architecture, with the limits that it breaks."""
     built = build(archs, folder, source=source, wanted=wanted, jobs=jobs, gather=False)
     rows = {arch: dict(load_rows(source, arch)) for arch in archs}
     entries = [entry for of_arch in built.values() for entry in of_arch]
@@ -88,7 +88,7 @@ def measure(
 
 
 def figures_of(entry: dict[str, Any], row: Any) -> dict[str, Any]:
-    """What one compiled row is like."""
+    """Returns what one compiled row is like."""
     folder = Path(entry["folder"])
     code = read_code(folder)
     kernel = row.kernel.rpartition(":")[2]
@@ -132,7 +132,7 @@ SHARED = {"sm80": 164, "sm90": 228, "sm100": 228}
 
 
 def programs_held(registers: int, warps: int, shared: int, arch: str) -> int | None:
-    """How many programs a processor of NVIDIA holds at a time, by what they take of it."""
+    """Returns how many programs a processor of NVIDIA holds at a time, by what they take of it."""
     if arch not in SHARED:
         return None
     # Registers are given to a warp by eight a thread.
@@ -149,20 +149,22 @@ COLUMNS = (
 
 
 def as_json(machine: dict[str, Any], figures: Sequence[dict[str, Any]]) -> str:
-    """The figures as the text of a results file: the names of the columns, then the rows."""
+    """Returns the figures as the text of a results file: the names of the columns, then the
+    rows."""
     rows = [json.dumps([row[name] for name in COLUMNS]) for row in figures]
     head = json.dumps({"machine": machine, "columns": COLUMNS}, indent=1).removesuffix("\n}")
     return f'{head},\n "rows": [\n  ' + ",\n  ".join(rows) + "\n ]\n}\n"
 
 
 def read_rows(text: str) -> list[dict[str, Any]]:
-    """The rows of a results file, by the names of their columns."""
+    """Returns the rows of a results file, by the names of their columns."""
     content = json.loads(text)
     return [dict(zip(content["columns"], row, strict=True)) for row in content["rows"]]
 
 
 def loop_clocks(loop: Sequence[Instruction], warps: int, arch: str) -> dict[str, float]:
-    """Clocks of a processor for one pass through a loop: for issuing it, and for its products.
+    """Returns the clocks of a processor for one pass through a loop: for issuing it, and for its
+    products.
 
     A product hides behind the tensor cores what issues in less time than they take.
     """
@@ -174,7 +176,8 @@ def loop_clocks(loop: Sequence[Instruction], warps: int, arch: str) -> dict[str,
 
 
 def instructions_per_byte(code: Code, row: Any) -> float:
-    """Warp instructions that a program spends on a sample, over the bytes that are its share of it.
+    """Returns the warp instructions that a program spends on a sample, over the bytes that are its
+    share of it.
 
     All of its work counts, what comes before the loop over samples divided among them.
     """
@@ -200,7 +203,7 @@ def instructions_per_byte(code: Code, row: Any) -> float:
         return min(sum(_is_inside(body, other) for other in loops), len(levels))
 
     def weight(address: int) -> float:
-        """How often an instruction is issued for all samples of a program together."""
+        """Returns how often an instruction is issued for all samples of a program together."""
         around = [body for body in loops if body[0].address <= address <= body[-1].address]
         if not around:
             return 1.0
@@ -224,12 +227,12 @@ def _is_inside(body: Sequence[Instruction], other: Sequence[Instruction]) -> boo
 
 
 def limits_for(kernel: str, row: Any) -> Limits | None:
-    """The limits of a row's kernel, by the channels of its windows where it has windows."""
+    """Returns the limits of a row's kernel, by the channels of its windows where it has windows."""
     return limits_of(kernel, window_of(row))
 
 
 def faults_of(figures: dict[str, Any], row: Any) -> list[str]:
-    """The limits that a compiled row breaks, in words."""
+    """Returns the limits that a compiled row breaks, in words."""
     limits = limits_for(figures["kernel"], row)
     if limits is None:
         return ["no limits are stated for this kernel"]
@@ -254,13 +257,13 @@ def faults_of(figures: dict[str, Any], row: Any) -> list[str]:
 
 
 def is_aligned(row: Any) -> bool:
-    """Whether windows of channels start at multiples of 16 bytes."""
+    """Returns whether windows of channels start at multiples of 16 bytes."""
     sizes = dict(row.constexprs)
     return 2 * sizes.get("WIDTH", 8) * sizes.get("GROUP", 1) % 16 == 0
 
 
 def table(figures: Sequence[dict[str, Any]]) -> str:
-    """The figures as text, one line a row."""
+    """Returns the figures as text, one line a row."""
     head = (
         "kernel",
         "arch",

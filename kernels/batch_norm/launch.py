@@ -89,7 +89,7 @@ def merged(partial: Tensor, kernels: bool) -> Tensor:
 
 
 def _merged(partial: Tensor) -> Tensor:
-    """Chan's formula; a part without values has no mean."""
+    """Merges all parts by Chan's formula; a part without values has no mean."""
     counts, sums, m2 = partial.unbind(1)
     count, total = counts.sum(0), sums.sum(0)
     apart = sums / counts.clamp_min(1) - total / count

@@ -35,7 +35,7 @@ def _row(kernel: str, channels: int, args: tuple[Argument, ...], **constexprs: i
 
 @cache
 def merge_statistics(channels: int) -> LaunchRow:
-    """Settings of `kernel.merge_statistics`."""
+    """Returns the settings of `kernel.merge_statistics`."""
     return _row("merge_statistics", channels, ("*fp32", "*fp32", 960))
 
 
@@ -43,8 +43,8 @@ def merge_statistics(channels: int) -> LaunchRow:
 def batch_norm(
     channels: int, weight: bool = True, bias: bool = True, running: bool = True
 ) -> LaunchRow:
-    """Settings of `kernel.batch_norm`, for a layer with or without a weight, a bias, and running
-    statistics to be brought up to date."""
+    """Returns the settings of `kernel.batch_norm`, for a layer with or without a weight, a bias,
+    and running statistics to be brought up to date."""
     args = ("*fp32", "*fp32", "*fp32", *layer_arguments(weight, bias, running), 960)
     return _row("batch_norm", channels, args)
 
@@ -58,7 +58,8 @@ def layer_arguments(weight: bool, bias: bool, running: bool) -> tuple[Argument, 
 
 @cache
 def batch_norm_backward(channels: int, rows: int = 2, scale: int = 1) -> LaunchRow:
-    """Settings of `kernel.batch_norm_backward`: rows of the sums, and which is of the scale."""
+    """Returns the settings of `kernel.batch_norm_backward`: rows of the sums, and which is of the
+    scale."""
     args = ("*fp32", "*fp32", "*fp32", "*fp32", 960)
     return _row("batch_norm_backward", channels, args, ROWS=rows, SCALE=scale)
 

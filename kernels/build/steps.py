@@ -66,11 +66,12 @@ class StubDriver:
         return {"max_shared_mem": 1 << 30, "multiprocessor_count": 1}
 
     def load_binary(self, *_arguments: Any) -> tuple[object, object, int, int, int]:
-        """Module, function, registers, spills and threads of a kernel that nobody will run."""
+        """Returns module, function, registers, spills and threads of a kernel that nobody will
+        run."""
         return object(), object(), 0, 0, 1024
 
     def unload_module(self, _module: object) -> None:
-        """Nothing was loaded."""
+        """Does nothing, since nothing was loaded."""
 
     def launcher_cls(self, _source: object, metadata: Any) -> Any:
         return lambda *_arguments: self.launches.append(metadata.name)

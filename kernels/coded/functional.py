@@ -121,7 +121,7 @@ def normalized_branches(
     normalize: bool = True,
     form: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """What comes before the convolution of `coded_aggregate`, for who has a layer to apply.
+    """Returns what comes before the convolution of `coded_aggregate`, for a caller with a layer to apply.
 
     Args:
         h, weight, branches, drop_mask, keep_mask, aggregation: as for `coded_aggregate`.

@@ -26,7 +26,7 @@ def _is_channels_last(x: Tensor) -> bool:
 
 @without_autocast
 def branch_grams(h: Tensor, branches: int) -> Tensor:
-    """`G[b, n] = h_n h_n^T` over the pixels: `[B, N*D, H, W]` to `[B, N, D, D]`."""
+    """Returns `G[b, n] = h_n h_n^T` over the pixels: `[B, N*D, H, W]` to `[B, N, D, D]`."""
     batch, channels, height, width = h.shape
     depth, pixels = channels // branches, height * width
     if _is_channels_last(h):
@@ -40,7 +40,7 @@ def branch_grams(h: Tensor, branches: int) -> Tensor:
 
 
 def apply_per_branch(matrices: Tensor, h: Tensor) -> Tensor:
-    """`A[b, n] h_n` for symmetric `A [B, N, D, D]`: a tensor like `h [B, N*D, H, W]`."""
+    """Returns `A[b, n] h_n` for symmetric `A [B, N, D, D]`: a tensor like `h [B, N*D, H, W]`."""
     batch, branches, depth, _ = matrices.shape
     height, width = h.shape[2:]
     if _is_channels_last(h):
@@ -248,7 +248,8 @@ class _NormalizeBranches(torch.autograd.Function):
 
 
 def _per_channel(scale: Tensor, depth: int) -> Tensor:
-    """`[B, N]`, or `[B, 1]` where all branches share one, broadcast over `[B, N*D, H, W]`."""
+    """Returns `[B, N]`, or `[B, 1]` where all branches share one, broadcast over `[B, N*D, H,
+    W]`."""
     if scale.shape[1] > 1:
         scale = scale.repeat_interleave(depth, 1)
     return scale[:, :, None, None]
@@ -295,7 +296,7 @@ def normalized_branches(
 
 
 def split_weight(weight: Tensor, branches: int, *, concatenate: bool) -> Tensor:
-    """One matrix per branch, `[N, C, D]` (`[N, C/N, D]` when concatenated), a view."""
+    """Returns one matrix per branch, `[N, C, D]` (`[N, C/N, D]` when concatenated), a view."""
     if concatenate:
         return weight.reshape(branches, -1, weight.shape[1])
     return weight.reshape(weight.shape[0], branches, -1).transpose(0, 1)

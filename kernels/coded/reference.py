@@ -46,7 +46,7 @@ def coded_aggregate(
     *,
     concatenate: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Energies, normalisation, DropSubNNs and branch sum, (1)-(6) and (10).
+    """Returns energies, normalisation, DropSubNNs and branch sum, (1)-(6) and (10).
 
     Args:
         h: `[B, N*D, H, W]`, the activations of all branches.
@@ -70,7 +70,7 @@ def aggregate_outputs(
     *,
     concatenate: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """What `coded_aggregate` returns, from branch outputs `[B, N, C, H, W]`."""
+    """Returns what `coded_aggregate` returns, from branch outputs `[B, N, C, H, W]`."""
     dtype, accumulate = outputs.dtype, accumulation_dtype(outputs.dtype)
     outputs = outputs.to(accumulate)
     if keep_mask is not None:

@@ -31,7 +31,8 @@ def _energy_row(
     passes: int,
     samples: int = SAMPLES_PER_PROGRAM,
 ) -> LaunchRow:
-    """A kernel over (samples, windows): one warp a window, since more would repeat its product.
+    """Returns a kernel over (samples, windows): one warp a window, since more would repeat its
+    product.
 
     Windows of 64 channels take two warps for their registers. `pixels` are the most pixels of a
     tile by the channels of a window, `passes` the tensors of the activations' size that are moved.
@@ -58,7 +59,7 @@ def _energy_row(
 
 @cache
 def energy_forward(sizes: CodedSizes, variant: Variant) -> LaunchRow:
-    """Settings of `energy.energy_forward`: 64 pixels keep several wide loads in flight.
+    """Returns the settings of `energy.energy_forward`: 64 pixels keep several wide loads in flight.
 
     In float32 32 do, and where products are unrolled for sm100, 64 would spill.
     """
@@ -82,7 +83,8 @@ def energy_forward(sizes: CodedSizes, variant: Variant) -> LaunchRow:
 
 @cache
 def energy_backward(sizes: CodedSizes, variant: Variant) -> LaunchRow:
-    """Settings of `energy.energy_backward`: smaller tiles, for the registers of its sums."""
+    """Returns the settings of `energy.energy_backward`: smaller tiles, for the registers of its
+    sums."""
     return _energy_row(
         "coded.energy:energy_backward",
         (
@@ -103,7 +105,8 @@ def energy_backward(sizes: CodedSizes, variant: Variant) -> LaunchRow:
 
 @cache
 def weighted_gram(sizes: CodedSizes, variant: Variant) -> LaunchRow:
-    """Settings of `energy.weighted_gram`: the forward pass with a second matrix to keep.
+    """Returns the settings of `energy.weighted_gram`: the forward pass with a second matrix to
+    keep.
 
     For sm100 the compiler spills tiles of 32 by 32. Windows of 16 channels have half the samples of
     a program, so that twice as many programs wait; of wider ones the partial sums would be as many
@@ -158,8 +161,8 @@ def _shared_tile(variant: Variant, backward: bool) -> tuple[int, int]:
 
 
 def _row(sizes: CodedSizes, variant: Variant, windows: int, backward: bool = False) -> LaunchRow:
-    """The forward row, or what the backward one takes over: a program a sample, a warp a window of
-    16 pixels where several warps do not share one."""
+    """Returns the forward row, or what the backward one takes over: a program a sample, a warp a
+    window of 16 pixels where several warps do not share one."""
     cut = Windows.of(sizes)
     block_p, warps = 16, windows
     if cut.block_k > 32:
@@ -189,13 +192,14 @@ def _row(sizes: CodedSizes, variant: Variant, windows: int, backward: bool = Fal
 
 @cache
 def aggregate_forward(sizes: CodedSizes, variant: Variant) -> LaunchRow:
-    """Settings of `aggregate.aggregate_forward`."""
+    """Returns the settings of `aggregate.aggregate_forward`."""
     return tuned(_row(sizes, variant, _windows_per_program(sizes)), variant.arch)
 
 
 @cache
 def aggregate_backward(sizes: CodedSizes, variant: Variant) -> LaunchRow:
-    """Settings of `aggregate.aggregate_backward`: the rules are those of the forward pass.
+    """Returns the settings of `aggregate.aggregate_backward`: the rules are those of the forward
+    pass.
 
     But for float32, of which eight windows would spill.
     """

@@ -68,7 +68,7 @@ def forward(
     statistics: bool,
     passes: Passes,
 ) -> tuple[Tensor, Tensor | None]:
-    """`y = W relu(scale x + bias)` at every pixel; without `scale` and `bias`, `y = W x`.
+    """Computes `y = W relu(scale x + bias)` at every pixel; without `scale` and `bias`, `y = W x`.
 
     `x [B, I, H, W]`, `weight [O, I, 1, 1]`, `scale` and `bias [I]`.
 
@@ -155,7 +155,7 @@ def join(
     keep_signs: bool,
     passes: Passes,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """`x = relu(scale y + bias + residual)`, `z = W x`.
+    """Computes `x = relu(scale y + bias + residual)`, `z = W x`.
 
     `y`, `residual [B, I, H, W]`, `weight [O, I, 1, 1]`; the others `[I]`. With `residual_scale` and
     `residual_bias` it is `residual_scale residual + residual_bias` that is added.

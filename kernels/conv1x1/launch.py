@@ -32,7 +32,7 @@ def sizes_of(weight: Tensor, *, join: bool = False) -> ProductSizes:
 def forward(
     x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, statistics: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """`y [B, O, H, W]`, channels-last, and its (count, sum, M2) in parts, `[parts, 3, O]`.
+    """Returns `y [B, O, H, W]`, channels-last, and its (count, sum, M2) in parts, `[parts, 3, O]`.
 
     Args:
         x: `[B, I, H, W]`; copied unless channels-last.
@@ -70,7 +70,8 @@ def join_forward(
     statistics: bool,
     keep_signs: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """`x = relu(scale y + bias + residual)`, `z = W x`, the statistics of `z` and the signs of `x`.
+    """Returns `x = relu(scale y + bias + residual)`, `z = W x`, the statistics of `z` and the signs
+    of `x`.
 
     Arguments and results as for `convolution.join`.
     """
@@ -115,8 +116,8 @@ def input_gradient(
     level: Tensor | None,
     keep_output_gradient: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """The gradient of `x [B, I, H, W]`, those of `bias` and `scale`, `[parts, 2, I]`, and with
-    `keep_output_gradient` `gain grad + curve y + level`; or `grad` itself if it is not wanted.
+    """Returns the gradient of `x [B, I, H, W]`, those of `bias` and `scale`, `[parts, 2, I]`, and
+    with `keep_output_gradient` `gain grad + curve y + level`; or `grad` itself if it is not wanted.
 
     Arguments as for `convolution.backward`.
     """
@@ -171,9 +172,9 @@ def join_input_gradient(
     level: Tensor | None,
     keep_output_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradient `g` behind the ReLU of a join, and that of its output as `input_gradient` gives
-    it; between them the sums of `g`, of `g y` and of `g residual` where there are these, `[parts,
-    1 to 3, I]`. Arguments as for `convolution.join_backward`."""
+    """Returns the gradient `g` behind the ReLU of a join, and that of its output as
+    `input_gradient` gives it; between them the sums of `g`, of `g y` and of `g residual` where
+    there are these, `[parts, 1 to 3, I]`. Arguments as for `convolution.join_backward`."""
     sizes = sizes_of(weight, join=True)
     keeps = keep_output_gradient and (z is not None or gain is not None)
     variant = variant_of(
@@ -221,8 +222,8 @@ def weight_gradient(
     bias: Tensor | None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """The gradient of the weight `[O, I, 1, 1]`: `grad relu(scale x + bias)^T` over all pixels, in
-    the dtype of the weight or another one."""
+    """Returns the gradient of the weight `[O, I, 1, 1]`: `grad relu(scale x + bias)^T` over all
+    pixels, in the dtype of the weight or another one."""
     sizes = sizes_of(weight)
     variant = variant_of(x, affine=scale is not None)
     tile = conv1x1_rows.weight_tile(sizes, variant)

@@ -29,32 +29,33 @@ def reference(
 
 
 def _matrix(x: Tensor) -> Tensor:
-    """`[B, C, H, W]` as `[B*H*W, C]`."""
+    """Returns `[B, C, H, W]` as `[B*H*W, C]`."""
     return as_rows(x).flatten(0, 2)
 
 
 def _images(rows: Tensor, like: Tensor) -> Tensor:
-    """`[B*H*W, C]` as `[B, C, H, W]`, with the map of another tensor."""
+    """Returns `[B*H*W, C]` as `[B, C, H, W]`, with the map of another tensor."""
     batch, _, height, width = like.shape
     return rows.view(batch, height, width, rows.shape[1]).permute(0, 3, 1, 2)
 
 
 @without_autocast
 def forward(x: Tensor, weight: Tensor) -> Tensor:
-    """`y = W x` at every pixel."""
+    """Returns `y = W x` at every pixel."""
     return _images(_matrix(x) @ weight.flatten(1).t(), x)
 
 
 @without_autocast
 def activated(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """`relu(W x + bias)` at every pixel; `bias [O]` in the dtype of `x`."""
+    """Returns `relu(W x + bias)` at every pixel; `bias [O]` in the dtype of `x`."""
     # cuBLAS adds the bias and applies the ReLU to what it has in registers.
     return _images(torch._addmm_activation(bias, _matrix(x), weight.flatten(1).t()), x)
 
 
 @without_autocast
 def input_gradient(grad: Tensor, weight: Tensor, more: Tensor | None = None) -> Tensor:
-    """`W^T grad` at every pixel, with another gradient `[B, I, H, W]` added by the product."""
+    """Returns `W^T grad` at every pixel, with another gradient `[B, I, H, W]` added by the
+    product."""
     if more is None:
         return _images(_matrix(grad) @ weight.flatten(1), grad)
     return _images(torch.addmm(_matrix(more), _matrix(grad), weight.flatten(1)), grad)
@@ -62,20 +63,21 @@ def input_gradient(grad: Tensor, weight: Tensor, more: Tensor | None = None) -> 
 
 @without_autocast
 def weight_gradient(grad: Tensor, x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """`grad x^T`, summed over the pixels, in the shape of the weight and in another dtype."""
+    """Returns `grad x^T`, summed over the pixels, in the shape of the weight and in another
+    dtype."""
     if dtype == accumulation_dtype(grad.dtype) and _sums_wide(grad):
         return wide_sums(grad, x).view_as(weight)
     return (_matrix(grad).t() @ _matrix(x)).view_as(weight).to(dtype)
 
 
 def wide_sums(grad: Tensor, x: Tensor) -> Tensor:
-    """`grad x^T`, summed over the pixels, `[O, I]` in the accumulation dtype."""
+    """Returns `grad x^T`, summed over the pixels, `[O, I]` in the accumulation dtype."""
     return _wide_product(_matrix(grad), _matrix(x))
 
 
 def moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Of `[B, I, H, W]`, over all pixels: the mean `[I]`, and the sums of the products of the
-    deviations from it, `[I, I]`, both in the accumulation dtype."""
+    """Returns for `[B, I, H, W]`, over all pixels, the mean `[I]`, and the sums of the products of
+    the deviations from it, `[I, I]`, both in the accumulation dtype."""
     rows = _matrix(x)
     wide = rows.to(accumulation_dtype(x.dtype))
     mean = wide.mean(0)
@@ -87,7 +89,7 @@ def moments(x: Tensor) -> tuple[Tensor, Tensor]:
 def moments_gradient(
     grad: Tensor, weight: Tensor, square: Tensor, shift: Tensor, x: Tensor
 ) -> Tensor:
-    """`W^T grad + Q x + t` at every pixel, `[B, I, H, W]`.
+    """Returns `W^T grad + Q x + t` at every pixel, `[B, I, H, W]`.
 
     `grad [B, O, H, W]`; in the accumulation dtype `weight [O, I]`, symmetric `square [I, I]`,
     `shift [I]`.
@@ -104,13 +106,13 @@ def moments_gradient(
 
 
 def _sums_wide(x: Tensor) -> bool:
-    """Whether a product may have a wider dtype than its factors, as cuBLAS's may."""
+    """Returns whether a product may have a wider dtype than its factors, as cuBLAS's may."""
     return x.is_cuda and torch.version.hip is None
 
 
 @without_autocast
 def _wide_product(left: Tensor, right: Tensor) -> Tensor:
-    """`left^T right` of matrices with a row for each pixel, in the accumulation dtype."""
+    """Returns `left^T right` of matrices with a row for each pixel, in the accumulation dtype."""
     wide = accumulation_dtype(left.dtype)
     if wide != left.dtype and _sums_wide(left):
         return torch.mm(left.t(), right, out_dtype=wide)

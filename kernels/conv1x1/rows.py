@@ -62,14 +62,16 @@ _RESIDENT = 256
 
 
 def fitted(tile: Tile, rows: int, columns: int) -> Tile:
-    """A tile no larger than what there is, and no smaller than a product of tensor cores."""
+    """Returns a tile no larger than what there is, and no smaller than a product of tensor
+    cores."""
     m = tile.m if rows == 0 else min(tile.m, max(16, next_power_of_2(rows)))
     n = min(tile.n, max(16, next_power_of_2(columns)))
     return replace(tile, m=m, n=n)
 
 
 def map_tile(reduced: int, columns: int, variant: Variant) -> Tile:
-    """The tile of a pass over the pixels that sums over channels, given the sizes of the weight."""
+    """Returns the tile of a pass over the pixels that sums over channels, given the sizes of the
+    weight."""
     if variant.dtype == "fp32":
         k = min(_SINGLE.k, max(16, next_power_of_2(reduced)))
         return fitted(replace(_SINGLE, k=k), 0, columns)
@@ -185,7 +187,7 @@ EXAMPLE_PIXELS = 1600
 
 @cache
 def forward(sizes: ProductSizes, variant: Variant) -> LaunchRow:
-    """Settings of `forward.product_forward`."""
+    """Returns the settings of `forward.product_forward`."""
     vector = "*fp32" if variant.affine else None
     tensors = (
         variant.pointer(),
@@ -203,7 +205,7 @@ def forward(sizes: ProductSizes, variant: Variant) -> LaunchRow:
 
 @cache
 def join_forward(sizes: ProductSizes, variant: Variant) -> LaunchRow:
-    """Settings of `forward.join_forward`."""
+    """Returns the settings of `forward.join_forward`."""
     vector = "*fp32" if variant.affine else None
     tensors = (
         variant.pointer(),
@@ -224,7 +226,8 @@ def join_forward(sizes: ProductSizes, variant: Variant) -> LaunchRow:
 
 
 def _output_gradient(variant: Variant) -> tuple[tuple[Argument, ...], int]:
-    """The pointers around the gradient of the output, and how many tensors of its size they are."""
+    """Returns the pointers around the gradient of the output, and how many tensors of its size they
+    are."""
     vector = "*fp32" if variant.statistics else None
     pointers = (
         variant.pointer(),
@@ -238,7 +241,7 @@ def _output_gradient(variant: Variant) -> tuple[tuple[Argument, ...], int]:
 
 @cache
 def input_gradient(sizes: ProductSizes, variant: Variant) -> LaunchRow:
-    """Settings of `backward.product_input_gradient`."""
+    """Returns the settings of `backward.product_input_gradient`."""
     vector = "*fp32" if variant.affine else None
     pointers, narrow = _output_gradient(variant)
     tensors = (
@@ -259,7 +262,7 @@ def input_gradient(sizes: ProductSizes, variant: Variant) -> LaunchRow:
 
 @cache
 def join_input_gradient(sizes: ProductSizes, variant: Variant) -> LaunchRow:
-    """Settings of `backward.join_input_gradient`."""
+    """Returns the settings of `backward.join_input_gradient`."""
     pointers, narrow = _output_gradient(variant)
     tensors = (
         variant.pointer(),
@@ -282,7 +285,7 @@ def join_input_gradient(sizes: ProductSizes, variant: Variant) -> LaunchRow:
 
 @cache
 def weight_gradient(sizes: ProductSizes, variant: Variant) -> LaunchRow:
-    """Settings of `backward.product_weight_gradient`."""
+    """Returns the settings of `backward.product_weight_gradient`."""
     vector = "*fp32" if variant.affine else None
     tensors = ("*fp32", variant.pointer(), variant.pointer(), vector, vector)
     kernel = "conv1x1.backward:product_weight_gradient"
@@ -341,8 +344,8 @@ PAPER_JOINS = {
 
 
 def operator_rows(arch: str) -> Iterator[tuple[str, LaunchRow]]:
-    """Rows that the operators launch for these layers in bfloat16, where BatchNorm has its
-    statistics from the output. Steps of training launch those of kernels/recompute/rows.py."""
+    """Yields the rows that the operators launch for these layers in bfloat16, where BatchNorm has
+    its statistics from the output. Steps of training launch those of kernels/recompute/rows.py."""
     # The gradient of what ends a block comes without its factor.
     between = Variant(affine=True, statistics=True, gain=True, output_gradient=True, arch=arch)
     for stage, (inputs, outputs) in PAPER_CONVOLUTIONS.items():

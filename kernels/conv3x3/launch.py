@@ -45,7 +45,8 @@ def forward(
     statistics: bool,
     packed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """`y [B, N*D, OH, OW]`, channels-last, and its (count, sum, M2) in parts, `[parts, 3, N*D]`.
+    """Returns `y [B, N*D, OH, OW]`, channels-last, and its (count, sum, M2) in parts, `[parts, 3,
+    N*D]`.
 
     Args:
         x: `[B, N*D, H, W]`; copied unless channels-last and of a width that needs no padding.
@@ -87,7 +88,8 @@ def folded_forward(
     keep: Tensor | None,
     form: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """`h = keep relu(conv(x) + after)`, channels-last, and the sums over pixels of `h^T Q_n h`.
+    """Computes `h = keep relu(conv(x) + after)`, channels-last, and the sums over pixels of `h^T
+    Q_n h`.
 
     Args:
         x, weight, sizes: as for `forward`.
@@ -139,8 +141,8 @@ def _energy_shape(h: Tensor, sizes: GroupedSizes, part_rows: int) -> tuple[int, 
 
 
 def _pack_form(form: Tensor, sizes: GroupedSizes, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The forms as the kernel reads them, `[windows, 1 or 2, BLOCK_K, BLOCK_K]`, and `[N]`, the
-    largest element of each, by which they are divided.
+    """Returns the forms as the kernel reads them, `[windows, 1 or 2, BLOCK_K, BLOCK_K]`, and `[N]`,
+    the largest element of each, by which they are divided.
 
     A second term has what 16 bits leave of the first, so that the sum has twice their precision.
     """
@@ -172,7 +174,8 @@ def input_gradient(
     bias: Tensor | None,
     packed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """The gradient of `x [B, N*D, H, W]`, and those of `bias` and `scale`, `[parts, 2, N*D]`.
+    """Returns the gradient of `x [B, N*D, H, W]`, and those of `bias` and `scale`, `[parts, 2,
+    N*D]`.
 
     Args:
         grad: of the output, `[B, N*D, OH, OW]`.
@@ -260,7 +263,7 @@ def _variant(x: Tensor, **options: bool) -> Variant:
 
 
 def _parts(rows: Tensor, *, pairs: bool) -> tuple[int, int]:
-    """Parts of the work on a map `[B, H, W, C]`, and the rows of each."""
+    """Returns the parts of the work on a map `[B, H, W, C]`, and the rows of each."""
     batch, height, width, _ = rows.shape
     segments = -(-height // MOST_ROWS)
     part_rows = -(-height // segments)
@@ -303,7 +306,8 @@ def pack(
 
 
 def _rows(x: Tensor, sizes: GroupedSizes, name: str = "x") -> Tensor:
-    """`[B, N*D, H, W]` as rows of padded channels, `[B, H, W, windows * channels]`, at 16 bytes."""
+    """Returns `[B, N*D, H, W]` as rows of padded channels, `[B, H, W, windows * channels]`, at 16
+    bytes."""
     check_filled(name, x)
     if not GroupedWindows.of(sizes).fit(sizes):
         return _padded(as_rows(x), sizes)
@@ -311,7 +315,7 @@ def _rows(x: Tensor, sizes: GroupedSizes, name: str = "x") -> Tensor:
 
 
 def _vectors(sizes: GroupedSizes, *vectors: Tensor | None) -> list[Tensor | None]:
-    """Numbers per channel in float32, padded with zeros as the channels are."""
+    """Returns numbers per channel in float32, padded with zeros as the channels are."""
     fit = GroupedWindows.of(sizes).fit(sizes)
     wide = [as_float32(vector) for vector in vectors]
     return [v if v is None or fit else _padded(v, sizes) for v in wide]
@@ -335,5 +339,5 @@ def _channels(values: Tensor, sizes: GroupedSizes) -> Tensor:
 
 
 def _images(rows: Tensor, sizes: GroupedSizes) -> Tensor:
-    """Rows of padded channels as `[B, N*D, H, W]`, channels-last."""
+    """Returns the rows of padded channels as `[B, N*D, H, W]`, channels-last."""
     return _channels(rows, sizes).permute(0, 3, 1, 2)

@@ -79,7 +79,8 @@ def merged_weight(weight: Tensor, together: int, dtype: torch.dtype) -> Tensor:
 
 
 def _has_memory(weight: Tensor) -> bool:
-    """Whether a weight is neither traced nor fake, so that one launch can write into memory."""
+    """Returns whether a weight is neither traced nor fake, so that one launch can write into
+    memory."""
     return not torch.compiler.is_compiling() and type(weight) in (Tensor, nn.Parameter)
 
 

@@ -134,7 +134,8 @@ def grouped_conv3x3_backward(
     need_weight: bool,
     kernels: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients for that of the output, `grad + curve y + level` with `curve`, `level [N*D]`.
+    """Returns the gradients for that of the output, `grad + curve y + level` with `curve`, `level
+    [N*D]`.
 
     Returns:
         The gradient of `x` and `[2, N*D]`, those of `bias` and `scale`, and the gradient of

@@ -109,11 +109,12 @@ class GroupedWindows:
 
     @property
     def warps(self) -> int:
-        """One warp for 16 channels: more registers a thread would spill."""
+        """Returns one warp for 16 channels: more registers a thread would spill."""
         return self.block_k // 16
 
     def fit(self, sizes: GroupedSizes) -> bool:
-        """Whether the windows tile the channels as they are, so that nothing has to be copied."""
+        """Returns whether the windows tile the channels as they are, so that nothing has to be
+        copied."""
         return self.padded == sizes.width and self.count * self.group == sizes.groups
 
 
@@ -226,7 +227,7 @@ _WAITING = ("sm90", "cpu")
 
 
 def _asks_ahead(sizes: GroupedSizes, variant: Variant, windows: tuple[int, ...]) -> bool:
-    """Whether a kernel over windows of so many channels asks for rows ahead.
+    """Returns whether a kernel over windows of so many channels asks for rows ahead.
 
     Never over windows of 24, which compute on 32: they issue as much as a GPU can while their
     bytes come, and asking ahead takes more.
@@ -237,13 +238,14 @@ def _asks_ahead(sizes: GroupedSizes, variant: Variant, windows: tuple[int, ...])
 
 
 def _weight_asks_ahead(sizes: GroupedSizes, variant: Variant) -> bool:
-    """As `_asks_ahead`; with windows of 32 channels no registers are left for another row."""
+    """Returns the same for the gradient of the weight; with windows of 32 channels no registers are
+    left for another row."""
     return _asks_ahead(sizes, variant, (16,))
 
 
 @cache
 def forward(sizes: GroupedSizes, variant: Variant) -> LaunchRow:
-    """Settings of `forward.forward_stride1` and `forward_stride2`."""
+    """Returns the settings of `forward.forward_stride1` and `forward_stride2`."""
     vector = "*fp32" if variant.affine else None
     tensors = (
         variant.pointer(),
@@ -273,7 +275,7 @@ def forward(sizes: GroupedSizes, variant: Variant) -> LaunchRow:
 
 @cache
 def input_gradient(sizes: GroupedSizes, variant: Variant) -> LaunchRow:
-    """Settings of `backward.input_gradient_stride1` and `_stride2`."""
+    """Returns the settings of `backward.input_gradient_stride1` and `_stride2`."""
     vector = "*fp32" if variant.affine else None
     coefficient = "*fp32" if variant.statistics else None
     tensors = (
@@ -297,7 +299,7 @@ def input_gradient(sizes: GroupedSizes, variant: Variant) -> LaunchRow:
 
 @cache
 def weight_gradient(sizes: GroupedSizes, variant: Variant) -> LaunchRow:
-    """Settings of `weight.weight_gradient_stride1` and `_stride2`."""
+    """Returns the settings of `weight.weight_gradient_stride1` and `_stride2`."""
     vector = "*fp32" if variant.affine else None
     coefficient = "*fp32" if variant.statistics else None
     tensors = (
@@ -351,8 +353,8 @@ def _weights(sizes: GroupedSizes, last: bool) -> tuple[tuple[str, int], ...]:
 def pack_weights(
     sizes: GroupedSizes, dtype: Dtype, own: Dtype, *, last: bool, others: int = 0
 ) -> LaunchRow:
-    """Settings of `weight.pack_weights`: a weight in a dtype of its own, channels-last or not, and
-    so many others that are rounded."""
+    """Returns the settings of `weight.pack_weights`: a weight in a dtype of its own, channels-last
+    or not, and so many others that are rounded."""
     windows = GroupedWindows.of(sizes)
     return LaunchRow(
         kernel="conv3x3.weight:pack_weights",
@@ -376,7 +378,8 @@ def pack_weights(
 
 @cache
 def reduce_weight_gradient(sizes: GroupedSizes, dtype: Dtype, *, last: bool) -> LaunchRow:
-    """Settings of `weight.reduce_weight_gradient`, for a gradient that is channels-last or not."""
+    """Returns the settings of `weight.reduce_weight_gradient`, for a gradient that is channels-last
+    or not."""
     return LaunchRow(
         kernel="conv3x3.weight:reduce_weight_gradient",
         args=(f"*{dtype}", "*fp32", 128),

@@ -23,7 +23,7 @@ class LossSizes:
 
 @cache
 def coding_loss(sizes: LossSizes) -> LaunchRow:
-    """Settings of `loss.coding_loss`: small tiles, since a batch has few samples.
+    """Returns the settings of `loss.coding_loss`: small tiles, since a batch has few samples.
 
     Without fused multiplications and additions: they put one of the powers of a sum unrounded into
     the other's addition, so that lanes that add the same two numbers come to different sums, and

@@ -39,12 +39,14 @@ class Moments(NamedTuple):
 
 
 def _precise(weight: Tensor) -> Tensor:
-    """`[O, I]` in float64: products of such matrices are small, and TF32 may be on for float32."""
+    """Returns `[O, I]` in float64: products of such matrices are small, and TF32 may be on for
+    float32."""
     return weight.flatten(1).double()
 
 
 def _by_kernels(passes: Passes) -> bool:
-    """Whether Triton kernels compute statistics and their gradients, as all that is pointwise."""
+    """Returns whether Triton kernels compute statistics and their gradients, as all that is
+    pointwise."""
     return passes.forward or passes.pointwise
 
 
@@ -107,7 +109,7 @@ def join(
     keep_signs: bool,
     passes: Passes,
 ) -> tuple[Tensor, Tensor | None]:
-    """`joined = relu(scale W relu(x_scale x + x_bias) + bias + residual)`, and its signs.
+    """Returns `joined = relu(scale W relu(x_scale x + x_bias) + bias + residual)`, and its signs.
 
     Args:
         x, x_scale, x_bias, weight: `[B, I, H, W]`, `[I]`, `[O, I, 1, 1]`.
@@ -147,8 +149,8 @@ def product_sums(
     bias: Tensor | None,
     passes: Passes,
 ) -> Tensor:
-    """The sums over the pixels of `grad relu(scale x + bias)^T`, `[O, I]`, not rounded to the dtype
-    of `weight`, which is there for its shape."""
+    """Returns the sums over the pixels of `grad relu(scale x + bias)^T`, `[O, I]`, not rounded to
+    the dtype of `weight`, which is there for its shape."""
     check_filled("x", x)
     if passes.weight:
         wide = accumulation_dtype(x.dtype)

@@ -42,7 +42,8 @@ def product_join(
     keep_signs: bool,
     factor: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """`relu(factor out_scale (W relu(scale x + bias)) + out_bias + residual)` and its signs.
+    """Computes `relu(factor out_scale (W relu(scale x + bias)) + out_bias + residual)` and its
+    signs.
 
     Args:
         x: `[B, I, H, W]`; copied unless channels-last.
@@ -95,8 +96,8 @@ def product_join(
 
 
 def moments(x: Tensor, scale: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The mean `[I]` and the scatter `[I, I]` of `a = relu(scale x + bias)` over all pixels: the
-    sum of `(a - mean)(a - mean)^T`, both float32.
+    """Returns the mean `[I]` and the scatter `[I, I]` of `a = relu(scale x + bias)` over all
+    pixels: the sum of `(a - mean)(a - mean)^T`, both float32.
 
     Args:
         x: `[B, I, H, W]`; copied unless channels-last.
@@ -135,7 +136,7 @@ def moments(x: Tensor, scale: Tensor | None, bias: Tensor | None) -> tuple[Tenso
 def product_statistics(
     weight: Tensor, mean: Tensor, scatter: Tensor, pixels: int
 ) -> tuple[Tensor, Tensor]:
-    """The (count, sum, M2) of `W a`, `[1, 3, O]`, and `W S`, `[O, I]`, both float32.
+    """Returns the (count, sum, M2) of `W a`, `[1, 3, O]`, and `W S`, `[O, I]`, both float32.
 
     Args:
         weight: `[O, I, 1, 1]` in the dtype of the activations.
@@ -150,7 +151,7 @@ def product_statistics(
 def product_norm(
     weight: Tensor, mean: Tensor, scatter: Tensor, norm: Norm, pixels: int
 ) -> tuple[Normalization, Tensor]:
-    """What a BatchNorm makes of `product_statistics`, and `W S`, in one launch."""
+    """Returns what a BatchNorm makes of `product_statistics`, and `W S`, in one launch."""
     made = Normalization(
         empty_float32(weight, 2, len(weight)), empty_float32(weight, 4, len(weight))
     )
@@ -182,7 +183,7 @@ def _product_statistics(
 
 
 def map_gradients(of_bias: Tensor, of_product: Tensor, weight: Tensor) -> Tensor:
-    """The gradients of bias and scale behind the product, `[1, 2, O]` float32.
+    """Returns the gradients of bias and scale behind the product, `[1, 2, O]` float32.
 
     Args:
         of_bias: that of the bias, `[O]`.
@@ -212,8 +213,8 @@ def weight_gradients(
     pixels: int,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """The gradient of the weight in a dtype, in its shape, where that of `y = W a` is
-    `gain grad + curve y + level`; and `gain W`, `[O, I]` in the dtype of the weight.
+    """Returns the gradient of the weight in a dtype, in its shape, where that of `y = W a` is `gain
+    grad + curve y + level`; and `gain W`, `[O, I]` in the dtype of the weight.
 
     Args:
         of_product, weight: as for `map_gradients`.
@@ -235,7 +236,7 @@ def norm_gradients(
     pixels: int,
     dtype: torch.dtype,
 ) -> tuple[NormGradients, tuple[Tensor, Tensor]]:
-    """The gradients of a BatchNorm behind the product and, as they follow from these,
+    """Returns the gradients of a BatchNorm behind the product and, as they follow from these,
     `weight_gradients`, in one launch.
 
     Args:
@@ -281,7 +282,8 @@ def _weight_gradients(
 
 
 def moments_gradients(weight: Tensor, curve: Tensor, level: Tensor) -> tuple[Tensor, Tensor]:
-    """`Q = W^T curve W`, `[I, I]`, and `t = W^T level`, `[I]`, as `moments_gradient` takes them.
+    """Returns `Q = W^T curve W`, `[I, I]`, and `t = W^T level`, `[I]`, as `moments_gradient` takes
+    them.
 
     Q has the dtype of the weight, in float16 float32.
     """
@@ -309,8 +311,9 @@ def moments_gradient(
     scale: Tensor | None,
     bias: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
-    """The gradient of `x [B, I, H, W]` and those of `bias` and `scale`, `[parts, 2, I]`, where that
-    of `h = relu(scale x + bias)` is `V^T grad + Q h + t`; without these `h = x`, and None.
+    """Returns the gradient of `x [B, I, H, W]` and those of `bias` and `scale`, `[parts, 2, I]`,
+    where that of `h = relu(scale x + bias)` is `V^T grad + Q h + t`; without these `h = x`, and
+    None.
 
     Args:
         grad: `[B, O, H, W]`.
@@ -353,7 +356,7 @@ def folded_forward(
     residual: Tensor | None,
     factor: Tensor | None,
 ) -> Tensor:
-    """`y = relu(factor W x + bias + residual)`, `[B, O, H, W]`.
+    """Returns `y = relu(factor W x + bias + residual)`, `[B, O, H, W]`.
 
     Arguments as for the operator `folded_conv1x1`.
     """

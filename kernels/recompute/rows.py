@@ -40,7 +40,7 @@ from coded_resnext.kernels.rows import (
 
 @cache
 def product_join(sizes: ProductSizes, variant: Variant) -> LaunchRow:
-    """Settings of `kernel.product_join`."""
+    """Returns the settings of `kernel.product_join`."""
     before = "*fp32" if variant.affine else None
     own = "*fp32" if variant.mapped else None
     tensors = (
@@ -65,7 +65,7 @@ def product_join(sizes: ProductSizes, variant: Variant) -> LaunchRow:
 
 
 def moments_tile(channels: int, variant: Variant) -> Tile:
-    """Of the kernel for the moments, whose tiles have as many rows as columns."""
+    """Returns the tile of the kernel for the moments, which has as many rows as columns."""
     # With 64 pixels in a step AMD's compiler keeps registers in memory.
     pixels = 32 if variant.arch.startswith("gfx") else 64
     tile = Tile(m=128, k=pixels, n=128, warps=8, stages=3)
@@ -73,14 +73,14 @@ def moments_tile(channels: int, variant: Variant) -> Tile:
 
 
 def moments_blocks(channels: int, tile: Tile) -> int:
-    """Blocks of the scatter on and above its diagonal."""
+    """Returns the number of blocks of the scatter on and above its diagonal."""
     columns = -(-channels // tile.n)
     return columns * (columns + 1) // 2
 
 
 @cache
 def moments(channels: int, variant: Variant) -> LaunchRow:
-    """Settings of `moments.activation_moments`."""
+    """Returns the settings of `moments.activation_moments`."""
     tile = moments_tile(channels, variant)
     vector = "*fp32" if variant.affine else None
     pixel_bytes = ITEM_BYTES[variant.dtype] * channels
@@ -105,7 +105,7 @@ def moments(channels: int, variant: Variant) -> LaunchRow:
 
 @cache
 def moments_gradient(sizes: ProductSizes, variant: Variant) -> LaunchRow:
-    """Settings of `moments.moments_input_gradient`."""
+    """Returns the settings of `moments.moments_input_gradient`."""
     vector = "*fp32" if variant.affine else None
     tensors = (
         variant.pointer(),
@@ -167,7 +167,7 @@ def _matrices(kernel: str, args: tuple[Argument, ...], **constexprs: int | str) 
 
 @cache
 def merge_moments(channels: int) -> LaunchRow:
-    """Settings of `matrices.merge_moments`."""
+    """Returns the settings of `matrices.merge_moments`."""
     return _matrices(
         "merge_moments",
         ("*fp32", "*fp32", "*fp32", "*fp32", 132, EXAMPLE_PIXELS),
@@ -182,8 +182,9 @@ def merge_moments(channels: int) -> LaunchRow:
 def product_statistics(
     sizes: ProductSizes, dtype: Dtype, norm: tuple[bool, bool, bool] | None = (True, True, True)
 ) -> LaunchRow:
-    """Settings of `matrices.product_statistics`, for a weight in a dtype, and a layer that has what
-    `batch_norm.rows.layer_arguments` asks for; without a layer for the statistics themselves."""
+    """Returns the settings of `matrices.product_statistics`, for a weight in a dtype, and a layer
+    that has what `batch_norm.rows.layer_arguments` asks for; without a layer for the statistics
+    themselves."""
     results = ("*fp32", None, None) if norm is None else (None, "*fp32", "*fp32")
     matrices = (f"*{dtype}", "*fp32", "*fp32")
     layer = layer_arguments(*(norm or (False, False, False)))
@@ -201,7 +202,7 @@ def product_statistics(
 
 @cache
 def map_gradients(sizes: ProductSizes, dtype: Dtype) -> LaunchRow:
-    """Settings of `matrices.map_gradients`."""
+    """Returns the settings of `matrices.map_gradients`."""
     return _matrices(
         "map_gradients",
         ("*fp32", "*fp32", "*fp32", f"*{dtype}"),
@@ -216,8 +217,8 @@ def map_gradients(sizes: ProductSizes, dtype: Dtype) -> LaunchRow:
 def weight_gradients(
     sizes: ProductSizes, dtype: Dtype, gradient: Dtype, *, norm: bool = True
 ) -> LaunchRow:
-    """Settings of `matrices.weight_gradients`, whose gradient has a dtype of its own, with those of
-    BatchNorm or from them."""
+    """Returns the settings of `matrices.weight_gradients`, whose gradient has a dtype of its own,
+    with those of BatchNorm or from them."""
     own = "*fp32" if norm else None
     given = None if norm else "*fp32"
     tensors = (f"*{gradient}", f"*{dtype}", own, "*fp32", f"*{dtype}", "*fp32", "*fp32")
@@ -237,7 +238,8 @@ def weight_gradients(
 
 @cache
 def moments_gradients(sizes: ProductSizes, dtype: Dtype) -> LaunchRow:
-    """Settings of `matrices.moments_gradients`; in float16 Q is scaled, and float32 before."""
+    """Returns the settings of `matrices.moments_gradients`; in float16 Q is scaled, and float32
+    before."""
     square = "fp32" if dtype == "fp16" else dtype
     return _matrices(
         "moments_gradients",

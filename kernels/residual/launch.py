@@ -61,7 +61,8 @@ def forward(
     kernels: bool,
     factor: Tensor | None = None,
 ) -> Tensor:
-    """`relu(factor scale y + bias + residual)`, a residual with a map of its own mapped first.
+    """Returns `relu(factor scale y + bias + residual)`, a residual with a map of its own mapped
+    first.
 
     `factor [B]` is one number a sample; without it, or without `scale`, they are 1.
     """
@@ -146,7 +147,7 @@ def output_gradient(
     level: Tensor | None,
     kernels: bool,
 ) -> Tensor:
-    """`gain grad + curve y + level` in the dtype of `grad`; absent terms are left out."""
+    """Returns `gain grad + curve y + level` in the dtype of `grad`; absent terms are left out."""
     if not kernels or (gain is None and y is None):
         return add_statistics_gradient(grad, y, gain, curve, level)
     rows, out = as_rows(grad), empty_rows(grad)
@@ -169,7 +170,8 @@ def output_gradient(
 
 
 def statistics(y: Tensor, kernels: bool) -> Tensor:
-    """(count, sum, M2) of each channel in parts, `[parts, 3, C]` in the accumulation dtype."""
+    """Returns (count, sum, M2) of each channel in parts, `[parts, 3, C]` in the accumulation
+    dtype."""
     if not kernels:
         return statistics_of(y)
     rows = as_rows(y)

@@ -21,12 +21,12 @@ EXAMPLE_PIXELS = 100
 
 
 def parts_of(rows: int) -> int:
-    """Parts of a map of so many rows."""
+    """Returns the number of parts of a map of so many rows."""
     return -(-rows // (ROWS * TRIPS))
 
 
 def grid_of(rows: int, channels: int) -> tuple[int]:
-    """One program for each part and block of channels."""
+    """Returns a grid with one program for each part and block of channels."""
     return (parts_of(rows) * -(-channels // _columns(channels)),)
 
 
@@ -57,7 +57,7 @@ def _row(
 def pointwise_join(
     channels: int, dtype: Dtype, *, mapped: bool, folded: bool = False, factor: bool = False
 ) -> LaunchRow:
-    """Settings of `kernel.pointwise_join`.
+    """Returns the settings of `kernel.pointwise_join`.
 
     Args:
         channels, dtype: of the map.
@@ -76,7 +76,7 @@ def pointwise_join(
 def pointwise_join_backward(
     channels: int, dtype: Dtype, *, mapped: bool, raw: bool = True
 ) -> LaunchRow:
-    """Settings of `kernel.pointwise_join_backward`.
+    """Returns the settings of `kernel.pointwise_join_backward`.
 
     Args:
         channels, dtype: of the map.
@@ -92,7 +92,7 @@ def pointwise_join_backward(
 def pointwise_gradient(
     channels: int, dtype: Dtype, *, gain: bool, statistics: bool = True
 ) -> LaunchRow:
-    """Settings of `kernel.pointwise_gradient`.
+    """Returns the settings of `kernel.pointwise_gradient`.
 
     Args:
         channels, dtype: of the map.
@@ -107,7 +107,7 @@ def pointwise_gradient(
 
 @cache
 def column_statistics(channels: int, dtype: Dtype) -> LaunchRow:
-    """Settings of `kernel.column_statistics`."""
+    """Returns the settings of `kernel.column_statistics`."""
     return _row("column_statistics", channels, dtype, ("*fp32", f"*{dtype}"), 1)
 
 
