@@ -121,7 +121,7 @@ def normalized_branches(
     normalize: bool = True,
     form: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Returns what comes before the convolution of `coded_aggregate`, for a caller with a layer to apply.
+    """Returns what the convolution of `coded_aggregate` takes, for a caller with a layer of its own.
 
     Args:
         h, weight, branches, drop_mask, keep_mask, aggregation: as for `coded_aggregate`.
