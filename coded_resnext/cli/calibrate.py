@@ -8,7 +8,7 @@ from pathlib import Path
 
 from coded_resnext.deploy.early_exit import EXIT_FILE, calibrate, exit_scores
 from coded_resnext.files import printable, say
-from coded_resnext.interpret.provenance import DigestedLoader
+from coded_resnext.interpret.evaluation import DigestedLoader
 from coded_resnext.interpret.results import EVALUATION_FILE, load_evaluation
 from coded_resnext.models.checkpoint import find_model, load_model, weights_sha256
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from coded_resnext.codebooks.codebook import Codebook
 from coded_resnext.files import as_text, say, write_atomically
-from coded_resnext.interpret.evaluate import Evaluation
+from coded_resnext.interpret.evaluation import Evaluation
 from coded_resnext.interpret.figures import save_figures
 from coded_resnext.interpret.report import gather, render
 from coded_resnext.interpret.results import csv_tables, load_evaluation

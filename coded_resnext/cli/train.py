@@ -37,25 +37,14 @@ from coded_resnext.data.on_device import (
 )
 from coded_resnext.data.preprocessing import Preprocessing
 from coded_resnext.files import file_sha256, make_folder, read_json, say, write_atomically
-from coded_resnext.interpret import (
-    Evaluation,
-    Loader,
-    evaluate,
-    plan,
-    save_figures,
-    save_pictures,
-)
+from coded_resnext.interpret import Evaluation, Loader, evaluate, plan, save_figures, save_pictures
 from coded_resnext.interpret.results import FIGURES_FOLDER, require_packages, text_tables
 from coded_resnext.kernels import check_backend
 from coded_resnext.kernels.backend import named_backend
 from coded_resnext.models.checkpoint import MODEL_FILE, find_model
 from coded_resnext.models.registry import create_model, network_arguments
 from coded_resnext.models.resnext import CodedResNeXt
-from coded_resnext.models.warm_start import (
-    load_plain_weights,
-    read_weights,
-    recalibrate_batch_norm,
-)
+from coded_resnext.models.warm_start import load_plain_weights, read_weights, recalibrate_batch_norm
 from coded_resnext.training.engine import fit
 from coded_resnext.training.processes import TIMEOUT, World, run_script, training_session
 from coded_resnext.training.recipe import (

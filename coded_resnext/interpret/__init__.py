@@ -12,7 +12,8 @@ from .decoding import (
     Trace,
     trace,
 )
-from .evaluate import Evaluation, Plan, evaluate, plan
+from .evaluate import Plan, evaluate, plan
+from .evaluation import Evaluation, Images, Provenance
 from .figures import save_figures
 from .observe import Loader, Observations, observe
 from .one_class import (
@@ -26,7 +27,6 @@ from .one_class import (
     score_classes,
 )
 from .paths import BlockSemantics, Disobedient, Paths, Semantics
-from .provenance import Images, Provenance
 from .removal import BlockRemoval, Removal, RemovalCurve, remove_branches
 from .results import load_evaluation, load_pictures, save_evaluation, save_pictures
 

@@ -18,14 +18,9 @@ from torch import nn
 from coded_resnext.codebooks.codebook import Codebook
 from coded_resnext.files import read_json
 from coded_resnext.models.resnext import CodedResNeXt, default_codebook
-from coded_resnext.training.run_folder import (
-    CONFIG_FILE,
-    FREE_SETTINGS,
-    SUMMARY_FILE,
-    differences,
-)
+from coded_resnext.training.run_folder import CONFIG_FILE, FREE_SETTINGS, SUMMARY_FILE, differences
 
-from .evaluate import Evaluation
+from .evaluation import Evaluation
 from .removal import KINDS
 
 BASE = "base"

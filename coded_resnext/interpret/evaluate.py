@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sized
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal, TypeVar
 
@@ -15,7 +15,8 @@ from coded_resnext.deploy.cost import macs_from_coded, network_cost
 from coded_resnext.models.checkpoint import weights_sha256
 from coded_resnext.models.resnext import CodedResNeXt
 
-from .decoding import Classification, EarlyDecoding, ExitCurve, Samples, classification
+from .decoding import EarlyDecoding, ExitCurve, Samples, classification
+from .evaluation import BlockDescription, DigestedLoader, Evaluation, Provenance
 from .observe import (
     DrawnImages,
     Loader,
@@ -36,13 +37,8 @@ from .one_class import (
     score_classes,
 )
 from .paths import Paths, Semantics
-from .provenance import DigestedLoader, Images, Provenance
-from .records import from_plain, to_plain
-from .removal import Removal, Remover, removal_passes
+from .removal import Remover, removal_passes
 
-FORMAT_VERSION = 3
-# Fields of version 2 that said how much a limit of time had left out.
-_FORMER_FIELDS = ("available_samples", "budget_seconds")
 CODED_EXPERIMENTS = (
     "early_decoding",
     "paths",
@@ -348,171 +344,3 @@ def plan(
             "outside images", torch.full_like(strange, model.num_classes), tested, len(strange)
         )
     return Plan(len(targets), images, macs, whole)
-
-
-@dataclass(frozen=True)
-class BlockDescription:
-    """A coded block, so that a reader of the results needs no network."""
-
-    codebook: int
-    """Place of its codebook among those of the evaluation, from 0."""
-    block: int
-    """Place of the block among all blocks, from 0."""
-
-
-@dataclass(frozen=True, eq=False)
-class Evaluation:
-    """The results of `evaluate`; a plain network has its classification alone, None for the rest.
-
-    Wherever something is None that would apply, `not_computed` has the reason.
-    """
-
-    class_names: tuple[str, ...]
-    test_samples: int
-    """Images that were classified: all test images."""
-    samples_per_class: tuple[int, ...]
-    """The number of test images of every class."""
-    classification: Classification
-    """How the whole network classifies them."""
-    codebooks: tuple[dict[str, Any], ...]
-    """The different codebooks, as `Codebook.to_dict` describes them."""
-    blocks: tuple[BlockDescription, ...]
-    """The coded blocks, in order."""
-    cost: dict[str, int]
-    """Cost of the network for one image, as `coded_resnext.deploy.cost.Cost` describes it."""
-    early_decoding: EarlyDecoding | None = None
-    paths: Paths | None = None
-    semantics: Semantics | None = None
-    early_exit: ExitCurve | None = None
-    samples: Samples | None = None
-    removal: Removal | None = None
-    one_class: OneClass | None = None
-    thresholds_from: Literal["training data", "test data"] = "training data"
-    """The data on which the thresholds of the one-class classifiers were chosen."""
-    one_class_samples: int = 0
-    """The number of test images on which the one-class classifiers were tested."""
-    threshold_samples: int = 0
-    """The number of images on which they were chosen."""
-    outside_samples: int = 0
-    """The number of images of none of the classes."""
-    not_computed: dict[str, str] = field(default_factory=dict)
-    """The reason, by experiment, why it or a part of it is missing."""
-    weights_sha256: str | None = None
-    """SHA-256 of the weights that were measured, see `checkpoint.weights_sha256`."""
-    provenance: Provenance | None = None
-    """What was measured on, with which settings; None in files of earlier versions."""
-
-    @property
-    def test_accuracy(self) -> float:
-        """Returns the share of the test images that are classified correctly, 0 to 1."""
-        return self.classification.accuracy
-
-    @property
-    def images(self) -> Images | None:
-        """Returns the test images; None in files that do not know them."""
-        return self.provenance.test if self.provenance is not None else None
-
-    @property
-    def is_coded(self) -> bool:
-        """Returns whether the network has coded blocks, and so more than a classification."""
-        return bool(self.blocks)
-
-    def summary(self) -> dict[str, Any]:
-        """Returns the headline numbers; the lists of a plain network are empty.
-
-        `test_accuracy`, and `test_balanced_accuracy`, the mean over the classes; by coded block
-        `early_decoding` (accuracy), `remove_active_accuracy` and `remove_inactive_accuracy` (all
-        branches of the kind removed); by class `single_class_average_precision`;
-        `removal_accuracy`, that of the same images with nothing removed, from which the removals
-        are to be subtracted. Shares, 0 to 1; None where one is not available. And `weights_sha256`
-        of the weights that were measured, `measured_on` the images.
-        """
-        blocks = self.removal.blocks if self.removal else ()
-        return {
-            "test_accuracy": self.test_accuracy,
-            "test_balanced_accuracy": self.classification.balanced_accuracy,
-            "early_decoding": list(
-                self.early_decoding.block_accuracy if self.early_decoding else ()
-            ),
-            "single_class_average_precision": list(
-                self.one_class.average_precisions if self.one_class else ()
-            ),
-            "removal_accuracy": self.removal.accuracy if self.removal else None,
-            "remove_active_accuracy": [block.active.accuracy[-1] for block in blocks],
-            "remove_inactive_accuracy": [block.inactive.accuracy[-1] for block in blocks],
-            "weights_sha256": self.weights_sha256,
-            "measured_on": to_plain(self.images),
-        }
-
-    def named(self, data: str, **names: Any) -> Evaluation:
-        """Returns the same results with names of what they were measured on, as `Provenance`'s."""
-        if self.provenance is None:
-            return self
-        return replace(self, provenance=self.provenance.named(data, **names))
-
-    def to_dict(self) -> dict[str, Any]:
-        """Returns a JSON-ready description of everything; `from_dict` reads it back."""
-        return {"format_version": FORMAT_VERSION, **to_plain(self)}
-
-    @classmethod
-    def from_dict(cls, data: Any) -> Evaluation:
-        """Reads what `to_dict` wrote, now or in version 2.
-
-        Raises:
-            ValueError: it is damaged, its parts do not fit each other, it is of another format
-                version, or of version 2 and a limit of time kept it from being complete.
-        """
-        if not isinstance(data, dict) or "format_version" not in data:
-            raise ValueError("evaluation: expected an object with a format_version")
-        content = dict(data)
-        version = content.pop("format_version")
-        if version == 2:
-            content = {k: v for k, v in content.items() if k not in _FORMER_FIELDS}
-        elif version != FORMAT_VERSION:
-            raise ValueError(f"format_version: expected {FORMAT_VERSION}, got {version!r}")
-        evaluation = from_plain(cls, content, "evaluation")
-        for name, expected, values in evaluation._lengths():
-            if len(values) != expected:
-                raise ValueError(f"{name}: expected {expected} entries, got {len(values)}")
-        return evaluation
-
-    def _lengths(self) -> Iterator[tuple[str, int, Sized]]:
-        """Yields what has an entry for each class, block or image: name, number, entries."""
-        classes, blocks = len(self.class_names), len(self.blocks)
-        yield "samples_per_class", classes, self.samples_per_class
-        yield "classification.class_accuracy", classes, self.classification.class_accuracy
-        for name in ("early_decoding", "semantics", "removal", "samples"):
-            if (part := getattr(self, name)) is not None:
-                yield f"{name}.blocks", blocks, part.blocks
-        for block in self.early_decoding.blocks if self.early_decoding else ():
-            yield "early_decoding.blocks.class_accuracy", classes, block.class_accuracy
-            yield "early_decoding.blocks.class_agreement", classes, block.class_agreement
-        if self.paths is not None:
-            yield "paths.samples_per_class", classes, self.paths.samples_per_class
-            for name in ("energies", "outside", "disobeying"):
-                yield f"paths.{name}", blocks, getattr(self.paths, name)
-            for energies in self.paths.energies:
-                yield "paths.energies", classes, energies
-            for image in self.paths.disobedient:
-                yield "paths.disobedient.decoded", blocks, image.decoded
-                yield "paths.disobedient.outside", blocks, image.outside
-        for removed in self.removal.blocks if self.removal else ():
-            for curve in (removed.active, removed.inactive):
-                for name, values in vars(curve).items():
-                    yield f"removal.blocks.{name}", max(len(curve.removed), 1), values
-        if self.one_class is not None:
-            yield "one_class.classifiers", classes, self.one_class.classifiers
-        if self.samples is not None:
-            images = len(self.samples.positions)
-            for name in ("targets", "predictions", "probabilities", "settled"):
-                yield f"samples.{name}", images, getattr(self.samples, name)
-            for sample in self.samples.blocks:
-                for name, values in vars(sample).items():
-                    yield f"samples.blocks.{name}", images, values
-
-    def __str__(self) -> str:
-        balanced = f"{100 * self.classification.balanced_accuracy:.2f} %"
-        return (
-            f"Test accuracy {100 * self.test_accuracy:.2f} % on {self.test_samples} images; mean "
-            f"over the classes {balanced}."
-        )

@@ -13,7 +13,7 @@ from coded_resnext.codebooks.codebook import Codebook
 from coded_resnext.files import printable
 
 from .decoding import EarlyDecoding
-from .evaluate import Evaluation
+from .evaluation import Evaluation
 from .one_class import OneClass, OneClassClassifier
 from .path_figure import (
     BLUE,

@@ -38,11 +38,10 @@ from coded_resnext.models.checkpoint import MODEL_FILE, find_model, weights_sha2
 from coded_resnext.models.resnext import CodedResNeXt
 from coded_resnext.training.run_folder import SUMMARY_FILE
 
-from .evaluate import Evaluation
+from .evaluation import Evaluation, Images, Provenance
 from .figures import save_figures
 from .observe import Loader
 from .one_class import OneClass, OneClassClassifier
-from .provenance import Images, Provenance
 from .removal import KINDS, RemovalCurve
 
 EVALUATION_FILE = "evaluation.json"

@@ -28,12 +28,7 @@ from .resnext import CodedResNeXt, usual_image_size
 from .warm_start import plain_state
 
 try:
-    from timm.models import (
-        build_model_with_cfg,
-        generate_default_cfgs,
-        is_model,
-        register_model,
-    )
+    from timm.models import build_model_with_cfg, generate_default_cfgs, is_model, register_model
     from timm.models._features import feature_take_indices
 except ImportError as error:
     raise ImportError("timm is not installed: pip install 'coded-resnext[timm]'") from error

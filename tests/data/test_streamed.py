@@ -19,14 +19,7 @@ from torch import Tensor
 from coded_resnext.cli.train import identity, parse_command, run_recipe
 from coded_resnext.data.augment import Augmentation, TrainTransform
 from coded_resnext.data.batches import Batch
-from coded_resnext.data.crops import (
-    LazyImage,
-    Part,
-    cut,
-    cut_parts,
-    has_nvimgcodec,
-    has_simplejpeg,
-)
+from coded_resnext.data.crops import LazyImage, Part, cut, cut_parts, has_nvimgcodec, has_simplejpeg
 from coded_resnext.data.datasets import find_image_folder
 from coded_resnext.data.image_sets import FileImages, MemoryImages
 from coded_resnext.data.loaders import TrainImages

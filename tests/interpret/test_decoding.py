@@ -14,7 +14,7 @@ from coded_resnext.data.batches import batches
 from coded_resnext.deploy.cost import network_cost
 from coded_resnext.deploy.early_exit import exit_macs, predict_early
 from coded_resnext.interpret import EarlyDecoding, ExitCurve, observe
-from coded_resnext.interpret.records import to_plain
+from coded_resnext.interpret.evaluation import to_plain
 from coded_resnext.models.published import published_model
 
 FIRST, SECOND, LAST = [2.0, 2, 0, 0], [0.0, 2, 2, 0], [2.0, 0, 0, 2]

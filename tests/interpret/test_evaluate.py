@@ -23,8 +23,8 @@ from coded_resnext.interpret import (
     one_class,
     remove_branches,
 )
+from coded_resnext.interpret.evaluation import to_plain
 from coded_resnext.interpret.observe import draw_rows
-from coded_resnext.interpret.records import to_plain
 from coded_resnext.interpret.results import text_tables
 from coded_resnext.models.checkpoint import weights_sha256
 

@@ -21,6 +21,7 @@ from support.small_networks import make_data
 
 from coded_resnext.data.batches import batches
 from coded_resnext.interpret import one_class, score_classes
+from coded_resnext.interpret.evaluation import to_plain
 from coded_resnext.interpret.one_class import (
     _draw_pairs,
     best_threshold,
@@ -28,7 +29,6 @@ from coded_resnext.interpret.one_class import (
     paper_negatives,
     sweep,
 )
-from coded_resnext.interpret.records import to_plain
 from coded_resnext.models.published import published_model
 
 

@@ -10,7 +10,7 @@ from support.small_networks import NARROW, ToldNetwork, make_network, tell
 
 from coded_resnext.data.batches import batches
 from coded_resnext.interpret import Paths, observe
-from coded_resnext.interpret.records import to_plain
+from coded_resnext.interpret.evaluation import to_plain
 
 
 def test_known_answer_and_a_class_without_images():

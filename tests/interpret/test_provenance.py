@@ -16,8 +16,8 @@ from torch import Tensor
 
 from coded_resnext.data.batches import batches
 from coded_resnext.interpret import Evaluation, Provenance, evaluate, load_evaluation
+from coded_resnext.interpret.evaluation import MOST_VALUES, DigestedLoader
 from coded_resnext.interpret.figures import save_figures
-from coded_resnext.interpret.provenance import MOST_VALUES, DigestedLoader
 from coded_resnext.interpret.report.page import gather, render
 from coded_resnext.interpret.results import text_tables
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from coded_resnext.interpret.records import from_plain, to_plain
+from coded_resnext.interpret.evaluation import from_plain, to_plain
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from support.small_networks import make_network
 
 from coded_resnext.data.batches import batches
 from coded_resnext.interpret import remove_branches
-from coded_resnext.interpret.records import to_plain
+from coded_resnext.interpret.evaluation import to_plain
 from coded_resnext.interpret.removal import KINDS, removal_mask
 
 

@@ -12,7 +12,7 @@ from coded_resnext import ExitScores, create_model, decode
 from coded_resnext.data.batches import batches
 from coded_resnext.interpret import Samples, observe, trace
 from coded_resnext.interpret.decoding import choose, strongest
-from coded_resnext.interpret.records import from_plain, to_plain
+from coded_resnext.interpret.evaluation import from_plain, to_plain
 
 
 def test_every_image_has_the_numbers_of_its_trace(network, data):

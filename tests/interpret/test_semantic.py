@@ -13,8 +13,8 @@ from support.small_networks import make_network
 from coded_resnext import Codebook
 from coded_resnext.data.batches import batches
 from coded_resnext.interpret import Paths, Semantics, observe
+from coded_resnext.interpret.evaluation import to_plain
 from coded_resnext.interpret.observe import Observations
-from coded_resnext.interpret.records import to_plain
 
 RING = [[int((n - k) % 8 < 3) for n in range(8)] for k in range(8)]
 BOOK = Codebook(RING)

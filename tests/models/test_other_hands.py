@@ -21,12 +21,7 @@ from torch.nn.utils import parametrizations, weight_norm
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from coded_resnext import (
-    CodedResNeXt,
-    extract_classifier,
-    extract_subset,
-    use_grouped_kernels,
-)
+from coded_resnext import CodedResNeXt, extract_classifier, extract_subset, use_grouped_kernels
 from coded_resnext.deploy.cost import network_cost
 from coded_resnext.deploy.early_exit import EarlyExit, exit_scores, predict_early
 from coded_resnext.deploy.export import to_exported_program

@@ -29,7 +29,7 @@ from coded_resnext.interpret import (
     save_pictures,
 )
 from coded_resnext.interpret.decoding import classification, scores_of
-from coded_resnext.interpret.evaluate import BlockDescription
+from coded_resnext.interpret.evaluation import BlockDescription
 from coded_resnext.interpret.one_class import at_threshold, average_precision, count_scores, sweep
 from coded_resnext.interpret.results import PICTURES_FILE, pictures_of
 from coded_resnext.models.checkpoint import save_model

@@ -15,11 +15,7 @@ from pathlib import Path
 import pytest
 
 from coded_resnext.data.loaders import ignore_signals
-from coded_resnext.training.processes import (
-    SECONDS_OF_ONE_REQUEST,
-    StopSignals,
-    TrainingStopped,
-)
+from coded_resnext.training.processes import SECONDS_OF_ONE_REQUEST, StopSignals, TrainingStopped
 
 FORMER = (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT))
 

@@ -25,9 +25,7 @@ from coded_resnext.deploy.early_exit import EXIT_FILE, EarlyExit
 from coded_resnext.deploy.extract import extract_classifier
 from coded_resnext.files import UNFIT, brief, parse_csv, read_json, read_text
 from coded_resnext.interpret.decoding import Samples
-from coded_resnext.interpret.evaluate import Evaluation
-from coded_resnext.interpret.provenance import Images
-from coded_resnext.interpret.records import from_plain
+from coded_resnext.interpret.evaluation import Evaluation, Images, from_plain
 from coded_resnext.interpret.results import (
     EVALUATION_FILE,
     PICTURES_FILE,
