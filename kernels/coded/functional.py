@@ -121,7 +121,7 @@ def normalized_branches(
     normalize: bool = True,
     form: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Returns what the convolution of `coded_aggregate` takes, for a caller with a layer of its own.
+    """Returns what the convolution of `coded_aggregate` takes, for a caller with its own layer.
 
     Args:
         h, weight, branches, drop_mask, keep_mask, aggregation: as for `coded_aggregate`.
