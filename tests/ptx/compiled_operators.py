@@ -18,7 +18,7 @@ from support.guarded_memory import guarded_memory
 from support.helpers import TOLERANCES, map_and_energies, relative_error
 from torch import Tensor
 
-from coded_resnext.kernels import branch_energy, grouped_conv3x3
+from coded_resnext.kernels import branch_energy, grouped_conv3x3, replay
 from coded_resnext.kernels.coded.operator import normalize_branches
 from coded_resnext.kernels.conv1x1 import convolution
 from coded_resnext.kernels.residual import launch as residual_launch
@@ -279,3 +279,14 @@ def test_block(case: fused.BlockCase, dtype: torch.dtype, monkeypatch: pytest.Mo
         actual, expected = ({"output": each["output"]} for each in (actual, expected))
     worst = max(relative_error(eager[name].double(), value) for name, value in expected.items())
     check(actual, expected, 1e-5 if dtype.itemsize == 4 else 2 * worst)
+
+
+@named([case for case in fused.CASES if case.name in ("coded, stride 2", "plain, projection")])
+def test_a_replayed_block_is_the_block(case: fused.BlockCase) -> None:
+    """The third step launches compiled code by its recording, the first one by Triton."""
+    replay.forget()
+    steps = [of_block(case, "triton", torch.bfloat16) for _ in range(3)]
+    recordings = [made for each in replay._MADE for made in each.recordings.values()]
+    assert len(recordings) - recordings.count(None) >= 2
+    for name, value in steps[0].items():
+        torch.testing.assert_close(steps[2][name], value, rtol=0, atol=0, msg=name)
