@@ -142,7 +142,8 @@ def unusual_layer(block: Any, *, sizes_only: bool = False) -> str | None:
         layers += [(f"skip.{i}", layer, behind) for i, layer in enumerate(second, 1)]
     elif type(block.skip) is not nn.Identity or stride != 1 or block.in_channels != channels:
         return f"skip: {_instead(block.skip, 'the skip connection')}"
-    dtypes = {m.weight.dtype for _, m, sizes in layers if sizes and hasattr(m, "weight")}
+    weights = (getattr(layer, "weight", None) for _, layer, sizes in layers if sizes)
+    dtypes = {weight.dtype for weight in weights if weight is not None}
     for name, layer, sizes in layers:
         reason = _norm(layer) if sizes is None else _convolution(layer, *sizes)
         if reason is None and not sizes_only:
@@ -231,7 +232,8 @@ def _convolution(
     conv: Any, in_channels: int, out_channels: int, kernel: int, stride: int, groups: int
 ) -> str | None:
     """Returns how a layer differs from the convolution of these sizes that keeps the map's size."""
-    if made_as(conv) not in CONVOLUTIONS or "forward" in vars(conv):
+    usual = type(conv) in CONVOLUTIONS or made_as(conv) in CONVOLUTIONS
+    if not usual or "forward" in vars(conv):
         return _instead(conv, "a convolution")
     spread = kernel > 1
     actual = (
@@ -268,13 +270,13 @@ def _acted_on(module: nn.Module) -> str | None:
         return "there is a hook on the output or the input of a layer"
     if module._backward_hooks or module._backward_pre_hooks:
         return "there is a hook on the gradient of a layer"
-    made = "weight" not in module._parameters and getattr(module, "weight", None) is not None
+    made = vars(module).get("weight") is not None or "weight" in module._buffers
     if made or "parametrizations" in module._modules:
         return "its weight is made of other tensors"
     return None
 
 
 def _mixed(layer: Any, dtypes: set[torch.dtype]) -> str | None:
-    weight: Any = getattr(layer, "weight", None)
+    weight = layer._parameters.get("weight")
     usual = weight is None or (len(dtypes) == 1 and weight.dtype in (*dtypes, torch.float32))
     return None if usual else f"dtype: expected one for all convolutions, got {weight.dtype}"
