@@ -15,7 +15,7 @@ from .backend import (
 )
 from .checks import Aggregation
 from .coded.functional import branch_energy, coded_aggregate
-from .conv3x3.functional import grouped_conv3x3
+from .conv3x3.convolution import grouped_conv3x3
 from .loss.functional import CodingLosses, coding_loss, coding_losses
 
 __all__ = [

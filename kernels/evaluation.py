@@ -1,9 +1,9 @@
 """The convolutions of evaluation as PyTorch operators `coded_resnext::folded_*`: BatchNorm is in
 their weights and their biases, and what stands behind them is computed on the way out.
 
-They have no gradients. The argument `kernels` is that of kernels/conv1x1/convolution.py and of
-kernels/conv3x3/operator.py; results of the size of the activations are channels-last. B samples, N
-branches of width D, I channels in, C or O channels out.
+They have no gradients. The argument `kernels` is an encoded `Passes`, as for the convolutions of
+training; results of the size of the activations are channels-last. B samples, N branches of width
+D, I channels in, C or O channels out.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from coded_resnext.kernels.coded import gram
 from coded_resnext.kernels.coded.operator import branch_energy
 from coded_resnext.kernels.conv1x1 import library as conv1x1_library
 from coded_resnext.kernels.conv3x3 import launch as conv3x3_launch
-from coded_resnext.kernels.conv3x3.operator import sizes_of
+from coded_resnext.kernels.conv3x3.convolution import sizes_of
 from coded_resnext.kernels.recompute import launch as recompute_launch
 from coded_resnext.kernels.residual import launch as residual_launch
 

@@ -27,7 +27,7 @@ from coded_resnext.kernels import grouped_conv3x3
 from coded_resnext.kernels.batch_norm import launch as batch_norm
 from coded_resnext.kernels.conv1x1 import convolution as conv1x1
 from coded_resnext.kernels.conv1x1 import rows as conv1x1_rows
-from coded_resnext.kernels.conv3x3 import operator as conv3x3_operator
+from coded_resnext.kernels.conv3x3 import convolution as conv3x3
 from coded_resnext.kernels.conv3x3.library import merged_weight
 from coded_resnext.kernels.recompute.convolution import (
     Moments,
@@ -196,7 +196,7 @@ class GroupedCase(Case):
             if passes == PYTORCH:
                 return {"y": F.conv2d(x, weight, None, stride, 1, 1, groups)}
             plain = (None, None, stride, False, kernels)
-            return {"y": conv3x3_operator.grouped_conv3x3(x, weight, *plain)[0]}
+            return {"y": conv3x3.grouped_conv3x3_operator(x, weight, *plain)[0]}
         needs = (which == "input", which == "weight")
         if passes == PYTORCH:
             sizes = (None, [stride] * 2, [1, 1], [1, 1], False, [0, 0], groups)
@@ -204,7 +204,7 @@ class GroupedCase(Case):
                 grad, x, weight, *sizes, [*needs, False]
             )
             return {which: gradients[0 if which == "input" else 1]}
-        gradients = conv3x3_operator.grouped_conv3x3_backward(
+        gradients = conv3x3.grouped_conv3x3_backward(
             grad, x, weight, *[None] * 5, stride, *needs, kernels
         )
         return {which: gradients[0 if which == "input" else 2]}

@@ -13,8 +13,8 @@ from coded_resnext import CodedBottleneck
 from coded_resnext.kernels import evaluation, layout
 from coded_resnext.kernels.coded import operator as coded_operator
 from coded_resnext.kernels.conv1x1 import convolution as conv1x1
+from coded_resnext.kernels.conv3x3 import convolution as conv3x3
 from coded_resnext.kernels.conv3x3 import launch as conv3x3_launch
-from coded_resnext.kernels.conv3x3 import operator as conv3x3_operator
 from coded_resnext.kernels.conv3x3.rows import GroupedSizes
 from coded_resnext.kernels.loss import functional as loss_functional
 from coded_resnext.kernels.recompute import convolution as recompute
@@ -117,13 +117,13 @@ CALLS: dict[str, tuple[str, Callable[[Size, int], Any]]] = {
     ),
     "grouped_conv3x3": (
         "x",
-        lambda size, kernels: conv3x3_operator.grouped_conv3x3(
+        lambda size, kernels: conv3x3.grouped_conv3x3_operator(
             maps(size), matrix(CHANNELS, D, 3), vector(), vector(), 1, True, kernels
         ),
     ),
     "grouped_conv3x3_backward": (
         "x",
-        lambda size, kernels: conv3x3_operator.grouped_conv3x3_backward(
+        lambda size, kernels: conv3x3.grouped_conv3x3_backward(
             maps(size),
             maps(size),
             matrix(CHANNELS, D, 3),

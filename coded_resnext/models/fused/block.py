@@ -18,8 +18,7 @@ from coded_resnext.kernels.backend import LOGGER, requested_backend, say_once
 from coded_resnext.kernels.checks import check_debug, checked_mask
 from coded_resnext.kernels.coded.gram import inverse_mean, split_weight
 from coded_resnext.kernels.conv1x1 import convolution as conv1x1
-from coded_resnext.kernels.conv3x3 import functional as conv3x3
-from coded_resnext.kernels.conv3x3 import operator as conv3x3_operator
+from coded_resnext.kernels.conv3x3 import convolution as conv3x3
 from coded_resnext.kernels.evaluation import folded_conv1x1, folded_grouped_conv3x3, side_by_side
 from coded_resnext.kernels.layout import (
     DTYPES,
@@ -196,7 +195,7 @@ def _products(
 def _grouped_passes(
     x: Tensor, weight: Tensor, stride: int, backend: Literal["auto", "triton"]
 ) -> Passes:
-    asked = _able(backend, conv3x3_operator.unsupported(x, weight, stride))
+    asked = _able(backend, conv3x3.unsupported(x, weight, stride))
     return conv3x3.select_passes(x, weight, stride, asked)
 
 

@@ -21,7 +21,7 @@ from coded_resnext.kernels.coded import operator as coded
 from coded_resnext.kernels.coded.gram import split_weight
 from coded_resnext.kernels.conv1x1 import convolution as conv1x1
 from coded_resnext.kernels.conv1x1 import library
-from coded_resnext.kernels.conv3x3 import operator as conv3x3
+from coded_resnext.kernels.conv3x3 import convolution as conv3x3
 from coded_resnext.kernels.layout import accumulation_dtype, channels_last
 from coded_resnext.kernels.recompute import convolution as recompute
 from coded_resnext.kernels.recompute.convolution import Moments

@@ -15,9 +15,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from coded_resnext.kernels import backend, grouped_conv3x3, layout
-from coded_resnext.kernels.conv3x3 import functional as conv3x3_functional
+from coded_resnext.kernels.conv3x3 import convolution as conv3x3
 from coded_resnext.kernels.conv3x3 import launch as conv3x3_launch
-from coded_resnext.kernels.conv3x3 import operator as conv3x3_operator
 from coded_resnext.kernels.conv3x3 import rows as conv3x3_rows
 from coded_resnext.kernels.conv3x3.library import reference as definition
 from coded_resnext.kernels.conv3x3.rows import GroupedSizes, planned
@@ -130,14 +129,14 @@ def test_registered_as_pytorch_wants_it(stride: int, fused: bool) -> None:
     inputs = {name: value.requires_grad_() for name, value in case.inputs(torch.float32).items()}
     x, weight, scale, bias = (inputs.get(name) for name in ("x", "weight", "scale", "bias"))
     torch.library.opcheck(
-        conv3x3_operator.grouped_conv3x3, (x, weight, scale, bias, stride, fused, PYTORCH)
+        conv3x3.grouped_conv3x3_operator, (x, weight, scale, bias, stride, fused, PYTORCH)
     )
     y, _ = call(case, *inputs.values())
     detached = [None if v is None else v.detach() for v in (x, weight, scale, bias)]
     terms = (y.detach(), torch.ones(6), torch.ones(6)) if fused else (None, None, None)
     for needs in ((True, True), (True, False), (False, True)):
         torch.library.opcheck(
-            conv3x3_operator.grouped_conv3x3_backward,
+            conv3x3.grouped_conv3x3_backward,
             (torch.randn_like(y), *detached, *terms, stride, *needs, PYTORCH),
         )
 
@@ -188,13 +187,13 @@ def test_nothing_is_chosen_that_was_not_measured(
     weight = torch.zeros(512, 16, 3, 3)
     with caplog.at_level(logging.INFO, logger="coded_resnext"):
         for _ in range(2):
-            chosen = conv3x3_functional.select_passes(on_gpu, weight, 2, "auto")  # type: ignore[arg-type]
+            chosen = conv3x3.select_passes(on_gpu, weight, 2, "auto")  # type: ignore[arg-type]
             assert chosen == measured
     assert len(caplog.records) == 1
     assert "measured on sm90" in caplog.text
-    assert conv3x3_functional.select_passes(on_gpu, weight, 2, "torch") == NO_PASSES  # type: ignore[arg-type]
+    assert conv3x3.select_passes(on_gpu, weight, 2, "torch") == NO_PASSES  # type: ignore[arg-type]
     on_gpu.dtype = torch.float64
-    assert conv3x3_functional.select_passes(on_gpu, weight, 2, "auto") == NO_PASSES  # type: ignore[arg-type]
+    assert conv3x3.select_passes(on_gpu, weight, 2, "auto") == NO_PASSES  # type: ignore[arg-type]
 
 
 WON = Passes(forward=True, weight=True)
@@ -209,7 +208,7 @@ def test_the_choice_for_a_gpu_is_compiled_whole(
     monkeypatch.setitem(conv3x3_rows.WINS, ("sm90", 16, 1), WON)
 
     def choose(x: Tensor, weight: Tensor) -> tuple[Tensor, Passes]:
-        return x.relu(), conv3x3_functional.select_passes(x, weight, 1, "auto")
+        return x.relu(), conv3x3.select_passes(x, weight, 1, "auto")
 
     compiled = torch.compile(choose, fullgraph=True, dynamic=False, backend="eager")
     with FakeTensorMode(), caplog.at_level(logging.INFO, logger=backend.LOGGER.name):
