@@ -133,7 +133,7 @@ class Passes(NamedTuple):
         return ", ".join(name for name, runs in self._asdict().items() if runs) or "no pass"
 
 
-_DECODED = tuple(Passes(*(bool(bits >> place & 1) for place in range(4))) for bits in range(16))
+_DECODED = tuple(Passes(*(bool(bits >> bit & 1) for bit in range(4))) for bits in range(16))
 NO_PASSES = Passes()
 ALL_PASSES = Passes(forward=True, input=True, weight=True)
 
@@ -219,7 +219,7 @@ class _Compiled(NamedTuple):
     """A compiled kernel, with the row that it is of."""
 
     row: LaunchRow
-    """Kept, since the place of another one would be taken for it."""
+    """Kept, since the key has its address, which another row might be given."""
     kernel: Any
     """A `triton.compiler.CompiledKernel`."""
     constexprs: tuple[int | float | str, ...]

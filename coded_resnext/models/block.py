@@ -358,12 +358,12 @@ class CodedBottleneck(nn.Module):
             return f"forward: {type(self).__name__} has one of its own"
         return unusual_layer(self, sizes_only=sizes_only)
 
-    def follow(self, codebook: Codebook) -> None:
+    def assign(self, codebook: Codebook) -> None:
         """Assigns the branches by another codebook of as many branches; weights stay."""
         self.codebook = codebook
-        self._place_codewords()
+        self._set_codewords()
 
-    def _place_codewords(self) -> None:
+    def _set_codewords(self) -> None:
         """Takes the codewords from the codebook to where the weights are; never to `meta`."""
         device = next(self.parameters()).device
         if self.codebook is not None:
@@ -385,7 +385,7 @@ class CodedBottleneck(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CodedBottleneck:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self._place_codewords()
+        self._set_codewords()
         return self
 
     def _save_to_state_dict(
@@ -415,7 +415,7 @@ class CodedBottleneck(nn.Module):
             unexpected_keys[:] = [name for name in unexpected_keys if name != key]
             if strict and key not in state_dict:
                 missing_keys.append(key)
-        self._place_codewords()
+        self._set_codewords()
 
     def extra_repr(self) -> str:
         if self.codebook is not None:

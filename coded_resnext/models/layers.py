@@ -224,8 +224,8 @@ def _named(name: str, reason: str | None) -> str | None:
     return reason and f"{name}: {reason}"
 
 
-def _instead(module: nn.Module, place: str) -> str:
-    return f"{type(module).__name__} stands in the place of {place}"
+def _instead(module: nn.Module, usual: str) -> str:
+    return f"{type(module).__name__} stands in the place of {usual}"
 
 
 def _convolution(

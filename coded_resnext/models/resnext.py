@@ -242,7 +242,7 @@ class CodedResNeXt(nn.Module):
         for blocks, book in zip(self.stages, books, strict=True):
             for block in blocks:  # type: ignore[attr-defined]
                 if book is not None:
-                    block.follow(book)
+                    block.assign(book)
         self.num_classes = self.config["num_classes"] = num_classes
         like = self.stem[0].weight
         self.head = nn.Linear(

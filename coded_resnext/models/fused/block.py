@@ -202,9 +202,9 @@ def _grouped_passes(
 def _able(
     backend: Literal["auto", "triton"], reason: str | None
 ) -> Literal["auto", "torch", "triton"]:
-    """Returns `torch` in place of `triton` where the kernels cannot run, which is said once."""
+    """Returns `torch` instead of `triton` where the kernels cannot run, which is said once."""
     if backend == "triton" and reason is not None:
-        text = f"a fused operator runs on PyTorch in place of 'triton': {reason}"
+        text = f"a fused operator runs on PyTorch instead of 'triton': {reason}"
         say_once(LOGGER, text, logging.WARNING)
         return "torch"
     return backend

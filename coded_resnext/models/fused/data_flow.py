@@ -257,7 +257,7 @@ class Result(NamedTuple):
         return cls._make([*values[:_ALONE], *made])
 
     @classmethod
-    def place(cls, conv: str, field: str) -> int:
+    def index_of(cls, conv: str, field: str) -> int:
         """Returns where in `flat` a field of a convolution is."""
         before = cls._fields.index(conv) - _ALONE
         return _ALONE + before * len(Made._fields) + Made._fields.index(field)

@@ -48,7 +48,7 @@ class Layer(NamedTuple):
     weight: Tensor | None
     bias: Tensor | None
     running: tuple[Tensor, Tensor] | None
-    """Mean and variance where these are used in place of the batch's."""
+    """Mean and variance where these are used instead of the batch's."""
     epsilon: float
     group: str
     """Of processes that share the statistics, by name; empty for this process alone."""
@@ -151,10 +151,10 @@ def update_running(layers: Sequence[BatchNorm], moments: Sequence[Tensor]) -> No
             counters.append(bn.num_batches_tracked)
             if bn.momentum is None:
                 share = 1.0 / (bn.num_batches_tracked + 1).to(moment.dtype)
-        for place, value in ((bn.running_mean, moment[0]), (bn.running_var, moment[2])):
-            if place is not None:
-                running.append(place)
-                values.append(value.to(place.dtype))
+        for average, value in ((bn.running_mean, moment[0]), (bn.running_var, moment[2])):
+            if average is not None:
+                running.append(average)
+                values.append(value.to(average.dtype))
                 shares.append(share)
     if counters:
         torch._foreach_add_(counters, 1)
@@ -162,8 +162,8 @@ def update_running(layers: Sequence[BatchNorm], moments: Sequence[Tensor]) -> No
         # All in one launch.
         torch._foreach_lerp_(running, values, shares[0])
         return
-    for place, value, share in zip(running, values, shares, strict=True):
-        place.add_(share * (value - place))
+    for average, value, share in zip(running, values, shares, strict=True):
+        average.add_(share * (value - average))
 
 
 def running_affine(bn: BatchNorm, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:

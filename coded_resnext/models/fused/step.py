@@ -79,7 +79,7 @@ Backward = Callable[[MaybeTensors, MaybeTensors, Sequence[bool], Call], MaybeTen
 
 
 def _filled(values: MaybeTensors, like: Tensor) -> Tensors:
-    """Returns a list without None, in whose place an operator has tensors without elements."""
+    """Returns a list with tensors without elements instead of None, as operators want it."""
     return [like.new_empty(0) if each is None else each for each in values]
 
 
@@ -103,7 +103,7 @@ def node(
             the running statistics that it brings up to date.
         backward: returns the gradients of all inputs, given those of the differentiable outputs,
             all outputs, and which gradients are wanted.
-        differentiable: places of the outputs with gradients.
+        differentiable: indices of the outputs with gradients.
     """
 
     @Replayed
@@ -336,7 +336,7 @@ def _parsed(
 
 
 # Of a block's outputs the handle, and behind it those of `Result` that have gradients.
-_DIFFERENTIABLE = [0, 1 + Result.place("expand", "map"), 1 + Result.place("skip", "map")]
+_DIFFERENTIABLE = [0, 1 + Result.index_of("expand", "map"), 1 + Result.index_of("skip", "map")]
 _DIFFERENTIABLE += [1 + Result._fields.index("energies")]
 
 
