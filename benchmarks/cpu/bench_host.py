@@ -45,7 +45,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from coded_resnext import CodedLoss, create_model
+from coded_resnext import CodedLoss, CodedResNeXt, create_model
 from coded_resnext.kernels import checks, layout
 from coded_resnext.kernels.conv1x1 import library
 from coded_resnext.kernels.rows import LaunchRow, without_launches
@@ -185,13 +185,11 @@ def leave_out_libraries() -> torch.library.Library:
     return implemented
 
 
-def make_step(name: str, backend: str) -> Callable[[], None]:
+def make_step(
+    model: CodedResNeXt, loss: CodedLoss, images: Tensor, targets: Tensor
+) -> Callable[[], None]:
     """Returns a training step in bfloat16 autocast."""
-    model = create_model(name, backend=backend).train().to(memory_format=torch.channels_last)
-    loss = CodedLoss(model.codebooks, weight=4.0, backend=backend)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, foreach=True)
-    images = torch.randn(BATCH, 3, SIZE, SIZE).to(memory_format=torch.channels_last)
-    targets = torch.zeros(BATCH, dtype=torch.int64)
 
     def step() -> None:
         with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -201,6 +199,12 @@ def make_step(name: str, backend: str) -> Callable[[], None]:
         optimizer.zero_grad()
 
     return step
+
+
+def make_model(name: str, backend: str) -> tuple[CodedResNeXt, CodedLoss]:
+    """Returns a network for training, channels-last, and its loss."""
+    model = create_model(name, backend=backend).train().to(memory_format=torch.channels_last)
+    return model, CodedLoss(model.codebooks, weight=4.0, backend=backend)
 
 
 def print_rows(networks: dict[str, str], rounds: int) -> None:
@@ -217,7 +221,12 @@ def print_rows(networks: dict[str, str], rounds: int) -> None:
     layout.interpreted.__code__ = (lambda: True).__code__
     layout.architecture_of.__code__ = (lambda x: "sm90").__code__
     checks._readable.__code__ = (lambda value: False).__code__
-    steps = {way: make_step(networks[network], backend) for way, (network, backend) in WAYS.items()}
+    images = torch.randn(BATCH, 3, SIZE, SIZE).to(memory_format=torch.channels_last)
+    targets = torch.zeros(BATCH, dtype=torch.int64)
+    steps = {
+        way: make_step(*make_model(networks[network], backend), images, targets)
+        for way, (network, backend) in WAYS.items()
+    }
     left_out = leave_out_libraries()
     rows: dict[str, dict[str, Any]] = {}
     for way, step in steps.items():
@@ -324,26 +333,16 @@ def counted_step(name: str, backend: str, *, batch: int = 256, size: int = 160) 
         backend: of its blocks, and of its loss.
         batch, size: images, and their height and width in pixels.
     """
-    model = create_model(name, backend=backend).train().to(memory_format=torch.channels_last)
-    loss = CodedLoss(model.codebooks, weight=4.0, backend=backend)
+    model, loss = make_model(name, backend)
     with _as_on_a_gpu() as counting, FakeTensorMode(allow_non_fake_inputs=True) as mode:
         for module in model.modules():
             for tensors in (module._parameters, module._buffers):
                 for key, value in tensors.items():
                     if value is not None:
                         tensors[key] = mode.from_tensor(value)
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, foreach=True)
         images = torch.empty(batch, 3, size, size).to(memory_format=torch.channels_last)
         targets = torch.zeros(batch, dtype=torch.int64)
-
-        def step() -> None:
-            with torch.autocast("cpu", dtype=torch.bfloat16):
-                logits, energies = model(images, return_energies=True)
-            total: Tensor = loss(logits, energies, targets).total
-            total.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-
+        step = make_step(model, loss, images, targets)
         # The first step makes the optimizer's state.
         step()
         counting.launches.clear()

@@ -194,7 +194,7 @@ def _convolutions(*, dry: bool) -> Iterator[Timed]:
                     # Alone, a compiled convolution is cuDNN's.
                     forms = ["kernel", "NHWC", "NCHW"]
                 for form in forms:
-                    name = f"{kind.kind}, {layer.name}, {which}: {form}"
+                    name = f"{kind.title}, {layer.name}, {which}: {form}"
                     yield Timed(name, lambda setting, f=form, m=make: m(setting, f))
     # Between BatchNorms the compiler has its say.
     for layer in GroupedCase.tiny if dry else GroupedCase.layers:

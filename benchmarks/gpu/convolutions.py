@@ -46,7 +46,7 @@ KERNELS, PYTORCH = ALL_PASSES, NO_PASSES
 class Case:
     """A layer's tensors in a dtype, and its passes by kernels or by PyTorch."""
 
-    kind: ClassVar[str]
+    title: ClassVar[str]
     passes: ClassVar[tuple[str, ...]]
     layers: ClassVar[Sequence[Any]]
     """Those of the paper's networks."""
@@ -170,7 +170,7 @@ def stages(
 class GroupedCase(Case):
     """A grouped 3x3 convolution."""
 
-    kind = "grouped convolution"
+    title = "grouped convolution"
     passes = ("forward", "input", "weight")
     layers = (
         *stages("ResNeXt-50 160px", 256, 32, (4, 40, 3), (8, 20, 4), (16, 10, 6), (32, 5, 3)),
@@ -313,7 +313,7 @@ def products(pixels: int, batch: int) -> list[ProductLayer]:
 class ProductCase(Case):
     """A 1x1 convolution between BatchNorms, or behind the sum that ends a block."""
 
-    kind = "1x1 convolution"
+    title = "1x1 convolution"
     passes = ("forward", "input", "weight")
     layers = (*products(160, 256), *products(224, 256))
     tiny = (
@@ -465,7 +465,7 @@ class RecomputedCase(Case):
     """The end of a plain block: the moments of what is multiplied, the sum that ends the block, the
     sums of gradient and input over the pixels, and the gradient of the input."""
 
-    kind = "end of a block"
+    title = "end of a block"
     passes = ("statistics", "join", "sums", "gradient")
     layers = (*recomputed(160, 256), *recomputed(224, 256))
     tiny = (RecomputedLayer("tiny", 1, 16, 24, 3, mapped=True),)

@@ -189,7 +189,7 @@ def right(task: Task) -> list[Call]:
         for kind, seconds in ((GroupedCase, 0.6), (ProductCase, 1.3), (RecomputedCase, 0.6)):
             calls += [
                 Call(
-                    f"{kind.kind}, {layer.name}, {name}",
+                    f"{kind.title}, {layer.name}, {name}",
                     lambda k=kind, c=layer, d=dtype: check_case(k(c, d, device), task.repeats),
                     seconds,
                 )
@@ -454,7 +454,7 @@ def operators(task: Task) -> list[Call]:
     ):
         calls += [
             Call(
-                f"{kind.kind}, {layer.name}",
+                f"{kind.title}, {layer.name}",
                 lambda k=kind, c=layer: time_case(k(c, torch.bfloat16, device), task.bandwidth),
                 seconds,
             )

@@ -289,3 +289,12 @@ def test_what_a_gpu_has_is_asked_of_its_driver(
     said = result.stdout.splitlines()
     assert len(said) == 2
     assert all("and the GPU has 16" in line if memory == 16 else line == "None" for line in said)
+
+
+def test_a_build_watches_every_source_of_the_kernels() -> None:
+    """Those of operations too, whose folders lie beside the builder's."""
+    from coded_resnext.kernels.build.steps import _source_files
+    from coded_resnext.kernels.coded import energy
+
+    watched = _source_files("toy_launches")
+    assert {str(Path(module.__file__).resolve()) for module in (build_build, energy)} <= watched
