@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.weak import WeakIdKeyDictionary
 
 from . import rows
 from .layout import on_device, tf32_allowed
@@ -92,8 +93,24 @@ def _stream() -> Any:
     return driver.active.get_current_stream(driver.active.get_current_device())
 
 
+class _Value(NamedTuple):
+    """What a tensor is called, and the tensor with memory of its own that it is a view of."""
+
+    name: _Name
+    whole: _Name
+    address: int
+    """Of the whole, as the offset and the dtype are."""
+    offset: int
+    dtype: torch.dtype
+
+    @classmethod
+    def of_whole(cls, name: _Name, x: Tensor) -> _Value:
+        """Returns that of a tensor that is no view."""
+        return cls(name, name, x.data_ptr(), int(x.storage_offset()), x.dtype)
+
+
 class _Recorder(TorchDispatchMode):
-    """Notes what a function does.
+    """Notes what a function does, and keeps none of its tensors.
 
     Args:
         inputs: the tensors that the function is given.
@@ -105,28 +122,30 @@ class _Recorder(TorchDispatchMode):
         self.reason: str | None = None
         """Why the function cannot be replayed."""
         self._launches = False
-        # What has an `id` here has to live as long.
-        self._tensors: list[Tensor | None] = []
-        self._names: dict[int, _Name] = {}
-        self._wholes: dict[_Name, Tensor] = {}
-        """The tensor with memory of its own that a tensor is a view of."""
-        self.inputs = [self._new_name(each, each) for each in inputs]
+        self._count = 0
+        self._values: Any = WeakIdKeyDictionary()
+        self.inputs = [self._new_name() for _ in inputs]
+        for name, x in zip(self.inputs, inputs, strict=True):
+            if x is not None and x not in self._values:
+                self._values[x] = _Value.of_whole(name, x)
 
-    def _new_name(self, tensor: Tensor | None, whole: Tensor | None) -> _Name:
-        name = _Name(f"t{len(self._tensors)}")
-        self._tensors.append(tensor)
-        if tensor is not None and whole is not None:
-            self._names.setdefault(id(tensor), name)
-            self._wholes[name] = whole
+    def _new_name(self, whole: Tensor | None = None) -> _Name:
+        """Returns a new name, that of a tensor with memory of its own if one is given."""
+        name = _Name(f"t{self._count}")
+        self._count += 1
+        if whole is not None:
+            self._values[whole] = _Value.of_whole(name, whole)
         return name
 
     def name_of(self, value: Any) -> Any:
         """Returns the name of a tensor; another value itself."""
         if not isinstance(value, Tensor):
             return value
-        if id(value) not in self._names:
+        known = self._values.get(value)
+        if known is None:
             self.reason = "it reads a tensor that it was not given"
-        return self._names.get(id(value))
+            return None
+        return known.name
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -143,7 +162,7 @@ class _Recorder(TorchDispatchMode):
         new = [
             (index, each)
             for index, each in enumerate(results)
-            if each is not None and id(each) not in self._names
+            if each is not None and not (isinstance(each, Tensor) and each in self._values)
         ]
         if not all(isinstance(each, Tensor) for _, each in new):
             self.reason = f"{func} returns what is no tensor"
@@ -153,7 +172,7 @@ class _Recorder(TorchDispatchMode):
                 self.reason = f"{func} both writes to tensors and makes new ones"
         elif func in _ALLOCATIONS:
             layout = (*result.shape,), result.stride()
-            name = self._new_name(result, result)
+            name = self._new_name(result)
             options = {"dtype": result.dtype, "device": result.device}
             self.steps.append(_Step(_allocated, layout, options, name))
         else:
@@ -161,28 +180,27 @@ class _Recorder(TorchDispatchMode):
             computed = [(index, each) for index, each in new if not self._is_view(each, read)]
             if isinstance(result, Tensor):
                 for _, each in computed:
-                    name = self._new_name(each, each)
-                    self.steps.append(_Step(func, arguments, keywords, name))
+                    self.steps.append(_Step(func, arguments, keywords, self._new_name(each)))
             elif computed:
-                several = self._new_name(None, None)
+                several = self._new_name()
                 self.steps.append(_Step(func, arguments, keywords, several))
                 for index, each in computed:
-                    name = self._new_name(each, each)
-                    self.steps.append(_Step(_item, (several, index), {}, name))
+                    item = _Step(_item, (several, index), {}, self._new_name(each))
+                    self.steps.append(item)
         return result
 
     def _is_view(self, x: Tensor, read: Sequence[Tensor]) -> bool:
         """Returns whether a result is a view of what an operator has read, and notes it as one."""
         memory = x.untyped_storage()._cdata
         for each in read:
-            known = id(each) in self._names and each.dtype == x.dtype
-            if known and each.untyped_storage()._cdata == memory:
-                whole = self._wholes[self._names[id(each)]]
-                name = self._names[id(whole)]
-                view = _view if name in self.inputs else torch.as_strided
-                offset = x.storage_offset() - whole.storage_offset()
-                arguments = (name, (*x.shape,), x.stride(), offset)
-                self.steps.append(_Step(view, arguments, {}, self._new_name(x, whole)))
+            known = self._values.get(each)
+            if known and each.dtype == x.dtype and each.untyped_storage()._cdata == memory:
+                view = _view if known.whole in self.inputs else torch.as_strided
+                offset = x.storage_offset() - known.offset
+                arguments = (known.whole, (*x.shape,), x.stride(), offset)
+                name = self._new_name()
+                self._values[x] = known._replace(name=name)
+                self.steps.append(_Step(view, arguments, {}, name))
                 return True
         return False
 
@@ -194,9 +212,9 @@ class _Recorder(TorchDispatchMode):
         for each in arguments:
             name = self.name_of(each)
             if isinstance(name, _Name):
-                whole = self._wholes[name]
-                if whole.data_ptr() == each.data_ptr() and whole.dtype == each.dtype:
-                    name = self._names[id(whole)]
+                known = self._values[each]
+                if (known.address, known.dtype) == (each.data_ptr(), each.dtype):
+                    name = known.whole
             names.append(name)
         # Triton would ask for the stream at each launch.
         keywords = {"stream": _STREAM} if is_compiled else {}

@@ -185,6 +185,9 @@ def test_a_tensor_is_dropped_behind_its_last_use(monkeypatch: pytest.MonkeyPatch
     x = numbers(3)
     recorder = replay._Recorder([x])
     with recorder:
+        square = weakref.ref(x * x)
+        # Nor does recording take more memory.
+        assert square() is None
         outputs = power([x], None)
     recorder.steps = [each._replace(function=product) for each in recorder.steps]
     torch.testing.assert_close(replay._compiled(recorder, outputs)(x), outputs, rtol=0, atol=0)
