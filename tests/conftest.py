@@ -52,10 +52,11 @@ def _processes_that_fork() -> None:
 
 
 @pytest.fixture(autouse=True)
-def _nothing_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is said once a process, each test may hear."""
-    from coded_resnext.kernels import backend
+def _nothing_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is said once a process, each test may hear; nor is another test's step replayed."""
+    from coded_resnext.kernels import backend, replay
 
+    replay.forget()
     monkeypatch.setattr(backend, "_SAID", set())
     backend.choose_passes.cache_clear()
 
