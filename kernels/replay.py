@@ -6,8 +6,7 @@ recording: it allocates, launches and calls operators, and decides nothing. View
 read are left out, since a kernel takes an address.
 
 A recording is a function in Python's own text, a statement for each step, that drops every tensor
-behind its last use. None is made of calls with subclasses of tensors, such as PyTorch's fake ones,
-nor while somebody replaces `LaunchRow.launch` to see the launches.
+behind its last use. None is made of calls with subclasses of tensors, such as PyTorch's fake ones.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from . import rows
@@ -298,6 +297,14 @@ def forget() -> None:
         each.recordings.clear()
 
 
+def observed() -> bool:
+    """Returns whether somebody sees every operator, as modes of PyTorch do, or every launch.
+
+    They see what a function is made of, the same at each call.
+    """
+    return _get_current_dispatch_mode() is not None or rows.LaunchRow.launch is not _LAUNCH
+
+
 class Replayed:
     """A function that is recorded at its second call with the same layouts, and replayed.
 
@@ -320,8 +327,8 @@ class Replayed:
         if (
             not _PLAIN.issuperset(map(type, present))
             or first.is_meta
-            or rows.LaunchRow.launch is not _LAUNCH
             or rows.launches_nothing()
+            or observed()
         ):
             return self.function(tensors, settings)
         # The same tensor, given twice, may be two tensors in another call.

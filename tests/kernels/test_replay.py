@@ -11,6 +11,7 @@ import torch
 from support.small_networks import make_images, make_network
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from coded_resnext import CodedLoss
 from coded_resnext.kernels import replay, rows
@@ -127,6 +128,30 @@ def test_what_cannot_be_replayed_is_called_every_time(function: Any) -> None:
     called = Called(function)
     for seed in range(4):
         called.check(numbers(4, seed=seed), runs=seed + 1)
+
+
+class Counting(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: list[int] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        self.counts[-1] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_who_looks_sees_every_operator() -> None:
+    called = Called(mixed)
+    for runs in (1, 2, 2):
+        called.check(numbers(3, 4), numbers(3, 4), runs=runs)
+    with Counting() as counting:
+        for _ in range(3):
+            counting.counts.append(0)
+            called.replayed([numbers(3, 4), numbers(3, 4)], 2)
+    assert called.runs == 5
+    assert len({*counting.counts}) == 1 < counting.counts[0]
 
 
 def test_fake_tensors_and_watched_launches_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
