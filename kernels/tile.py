@@ -127,7 +127,7 @@ def by_branch(x, WIDTH: tl.constexpr, GROUP_P: tl.constexpr):
 
 
 @triton.jit
-def form_places(
+def form_entries(
     windows,
     BRANCHES: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -155,8 +155,8 @@ def form_places(
 
 
 @triton.jit
-def matrix_places(windows, WIDTH: tl.constexpr, BLOCK_K: tl.constexpr):
-    """As `form_places`, of a MATRIX, which is one branch: both `[BLOCK_K, BLOCK_K]`."""
+def matrix_entries(windows, WIDTH: tl.constexpr, BLOCK_K: tl.constexpr):
+    """As `form_entries`, of a MATRIX, which is one branch: both `[BLOCK_K, BLOCK_K]`."""
     k = tl.arange(0, BLOCK_K)
     offsets = (windows[:, None] * WIDTH + k[:, None]) * WIDTH + k[None, :]
     return offsets, (k < WIDTH)[:, None] & (k < WIDTH)[None, :]

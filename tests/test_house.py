@@ -1,4 +1,4 @@
-"""Packages import one way, without circles, and no folder holds too many files."""
+"""Packages import one way, no folder holds too many files, and names say what they hold."""
 
 from __future__ import annotations
 
@@ -22,6 +22,8 @@ ORDER = (
 )
 FLOOR = {name: floor for floor, names in enumerate(ORDER) for name in names}
 MOST_FILES = 17
+# Words that do not say what a name holds.
+RETIRED = frozenset({"follow", "found", "looked_at", "place", "places", "unwritten"})
 
 
 def modules(root: Path) -> dict[str, Path]:
@@ -106,9 +108,48 @@ def test_no_folder_is_a_drawer() -> None:
     assert {str(folder): count for folder, count in counts.items() if count > MOST_FILES} == {}
 
 
-def _is_foreign(path: Path) -> bool:
+def retired_names(root: Path) -> list[str]:
+    """Identifiers outside the tests that are one of the retired names, as `file:line: name`."""
+    paths = [
+        path
+        for path in sorted(root.rglob("*.py"))
+        if not _is_foreign(path, root) and path.relative_to(root).parts[0] != "tests"
+    ]
+    return [
+        f"{path.relative_to(root)}:{line}: {name}"
+        for path in paths
+        for name, line in _identifiers(ast.parse(path.read_text(encoding="utf-8")))
+        if name.strip("_") in RETIRED
+    ]
+
+
+def _identifiers(tree: ast.Module) -> Iterator[tuple[str, int]]:
+    """Every name that a module gives or uses, of variables, arguments, attributes and keywords."""
+    for node in ast.walk(tree):
+        for field in ("id", "arg", "attr", "name", "asname"):
+            if isinstance(name := getattr(node, field, None), str):
+                yield name, getattr(node, "lineno", 0)
+
+
+def test_names_say_what_they_hold() -> None:
+    assert retired_names(ROOT) == []
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["def f(places): ...", "self.looked_at = 1", "[found for found in ()]", "f(place=1)"],
+)
+def test_a_planted_name_is_found(tmp_path: Path, line: str) -> None:
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels" / "planted.py").write_text(f"position = 1\n{line}\n", encoding="utf-8")
+    planted = retired_names(tmp_path)
+    assert planted
+    assert all(each.startswith("kernels/planted.py:2: ") for each in planted)
+
+
+def _is_foreign(path: Path, root: Path = ROOT) -> bool:
     """Whether a file belongs to an environment or a build."""
-    return path.relative_to(ROOT).parts[0] in (".venv", "build", "dist")
+    return path.relative_to(root).parts[0] in (".venv", "build", "dist")
 
 
 @pytest.mark.parametrize(

@@ -13,11 +13,11 @@ import triton.language as tl
 
 from coded_resnext.kernels.tile import (
     activate,
-    form_places,
+    form_entries,
     hash_in_order,
     load_affine,
     load_rows,
-    matrix_places,
+    matrix_entries,
     over_pixels,
     round_to,
     rounded_product,
@@ -85,8 +85,8 @@ def aggregate_forward(
         gram = window_gram(
             rows, inside, scale, bias, AFFINE, CHANNELS, PIXELS, BLOCK_P, FULL, PRECISION
         )
-        places, within = form_places(windows, BRANCHES, WIDTH, GROUP, WINDOWS, BLOCK_K)
-        form = tl.load(form_ptr + places, mask=within, other=0.0)
+        entries, within = form_entries(windows, BRANCHES, WIDTH, GROUP, WINDOWS, BLOCK_K)
+        form = tl.load(form_ptr + entries, mask=within, other=0.0)
         member = tl.arange(0, GROUP_P)
         branch = windows[:, None] * GROUP + member[None, :]
         real = (member < GROUP)[None, :] & (branch < BRANCHES)
@@ -205,10 +205,10 @@ def aggregate_backward(
         windows, channel, inside = window_channels(step, BRANCHES, WIDTH, GROUP, WINDOWS, BLOCK_K)
         scale, bias = load_affine(scale_ptr, bias_ptr, channel, inside, MATRIX)
         if MATRIX:
-            places, within = matrix_places(windows, WIDTH, BLOCK_K)
+            entries, within = matrix_entries(windows, WIDTH, BLOCK_K)
         else:
-            places, within = form_places(windows, BRANCHES, WIDTH, GROUP, WINDOWS, BLOCK_K)
-        form = tl.load(form_ptr + places, mask=within, other=0.0)
+            entries, within = form_entries(windows, BRANCHES, WIDTH, GROUP, WINDOWS, BLOCK_K)
+        form = tl.load(form_ptr + entries, mask=within, other=0.0)
         at = sample * BRANCHES + channel // WIDTH
         factor = over_pixels(load_masks(drop_ptr, keep_ptr, at, inside) * root, MATRIX)
         coefficient = tl.load(coefficient_ptr + at, mask=inside, other=0.0)

@@ -15,11 +15,11 @@ from coded_resnext.kernels.tile import (
     activate,
     by_branch,
     dot,
-    form_places,
+    form_entries,
     hash_in_order,
     load_affine,
     load_rows,
-    matrix_places,
+    matrix_entries,
     over_pixels,
     round_to,
     rounded_product,
@@ -156,8 +156,8 @@ def energy_forward(
     branch = windows[:, None] * GROUP + member[None, :]
     real = (member < GROUP)[None, :] & (branch < BRANCHES)
     scale, bias = load_affine(scale_ptr, bias_ptr, channel, inside, MATRIX)
-    places, within = form_places(windows, BRANCHES, WIDTH, GROUP, WINDOWS, BLOCK_K)
-    form = tl.load(form_ptr + places, mask=within, other=0.0)
+    entries, within = form_entries(windows, BRANCHES, WIDTH, GROUP, WINDOWS, BLOCK_K)
+    form = tl.load(form_ptr + entries, mask=within, other=0.0)
     for i in range(SAMPLES):
         sample = tl.program_id(0) * SAMPLES + i
         if sample < batch:
@@ -219,10 +219,10 @@ def energy_backward(
     )
     scale, bias = load_affine(scale_ptr, bias_ptr, channel, inside, MATRIX)
     if MATRIX:
-        places, within = matrix_places(windows, WIDTH, BLOCK_K)
+        entries, within = matrix_entries(windows, WIDTH, BLOCK_K)
     else:
-        places, within = form_places(windows, BRANCHES, WIDTH, GROUP, WINDOWS, BLOCK_K)
-    form = tl.load(form_ptr + places, mask=within, other=0.0)
+        entries, within = form_entries(windows, BRANCHES, WIDTH, GROUP, WINDOWS, BLOCK_K)
+    form = tl.load(form_ptr + entries, mask=within, other=0.0)
     first = zeros(WINDOWS, BLOCK_P, BLOCK_K, MATRIX)
     second = zeros(WINDOWS, BLOCK_P, BLOCK_K, MATRIX)
     for i in range(SAMPLES):
@@ -315,9 +315,9 @@ def weighted_gram(
             total += gram * tl.expand_dims(coefficient, -1)
     if MATRIX:
         total = total[None, :, :]
-    places, within = form_places(windows, BRANCHES, WIDTH, GROUP, WINDOWS, BLOCK_K)
+    entries, within = form_entries(windows, BRANCHES, WIDTH, GROUP, WINDOWS, BLOCK_K)
     program = tl.program_id(0).to(tl.int64) * (BRANCHES * WIDTH * WIDTH)
-    tl.store(gram_ptr + program + places, total, mask=within)
+    tl.store(gram_ptr + program + entries, total, mask=within)
 
 
 hash_in_order(globals())

@@ -152,8 +152,8 @@ def _pack_form(form: Tensor, sizes: GroupedSizes, dtype: torch.dtype) -> tuple[T
     wide = unit.new_zeros(windows.count * windows.group, windows.padded, windows.padded)
     wide[: sizes.groups, : sizes.width, : sizes.width] = unit
     blocks = unit.new_zeros(windows.count, windows.block_k, windows.block_k)
-    for place, one in enumerate(wide.view(windows.count, windows.group, *wide.shape[1:]).unbind(1)):
-        channels = slice(place * windows.padded, (place + 1) * windows.padded)
+    for slot, one in enumerate(wide.view(windows.count, windows.group, *wide.shape[1:]).unbind(1)):
+        channels = slice(slot * windows.padded, (slot + 1) * windows.padded)
         blocks[:, channels, channels] = one
     terms = [blocks.to(dtype)]
     if dtype != torch.float32:

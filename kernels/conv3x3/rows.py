@@ -360,9 +360,9 @@ def pack_weights(
         kernel="conv3x3.weight:pack_weights",
         args=(
             f"*{dtype}",
-            *(f"*{dtype}" if place < others else None for place in range(MOST_OTHERS)),
+            *(f"*{dtype}" if number < others else None for number in range(MOST_OTHERS)),
             f"*{own}",
-            *(f"*{own}" if place < others else None for place in range(MOST_OTHERS)),
+            *(f"*{own}" if number < others else None for number in range(MOST_OTHERS)),
             *(1 << 16 for _ in range(MOST_OTHERS)),
         ),
         constexprs=(
@@ -422,12 +422,12 @@ def shipped_rows(arch: str) -> Iterator[tuple[str, LaunchRow]]:
             yield f"grouped {row.kernel.split(':')[1]} {stage} folded", row
             # Weights are float32 in a training in bfloat16, and bfloat16 in evaluation.
             for last in (False, True):
-                place = f"stride {stride} {stage}{' channels-last' if last else ''}"
+                which = f"stride {stride} {stage}{' channels-last' if last else ''}"
                 # Those of the 1x1 convolutions, with a projection where a stage begins.
                 for others in (2, 3):
                     row = pack_weights(sizes, "bf16", "fp32", last=last, others=others)
-                    yield f"grouped pack_weights {place}, {others} others", row
+                    yield f"grouped pack_weights {which}, {others} others", row
                 row = pack_weights(sizes, "bf16", "bf16", last=last)
-                yield f"grouped pack_weights {place} folded", row
+                yield f"grouped pack_weights {which} folded", row
                 row = reduce_weight_gradient(sizes, "fp32", last=last)
-                yield f"grouped reduce_weight_gradient {place}", row
+                yield f"grouped reduce_weight_gradient {which}", row
