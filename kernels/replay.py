@@ -81,12 +81,16 @@ class _Recorder(TorchDispatchMode):
         self.reason: str | None = None
         """Why the function cannot be replayed."""
         self.launches = set[fx.Node]()
+        self._inputs: dict[torch.device, fx.Node] = {}
+        """One of each device."""
+        self._allocated: list[fx.Node] = []
         self._is_launching = False
         self._values: Any = WeakIdKeyDictionary()
         for index, x in enumerate(inputs):
             node = self.graph.placeholder(f"x{index}")
             if x is not None and x not in self._values:
                 self._note(x, node)
+                self._inputs.setdefault(x.device, node)
         self._stream = self.graph.call_function(_stream)
 
     def _note(self, whole: Tensor, node: fx.Node) -> None:
@@ -123,9 +127,7 @@ class _Recorder(TorchDispatchMode):
         if not all(isinstance(each, Tensor) for _, each in new):
             self.reason = f"{func} returns what is no tensor"
         elif func in _ALLOCATIONS:
-            options: dict[str, Any] = {"dtype": result.dtype, "device": result.device}
-            layout = ((*result.shape,), result.stride())
-            self._note(result, self.graph.call_function(torch.empty_strided, layout, options))
+            self._note_allocated(result)
         else:
             given = pytree.tree_map(self.node_of, (args, kwargs or {}))
             read = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
@@ -137,6 +139,16 @@ class _Recorder(TorchDispatchMode):
                     item = self.graph.call_function(getitem, (node, index)) if several else node
                     self._note(each, item)
         return result
+
+    def _note_allocated(self, x: Tensor) -> None:
+        like = self._inputs.get(x.device)
+        if like is None:
+            self.reason = f"it allocates on {x.device}, where no input is"
+            return
+        arguments = (like, (*x.shape,), x.stride())
+        node = self.graph.call_method("new_empty_strided", arguments, {"dtype": x.dtype})
+        self._allocated.append(node)
+        self._note(x, node)
 
     def _is_view(self, x: Tensor, read: Sequence[Tensor]) -> bool:
         """Returns whether a result is a view of what an operator has read, and notes it as one."""
@@ -180,9 +192,8 @@ class _Recorder(TorchDispatchMode):
     def compiled(self, outputs: MaybeTensors) -> Callable[..., list[Tensor | None]]:
         """Returns what was noted as a function of the inputs."""
         self.graph.output([self.node_of(each) for each in outputs])
-        for node in self.graph.nodes:
-            if node.target is torch.empty_strided:
-                self._allocate_as_view(node)
+        for node in self._allocated:
+            self._allocate_as_view(node)
         self.graph.eliminate_dead_code(lambda node: node.is_impure() or node in self.launches)
         function: Callable[..., list[Tensor | None]] = fx.GraphModule({}, self.graph).forward
         return function
@@ -196,8 +207,8 @@ class _Recorder(TorchDispatchMode):
         for view in views:
             shape, stride, offset = cast("tuple[Any, Any, int]", view.args[1:])
             reach = 1 + sum((size - 1) * by for size, by in zip(shape, stride, strict=True))
-            if offset == 0 and reach == prod(shape) == prod(cast("Any", node.args[0])):
-                node.args = (shape, stride)
+            if offset == 0 and reach == prod(shape) == prod(cast("Any", node.args[1])):
+                node.args = (node.args[0], shape, stride)
                 view.replace_all_uses_with(node)
                 return
 

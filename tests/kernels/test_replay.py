@@ -65,7 +65,10 @@ def mixed(tensors: Sequence[Any], settings: int) -> list[Tensor | None]:
     y[1:].add_(1)
     flat = y.new_empty(y.shape)
     flat.view(-1).copy_(y.reshape(-1))
-    return [halves[1].contiguous(), None, total[1:], largest + where, x, flat]
+    four = x.new_empty(4)
+    overlapping = four.as_strided((2, 2), (1, 1))
+    four.view(2, 2).copy_(x[:2, :2])
+    return [halves[1].contiguous(), None, total[1:], largest + where, x, flat, overlapping + 1]
 
 
 def numbers(*shape: int, seed: int = 0) -> Tensor:
@@ -157,8 +160,9 @@ def test_who_looks_sees_every_operator() -> None:
 def test_fake_tensors_and_watched_launches_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
     called = Called(mixed)
     with FakeTensorMode():
-        for _ in range(3):
-            called.replayed([torch.empty(3, 4), torch.empty(3, 4)], 2)
+        fakes = [torch.empty(3, 4), torch.empty(3, 4)]
+    for _ in range(3):
+        called.replayed(fakes, 2)
     assert (called.runs, called.replayed.recordings) == (3, {})
     monkeypatch.setattr(rows.LaunchRow, "launch", lambda *_: None)
     for runs in (4, 5, 6):
