@@ -156,7 +156,8 @@ class _Recorder(TorchDispatchMode):
         for each in read:
             known = self._values.get(each)
             if known and each.dtype == x.dtype and each.untyped_storage()._cdata == memory:
-                view = _view if known.whole.op == "placeholder" else torch.as_strided
+                begins = known.whole.op != "placeholder" and known.offset == 0
+                view = torch.as_strided if begins else _view
                 arguments = ((*x.shape,), x.stride(), x.storage_offset() - known.offset)
                 node = self.graph.call_function(view, (known.whole, *arguments))
                 self._values[x] = known._replace(node=node)
@@ -176,8 +177,8 @@ class _Recorder(TorchDispatchMode):
                     node = known.whole
             nodes.append(node)
 
-        def launched(*arguments: Any, **options: Any) -> None:
-            kernel(*arguments, **options)
+        def launched(*arguments: Any) -> None:
+            kernel(*arguments)
 
         # Triton would ask for the stream at each launch.
         options: dict[str, Any] = {"stream": self._stream} if is_compiled else {}
@@ -189,9 +190,11 @@ class _Recorder(TorchDispatchMode):
         finally:
             self._is_launching = False
 
-    def compiled(self, outputs: MaybeTensors) -> Callable[..., list[Tensor | None]]:
-        """Returns what was noted as a function of the inputs."""
+    def compiled(self, outputs: MaybeTensors) -> Callable[..., list[Tensor | None]] | None:
+        """Returns what was noted as a function of the inputs; None where there is a reason."""
         self.graph.output([self.node_of(each) for each in outputs])
+        if self.reason is not None:
+            return None
         for node in self._allocated:
             self._allocate_as_view(node)
         self.graph.eliminate_dead_code(lambda node: node.is_impure() or node in self.launches)
@@ -280,10 +283,8 @@ class Replayed:
         recorder = _Recorder(tensors)
         with rows.launches_by(recorder.launch), recorder:
             outputs = self.function(tensors, settings)
-        if recorder.reason is None:
-            self.recordings[key] = recorder.compiled(outputs)
-        else:
-            self.recordings[key] = lambda *tensors: self.function(tensors, settings)
+        directly = lambda *tensors: self.function(tensors, settings)  # noqa: E731
+        self.recordings[key] = recorder.compiled(outputs) or directly
         return outputs
 
 

@@ -123,9 +123,15 @@ def test_one_tensor_for_two_is_another_call_than_two() -> None:
     [
         lambda tensors, _: [tensors[0] * float(tensors[0].sum())],
         lambda tensors, _: [tensors[0] + TABLE],
+        lambda tensors, _: [tensors[0], TABLE],
         lambda tensors, _: [doubled(tensors[0])],
     ],
-    ids=["a value is read", "a tensor that was not given", "an operator that is not ATen's"],
+    ids=[
+        "a value is read",
+        "a tensor that was not given",
+        "one is returned",
+        "an operator that is not ATen's",
+    ],
 )
 def test_what_cannot_be_replayed_is_called_every_time(function: Any) -> None:
     called = Called(function)
@@ -221,7 +227,9 @@ def test_a_tensor_is_dropped_behind_its_last_use(monkeypatch: pytest.MonkeyPatch
     for node in recorder.graph.nodes:
         if node.target is torch.ops.aten.mul.Tensor:
             node.target = product
-    torch.testing.assert_close(recorder.compiled(outputs)(x), outputs, rtol=0, atol=0)
+    recording = recorder.compiled(outputs)
+    assert recording is not None
+    torch.testing.assert_close(recording(x), outputs, rtol=0, atol=0)
     assert alive == [0, 1, 1, 1]
 
 
