@@ -12,6 +12,7 @@ None is made of calls with subclasses of tensors, such as PyTorch's fake ones.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
+from functools import partial
 from math import prod
 from operator import getitem
 from typing import Any, NamedTuple, cast
@@ -283,9 +284,11 @@ class Replayed:
         recorder = _Recorder(tensors)
         with rows.launches_by(recorder.launch), recorder:
             outputs = self.function(tensors, settings)
-        directly = lambda *tensors: self.function(tensors, settings)  # noqa: E731
-        self.recordings[key] = recorder.compiled(outputs) or directly
+        self.recordings[key] = recorder.compiled(outputs) or partial(self._directly, settings)
         return outputs
+
+    def _directly(self, settings: Hashable, *tensors: Tensor | None) -> list[Tensor | None]:
+        return self.function(tensors, settings)
 
 
 def _layout(x: Tensor | None) -> Hashable:
