@@ -6,7 +6,8 @@ Triton's own code to a driver that launches nothing; products, convolutions, cas
 optimizer's updates are empty tensors. What PyTorch's other operators compute on more than 4,096
 elements is timed in steps of its own and taken off, but for 5 microseconds each, which a launch
 would take. Ways take turns; medians of processor time count. Beside them stand the kernels and
-operators of a step.
+operators of a step. A captured way runs the graphs of torch.compile operator by operator: inductor
+would write code for the CPU here.
 
     python -m pytest benchmarks/cpu/bench_host.py --benchmark-only \
         --results benchmarks/results/cpu_host.json
@@ -59,6 +60,7 @@ WAYS = {
     "coded, fused": ("coded", "fused"),
     "coded, kernels": ("coded", "triton"),
 }
+CAPTURED = {way: f"{way}, captured" for way in ("plain, layer by layer", "coded, kernels")}
 ROUNDS = 7
 BATCH, SIZE = 2, 32
 # Elements that are computed as fast as nothing, and seconds of a launch.
@@ -186,14 +188,20 @@ def leave_out_libraries() -> torch.library.Library:
 
 
 def make_step(
-    model: CodedResNeXt, loss: CodedLoss, images: Tensor, targets: Tensor
+    model: CodedResNeXt,
+    loss: CodedLoss,
+    images: Tensor,
+    targets: Tensor,
+    *,
+    captured: bool = False,
 ) -> Callable[[], None]:
     """Returns a training step in bfloat16 autocast."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, foreach=True)
+    network = torch.compile(model, backend="aot_eager", dynamic=False) if captured else model
 
     def step() -> None:
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            logits, energies = model(images, return_energies=True)
+            logits, energies = network(images, return_energies=True)
         loss(logits, energies, targets).total.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -227,10 +235,15 @@ def print_rows(networks: dict[str, str], rounds: int) -> None:
         way: make_step(*make_model(networks[network], backend), images, targets)
         for way, (network, backend) in WAYS.items()
     }
+    for way, name in CAPTURED.items():
+        network, backend = WAYS[way]
+        model = make_model(networks[network], backend)
+        steps[name] = make_step(*model, images, targets, captured=True)
     left_out = leave_out_libraries()
     rows: dict[str, dict[str, Any]] = {}
     for way, step in steps.items():
-        # The first compiles, and makes the optimizer's state.
+        # The first compiles, and makes the optimizer's state; the second is recorded.
+        step()
         step()
         stub.launches.clear()
         step()
@@ -247,7 +260,9 @@ def print_rows(networks: dict[str, str], rounds: int) -> None:
             with unseen, _Operators() as operators:
                 step()
             computed[way].append(operators.seconds)
-            rows[way]["operators"] = operators.count
+            # Graphs are not run while somebody sees operators.
+            if way in WAYS:
+                rows[way]["operators"] = operators.count
     del left_out
     for way, row in rows.items():
         step_ms, computed_ms = (1000 * statistics.median(each[way]) for each in (whole, computed))
