@@ -119,10 +119,13 @@ def _layer(bn: BatchNorm, *, kernels: bool) -> Layer:
 
 def _check_counts(block: Bottleneck, x: Tensor, norms: tuple[BatchNorm, ...]) -> None:
     """Refuse a single value for each channel where the batch's statistics are taken, as PyTorch."""
+    batch, _, height, width = x.shape
     stride = block.grouped.stride[0]
-    pixels = -(-x.shape[2] // stride) * -(-x.shape[3] // stride)
+    pixels = -(-height // stride) * -(-width // stride)
+    if batch * pixels > 1:
+        return
     for bn in norms:
-        count = x.shape[0] * (x.shape[2] * x.shape[3] if bn is block.reduce_bn else pixels)
+        count = batch * (height * width if bn is block.reduce_bn else pixels)
         if count == 1 and uses_batch(bn) and not shared_by(bn):
             raise ValueError(
                 "x: expected more than 1 value per channel when training, got 1 "
