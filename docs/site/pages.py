@@ -64,16 +64,17 @@ VIEW = {"viewport": {"width": 1120, "height": 900}, "device_scale_factor": 1.5}
 ONLY = {"light": "#gh-light-mode-only", "dark": "#gh-dark-mode-only"}
 GALLERY = """# Gallery
 
-Ten test images on their way through the network whose weights come along as `{name}`. The blocks go
-from left to right. Framed branches work for the class that the image truly has, and a bar is the
-energy that a branch has for this image. Below each block stands the class that its energies name,
-and behind the last one what the classifier says ([how to read it](report.md#how-to-read-it)).
+Each picture shows the path of a test image through the network with the shipped weights
+`{name}`. The blocks go from left to right. The frames mark the branches that work for the true
+class, and a bar is the energy of a branch for this image. The class below a block is the one
+that its energies decode to. The classifier's prediction is at the end ([how to read
+it](report.md#how-to-read-it)).
 
-The images are chosen by a rule: one of each class, of every second class one that the network
-misreads. The others are read rightly, if possible by the last block too, after an early one said
-something else. Measured on {images}; weights {weights}.
-`python docs/site/pages.py {name}` makes this page, and `coded-resnext report {name}` one with
-hundreds of images to choose from.
+A rule chooses one image of each class. The network misclassifies the image of every second
+class and classifies the others correctly. Of these it prefers images for which an early block
+says something else and the last block is right. Measured on {images}; weights {weights}.
+`python docs/site/pages.py {name}` makes this page, and `coded-resnext report {name}` makes one
+with hundreds of images to choose from.
 """
 
 

@@ -6,7 +6,7 @@ function setUpSamples() {
   const count = samples.targets.length;
   const blocks = samples.blocks.length;
   const misread = (index) => samples.predictions[index] !== samples.targets[index];
-  const said = (index) => misread(index) ? `read as ${plainName(samples.predictions[index])}` : "read rightly";
+  const said = (index) => misread(index) ? `read as ${plainName(samples.predictions[index])}` : "classified correctly";
 
   const strip = byId("sample-strip");
   let stripClass = null;
@@ -33,7 +33,7 @@ function setUpSamples() {
     .sort((a, b) => misread(b) - misread(a) || a - b);
   const jump = byId("sample-jump");
   jump.append(
-    html("option", { value: "", text: odd.length ? `${odd.length} images to look at…` : "none: all are read rightly at once" }),
+    html("option", { value: "", text: odd.length ? `${odd.length} images to look at…` : "none: all blocks are right about every image" }),
     ...odd.map((index) => html("option", {
       value: index, dir: "auto",
       text: misread(index)
