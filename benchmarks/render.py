@@ -5,9 +5,9 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import statistics
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -45,4 +45,6 @@ def render(content: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    print(render(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))))
+    parser = argparse.ArgumentParser(description="Prints a file of results as Markdown.")
+    parser.add_argument("results", type=Path, metavar="RESULTS.json")
+    print(render(json.loads(parser.parse_args().results.read_text(encoding="utf-8"))))

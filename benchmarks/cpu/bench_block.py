@@ -12,6 +12,7 @@ step adds in a process of its own. The outputs of the two coded forms are compar
 
 from __future__ import annotations
 
+import argparse
 import re
 import statistics
 import subprocess
@@ -210,8 +211,14 @@ def added_mib(work: Callable[[], object]) -> float:
 
 def main() -> None:
     """Prints the memory that one step adds: in a process in which nothing else has used any."""
-    name, variant = sys.argv[1:]
-    shape = next(shape for shape in block_shapes() if shape.name == name)
+    shapes = {shape.name: shape for shape in block_shapes()}
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument(
+        "shape", choices=shapes, metavar="SHAPE", help="such as '32x4d c4 stride 1'"
+    )
+    parser.add_argument("variant", choices=VARIANTS, help="the block")
+    args = parser.parse_args()
+    shape, variant = shapes[args.shape], args.variant
     # A small step first: it loads the libraries that the first convolution loads.
     replace(shape, batch=1).make_step(variant, torch.contiguous_format)()
     step = shape.make_step(variant, torch.contiguous_format)

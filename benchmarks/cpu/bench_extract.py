@@ -18,8 +18,8 @@ the runs chose on their training images.
 
 from __future__ import annotations
 
+import argparse
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -103,13 +103,16 @@ def check_equal(model: CodedResNeXt, whole: nn.Module, part: nn.Module, x: torch
 
 
 def main() -> None:
-    """Prints a table of ranks for the digits networks that are named."""
+    """Prints what thinned projections cost and keep, for networks trained on the digits."""
     from sklearn.metrics import average_precision_score
 
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="a run's folder, or shipped weights")
+    args = parser.parse_args()
     split = load_digits_split()
     positive = nn.functional.one_hot(split.test_targets).bool()
     runs = []
-    for path in sys.argv[1:]:
+    for path in args.runs:
         model = load_model(path).model
         known = Companions(path, model).thresholds()
         thresholds = torch.tensor([known[name] for name in model.class_names])

@@ -10,6 +10,7 @@ Every row is measured in a process of its own; seconds are those of the processo
 
 from __future__ import annotations
 
+import argparse
 import subprocess
 import sys
 import time
@@ -176,15 +177,23 @@ def imagenet(classes: int = 50, images: int = 2500, size: int = 32) -> None:
 
 
 def main() -> None:
-    """Print one row, or all of them as a table."""
-    if sys.argv[1:] == ["imagenet"]:
+    """Prints one row, or all of them as a table."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("work", nargs="?", choices=[*ROWS, "imagenet"], help="all if left out")
+    parser.add_argument(
+        "sizes", nargs="*", type=int, metavar="N", help="classes and images: one row"
+    )
+    args = parser.parse_args()
+    if args.work == "imagenet":
         imagenet()
         return
-    if len(sys.argv) == 4:
-        print(measure(sys.argv[1], int(sys.argv[2]), int(sys.argv[3])))
+    if args.sizes:
+        if len(args.sizes) != 2:
+            parser.error(f"N: expected classes and images, got {len(args.sizes)} numbers")
+        print(measure(args.work, *args.sizes))
         return
     print("| work | classes | images | seconds | MiB |\n|---|---|---|---|---|")
-    for task in sys.argv[1:] or ROWS:
+    for task in [args.work] if args.work else ROWS:
         for classes, images in ROWS[task]:
             command = [sys.executable, __file__, task, str(classes), str(images)]
             row = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
