@@ -30,7 +30,7 @@ Function = Callable[[Sequence[Any], Any], list[Tensor | None]]
 MaybeTensors = Sequence[Tensor | None]
 
 # Recordings of a function that are kept; images of ever new sizes would make ever more of them.
-MOST = 2048
+MOST = 512
 _PLAIN = frozenset([Tensor, nn.Parameter])
 _LAUNCH = rows.LaunchRow.launch
 _ALLOCATIONS = frozenset(
@@ -199,8 +199,9 @@ class _Recorder(TorchDispatchMode):
         for node in self._allocated:
             self._allocate_as_view(node)
         self.graph.eliminate_dead_code(lambda node: node.is_impure() or node in self.launches)
-        function: Callable[..., list[Tensor | None]] = fx.GraphModule({}, self.graph).forward
-        return function
+        forward: Any = fx.GraphModule({}, self.graph).forward
+        # Without its module, which would keep the graph.
+        return partial(forward.__func__, None)
 
     def _allocate_as_view(self, node: fx.Node) -> None:
         """Allocates a tensor that nobody reads in its own layout in that of the first view of all

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import weakref
 from collections.abc import Sequence
 from typing import Any
@@ -231,6 +232,11 @@ def test_a_tensor_is_dropped_behind_its_last_use(monkeypatch: pytest.MonkeyPatch
     assert recording is not None
     torch.testing.assert_close(recording(x), outputs, rtol=0, atol=0)
     assert alive == [0, 1, 1, 1]
+    # Nor does it keep its graph, most of what it would take.
+    graph = weakref.ref(recorder.graph)
+    del recorder, node
+    gc.collect()
+    assert graph() is None
 
 
 def test_recordings_are_not_kept_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
